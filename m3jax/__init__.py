@@ -1,0 +1,50 @@
+"""m3jax: Mixup Model Merge in JAX, exact, sharded and out of core."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from m3jax.errors import M3Error as M3Error
+    from m3jax.manifest import verify as verify
+    from m3jax.merging import merge as merge
+    from m3jax.methods.dare import dare as dare
+    from m3jax.methods.linear import linear as linear
+    from m3jax.methods.linear import task_arithmetic as task_arithmetic
+    from m3jax.methods.magnitude import magnitude as magnitude
+    from m3jax.methods.slerp import slerp as slerp
+    from m3jax.methods.ties import ties as ties
+    from m3jax.mixing import draw_weights as draw_weights
+    from m3jax.mixing import mixup as mixup
+    from m3jax.recipe import load_recipe as load_recipe
+    from m3jax.streaming import merge_checkpoint as merge_checkpoint
+    from m3jax.streaming import replay as replay
+
+# Public names are imported when first used, so that commands that need no JAX start without it.
+_HOMES = {
+    "M3Error": "errors",
+    "dare": "methods.dare",
+    "draw_weights": "mixing",
+    "linear": "methods.linear",
+    "load_recipe": "recipe",
+    "magnitude": "methods.magnitude",
+    "merge": "merging",
+    "merge_checkpoint": "streaming",
+    "mixup": "mixing",
+    "replay": "streaming",
+    "slerp": "methods.slerp",
+    "task_arithmetic": "methods.linear",
+    "ties": "methods.ties",
+    "verify": "manifest",
+}
+__all__ = sorted(_HOMES)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'm3jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"m3jax.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,191 @@
+"""Random bits that depend on nothing but (seed, tensor name, expert, index): Threefry as plain arithmetic.
+
+Everything here works on numpy arrays and on JAX arrays alike, so that keys are folded on the host where they are
+known and traced where they are not. The scheme is "m3jax-1"; the manifest names it.
+
+References:
+    Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011.
+"""
+
+import hashlib
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, UInt32
+
+SCHEME = "m3jax-1"
+
+# What a root key is folded with before its use, so that no two uses share a stream.
+WEIGHTS, MASKS, SAMPLES = 0, 1, 2
+
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = np.uint32(0x1BD11BDA)
+
+Words = Any  # uint32 arrays of numpy or JAX: every operation here is one that both spell the same
+
+
+def _rotate_left(x: Words, distance: int) -> Words:
+    return (x << np.uint32(distance)) | (x >> np.uint32(32 - distance))
+
+
+def threefry2x32(key: tuple[Words, Words], counter: tuple[Words, Words]) -> tuple[Words, Words]:
+    """Threefry-2x32 with 20 rounds, written out so that it fuses with whatever uses its words.
+
+    Args:
+        key: Two uint32 words, scalar or of a shape that broadcasts with the counter's.
+        counter: The high and the low uint32 word of each counter, any shape.
+
+    Returns:
+        Two independent uint32 words for each counter.
+    """
+    schedule = (key[0], key[1], key[0] ^ key[1] ^ _PARITY)
+    u, v = counter[0] + schedule[0], counter[1] + schedule[1]
+    for group in range(5):
+        for distance in _ROTATIONS[group % 2]:
+            u = u + v
+            v = u ^ _rotate_left(v, distance)
+        u = u + schedule[(group + 1) % 3]
+        v = v + schedule[(group + 2) % 3] + np.uint32(group + 1)
+    return u, v
+
+
+def root_key(seed: int) -> UInt32[np.ndarray, "2"]:
+    """The two words of `jax.random.key(seed, impl="threefry2x32")`, for seeds of up to 64 bits.
+
+    Example:
+        >>> root_key(7).tolist()
+        [0, 7]
+    """
+    return np.array([(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
+
+
+def key_words(key: Any) -> Words:
+    """The uint32[..., 2] words of a key: an integer seed, a typed JAX key, or the words themselves.
+
+    Raises:
+        TypeError: The key belongs to another generator than Threefry.
+    """
+    if isinstance(key, int | np.integer):
+        return root_key(int(key))
+    if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        if str(jax.random.key_impl(key)) != "threefry2x32":
+            raise TypeError(
+                f"masks are defined for threefry2x32 keys, not {jax.random.key_impl(key)}: "
+                'make the key with jax.random.key(seed, impl="threefry2x32")'
+            )
+        key = jax.random.key_data(key)
+    if isinstance(key, jax.Array) and not isinstance(key, jax.core.Tracer):
+        key = np.asarray(key)
+    if key.dtype != np.uint32 or key.shape[-1:] != (2,):
+        raise TypeError(f"a key is an integer seed or a threefry2x32 key, not {key.dtype}{list(key.shape)}")
+    return key
+
+
+def fold_in(key: Words, data: int) -> Words:
+    """`jax.random.fold_in` on the words of a key: host arithmetic on a numpy key, traced on a traced one.
+
+    Args:
+        key: uint32[2].
+        data: An integer in [0, 2³²).
+    """
+    zero = key[0] ^ key[0]
+    word = zero + np.uint32(data)
+    if isinstance(key, np.ndarray):
+        with np.errstate(over="ignore"):
+            return np.stack(threefry2x32((key[0], key[1]), (zero, word)))
+    return jnp.stack(threefry2x32((key[0], key[1]), (zero, word)))
+
+
+def fold_in_name(key: Words, name: str) -> Words:
+    """`key` folded with the first 64 bits of SHA-256 of `name`, as two big-endian words."""
+    digest = hashlib.sha256(name.encode()).digest()
+    for word in (digest[:4], digest[4:8]):
+        key = fold_in(key, int.from_bytes(word, "big"))
+    return key
+
+
+def pair_keys(root: Words, name: str, num_experts: int) -> Words:
+    """Keys of the mask streams of a tensor; the words of one hash serve two experts.
+
+    Args:
+        root: uint32[2], the merge's root key.
+        name: The tensor's name.
+        num_experts: How many experts are merged.
+
+    Returns:
+        uint32[⌈num_experts/2⌉, 2]; row j serves experts 2j and 2j + 1.
+    """
+    tensor = fold_in_name(fold_in(root, MASKS), name)
+    keys = [fold_in(tensor, pair) for pair in range((num_experts + 1) // 2)]
+    return np.stack(keys) if isinstance(tensor, np.ndarray) else jnp.stack(keys)
+
+
+def mask_words(
+    keys: UInt32[Array, "pairs 2"], index: tuple[UInt32[Array, "..."], UInt32[Array, "..."]], num_experts: int
+) -> list[UInt32[Array, "..."]]:
+    """One uniform uint32 word per expert and entry.
+
+    Args:
+        keys: What `pair_keys` gave.
+        index: The high and the low word of each entry's flat row-major index.
+        num_experts: How many words are wanted.
+    """
+    words: list[UInt32[Array, ...]] = []
+    for pair in range(keys.shape[0]):
+        words.extend(threefry2x32((keys[pair, 0], keys[pair, 1]), index))
+    return words[:num_experts]
+
+
+def keep_threshold(density: float) -> int:
+    """⌊density·2³²⌋: an entry is kept iff its word is below this; 2³² itself keeps all."""
+    return math.floor(density * 2**32)
+
+
+def multiply_add_64(high: Words, low: Words, factor: int, addend: Words) -> tuple[Words, Words]:
+    """(high·2³² + low)·factor + addend modulo 2⁶⁴, in uint32 words.
+
+    Args:
+        high: uint32.
+        low: uint32.
+        factor: An integer in [0, 2³²).
+        addend: uint32.
+    """
+    half = np.uint32(0xFFFF)
+    sixteen = np.uint32(16)
+    factor_low, factor_high = np.uint32(factor & 0xFFFF), np.uint32(factor >> 16)
+    lowest = (low & half) * factor_low
+    middle_a = (low >> sixteen) * factor_low
+    middle_b = (low & half) * factor_high
+    carry = ((lowest >> sixteen) + (middle_a & half) + (middle_b & half)) >> sixteen
+    upper = (low >> sixteen) * factor_high + (middle_a >> sixteen) + (middle_b >> sixteen) + carry
+    product = low * np.uint32(factor)
+    total = product + addend
+    return high * np.uint32(factor) + upper + (total < product).astype(np.uint32), total
+
+
+def flat_index(shape: tuple[int, ...]) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+    """The high and the low word of the flat row-major index of every entry of an array of `shape`.
+
+    Made of iotas, so that under a sharding every device computes its own part and nothing is exchanged.
+    """
+    high = low = jnp.zeros(shape, jnp.uint32)
+    if math.prod(shape) <= 2**32:
+        for axis, size in enumerate(shape):
+            low = low * np.uint32(size % 2**32) + lax.broadcasted_iota(jnp.uint32, shape, axis)
+        return high, low
+    for axis, size in enumerate(shape):
+        high, low = multiply_add_64(high, low, size, lax.broadcasted_iota(jnp.uint32, shape, axis))
+    return high, low
+
+
+def range_index(
+    start_high: UInt32[Array, ""], start_low: UInt32[Array, ""], size: int
+) -> tuple[UInt32[Array, " size"], UInt32[Array, " size"]]:
+    """The words of the indices start, start + 1, …, start + size − 1."""
+    offset = lax.iota(jnp.uint32, size)
+    low = offset + start_low
+    return start_high + (low < offset).astype(jnp.uint32), low

@@ -1,0 +1,43 @@
+"""Readers and writers of checkpoints, behind one small protocol."""
+
+from m3jax.checkpoints.digest import ALGORITHM, TensorDigest, digest_checkpoint, digest_file, digest_tensor
+from m3jax.checkpoints.locate import ModelDirectory, companions, locate_model
+from m3jax.checkpoints.protocol import (
+    DTYPES,
+    BytesLike,
+    Checkpoint,
+    FileFingerprint,
+    TensorInfo,
+    as_bytes,
+    natural_key,
+)
+from m3jax.checkpoints.safetensors import (
+    ShardWriter,
+    open_safetensors,
+    parse_size,
+    plan_shards,
+    write_index,
+)
+
+__all__ = [
+    "ALGORITHM",
+    "DTYPES",
+    "BytesLike",
+    "Checkpoint",
+    "FileFingerprint",
+    "ModelDirectory",
+    "ShardWriter",
+    "TensorDigest",
+    "TensorInfo",
+    "as_bytes",
+    "companions",
+    "digest_checkpoint",
+    "digest_file",
+    "digest_tensor",
+    "locate_model",
+    "natural_key",
+    "open_safetensors",
+    "parse_size",
+    "plan_shards",
+    "write_index",
+]

@@ -1,0 +1,100 @@
+"""Digests of tensors and of whole checkpoints: the same weights, the same digest, however they are filed."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from blake3 import blake3
+
+from m3jax.checkpoints.protocol import BytesLike, Checkpoint, as_bytes
+from m3jax.errors import M3Error
+
+ALGORITHM = "blake3"
+
+
+class TensorDigest:
+    """Digest of one tensor's bytes, fed piece by piece in row-major order.
+
+    Example:
+        >>> digest = TensorDigest()
+        >>> digest.update(np.zeros(3, np.float32))
+        >>> digest.update(np.zeros(5, np.float32))
+        >>> whole = TensorDigest()
+        >>> whole.update(np.zeros((2, 4), np.float32))
+        >>> digest.hexdigest() == whole.hexdigest()
+        True
+    """
+
+    def __init__(self) -> None:
+        self._state = blake3()
+
+    def update(self, data: BytesLike) -> None:
+        """Takes in the next bytes of the tensor.
+
+        Args:
+            data: An array (its little-endian bytes count) or contiguous memory.
+        """
+        self._state.update(as_bytes(data))
+
+    def hexdigest(self) -> str:
+        """The digest of all bytes so far: 64 hexadecimal digits."""
+        return self._state.hexdigest()
+
+
+def digest_tensor(checkpoint: Checkpoint, name: str, block: int = 1 << 24) -> str:
+    """Digest of one tensor of a checkpoint, read block by block.
+
+    Args:
+        checkpoint: An open checkpoint.
+        name: One of its tensors.
+        block: Bytes held in memory at a time; the digest does not depend on it.
+
+    Returns:
+        BLAKE3 of the tensor's bytes, hexadecimal.
+
+    Raises:
+        M3Error: The bytes cannot be read.
+    """
+    total = checkpoint.tensors[name].nbytes
+    buffer = np.empty(min(block, total), np.uint8)
+    digest = TensorDigest()
+    for start in range(0, total, block):
+        piece = buffer[: total - start]
+        checkpoint.read_into(name, start, piece)
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """BLAKE3 of a whole file, hexadecimal.
+
+    Raises:
+        M3Error: The file cannot be read.
+    """
+    try:
+        return blake3(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise M3Error(f"{path}: cannot be read: {error.strerror}; check the file.") from error
+
+
+def digest_checkpoint(digests: Mapping[str, tuple[str, Sequence[int], str]]) -> str:
+    """One digest for a whole checkpoint, whatever the order of its tensors and their files.
+
+    Args:
+        digests: Of every tensor, by name: dtype (safetensors' name), shape and digest of its bytes.
+
+    Returns:
+        BLAKE3 of one JSON line per tensor, `[name, dtype, shape, digest]`, sorted by name; hexadecimal.
+
+    Example:
+        >>> a, b = ("F32", (2,), "aa"), ("BF16", (), "bb")
+        >>> digest_checkpoint({"a": a, "b": b}) == digest_checkpoint({"b": b, "a": a})
+        True
+    """
+    state = blake3()
+    for name, (dtype, shape, digest) in sorted(digests.items()):
+        # JSON quotes and counts for us: no two sets of tensors give the same lines.
+        line = json.dumps([name, dtype, list(shape), digest], separators=(",", ":"))
+        state.update(line.encode() + b"\n")
+    return state.hexdigest()

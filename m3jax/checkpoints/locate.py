@@ -1,0 +1,136 @@
+"""From what a user calls a model to the directory that holds it, and the files that travel with weights."""
+
+import os
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import NamedTuple
+
+from m3jax.errors import M3Error
+
+_HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[^@\s]+))?", re.ASCII)
+_COMMIT = re.compile("[0-9a-f]{40}")
+
+_DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "tokenizer.model.*", "*.tiktoken"]
+
+_COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "tokenizer.model.*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tekken.json",
+    "*.tiktoken",
+    "spiece.model",
+    "sentencepiece*.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor_config.json",
+    "video_preprocessor_config.json",
+)
+
+
+class ModelDirectory(NamedTuple):
+    """A model that was found.
+
+    Attributes:
+        name: What the user wrote.
+        path: Where its files are: a directory, or a single weight file.
+        revision: The commit that was fetched from the hub; `None` for a local path.
+    """
+
+    name: str
+    path: Path
+    revision: str | None
+
+
+def locate_model(name: str) -> ModelDirectory:
+    """Finds a model on this disk, or else on the Hugging Face hub, from where it is fetched.
+
+    Args:
+        name: A local path, or a hub id: `org/name` or `org/name@revision`. What exists here wins.
+
+    Returns:
+        The model's place; with `HF_HUB_OFFLINE=1` a hub id is looked up in the hub cache only.
+
+    Raises:
+        M3Error: There is nothing of that name here, and the hub cache and the hub do not give it.
+
+    Example:
+        >>> locate_model(".").path
+        PosixPath('.')
+    """
+    local = Path(os.path.expanduser(name))
+    if name and os.path.exists(local):
+        return ModelDirectory(name, local, None)
+    hub_id = _HUB_ID.fullmatch(name)
+    if hub_id is None:
+        raise M3Error(f"{name!r} does not exist here and is no hub id either: give a path or 'org/name'.")
+    snapshot = _fetch(name, hub_id["repo"], hub_id["revision"])
+    commit = snapshot.name if _COMMIT.fullmatch(snapshot.name) else hub_id["revision"]
+    return ModelDirectory(name, snapshot, commit)
+
+
+def _fetch(name: str, repo: str, revision: str | None) -> Path:
+    """The directory of a hub model, downloaded where it is not yet in the cache."""
+    from huggingface_hub import snapshot_download  # imports an HTTP client: only when a hub id is asked for
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=_DOWNLOADED))
+    except Exception as error:  # the client lets through errors of whichever HTTP library it uses
+        # Not the client's own words: they run over many lines and may repeat a URL in full.
+        raise M3Error(f"{name!r} does not exist here and {_hub_failure(error, revision)}.") from error
+
+
+def _hub_failure(error: Exception, revision: str | None) -> str:
+    """What went wrong at the hub and the mend, as the rest of a sentence."""
+    from huggingface_hub import constants, errors
+
+    match error:
+        case errors.GatedRepoError():
+            return "is gated on the hub: accept its terms on its page, then `hf auth login`"
+        case errors.RepositoryNotFoundError():
+            return "the hub shows no such model: check the spelling, or `hf auth login` if it is private"
+        case errors.RevisionNotFoundError():
+            return f"the hub's model has no revision {revision!r}: name a branch, tag or commit that it has"
+        case errors.HFValidationError():
+            return "is no valid hub id either: give a path or 'org/name'"
+        case _ if constants.HF_HUB_OFFLINE:
+            return "is not complete in the hub cache: unset HF_HUB_OFFLINE to fetch it, or give a path"
+        case errors.LocalEntryNotFoundError():
+            return "the hub cannot be reached and its cache lacks it: check the network, or give a path"
+        case _:
+            kind = type(error).__name__
+            return f"could not be fetched from the hub ({kind}): check network and disk, or give a path"
+
+
+def companions(directory: Path) -> list[Path]:
+    """The files beside a model's weights that a model merged from it needs too.
+
+    Args:
+        directory: A model directory.
+
+    Returns:
+        Paths of files (configuration, tokenizer, chat templates, processors), sorted, each under `directory`;
+        never weights, model cards or code.
+
+    Raises:
+        M3Error: The directory cannot be listed.
+    """
+    try:
+        names = os.listdir(directory)
+        templates = directory / "additional_chat_templates"
+        if templates.is_dir():
+            names += [f"{templates.name}/{name}" for name in os.listdir(templates)]
+    except OSError as error:
+        raise M3Error(f"{directory} cannot be listed: {error.strerror}; check the path and its mode.") from error
+    wanted = (name for name in names if any(fnmatchcase(name, pattern) for pattern in _COMPANIONS))
+    return sorted(directory / name for name in wanted if os.path.isfile(directory / name))

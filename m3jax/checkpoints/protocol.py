@@ -1,0 +1,176 @@
+"""What every checkpoint reader offers: named tensors, read by byte range."""
+
+import re
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, NamedTuple, Protocol, Self, TypeAlias, TypedDict, runtime_checkable
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+BytesLike: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[Any]
+
+# Sub-byte types (F4, F6_E2M3, F6_E3M2) are absent: their entries have no byte address of their own.
+DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
+    {
+        "BOOL": np.dtype(np.bool_),
+        "U8": np.dtype(np.uint8),
+        "I8": np.dtype(np.int8),
+        "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+        "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+        "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+        "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
+        "F8_E5M2FNUZ": np.dtype(ml_dtypes.float8_e5m2fnuz),
+        "I16": np.dtype(np.int16),
+        "U16": np.dtype(np.uint16),
+        "F16": np.dtype(np.float16),
+        "BF16": np.dtype(ml_dtypes.bfloat16),
+        "I32": np.dtype(np.int32),
+        "U32": np.dtype(np.uint32),
+        "F32": np.dtype(np.float32),
+        "C64": np.dtype(np.complex64),
+        "F64": np.dtype(np.float64),
+        "I64": np.dtype(np.int64),
+        "U64": np.dtype(np.uint64),
+    }
+)
+"""The numpy dtype of each safetensors dtype name."""
+
+
+class TensorInfo(NamedTuple):
+    """What a checkpoint says of one tensor, without its values.
+
+    Attributes:
+        name: The tensor's name, its key in the checkpoint.
+        shape: Its dimensions; `()` is a scalar.
+        dtype: Its safetensors dtype name, a key of `DTYPES`.
+
+    Example:
+        >>> TensorInfo("lm_head.weight", (32000, 4096), "BF16").nbytes
+        262144000
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes that the entries take."""
+        return self.size * DTYPES[self.dtype].itemsize
+
+
+class FileFingerprint(TypedDict):
+    """What is cheap to know of a weight file and changes when the file does.
+
+    Attributes:
+        size: Bytes in the file.
+        mtime_ns: Time of last modification, in nanoseconds.
+        header_blake3: BLAKE3 of the file's header, hexadecimal.
+    """
+
+    size: int
+    mtime_ns: int
+    header_blake3: str
+
+
+@runtime_checkable
+class Checkpoint(Protocol):
+    """Named tensors that can be read by byte range, from several threads at once."""
+
+    @property
+    def location(self) -> str:
+        """Where the checkpoint is, as a person would name it."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Every tensor by name, in the natural order of names (`layers.2` before `layers.10`)."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The texts that the files carry beside their tensors."""
+
+    def read_into(self, name: str, start: int, out: memoryview | npt.NDArray[np.uint8]) -> None:
+        """Fills `out` with the tensor's little-endian bytes from `start` on.
+
+        Args:
+            name: The tensor.
+            start: First byte wanted, counted from the tensor's own first byte.
+            out: Writable contiguous memory; its length says how many bytes are wanted.
+
+        Raises:
+            M3Error: The tensor is absent, its file ends early, or the operating system fails.
+            ValueError: The range is not inside the tensor, or the checkpoint is closed.
+        """
+
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the weights."""
+
+    def fingerprint(self) -> dict[str, FileFingerprint]:
+        """What the weight files look like now, by file name: compare two to notice a change.
+
+        Raises:
+            M3Error: A file is gone or cannot be read.
+        """
+
+    def close(self) -> None:
+        """Releases the open files; reading afterwards is an error."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None: ...
+
+
+def natural_key(name: str) -> tuple[tuple[tuple[int, str], ...], str]:
+    """Sort key under which numbers inside names count as numbers.
+
+    Args:
+        name: Any text.
+
+    Returns:
+        A key that orders `layers.2` before `layers.10`, and tells every two names apart.
+
+    Example:
+        >>> sorted(["layers.10", "layers.2", "embed"], key=natural_key)
+        ['embed', 'layers.2', 'layers.10']
+    """
+    parts = re.split("([0-9]+)", name)
+    # (length, digits) orders like the number without converting it, so that no run of digits is too long.
+    numbers = [part.lstrip("0") for part in parts[1::2]]
+    key = [(0, part) for part in parts]
+    key[1::2] = [(len(number), number) for number in numbers]
+    return tuple(key), name
+
+
+def as_bytes(data: BytesLike) -> memoryview:
+    """The little-endian bytes of `data` in row-major order, copied only where they must be.
+
+    Args:
+        data: An array of any dtype, layout and byte order, or contiguous memory.
+
+    Returns:
+        A flat view of unsigned bytes.
+
+    Example:
+        >>> bytes(as_bytes(np.array([[1, 2], [3, 4]], ">u2").T))
+        b'\\x01\\x00\\x03\\x00\\x02\\x00\\x04\\x00'
+    """
+    if isinstance(data, np.ndarray):
+        rows = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("<"))
+        return rows.reshape(-1).view(np.uint8).data
+    view = memoryview(data)
+    # `cast` refuses memory with a zero in its shape.
+    return view.cast("B") if view.nbytes else memoryview(b"")

@@ -1,0 +1,225 @@
+"""Reading ahead: the chunks of several checkpoints, in a given order, hashed and checked on the way."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from m3jax.checkpoints import DTYPES, Checkpoint, TensorDigest
+from m3jax.errors import M3Error
+from m3jax.planning import TensorPlan
+
+_AHEAD = 2  # chunks that each input may be read ahead
+_IN_FLIGHT = 4  # chunks that may be computed or written while their buffers are still in use
+_ALIGNMENT = 64  # bytes: below this alignment XLA copies host arrays
+_POLL_SECONDS = 0.2
+
+_EXPONENTS = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
+
+
+class Visit(NamedTuple):
+    """One chunk at one stage of a merge.
+
+    Attributes:
+        stage: Any label; the consumer knows what to do there.
+        plan: The tensor.
+        start: First entry.
+        size: Number of entries.
+        padded: Entries of the arrays handed out, at least `size`; what is beyond `size` is arbitrary.
+        first_reading: Whether the tensor is read for the first time, and so hashed and checked.
+        last: Whether it is the tensor's last chunk at this stage.
+    """
+
+    stage: Any
+    plan: TensorPlan
+    start: int
+    size: int
+    padded: int
+    first_reading: bool
+    last: bool
+
+
+def padded_size(size: int, chunk_entries: int) -> int:
+    """The smallest of few sizes that holds `size` entries, so that few shapes are compiled."""
+    sizes = (2**12, 2**16, chunk_entries // 4, chunk_entries // 2, chunk_entries)
+    return min(s for s in sizes if size <= s <= chunk_entries)
+
+
+def visits(stage: Any, plan: TensorPlan, chunk_entries: int, first_reading: bool) -> Iterator[Visit]:
+    """The chunks of one tensor at one stage; a tensor without entries has one empty chunk."""
+    total = plan.output.size
+    for start in range(0, max(total, 1), chunk_entries):
+        size = min(chunk_entries, total - start)
+        padded = padded_size(size, chunk_entries)
+        yield Visit(stage, plan, start, size, padded, first_reading, start + size == total)
+
+
+def _aligned_empty(nbytes: int) -> np.ndarray:
+    whole = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    skip = -whole.ctypes.data % _ALIGNMENT
+    return whole[skip : skip + nbytes]
+
+
+def check_finite(raw: np.ndarray, dtype: str, say: Callable[[], str]) -> None:
+    """Raise M3Error with the sentence `say` makes if little-endian floats (uint8[bytes]) hold a NaN or an infinity."""
+    if dtype not in _EXPONENTS or not raw.size:
+        return
+    word, exponent = _EXPONENTS[dtype]
+    if (raw.view(word) & word(exponent)).max() == exponent:
+        raise M3Error(say())
+
+
+class Loaded(NamedTuple):
+    """A visit with what was read for it.
+
+    Attributes:
+        visit: The visit.
+        arrays: For each source of the visit's plan a flat array of `padded` entries in the tensor's dtype there.
+        buffers: The memory behind the arrays.
+    """
+
+    visit: Visit
+    arrays: tuple[np.ndarray, ...]
+    buffers: tuple[np.ndarray, ...]
+
+
+class _Lane:
+    """One input's thread, its queue of read chunks and its pool of buffers."""
+
+    def __init__(self, checkpoint: Checkpoint, chunk_bytes: int) -> None:
+        self.checkpoint = checkpoint
+        self.ready: queue.Queue[np.ndarray | BaseException] = queue.Queue(_AHEAD)
+        self.free: queue.Queue[np.ndarray | None] = queue.Queue()
+        self.chunk_bytes = chunk_bytes
+        for _ in range(_AHEAD + _IN_FLIGHT):
+            self.free.put(None)  # allocated when first used
+
+
+class ChunkReader:
+    """Reads the chunks of a schedule with one thread per input, a few chunks ahead of its consumer.
+
+    Iterating gives `Loaded` chunks; the consumer calls `release` with each once nothing uses its arrays any more.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Mapping[int, Checkpoint],
+        schedule: Sequence[Visit],
+        chunk_entries: int,
+        on_digest: Callable[[int, str, str], None],
+        allow_nonfinite: bool,
+    ) -> None:
+        """Prepares the threads; entering the context starts them.
+
+        Args:
+            checkpoints: The inputs by position.
+            schedule: What to read, in order.
+            chunk_entries: The largest `padded` of a visit.
+            on_digest: Called with (input, tensor name, digest) when a tensor was read for the first time; may be
+                called from any thread and may raise.
+            allow_nonfinite: Let NaN and infinities pass.
+        """
+        widest = max((DTYPES[i.dtype].itemsize for c in checkpoints.values() for i in c.tensors.values()), default=1)
+        self._lanes = {position: _Lane(c, chunk_entries * widest) for position, c in checkpoints.items()}
+        self._schedule = schedule
+        self._on_digest = on_digest
+        self._allow_nonfinite = allow_nonfinite
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._run, args=(position,), name=f"reader-{position}", daemon=True)
+            for position in self._lanes
+        ]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def __iter__(self) -> Iterator[Loaded]:
+        for visit in self._schedule:
+            buffers = tuple(self._take(self._lanes[position].ready) for position in visit.plan.sources)
+            for buffer in buffers:
+                if isinstance(buffer, BaseException):
+                    raise buffer
+            sources = zip(visit.plan.sources, buffers, strict=True)
+            yield Loaded(visit, tuple(self._typed(visit, position, buffer) for position, buffer in sources), buffers)
+
+    def release(self, loaded: Loaded) -> None:
+        """Give the buffers of a chunk back to be read into again."""
+        for position, buffer in zip(loaded.visit.plan.sources, loaded.buffers, strict=True):
+            self._lanes[position].free.put(buffer)
+
+    def _typed(self, visit: Visit, position: int, buffer: Any) -> np.ndarray:
+        info = self._lanes[position].checkpoint.tensors[visit.plan.output.name]
+        dtype = DTYPES[info.dtype]
+        return buffer[: visit.padded * dtype.itemsize].view(dtype)
+
+    def _take(self, source: queue.Queue[Any]) -> Any:
+        while not self._stop.is_set():
+            try:
+                return source.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                continue
+        raise _Stopped
+
+    def _put(self, target: queue.Queue[Any], item: Any) -> None:
+        while not self._stop.is_set():
+            try:
+                return target.put(item, timeout=_POLL_SECONDS)
+            except queue.Full:
+                continue
+        raise _Stopped
+
+    def _run(self, position: int) -> None:
+        lane = self._lanes[position]
+        try:
+            digest = TensorDigest()
+            for visit in self._schedule:
+                if position not in visit.plan.sources:
+                    continue
+                buffer = self._take(lane.free)
+                buffer = _aligned_empty(lane.chunk_bytes) if buffer is None else buffer
+                self._read(position, visit, buffer, digest)
+                if visit.first_reading and visit.last:
+                    self._on_digest(position, visit.plan.output.name, digest.hexdigest())
+                    digest = TensorDigest()
+                self._put(lane.ready, buffer)
+        except _Stopped:
+            return
+        except BaseException as error:  # handed to the consumer, who raises it in its own thread
+            try:
+                self._put(lane.ready, error)
+            except _Stopped:
+                return
+
+    def _read(self, position: int, visit: Visit, buffer: np.ndarray, digest: TensorDigest) -> None:
+        checkpoint = self._lanes[position].checkpoint
+        info = checkpoint.tensors[visit.plan.output.name]
+        width = DTYPES[info.dtype].itemsize
+        raw = buffer[: visit.size * width]
+        checkpoint.read_into(info.name, visit.start * width, raw)
+        if visit.first_reading:
+            digest.update(raw)
+            if not self._allow_nonfinite and visit.plan.pipeline is not None:
+                check_finite(
+                    raw,
+                    info.dtype,
+                    lambda: (
+                        f"{info.name} of {checkpoint.location}: holds NaN or infinite entries: "
+                        "mend the model, or merge them as they are with --allow-nonfinite"
+                    ),
+                )
+
+
+class _Stopped(Exception):  # noqa: N818
+    """The reader was left; its threads end."""

@@ -1,0 +1,341 @@
+"""The commands. Each one reads its arguments, calls a function and shows what it returns.
+
+What a command needs is imported inside it, so that `--help` and `inspect` start without JAX.
+"""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from m3jax import console
+from m3jax.errors import M3Error
+
+if TYPE_CHECKING:
+    from m3jax.streaming import MergeResult
+
+_BAD_INPUT, _FAILURE, _INTERRUPTED, _PIPE_CLOSED = 2, 1, 130, 141
+
+app = typer.Typer(
+    name="m3jax",
+    help="Merge language models exactly: the same recipe and seed give the same bytes, anywhere.",
+    no_args_is_help=True,
+    add_completion=False,
+    # Help as plain text: rich would take longer to import than the rest together.
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors (and --json's result).")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. Also: M3JAX_DEBUG=1.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="The model directory to make.", show_default=False)]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from m3jax import __version__
+
+        print(f"m3jax {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_version)
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    # `main` looks for --debug itself: an error may come before there are options.
+    pass
+
+
+@app.command()
+def merge(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file.", show_default=False)],
+    out: Out,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Use this seed, not the recipe's.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, as in mixup.alpha=0.5; may be repeated."),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")] = "5GB",
+    overwrite: Overwrite = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Go on where weights are NaN or infinite.")
+    ] = False,
+    chunk_entries: Annotated[int | None, typer.Option(hidden=True)] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Merge models as a recipe says.
+
+    An interrupted merge keeps its finished files; the same command resumes it.
+    """
+    with _resumable():
+        from m3jax.recipe import load_recipe
+        from m3jax.streaming import merge_checkpoint
+
+        _silence_downloads(quiet)
+        loaded = load_recipe(recipe, overrides or (), seed)
+        _print_notes(loaded.notes(), quiet)
+        with console.progress_reporter(quiet) as progress:
+            result = merge_checkpoint(
+                loaded,
+                out,
+                overwrite=overwrite,
+                max_shard_size=max_shard_size,
+                allow_nonfinite=allow_nonfinite,
+                chunk_entries=chunk_entries,
+                progress=progress,
+            )
+    _print_notes((note for note in result.notes if note not in loaded.notes()), quiet)
+    _print_merge(result, as_json, quiet)
+
+
+@app.command()
+def replay(
+    manifest: Annotated[
+        Path, typer.Argument(metavar="MANIFEST", help="An m3jax.json, or the directory it is in.", show_default=False)
+    ],
+    out: Out,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option("--input", metavar="RECORDED=HERE", help="Where a recorded input is now; may be repeated."),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Largest weight file.  [default: as recorded]", show_default=False),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Do a merge again from its manifest, bit for bit."""
+    with _resumable():
+        from m3jax.streaming import replay as replay_manifest
+
+        _silence_downloads(quiet)
+        sources = dict(map(_read_source, inputs or ()))
+        with console.progress_reporter(quiet) as progress:
+            result = replay_manifest(
+                manifest, out, sources=sources, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress
+            )
+    _print_notes(result.notes, quiet)
+    _print_merge(result, as_json, quiet)
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that m3jax made.", show_default=False)],
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Check a model directory against its manifest.
+
+    The exit code is 2 if they differ.
+    """
+    from m3jax.manifest import verify as verify_directory
+
+    with console.progress_reporter(quiet) as progress:
+        found = verify_directory(directory, progress=progress)
+    if as_json:
+        _print_json(console.verification_json(found))
+    elif found.differences or not quiet:
+        _print_lines(console.verification_lines(found))
+    if found.differences:
+        raise typer.Exit(_BAD_INPUT)
+
+
+@app.command()
+def inspect(
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A model directory, weight file or hub id.", show_default=False)
+    ],
+    other: Annotated[
+        str | None, typer.Argument(metavar="[OTHER]", help="A second one to compare it with.", show_default=False)
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option("--filter", metavar="REGEX", help="Only tensors in whose names this is found.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a checkpoint holds, or how two of them differ."""
+    from m3jax import inspection
+
+    if other is None:
+        overview = inspection.look_at(path, pattern)
+        _print_result(overview.to_json, lambda: console.overview_lines(overview, console.terminal_width()), as_json)
+        return
+    with console.progress_reporter() as progress:
+        comparison = inspection.compare(path, other, pattern, progress)
+    _print_result(comparison.to_json, lambda: console.comparison_lines(comparison, console.terminal_width()), as_json)
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to work.")] = Path("m3jax-demo"),
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make two tiny models, merge them and show what came of it."""
+    from m3jax import demo as demonstration
+
+    def echo(line: str) -> None:
+        if not quiet:
+            print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+    outcome = demonstration.main(directory, echo)
+    if as_json:
+        _print_json(outcome)
+
+
+# --- What the commands share -----------------------------------------------------------------------------
+
+
+def _read_source(text: str) -> tuple[str, str]:
+    recorded, equals, here = text.partition("=")
+    if not (recorded and equals and here):
+        raise M3Error(
+            f"--input {text!r} is no pair: write RECORDED=HERE, the name in the manifest and a path or hub id."
+        )
+    return recorded, here
+
+
+def _silence_downloads(quiet: bool) -> None:
+    """Keeps the hub client's own progress bars away; it reads this when it is imported."""
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Says, when a merge is interrupted, that its work is not lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("finished shards are kept, and the same command resumes") from None
+
+
+def _print_notes(notes: Iterable[str], quiet: bool) -> None:
+    for note in () if quiet else notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _print_merge(result: "MergeResult", as_json: bool, quiet: bool) -> None:
+    if as_json or not quiet:
+        _print_result(lambda: console.merge_json(result), lambda: console.merge_lines(result), as_json)
+
+
+def _print_result(data: Callable[[], dict[str, Any]], lines: Callable[[], Iterable[str]], as_json: bool) -> None:
+    if as_json:
+        _print_json(data())
+    else:
+        _print_lines(lines())
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    print(json.dumps(data, indent=2, allow_nan=False))
+
+
+# --- From the shell and back -----------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: What follows `m3jax`; `None` takes it from the shell.
+
+    Returns:
+        The exit code: 0 done, 1 a failure of ours, 2 bad input or a difference found, 130 interrupted.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given or os.environ.get("M3JAX_DEBUG", "0") not in ("", "0")
+    for stream in (sys.stdout, sys.stderr):
+        _print_anything(stream)
+    try:
+        code = _run(given)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _abandon(sys.stdout)
+        return _PIPE_CLOSED
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exception(error)
+        sentence, code = _explain(error)
+        print(sentence, file=sys.stderr)
+        return code
+
+
+def _run(arguments: list[str]) -> int:
+    """Runs a command without Typer's own ways of reporting errors."""
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("m3jax", arguments) as context:
+            command.invoke(context)
+    except typer.Exit as error:
+        return error.exit_code
+    return 0
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """What to say of an error, and the exit code."""
+    match error:
+        case M3Error():
+            return f"m3jax: {error}", _BAD_INPUT
+        case KeyboardInterrupt():
+            return f"m3jax: interrupted{f': {error}' if error.args else ''}.", _INTERRUPTED
+        case MemoryError():
+            return "m3jax: out of memory; run with --debug to see where.", _FAILURE
+    # Typer hides its usage errors; their methods and exit code are the same in all its versions.
+    if hasattr(error, "format_message"):
+        return _usage(error), _BAD_INPUT
+    words = " ".join(str(error).split())
+    return f"m3jax: unexpected {type(error).__name__}{f': {words}' if words else ''}; run with --debug.", _FAILURE
+
+
+def _usage(error: Any) -> str:
+    """The sentence for a command line that cannot be read; all of the help where nothing was asked."""
+    message: str = error.format_message()
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return message
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "m3jax"
+    return f"m3jax: {' '.join(message.split()).rstrip('.')}; see `{command} --help`."
+
+
+def _print_anything(stream: TextIO) -> None:
+    """Lets file names that are no text, or letters that the terminal lacks, be printed escaped."""
+    with suppress(AttributeError):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
+
+
+def _abandon(stream: TextIO) -> None:
+    """Points a stream whose reader has gone to nowhere, so that Python does not complain at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

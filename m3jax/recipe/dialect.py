@@ -1,0 +1,140 @@
+"""From YAML text and mergekit's spellings to the plain mapping that the recipe's schema reads."""
+
+import copy
+import os
+import reprlib
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from m3jax.errors import M3Error
+from m3jax.recipe.settings import RecipeError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key that is written twice is an error, not a silent loss of the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                problem = f"the key {key.value!r} is written twice; remove one"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _parse(text: str) -> object:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise RecipeError(f"{line}not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_yaml(path: str | os.PathLike[str]) -> object:
+    """What a YAML file says.
+
+    Raises:
+      M3Error: the file cannot be read, or is not YAML.
+    """
+    try:
+        return _parse(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise M3Error(f"{os.fspath(path)}: no such recipe file; check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise M3Error(f"{os.fspath(path)}: cannot be read ({reason}); name a YAML file") from None
+    except RecipeError as fault:
+        raise M3Error(f"{os.fspath(path)}: {fault}") from None
+
+
+def with_override(raw: object, override: str) -> object:
+    """A recipe's mapping with one `key=value` of the command line put in.
+
+    Args:
+      raw: the mapping; it is not changed.
+      override: a dotted key, "=", and a value in YAML.
+
+    Returns:
+      The new mapping.
+
+    Raises:
+      M3Error: there is no "=", the value is no YAML, or the key leads through something that has no keys.
+
+    Example:
+      >>> with_override({"models": ["a", "b"]}, "models.0.parameters.weight=0.7")
+      {'models': [{'model': 'a', 'parameters': {'weight': 0.7}}, 'b']}
+    """
+    key, equals, text = override.partition("=")
+    steps = key.strip().split(".")
+    if not equals or not all(steps):
+        raise M3Error(f"--set {override}: not of the form key=value; write for instance mixup.alpha=0.5")
+    try:
+        return _put(copy.deepcopy(raw), steps, _parse(text), "")
+    except RecipeError as fault:
+        raise M3Error(f"--set {override}: {fault}") from None
+
+
+def _put(node: object, steps: list[str], value: object, parent: str) -> object:
+    if not steps:
+        return value
+    step, rest = steps[0], steps[1:]
+    if parent == "models" and isinstance(node, str):
+        node = {"model": node}  # mergekit's short form grows where something is set in it
+    if node is None:
+        node = {}
+    if isinstance(node, Mapping):
+        return {**node, step: _put(node.get(step), rest, value, step)}
+    if not isinstance(node, list | tuple):
+        raise RecipeError(f"{parent} is {reprlib.repr(node)} and has no {step!r} inside; set {parent} itself")
+    if not (step.isascii() and step.isdigit() and int(step) < len(node)):
+        raise RecipeError(f"{parent} has no entry {step!r}; write a number from 0 to {len(node) - 1}")
+    at = int(step)
+    return [*node[:at], _put(node[at], rest, value, parent), *node[at + 1 :]]
+
+
+def from_dialect(raw: object) -> dict[Any, Any]:
+    """A recipe's mapping in the one spelling that the schema reads.
+
+    Keys without a value are as good as absent, `tokenizer: {source: …}` is `tokenizer_source`, and the models
+    of `slices` are named as `models` too.
+
+    Raises:
+      RecipeError: it is no mapping, or has a mergekit key without a meaning here.
+    """
+    if not isinstance(raw, Mapping):
+        raise RecipeError(f"{reprlib.repr(raw)} is not a mapping of keys to values; start with 'merge_method: ...'")
+    keys = {key: value for key, value in raw.items() if value is not None}
+    if "modules" in keys:
+        raise RecipeError("merging by module is not supported; name whole models under 'models'", "modules")
+    if "tokenizer" in keys:
+        keys["tokenizer_source"] = _tokenizer_source(keys.pop("tokenizer"), "tokenizer_source" in keys)
+    if "slices" in keys:
+        if "models" in keys:
+            raise RecipeError("given together with models; keep one of the two", "slices")
+        keys["models"] = _models_of(keys["slices"])
+    return keys
+
+
+def _tokenizer_source(tokenizer: object, twice: bool) -> object:
+    if twice:
+        raise RecipeError("given together with tokenizer_source; keep one of the two", "tokenizer")
+    if not isinstance(tokenizer, Mapping) or set(tokenizer) != {"source"}:
+        raise RecipeError("only its source is supported; write 'tokenizer_source: union'", "tokenizer")
+    return tokenizer["source"]
+
+
+def _models_of(slices: object) -> list[object]:
+    """The models of the first slice; malformed slices are left for the schema to refuse."""
+    first = slices[0] if isinstance(slices, list | tuple) and slices else None
+    sources = first.get("sources") if isinstance(first, Mapping) else None
+    if not isinstance(sources, list | tuple):
+        raise RecipeError("not a list of slices with sources; list the models under 'models' instead", "slices")
+    models = [source.get("model") for source in sources if isinstance(source, Mapping)]
+    return [model for model in models if isinstance(model, str)]

@@ -1,0 +1,137 @@
+import huggingface_hub
+import pytest
+from huggingface_hub import constants, errors
+
+from m3jax.checkpoints import companions, locate_model
+from m3jax.errors import M3Error
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """A hub cache that holds one model, and no network."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    repo = tmp_path / "cache" / "models--org--tiny"
+    (repo / "snapshots" / COMMIT).mkdir(parents=True)
+    (repo / "snapshots" / COMMIT / "config.json").write_text("{}")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(COMMIT)
+    (repo / "refs" / "v1").write_text(COMMIT)
+    monkeypatch.chdir(tmp_path)
+    return repo
+
+
+@pytest.mark.parametrize("name", ["org/tiny", "org/tiny@main", "org/tiny@v1", f"org/tiny@{COMMIT}"])
+def test_a_hub_model_comes_from_the_cache(hub_cache, name) -> None:
+    assert locate_model(name) == (name, hub_cache / "snapshots" / COMMIT, COMMIT)
+
+
+def test_what_exists_here_wins(hub_cache, tmp_path) -> None:
+    (tmp_path / "org" / "tiny").mkdir(parents=True)
+    found = locate_model("org/tiny")
+    assert (found.name, str(found.path), found.revision) == ("org/tiny", "org/tiny", None)
+
+
+def test_the_home_directory(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    assert locate_model("~/model").path == tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    "name", ["", "nothing", "/no/such/model", "./org/tiny", "a/b/c", "org/tiny@", "o/t\0", "a b/c"]
+)
+def test_neither_a_path_nor_a_hub_id(hub_cache, name) -> None:
+    with pytest.raises(M3Error, match="does not exist here and is no hub id"):
+        locate_model(name)
+
+
+@pytest.mark.parametrize("name", ["org/absent", "org/tiny@v9"])
+def test_not_in_the_cache_while_offline(hub_cache, name) -> None:
+    with pytest.raises(M3Error, match=f"{name}' does not exist here and is not complete in the hub cache: unset"):
+        locate_model(name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        (errors.GatedRepoError, "is gated on the hub: accept its terms"),
+        (errors.RepositoryNotFoundError, "no such model: check the spelling"),
+        (errors.RevisionNotFoundError, "no revision 'v2'"),
+        (errors.LocalEntryNotFoundError, "cannot be reached"),
+        (errors.HFValidationError, "no valid hub id"),
+        (RuntimeError, r"\(RuntimeError\)"),
+    ],
+)
+def test_failures_of_the_hub_are_one_sentence_without_secrets(monkeypatch, tmp_path, kind, sentence) -> None:
+    def fail(*args, **kwargs):
+        error = kind.__new__(kind)
+        error.args = ("GET https://user:hf_secret@hub\nsecond line",)
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(M3Error, match=sentence) as caught:
+        locate_model("org/tiny@v2")
+    assert "hf_secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_only_what_a_merge_needs_is_downloaded(monkeypatch, tmp_path) -> None:
+    asked = {}
+
+    def download(repo, **options):
+        asked.update(options, repo=repo)
+        return str(tmp_path / COMMIT)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert locate_model("org/tiny@refs/pr/1").revision == COMMIT
+    assert (asked["repo"], asked["revision"]) == ("org/tiny", "refs/pr/1")
+    patterns = huggingface_hub.utils.filter_repo_objects
+    files = [
+        "model-00001-of-00002.safetensors",
+        "pytorch_model.bin",
+        "config.json",
+        "tokenizer.model",
+        "README.md",
+    ]
+    kept = list(patterns(files, allow_patterns=asked["allow_patterns"]))
+    assert kept == ["model-00001-of-00002.safetensors", "config.json", "tokenizer.model"]
+
+
+def test_companions(tmp_path) -> None:
+    carried = [
+        "additional_chat_templates/rag.jinja",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "merges.txt",
+        "preprocessor_config.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+        "vocab.json",
+    ]
+    left = [
+        "README.md",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        ".git/config.json",
+    ]
+    for name in carried + left:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "tokenizer_old.json").mkdir()
+    assert [str(path.relative_to(tmp_path)) for path in companions(tmp_path)] == carried
+
+
+def test_companions_of_nothing(tmp_path) -> None:
+    assert companions(tmp_path) == []
+    with pytest.raises(M3Error, match="absent cannot be listed"):
+        companions(tmp_path / "absent")

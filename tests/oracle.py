@@ -1,0 +1,221 @@
+"""The oracle: every merge again in plain numpy float32, one line per step, independent of m3jax.
+
+No import from m3jax. Its Threefry works on Python's own arithmetic, its coefficients on float64, its thresholds on
+numpy's sort, its inner products on Python's integers.
+"""
+
+import hashlib
+import math
+
+import ml_dtypes
+import numpy as np
+
+F32, U32 = np.float32, np.uint32
+
+
+def flush(x):
+    return np.where(np.abs(x) < F32(2.0**-125), np.copysign(F32(0), x), x).astype(F32)
+
+
+def wide(x):
+    return flush(np.asarray(x).astype(F32))
+
+
+def narrow(x, dtype):
+    with np.errstate(over="ignore"):
+        return x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+
+def scalar(value):
+    return flush(F32(value))
+
+
+def threefry(key, counter):
+    """Threefry-2x32-20 after Salmon et al. (2011), in uint64 with explicit reduction."""
+    mask = 0xFFFFFFFF
+    k = [np.uint64(int(key[0])), np.uint64(int(key[1]))]
+    k.append(k[0] ^ k[1] ^ np.uint64(0x1BD11BDA))
+    x = [(counter[0].astype(np.uint64) + k[0]) & np.uint64(mask), (counter[1].astype(np.uint64) + k[1]) & np.uint64(mask)]
+    rotations = [13, 15, 26, 6, 17, 29, 16, 24]
+    for r in range(20):
+        n = np.uint64(rotations[r % 8])
+        x[0] = (x[0] + x[1]) & np.uint64(mask)
+        x[1] = ((x[1] << n) | (x[1] >> (np.uint64(32) - n))) & np.uint64(mask)
+        x[1] ^= x[0]
+        if r % 4 == 3:
+            s = r // 4 + 1
+            x[0] = (x[0] + k[s % 3]) & np.uint64(mask)
+            x[1] = (x[1] + k[(s + 1) % 3] + np.uint64(s)) & np.uint64(mask)
+    return x[0].astype(U32), x[1].astype(U32)
+
+
+def fold_in(key, data):
+    u, v = threefry(key, (np.zeros(1, U32), np.full(1, data, U32)))
+    return int(u[0]), int(v[0])
+
+
+def name_words(name):
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")
+
+
+def root(seed):
+    return seed >> 32, seed & 0xFFFFFFFF
+
+
+def masks(seed, name, densities, shape):
+    key = fold_in(root(seed), 1)
+    for word in name_words(name):
+        key = fold_in(key, word)
+    e = np.arange(math.prod(shape), dtype=np.uint64)
+    keep = []
+    for j in range((len(densities) + 1) // 2):
+        words = threefry(fold_in(key, j), ((e >> np.uint64(32)).astype(U32), e.astype(U32)))
+        for word, density in zip(words, densities[2 * j : 2 * j + 2]):
+            keep.append((word.astype(np.uint64) < np.uint64(math.floor(density * 2**32))).reshape(shape))
+    return keep
+
+
+def draw(seed, alpha, n, group=None):
+    from scipy.special import betaincinv
+
+    key = fold_in(root(seed), 0)
+    for word in [] if group is None else name_words(group):
+        key = fold_in(key, word)
+    weights, rest = [], 1.0
+    for i in range(n - 1):
+        u, v = threefry(key, (np.zeros(1, U32), np.full(1, i, U32)))
+        p = (float(u[0]) * 2.0**32 + float(v[0]) + 0.5) / 2.0**64
+        a, b = alpha if isinstance(alpha, tuple) else (alpha, alpha * (n - 1 - i))
+        stick = float(F32(betaincinv(a, b, p)))
+        weights.append(rest * stick)
+        rest *= 1.0 - stick
+    return [*weights, rest]
+
+
+def kth_smallest_magnitude(arrays, density):
+    flat = np.concatenate([np.abs(a).ravel() for a in arrays]) if arrays else np.zeros(0, F32)
+    k = math.floor(flat.size * (1 - density))
+    return F32(0) if k == 0 else np.sort(flat)[k - 1]
+
+
+def inner(a, b):
+    """Σ ab rounded term by term to 2⁻²⁹ of the power of two at or below the largest term, then summed exactly."""
+    terms = flush((a * b).astype(F32)).ravel()
+    top = np.abs(terms).max(initial=F32(0))
+    exponent = (int(top.view(U32)) >> 23) - 127
+    units = np.rint(np.ldexp(terms.astype(np.float64), 29 - exponent))
+    return math.ldexp(sum(int(u) for u in units), exponent - 29)
+
+
+def merge(
+    experts,  # list of {name: array}
+    base=None,
+    method="linear",
+    weights=None,  # list of n, or {name: list of n}; slerp: one t
+    *,
+    seed=0,
+    out=None,
+    scale=1.0,
+    normalize=None,
+    density=None,  # TIES's trim
+    trim_scope="tensor",
+    election="weighted",
+    sparsify=None,  # None | "dare" | "magnitude"
+    keep=None,  # the sparsifier's density: a number or one per expert
+    target="delta",
+    rescale=None,
+    scope="tensor",
+):
+    n, names = len(experts), list(experts[0])
+    normalize = (method in ("linear", "ties")) if normalize is None else normalize
+    rescale = (sparsify == "dare") if rescale is None else rescale
+    keep = [1.0] * n if keep is None else list(keep) if isinstance(keep, tuple | list) else [keep] * n
+    trim = [density] * n if not isinstance(density, tuple | list) else list(density)
+    weights = weights if isinstance(weights, dict) else {name: weights if weights is not None else [1.0] * n for name in names}
+    takes_deltas = method in ("task_arithmetic", "ties") or (sparsify and target == "delta")
+    folded = [d if sparsify and rescale and target == "delta" else 1.0 for d in keep]
+
+    def raw(name, i):
+        x = wide(experts[i][name])
+        return flush(x - wide(base[name])) if takes_deltas and target == "delta" else x
+
+    values = {(name, i): raw(name, i) for name in names for i in range(n)}
+    if sparsify == "dare":
+        for name in names:
+            for i, mask in enumerate(masks(seed, name, keep, np.shape(experts[0][name]))):
+                values[name, i] = np.where(mask, values[name, i], F32(0))
+    if sparsify == "magnitude":
+        for group in [names] if scope == "model" else [[name] for name in names]:
+            for i in range(n):
+                least = kth_smallest_magnitude([values[name, i] for name in group], keep[i])
+                for name in group:
+                    values[name, i] = np.where(np.abs(values[name, i]) >= least, values[name, i], F32(0))
+    if sparsify and target == "weights":
+        for name, i in values:
+            values[name, i] = flush(values[name, i] * scalar(1 / keep[i] if rescale and keep[i] else 1.0))
+    if takes_deltas and target == "weights":
+        values = {(name, i): flush(v - wide(base[name])) for (name, i), v in values.items()}
+
+    if method == "ties" and density is not None:
+        for group in [names] if trim_scope == "model" else [[name] for name in names]:
+            for i in range(n):
+                least = kth_smallest_magnitude([values[name, i] for name in group], trim[i])
+                for name in group:
+                    values[name, i] = np.where(np.abs(values[name, i]) >= least, values[name, i], F32(0))
+
+    inverse = [1 / d if d else 0.0 for d in folded]
+    votes, elected = {}, {}
+    if method == "ties":
+        for name in names:
+            for i in range(n):
+                e = (weights[name][i] if election == "weighted" else 1.0) * (inverse[i] / (max(inverse) or 1.0))
+                votes[name, i] = flush(values[name, i] * scalar(e))
+            total = votes[name, 0]
+            for i in range(1, n):
+                total = flush(total + votes[name, i])
+            elected[name] = np.sign(total)
+        balance = sum(int(np.sign(e).sum(dtype=np.float64)) for e in elected.values())
+        tie = 1.0 if election == "weighted" else float(np.sign(balance))
+        elected = {name: np.where(e == 0, tie, e) for name, e in elected.items()}
+
+    merged = {}
+    for name in names:
+        w = weights[name]
+        if method == "slerp":
+            a, b = values[name, 0], values[name, 1]
+            t = float(w if np.ndim(w) == 0 else w[0])
+            norms = math.sqrt(inner(a, a)) * math.sqrt(inner(b, b))
+            cosine = min(1.0, max(-1.0, inner(a, b) / norms)) if norms > 0 else 1.0
+            if abs(cosine) > 0.9995:
+                w = [1.0 - t, t]
+            else:
+                w = [math.sin((1 - t) * math.acos(cosine)) / math.sin(math.acos(cosine)), math.sin(t * math.acos(cosine)) / math.sin(math.acos(cosine))]
+        total = None
+        agree = [
+            (np.sign(votes[name, i]) == elected[name]) & (votes[name, i] != 0) if method == "ties" else np.full(values[name, i].shape, True)
+            for i in range(n)
+        ]
+        subset = sum(a.astype(np.int64) << i for i, a in enumerate(agree))
+        for i in range(n):
+            c = np.empty(2**n, F32)
+            for s in range(2**n):
+                members = [w[j] for j in range(n) if s >> j & 1]
+                norm = 0.0
+                for m in members:
+                    norm += m
+                if method == "slerp":
+                    c[s] = scalar(w[i])
+                elif folded[i] == 0:
+                    c[s] = 0
+                elif normalize and norm != 0:
+                    c[s] = scalar(w[i] * scale / folded[i] / norm)
+                else:
+                    c[s] = scalar(w[i] * scale / folded[i])
+            term = np.where(agree[i], flush(c[subset] * values[name, i]), F32(0))
+            total = term if total is None else flush(total + term)
+        if takes_deltas:
+            total = flush(total + wide(base[name]))
+        dtype = out or np.asarray((base or experts[0])[name]).dtype.name
+        merged[name] = narrow(total, dtype)
+    return merged
