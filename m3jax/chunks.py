@@ -48,13 +48,15 @@ def padded_size(size: int, chunk_entries: int) -> int:
     return min(s for s in sizes if size <= s <= chunk_entries)
 
 
-def visits(stage: Any, plan: TensorPlan, chunk_entries: int, first_reading: bool) -> Iterator[Visit]:
-    """The chunks of one tensor at one stage; a tensor without entries has one empty chunk."""
-    total = plan.output.size
-    for start in range(0, max(total, 1), chunk_entries):
-        size = min(chunk_entries, total - start)
+def visits(
+    stage: Any, plan: TensorPlan, chunk_entries: int, first_reading: bool, start: int = 0, stop: int | None = None
+) -> Iterator[Visit]:
+    """The chunks of one tensor (or of a part of it) at one stage; a tensor without entries has one empty chunk."""
+    stop = plan.output.size if stop is None else stop
+    for begin in range(start, max(stop, start + 1), chunk_entries):
+        size = min(chunk_entries, stop - begin)
         padded = padded_size(size, chunk_entries)
-        yield Visit(stage, plan, start, size, padded, first_reading, start + size == total)
+        yield Visit(stage, plan, begin, size, padded, first_reading, begin + size == stop)
 
 
 def _aligned_empty(nbytes: int) -> np.ndarray:

@@ -83,11 +83,12 @@ def merge(
     """
     with _resumable():
         from m3jax.recipe import load_recipe
-        from m3jax.streaming import merge_checkpoint
 
-        _silence_downloads(quiet)
         loaded = load_recipe(recipe, overrides or (), seed)
         _print_notes(loaded.notes(), quiet)
+        _silence_downloads(quiet)
+        from m3jax.streaming import merge_checkpoint  # after the recipe: a mistake in it shows before JAX starts
+
         with console.progress_reporter(quiet) as progress:
             result = merge_checkpoint(
                 loaded,
@@ -123,10 +124,10 @@ def replay(
 ) -> None:
     """Do a merge again from its manifest, bit for bit."""
     with _resumable():
+        sources = dict(map(_read_source, inputs or ()))
+        _silence_downloads(quiet)
         from m3jax.streaming import replay as replay_manifest
 
-        _silence_downloads(quiet)
-        sources = dict(map(_read_source, inputs or ()))
         with console.progress_reporter(quiet) as progress:
             result = replay_manifest(
                 manifest, out, sources=sources, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress
@@ -164,7 +165,7 @@ def inspect(
         str, typer.Argument(metavar="PATH", help="A model directory, weight file or hub id.", show_default=False)
     ],
     other: Annotated[
-        str | None, typer.Argument(metavar="[OTHER]", help="A second one to compare it with.", show_default=False)
+        str | None, typer.Argument(metavar="OTHER", help="A second one to compare it with.", show_default=False)
     ] = None,
     pattern: Annotated[
         str | None, typer.Option("--filter", metavar="REGEX", help="Only tensors in whose names this is found.")
@@ -186,19 +187,19 @@ def inspect(
 
 @app.command()
 def demo(
-    directory: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to work.")] = Path("m3jax-demo"),
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to work.")] = Path("m3jax-demo"),
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Make two tiny models, merge them and show what came of it."""
-    from m3jax import demo as demonstration
+    from m3jax.demo import main as run_demo
 
     def echo(line: str) -> None:
         if not quiet:
             print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
 
-    outcome = demonstration.main(directory, echo)
+    outcome = run_demo(directory, echo)
     if as_json:
         _print_json(outcome)
 
@@ -266,7 +267,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: What follows `m3jax`; `None` takes it from the shell.
 
     Returns:
-        The exit code: 0 done, 1 a failure of ours, 2 bad input or a difference found, 130 interrupted.
+        The exit code: 0 done, 1 a failure of ours, 2 bad input or a difference found, 130 interrupted, 141 when
+        whoever read the output has gone.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or os.environ.get("M3JAX_DEBUG", "0") not in ("", "0")

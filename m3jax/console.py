@@ -90,14 +90,17 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-def table(head: Row, rows: Sequence[Row], width: int | None = None, left: int = 1) -> Iterator[str]:
+def table(
+    head: Row, rows: Sequence[Row], width: int | None = None, left: int = 1, spare: int | None = None
+) -> Iterator[str]:
     """Aligned lines.
 
     Args:
         head: The columns' names.
         rows: Their values.
-        width: Longest line allowed; where a row would be longer, its first column has a line of its own.
+        width: Longest line wanted; where rows would be longer, the first column has lines of its own.
         left: How many columns, from the first, are aligned to the left.
+        spare: A column to leave out first where rows would be too long.
 
     Yields:
         The lines.
@@ -110,6 +113,10 @@ def table(head: Row, rows: Sequence[Row], width: int | None = None, left: int = 
     """
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     stacked = width is not None and sum(widths) + 2 * (len(widths) - 1) > width
+    if stacked and spare is not None:
+        narrower = [[*row[:spare], *row[spare + 1 :]] for row in (head, *rows)]
+        yield from table(narrower[0], narrower[1:], width, left)
+        return
     for row in (head, *rows):
         cells = [
             cell.ljust(room) if index < left else cell.rjust(room)
@@ -141,15 +148,13 @@ def overview_lines(overview: "Overview", width: int | None = None) -> Iterator[s
         ],
         width,
         left=3,
+        spare=3,  # the shape says it
     )
     yield ""
-    yield from table(
-        ["dtype", "tensors", "parameters", "bytes"],
-        [
-            *([kind, f"{count:,}", f"{entries:,}", size_text(size)] for kind, count, entries, size in overview.dtypes),
-            ["all", f"{len(overview.tensors):,}", f"{overview.entries:,}", size_text(overview.bytes)],
-        ],
-    )
+    totals = [[kind, f"{count:,}", f"{entries:,}", size_text(size)] for kind, count, entries, size in overview.dtypes]
+    if len(totals) != 1:
+        totals.append(["all", f"{len(overview.tensors):,}", f"{overview.entries:,}", size_text(overview.bytes)])
+    yield from table(["dtype", "tensors", "parameters", "bytes"], totals)
     files = size_text(sum(file.bytes for file in overview.files))
     yield f"{count_text(len(overview.files), 'file')}, {files}"
     if overview.hidden:
@@ -233,7 +238,7 @@ def _verdict(comparison: "Comparison") -> str:
     if not comparison.tensors:
         return "different: no tensor can be compared"
     changed = total.entries - total.equal
-    return f"different: {changed:,} of {total.entries:,} entries compared"
+    return f"different: {changed:,} of the {total.entries:,} entries compared"
 
 
 # --- Merges ----------------------------------------------------------------------------------------------
@@ -376,6 +381,7 @@ class Reporter:
         self._due = self._began + display.interval(0.0)
         self._paces: dict[str, Pace] = {}
         self._finished: set[str] = set()
+        self._shown: set[str] = set()
 
     def __call__(self, step: "Progress") -> None:
         """Takes one report."""
@@ -392,14 +398,16 @@ class Reporter:
         pace.update(now, step.done)
         if step.done >= step.total:
             self._finished.add(step.stage)
-        elif now < self._due:
+        # What was shown is shown to its end; what was over before anyone could wonder is not shown.
+        if now < self._due and not (step.stage in self._finished and step.stage in self._shown):
             return
+        self._shown.add(step.stage)
         self._due = now + self._display.interval(now - self._began)
         self._display.draw(step, pace)
 
 
 class Lines:
-    """Progress as plain lines, for logs: often at first, then at most once a minute."""
+    """Progress as plain lines, for logs: every few seconds at first, then once a minute."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -437,7 +445,8 @@ class Bars:
 
         columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[state]}"))
         # Results may go to stdout meanwhile; rich is to draw on stderr only.
-        self.live = RichProgress(*columns, console=Console(stderr=True), redirect_stdout=False)
+        # Bars vanish at the end: the summary that follows says what they said.
+        self.live = RichProgress(*columns, console=Console(stderr=True), redirect_stdout=False, transient=True)
         self._tasks: dict[str, Any] = {}
 
     def interval(self, elapsed: float) -> float:

@@ -56,22 +56,15 @@ def _merge_array(pipe: Pipeline, dtype: DTypeLike, experts: Any, base: Any, scal
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _histogram(
-    pipe: Pipeline,
-    stage: str,
-    digit: int,
-    prefix: Any,
-    experts: Any,
-    base: Any,
-    scalars: Any,
-    zero: exact.Zero,
-) -> UInt32[Array, "n bins"]:
+def _tally(
+    pipe: Pipeline, stage: str, shift: int, low: Any, experts: Any, base: Any, scalars: Any, zero: exact.Zero
+) -> UInt32[Array, "n 65536"]:
     if stage == "sparsify":
         values = pipeline.ranked_by_sparsifier(pipe, experts, base)
     else:
         index = bits.flat_index(experts[0].shape)
         values = pipeline.ranked_by_trim(pipe, experts, base, scalars, index, zero)
-    return magnitude.histogram(values, prefix, digit)
+    return magnitude.tally(magnitude.bins(values, low, shift))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -99,12 +92,9 @@ def _at_hand(counts: Array) -> Any:
 # --- scalars that depend on more than one entry -------------------------------------------------------------------
 
 
-def _slices(leaf: _Leaf) -> list[_Leaf]:
-    """The leaf in parts of fewer than 2³² entries, so that a uint32 can count each."""
-    size, rows = leaf.experts[0].size, leaf.experts[0].shape[:1]
-    if size < 2**32:
-        return [leaf]
-    raise M3Error(f"{leaf.name}: has {size} entries in {rows[0]} rows, too many to rank in memory: use m3jax merge")
+def _check_countable(leaf: _Leaf) -> None:
+    if leaf.experts[0].size >= 2**32:
+        raise M3Error(f"{leaf.name}: has {leaf.experts[0].size} entries, too many to rank in memory: use m3jax merge")
 
 
 def _threshold(
@@ -112,15 +102,14 @@ def _threshold(
 ) -> UInt32[Array, " n"]:
     """Bits of each expert's smallest kept magnitude over a group of leaves."""
     search = magnitude.start(sum(leaf.experts[0].size for leaf in group), densities)
-    for digit in range(len(magnitude.DIGITS)):
-        bins = 2 ** magnitude.DIGITS[digit][1]
-        total: Any = (np.zeros((pipe.num_experts, bins), np.uint32),) * 2
+    for shift in (magnitude.COARSE, magnitude.FINE):
+        total: Any = (np.zeros((pipe.num_experts, magnitude.BINS), np.uint32),) * 2
         for leaf in group:
-            for part in _slices(leaf):
-                counts = _histogram(pipe, stage, digit, search.prefix, part.experts, part.base, part.scalars, zero)
-                total = magnitude.add_counts(total, _at_hand(counts))
-        search = magnitude.advance(search, total, digit)
-    return search.prefix
+            _check_countable(leaf)
+            counts = _tally(pipe, stage, shift, search.low, leaf.experts, leaf.base, leaf.scalars, zero)
+            total = magnitude.add_counts(total, _at_hand(counts))
+        search, _ = magnitude.advance(search, total, shift)
+    return search.low
 
 
 def _with_thresholds(pipe: Pipeline, leaves: list[_Leaf], zero: exact.Zero) -> list[_Leaf]:
@@ -144,9 +133,9 @@ def _with_thresholds(pipe: Pipeline, leaves: list[_Leaf], zero: exact.Zero) -> l
 def _majority_sign(pipe: Pipeline, leaves: list[_Leaf], zero: exact.Zero) -> Int32[Array, ""]:
     total: Any = (np.zeros(2, np.uint32),) * 2
     for leaf in leaves:
-        for part in _slices(leaf):
-            counts = _sign_counts(pipe, part.experts, part.base, part.scalars, zero)
-            total = magnitude.add_counts(total, _at_hand(counts))
+        _check_countable(leaf)
+        counts = _sign_counts(pipe, leaf.experts, leaf.base, leaf.scalars, zero)
+        total = magnitude.add_counts(total, _at_hand(counts))
     return ties.majority(total)
 
 

@@ -14,7 +14,7 @@ from numpy.typing import DTypeLike
 from m3jax import bits, exact
 from m3jax.errors import M3Error
 from m3jax.exact import Zero
-from m3jax.methods import ties
+from m3jax.methods import linear, ties
 from m3jax.methods.types import Fold, Index, Method, Scalar, Scalars, Sparsifier, Values
 
 
@@ -85,8 +85,8 @@ def leaf_scalars(pipeline: Pipeline, settings: LeafSettings, mask_keys: Any) -> 
     keep = [bits.keep_threshold(d) for d in settings.densities]
     return Scalars(
         coefficients=pipeline.method.fold(pipeline.method, Fold(settings.weights, divisors, settings.scale)),
-        election=ties.linear.stack([v * (i / largest) for v, i in zip(votes, inverse, strict=True)]),
-        comparison=np.array(settings.comparison, np.float32),  # type: ignore[arg-type]
+        election=_unless_ones([v * (i / largest) for v, i in zip(votes, inverse, strict=True)]),
+        comparison=_unless_ones(settings.comparison),
         enlarge=np.array(  # type: ignore[arg-type]
             [1.0 / d if d and rescaled and not folded else 1.0 for d in settings.densities], np.float32
         ),
@@ -97,6 +97,13 @@ def leaf_scalars(pipeline: Pipeline, settings: LeafSettings, mask_keys: Any) -> 
         trim_below=np.zeros(n, np.uint32),  # type: ignore[arg-type]
         tie_sign=np.int32(1),  # type: ignore[arg-type]
     )
+
+
+def _unless_ones(factors: Sequence[Scalar]) -> Float[Array, " n"] | None:
+    """Factors as float32, or None where multiplying by them would change nothing."""
+    if all(isinstance(f, float) and f == 1.0 for f in factors):
+        return None
+    return linear.stack(list(factors))
 
 
 def _task_vectors(pipeline: Pipeline, experts: Values, base: Array | None) -> Values:

@@ -1,21 +1,26 @@
 """Dropping the smallest entries, and finding the threshold below which they lie, exactly.
 
-|x| of float32 as an integer orders like |x|, so the k-th smallest magnitude is found digit by digit from histograms
-of integers. Counts add up in any order, over chunks, devices and hosts; nothing is sampled or sorted.
+|x| of float32 as an integer orders like |x|, so the k-th smallest magnitude is found from histograms of integers: one
+of coarse bins, then one of single values inside the bin that holds it. A sample can suggest where to look first, but
+only counts of everything decide. Counts add up in any order, over chunks, devices and hosts.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, UInt32
+from jaxtyping import Array, Bool, UInt16, UInt32
 
 from m3jax import exact
 from m3jax.errors import M3Error
 from m3jax.methods.types import SCOPES, TARGETS, Index, Scalars, Sparsifier, Values, check_density
 
-DIGITS = ((16, 15), (0, 16))
-"""(shift, width) of the digits of a magnitude, most significant first."""
+COARSE, FINE = 15, 0
+"""Shifts of the two rounds that find any threshold: 2¹⁶ bins of 2¹⁵ values, then single values inside one bin."""
+
+BINS = 2**16
+_IN_BRACKET = BINS - 2  # the first bin counts what is below the bracket, the last what is above
 
 Count = tuple[UInt32[Array, "..."], UInt32[Array, "..."]]
 """High and low word of counts that may pass 2³²."""
@@ -25,45 +30,61 @@ class Search(NamedTuple):
     """A search for the rank-th smallest magnitude of each expert.
 
     Attributes:
-        prefix: uint32[n], the digits found so far.
-        rank: What is still to be counted inside the prefix, as two uint32[n] words; 0 keeps all.
+        low: uint32[n], the smallest magnitude of the bracket that is searched next; at the end, the threshold.
+        rank: k as two uint32[n] words; 0 keeps all.
     """
 
-    prefix: UInt32[Array, " n"]
+    low: UInt32[Array, " n"]
     rank: Count
 
 
-def start(sizes: int, densities: tuple[float, ...]) -> Search:
-    """A search for the threshold that keeps `density` of `sizes` entries, per expert: rank ⌊N·(1 − density)⌋."""
-    ranks = [int(sizes * (1.0 - density)) for density in densities]
+def start(size: int, densities: tuple[float, ...]) -> Search:
+    """A search for the threshold that keeps `density` of `size` entries, per expert: rank ⌊N·(1 − density)⌋."""
+    ranks = [int(size * (1.0 - density)) for density in densities]
     high = np.array([rank >> 32 for rank in ranks], np.uint32)
     low = np.array([rank & 0xFFFFFFFF for rank in ranks], np.uint32)
     return Search(np.zeros(len(ranks), np.uint32), (high, low))  # type: ignore[arg-type]
 
 
-def histogram(
-    values: Values, prefix: UInt32[Array, " n"], digit: int, valid: Bool[Array, "..."] | None = None
-) -> UInt32[Array, "n bins"]:
-    """How many magnitudes with the found prefix have each value of the next digit.
+def bins(values: Values, low: UInt32[Array, " n"], shift: int) -> list[UInt16[Array, "..."]]:
+    """The bin of every magnitude: 0 below the bracket, 1, 2, … inside it, 65535 above.
 
     Args:
-        values: One float32 array per expert, each of fewer than 2³² entries.
-        prefix: As in `Search`.
-        digit: Index into `DIGITS`.
-        valid: Which entries count; all when None.
+        values: One float32 array per expert.
+        low: Where each expert's bracket begins.
+        shift: A bin holds 2^shift magnitudes.
     """
-    shift, width = DIGITS[digit]
-    bins = 2**width
-    rows = []
+    found = []
     for expert, value in enumerate(values):
         bits = exact.magnitude_bits(value)
-        counted = (bits >> np.uint32(shift + width)) == (prefix[expert] >> np.uint32(shift + width))
-        if valid is not None:
-            counted &= valid
-        bucket = (bits >> np.uint32(shift)) & np.uint32(bins - 1)
-        bucket = jnp.where(counted, bucket, np.uint32(bins)).ravel().astype(jnp.int32)
-        rows.append(jnp.zeros(bins, jnp.uint32).at[bucket].add(np.uint32(1), mode="drop"))
+        inside = jnp.minimum((bits - low[expert]) >> np.uint32(shift), np.uint32(_IN_BRACKET)) + np.uint32(1)
+        found.append(jnp.where(bits < low[expert], np.uint32(0), inside).astype(jnp.uint16))
+    return found
+
+
+def tally(binned: Sequence[UInt16[Array, "..."]], valid: Bool[Array, "..."] | None = None) -> UInt32[Array, "n 65536"]:
+    """How many magnitudes fall into each bin, for arrays of fewer than 2³² entries.
+
+    Args:
+        binned: What `bins` gave.
+        valid: Which entries count; all when None.
+    """
+    rows = []
+    for row in binned:
+        bucket = row.astype(jnp.int32)
+        bucket = bucket if valid is None else jnp.where(valid, bucket, BINS)
+        rows.append(jnp.zeros(BINS, jnp.uint32).at[bucket.ravel()].add(np.uint32(1), mode="drop"))
     return jnp.stack(rows)
+
+
+def tally_sparse(binned: Sequence[np.ndarray]) -> np.ndarray:
+    """`tally` on the host, fast where few magnitudes fall inside the bracket."""
+    counts = np.zeros((len(binned), BINS), np.uint32)
+    for row, bucket in zip(counts, binned, strict=True):
+        row += np.bincount(bucket[(bucket - np.uint16(1)) < _IN_BRACKET], minlength=BINS).astype(np.uint32)
+        row[0] = np.count_nonzero(bucket == 0)
+        row[-1] = bucket.size - np.count_nonzero(bucket != BINS - 1)
+    return counts
 
 
 def _cumulative(xp: Any, counts: Count) -> Count:
@@ -76,26 +97,41 @@ def _cumulative(xp: Any, counts: Count) -> Count:
     return sums[2] + (middle >> sixteen), (middle << sixteen) | (sums[0] & half)
 
 
-def advance(search: Search, counts: Count, digit: int) -> Search:
-    """The search with one more digit found; on the host if the counts are there.
+def advance(search: Search, counts: Count, shift: int) -> tuple[Search, Bool[Array, " n"]]:
+    """The search narrowed to the bin that holds the rank-th magnitude; on the host if the counts are there.
 
     Args:
         search: The search before.
-        counts: Histogram totals over everything searched, two words of uint32[n, bins].
-        digit: Which digit was counted.
+        counts: Tallies over everything searched, two words of uint32[n, 65536].
+        shift: That of the bins.
+
+    Returns:
+        The search with `low` at the bin's first magnitude, and for which experts the rank lay inside the bracket.
     """
     xp: Any = np if isinstance(counts[0], np.ndarray) else jnp
     high, low = _cumulative(xp, counts)
     rank_high, rank_low = search.rank[0][:, None], search.rank[1][:, None]
     before = (high < rank_high) | ((high == rank_high) & (low < rank_low))
     found = xp.sum(before, axis=-1, dtype=np.uint32)
-    last = (xp.maximum(found, np.uint32(1)) - np.uint32(1))[:, None].astype(np.int32)
-    below = [xp.where(found > 0, xp.take_along_axis(word, last, axis=-1)[:, 0], np.uint32(0)) for word in (high, low)]
     keeps_all = (search.rank[0] | search.rank[1]) == 0
-    left_low = search.rank[1] - below[1]
-    left_high = search.rank[0] - below[0] - (search.rank[1] < below[1]).astype(np.uint32)
-    prefix = xp.where(keeps_all, np.uint32(0), search.prefix | (found << np.uint32(DIGITS[digit][0])))
-    return Search(prefix, (left_high, left_low))
+    narrowed = search.low + ((found - np.uint32(1)) << np.uint32(shift))
+    inside = keeps_all | ((found > 0) & (found <= _IN_BRACKET))
+    return Search(xp.where(keeps_all, np.uint32(0), narrowed), search.rank), inside
+
+
+def guess(search: Search, size: int, samples: Sequence[np.ndarray]) -> Search:
+    """The search with brackets around the thresholds that samples suggest; a guess costs time if wrong, never bits.
+
+    Args:
+        search: The search.
+        size: N, how many entries it ranks.
+        samples: Magnitudes (uint32) of some entries of each expert.
+    """
+    lows = []
+    for high, low, sample in zip(*search.rank, samples, strict=True):
+        place = min(((int(high) << 32) + int(low)) * sample.size // max(size, 1), sample.size - 1)
+        lows.append(max(int(np.partition(sample, place)[place]) - _IN_BRACKET // 2, 0))
+    return search._replace(low=np.array(lows, np.uint32))  # type: ignore[arg-type]
 
 
 def add_counts(total: Count, counts: UInt32[Array, "..."]) -> Count:

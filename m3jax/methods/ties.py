@@ -56,7 +56,13 @@ def trim(values: Values, scalars: Scalars, zero: Zero) -> Values:
 
 def comparable(values: Values, scalars: Scalars, zero: Zero) -> Values:
     """Values whose magnitudes may be ranked over more than one tensor."""
-    return tuple(exact.multiply(scalars.comparison[i], v, zero) for i, v in enumerate(values))
+    return _scaled(values, scalars.comparison, zero)
+
+
+def _scaled(values: Values, factors: Float[Array, " n"] | None, zero: Zero) -> Values:
+    if factors is None:
+        return values
+    return tuple(exact.multiply(factors[i], v, zero) for i, v in enumerate(values))
 
 
 def _sign(x: Float[Array, "..."]) -> Int32[Array, "..."]:
@@ -64,7 +70,7 @@ def _sign(x: Float[Array, "..."]) -> Int32[Array, "..."]:
 
 
 def _votes(trimmed: Values, scalars: Scalars, zero: Zero) -> tuple[Values, Float[Array, "..."]]:
-    votes = tuple(exact.multiply(scalars.election[i], v, zero) for i, v in enumerate(trimmed))
+    votes = _scaled(trimmed, scalars.election, zero)
     return votes, functools.reduce(exact.add, votes)
 
 

@@ -31,8 +31,8 @@ class Scalars(NamedTuple):
 
     Attributes:
         coefficients: What each expert is multiplied with: [n], or [2ⁿ, n] indexed by which experts agree (TIES).
-        election: Factor of each expert in the election of a sign.
-        comparison: Factor that makes an expert's magnitudes comparable between tensors.
+        election: Factor of each expert in the election of a sign; None for ones.
+        comparison: Factor that makes an expert's magnitudes comparable between tensors; None for ones.
         enlarge: 1/density where it cannot be folded into a coefficient (sparsified raw weights).
         mask_keys: Threefry keys of the leaf's mask streams.
         keep_below: DARE keeps an entry whose word is below this.
@@ -43,8 +43,8 @@ class Scalars(NamedTuple):
     """
 
     coefficients: Float[Array, "..."]
-    election: Float[Array, " n"]
-    comparison: Float[Array, " n"]
+    election: Float[Array, " n"] | None
+    comparison: Float[Array, " n"] | None
     enlarge: Float[Array, " n"]
     mask_keys: UInt32[Array, "pairs 2"]
     keep_below: UInt32[Array, " n"]
