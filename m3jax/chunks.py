@@ -164,7 +164,8 @@ class ChunkReader:
     def _typed(self, visit: Visit, position: int, buffer: Any) -> np.ndarray:
         info = self._lanes[position].checkpoint.tensors[visit.plan.output.name]
         dtype = DTYPES[info.dtype]
-        return buffer[: visit.padded * dtype.itemsize].view(dtype)
+        typed: np.ndarray = buffer[: visit.padded * dtype.itemsize].view(dtype)
+        return typed
 
     def _take(self, source: queue.Queue[Any]) -> Any:
         while not self._stop.is_set():

@@ -8,7 +8,7 @@ References:
     Dekker, A floating-point technique for extending the available precision, 1971.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,7 +44,8 @@ def _two_product(a: Float[Array, "..."], b: Float[Array, "..."]) -> tuple[Array,
     return product, ((a1 * b1 - product) + a1 * b0 + a0 * b1) + a0 * b0
 
 
-class Double(NamedTuple):
+@dataclass(frozen=True)
+class Double:
     """high + low, two float32 arrays of one shape."""
 
     high: Float[Array, "..."]
@@ -61,7 +62,7 @@ class Double(NamedTuple):
         value = jnp.asarray(value, jnp.float32)
         return cls(value, jnp.zeros_like(value))
 
-    def __add__(self, other: "Double | float") -> "Double":  # type: ignore[override]
+    def __add__(self, other: "Double | float") -> "Double":
         other = Double.of(other)
         total, error = _two_sum(self.high, other.high)
         return Double(*_two_sum(total, error + (self.low + other.low)))
@@ -71,13 +72,13 @@ class Double(NamedTuple):
     def __neg__(self) -> "Double":
         return Double(-self.high, -self.low)
 
-    def __mul__(self, other: "Double | float") -> "Double":  # type: ignore[override]
+    def __mul__(self, other: "Double | float") -> "Double":
         other = Double.of(other)
         product, error = _two_product(self.high, other.high)
         crossed = _fenced(self.high, other.low) + _fenced(self.low, other.high)
         return Double(*_two_sum(product, error + crossed))
 
-    __rmul__ = __mul__  # type: ignore[assignment]
+    __rmul__ = __mul__
 
     def __truediv__(self, other: "Double | float") -> "Double":
         other = Double.of(other)

@@ -209,8 +209,8 @@ class Findings:
             if found is not None:
                 scalars = scalars._replace(**{field: found})
         if name in self._arcs:
-            scalars = scalars._replace(coefficients=self._arcs[name])  # type: ignore[arg-type]
-        return scalars._replace(tie_sign=np.int32(self.tie_sign))  # type: ignore[arg-type]
+            scalars = scalars._replace(coefficients=self._arcs[name])
+        return scalars._replace(tie_sign=np.int32(self.tie_sign))
 
     def measure(self, loaded: Loaded, scalars: Scalars, start: np.ndarray, zero: np.uint32) -> Any:
         """Dispatch the measurement of a chunk."""

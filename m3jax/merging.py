@@ -192,21 +192,29 @@ def _as_scalars(values: Any, count: int, where: str) -> tuple[Any, ...]:
     return tuple(float(w) for w in flat)
 
 
-def _leaf_weights(pipe: Pipeline, weights: Weights, key: Any, name: str) -> tuple[Any, ...]:
+def _group(weights: Weights, name: str) -> str | None:
+    """The leaves that share their weights with leaf `name`; None for all of them."""
+    if isinstance(weights, Mapping):
+        return name
+    if isinstance(weights, Mixup) and weights.granularity != "model":
+        return block_group(name, weights.granularity)
+    return None
+
+
+def _group_weights(pipe: Pipeline, weights: Weights, key: Any, group: str | None) -> tuple[Any, ...]:
     count = 1 if pipe.method.interpolates else pipe.num_experts
     if weights is None:
         return (0.5,) if pipe.method.interpolates else (1.0,) * count
     if isinstance(weights, Mixup):
         if key is None:
             raise M3Error("mixup: weights are drawn from a key, but none is given: pass key=jax.random.key(seed)")
-        group = None if weights.granularity == "model" else block_group(name, weights.granularity)
         if pipe.method.interpolates:
             return (draw_position(key, weights.alpha, group),)
         return draw_weights(key, weights.alpha, count, group)
     if isinstance(weights, Mapping):
-        if name not in weights:
-            raise M3Error(f"weights: none given for {name}")
-        return _as_scalars(weights[name], count, name)
+        if group not in weights:
+            raise M3Error(f"weights: none given for {group}")
+        return _as_scalars(weights[group], count, str(group))
     return _as_scalars(weights, count, "merge")
 
 
@@ -279,8 +287,18 @@ def merge(
         trees, labels = [base, *trees], ["the base", *labels]
     by_name = _matched(trees, labels)
     template = by_name[0]
-    zero = None if _traced(trees, weights, key) else np.uint32(0)
+    zero: Any = None if _traced(trees, weights, key) else np.uint32(0)
     root = None if key is None else bits.key_words(key)
+
+    densities = per_expert(sparsify.density if sparsify is not None else 1.0, pipe.num_experts)
+    masked = sparsify is not None and sparsify.name == "dare"
+
+    @functools.cache
+    def common(group: str | None) -> tuple[LeafSettings, Scalars]:
+        """What the leaves of a group share: traced weights are folded once for all of them."""
+        shared = _group_weights(pipe, weights, key, group)
+        settings = LeafSettings(shared, densities, (1.0,) * pipe.num_experts, method.scale)
+        return settings, pipeline.leaf_scalars(pipe, settings, None)
 
     leaves, merged = [], {}
     for name in template:
@@ -288,23 +306,11 @@ def merge(
         if not all(_is_parameter(leaf) for leaf in columns):
             merged[name] = _copied(name, columns, labels)
             continue
-        settings = LeafSettings(
-            weights=_leaf_weights(pipe, weights, key, name),
-            densities=(1.0,) * pipe.num_experts if sparsify is None else per_expert(sparsify.density, pipe.num_experts),
-            comparison=(1.0,) * pipe.num_experts,
-            scale=method.scale,
-        )
-        masked = sparsify is not None and sparsify.name == "dare"
-        keys = bits.pair_keys(root, name, pipe.num_experts) if masked else None
-        leaves.append(
-            _Leaf(
-                name,
-                tuple(columns[len(columns) - pipe.num_experts :]),
-                columns[0] if base is not None and pipe.uses_base else None,
-                settings,
-                pipeline.leaf_scalars(pipe, settings, keys),
-            )
-        )
+        settings, scalars = common(_group(weights, name))
+        if masked:
+            scalars = scalars._replace(mask_keys=bits.pair_keys(root, name, pipe.num_experts))
+        own_base = columns[0] if base is not None and pipe.uses_base else None
+        leaves.append(_Leaf(name, tuple(columns[len(columns) - pipe.num_experts :]), own_base, settings, scalars))
     leaves = _with_thresholds(pipe, leaves, zero)
     if method.sign_election == "unweighted":
         sign = _majority_sign(pipe, leaves, zero)

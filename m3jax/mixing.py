@@ -50,23 +50,30 @@ def mixup(alpha: float | tuple[float, float] = 0.5, granularity: str = "model") 
     return Mixup(tuple(shapes) if len(shapes) == 2 else shapes[0], granularity)  # type: ignore[arg-type]
 
 
-def uniform(key: bits.Words, draw: int) -> float:
+def uniform(key: bits.Words, draw: int) -> np.ndarray:
     """A number in (0, 1] with 64 random bits: the words of counter (0, draw) under `key`, in float64.
 
     Args:
-        key: uint32[2] on the host.
+        key: uint32[2, ...] on the host: one key, or many at once.
         draw: Which number of this key's stream.
+
+    Returns:
+        float64[...].
     """
     with np.errstate(over="ignore"):
         u, v = bits.threefry2x32((key[0], key[1]), (np.uint32(0), np.uint32(draw)))
-    return (float(u) * 2.0**32 + float(v) + 0.5) / 2.0**64
+    return np.asarray((u.astype(np.float64) * 2.0**32 + v.astype(np.float64) + 0.5) / 2.0**64)
 
 
-def beta_quantile(p: float, a: float, b: float) -> np.float32:
-    """The p-quantile of Beta(a, b), computed in float64 and rounded to float32."""
+def beta_quantile(p: np.ndarray, a: float, b: float) -> np.ndarray:
+    """The p-quantile of Beta(a, b), computed in float64 and rounded to float32.
+
+    SciPy's inverse of the regularised incomplete beta function; the manifest stores what came out, so that a replay
+    does not depend on it.
+    """
     from scipy.special import betaincinv
 
-    return np.float32(betaincinv(a, b, p))
+    return np.asarray(betaincinv(a, b, p)).astype(np.float32)
 
 
 def group_key(key: Any, group: str | None) -> bits.Words:

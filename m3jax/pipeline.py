@@ -87,15 +87,13 @@ def leaf_scalars(pipeline: Pipeline, settings: LeafSettings, mask_keys: Any) -> 
         coefficients=pipeline.method.fold(pipeline.method, Fold(settings.weights, divisors, settings.scale)),
         election=_unless_ones([v * (i / largest) for v, i in zip(votes, inverse, strict=True)]),
         comparison=_unless_ones(settings.comparison),
-        enlarge=np.array(  # type: ignore[arg-type]
-            [1.0 / d if d and rescaled and not folded else 1.0 for d in settings.densities], np.float32
-        ),
+        enlarge=np.array([1.0 / d if d and rescaled and not folded else 1.0 for d in settings.densities], np.float32),
         mask_keys=np.zeros(((n + 1) // 2, 2), np.uint32) if mask_keys is None else mask_keys,
-        keep_below=np.array([k & 0xFFFFFFFF for k in keep], np.uint32),  # type: ignore[arg-type]
+        keep_below=np.array([k & 0xFFFFFFFF for k in keep], np.uint32),
         keep_all=np.array([k == 2**32 for k in keep]),
-        drop_below=np.zeros(n, np.uint32),  # type: ignore[arg-type]
-        trim_below=np.zeros(n, np.uint32),  # type: ignore[arg-type]
-        tie_sign=np.int32(1),  # type: ignore[arg-type]
+        drop_below=np.zeros(n, np.uint32),
+        trim_below=np.zeros(n, np.uint32),
+        tie_sign=np.int32(1),
     )
 
 

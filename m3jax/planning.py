@@ -101,7 +101,7 @@ def sparsifier_of(recipe: Recipe) -> Sparsifier | None:
         return SPARSIFIERS["dare"](1.0, rescale=recipe.flag("rescale", True))
     if recipe.sparsify is None:
         return None
-    options = {"target": recipe.sparsify.target, "rescale": bool(recipe.sparsify.rescale)}
+    options: dict[str, object] = {"target": recipe.sparsify.target, "rescale": bool(recipe.sparsify.rescale)}
     if recipe.sparsify.method == "magnitude":
         options["scope"] = recipe.sparsify.scope
     return SPARSIFIERS[recipe.sparsify.method](1.0, **options)

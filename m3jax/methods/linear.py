@@ -5,6 +5,7 @@ References:
 """
 
 import functools
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -32,11 +33,11 @@ def fold_weights(fold: Fold, members: tuple[int, ...], normalize: bool) -> list[
     return [coefficient(i) for i in range(len(fold.weights))]
 
 
-def stack(rows: list[Scalar]) -> Float[Array, " n"]:
+def stack(rows: list[Scalar]) -> Float[Any, " n"]:
     """Scalars rounded to float32 and stacked, on the host if all of them are there."""
     rounded = [double.to_float32(row) for row in rows]
     if all(isinstance(row, np.floating) for row in rounded):
-        return np.array(rounded, np.float32)  # type: ignore[return-value]
+        return np.array(rounded, np.float32)
     import jax.numpy as jnp
 
     return jnp.stack([jnp.asarray(row, jnp.float32) for row in rounded])

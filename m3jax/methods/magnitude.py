@@ -8,6 +8,7 @@ only counts of everything decide. Counts add up in any order, over chunks, devic
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, UInt16, UInt32
@@ -22,7 +23,7 @@ COARSE, FINE = 15, 0
 BINS = 2**16
 _IN_BRACKET = BINS - 2  # the first bin counts what is below the bracket, the last what is above
 
-Count = tuple[UInt32[Array, "..."], UInt32[Array, "..."]]
+Count = tuple[UInt32[Any, "..."], UInt32[Any, "..."]]
 """High and low word of counts that may pass 2³²."""
 
 
@@ -34,7 +35,7 @@ class Search(NamedTuple):
         rank: k as two uint32[n] words; 0 keeps all.
     """
 
-    low: UInt32[Array, " n"]
+    low: UInt32[Any, " n"]
     rank: Count
 
 
@@ -43,7 +44,7 @@ def start(size: int, densities: tuple[float, ...]) -> Search:
     ranks = [int(size * (1.0 - density)) for density in densities]
     high = np.array([rank >> 32 for rank in ranks], np.uint32)
     low = np.array([rank & 0xFFFFFFFF for rank in ranks], np.uint32)
-    return Search(np.zeros(len(ranks), np.uint32), (high, low))  # type: ignore[arg-type]
+    return Search(np.zeros(len(ranks), np.uint32), (high, low))
 
 
 def bins(values: Values, low: UInt32[Array, " n"], shift: int) -> list[UInt16[Array, "..."]]:
@@ -87,17 +88,28 @@ def tally_sparse(binned: Sequence[np.ndarray]) -> np.ndarray:
     return counts
 
 
-def _cumulative(xp: Any, counts: Count) -> Count:
-    """Running totals over the last axis (at most 2¹⁶ bins) of counts below 2⁴⁸."""
+def _bins_before(counts: Count, rank: Count) -> UInt32[Any, " n"]:
+    """For each expert, how many bins end before the rank-th magnitude."""
+    if isinstance(counts[0], np.ndarray):
+        totals = (counts[0].astype(np.uint64) << np.uint64(32)) + counts[1]
+        ranks = (np.asarray(rank[0]).astype(np.uint64) << np.uint64(32)) + rank[1]
+        return (np.cumsum(totals, axis=-1) < ranks[:, None]).sum(-1, dtype=np.uint32)
     half, sixteen = np.uint32(0xFFFF), np.uint32(16)
-    high, low = counts
-    pieces = (low & half, low >> sixteen, high)
-    sums = [xp.cumsum(piece, axis=-1, dtype=np.uint32) for piece in pieces]
-    middle = sums[1] + (sums[0] >> sixteen)  # at most 65536·65535 + 65535 = 2³² − 1
-    return sums[2] + (middle >> sixteen), (middle << sixteen) | (sums[0] & half)
+    pieces = jnp.stack([counts[1] & half, counts[1] >> sixteen, counts[0]])  # sums of 2¹⁶ of them fit 32 bits
+    place = jnp.arange(BINS, dtype=jnp.uint32)
+
+    def halve(step: Array, found: Array) -> Array:
+        middle = found + (np.uint32(BINS // 2) >> step.astype(jnp.uint32))
+        low, carry, high = jnp.sum(jnp.where(place[None, None, :] < middle[None, :, None], pieces, 0), axis=-1, dtype=jnp.uint32)
+        carry = carry + (low >> sixteen)
+        high, low = high + (carry >> sixteen), (carry << sixteen) | (low & half)
+        before = (high < rank[0]) | ((high == rank[0]) & (low < rank[1]))
+        return jnp.where(before, middle, found)
+
+    return jax.lax.fori_loop(0, 16, halve, jnp.zeros(counts[0].shape[0], jnp.uint32))
 
 
-def advance(search: Search, counts: Count, shift: int) -> tuple[Search, Bool[Array, " n"]]:
+def advance(search: Search, counts: Count, shift: int) -> tuple[Search, Bool[Any, " n"]]:
     """The search narrowed to the bin that holds the rank-th magnitude; on the host if the counts are there.
 
     Args:
@@ -109,10 +121,7 @@ def advance(search: Search, counts: Count, shift: int) -> tuple[Search, Bool[Arr
         The search with `low` at the bin's first magnitude, and for which experts the rank lay inside the bracket.
     """
     xp: Any = np if isinstance(counts[0], np.ndarray) else jnp
-    high, low = _cumulative(xp, counts)
-    rank_high, rank_low = search.rank[0][:, None], search.rank[1][:, None]
-    before = (high < rank_high) | ((high == rank_high) & (low < rank_low))
-    found = xp.sum(before, axis=-1, dtype=np.uint32)
+    found = _bins_before(counts, search.rank)
     keeps_all = (search.rank[0] | search.rank[1]) == 0
     narrowed = search.low + ((found - np.uint32(1)) << np.uint32(shift))
     inside = keeps_all | ((found > 0) & (found <= _IN_BRACKET))
@@ -131,10 +140,10 @@ def guess(search: Search, size: int, samples: Sequence[np.ndarray]) -> Search:
     for high, low, sample in zip(*search.rank, samples, strict=True):
         place = min(((int(high) << 32) + int(low)) * sample.size // max(size, 1), sample.size - 1)
         lows.append(max(int(np.partition(sample, place)[place]) - _IN_BRACKET // 2, 0))
-    return search._replace(low=np.array(lows, np.uint32))  # type: ignore[arg-type]
+    return search._replace(low=np.array(lows, np.uint32))
 
 
-def add_counts(total: Count, counts: UInt32[Array, "..."]) -> Count:
+def add_counts(total: Count, counts: UInt32[Any, "..."]) -> Count:
     """`total` with uint32 counts added, with carry."""
     low = total[1] + counts
     return total[0] + (low < counts).astype(np.uint32), low

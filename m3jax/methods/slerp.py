@@ -106,7 +106,8 @@ def integer_sums(
 def to_integers(limbs: np.ndarray) -> np.ndarray:
     """Limbs (last axis) as Python integers."""
     weights = np.array([1 << (_LIMB_BITS * i) for i in range(_LIMBS)], object)
-    return (limbs.astype(object) * weights).sum(-1)
+    total: np.ndarray = (limbs.astype(object) * weights).sum(-1)
+    return total
 
 
 def inner_products(largest_bits: np.ndarray, sums: np.ndarray) -> InnerProducts:
@@ -156,11 +157,12 @@ def traced_coefficients(
     largest_bits: UInt32[Array, "3"], limbs: UInt32[Array, "2 3 limbs"], t: Float[Array, ""]
 ) -> Float[Array, "2"]:
     """`coefficients` inside jit: the host is called back, so that the bits are the host's."""
-    return _call_back(largest_bits, limbs, t)[0]
+    value: Array = _call_back(largest_bits, limbs, t)[0]
+    return value
 
 
-def _call_back(largest_bits: Array, limbs: Array, t: Array) -> tuple[Array, Array]:
-    pair = jax.ShapeDtypeStruct((2,), jnp.float32)
+def _call_back(largest_bits: Array, limbs: Array, t: Array) -> Any:
+    pair = jax.eval_shape(lambda: jnp.zeros(2, jnp.float32))
 
     def on_host(bits: Any, sums: Any, position: Any) -> tuple[np.ndarray, np.ndarray]:
         return coefficients(np.asarray(bits), np.asarray(sums), float(position))

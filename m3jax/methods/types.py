@@ -42,16 +42,16 @@ class Scalars(NamedTuple):
         tie_sign: The sign elected where the sum is exactly zero: −1, 0 or 1.
     """
 
-    coefficients: Float[Array, "..."]
-    election: Float[Array, " n"] | None
-    comparison: Float[Array, " n"] | None
-    enlarge: Float[Array, " n"]
-    mask_keys: UInt32[Array, "pairs 2"]
-    keep_below: UInt32[Array, " n"]
+    coefficients: Float[Any, "..."]
+    election: Float[Any, " n"] | None
+    comparison: Float[Any, " n"] | None
+    enlarge: Float[Any, " n"]
+    mask_keys: UInt32[Any, "pairs 2"]
+    keep_below: UInt32[Any, " n"]
     keep_all: Any
-    drop_below: UInt32[Array, " n"]
-    trim_below: UInt32[Array, " n"]
-    tie_sign: Int32[Array, ""]
+    drop_below: UInt32[Any, " n"]
+    trim_below: UInt32[Any, " n"]
+    tie_sign: Int32[Any, ""]
 
 
 class Fold(NamedTuple):

@@ -1,0 +1,101 @@
+"""The matrix that every merge method goes through, in memory and out of core."""
+
+import ml_dtypes
+import numpy as np
+
+import m3jax
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+
+# name: (m3jax's method, the recipe's keys, the oracle's arguments)
+METHODS = {
+    "linear": (m3jax.linear(), {"merge_method": "linear"}, {"method": "linear"}),
+    "task_arithmetic": (
+        m3jax.task_arithmetic(scale=0.7),
+        {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.7}},
+        {"method": "task_arithmetic", "scale": 0.7},
+    ),
+    "task_arithmetic_normalized": (
+        m3jax.task_arithmetic(normalize=True),
+        {"merge_method": "task_arithmetic", "parameters": {"normalize": True}},
+        {"method": "task_arithmetic", "normalize": True},
+    ),
+    "ties_mergekit": (
+        m3jax.ties(0.4),
+        {"merge_method": "ties", "parameters": {"density": 0.4}},
+        {"method": "ties", "density": 0.4},
+    ),
+    "ties_paper": (
+        m3jax.ties(0.4, scale=0.9, trim_scope="model", sign_election="unweighted"),
+        {
+            "merge_method": "ties",
+            "parameters": {"density": 0.4, "lambda": 0.9, "trim_scope": "model", "sign_election": "unweighted"},
+        },
+        {"method": "ties", "density": 0.4, "scale": 0.9, "trim_scope": "model", "election": "unweighted"},
+    ),
+    "ties_untrimmed_sum": (
+        m3jax.ties(None, normalize=False),
+        {"merge_method": "ties", "parameters": {"density": 1.0, "normalize": False}},
+        {"method": "ties", "normalize": False},
+    ),
+}
+SPARSIFIERS = {
+    "none": (None, {}, {}),
+    "dare": (
+        m3jax.dare(0.3),
+        {"sparsify": {"method": "dare", "density": 0.3}},
+        {"sparsify": "dare", "keep": 0.3},
+    ),
+    "dare_unscaled": (
+        m3jax.dare(0.3, rescale=False),
+        {"sparsify": {"method": "dare", "density": 0.3, "rescale": False}},
+        {"sparsify": "dare", "keep": 0.3, "rescale": False},
+    ),
+    "dare_weights": (
+        m3jax.dare(0.8, target="weights"),
+        {"sparsify": {"method": "dare", "density": 0.8, "target": "weights"}},
+        {"sparsify": "dare", "keep": 0.8, "target": "weights"},
+    ),
+    "magnitude": (
+        m3jax.magnitude(0.3),
+        {"sparsify": {"method": "magnitude", "density": 0.3}},
+        {"sparsify": "magnitude", "keep": 0.3},
+    ),
+    "magnitude_model": (
+        m3jax.magnitude(0.6, scope="model", rescale=True),
+        {"sparsify": {"method": "magnitude", "density": 0.6, "scope": "model", "rescale": True}},
+        {"sparsify": "magnitude", "keep": 0.6, "scope": "model", "rescale": True},
+    ),
+    "magnitude_weights": (
+        m3jax.magnitude(0.6, target="weights"),
+        {"sparsify": {"method": "magnitude", "density": 0.6, "target": "weights"}},
+        {"sparsify": "magnitude", "keep": 0.6, "target": "weights"},
+    ),
+}
+SHAPES = {
+    "model.embed_tokens.weight": (40, 16),
+    "model.layers.0.mlp.weight": (40, 16),
+    "model.layers.1.mlp.weight": (40, 16),
+    "model.norm.weight": (16,),
+}
+
+
+def models(dtype, n, shapes=SHAPES, seed=0):
+    """A base and n experts near it; coarse deltas, so that ties at thresholds and cancellations are common."""
+    rng = np.random.default_rng(seed)
+
+    def tree(spread):
+        return {k: np.asarray(rng.standard_normal(s) * spread, np.float32).astype(dtype) for k, s in shapes.items()}
+
+    base = tree(1.0)
+    experts = []
+    for _ in range(n):
+        delta = {k: np.round(v.astype(np.float32) * 64) / 64 for k, v in tree(0.1).items()}
+        experts.append({k: np.asarray(base[k].astype(np.float32) + delta[k]).astype(dtype) for k in base})
+    return base, experts
+
+
+def same(got, want):
+    """Whether two trees hold the same bytes; the names that do not, for a readable failure."""
+    wrong = [k for k in want if np.asarray(got[k]).tobytes() != np.asarray(want[k]).tobytes()]
+    return wrong == [], wrong
