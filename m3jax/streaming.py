@@ -274,6 +274,7 @@ def _merge(
     check_free(out, overwrite)
     with ExitStack() as stack:
         models = _open_models(recipe, sources or {}, stack)
+        _check_apart(out, models)
         drawn: DrawnWeights | None = manifest.drawn_weights(recorded) if recorded is not None else None
         base = models[-1].input if models[-1].role != "expert" else None
         plan = make_plan(recipe, [m.input for m in models if m.role == "expert"], base, drawn)
@@ -344,6 +345,15 @@ def _produce(
         return Shards(staging, left, release, run.input_digests, expected, run.allow_nonfinite)
 
     return run.run(merged, tensors, writer), len(left)
+
+
+def _check_apart(out: Path, models: Sequence[_Model]) -> None:
+    """Refuse to replace a directory that a model is read from."""
+    target = out.resolve()
+    for model in models:
+        place = model.place.path.resolve()
+        if target == place or target in place.parents:
+            raise M3Error(f"{out}: is one of the models, or holds {model.input.name}: choose another output")
 
 
 def _check_recorded(recorded: Mapping[str, Any] | None, plan: Plan, models: Sequence[_Model]) -> None:

@@ -35,7 +35,10 @@ def threefry(key, counter):
     mask = 0xFFFFFFFF
     k = [np.uint64(int(key[0])), np.uint64(int(key[1]))]
     k.append(k[0] ^ k[1] ^ np.uint64(0x1BD11BDA))
-    x = [(counter[0].astype(np.uint64) + k[0]) & np.uint64(mask), (counter[1].astype(np.uint64) + k[1]) & np.uint64(mask)]
+    x = [
+        (counter[0].astype(np.uint64) + k[0]) & np.uint64(mask),
+        (counter[1].astype(np.uint64) + k[1]) & np.uint64(mask),
+    ]
     rotations = [13, 15, 26, 6, 17, 29, 16, 24]
     for r in range(20):
         n = np.uint64(rotations[r % 8])
@@ -132,7 +135,11 @@ def merge(
     rescale = (sparsify == "dare") if rescale is None else rescale
     keep = [1.0] * n if keep is None else list(keep) if isinstance(keep, tuple | list) else [keep] * n
     trim = [density] * n if not isinstance(density, tuple | list) else list(density)
-    weights = weights if isinstance(weights, dict) else {name: weights if weights is not None else [1.0] * n for name in names}
+    weights = (
+        weights
+        if isinstance(weights, dict)
+        else {name: weights if weights is not None else [1.0] * n for name in names}
+    )
     takes_deltas = method in ("task_arithmetic", "ties") or (sparsify and target == "delta")
     folded = [d if sparsify and rescale and target == "delta" else 1.0 for d in keep]
 
@@ -190,10 +197,15 @@ def merge(
             if abs(cosine) > 0.9995:
                 w = [1.0 - t, t]
             else:
-                w = [math.sin((1 - t) * math.acos(cosine)) / math.sin(math.acos(cosine)), math.sin(t * math.acos(cosine)) / math.sin(math.acos(cosine))]
+                w = [
+                    math.sin((1 - t) * math.acos(cosine)) / math.sin(math.acos(cosine)),
+                    math.sin(t * math.acos(cosine)) / math.sin(math.acos(cosine)),
+                ]
         total = None
         agree = [
-            (np.sign(votes[name, i]) == elected[name]) & (votes[name, i] != 0) if method == "ties" else np.full(values[name, i].shape, True)
+            (np.sign(votes[name, i]) == elected[name]) & (votes[name, i] != 0)
+            if method == "ties"
+            else np.full(values[name, i].shape, True)
             for i in range(n)
         ]
         subset = sum(a.astype(np.int64) << i for i, a in enumerate(agree))

@@ -55,7 +55,9 @@ def test_masks_are_the_oracles(num_experts):
     densities = (0.1, 0.5, 0.9, 0.3, 0.7)[:num_experts]
     keys = bits.pair_keys(bits.root_key(11), "model.norm.weight", num_experts)
     words = bits.mask_words(jnp.asarray(keys), bits.flat_index((7, 30)), num_experts)
-    for word, density, want in zip(words, densities, oracle.masks(11, "model.norm.weight", densities, (7, 30)), strict=True):
+    for word, density, want in zip(
+        words, densities, oracle.masks(11, "model.norm.weight", densities, (7, 30)), strict=True
+    ):
         assert (np.asarray(word < np.uint32(bits.keep_threshold(density))) == want).all()
 
 

@@ -100,7 +100,9 @@ def test_elementwise_methods_exchange_nothing():
     base, experts, made, sparse, _ = case("task_arithmetic", "dare")
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
     place = functools.partial(sharded, mesh=mesh, spec=PartitionSpec("fsdp", None))
-    text = jitted(made, sparse).lower([place(e) for e in experts], place(base), jnp.ones(2), jax.random.key(0)).compile()
+    text = (
+        jitted(made, sparse).lower([place(e) for e in experts], place(base), jnp.ones(2), jax.random.key(0)).compile()
+    )
     for collective in ("all-reduce", "all-gather", "collective-permute", "all-to-all", "reduce-scatter"):
         assert collective not in text.as_text(), collective
 
@@ -172,10 +174,12 @@ def test_parameters_have_derivatives():
 
 
 def test_a_batch_of_merges_by_vmap():
-    base, experts, made, sparse, told = case("task_arithmetic", "dare")
+    base, experts, made, sparse, _ = case("task_arithmetic", "dare")
     keys = jax.random.split(jax.random.key(1, impl="threefry2x32"), 3)
     weights = np.array([[0.2, 0.8], [0.5, 0.5], [0.9, 0.1]], np.float32)
-    batch = jax.vmap(lambda w, k: m3jax.merge(experts, made, base=base, weights=w, sparsify=sparse, key=k))(weights, keys)
+    batch = jax.vmap(lambda w, k: m3jax.merge(experts, made, base=base, weights=w, sparsify=sparse, key=k))(
+        weights, keys
+    )
     for i in range(3):
         one = m3jax.merge(experts, made, base=base, weights=weights[i], sparsify=sparse, key=keys[i])
         assert same({k: v[i] for k, v in batch.items()}, one) == (True, [])
@@ -187,7 +191,9 @@ def test_traced_weights_fold_as_on_the_host():
 
     rng = np.random.default_rng(0)
     w = rng.uniform(0.01, 2, (3, 5000)).astype(np.float32)
-    fold = jax.jit(lambda w: to_float32(Double.of(w[0]) * 0.7 / 0.3 / (Double.of(w[0]) + Double.of(w[1]) + Double.of(w[2]))))
+    fold = jax.jit(
+        lambda w: to_float32(Double.of(w[0]) * 0.7 / 0.3 / (Double.of(w[0]) + Double.of(w[1]) + Double.of(w[2])))
+    )
     wide = w.astype(np.float64)
     assert (np.asarray(fold(w)) == (wide[0] * 0.7 / 0.3 / wide.sum(0)).astype(np.float32)).all()
 
