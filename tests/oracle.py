@@ -74,7 +74,7 @@ def masks(seed, name, densities, shape):
     keep = []
     for j in range((len(densities) + 1) // 2):
         words = threefry(fold_in(key, j), ((e >> np.uint64(32)).astype(U32), e.astype(U32)))
-        for word, density in zip(words, densities[2 * j : 2 * j + 2]):
+        for word, density in zip(words, densities[2 * j : 2 * j + 2], strict=False):
             keep.append((word.astype(np.uint64) < np.uint64(math.floor(density * 2**32))).reshape(shape))
     return keep
 

@@ -11,10 +11,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import m3jax.recipe.settings as recipe_settings
 from m3jax import naming, recipe
 from m3jax.errors import M3Error
 from m3jax.naming import block_of, layer_position
-from m3jax.recipe import ModelEntry, Recipe, load_recipe
+from m3jax.recipe import ModelEntry, Recipe, dialect, load_recipe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 UP = "model.layers.{}.mlp.up_proj.weight"
@@ -54,8 +55,8 @@ def test_every_kind_of_config_is_there():
         "three_experts",
         "layerwise",
     }
-    dialect = {load_recipe(path).merge_method for path in CONFIGS.glob("mergekit/*.yaml")}
-    assert dialect == {"linear", "task_arithmetic", "ties", "dare_ties", "slerp"}
+    methods = {load_recipe(path).merge_method for path in CONFIGS.glob("mergekit/*.yaml")}
+    assert methods == {"linear", "task_arithmetic", "ties", "dare_ties", "slerp"}
 
 
 @pytest.mark.parametrize("module", [naming, recipe, recipe_settings, dialect])
@@ -369,8 +370,6 @@ WRONG = [
     (
         merge(parameters={"weight": [{"filtr": "x", "value": 1}]}),
         "parameters.weight.0.filtr: unknown key; did you mean",
-    ),
-    (merge(parameters={"density": 0.5}), "parameters.density: linear does not use it"),
     (merge("ties", parameters={"t": 0.5}), "parameters.t: ties does not use it"),
     (
         merge("ties", models=["a", {"model": "b", "parameters": {"normalize": True}}]),
@@ -454,7 +453,6 @@ WRONG = [
     (
         merge("slerp", parameters={"t": [{"filter": "mlp", "value": 1}]}),
         "parameters.t: slerp needs it for every tensor",
-    ),
     (merge("slerp", parameters={"t": 0.5, "weight": 1}), "parameters.weight: slerp does not use it"),
     (merge("slerp", sparsify=DARE), "sparsify.target: slerp has no task vectors; write 'target: weights'"),
     # sparsify
@@ -623,3 +621,18 @@ def test_resolved_writes_every_default():
 def test_recipes_are_frozen():
     with pytest.raises(ValueError, match="frozen"):
         load_recipe(merge()).seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "unused"),
+    [
+        ("linear", {"density": 0.5, "lambda": 0.1}, "density, lambda"),
+        ("ties", {"t": 0.5}, "t"),
+        ("slerp", {"t": 0.5, "weight": 1, "normalize": True}, "normalize, weight"),
+    ],
+)
+def test_mergekits_idle_parameters_are_ignored_with_a_note(method, parameters, unused):
+    made = load_recipe(merge(method, parameters=parameters))
+    assert any(f"does not use {unused}, which is ignored" in note for note in made.notes())
+    for name in unused.split(", "):
+        assert made.parameter(name, UP.format(0), None, 0.5) is None

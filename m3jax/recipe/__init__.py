@@ -39,6 +39,7 @@ from m3jax.recipe.settings import (
     Setting,
     dotted,
     evaluate,
+    known_parameters,
     nearest,
     plain,
     plain_parameters,
@@ -246,6 +247,8 @@ class Recipe(_Strict):
         Returns:
           The value, or None where no level has one.
         """
+        if name not in known_parameters(self.merge_method):
+            return None
         part, t = self._slice_at(tensor_name, t)
         expert = None if expert_index is None else self.experts[expert_index]
         for level in self.levels(expert, part):
@@ -265,7 +268,8 @@ class Recipe(_Strict):
         Returns:
           What the recipe says, or else the method's own default.
         """
-        return bool(self.parameters.get(name, default))
+        known = name in known_parameters(self.merge_method)
+        return bool(self.parameters.get(name, default)) if known else default
 
     def sparsify_density(self, tensor_name: str, t: float) -> float:
         """The share of a tensor's entries that `sparsify` keeps; 1 where it says nothing."""
@@ -291,12 +295,23 @@ class Recipe(_Strict):
         notes = []
         if "int8_mask" in self.parameters:
             notes.append("int8_mask is ignored: the exact arithmetic never stores a mask, so it saves nothing.")
+        unused = {name for block in self._blocks() for name in block} - {*known_parameters(self.merge_method)}
+        if unused:
+            notes.append(f"{self.merge_method} does not use {', '.join(sorted(unused))}, which is ignored.")
         if self.merge_method.startswith("dare_") and self.flag("rescale"):
             notes.append(
                 "rescale divides the kept entries by the density, as DARE's paper does; mergekit 0.1 and"
                 " later match the L1 norm of each tensor."
             )
         return tuple(notes)
+
+    def _blocks(self) -> Iterator[dict[str, Setting]]:
+        """Every block of parameters."""
+        yield self.parameters
+        yield from (entry.parameters for entry in self.models)
+        for part in self.slices or ():
+            yield part.parameters
+            yield from (source.parameters for source in part.sources)
 
     def _slice_at(self, tensor_name: str, t: float) -> tuple[Slice | None, float]:
         if not self.slices:

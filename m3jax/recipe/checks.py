@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from m3jax.recipe.settings import (
+    MERGEKITS,
     PER_MODEL,
     PER_SLICE,
     Place,
@@ -52,7 +53,7 @@ def check_names(recipe: "Recipe") -> None:
     for place, block in _blocks(recipe):
         here = PER_MODEL if "sources" in place or "models" in place else PER_SLICE
         for name in block:
-            if name not in known:
+            if name not in known and name not in MERGEKITS:
                 raise RecipeError(f"{recipe.merge_method} does not use it; {nearest(name, known)}", *place, name)
             if place != ("parameters",) and name not in here:
                 raise RecipeError("it is set for the whole merge; move it to the recipe's parameters", *place, name)

@@ -222,6 +222,8 @@ DEFAULTS: dict[str, dict[str, Setting]] = {
     "dare_ties": {**_GLOBAL, "density": 1.0, "rescale": True, "trim_density": 1.0, **_ELECTION},
     "slerp": {},
 }
+# mergekit lets a method ignore what only others use, so files with such lines run here too, with a note.
+MERGEKITS = ("weight", "density", "t", "lambda", "normalize", "rescale", "int8_mask")
 PER_MODEL = ("weight", "density", "trim_density")
 PER_SLICE = (*PER_MODEL, "lambda", "t")
 
