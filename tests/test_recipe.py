@@ -453,7 +453,7 @@ WRONG = [
     (
         merge("slerp", parameters={"t": [{"filter": "mlp", "value": 1}]}),
         "parameters.t: slerp needs it for every tensor",
-    (merge("slerp", parameters={"t": 0.5, "weight": 1}), "parameters.weight: slerp does not use it"),
+    ),
     (merge("slerp", sparsify=DARE), "sparsify.target: slerp has no task vectors; write 'target: weights'"),
     # sparsify
     (merge("dare_ties", sparsify=DARE), "sparsify: dare_ties sparsifies already; remove this or use merge_method ties"),
