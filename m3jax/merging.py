@@ -99,7 +99,7 @@ def _check_countable(leaf: _Leaf) -> None:
 
 def _threshold(
     pipe: Pipeline, stage: str, group: list[_Leaf], densities: tuple[float, ...], zero: exact.Zero
-) -> UInt32[Array, " n"]:
+) -> UInt32[Any, " n"]:
     """Bits of each expert's smallest kept magnitude over a group of leaves."""
     search = magnitude.start(sum(leaf.experts[0].size for leaf in group), densities)
     for shift in (magnitude.COARSE, magnitude.FINE):
@@ -212,7 +212,7 @@ def _group_weights(pipe: Pipeline, weights: Weights, key: Any, group: str | None
             return (draw_position(key, weights.alpha, group),)
         return draw_weights(key, weights.alpha, count, group)
     if isinstance(weights, Mapping):
-        if group not in weights:
+        if group is None or group not in weights:
             raise M3Error(f"weights: none given for {group}")
         return _as_scalars(weights[group], count, str(group))
     return _as_scalars(weights, count, "merge")

@@ -97,7 +97,7 @@ def leaf_scalars(pipeline: Pipeline, settings: LeafSettings, mask_keys: Any) -> 
     )
 
 
-def _unless_ones(factors: Sequence[Scalar]) -> Float[Array, " n"] | None:
+def _unless_ones(factors: Sequence[Scalar]) -> Float[Any, " n"] | None:
     """Factors as float32, or None where multiplying by them would change nothing."""
     if all(isinstance(f, float) and f == 1.0 for f in factors):
         return None

@@ -370,7 +370,7 @@ WRONG = [
     (
         merge(parameters={"weight": [{"filtr": "x", "value": 1}]}),
         "parameters.weight.0.filtr: unknown key; did you mean",
-    (merge("ties", parameters={"t": 0.5}), "parameters.t: ties does not use it"),
+    ),
     (
         merge("ties", models=["a", {"model": "b", "parameters": {"normalize": True}}]),
         "models.1.parameters.normalize: it is set for the whole merge; move it",

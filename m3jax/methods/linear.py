@@ -43,7 +43,7 @@ def stack(rows: list[Scalar]) -> Float[Any, " n"]:
     return jnp.stack([jnp.asarray(row, jnp.float32) for row in rounded])
 
 
-def _fold(method: Method, fold: Fold) -> Float[Array, " n"]:
+def _fold(method: Method, fold: Fold) -> Float[Any, " n"]:
     return stack(fold_weights(fold, tuple(range(len(fold.weights))), method.normalize))
 
 

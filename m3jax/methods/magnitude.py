@@ -100,7 +100,9 @@ def _bins_before(counts: Count, rank: Count) -> UInt32[Any, " n"]:
 
     def halve(step: Array, found: Array) -> Array:
         middle = found + (np.uint32(BINS // 2) >> step.astype(jnp.uint32))
-        low, carry, high = jnp.sum(jnp.where(place[None, None, :] < middle[None, :, None], pieces, 0), axis=-1, dtype=jnp.uint32)
+        low, carry, high = jnp.sum(
+            jnp.where(place[None, None, :] < middle[None, :, None], pieces, 0), axis=-1, dtype=jnp.uint32
+        )
         carry = carry + (low >> sixteen)
         high, low = high + (carry >> sixteen), (carry << sixteen) | (low & half)
         before = (high < rank[0]) | ((high == rank[0]) & (low < rank[1]))

@@ -132,7 +132,7 @@ def arc_weights(products: InnerProducts, t: float) -> tuple[float, float]:
     return math.sin((1.0 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
-def arc_coefficients(products: InnerProducts, t: float) -> Float[Array, "2"]:
+def arc_coefficients(products: InnerProducts, t: float) -> Float[Any, "2"]:
     """`arc_weights` rounded to float32."""
     return stack(list(arc_weights(products, t)))
 

@@ -6,6 +6,7 @@ References:
 
 import functools
 import itertools
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ MAX_EXPERTS = 16
 _SELECTED_UP_TO = 4  # beyond this a gather from the table beats a tree of selects
 
 
-def _fold(method: Method, fold: Fold) -> Float[Array, "..."]:
+def _fold(method: Method, fold: Fold) -> Float[Any, "..."]:
     n = len(fold.weights)
     if not method.normalize:
         return linear.stack(linear.fold_weights(fold, tuple(range(n)), False))
