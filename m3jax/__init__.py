@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from m3jax.errors import M3Error as M3Error
+    from m3jax.evaluation.models import evaluate as evaluate
     from m3jax.manifest import verify as verify
     from m3jax.merging import merge as merge
     from m3jax.methods.dare import dare as dare
@@ -24,6 +25,7 @@ _HOMES = {
     "M3Error": "errors",
     "dare": "methods.dare",
     "draw_weights": "mixing",
+    "evaluate": "evaluation.models",
     "linear": "methods.linear",
     "load_recipe": "recipe",
     "magnitude": "methods.magnitude",

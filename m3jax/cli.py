@@ -186,6 +186,57 @@ def inspect(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or hub id.", show_default=False)],
+    task: Annotated[
+        str | None, typer.Option("--task", metavar="NAME", help="gsm8k, math, humaneval, mbpp, sst2, ….")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="JSONL, TSV, Parquet …, or a hub data set.")
+    ] = None,
+    harness: Annotated[
+        str | None, typer.Option("--harness", metavar="TASKS", help="Tasks of lm-evaluation-harness, by comma.")
+    ] = None,
+    include_path: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Further task files for the harness.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where records and the summary go.", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Do the first N examples only.")] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Prompts that run together.")] = 8,
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Most tokens of an answer.")] = None,
+    template: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Prompt template.  [default: the task's]")
+    ] = None,
+    overflow: Annotated[
+        str, typer.Option(metavar="error|truncate|skip", help="What becomes of prompts longer than the context.")
+    ] = "error",
+    dtype: Annotated[str | None, typer.Option(metavar="NAME", help="Of the weights.  [default: their own]")] = None,
+    run_code: Annotated[bool, typer.Option("--run-code", help="Run programs that the model wrote, sandboxed.")] = False,
+    allow_unsandboxed: Annotated[
+        bool, typer.Option("--allow-unsandboxed", help="Run them with limits only where no sandbox is possible.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Score a model on a task."""
+    from m3jax.evaluation import command
+
+    wanted = command.Wanted(
+        task, data, harness, include_path, out, resume, limit, batch_size, max_tokens, template, overflow, dtype,
+        run_code, allow_unsandboxed,
+    )  # fmt: skip
+    command.check(wanted)
+    _silence_downloads(quiet)
+    outcome = command.run(model, wanted, None if quiet else lambda line: print(line, file=sys.stderr, flush=True))
+    if as_json or not quiet:
+        _print_result(lambda: outcome, lambda: command.lines(outcome), as_json)
+
+
+@app.command()
 def demo(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to work.")] = Path("m3jax-demo"),
     as_json: Json = False,

@@ -1,0 +1,492 @@
+"""A decoder-only transformer in Flax NNX: Llama, Mistral, Qwen 2 and 3, Gemma 2.
+
+Weights keep the axes in which checkpoints store them, outputs first. Blocks are separate modules, not a scan over
+stacked weights: slicing a stack copies every weight once per token on a CPU, which halves decoding there.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from m3jax.decoder.config import DecoderConfig, Rope
+
+Params: TypeAlias = Mapping[Any, Any]
+"""Nested dict of arrays, as `Decoder`'s own parameters are nested; blocks are keyed by number."""
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
+    {
+        "silu": jax.nn.silu,
+        "gelu": functools.partial(jax.nn.gelu, approximate=False),
+        "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    }
+)
+
+# Bounds the memory of attention scores: one block of queries at a time.
+_QUERY_BLOCK = 512
+# XLA's fast CPU kernel for bfloat16 products wants more than one row; padding costs nothing elsewhere.
+_MIN_ROWS = 4
+# Above so many, repacking weights costs less than turning the result.
+_FEW_ROWS = 256
+
+
+PADDING = 2**30
+"""The position of tokens that no other token may see."""
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one block.
+
+    Attributes:
+        key: Rotated keys, [batch, kv_heads, slots, head_dim]: the order in which attention multiplies them.
+        value: Values, of the same shape.
+    """
+
+    key: Float[Array, "batch kv_heads slots head_dim"]
+    value: Float[Array, "batch kv_heads slots head_dim"]
+
+
+class Cache(NamedTuple):
+    """What has been read: every row fills the same slot at the same time, whatever position it is at.
+
+    Attributes:
+        blocks: Keys and values of each block.
+        positions: Position of the token in each slot, int32 [batch, slots]; `PADDING` where there is none.
+        filled: Slots that are taken, an int32 scalar: the next token goes here.
+    """
+
+    blocks: list[KeyValue]
+    positions: Int[Array, "batch slots"]
+    filled: Int[Array, ""]
+
+    def extend(self, slots: int) -> "Cache":
+        """The same with room for more tokens.
+
+        Args:
+            slots: Slots that it is to have, at least as many as it has.
+        """
+        more = slots - self.positions.shape[1]
+        blocks = [KeyValue(*(jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in kv)) for kv in self.blocks]
+        return Cache(blocks, jnp.pad(self.positions, ((0, 0), (0, more)), constant_values=PADDING), self.filled)
+
+
+def fitting(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None]) -> NamedSharding:
+    """Where an array goes on a mesh; axes that the mesh lacks or that do not divide the array are left out.
+
+    Args:
+        mesh: The mesh.
+        shape: Sizes of the array.
+        axes: A mesh axis or `None` for each of its leading axes.
+    """
+    sizes = dict(mesh.shape)
+    pairs = zip(axes, shape, strict=False)
+    fit = (axis if axis in sizes and size % sizes[axis] == 0 else None for axis, size in pairs)
+    return NamedSharding(mesh, PartitionSpec(*fit))  # type: ignore[no-untyped-call]
+
+
+def constrain(x: Array, mesh: Mesh | None, *axes: str | None) -> Array:
+    """Places an array on a mesh, as far as its sizes divide; without a mesh does nothing.
+
+    Args:
+        x: Any array.
+        mesh: Where.
+        axes: A mesh axis for each of the leading axes of `x`.
+    """
+    if mesh is None:
+        return x
+    placed: Array = lax.with_sharding_constraint(x, fitting(mesh, x.shape, axes))  # type: ignore[no-untyped-call]
+    return placed
+
+
+def project(
+    weight: Float[Array, "out in"], x: Float[Array, "*lead in"], dtype: DTypeLike | None = None
+) -> Float[Array, "*lead out"]:
+    """x·weightᵀ, added up in float32.
+
+    Args:
+        weight: As stored, outputs first.
+        x: Activations, of the weight's dtype.
+        dtype: Of the result; that of `x` by default.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) > _FEW_ROWS:
+        product = _dot(rows, weight, (((1,), (1,)), ((), ())))
+    else:
+        # Weights on the left: on a CPU they are then read where they lie instead of being repacked for each
+        # product. The barrier keeps XLA from turning the product around again.
+        padded = jnp.pad(rows, ((0, max(0, _MIN_ROWS - len(rows))), (0, 0)))
+        turned: Array = lax.optimization_barrier(  # type: ignore[no-untyped-call]
+            _dot(weight, padded, (((1,), (1,)), ((), ())))
+        )
+        product = turned.T[: len(rows)]
+    return product.astype(dtype or x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray[Any, Any], " half"]:
+    """Radians per position of each pair of entries of a head, float32.
+
+    Args:
+        rope: Base and stretching.
+        head_dim: Width of a head.
+
+    References:
+        Su et al., RoFormer, 2021; Chen et al., Extending Context Window via Positional Interpolation, 2023;
+        Llama 3.1's model card, 2024.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    plain = np.float32(1) / np.float32(rope.theta) ** exponents
+    if not rope.high_freq_factor:
+        return np.asarray(plain / np.float32(rope.factor), np.float32)
+    turns = rope.original_context * plain / (2 * np.pi)
+    kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+    return np.asarray((1 - kept) * plain / rope.factor + kept * plain, np.float32)
+
+
+def rotate(
+    x: Float[Array, "batch length heads head_dim"], angles: Float[Array, "batch length half"]
+) -> Float[Array, "batch length heads head_dim"]:
+    """Rotates entry i of each head with entry i + head_dim/2, in float32.
+
+    Args:
+        x: Queries or keys.
+        angles: In radians.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def softcap(x: Float[Array, "*shape"], bound: float | None) -> Float[Array, "*shape"]:
+    """Bounds values smoothly: bound·tanh(x / bound)."""
+    return x if bound is None else bound * jnp.tanh(x / bound)
+
+
+def visible(
+    queries: Int[Array, "batch length"], keys: Int[Array, "batch slots"], window: int | None
+) -> Bool[Array, "batch length slots"]:
+    """Which slots each query may see: those of positions up to its own, the last `window` of them.
+
+    Args:
+        queries: Positions of queries.
+        keys: Positions of slots.
+        window: How many positions a query sees, itself included; `None` is all before it.
+    """
+    query, key = queries[:, :, None], keys[:, None, :]
+    return key <= query if window is None else (key <= query) & (key > query - window)
+
+
+def attend(
+    query: Float[Array, "batch length heads head_dim"],
+    cache: KeyValue,
+    queries: Int[Array, "batch length"],
+    keys: Int[Array, "batch slots"],
+    *,
+    window: int | None,
+    scale: float,
+    cap: float | None,
+) -> Float[Array, "batch length heads head_dim"]:
+    """Causal attention with grouped heads; scores and softmax in float32.
+
+    Args:
+        query: Rotated queries.
+        cache: Keys and values.
+        queries: Positions of queries.
+        keys: Positions of slots.
+        window: How many positions a query sees; `None` is all before it.
+        scale: Factor on scores.
+        cap: Bound of scores.
+    """
+    batch, length, heads, head_dim = query.shape
+    kv_heads, slots = cache.key.shape[1:3]
+
+    def block(query: Array, queries: Array) -> Array:
+        grouped = query.reshape(batch, -1, kv_heads, heads // kv_heads, head_dim).swapaxes(1, 2)
+        rows = grouped.reshape(batch, kv_heads, -1, head_dim)
+        scores = _dot(rows, cache.key, (((3,), (3,)), ((0, 1), (0, 1)))) * scale
+        scores = softcap(scores, cap).reshape(*grouped.shape[:-1], slots)
+        scores = jnp.where(visible(queries, keys, window)[:, None, :, None], scores, -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype).reshape(*rows.shape[:-1], slots)
+        mixed = _dot(weights, cache.value, (((3,), (2,)), ((0, 1), (0, 1)))).astype(query.dtype)
+        return mixed.reshape(grouped.shape).swapaxes(1, 2).reshape(query.shape)
+
+    if length <= _QUERY_BLOCK:
+        return block(query, queries)
+    blocks = -(-length // _QUERY_BLOCK)
+    short = blocks * _QUERY_BLOCK - length
+    padded = jnp.pad(query, ((0, 0), (0, short), (0, 0), (0, 0)))
+    padded = padded.reshape(batch, blocks, _QUERY_BLOCK, heads, head_dim).swapaxes(0, 1)
+    # Padded queries see something, so that no softmax is over nothing.
+    places = jnp.pad(queries, ((0, 0), (0, short)), constant_values=PADDING)
+    places = places.reshape(batch, blocks, _QUERY_BLOCK).swapaxes(0, 1)
+    out: Array = lax.map(lambda pair: block(*pair), (padded, places))
+    return out.swapaxes(0, 1).reshape(batch, -1, heads, head_dim)[:, :length]
+
+
+def _dot(a: Array, b: Array, dimensions: Any) -> Array:
+    """`lax.dot_general`, added up in float32; float32 factors are not rounded first, as accelerators would."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    product: Array = lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+    return product
+
+
+def _put(old: Array, new: Array, slot: Array) -> Array:
+    """Writes new keys or values into a cache from a slot on."""
+    # As integers: a CPU would widen the whole of a 16-bit cache to float32 and back for every token.
+    kind = {2: jnp.uint16, 4: jnp.uint32}[old.dtype.itemsize]
+    held, fresh = (lax.bitcast_convert_type(x, kind) for x in (old, new))
+    return lax.bitcast_convert_type(lax.dynamic_update_slice_in_dim(held, fresh, slot, axis=2), old.dtype)
+
+
+def _over_leading(x: Array, like: Array) -> Array:
+    """A bias or norm weight with leading axes of size 1, for callers who forbid implicit ones."""
+    return x.reshape((1,) * (like.ndim - x.ndim) + x.shape)
+
+
+class Linear(nnx.Module):
+    """A projection whose weight has the checkpoint's axes, heads apart from their widths."""
+
+    def __init__(
+        self, outputs: tuple[int, ...], inputs: tuple[int, ...], bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        std = 0.02
+        self.weight = nnx.Param(std * rngs.params.normal((*outputs, *inputs), dtype))
+        self.bias = nnx.Param(jnp.zeros(outputs, dtype)) if bias else None
+        self.num_inputs = len(inputs)
+
+    def __call__(self, x: Float[Array, "*lead inputs"]) -> Float[Array, "*lead outputs"]:
+        """Contracts the trailing axes of `x` with the weight's input axes."""
+        weight = self.weight[...]
+        outputs = weight.shape[: weight.ndim - self.num_inputs]
+        inputs = int(np.prod(weight.shape[len(outputs) :]))
+        lead = x.shape[: x.ndim - self.num_inputs]
+        y = project(weight.reshape(-1, inputs), x.reshape(*lead, inputs)).reshape(*lead, *outputs)
+        return y if self.bias is None else y + _over_leading(self.bias[...], y)
+
+
+class Norm(nnx.Module):
+    """Root-mean-square norm, in float32."""
+
+    def __init__(self, width: int, config: DecoderConfig, dtype: DTypeLike) -> None:
+        self.weight = nnx.Param(jnp.full(width, 1 - config.norm_offset, dtype))
+        self.eps = config.norm_eps
+        self.offset = config.norm_offset
+
+    def __call__(self, x: Float[Array, "*lead width"]) -> Float[Array, "*lead width"]:
+        """Divides by the root of the mean square and multiplies by the weight."""
+        wide = x.astype(jnp.float32)
+        normal = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        weight = self.weight[...].astype(jnp.float32) + self.offset
+        return (normal * _over_leading(weight, x)).astype(x.dtype)
+
+
+class _Reading(NamedTuple):
+    """What all blocks need to know of the tokens being read."""
+
+    positions: Int[Array, "batch length"]
+    angles: Float[Array, "batch length half"]
+    keys: Int[Array, "batch slots"]  # positions of slots, the tokens' own among them
+    slot: Int[Array, ""]  # where the tokens go
+    mesh: Mesh | None
+
+
+class Attention(nnx.Module):
+    """Self-attention of one block."""
+
+    def __init__(self, config: DecoderConfig, window: int | None, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        width, heads, kv_heads = (config.hidden_size,), config.num_heads, config.num_kv_heads
+        self.query = Linear((heads, config.head_dim), width, config.qkv_bias, dtype, rngs)
+        self.key = Linear((kv_heads, config.head_dim), width, config.qkv_bias, dtype, rngs)
+        self.value = Linear((kv_heads, config.head_dim), width, config.qkv_bias, dtype, rngs)
+        self.output = Linear(width, (heads, config.head_dim), config.output_bias, dtype, rngs)
+        self.query_norm = Norm(config.head_dim, config, dtype) if config.qk_norm else None
+        self.key_norm = Norm(config.head_dim, config, dtype) if config.qk_norm else None
+        self.window = window
+        self.scale = config.query_scale
+        self.cap = config.attention_softcap
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length hidden"],
+        reading: _Reading,
+        cache: KeyValue | None,
+    ) -> tuple[Float[Array, "batch length hidden"], KeyValue]:
+        """Attends to the tokens given and to those in the cache, which then holds both."""
+        query, key = self.query(x), self.key(x)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        parts = [rotate(key, reading.angles).swapaxes(1, 2), self.value(x).swapaxes(1, 2)]
+        if cache is not None:
+            pairs = zip(cache, parts, strict=True)
+            parts = [_put(old, new, reading.slot) for old, new in pairs]
+        kept = KeyValue(*(constrain(part, reading.mesh, "fsdp", "tp") for part in parts))
+        query = constrain(rotate(query, reading.angles), reading.mesh, "fsdp", None, "tp")
+        places = reading.positions, reading.keys
+        mixed = attend(query, kept, *places, window=self.window, scale=self.scale, cap=self.cap)
+        return self.output(mixed), kept
+
+
+class FeedForward(nnx.Module):
+    """The gated feed-forward layer of one block."""
+
+    def __init__(self, config: DecoderConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        width, inner = (config.hidden_size,), (config.intermediate_size,)
+        self.gate = Linear(inner, width, config.mlp_bias, dtype, rngs)
+        self.up = Linear(inner, width, config.mlp_bias, dtype, rngs)
+        self.down = Linear(width, inner, config.mlp_bias, dtype, rngs)
+        self.activation = config.activation
+
+    def __call__(self, x: Float[Array, "batch length hidden"]) -> Float[Array, "batch length hidden"]:
+        """down(activation(gate(x)) · up(x))."""
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """One transformer block."""
+
+    def __init__(self, config: DecoderConfig, window: int | None, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        self.attention_norm = Norm(config.hidden_size, config, dtype)
+        self.attention = Attention(config, window, dtype, rngs)
+        self.feed_forward_norm = Norm(config.hidden_size, config, dtype)
+        self.feed_forward = FeedForward(config, dtype, rngs)
+        self.after_attention_norm = Norm(config.hidden_size, config, dtype) if config.sandwich_norms else None
+        self.after_feed_forward_norm = Norm(config.hidden_size, config, dtype) if config.sandwich_norms else None
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length hidden"],
+        reading: _Reading,
+        cache: KeyValue | None,
+    ) -> tuple[Float[Array, "batch length hidden"], KeyValue]:
+        """Attention, then feed-forward, each added to the residual stream."""
+        mixed, kept = self.attention(self.attention_norm(x), reading, cache)
+        x = x + (mixed if self.after_attention_norm is None else self.after_attention_norm(mixed))
+        fed = self.feed_forward(self.feed_forward_norm(x))
+        x = x + (fed if self.after_feed_forward_norm is None else self.after_feed_forward_norm(fed))
+        return constrain(x, reading.mesh, "fsdp"), kept
+
+
+class Decoder(nnx.Module):
+    """Embedding, blocks and a final norm; `logits` is the output layer.
+
+    Example:
+        >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=8)
+        >>> counts = dict(num_hidden_layers=1, num_attention_heads=2)
+        >>> config = DecoderConfig.from_dict({"model_type": "llama", **sizes, **counts})
+        >>> decoder = Decoder(config, rngs=nnx.Rngs(0))
+        >>> hidden, cache = decoder(jnp.array([[1, 2, 3]]))
+        >>> decoder.logits(hidden).shape, cache.blocks[0].key.shape
+        ((1, 3, 8), (1, 2, 3, 2))
+    """
+
+    def __init__(self, config: DecoderConfig, dtype: DTypeLike | None = None, *, rngs: nnx.Rngs) -> None:
+        """Draws random weights.
+
+        Args:
+            config: The decoder's sizes and features.
+            dtype: Of the weights and of the arithmetic between float32 sums; the configuration's by default.
+            rngs: Source of the weights.
+        """
+        dtype = jnp.dtype(config.dtype if dtype is None else dtype)
+        shape = (config.vocab_size,), (config.hidden_size,)
+        self.config = config
+        self.embedding = Linear(*shape, False, dtype, rngs)
+        self.layers = nnx.List([Block(config, window, dtype, rngs) for window in config.windows])
+        self.norm = Norm(config.hidden_size, config, dtype)
+        self.head = None if config.tie_embeddings else Linear(*shape, False, dtype, rngs)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        positions: Int[Array, "batch length"] | None = None,
+        cache: Cache | None = None,
+        mesh: Mesh | None = None,
+    ) -> tuple[Float[Array, "batch length hidden"], Cache]:
+        """Reads tokens that follow what is in the cache.
+
+        Args:
+            tokens: Token ids.
+            positions: Of the tokens, `PADDING` where a row has none; by default from 0 on.
+            cache: What has been read, with room for the tokens; `None` at the beginning.
+            mesh: Mesh on which activations are laid out, the batch over `fsdp` and heads over `tp`.
+
+        Returns:
+            Hidden states, normalised, and the cache with the new tokens in it: as long as the one given, or as
+            the tokens when none was.
+        """
+        batch, length = tokens.shape
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        slot, keys = jnp.int32(0), positions
+        if cache is not None:
+            slot, keys = cache.filled, lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.filled, axis=1)
+        frequencies = jnp.asarray(inverse_frequencies(self.config.rope, self.config.head_dim))
+        angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
+        reading = _Reading(positions, angles, keys, slot, mesh)
+        x = self.embedding.weight[...][tokens]
+        x = constrain(x * jnp.asarray(self.config.embedding_scale, x.dtype), mesh, "fsdp")
+        kept: list[KeyValue] = []
+        for i, block in enumerate(self.layers):
+            x, pair = block(x, reading, None if cache is None else cache.blocks[i])
+            kept.append(pair)
+        return self.norm(x), Cache(kept, keys, slot + length)
+
+    def logits(self, hidden: Float[Array, "*lead hidden"]) -> Float[Array, "*lead vocab"]:
+        """Float32 scores of the next token.
+
+        Args:
+            hidden: Normalised hidden states, as calling the decoder returns them.
+        """
+        head = self.embedding if self.head is None else self.head
+        return softcap(project(head.weight[...], hidden, jnp.float32), self.config.logit_softcap)
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(config: DecoderConfig) -> tuple[Any, Any]:
+    """The graph of a decoder, and its parameters without values."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    return graph, nnx.to_pure_dict(state)
+
+
+def abstract_params(config: DecoderConfig) -> dict[Any, Any]:
+    """Shapes and dtypes of a decoder's parameters.
+
+    Args:
+        config: The decoder.
+
+    Returns:
+        `jax.ShapeDtypeStruct`s, nested as the parameters are.
+    """
+    params: dict[Any, Any] = jax.tree.map(lambda leaf: leaf, _abstract(config)[1])
+    return params
+
+
+def bind(config: DecoderConfig, params: Params) -> Decoder:
+    """The decoder with these parameters; inside and outside of jit.
+
+    Args:
+        config: The decoder.
+        params: As `load_params`, `params_from_tree` or `random_params` make them.
+    """
+    decoder: Decoder = nnx.merge(_abstract(config)[0], params)
+    return decoder
+
+
+def random_params(config: DecoderConfig, seed: int = 0, dtype: DTypeLike | None = None) -> Params:
+    """Random parameters, for tests and measurements.
+
+    Args:
+        config: The decoder.
+        seed: Of the random numbers.
+        dtype: Of the parameters; the configuration's by default.
+    """
+    params: Params = nnx.to_pure_dict(nnx.state(Decoder(config, dtype, rngs=nnx.Rngs(seed))))
+    return params

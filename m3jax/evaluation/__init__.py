@@ -1,0 +1,42 @@
+"""Evaluation: the paper's tasks, their scoring, a sandbox for generated code, and lm-evaluation-harness's tasks."""
+
+from m3jax.evaluation.data import HubSet, load_rows
+from m3jax.evaluation.harness import make_harness_model, run_harness
+from m3jax.evaluation.prompts import TEMPLATE_NAMES, render
+from m3jax.evaluation.protocol import Completion, GenerationSettings, Generator, LogLikelihood, Scorer
+from m3jax.evaluation.records import Record
+from m3jax.evaluation.runner import Progress, Summary, evaluate_named, evaluate_task
+from m3jax.evaluation.sandbox import Limits, Outcome, Program, run_program, run_programs, why_no_sandbox
+from m3jax.evaluation.tasks import TASKS, Example, Execution, Judgement, Task, classification, get_task
+
+__all__ = [
+    "TASKS",
+    "TEMPLATE_NAMES",
+    "Completion",
+    "Example",
+    "Execution",
+    "GenerationSettings",
+    "Generator",
+    "HubSet",
+    "Judgement",
+    "Limits",
+    "LogLikelihood",
+    "Outcome",
+    "Program",
+    "Progress",
+    "Record",
+    "Scorer",
+    "Summary",
+    "Task",
+    "classification",
+    "evaluate_named",
+    "evaluate_task",
+    "get_task",
+    "load_rows",
+    "make_harness_model",
+    "render",
+    "run_harness",
+    "run_program",
+    "run_programs",
+    "why_no_sandbox",
+]

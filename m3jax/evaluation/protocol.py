@@ -1,0 +1,54 @@
+"""What evaluation asks of a model: text for prompts, and log-likelihoods of continuations."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
+
+
+class GenerationSettings(NamedTuple):
+    """How to continue a prompt.
+
+    Attributes:
+        max_tokens: Most tokens to generate.
+        stop: Strings that end the text; they are not part of it.
+        temperature: 0 takes the most likely token always.
+        top_p: Probability mass to sample from, when temperature is not 0.
+        seed: Seed of the sampling, when temperature is not 0.
+    """
+
+    max_tokens: int = 1024
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Completion(NamedTuple):
+    """The continuation of one prompt.
+
+    Attributes:
+        text: The generated text, without the prompt.
+        tokens: Number of generated tokens.
+        finished: Whether the model or a stop string ended it, not `max_tokens` or the end of the context.
+        prompt_truncated: Whether the prompt did not fit and was cut.
+        skipped: Whether the prompt did not fit and nothing was generated.
+    """
+
+    text: str
+    tokens: int
+    finished: bool
+    prompt_truncated: bool = False
+    skipped: bool = False
+
+
+class LogLikelihood(NamedTuple):
+    """Natural logarithm of a continuation's probability, and whether greedy decoding would produce it."""
+
+    sum: float
+    is_greedy: bool
+
+
+Generator: TypeAlias = Callable[[Sequence[str], GenerationSettings], Sequence[Completion]]
+"""Prompts in, completions out, one for each and in their order."""
+
+Scorer: TypeAlias = Callable[[Sequence[tuple[str, str]]], Sequence[LogLikelihood]]
+"""Pairs of context and continuation in; an empty context means the beginning of a text."""

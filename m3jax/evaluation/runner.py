@@ -1,0 +1,271 @@
+"""Running a task: prompts to the model, completions to the judge, verdicts to the journal, a summary at the end."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from m3jax.errors import M3Error
+from m3jax.evaluation.data import load_rows
+from m3jax.evaluation.prompts import render
+from m3jax.evaluation.protocol import Completion, GenerationSettings, Generator
+from m3jax.evaluation.records import Journal, Record, digest, open_journal
+from m3jax.evaluation.sandbox import why_no_sandbox
+from m3jax.evaluation.statistics import matthews_correlation, wilson_interval
+from m3jax.evaluation.tasks import Example, Execution, Task, get_task
+from m3jax.evaluation.tasks.base import Answer
+
+Progress = Callable[[int, int], None]
+"""Called with the number of examples done and their total, at the start and after each batch."""
+
+
+class Summary(NamedTuple):
+    """The result of a run.
+
+    Attributes:
+        task: Name of the task.
+        model: Name of the model.
+        examples: Examples of the run.
+        judged: Those with a verdict; `accuracy` is over these.
+        correct: Those found right.
+        accuracy: Share of the judged that is right; None where none was judged.
+        interval: Its 95 % interval, by Wilson's score.
+        unparsed: Those in which no answer was found; they count as wrong.
+        truncated: Those whose completion hit its limit of tokens.
+        prompts_truncated: Those whose prompt did not fit and was cut.
+        skipped: Those whose prompt did not fit and which were left out of `judged`.
+        tokens: Tokens generated.
+        correlation: Matthews' correlation, for classification.
+        answers: The file written for a judge elsewhere.
+    """
+
+    task: str
+    model: str
+    examples: int
+    judged: int
+    correct: int
+    accuracy: float | None
+    interval: tuple[float, float] | None
+    unparsed: int
+    truncated: int
+    prompts_truncated: int
+    skipped: int
+    tokens: int
+    correlation: float | None
+    answers: str | None
+
+
+def evaluate_task(
+    task: Task,
+    examples: Sequence[Example],
+    generator: Generator,
+    *,
+    out_dir: str | Path | None = None,
+    model: str = "model",
+    template: str | None = None,
+    tokenizer: Any = None,
+    settings: GenerationSettings | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    resume: bool = False,
+    run_code: bool = False,
+    execution: Execution | None = None,
+    progress: Progress | None = None,
+) -> Summary:
+    """Have a model do a task, and judge it.
+
+    Args:
+        task: The task.
+        examples: Its examples, from `task.read`.
+        generator: The model.
+        out_dir: Where to write one record per example (`records.jsonl`), `summary.json`, and what a judge elsewhere
+            reads; nothing is written without it.
+        model: What the model is called in the summary; part of what makes a run the same run.
+        template: Name of a prompt template; the task's own if not given.
+        tokenizer: For the template "chat".
+        settings: How to generate; the task's own if not given.
+        limit: Do the first so many examples only.
+        batch_size: Prompts given to the model at a time. Prompts of like length go together; verdicts do not depend
+            on it as long as the model's completions do not.
+        resume: Go on with the run in `out_dir`, if there is one.
+        run_code: Allow running programs that the model wrote.
+        execution: How they are run; in a sandbox with the default limits if not given.
+        progress: Told how far the run is.
+
+    Raises:
+        M3Error: The task runs code and `run_code` is false, or no sandbox is possible; `out_dir` holds another run.
+    """
+    execution = execution or Execution()
+    _check_code(task, run_code, execution)
+    for name, number in (("batch size", batch_size), ("limit", limit)):
+        if number is not None and number < 1:
+            raise M3Error(f"the {name} must be at least 1, not {number}")
+    template = template or task.template
+    settings = settings or task.settings
+    examples = list(examples[:limit])
+    if not examples:
+        raise M3Error(f"{task.name}: there are no examples to evaluate")
+    prompts = [render(template, example.instruction, tokenizer) for example in examples]
+    identity = _identity(task, model, template, settings, execution, examples, prompts)
+    journal = open_journal(Path(out_dir), identity, resume) if out_dir is not None else None
+    done = dict(journal.done) if journal is not None else {}
+
+    if progress is not None:
+        progress(len(done), len(examples))
+    for batch in _batches(prompts, done, batch_size):
+        records = _run_batch(task, batch, examples, prompts, generator, settings, execution)
+        done |= {record.number: record for record in records}
+        if journal is not None:
+            journal.add(records)
+        if progress is not None:
+            progress(len(done), len(examples))
+    records = [done[index] for index in sorted(done)]
+    return _concluded(task, model, examples, records, journal)
+
+
+def evaluate_named(name: str, source: str | Path | None, generator: Generator, **options: Any) -> Summary:
+    """Load a task's test set and evaluate: what the command line does.
+
+    Args:
+        name: Name of the task.
+        source: A data file, a hub data set, or None for the task's own on the hub.
+        generator: The model.
+        **options: As of `evaluate_task`.
+    """
+    task = get_task(name)
+    _check_code(task, options.get("run_code", False), options.get("execution") or Execution())
+    if source is None and task.hub is None:
+        raise M3Error(f"the task {name} needs a data file; give it with --data")
+    rows = load_rows(source if source is not None else task.hub or "", task.columns)
+    return evaluate_task(task, task.read(rows), generator, **options)
+
+
+def _check_code(task: Task, run_code: bool, execution: Execution) -> None:
+    if not task.runs_code:
+        return
+    if not run_code:
+        raise M3Error(
+            f"{task.name} runs programs that the model wrote, which must be allowed: pass --run-code (run_code=True)"
+        )
+    why_not = why_no_sandbox()
+    if why_not is not None and not execution.allow_unsandboxed:
+        raise M3Error(
+            f"{task.name} runs programs that the model wrote, and this system does not allow a sandbox for them "
+            f"({why_not}); pass --allow-unsandboxed to run them with limits only"
+        )
+
+
+def _identity(
+    task: Task,
+    model: str,
+    template: str,
+    settings: GenerationSettings,
+    execution: Execution,
+    examples: Sequence[Example],
+    prompts: Sequence[str],
+) -> dict[str, Any]:
+    """What must agree for two runs to be the same run."""
+    data = digest([[example.id, example.gold, dict(example.extra)] for example in examples])
+    return {
+        "task": task.name,
+        "model": model,
+        "template": template,
+        "settings": settings._asdict(),
+        "code limits": execution.limits._asdict() if task.runs_code else None,
+        "examples": len(examples),
+        "data": data,
+        "prompts": digest(list(prompts)),
+    }
+
+
+def _batches(prompts: Sequence[str], done: Mapping[int, Record], size: int) -> Iterator[list[int]]:
+    """Indices of the examples still to do, prompts of like length together, the longest first.
+
+    The longest first, so that what does not fit in memory fails at once.
+    """
+    left = sorted((index for index in range(len(prompts)) if index not in done), key=lambda index: -len(prompts[index]))
+    for start in range(0, len(left), size):
+        yield left[start : start + size]
+
+
+def _run_batch(
+    task: Task,
+    batch: Sequence[int],
+    examples: Sequence[Example],
+    prompts: Sequence[str],
+    generator: Generator,
+    settings: GenerationSettings,
+    execution: Execution,
+) -> list[Record]:
+    completions = list(generator([prompts[index] for index in batch], settings))
+    if len(completions) != len(batch):
+        raise ValueError(f"the generator answered {len(batch)} prompts with {len(completions)} completions")
+    judged = [place for place, completion in enumerate(completions) if not completion.skipped]
+    judgements = task.judge(
+        [examples[batch[place]] for place in judged], [completions[place].text for place in judged], execution
+    )
+    verdicts = dict(zip(judged, judgements, strict=True))
+    records = []
+    for place, index in enumerate(batch):
+        example, completion, verdict = examples[index], completions[place], verdicts.get(place)
+        records.append(
+            Record(
+                number=index,
+                id=example.id,
+                prompt=prompts[index],
+                completion=completion.text,
+                parsed=verdict.parsed if verdict is not None else None,
+                gold=example.gold,
+                correct=verdict.correct if verdict is not None else None,
+                unparsed=verdict is not None and verdict.parsed is None,
+                truncated=_is_truncated(completion),
+                prompt_truncated=completion.prompt_truncated,
+                skipped=completion.skipped,
+                tokens=completion.tokens,
+                detail=verdict.detail if verdict is not None else "the prompt does not fit in the model's context",
+            )
+        )
+    return records
+
+
+def _is_truncated(completion: Completion) -> bool:
+    return not completion.finished and not completion.skipped
+
+
+def _concluded(
+    task: Task, model: str, examples: Sequence[Example], records: Sequence[Record], journal: Journal | None
+) -> Summary:
+    verdicts = [record.correct for record in records if record.correct is not None]
+    correct, judged = sum(verdicts), len(verdicts)
+    answers = None
+    if task.export is not None and journal is not None:
+        finished = [
+            Answer(examples[record.number], record.completion, record.tokens)
+            for record in records
+            if not record.skipped
+        ]
+        answers = str(task.export(finished, model, journal.directory))
+    summary = Summary(
+        task=task.name,
+        model=model,
+        examples=len(records),
+        judged=judged,
+        correct=correct,
+        accuracy=correct / judged if judged else None,
+        interval=wilson_interval(correct, judged) if judged else None,
+        unparsed=sum(record.unparsed for record in records),
+        truncated=sum(record.truncated for record in records),
+        prompts_truncated=sum(record.prompt_truncated for record in records),
+        skipped=sum(record.skipped for record in records),
+        tokens=sum(record.tokens for record in records),
+        correlation=_correlation(task, records),
+        answers=answers,
+    )
+    if journal is not None:
+        journal.finish(summary._asdict())
+    return summary
+
+
+def _correlation(task: Task, records: Sequence[Record]) -> float | None:
+    if not task.has_correlation:
+        return None
+    return matthews_correlation([(record.gold, record.parsed) for record in records if record.correct is not None])

@@ -1,0 +1,235 @@
+"""Runs programs that a model wrote against tests, where they can harm nothing.
+
+Each program gets processes of its own that are killed whole, an empty environment, no network, a file system that
+shows the interpreter read-only and one small empty directory, an unprivileged user, and limits on time, memory,
+processes, files and output. The tests run in another process than the program and see only plain values, so a program
+passes by returning right values and in no other way. Linux only.
+"""
+
+import contextlib
+import functools
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from m3jax.errors import M3Error
+
+__all__ = ["Limits", "Outcome", "Program", "run_program", "run_programs", "why_no_sandbox"]
+
+_GRACE_SECONDS = 10.0
+_CANNOT_CONFINE = 3
+
+# The launcher's interpreter sees the standard library and these packages, emptied: importing them must not bring jax.
+_BOOT = """
+import sys, types
+for name, place in zip(sys.argv[1::2], sys.argv[2::2]):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [place]
+from m3jax.evaluation.sandbox.launcher import main
+main()
+"""
+
+
+class Limits(NamedTuple):
+    """What one program may use.
+
+    Attributes:
+        wall_seconds: Time from start to verdict.
+        cpu_seconds: Processor time of one process, in whole seconds. This is what ends endless loops: a verdict must
+            not depend on how busy the machine is.
+        memory_bytes: Address space of one process, and memory of all its processes together.
+        processes: Processes and threads at one time, the two of the sandbox itself included.
+        file_bytes: Size of one file.
+        disk_bytes: Size of all files together.
+        files: Number of files and directories.
+        open_files: Descriptors of one process.
+        output_bytes: Output that is kept; the rest is read and dropped.
+    """
+
+    wall_seconds: float = 60.0
+    cpu_seconds: float = 10.0
+    memory_bytes: int = 1 << 30
+    processes: int = 32
+    file_bytes: int = 16 << 20
+    disk_bytes: int = 64 << 20
+    files: int = 4096
+    open_files: int = 64
+    output_bytes: int = 1 << 16
+
+
+DEFAULT_LIMITS = Limits()
+
+
+class Program(NamedTuple):
+    """A program, and tests that use the names it defines and raise where it is wrong."""
+
+    source: str
+    tests: str
+
+
+class Outcome(NamedTuple):
+    """What became of a program.
+
+    Attributes:
+        passed: Whether every test ran to its end without raising.
+        reason: "passed"; "failed": a test raised; "error": the program did not load; "timeout"; "memory"; "died": its
+            process ended while tests ran; "untested": the tests never used it.
+        detail: The error, or the limit.
+        output: What it printed, cut to the limit.
+        seconds: Time taken.
+    """
+
+    passed: bool
+    reason: str
+    detail: str
+    output: str
+    seconds: float
+
+
+def run_program(
+    source: str, tests: str, *, limits: Limits = DEFAULT_LIMITS, allow_unsandboxed: bool = False
+) -> Outcome:
+    """Run one program against its tests.
+
+    Args:
+        source: Python source of the program.
+        tests: Python source that uses the program's names; an exception is a failure.
+        limits: What it may use.
+        allow_unsandboxed: Where the system forbids namespaces, go on without them. The program then has limits, an
+            empty environment and, if the caller is root, another user, but sees the network and every readable file.
+
+    Raises:
+        M3Error: Namespaces are forbidden here and `allow_unsandboxed` is false.
+
+    Example:
+        >>> run_program("def double(x): return 2 * x", "assert double(4) == 8").passed
+        True
+    """
+    why_not = why_no_sandbox()
+    if why_not is not None and not allow_unsandboxed:
+        raise M3Error(
+            f"cannot run generated code safely: this system does not allow a sandbox ({why_not}); run it where user "
+            "namespaces are allowed, or pass --allow-unsandboxed to run it with limits only"
+        )
+    return _launch(Program(source, tests), limits, confined=why_not is None)
+
+
+def run_programs(
+    programs: Sequence[Program],
+    *,
+    limits: Limits = DEFAULT_LIMITS,
+    allow_unsandboxed: bool = False,
+    workers: int | None = None,
+) -> list[Outcome]:
+    """Run many programs, several at a time, each as in `run_program`; outcomes in the order of the programs.
+
+    Args:
+        programs: The programs.
+        limits: What each may use.
+        allow_unsandboxed: See `run_program`.
+        workers: How many at a time; the number of usable cores if not given.
+    """
+
+    def run(program: Program) -> Outcome:
+        return run_program(program.source, program.tests, limits=limits, allow_unsandboxed=allow_unsandboxed)
+
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(run, programs))
+
+
+@functools.cache
+def why_no_sandbox() -> str | None:
+    """Why this system allows no sandbox, or None where it does; tried once per process."""
+    try:
+        outcome = _launch(Program("def one(): return 1", "assert one() == 1"), Limits(), confined=True)
+    except M3Error as error:
+        return str(error)
+    return None if outcome.passed else f"a trial program ended with: {outcome.detail}"
+
+
+def _command() -> list[str]:
+    """The launcher's command line: the bare interpreter, no site packages, nothing from the environment."""
+    here = Path(__file__).resolve().parent
+    packages = {"m3jax.evaluation.sandbox": here, "m3jax.evaluation": here.parent, "m3jax": here.parents[1]}
+    executable = getattr(sys, "_base_executable", sys.executable)  # the interpreter behind a virtual environment
+    stubs = [word for name, place in packages.items() for word in (name, str(place))]
+    return [os.path.realpath(executable), "-I", "-S", "-c", _BOOT, *stubs]
+
+
+def _launch(program: Program, limits: Limits, confined: bool) -> Outcome:
+    if not sys.platform.startswith("linux"):
+        raise M3Error(f"generated code can be run on Linux only, and this is {sys.platform}")
+    directory = tempfile.mkdtemp(prefix="m3jax-")
+    try:
+        if not confined:
+            os.chmod(directory, 0o777)  # it runs as another user where it can; the parent directory is sticky
+        with tempfile.TemporaryFile() as tests:
+            # Tests travel apart from the program, so that the program's process never holds them.
+            tests.write(program.tests.encode("utf-8", "surrogatepass"))
+            tests.seek(0)
+            return _converse(program, limits, confined, directory, tests.fileno())
+    finally:
+        _remove(directory)
+
+
+def _converse(program: Program, limits: Limits, confined: bool, directory: str, tests: int) -> Outcome:
+    walls = limits._asdict()
+    order = {
+        "confined": confined,
+        "directory": directory,
+        "source": program.source,
+        "tests": tests,
+        "output_bytes": walls.pop("output_bytes"),
+        "walls": walls,
+    }
+    with subprocess.Popen(
+        _command(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={},
+        cwd="/",
+        start_new_session=True,
+        pass_fds=(tests,),
+    ) as launcher:
+        try:
+            answer, complaint = launcher.communicate(json.dumps(order).encode(), limits.wall_seconds + _GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            # The keeper dies with the launcher, and its namespace with it.
+            launcher.kill()
+            launcher.communicate()
+            return Outcome(False, "timeout", "the sandbox itself did not end in time", "", limits.wall_seconds)
+    if launcher.returncode == _CANNOT_CONFINE:
+        raise M3Error(complaint.decode(errors="replace"))
+    try:
+        found = json.loads(answer)
+    except ValueError:
+        return Outcome(False, "died", complaint.decode(errors="replace")[:1000] or "the sandbox was killed", "", 0.0)
+    return Outcome(found["reason"] == "passed", found["reason"], found["detail"], found["output"], found["seconds"])
+
+
+def _remove(directory: str) -> None:
+    """Remove a directory whatever a program put there: modes that forbid it, or depths that no path can name."""
+    token, count = secrets.token_hex(8), 0
+    with contextlib.suppress(OSError):
+        while entries := list(os.scandir(directory)):
+            for entry in entries:
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.path)
+                    continue
+                os.chmod(entry.path, 0o700)
+                for name in os.listdir(entry.path):  # its contents move up, so that depth never grows
+                    child = os.path.join(entry.path, name)
+                    if os.path.isdir(child) and not os.path.islink(child):
+                        os.chmod(child, 0o700)
+                    os.rename(child, os.path.join(directory, f"{token}-{count}"))
+                    count += 1
+                os.rmdir(entry.path)
+        os.rmdir(directory)

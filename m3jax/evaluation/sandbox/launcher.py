@@ -1,0 +1,236 @@
+"""The process between the harness and a program: builds the walls, watches, and ends everything.
+
+Started afresh for each program, without threads, so forking here is safe. Four processes: the launcher stays in the
+harness's PID namespace; its child, the keeper, is the first process of the new one and outlives nothing: when it ends
+the kernel kills all the rest. The keeper's children are the candidate (the program) and the examiner (the tests).
+"""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+from m3jax.evaluation.sandbox import confine, kernel
+from m3jax.evaluation.sandbox.candidate import serve
+from m3jax.evaluation.sandbox.examiner import examine
+from m3jax.evaluation.sandbox.wire import Channel
+
+CANNOT_CONFINE = 3
+_TICK_SECONDS = 0.05
+_DESCRIPTORS = 1024  # more than this process ever has
+_LONGEST_VERDICT = 1 << 16
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> NoReturn:
+    """Read the order from standard input, run it, write the outcome to standard output."""
+    order = json.loads(sys.stdin.buffer.read())
+    given = order["tests"]
+    order["tests"] = os.dup(given)  # the lowest free number, so that all descriptors here are small
+    os.close(given)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # should memory run out all the same, the kernel takes the program first
+    user = confine.own_user()
+    if order["confined"]:
+        try:
+            confine.separate(user)
+        except OSError as error:
+            _cannot(error)
+    keeper = os.fork()
+    if keeper == 0:
+        _guarded(lambda: _keep(order, user))
+    _, status = os.waitpid(keeper, 0)
+    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+
+
+def _cannot(error: OSError) -> NoReturn:
+    os.write(2, f"{error.strerror or error}".encode())
+    os._exit(CANNOT_CONFINE)
+
+
+def _guarded(body: Callable[[], None]) -> NoReturn:
+    """Run the body of a forked process, which must never return into the code of its parent."""
+    try:
+        body()
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.write(2, f"{type(error).__name__}: {error}".encode(errors="replace")[:4000])
+        os._exit(1)
+    os._exit(0)
+
+
+def _keep(order: dict[str, Any], user: int) -> None:
+    walls: confine.Walls = order["walls"]
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # with default actions, the first process ignores its namespace
+    processes = None
+    try:
+        if order["confined"]:
+            processes = confine.build_root(order["directory"], walls)
+        else:
+            kernel.become_subreaper()
+            os.chdir(order["directory"])
+        alone = order["confined"] or os.geteuid() == 0
+        confine.drop_privileges(user)
+    except OSError as error:
+        _cannot(error)
+    inside, outside = socket.socketpair()
+    output, output_end = os.pipe()
+    verdict, verdict_end = os.pipe()
+
+    def run_candidate() -> None:
+        _settle((outside.fileno(),), output_end)
+        confine.limit(walls, alone)
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+        serve(order["source"], Channel(outside))
+
+    def run_examiner() -> None:
+        _settle((inside.fileno(), verdict_end, order["tests"]), None)
+        confine.limit(walls, alone)
+        with open(order["tests"], encoding="utf-8", errors="surrogatepass") as file:
+            found = examine(file.read(), Channel(inside))
+        os.write(verdict_end, json.dumps(found).encode())
+
+    started = time.monotonic()
+    children = [_fork(run_examiner), _fork(run_candidate)]
+    for end in (output_end, verdict_end, inside.fileno(), outside.fileno()):
+        os.close(end)
+    found, printed = _watch(walls, order["output_bytes"], processes, children[1], output, verdict)
+    found |= {"output": printed.decode(errors="replace"), "seconds": time.monotonic() - started}
+    if processes is None:
+        _sweep(children)
+    os.write(1, json.dumps(found).encode())
+
+
+def _fork(body: Callable[[], None]) -> int:
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        _guarded(body)
+    return child
+
+
+def _settle(kept: tuple[int, ...], output: int | None) -> None:
+    """Leave a new process no descriptors but these, an empty standard input, and its output where it belongs."""
+    null = os.open("/dev/null", os.O_RDWR)
+    os.dup2(null, 0)
+    for number in (1, 2):
+        os.dup2(null if output is None else output, number)
+    last = 2
+    for number in sorted(kept):
+        os.closerange(last + 1, number)
+        last = number
+    os.closerange(last + 1, _DESCRIPTORS)
+
+
+def _watch(
+    walls: confine.Walls, output_bytes: int, processes: int | None, candidate: int, output: int, verdict: int
+) -> tuple[dict[str, Any], bytes]:
+    """Collect output and verdict until the examiner has spoken, time is up, or memory is."""
+    printed, spoken = bytearray(), bytearray()
+    ended: dict[int, int] = {}
+    deadline = time.monotonic() + walls["wall_seconds"]
+    waiting = {output, verdict}
+    while True:
+        for ready in select.select(list(waiting), [], [], _TICK_SECONDS)[0]:
+            piece = os.read(ready, 1 << 16)
+            if not piece:
+                waiting.discard(ready)
+            elif ready == output:
+                printed += piece[: output_bytes - len(printed)]
+            else:
+                spoken += piece
+        ended |= _reap()
+        if verdict not in waiting or len(spoken) > _LONGEST_VERDICT:
+            while len(printed) < output_bytes and select.select([output], [], [], 0)[0]:
+                piece = os.read(output, output_bytes - len(printed))
+                if not piece:
+                    break
+                printed += piece
+            found = _verdict(bytes(spoken))
+            if found["reason"] == "died" and _was_out_of_time(candidate, ended):
+                found = {"reason": "timeout", "detail": f"used {walls['cpu_seconds']:g} s of processor time"}
+            return found, bytes(printed)
+        if time.monotonic() > deadline:
+            return {"reason": "timeout", "detail": f"not done after {walls['wall_seconds']:g} s"}, bytes(printed)
+        if processes is not None and _resident(processes) > walls["memory_bytes"]:
+            return {"reason": "memory", "detail": f"more than {walls['memory_bytes']} bytes"}, bytes(printed)
+
+
+def _verdict(spoken: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(spoken)
+        return {"reason": str(found["reason"]), "detail": str(found["detail"])}
+    except (ValueError, KeyError, TypeError):
+        return {"reason": "died", "detail": "the tests were killed before they ended"}
+
+
+def _reap() -> dict[int, int]:
+    """Bury the dead: their statuses, by process."""
+    ended = {}
+    with contextlib.suppress(ChildProcessError):
+        while (found := os.waitpid(-1, os.WNOHANG))[0] != 0:
+            ended[found[0]] = found[1]
+    return ended
+
+
+def _was_out_of_time(candidate: int, ended: dict[int, int]) -> bool:
+    """Whether the limit on processor time ended the candidate, which may be dying still."""
+    give_up = time.monotonic() + 1.0
+    while candidate not in ended and time.monotonic() < give_up:
+        time.sleep(0.01)
+        ended |= _reap()
+    status = ended.get(candidate, 0)
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
+
+
+def _resident(processes: int) -> int:
+    """Bytes of memory that all processes of the namespace hold."""
+    total = 0
+    for name in os.listdir(processes):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                file = os.open(f"{name}/statm", os.O_RDONLY, dir_fd=processes)
+                try:
+                    fields = os.read(file, 256).split()
+                finally:
+                    os.close(file)
+                total += int(fields[1]) * _PAGE
+    return total
+
+
+def _descendants() -> Iterator[int]:
+    """Processes below this one; as a subreaper it is the parent of every orphan."""
+    parents: dict[int, int] = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:
+                parents[int(name)] = int(file.read().rpartition(b")")[2].split()[1])
+    for process in parents:
+        above = process
+        while (above := parents.get(above, 0)) > 1:
+            if above == os.getpid():
+                yield process
+                break
+
+
+def _sweep(children: list[int]) -> None:
+    """Without a PID namespace: stop, then kill, whatever descends from here until nothing does."""
+    for child in children:
+        with contextlib.suppress(OSError):
+            os.killpg(child, signal.SIGKILL)
+    give_up = time.monotonic() + 5.0
+    while time.monotonic() < give_up:
+        found = list(_descendants())
+        for wanted in (signal.SIGSTOP, signal.SIGKILL):  # stopped first, none can fork while the others are killed
+            for process in found:
+                with contextlib.suppress(OSError):
+                    os.kill(process, wanted)
+        _reap()
+        if not found:
+            return

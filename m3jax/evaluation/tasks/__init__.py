@@ -1,0 +1,44 @@
+"""The tasks, by name."""
+
+import difflib
+from collections.abc import Callable
+
+from m3jax.errors import M3Error
+from m3jax.evaluation.tasks.alpaca_eval import alpaca_eval
+from m3jax.evaluation.tasks.base import Example, Execution, Judgement, Task
+from m3jax.evaluation.tasks.classification import classification, cola, sst2
+from m3jax.evaluation.tasks.livebench import livebench_coding, livebench_instruction_following, livebench_typos
+from m3jax.evaluation.tasks.mathematics import gsm8k, math
+from m3jax.evaluation.tasks.programming import humaneval, mbpp
+
+__all__ = ["TASKS", "Example", "Execution", "Judgement", "Task", "classification", "get_task"]
+
+TASKS: dict[str, Callable[[], Task]] = {
+    "gsm8k": gsm8k,
+    "math": math,
+    "humaneval": humaneval,
+    "mbpp": mbpp,
+    "alpaca_eval": alpaca_eval,
+    "livebench_instruction_following": livebench_instruction_following,
+    "livebench_coding": livebench_coding,
+    "livebench_typos": livebench_typos,
+    "sst2": sst2,
+    "cola": cola,
+}
+
+
+def get_task(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        M3Error: There is none.
+
+    Example:
+        >>> get_task("gsm8k").template
+        'wizardmath'
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, 1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise M3Error(f"no task is called {name!r}{meant}; there are: {', '.join(TASKS)}")
+    return TASKS[name]()

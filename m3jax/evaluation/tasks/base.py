@@ -1,0 +1,102 @@
+"""What a task is: how its examples are read, put to a model, judged, and handed on."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from m3jax.evaluation.data import HubSet, Row
+from m3jax.evaluation.protocol import GenerationSettings
+from m3jax.evaluation.sandbox import Limits
+
+
+class Example(NamedTuple):
+    """One example of a test set.
+
+    Attributes:
+        id: Its name in the test set.
+        instruction: What the model is asked, before any template.
+        gold: The right answer in the words of the test set; empty where only a judge elsewhere knows.
+        extra: What judging or handing on needs besides.
+    """
+
+    id: str
+    instruction: str
+    gold: str
+    extra: Mapping[str, Any] = {}
+
+
+class Judgement(NamedTuple):
+    """What a completion is worth.
+
+    Attributes:
+        correct: Whether it is right; None where only a judge elsewhere can say.
+        parsed: The answer found in it; None where none was found, which counts as wrong.
+        detail: Why it is wrong, where more is known.
+    """
+
+    correct: bool | None
+    parsed: str | None
+    detail: str = ""
+
+
+class Execution(NamedTuple):
+    """How code that a model wrote is run, once the caller has allowed it.
+
+    Attributes:
+        allow_unsandboxed: Go on where the system allows no sandbox; see `m3jax.evaluation.sandbox.run_program`.
+        workers: Programs at a time; the number of usable cores if None.
+        limits: What each program may use.
+    """
+
+    allow_unsandboxed: bool = False
+    workers: int | None = None
+    limits: Limits = Limits()
+
+
+class Answer(NamedTuple):
+    """A finished example, for tasks that hand answers on to a judge elsewhere."""
+
+    example: Example
+    text: str
+    tokens: int
+
+
+Judge = Callable[[Sequence[Example], Sequence[str], Execution], list[Judgement]]
+Export = Callable[[Sequence[Answer], str, Path], Path]
+
+
+class Task(NamedTuple):
+    """A task: pure functions, made by a factory that closes over its settings.
+
+    Attributes:
+        name: What users call it.
+        read: Turns the rows of a test set into examples.
+        judge: Judges completions of examples, both in the same order.
+        template: The prompt template of the paper's evaluation.
+        settings: How to generate.
+        hub: Where its test set is on the Hugging Face hub, None if it must be given as a file.
+        columns: Columns of its TSV or CSV files that have no header line.
+        runs_code: Whether judging runs what the model wrote.
+        has_correlation: Whether the summary gives Matthews' correlation too.
+        export: Writes the answers as a judge elsewhere reads them: given the answers, the model's name and a directory.
+    """
+
+    name: str
+    read: Callable[[Sequence[Row]], list[Example]]
+    judge: Judge
+    template: str
+    settings: GenerationSettings
+    hub: HubSet | None = None
+    columns: tuple[str, ...] = ()
+    runs_code: bool = False
+    has_correlation: bool = False
+    export: Export | None = None
+
+
+def each(judge_one: Callable[[Example, str], Judgement]) -> Judge:
+    """A judge of many from a judge of one that runs no code."""
+
+    def judge(examples: Sequence[Example], texts: Sequence[str], _: Execution) -> list[Judgement]:
+        return list(map(judge_one, examples, texts))
+
+    return judge

@@ -1,0 +1,127 @@
+"""HumanEval and MBPP: functions to write, judged by running their tests."""
+
+import textwrap
+from collections.abc import Callable, Sequence
+
+from m3jax.errors import M3Error
+from m3jax.evaluation.data import Field, HubSet, Row, read_fields
+from m3jax.evaluation.protocol import GenerationSettings
+from m3jax.evaluation.sandbox import Program, run_programs
+from m3jax.evaluation.scorers.code import continuation, defines, extract_code, is_python
+from m3jax.evaluation.tasks.base import Example, Execution, Judge, Judgement, Task
+
+
+def humaneval() -> Task:
+    """Python functions from their signature and docstring (Chen et al., 2021); pass@1, greedy."""
+    return Task(
+        name="humaneval",
+        read=_read_humaneval,
+        judge=_judged_by_tests(_humaneval_program),
+        template="code-alpaca",
+        settings=GenerationSettings(max_tokens=2048),
+        hub=HubSet("openai/openai_humaneval"),
+        runs_code=True,
+    )
+
+
+def _read_humaneval(rows: Sequence[Row]) -> list[Example]:
+    fields = {
+        "prompt": Field(("prompt",)),
+        "test": Field(("test",)),
+        "entry_point": Field(("entry_point",)),
+        "solution": Field(("canonical_solution",), required=False),
+        "id": Field(("task_id",), required=False),
+    }
+    examples = []
+    for number, row in enumerate(read_fields(rows, fields, "humaneval")):
+        prompt, name = str(row["prompt"]), str(row["entry_point"])
+        examples.append(
+            Example(
+                id=str(row.get("id", number)),
+                # Tabs for spaces, as in the evaluation that the paper follows.
+                instruction=prompt.replace("    ", "\t"),
+                gold=str(row.get("solution", "")),
+                extra={"prompt": prompt, "name": name, "tests": f"{row['test']}\n\ncheck({name})\n"},
+            )
+        )
+    return examples
+
+
+def _humaneval_program(example: Example, text: str) -> str | None:
+    """The program to test: the answer's own, under the prompt's imports and helpers, or the prompt continued."""
+    prompt, name = example.extra["prompt"], example.extra["name"]
+    code = extract_code(text, name)
+    if code is not None and defines(code, name):
+        header = prompt[: prompt.rindex(f"def {name}")]
+        return f"{header}\n{code}"
+    # A fenced block without the function is its body; text without a fence continues the prompt.
+    body = textwrap.indent(code, "    ") if code is not None and "```" in text else continuation(text)
+    if not body.strip():
+        return None
+    return f"{prompt.expandtabs(4).rstrip()}\n{body}\n"
+
+
+def mbpp() -> Task:
+    """Short Python functions from one sentence and three tests (Austin et al., 2021); pass@1, greedy."""
+    return Task(
+        name="mbpp",
+        read=_read_mbpp,
+        judge=_judged_by_tests(_mbpp_program),
+        template="code-alpaca",
+        settings=GenerationSettings(max_tokens=2048),
+        hub=HubSet("google-research-datasets/mbpp", "full"),
+        runs_code=True,
+    )
+
+
+def _read_mbpp(rows: Sequence[Row]) -> list[Example]:
+    fields = {
+        "text": Field(("text", "prompt")),
+        "tests": Field(("test_list",)),
+        "setup": Field(("test_setup_code",), required=False),
+        "imports": Field(("test_imports",), required=False),
+        "solution": Field(("code",), required=False),
+        "id": Field(("task_id",), required=False),
+    }
+    examples = []
+    for number, row in enumerate(read_fields(rows, fields, "mbpp"), 1):
+        tests = row["tests"]
+        if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
+            raise M3Error(f"example {number} is not mbpp data: test_list must be a list of assert statements")
+        setup = "\n".join([*row.get("imports", []), str(row.get("setup", ""))]).replace("\r\n", "\n")
+        instruction = f"\n{row['text']}\nTest examples:\n" + "\n".join(tests)
+        examples.append(
+            Example(
+                id=str(row.get("id", number - 1)),
+                instruction=instruction,
+                gold=str(row.get("solution", "")),
+                extra={"tests": f"{setup}\n" + "\n".join(tests) + "\n"},
+            )
+        )
+    return examples
+
+
+def _mbpp_program(example: Example, text: str) -> str | None:
+    return extract_code(text)
+
+
+def _judged_by_tests(program_of: Callable[[Example, str], str | None]) -> Judge:
+    """Judge by running each example's tests against the program found in the completion."""
+
+    def judge(examples: Sequence[Example], texts: Sequence[str], execution: Execution) -> list[Judgement]:
+        sources = list(map(program_of, examples, texts))
+        run = [place for place, source in enumerate(sources) if source is not None]
+        outcomes = run_programs(
+            [Program(sources[place] or "", examples[place].extra["tests"]) for place in run],
+            limits=execution.limits,
+            allow_unsandboxed=execution.allow_unsandboxed,
+            workers=execution.workers,
+        )
+        judged = [Judgement(False, None, "no program found")] * len(examples)
+        for place, outcome in zip(run, outcomes, strict=True):
+            parsed = sources[place] if is_python(sources[place] or "") else None
+            detail = "" if outcome.passed else f"{outcome.reason}: {outcome.detail}"
+            judged[place] = Judgement(outcome.passed, parsed, detail)
+        return judged
+
+    return judge

@@ -1,0 +1,184 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m3jax import M3Error
+from m3jax.decoder import DecoderConfig, bind, generate, length_bucket, log_likelihoods, params_from_tree
+from m3jax.decoder.generation import _fit_prompt, _nucleus
+
+from .models import CONFIGS, weights
+
+ENTRIES = CONFIGS["mistral"] | {"num_hidden_layers": 1}  # compiles in half the time of two
+CONFIG = DecoderConfig.from_dict(ENTRIES)
+PARAMS = params_from_tree(weights(ENTRIES), CONFIG)
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(3, 64, n).tolist() for n in (5, 1, 19, 9)]
+
+
+@jax.jit
+def forward(params, tokens):
+    decoder = bind(CONFIG, params)
+    return decoder.logits(decoder(tokens)[0])
+
+
+def apply_fn(params, tokens, lengths):
+    return forward(params, tokens)
+
+
+def run(prompts=PROMPTS, **settings):
+    return generate(PARAMS, CONFIG, prompts, **{"max_new_tokens": 40, "stop_token_ids": (), "batch_size": 4} | settings)
+
+
+@pytest.fixture(scope="module")
+def greedy():
+    return [completion.tokens for completion in run()]
+
+
+def test_greedy_is_the_likeliest_token_of_a_run_without_cache(greedy):
+    for prompt, tokens in zip(PROMPTS, greedy, strict=True):
+        text = jnp.asarray([[*prompt, *tokens] + [0] * (64 - len(prompt) - 40)])
+        likeliest = np.argmax(forward(PARAMS, text)[0], axis=-1)
+        assert likeliest[len(prompt) - 1 : len(prompt) + 39].tolist() == list(tokens)
+
+
+def test_neighbours_and_batch_size_change_nothing(greedy):
+    assert [completion.tokens for completion in run(batch_size=1)] == greedy
+    assert run([PROMPTS[2]])[0].tokens == greedy[2]
+
+
+def test_a_function_of_the_callers_stands_in(greedy):
+    calls = {"config": None, "params": PARAMS, "apply_fn": apply_fn}
+    found = generate(prompts=PROMPTS, max_new_tokens=40, batch_size=4, **calls)
+    assert [completion.tokens for completion in found] == greedy
+    pairs = [(PROMPTS[0], [5, 6]), (PROMPTS[1], [7])]
+    ours, theirs = (log_likelihoods(pairs=pairs, **more)[0] for more in ({"params": PARAMS, "config": CONFIG}, calls))
+    assert ours.log_prob == pytest.approx(theirs.log_prob, abs=1e-4)
+
+
+def test_programs_are_compiled_once_per_batch_and_length():
+    config = DecoderConfig.from_dict(ENTRIES | {"eos_token_id": 3})  # a config of its own: nothing cached
+    events = []
+    settings = {"max_new_tokens": 3, "batch_size": 2, "progress": events.append}
+    generate(PARAMS, config, PROMPTS, **settings)
+    generate(PARAMS, config, [p * 2 for p in PROMPTS], **settings)  # two buckets: one more prefill and decode
+    generate(PARAMS, config, PROMPTS, key=jax.random.key(1), stop_token_ids=(7,), **settings)
+    compiled = [(e.stage, e.batch, e.length) for e in events if e.event == "compile"]
+    assert compiled == [("prefill", 2, 32), ("decode", 2, 96), ("prefill", 2, 64), ("decode", 2, 128)]
+    assert [(e.done, e.total) for e in events if e.event == "batch"] == [(2, 4), (4, 4)] * 3
+
+
+def test_stop_tokens_end_a_text_and_are_left_out(greedy):
+    stop = greedy[0][10]
+    for completion, whole in zip(run(stop_token_ids=(stop,)), greedy, strict=True):
+        end = whole.index(stop) if stop in whole else None
+        assert completion.tokens == whole[:end]
+        assert completion.finish == ("length" if end is None else "stop_token")
+    first = greedy[1][0]
+    assert run([PROMPTS[1]], stop_token_ids=(first,))[0] == ((), "stop_token", 0)
+
+
+def text_of(tokens):
+    return "".join(f"<{token}>" for token in tokens)
+
+
+@pytest.mark.parametrize("place", [0, 12, 38])
+def test_stop_strings_end_a_text_with_the_token_that_completes_them(greedy, place):
+    stop = f"{greedy[2][place]}><{greedy[2][place + 1]}"
+    found = run(stop_strings=(stop,), detokenize=text_of)
+    for completion, whole in zip(found, greedy, strict=True):
+        ends = [n for n in range(1, 41) if stop in text_of(whole[:n])]
+        assert completion.tokens == (whole[: ends[0]] if ends else whole)
+        assert completion.finish == ("stop_string" if ends else "length")
+    assert found[2].finish == "stop_string"
+
+
+def test_draws_depend_on_key_and_place_in_the_list_alone(greedy):
+    settings = {"temperature": 1.5, "key": jax.random.key(7)}
+    drawn = [completion.tokens for completion in run(**settings)]
+    assert drawn != greedy
+    assert [completion.tokens for completion in run(batch_size=1, **settings)] == drawn
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(7), jnp.arange(4))
+    assert run([PROMPTS[3]], temperature=1.5, key=keys[3:])[0].tokens == drawn[3]
+    assert [completion.tokens for completion in run(temperature=1.5, key=jax.random.key(8))] != drawn
+    assert [completion.tokens for completion in run(temperature=1.5, top_p=1e-6, key=jax.random.key(7))] == greedy
+
+
+def test_nucleus_keeps_the_likeliest():
+    logits = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25]]))
+    for top_p, kept in ((0.4, [1]), (0.6, [1, 3]), (0.8, [1, 2, 3]), (1.0, [0, 1, 2, 3])):
+        assert np.flatnonzero(np.isfinite(_nucleus(logits, jnp.float32(top_p)))).tolist() == kept
+
+
+def test_the_context_ends_a_text_openly():
+    prompt = RNG.integers(3, 64, 120).tolist()
+    assert run([prompt])[0][1:] == ("context", 0)
+    assert len(run([prompt])[0].tokens) == 8
+    long = RNG.integers(3, 64, 200).tolist()
+    with pytest.raises(M3Error, match=r"prompt 0 has 200 tokens where the model sees 128: .*truncate_left"):
+        run([long])
+    cut = run([long], overflow="truncate_left")[0]
+    assert (cut.finish, cut.dropped) == ("length", 112)
+    assert cut.tokens == run([long[112:]])[0].tokens
+    assert len(_fit_prompt(long, "prompt", CONFIG, 100, "truncate_left")) == 64  # half the context stays
+
+
+def test_log_likelihoods_are_those_of_a_run_without_padding():
+    pairs = [(PROMPTS[0], PROMPTS[3]), (PROMPTS[1], [7]), (PROMPTS[2], PROMPTS[2])]
+    for (context, continuation), found in zip(pairs, log_likelihoods(PARAMS, CONFIG, pairs, batch_size=2), strict=True):
+        length = len(context) + len(continuation)
+        text = jnp.asarray([context + continuation + [0] * (64 - length)])
+        logits = forward(PARAMS, text)[0, len(context) - 1 : length - 1]
+        log_probs = jax.nn.log_softmax(logits)[jnp.arange(len(continuation)), jnp.asarray(continuation)]
+        assert found.log_prob == pytest.approx(float(log_probs.sum()), abs=1e-4)
+        assert found.is_greedy == (np.argmax(logits, -1).tolist() == continuation)
+
+
+def test_greedy_texts_are_found_to_be_greedy(greedy):
+    pairs = [(prompt, tokens[:12]) for prompt, tokens in zip(PROMPTS, greedy, strict=True)]
+    assert all(found.is_greedy for found in log_likelihoods(PARAMS, CONFIG, pairs, batch_size=2))
+
+
+def test_scored_texts_use_the_whole_context():
+    context, continuation = RNG.integers(3, 64, 120).tolist(), RNG.integers(3, 64, 9).tolist()
+    full = log_likelihoods(PARAMS, CONFIG, [(context, continuation)])[0]
+    assert full.dropped == 0
+    with pytest.raises(M3Error, match="context 0 with its continuation has 130 tokens where the model sees 128"):
+        log_likelihoods(PARAMS, CONFIG, [([4, 5, *context], continuation)])
+    cut = log_likelihoods(PARAMS, CONFIG, [([4, 5, *context], continuation)], overflow="truncate_left")[0]
+    assert cut == full._replace(dropped=2)
+    with pytest.raises(M3Error):
+        log_likelihoods(PARAMS, CONFIG, [([4], continuation * 15)], overflow="truncate_left")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"prompts": [[4], []]}, "prompt 1 is empty"),
+        ({"prompts": [[4, 64]]}, "token id 64, outside the model's vocabulary of 64"),
+        ({"prompts": [[-1]]}, "token id -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"batch_size": 0}, "batch size 0"),
+        ({"temperature": 1.0}, "there is no key"),
+        ({"temperature": -1.0}, "out of range"),
+        ({"top_p": 0.0}, "out of range"),
+        ({"stop_strings": ("a",)}, "give detokenize"),
+        ({"stop_strings": ("",), "detokenize": text_of}, "stop string is empty"),
+        ({"temperature": 1.0, "key": jax.random.split(jax.random.key(0), 3)}, "3 keys for 4 prompts"),
+    ],
+)
+def test_impossible_settings_are_errors(settings, said):
+    with pytest.raises(M3Error, match=said):
+        run(**settings)
+    with pytest.raises(M3Error, match="neither a config nor an apply_fn"):
+        generate(PARAMS, None, PROMPTS, max_new_tokens=1)
+
+
+def test_no_prompts_give_no_texts():
+    assert run([]) == []
+    assert log_likelihoods(PARAMS, CONFIG, []) == []
+
+
+def test_buckets_are_powers_of_two_within_the_context():
+    assert [length_bucket(n) for n in (1, 32, 33, 64, 65)] == [32, 32, 64, 64, 128]
+    assert length_bucket(70, 100) == 100

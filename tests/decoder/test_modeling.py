@@ -1,0 +1,96 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from m3jax.decoder import PADDING, DecoderConfig, bind, modeling, params_from_tree
+
+from .models import BFLOAT16, CONFIGS, weights
+
+
+def tiny(name, dtype=np.float32):
+    config = DecoderConfig.from_dict(CONFIGS[name])
+    params = params_from_tree(weights(CONFIGS[name], dtype), config)
+
+    @jax.jit
+    def read(params, tokens, positions=None, cache=None):
+        decoder = bind(config, params)
+        hidden, cache = decoder(tokens, positions, cache)
+        return hidden, cache, decoder.logits(hidden)
+
+    return functools.partial(read, params)
+
+
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 64, (2, 12)), jnp.int32)
+
+
+@pytest.mark.parametrize("name", ["llama-tied-biased", "qwen2", "gemma2"])
+def test_reading_in_two_parts_equals_reading_at_once(name):
+    read = tiny(name)
+    whole, *_ = read(TOKENS)
+    first, cache, _ = read(TOKENS[:, :7])
+    cache = cache.extend(16)
+    parts = [first]
+    for i in range(7, 12):
+        part, cache, _ = read(TOKENS[:, i : i + 1], jnp.full((2, 1), i), cache)
+        parts.append(part)
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=2e-5)
+    assert int(cache.filled) == 12
+
+
+@pytest.mark.parametrize(("name", "side"), [("llama", "right"), ("gemma2", "left")])
+def test_padding_on_either_side_changes_nothing(name, side):
+    read = tiny(name)
+    alone, *_ = read(TOKENS[:1, :8])
+    tokens = jnp.zeros((2, 12), jnp.int32).at[1].set(TOKENS[1])
+    positions = jnp.full((2, 12), PADDING).at[1].set(jnp.arange(12))
+    place = slice(4, 12) if side == "left" else slice(0, 8)
+    tokens, positions = tokens.at[0, place].set(TOKENS[0, :8]), positions.at[0, place].set(jnp.arange(8))
+    padded, *_ = read(tokens, positions)
+    assert np.isfinite(padded).all()
+    np.testing.assert_allclose(padded[:1, place], alone, atol=1e-5)
+
+
+def test_queries_in_blocks_see_the_same(monkeypatch):
+    read = tiny("mistral")
+    whole, *_ = read(TOKENS)
+    monkeypatch.setattr(modeling, "_QUERY_BLOCK", 5)
+    blocks, *_ = tiny("mistral")(TOKENS)
+    np.testing.assert_allclose(blocks, whole, atol=1e-5)
+
+
+def test_a_window_hides_what_is_before_it():
+    read = tiny("mistral")  # two blocks of window 5: nothing more than 8 tokens back is seen
+    changed = TOKENS.at[:, 0].set(5 - TOKENS[:, 0] % 2)
+    a, b = read(TOKENS)[0], read(changed)[0]
+    assert not np.allclose(a[:, 4], b[:, 4])
+    np.testing.assert_array_equal(a[:, 9:], b[:, 9:])
+
+
+def test_both_ways_to_multiply_agree():
+    rng = np.random.default_rng(0)
+    weight, x = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((24, 16), (300, 16)))
+    want = np.asarray(x) @ np.asarray(weight).T
+    for rows in (1, 3, 300):
+        np.testing.assert_allclose(modeling.project(weight, x[:rows]), want[:rows], rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_stays_near_float32():
+    exact = tiny("llama")
+    rounded = tiny("llama", BFLOAT16)
+    a, b = exact(TOKENS)[2], rounded(TOKENS)[2]
+    assert b.dtype == jnp.float32
+    assert float(jnp.corrcoef(a.ravel(), b.ravel())[0, 1]) > 0.99
+
+
+def test_gradients_reach_every_parameter():
+    config = DecoderConfig.from_dict(CONFIGS["qwen3"])
+    params = params_from_tree(weights(CONFIGS["qwen3"]), config)
+
+    def loss(params):
+        decoder = bind(config, params)
+        return jnp.sum(decoder.logits(decoder(TOKENS)[0]) ** 2)
+
+    assert all(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params)))

@@ -1,0 +1,96 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import m3jax
+from m3jax import M3Error
+from m3jax.checkpoints import open_safetensors
+from m3jax.decoder import DecoderConfig, abstract_params, load_params, params_from_tree, random_params
+
+from .models import BFLOAT16, CONFIGS, weights
+
+
+def nested(flat):
+    tree = {}
+    for name, leaf in flat.items():
+        *branches, last = name.split(".")
+        branch = tree
+        for key in branches:
+            branch = branch.setdefault(key, {})
+        branch[last] = leaf
+    return tree
+
+
+@pytest.mark.parametrize("name", ["llama-tied-biased", "qwen2", "qwen3", "gemma2"])
+def test_files_and_trees_give_the_same_parameters(name, tmp_path):
+    config = DecoderConfig.from_dict(CONFIGS[name])
+    flat = weights(CONFIGS[name])
+    save_file(flat, tmp_path / "model.safetensors")
+    read = load_params(tmp_path, config)
+    for tree in (flat, nested(flat)):
+        jax.tree.map(np.testing.assert_array_equal, read, params_from_tree(tree, config))
+    with open_safetensors(tmp_path) as checkpoint:
+        jax.tree.map(np.testing.assert_array_equal, read, load_params(checkpoint, config))
+    shapes = jax.tree.map(lambda leaf: leaf.shape, abstract_params(config))
+    assert jax.tree.map(lambda leaf: leaf.shape, read) == shapes
+    assert jax.tree.map(lambda leaf: leaf.shape, random_params(config)) == shapes
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_dtypes_are_kept_or_converted(dtype, tmp_path):
+    config = DecoderConfig.from_dict(CONFIGS["llama"])
+    flat = weights(CONFIGS["llama"], BFLOAT16)
+    save_file(flat, tmp_path / "model.safetensors")
+    for params in (load_params(tmp_path, config, dtype), params_from_tree(flat, config, dtype)):
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype or "bfloat16")}
+
+
+def test_a_merge_in_memory_runs_as_its_file_would(tmp_path):
+    config = DecoderConfig.from_dict(CONFIGS["qwen3"])
+    experts = [weights(CONFIGS["qwen3"], seed=seed) for seed in (1, 2)]
+    merged = m3jax.merge([{k: jnp.asarray(v) for k, v in expert.items()} for expert in experts], m3jax.linear())
+    save_file({name: np.asarray(leaf) for name, leaf in merged.items()}, tmp_path / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, params_from_tree(merged, config), load_params(tmp_path, config))
+
+
+def test_all_faults_are_named_at_once(tmp_path):
+    config = DecoderConfig.from_dict(CONFIGS["llama"])
+    flat = weights(CONFIGS["llama"])
+    del flat["model.norm.weight"]
+    flat["model.layers.7.mlp.up_proj.weight"] = np.zeros((48, 32), np.float32)
+    flat["extra"] = np.zeros(1, np.float32)
+    flat["layers.0.mlp.up_proj.weight"] = flat["model.layers.0.mlp.up_proj.weight"].copy()
+    flat["lm_head.weight"] = np.zeros((65, 32), np.float32)
+    flat["model.layers.0.mlp.down_proj.weight"] = np.zeros((32, 48), np.int8)
+    save_file(flat, tmp_path / "model.safetensors")
+    for load in (lambda: load_params(tmp_path, config), lambda: params_from_tree(flat, config)):
+        with pytest.raises(M3Error) as error:
+            load()
+        text = str(error.value)
+        for part in (
+            "lacks norm.weight;",
+            "has left over",
+            "extra",
+            "model.layers.7.mlp.up_proj.weight",
+            "has twice",
+            "lm_head.weight [65, 32] for [64, 32]",
+            "has in no floating-point dtype model.layers.0.mlp.down_proj.weight",
+        ):
+            assert part in text
+        assert "\n" not in text
+
+
+def test_long_lists_are_cut():
+    config = DecoderConfig.from_dict(CONFIGS["llama"])
+    with pytest.raises(M3Error, match="and 13 more"):
+        params_from_tree({}, config)
+
+
+def test_what_is_no_weight_is_ignored():
+    entries = CONFIGS["llama-tied-biased"]
+    flat = weights(entries)
+    flat["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
+    flat["lm_head.weight"] = flat["model.embed_tokens.weight"]
+    params_from_tree(flat, DecoderConfig.from_dict(entries))
