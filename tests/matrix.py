@@ -2,6 +2,7 @@
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 import m3jax
 
@@ -72,6 +73,26 @@ SPARSIFIERS = {
         {"sparsify": "magnitude", "keep": 0.6, "target": "weights"},
     ),
 }
+
+
+def few(names, *fast):
+    """Parameters of which all but a few are slow tests."""
+    return [pytest.param(*n, marks=[] if n in fast else pytest.mark.slow) for n in names]
+
+
+# Each method and each sparsifier at least once.
+FAST = [
+    ("linear", "none"),
+    ("linear", "dare"),
+    ("task_arithmetic", "dare_weights"),
+    ("task_arithmetic_normalized", "dare_unscaled"),
+    ("ties_paper", "dare"),
+    ("ties_mergekit", "magnitude_model"),
+    ("ties_untrimmed_sum", "magnitude"),
+    ("ties_paper", "magnitude_weights"),
+]
+ALL = [(method, sparsifier) for method in METHODS for sparsifier in SPARSIFIERS]
+
 SHAPES = {
     "model.embed_tokens.weight": (40, 16),
     "model.layers.0.mlp.weight": (40, 16),

@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from matrix import DTYPES, METHODS, SPARSIFIERS, models, same
+from matrix import ALL, DTYPES, FAST, METHODS, SPARSIFIERS, few, models, same
 
 import m3jax
 from m3jax import M3Error
@@ -24,8 +24,7 @@ def case(method, sparsifier, dtype="bfloat16", n=2):
     return base, experts, made, sparse, told | told_sparse
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("sparsifier", SPARSIFIERS)
+@pytest.mark.parametrize(("method", "sparsifier"), few(ALL, *FAST))
 def test_merges_are_the_oracles(method, sparsifier):
     base, experts, made, sparse, told = case(method, sparsifier)
     got = m3jax.merge(experts, made, base=base, weights=WEIGHTS[:2], sparsify=sparse, key=5)
@@ -33,14 +32,12 @@ def test_merges_are_the_oracles(method, sparsifier):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [2, 3])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("sparsifier", SPARSIFIERS)
-def test_merges_are_the_oracles_in_every_dtype(method, sparsifier, dtype, n):
-    base, experts, made, sparse, told = case(method, sparsifier, dtype, n)
-    got = m3jax.merge(experts, made, base=base, weights=WEIGHTS[:n], sparsify=sparse, key=5)
-    assert same(got, oracle.merge(experts, base, weights=WEIGHTS[:n], seed=5, **told)) == (True, [])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("method", "sparsifier"), ALL)
+def test_merges_of_three_are_the_oracles_in_every_dtype(method, sparsifier, dtype):
+    base, experts, made, sparse, told = case(method, sparsifier, dtype, 3)
+    got = m3jax.merge(experts, made, base=base, weights=WEIGHTS, sparsify=sparse, key=5)
+    assert same(got, oracle.merge(experts, base, weights=WEIGHTS, seed=5, **told)) == (True, [])
 
 
 def jitted(made, sparse):
@@ -51,8 +48,7 @@ def jitted(made, sparse):
     )
 
 
-@pytest.mark.parametrize("sparsifier", ["none", "dare", "magnitude_model"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "sparsifier"), few(ALL, *FAST[1:6]))
 def test_merges_under_jit_with_traced_weights_and_key_are_the_oracles(method, sparsifier):
     base, experts, made, sparse, told = case(method, sparsifier)
     weights = np.array(WEIGHTS[:2], np.float32)
@@ -70,19 +66,23 @@ def sharded(tree, mesh, spec):
     return jax.tree.map(put, tree)
 
 
+MESHES = {
+    "rows": ((8,), ("fsdp",), ("fsdp", None)),
+    "columns": ((8,), ("fsdp",), (None, "fsdp")),
+    "both": ((4, 2), ("fsdp", "tp"), ("fsdp", "tp")),
+    "crossed": ((2, 4), ("fsdp", "tp"), ("tp", "fsdp")),
+    "one axis over two": ((2, 4), ("fsdp", "tp"), (None, ("fsdp", "tp"))),
+    "one device": ((1,), ("fsdp",), ("fsdp", None)),
+}
+SHARDED = [(method, mesh) for method in ("linear", "task_arithmetic", "ties_mergekit", "ties_paper") for mesh in MESHES]
+
+
 @pytest.mark.parametrize(
-    ("shape", "names", "spec"),
-    [
-        ((8,), ("fsdp",), ("fsdp", None)),
-        ((8,), ("fsdp",), (None, "fsdp")),
-        ((4, 2), ("fsdp", "tp"), ("fsdp", "tp")),
-        ((2, 4), ("fsdp", "tp"), ("tp", "fsdp")),
-        ((2, 4), ("fsdp", "tp"), (None, ("fsdp", "tp"))),
-        ((1,), ("fsdp",), ("fsdp", None)),
-    ],
+    ("method", "mesh"),
+    few(SHARDED, ("linear", "columns"), ("task_arithmetic", "crossed"), ("ties_paper", "both"), ("ties_paper", "rows")),
 )
-@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties_mergekit", "ties_paper"])
-def test_no_sharding_changes_a_bit(method, shape, names, spec):
+def test_no_sharding_changes_a_bit(method, mesh):
+    shape, names, spec = MESHES[mesh]
     base, experts, made, sparse, told = case(method, "dare")
     mesh = jax.make_mesh(shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(shape))
     place = functools.partial(sharded, mesh=mesh, spec=PartitionSpec(*spec))
@@ -107,8 +107,9 @@ def test_elementwise_methods_exchange_nothing():
         assert collective not in text.as_text(), collective
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    ("dtype", "t"), few([(d, t) for d in DTYPES for t in (0.0, 0.3, 1.0)], ("bfloat16", 0.3), ("float32", 1.0))
+)
 def test_slerp_is_the_oracles(dtype, t):
     _, experts = models(DTYPES[dtype], 2)
     experts[1]["model.norm.weight"] = experts[0]["model.norm.weight"]  # nearly parallel: a line
@@ -134,7 +135,7 @@ def test_slerp_is_sharding_independent_and_differentiable():
 
 
 @pytest.mark.parametrize("granularity", ["model", "layer", "tensor"])
-@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties_paper"])
+@pytest.mark.parametrize("method", ["linear", "ties_paper"])
 def test_drawn_weights_of_every_granularity(method, granularity):
     base, experts, made, _, told = case(method, "none")
     got = m3jax.merge(experts, made, base=base, weights=m3jax.mixup(0.5, granularity), key=8)
@@ -143,7 +144,9 @@ def test_drawn_weights_of_every_granularity(method, granularity):
     assert same(got, oracle.merge(experts, base, weights=weights, seed=8, **told)) == (True, [])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [m if m in ("linear", "ties_paper") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+)
 def test_weights_have_derivatives(method):
     base, experts = models(DTYPES["float32"], 2, {"w": (12,)})
     made = METHODS[method][0]

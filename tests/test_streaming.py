@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from matrix import DTYPES, METHODS, SHAPES, SPARSIFIERS, models, same
+from matrix import ALL, DTYPES, FAST, METHODS, SHAPES, SPARSIFIERS, models, same
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -88,10 +88,7 @@ def check(place, tmp_path, told, keys, dtype="bfloat16", n=2, chunks=(2**16,), s
     assert m3jax.verify(out).differences == ()
 
 
-@pytest.mark.parametrize(("method", "sparsifier"), [
-    ("linear", "none"), ("linear", "dare"), ("task_arithmetic", "dare_weights"), ("ties_paper", "dare"),
-    ("ties_mergekit", "magnitude_model"), ("ties_untrimmed_sum", "magnitude"),
-])  # fmt: skip
+@pytest.mark.parametrize(("method", "sparsifier"), FAST[:-1])
 def test_bytes_are_the_oracles(tmp_path, method, sparsifier):
     _, keys, told = METHODS[method]
     _, sparse, told_sparse = SPARSIFIERS[sparsifier]
@@ -100,8 +97,7 @@ def test_bytes_are_the_oracles(tmp_path, method, sparsifier):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("sparsifier", SPARSIFIERS)
+@pytest.mark.parametrize(("method", "sparsifier"), ALL)
 def test_bytes_are_the_oracles_everywhere(tmp_path, method, sparsifier, dtype):
     _, keys, told = METHODS[method]
     _, sparse, told_sparse = SPARSIFIERS[sparsifier]

@@ -93,6 +93,7 @@ def test_stop_strings_end_a_text_with_the_token_that_completes_them(greedy, plac
     assert found[2].finish == "stop_string"
 
 
+@pytest.mark.slow
 def test_draws_depend_on_key_and_place_in_the_list_alone(greedy):
     settings = {"temperature": 1.5, "key": jax.random.key(7)}
     drawn = [completion.tokens for completion in run(**settings)]

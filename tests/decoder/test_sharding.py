@@ -10,6 +10,8 @@ from m3jax.decoder.params import mesh_of
 
 from .models import CONFIGS, weights
 
+pytestmark = pytest.mark.slow
+
 SHAPES = {"fsdp-tp": (4, 2), "tp-more-than-heads": (1, 8), "fsdp": (8, 1)}
 TOKENS = np.random.default_rng(0).integers(3, 64, (4, 12))
 PROMPTS = [row[:n].tolist() for row, n in zip(TOKENS, (3, 12, 7, 9), strict=True)]

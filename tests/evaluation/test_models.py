@@ -36,6 +36,7 @@ def weights(directory: Path):
     return {k: v for file in directory.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
+@pytest.mark.slow
 def test_generation_does_not_depend_on_the_batch(model):
     prompts = ["The ratio of", "A merge", "A long prompt about many things that have been merged before"]
     for settings in (GenerationSettings(12), GenerationSettings(12, temperature=0.8, top_p=0.9, seed=3)):
@@ -73,6 +74,7 @@ def test_scores_of_pieces_add_up(model):
     assert alone.sum < 0
 
 
+@pytest.mark.slow
 def test_a_merge_in_memory_scores_like_the_one_on_disk(place, tmp_path):
     recipe = {
         "merge_method": "linear",
