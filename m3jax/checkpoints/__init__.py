@@ -11,13 +11,8 @@ from m3jax.checkpoints.protocol import (
     as_bytes,
     natural_key,
 )
-from m3jax.checkpoints.safetensors import (
-    ShardWriter,
-    open_safetensors,
-    parse_size,
-    plan_shards,
-    write_index,
-)
+from m3jax.checkpoints.safetensors import open_safetensors
+from m3jax.checkpoints.shards import ShardWriter, parse_size, plan_shards, write_index
 
 __all__ = [
     "ALGORITHM",

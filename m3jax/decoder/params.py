@@ -15,8 +15,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSh
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from m3jax.checkpoints import open_safetensors
 from m3jax.checkpoints.protocol import DTYPES, Checkpoint
-from m3jax.checkpoints.safetensors import open_safetensors
 from m3jax.decoder.config import DecoderConfig
 from m3jax.decoder.modeling import Params, abstract_params, fitting
 from m3jax.errors import M3Error

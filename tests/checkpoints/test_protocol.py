@@ -3,8 +3,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3jax.checkpoints import DTYPES, Checkpoint, TensorInfo, as_bytes, natural_key, open_safetensors
-from m3jax.checkpoints.safetensors import ShardWriter
+from m3jax.checkpoints import DTYPES, Checkpoint, ShardWriter, TensorInfo, as_bytes, natural_key, open_safetensors
 
 
 def test_sizes_of_scalars_and_of_nothing() -> None:
