@@ -214,6 +214,9 @@ def evaluate(
         str, typer.Option(metavar="error|truncate|skip", help="What becomes of prompts longer than the context.")
     ] = "error",
     dtype: Annotated[str | None, typer.Option(metavar="NAME", help="Of the weights.  [default: their own]")] = None,
+    mesh: Annotated[
+        str | None, typer.Option(metavar="AXES", help="As in fsdp=4,tp=2.  [default: one device]", show_default=False)
+    ] = None,
     run_code: Annotated[bool, typer.Option("--run-code", help="Run programs that the model wrote, sandboxed.")] = False,
     allow_unsandboxed: Annotated[
         bool, typer.Option("--allow-unsandboxed", help="Run them with limits only where no sandbox is possible.")
@@ -226,9 +229,22 @@ def evaluate(
     from m3jax.evaluation import command
 
     wanted = command.Wanted(
-        task, data, harness, include_path, out, resume, limit, batch_size, max_tokens, template, overflow, dtype,
-        run_code, allow_unsandboxed,
-    )  # fmt: skip
+        task=task,
+        data=data,
+        harness=harness,
+        include_path=include_path,
+        out=out,
+        resume=resume,
+        limit=limit,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        template=template,
+        overflow=overflow,
+        dtype=dtype,
+        mesh=mesh,
+        run_code=run_code,
+        allow_unsandboxed=allow_unsandboxed,
+    )
     command.check(wanted)
     _silence_downloads(quiet)
     outcome = command.run(model, wanted, None if quiet else lambda line: print(line, file=sys.stderr, flush=True))

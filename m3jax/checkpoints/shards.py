@@ -43,6 +43,7 @@ class ShardWriter:
 
     Example:
         >>> import tempfile
+        >>> import numpy as np
         >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
         >>> with ShardWriter(path, [TensorInfo("bias", (2,), "F32")]) as shard:
         ...     shard.write("bias", 4, np.float32([2]))

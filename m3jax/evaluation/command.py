@@ -33,6 +33,7 @@ class Wanted(NamedTuple):
     template: str | None
     overflow: str
     dtype: str | None
+    mesh: str | None
     run_code: bool
     allow_unsandboxed: bool
 
@@ -74,7 +75,7 @@ def run(name: str, wanted: Wanted, tell: Tell | None) -> dict[str, Any]:
     """
     from m3jax.evaluation import models
 
-    model = models.load_model(name, wanted.dtype)
+    model = models.load_model(name, wanted.dtype, models.make_mesh(wanted.mesh) if wanted.mesh else None)
     if wanted.harness is not None:
         tasks = [task for task in wanted.harness.split(",") if task]
         told = models.harness_model(model, wanted.batch_size, tell)
@@ -85,7 +86,7 @@ def run(name: str, wanted: Wanted, tell: Tell | None) -> dict[str, Any]:
     summary = evaluate_named(
         task.name,
         wanted.data,
-        models.make_generator(model, cast(models.Overflow, wanted.overflow), tell),
+        models.make_generator(model, cast(models.Overflow, wanted.overflow), tell, wanted.batch_size),
         out_dir=wanted.out,
         model=name,
         template=wanted.template,

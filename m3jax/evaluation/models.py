@@ -1,5 +1,6 @@
 """From a decoder and a tokenizer to what evaluation asks for: text that continues prompts, and log-likelihoods."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,6 +56,25 @@ def load_model(name: str, dtype: str | None = None, mesh: jax.sharding.Mesh | No
     return LanguageModel(name, decoder.load_params(place.path, config, dtype, mesh), config, tokenizer)
 
 
+def make_mesh(axes: str) -> jax.sharding.Mesh:
+    """A mesh from text such as "fsdp=4,tp=2".
+
+    Raises:
+        M3Error: The text is no list of the axes fsdp and tp, or there are not as many devices.
+    """
+    sizes: dict[str, int] = {}
+    for part in axes.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in ("fsdp", "tp") or name in sizes or not size.isdecimal() or int(size) < 1:
+            raise M3Error(f"--mesh is {axes!r}, but must be such as fsdp=4,tp=2")
+        sizes[name] = int(size)
+    wanted, there = math.prod(sizes.values()), jax.device_count()
+    if wanted > there:
+        raise M3Error(f"--mesh {axes} needs {wanted} devices, but there are {there}: make it smaller")
+    auto = (jax.sharding.AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=jax.devices()[:wanted])
+
+
 def _load_tokenizer(name: str, directory: Path) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it need not say that torch is missing
     from transformers import AutoTokenizer
@@ -101,7 +121,10 @@ def _cut(text: str, stops: Sequence[str]) -> str:
 
 
 def make_generator(
-    model: LanguageModel, overflow: Overflow = "error", progress: Callable[[str], None] | None = None
+    model: LanguageModel,
+    overflow: Overflow = "error",
+    progress: Callable[[str], None] | None = None,
+    batch_size: int = 8,
 ) -> Generator:
     """The model as a writer.
 
@@ -112,6 +135,7 @@ def make_generator(
         overflow: What becomes of a prompt that fills the context: an error, the loss of its left end, or it is
             skipped; the last two are counted in summaries.
         progress: Told what is being compiled.
+        batch_size: Rows of a full batch; programs are compiled for it, and for powers of two below it.
     """
     truncation: Literal["error", "truncate_left"] = "truncate_left" if overflow == "truncate" else "error"
     tokenizer, config = model.tokenizer, model.config
@@ -140,7 +164,7 @@ def make_generator(
             key=keys,
             stop_strings=settings.stop,
             detokenize=decode,
-            batch_size=len(prompts),
+            batch_size=batch_size,
             overflow=truncation,
             progress=_watch(progress),
         )
@@ -154,7 +178,10 @@ def make_generator(
 
 
 def make_scorer(
-    model: LanguageModel, overflow: Overflow = "truncate", progress: Callable[[str], None] | None = None
+    model: LanguageModel,
+    overflow: Overflow = "truncate",
+    progress: Callable[[str], None] | None = None,
+    batch_size: int = 8,
 ) -> Scorer:
     """The model as a judge of likelihood.
 
@@ -162,6 +189,7 @@ def make_scorer(
         model: The model.
         overflow: What becomes of a context that leaves no room for its continuation: "error", or "truncate".
         progress: Told what is being compiled.
+        batch_size: As of `make_generator`.
     """
     tokenizer = model.tokenizer
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -182,7 +210,7 @@ def make_scorer(
             model.params,
             model.config,
             [split(context, continuation) for context, continuation in pairs],
-            batch_size=len(pairs),
+            batch_size=batch_size,
             overflow="error" if overflow == "error" else "truncate_left",
             progress=_watch(progress),
         )
@@ -194,8 +222,8 @@ def make_scorer(
 def harness_model(model: LanguageModel, batch_size: int = 8, progress: Callable[[str], None] | None = None) -> Any:
     """The model as lm-evaluation-harness wants one."""
     return make_harness_model(
-        make_generator(model, "truncate", progress),
-        make_scorer(model, "truncate", progress),
+        make_generator(model, "truncate", progress, batch_size),
+        make_scorer(model, "truncate", progress, batch_size),
         model.tokenizer,
         max_length=model.config.context_length,
         batch_size=batch_size,
@@ -236,4 +264,5 @@ def evaluate(
     model = LanguageModel("parameters in memory", params, config, tokenizer)
     options.setdefault("tokenizer", tokenizer)
     options.setdefault("model", model.name)
-    return evaluate_named(task, data, make_generator(model, overflow), **options)
+    generator = make_generator(model, overflow, batch_size=options.get("batch_size", 8))
+    return evaluate_named(task, data, generator, **options)

@@ -4,7 +4,6 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -137,8 +136,14 @@ def test_tokenizers_that_do_not_fit(place, tmp_path):
         m3jax.evaluate({}, config, Wide(), "sst2")
 
 
+@pytest.mark.parametrize("axes", ["tp", "tp=0", "rows=2", "tp=2,tp=2", "fsdp=4,tp=4"])
+def test_meshes_that_cannot_be(axes):
+    with pytest.raises(M3Error, match="--mesh"):
+        models.make_mesh(axes)
+
+
 def test_parameters_on_a_mesh(place, model):
-    mesh = jax.make_mesh((2,), ("tp",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = models.make_mesh("fsdp=2,tp=2")
     spread = model._replace(params=load_params(place / "expert-a", model.config, "float32", mesh))
     settings = GenerationSettings(8)
     prompts = ["The ratio of", "A merge of two"]
