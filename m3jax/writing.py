@@ -68,6 +68,7 @@ class Shards:
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
             if self._error is not None:
+                self._release(item[0])  # so that the readers, and whoever waits for them, come to an end
                 continue
             try:
                 self._write(*item)
