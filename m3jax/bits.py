@@ -17,10 +17,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, UInt32
 
+from m3jax.errors import M3Error
+
 SCHEME = "m3jax-1"
 
 # What a root key is folded with before its use, so that no two uses share a stream.
-WEIGHTS, MASKS, SAMPLES = 0, 1, 2
+WEIGHTS, MASKS = 0, 1
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
@@ -56,10 +58,15 @@ def threefry2x32(key: tuple[Words, Words], counter: tuple[Words, Words]) -> tupl
 def root_key(seed: int) -> UInt32[np.ndarray, "2"]:
     """The two words of `jax.random.key(seed, impl="threefry2x32")`, for seeds of up to 64 bits.
 
+    Raises:
+        M3Error: The seed is negative or has more than 64 bits.
+
     Example:
         >>> root_key(7).tolist()
         [0, 7]
     """
+    if not 0 <= seed < 2**64:
+        raise M3Error(f"the seed is {seed}, but must be at least 0 and below 2**64")
     return np.array([(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
 
 

@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from m3jax import exact
+from m3jax.errors import M3Error
 
 _TOP_TWELVE = np.uint32(0xFFFFF000)
 
@@ -92,9 +93,20 @@ class Double:
         return Double.of(other) / self
 
 
+def or_one(value: Double | float) -> Double | float:
+    """`value`, or 1 where it is exactly 0."""
+    if isinstance(value, Double):
+        is_zero = (value.high == 0) & (value.low == 0)
+        return Double(jnp.where(is_zero, 1.0, value.high), jnp.where(is_zero, 0.0, value.low))
+    return value or 1.0
+
+
 def to_float32(value: Double | float) -> Float[Array, "..."] | np.float32:
     """The nearest float32, flushed as `exact.flush` does; a host number stays on the host."""
     if isinstance(value, Double):
         return exact.flush(value.high)
-    rounded = np.float32(value)
+    with np.errstate(over="ignore"):
+        rounded = np.float32(value)
+    if not np.isfinite(rounded):
+        raise M3Error(f"a coefficient of {value:g} is beyond float32: take smaller weights or a larger density")
     return np.float32(np.copysign(0.0, rounded)) if abs(rounded) < 2.0**-125 else rounded

@@ -2,7 +2,7 @@
 
 import re
 
-_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)(?=\.|$)")
+_BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d{1,9})(?=\.|$)")
 _OUTPUT_EMBEDDING = re.compile(r"embed_out|unembed")
 _INPUT_EMBEDDING = re.compile(r"embed|(?:^|\.)w[tp]e(?:\.|$)")
 OUTSIDE_BLOCKS = "outside blocks"

@@ -1,10 +1,10 @@
 """The plan of a merge: what happens to each tensor, from a recipe and the tensors' names and shapes alone."""
 
-import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from m3jax.checkpoints import DTYPES, TensorInfo, natural_key
+from m3jax.checkpoints import TensorInfo, natural_key
 from m3jax.errors import M3Error
 from m3jax.methods import METHODS, SPARSIFIERS
 from m3jax.methods.types import Method, Sparsifier
@@ -127,7 +127,7 @@ def _tied_heads(inputs: Sequence[Input]) -> set[str]:
     return absent
 
 
-def _check_names(inputs: Sequence[Input], excluded: Sequence[str], tied: set[str]) -> None:
+def _check_names(inputs: Sequence[Input], excluded: set[str], tied: set[str]) -> None:
     ignored = {*excluded, *tied}
     for model in inputs[1:]:
         first = inputs[0]
@@ -231,12 +231,12 @@ def make_plan(recipe: Recipe, experts: Sequence[Input], base: Input | None, draw
     template = len(inputs) - 1 if base is not None else 0
     used = (*((template,) if pipeline.uses_base else ()), *range(count))
     names = sorted({name for i in {template, *used} for name in inputs[i].tensors}, key=natural_key)
-    excluded = [name for name in names if recipe.excludes(name)]
+    excluded = {name for name in names if recipe.excludes(name)}
     for pattern in recipe.exclude:
-        if not any(recipe.excludes(name) for name in names):
+        if not any(re.search(pattern, name) for name in excluded):
             raise M3Error(f"exclude: {pattern!r} matches no tensor of {inputs[template].name}: mend it or leave it out")
     models = [inputs[i] for i in used]
-    tied = _tied_heads(models) - set(excluded)
+    tied = _tied_heads(models) - excluded
     _check_names(models, excluded, tied)
     kept = [n for n in names if n not in tied and (n in inputs[template].tensors if n in excluded else True)]
     kept = [n for n in kept if n in excluded or n in models[0].tensors]
@@ -246,6 +246,7 @@ def make_plan(recipe: Recipe, experts: Sequence[Input], base: Input | None, draw
     if recipe.declared_layers is not None and recipe.declared_layers != layers:
         raise M3Error(f"slices: cover {recipe.declared_layers} layers, but {inputs[0].name} has {layers}")
     weights = drawn if drawn is not None else draw(recipe, pipeline.method, count, floats)
+    mergeable = set(floats)
 
     plans = []
     for name in kept:
@@ -254,7 +255,7 @@ def make_plan(recipe: Recipe, experts: Sequence[Input], base: Input | None, draw
             continue
         _check_shapes(name, models)
         reference = (inputs[template] if template in used else inputs[0]).tensors[name]
-        if name not in floats:
+        if name not in mergeable:
             if any(m.tensors[name].dtype != reference.dtype for m in models):
                 said = ", ".join(f"{m.tensors[name].dtype} in {m.name}" for m in models)
                 raise M3Error(f"{name}: is {said}: only BF16, F16 and F32 can be merged with each other")
@@ -314,8 +315,3 @@ def _comparable(pipeline: Pipeline, plans: Sequence[TensorPlan]) -> list[TensorP
 def total_entries(plans: Sequence[TensorPlan]) -> int:
     """N of a ranking over these tensors."""
     return sum(plan.output.size for plan in plans if plan.pipeline is not None)
-
-
-def total_bytes(infos: Sequence[TensorInfo]) -> int:
-    """Bytes of these tensors."""
-    return sum(math.prod(info.shape) * DTYPES[info.dtype].itemsize for info in infos)

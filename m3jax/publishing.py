@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Self
 from m3jax.errors import M3Error
 
 _JOURNAL = "m3jax-journal.jsonl"
-_LOCK = "m3jax-journal.lock"
+_SPARE = 2**20  # bytes beyond those announced
 
 
 def partial_directory(out: Path) -> Path:
@@ -23,7 +24,7 @@ def partial_directory(out: Path) -> Path:
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """Raise M3Error if `out` is taken, or its parent directory is not there."""
+    """Raise M3Error if `out` is taken, if its parent is not there, or if `OUT.partial` is not a merge's."""
     if not out.name or out.name == "..":
         raise M3Error(f"{out}: is not a name for a new directory: give one")
     if not out.parent.is_dir():
@@ -31,15 +32,24 @@ def check_free(out: Path, overwrite: bool) -> None:
     taken = out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))
     if taken and not overwrite:
         raise M3Error(f"{out}: exists already: choose another output, or pass --overwrite")
-    if taken and not out.is_dir():
+    if taken and (out.is_symlink() or not out.is_dir()):
         raise M3Error(f"{out}: is not a directory, and only a directory is overwritten: choose another output")
+    partial = partial_directory(out)
+    if partial.is_symlink() or (partial.exists() and not _is_ours(partial)):
+        raise M3Error(f"{partial}: is where the merge would be made, but holds something else: move it away")
+
+
+def _is_ours(directory: Path) -> bool:
+    """Whether a directory is an unfinished merge, or empty."""
+    return directory.is_dir() and ((directory / _JOURNAL).is_file() or not any(directory.iterdir()))
 
 
 class Staging:
     """The directory in which an output is made, with a journal of what is finished.
 
     The journal's first line identifies the merge; a directory left by another merge is emptied. Leaving the context
-    by an exception keeps what is finished if anything is, and removes the directory otherwise.
+    by an exception keeps what is finished if anything is, and removes the directory otherwise. The directory itself
+    is locked, so that the lock goes where a rename takes it.
     """
 
     def __init__(self, out: Path, identity: str, space_needed: int) -> None:
@@ -51,51 +61,63 @@ class Staging:
             space_needed: Bytes that will be written.
 
         Raises:
-            M3Error: Another merge is at work there, or the disk is too small.
+            M3Error: Another merge is at work there, something else is there, or the disk is too small.
         """
         self.out = out
         self.path = partial_directory(out)
-        self.keep = False
+        self._lock = self._take()
+        self.finished: list[dict[str, Any]] = []
+        self._published = False
         try:
+            self.finished = self._resume(identity)
+            self._check_space(space_needed)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+
+    def _take(self) -> int:
+        """A lock on the directory, made if it is missing."""
+        while True:
             self.path.mkdir(exist_ok=True)
-            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise M3Error(f"{self.path}: cannot be made: {error.strerror}: check the place") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            raise M3Error(
-                f"{self.path}: another merge is writing there: wait for it, or choose another output"
-            ) from None
-        self.finished = self._resume(identity)
-        self._check_space(space_needed)
+            lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(lock)
+                raise M3Error(
+                    f"{self.path}: another merge is writing there: wait for it, or choose another output"
+                ) from None
+            # Whoever held the lock before may have renamed or removed the directory: then this is not it.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock), os.stat(self.path)):
+                    return lock
+            os.close(lock)
 
     def _resume(self, identity: str) -> list[dict[str, Any]]:
         """The journal's entries after its first line, if it is this merge's."""
         lines = _read_lines(self.path / _JOURNAL)
         if not lines or lines[0].get("identity") != identity:
+            if not _is_ours(self.path):
+                raise M3Error(f"{self.path}: holds something else than an unfinished merge: move it away")
             for entry in self.path.iterdir():
-                if entry.name != _LOCK:
-                    shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             lines = [{"identity": identity}]
-            self._rewrite(lines)
+        for unfinished in self.path.glob("*.tmp"):
+            unfinished.unlink()
+        # Rewritten whole: a line that a crash cut would otherwise swallow the next one.
+        whole = self.path / (_JOURNAL + ".tmp")
+        whole.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        whole.replace(self.path / _JOURNAL)
         return lines[1:]
-
-    def _rewrite(self, lines: list[dict[str, Any]]) -> None:
-        with open(self.path / _JOURNAL, "w", encoding="utf-8") as journal:
-            journal.writelines(json.dumps(line) + "\n" for line in lines)
 
     def _check_space(self, needed: int) -> None:
         written = sum(f.stat().st_size for f in self.path.glob("*.safetensors"))
-        free = shutil.disk_usage(self.path).free
-        if needed - written > free:
-            self.keep = bool(self.finished)
-            self._close()
+        missing, free = needed + _SPARE - written, shutil.disk_usage(self.path).free
+        if missing > free:
             raise M3Error(
-                f"{self.out}: the disk has {free:,} bytes free, but {needed - written:,} are needed: "
+                f"{self.out}: the disk has {free:,} bytes free, but {missing:,} are needed: "
                 "free space or choose another place"
-            )
+            ) from OSError(errno.ENOSPC, "No space left on device")
 
     def record(self, entry: Mapping[str, Any]) -> None:
         """Add an entry to the journal, safely on the disk before returning."""
@@ -111,32 +133,25 @@ class Staging:
 
     def publish(self, overwrite: bool) -> None:
         """Make the directory the output, by one rename."""
-        for name in (_JOURNAL, _LOCK):
-            (self.path / name).unlink(missing_ok=True)
         _sync_files(self.path)
+        (self.path / _JOURNAL).unlink()
         replaced = None
-        if self.out.is_dir() and not self.out.is_symlink() and not any(self.out.iterdir()):
+        if self.out.is_dir() and not any(self.out.iterdir()):
             self.out.rmdir()
         elif overwrite and self.out.exists():
-            replaced = self.out.with_name(self.out.name + ".replaced")
-            shutil.rmtree(replaced, ignore_errors=True)
-            self.out.rename(replaced)
+            replaced = Path(tempfile.mkdtemp(prefix=self.out.name + ".replaced-", dir=self.out.parent))
+            self.out.rename(replaced / self.out.name)
         try:
             self.path.rename(self.out)
         except OSError as error:
             if replaced is not None:
-                replaced.rename(self.out)
-            raise M3Error(f"{self.out}: cannot be made: {error.strerror}: the merge is in {self.path}") from error
+                (replaced / self.out.name).rename(self.out)
+                replaced.rmdir()
+            raise M3Error(f"{self.out}: cannot be made: {error.strerror}: check the place") from error
+        self._published = True
         _sync(self.out.parent)
         if replaced is not None:
             shutil.rmtree(replaced)
-
-    def _close(self) -> None:
-        if self._lock >= 0:
-            if not self.keep and self.path.exists():
-                shutil.rmtree(self.path, ignore_errors=True)
-            os.close(self._lock)
-            self._lock = -1
 
     def __enter__(self) -> Self:
         return self
@@ -144,18 +159,11 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # What the user can mend without changing the merge (space, an interrupt) is worth resuming from.
-        interrupted = error is not None and not (
-            isinstance(error, M3Error) and not isinstance(error.__cause__, OSError)
-        )
-        self.keep = interrupted and bool(self.finished)
-        self._close()
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error, or what caused it, says that a disk or a quota is full."""
-    cause = error.__cause__ if error.__cause__ is not None else error
-    return isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        # What can be mended without changing the merge (space, an interrupt) is worth resuming from.
+        mendable = error is not None and (not isinstance(error, M3Error) or isinstance(error.__cause__, OSError))
+        if not self._published and not (mendable and self.finished) and _is_ours(self.path):
+            shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
 
 
 def _read_lines(journal: Path) -> list[dict[str, Any]]:

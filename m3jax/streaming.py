@@ -39,7 +39,7 @@ from m3jax.methods.types import Scalars
 from m3jax.pipeline import Pipeline
 from m3jax.planning import FLOATS, DrawnWeights, Input, Plan, TensorPlan, make_plan
 from m3jax.progress import Progress
-from m3jax.publishing import Staging, check_free
+from m3jax.publishing import Staging, check_free, partial_directory
 from m3jax.recipe import Recipe, load_recipe
 from m3jax.writing import Shards
 
@@ -138,7 +138,7 @@ class _Merge:
         self.root = bits.root_key(recipe.seed)
         self.recorded = recorded
         self.findings = Findings(plan)
-        self.digests: dict[tuple[int, str], str] = {}
+        self.digests: dict[str, dict[int, str]] = {}
         self.bytes_read = 0
         self._lock = threading.Lock()
 
@@ -152,20 +152,24 @@ class _Merge:
                     f"{model.checkpoint.location}: {name} is not what was merged: its bytes have changed since; "
                     "restore the file, or make a new merge with m3jax merge"
                 )
+        self.take_digests(name, {position: digest})
+
+    def take_digests(self, name: str, digests: Mapping[int, str]) -> None:
+        """Add digests of a tensor, by input."""
         with self._lock:
-            self.digests[position, name] = digest
+            self.digests.setdefault(name, {}).update(digests)
 
     def input_digests(self, name: str) -> dict[str, str]:
         """The digests of a tensor in the inputs that have been read, by position."""
         with self._lock:
-            return {str(p): digest for (p, n), digest in self.digests.items() if n == name}
+            return {str(position): digest for position, digest in self.digests.get(name, {}).items()}
 
     def schedule(self, phase: Sequence[Stage], tensors: Sequence[TensorPlan]) -> Iterator[Visit]:
         """Every chunk of a phase in order."""
         if phase[0].step == "sample":
             yield from samples(phase[0], tensors, self.chunk_entries)
             return
-        seen = {name for _, name in self.digests}
+        seen = set(self.digests)
         for tensor in tensors:
             for stage in phase:
                 if applies(stage, tensor):
@@ -192,7 +196,8 @@ class _Merge:
     def _consume(self, reader: ChunkReader, shards: Shards | None, plan_visits: Sequence[Visit]) -> None:
         zero = np.uint32(0)
         pending: deque[tuple[Loaded, Any]] = deque()
-        totals, done = _bytes_by_label(plan_visits), dict.fromkeys(_bytes_by_label(plan_visits), 0)
+        totals = self._bytes_by_label(plan_visits)
+        done = dict.fromkeys(totals, 0)
         last: Visit | None = None
         scalars: Scalars | None = None
 
@@ -220,11 +225,22 @@ class _Merge:
                 drain(_DISPATCHED)
             elif shards is not None:
                 shards.submit(loaded, self._merged(loaded, scalars, start, zero))
-            self.bytes_read += _bytes_of(visit)
-            done[visit.stage.label] += _bytes_of(visit)
+            step = self._bytes_of(visit)
+            self.bytes_read += step
+            done[visit.stage.label] += step
             if self.progress is not None:
                 self.progress(Progress(visit.stage.label, done[visit.stage.label], totals[visit.stage.label]))
         conclude()
+
+    def _bytes_of(self, visit: Visit) -> int:
+        infos = [self.models[p].checkpoint.tensors[visit.plan.output.name] for p in visit.plan.sources]
+        return visit.size * sum(DTYPES[info.dtype].itemsize for info in infos)
+
+    def _bytes_by_label(self, plan_visits: Sequence[Visit]) -> dict[str, int]:
+        totals: dict[str, int] = {}
+        for visit in plan_visits:
+            totals[visit.stage.label] = totals.get(visit.stage.label, 0) + self._bytes_of(visit)
+        return totals
 
     def _merged(self, loaded: Loaded, scalars: Scalars | None, start: np.ndarray, zero: np.uint32) -> Any:
         visit = loaded.visit
@@ -246,17 +262,6 @@ class _Merge:
                     f"{info.name}: is a buffer of {info.dtype}, which is copied, but differs between {names[0]} and "
                     f"{names[1]}: exclude it to take that of {self.models[self.plan.template].input.name}"
                 )
-
-
-def _bytes_of(visit: Visit) -> int:
-    return len(visit.plan.sources) * visit.size * DTYPES[visit.plan.output.dtype].itemsize
-
-
-def _bytes_by_label(plan_visits: Sequence[Visit]) -> dict[str, int]:
-    totals: dict[str, int] = {}
-    for visit in plan_visits:
-        totals[visit.stage.label] = totals.get(visit.stage.label, 0) + _bytes_of(visit)
-    return totals
 
 
 def _merge(
@@ -323,7 +328,7 @@ def _produce(
     finished = {file for file, _ in shards if file in entries and (staging.path / file).is_file()}
     for file in finished:
         for name, tensor in entries[file]["tensors"].items():
-            run.digests.update({(int(p), name): digest for p, digest in tensor["inputs"].items()})
+            run.take_digests(name, {int(p): digest for p, digest in tensor["inputs"].items()})
     by_name = {t.output.name: t for t in run.plan.tensors}
     left = [(file, infos) for file, infos in shards if file not in finished]
     tensors = [by_name[info.name] for _, infos in left for info in infos]
@@ -333,13 +338,13 @@ def _produce(
     found = next((entry for entry in staging.finished if "findings" in entry), None)
     if found is not None:
         run.findings.from_json(found["findings"])
-        run.digests.update({(p, name): digest for p, name, digest in found["digests"]})
+        for name, digests in found["digests"].items():
+            run.take_digests(name, {int(p): digest for p, digest in digests.items()})
     elif measured:
         for phase in measured:
             if not run.findings.settled(phase[0]):
                 run.run(phase, run.plan.tensors)
-        told = [[p, name, digest] for (p, name), digest in run.digests.items()]
-        staging.record({"findings": run.findings.to_json(), "digests": told})
+        staging.record({"findings": run.findings.to_json(), "digests": run.digests})
 
     def writer(release: Callable[[Loaded], None]) -> Shards:
         return Shards(staging, left, release, run.input_digests, expected, run.allow_nonfinite)
@@ -349,11 +354,11 @@ def _produce(
 
 def _check_apart(out: Path, models: Sequence[_Model]) -> None:
     """Refuse to replace a directory that a model is read from."""
-    target = out.resolve()
-    for model in models:
-        place = model.place.path.resolve()
-        if target == place or target in place.parents:
-            raise M3Error(f"{out}: is one of the models, or holds {model.input.name}: choose another output")
+    for target in (out.resolve(), partial_directory(out).resolve()):
+        for model in models:
+            place = model.place.path.resolve()
+            if target == place or target in place.parents:
+                raise M3Error(f"{target}: is one of the models, or holds {model.input.name}: choose another output")
 
 
 def _check_recorded(recorded: Mapping[str, Any] | None, plan: Plan, models: Sequence[_Model]) -> None:
@@ -379,7 +384,8 @@ def _output_digests(staging: Staging, plan: Plan) -> dict[str, tuple[TensorInfo,
 
 def _read_tensors(run: _Merge, position: int, model: _Model) -> dict[str, tuple[TensorInfo, str]]:
     infos = model.checkpoint.tensors
-    return {n: (infos[n], run.digests[position, n]) for n in infos if (position, n) in run.digests}
+    read = {name: run.digests.get(name, {}).get(position) for name in infos}
+    return {name: (infos[name], digest) for name, digest in read.items() if digest is not None}
 
 
 def merge_checkpoint(

@@ -17,18 +17,18 @@ from m3jax.methods.types import Fold, Method, Scalar, Scalars, Values
 
 
 def fold_weights(fold: Fold, members: tuple[int, ...], normalize: bool) -> list[Scalar]:
-    """Coefficient of each expert when `members` are those that count; 0 for the others."""
-    total: Scalar = functools.reduce(lambda a, b: a + b, [fold.weights[i] for i in members]) if members else 1.0
-    if normalize and isinstance(total, float) and total == 0.0:
-        weights = ", ".join(f"{float(fold.weights[i]):g}" for i in members)
-        raise M3Error(f"weights: {weights} sum to 0, so they cannot be normalised: change them or set normalize: false")
+    """Coefficient of each expert when `members` are those that count; 0 for the others.
+
+    Where the weights of the members sum to exactly 0 they are taken as they are.
+    """
+    total: Scalar = functools.reduce(lambda a, b: a + b, [fold.weights[i] for i in members], 0.0)
 
     def coefficient(expert: int) -> Scalar:
         density = fold.densities[expert]
         if expert not in members or density == 0:
             return fold.weights[expert] * 0.0
         value = fold.weights[expert] * fold.scale / density
-        return value / total if normalize else value
+        return value / double.or_one(total) if normalize else value
 
     return [coefficient(i) for i in range(len(fold.weights))]
 
@@ -44,6 +44,9 @@ def stack(rows: list[Scalar]) -> Float[Any, " n"]:
 
 
 def _fold(method: Method, fold: Fold) -> Float[Any, " n"]:
+    if method.normalize and all(isinstance(w, float) for w in fold.weights) and sum(fold.weights) == 0.0:
+        weights = ", ".join(f"{w:g}" for w in fold.weights)
+        raise M3Error(f"weights: {weights} sum to 0, so they cannot be normalised: change them or set normalize: false")
     return stack(fold_weights(fold, tuple(range(len(fold.weights))), method.normalize))
 
 

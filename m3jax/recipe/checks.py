@@ -1,6 +1,5 @@
 """What must hold between the keys of a recipe; each check raises a `RecipeError` at the place to mend."""
 
-import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -146,7 +145,7 @@ def check_normalizer(recipe: "Recipe") -> None:
             for expert in recipe.experts
         ]
         weights = [weight for weight in settings if isinstance(weight, float)]
-        if len(weights) == len(settings) and abs(math.fsum(weights)) <= 1e-8 * math.fsum(map(abs, weights)):
+        if len(weights) == len(settings) and abs(sum(weights)) <= 1e-8 * sum(map(abs, weights)):
             raise RecipeError(
                 "the weights sum to 0 and cannot be normalized; change them or write 'normalize: false'",
                 "parameters",
