@@ -16,6 +16,7 @@ _AHEAD = 2  # chunks that each input may be read ahead
 _IN_FLIGHT = 4  # chunks that may be computed or written while their buffers are still in use
 _ALIGNMENT = 64  # bytes: below this alignment XLA copies host arrays
 _POLL_SECONDS = 0.2
+_BUFFER_BYTES = 160_000_000
 
 _EXPONENTS = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
 
@@ -53,9 +54,11 @@ def visits(
 ) -> Iterator[Visit]:
     """The chunks of one tensor (or of a part of it) at one stage; a tensor without entries has one empty chunk."""
     stop = plan.output.size if stop is None else stop
+    if plan.pipeline is None:  # copied: wide entries take no more memory than bfloat16's
+        chunk_entries = chunk_entries * 2 // max(2, DTYPES[plan.output.dtype].itemsize)
     for begin in range(start, max(stop, start + 1), chunk_entries):
         size = min(chunk_entries, stop - begin)
-        padded = padded_size(size, chunk_entries)
+        padded = size if plan.pipeline is None else padded_size(size, chunk_entries)
         yield Visit(stage, plan, begin, size, padded, first_reading, begin + size == stop)
 
 
@@ -88,6 +91,19 @@ class Loaded(NamedTuple):
     buffers: tuple[np.ndarray, ...]
 
 
+def default_chunk_entries(inputs: int, width: int) -> int:
+    """The largest chunk, up to 2²¹ entries, whose buffers for all inputs stay within 160 MB.
+
+    Args:
+        inputs: How many are read.
+        width: Bytes of an entry of the widest tensor that is merged.
+    """
+    entries = 2**21
+    while entries > 2**16 and inputs * width * entries * (_AHEAD + _IN_FLIGHT) > _BUFFER_BYTES:
+        entries //= 2
+    return entries
+
+
 class _Lane:
     """One input's thread, its queue of read chunks and its pool of buffers."""
 
@@ -110,7 +126,6 @@ class ChunkReader:
         self,
         checkpoints: Mapping[int, Checkpoint],
         schedule: Sequence[Visit],
-        chunk_entries: int,
         on_digest: Callable[[int, str, str], None],
         allow_nonfinite: bool,
     ) -> None:
@@ -119,13 +134,16 @@ class ChunkReader:
         Args:
             checkpoints: The inputs by position.
             schedule: What to read, in order.
-            chunk_entries: The largest `padded` of a visit.
             on_digest: Called with (input, tensor name, digest) when a tensor was read for the first time; may be
                 called from any thread and may raise.
             allow_nonfinite: Let NaN and infinities pass.
         """
-        widest = max((DTYPES[i.dtype].itemsize for c in checkpoints.values() for i in c.tensors.values()), default=1)
-        self._lanes = {position: _Lane(c, chunk_entries * widest) for position, c in checkpoints.items()}
+        sizes = dict.fromkeys(checkpoints, 1)
+        for visit in schedule:
+            for position in visit.plan.sources:
+                info = checkpoints[position].tensors[visit.plan.output.name]
+                sizes[position] = max(sizes[position], visit.padded * DTYPES[info.dtype].itemsize)
+        self._lanes = {position: _Lane(c, sizes[position]) for position, c in checkpoints.items()}
         self._schedule = schedule
         self._on_digest = on_digest
         self._allow_nonfinite = allow_nonfinite

@@ -81,7 +81,7 @@ def merge(
 
     An interrupted merge keeps its finished files; the same command resumes it.
     """
-    with _resumable():
+    with _resumable(out):
         from m3jax.recipe import load_recipe
 
         loaded = load_recipe(recipe, overrides or (), seed)
@@ -123,7 +123,7 @@ def replay(
     debug: Debug = False,
 ) -> None:
     """Do a merge again from its manifest, bit for bit."""
-    with _resumable():
+    with _resumable(out):
         sources = dict(map(_read_source, inputs or ()))
         _silence_downloads(quiet)
         from m3jax.streaming import replay as replay_manifest
@@ -290,12 +290,18 @@ def _silence_downloads(quiet: bool) -> None:
 
 
 @contextmanager
-def _resumable() -> Iterator[None]:
-    """Says, when a merge is interrupted, that its work is not lost."""
+def _resumable(out: Path) -> Iterator[None]:
+    """Says, when a merge is interrupted, what of its work is kept."""
     try:
         yield
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("finished shards are kept, and the same command resumes") from None
+        from m3jax.publishing import partial_directory
+
+        partial = partial_directory(out)
+        kept = (
+            f"what is finished is in {partial}, and the same command resumes" if partial.exists() else "nothing is kept"
+        )
+        raise KeyboardInterrupt(kept) from None
 
 
 def _print_notes(notes: Iterable[str], quiet: bool) -> None:
@@ -339,8 +345,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given or os.environ.get("M3JAX_DEBUG", "0") not in ("", "0")
-    for stream in (sys.stdout, sys.stderr):
-        _print_anything(stream)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, Path(os.devnull).open("w"))
+        _print_anything(getattr(sys, name))
     try:
         code = _run(given)
         sys.stdout.flush()

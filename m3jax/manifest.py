@@ -162,16 +162,27 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _check(manifest: Mapping[str, Any]) -> None:
     """Raise KeyError, TypeError or ValueError unless the fields that are used have their types."""
     str(manifest["bits"])
-    dict(manifest["recipe"])
+    for key in ("recipe", "weights", "output"):
+        _check_object(manifest, key)
+    for key in ("tensors", "files"):
+        _check_object(manifest["output"], key)
     int(manifest["output"]["max_shard_size"])
     str(manifest["output"]["digest"])
     for values in manifest["weights"].values():
         [float.fromhex(v) for v in values["hex"]]
     for record in manifest["inputs"]:
-        str(record["name"]), str(record["role"]), dict(record["tensors"])
+        _check_object(record, "tensors")
+        str(record["name"]), str(record["role"])
     for entry in manifest["output"]["tensors"].values():
         str(entry["digest"]), str(entry["dtype"]), list(entry["shape"])
-    dict(manifest["output"]["files"])
+    told = {name: (e["dtype"], e["shape"], e["digest"]) for name, e in manifest["output"]["tensors"].items()}
+    if digest_checkpoint(told) != manifest["output"]["digest"]:
+        raise ValueError("its digest is not that of its tensors")
+
+
+def _check_object(holder: Mapping[str, Any], key: str) -> None:
+    if not isinstance(holder[key], dict):
+        raise TypeError(f"{key} is not an object")
 
 
 def drawn_weights(manifest: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:

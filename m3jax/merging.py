@@ -42,8 +42,18 @@ def leaf_name(path: Sequence[Any]) -> str:
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
-    """The leaves of a tree by name, in the tree's order."""
-    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    """The leaves of a tree by name, in the tree's order.
+
+    Raises:
+        M3Error: Two leaves have one name.
+    """
+    pairs = jax.tree_util.tree_flatten_with_path(tree)[0]
+    named = {leaf_name(path): leaf for path, leaf in pairs}
+    if len(named) < len(pairs):
+        names = [leaf_name(path) for path, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise M3Error(f"{twice}: is the name of two leaves (a dotted key and a path): rename one")
+    return named
 
 
 # --- jitted pieces, compiled once per (pipeline, shapes, dtypes, shardings) ---------------------------------------

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,13 +26,14 @@ from m3jax.checkpoints import (
     ModelDirectory,
     TensorInfo,
     as_bytes,
+    digest_file,
     locate_model,
     open_safetensors,
     parse_size,
     plan_shards,
     write_index,
 )
-from m3jax.chunks import ChunkReader, Loaded, Visit, visits
+from m3jax.chunks import ChunkReader, Loaded, Visit, default_chunk_entries, visits
 from m3jax.errors import M3Error
 from m3jax.measuring import MERGE, Findings, Stage, applies, phases_of, samples, scope_of, split
 from m3jax.methods.types import Scalars
@@ -44,7 +45,7 @@ from m3jax.recipe import Recipe, load_recipe
 from m3jax.writing import Shards
 
 DEFAULT_SHARD_SIZE = "5GB"
-CHUNK_ENTRIES = 2**21
+_TOLD_PER_TENSOR = 2**11  # bytes of journal and manifest, generously
 _DISPATCHED = 2  # measurements under way before their counts are fetched
 
 
@@ -106,7 +107,7 @@ def _open_models(recipe: Recipe, sources: Mapping[str, str], stack: ExitStack) -
     return models
 
 
-def _identity(recipe: Recipe, plan: Plan, models: Sequence[_Model], layout: Any, expected: Any) -> str:
+def _identity(recipe: Recipe, plan: Plan, models: Sequence[_Model], circumstances: Any) -> str:
     """Digest of everything that the output's bytes depend on."""
     told = {
         "bits": manifest.SCHEME,
@@ -114,8 +115,7 @@ def _identity(recipe: Recipe, plan: Plan, models: Sequence[_Model], layout: Any,
         "recipe": recipe.resolved(),
         "weights": {group: [w.hex() for w in map(float, ws)] for group, ws in plan.weights.items()},
         "inputs": [[m.input.name, str(m.place.path), m.checkpoint.fingerprint()] for m in models],
-        "layout": layout,
-        "expected": expected,
+        "circumstances": circumstances,
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
@@ -187,7 +187,7 @@ class _Merge:
         positions = sorted({p for v in plan_visits for p in v.plan.sources})
         checkpoints = {p: self.models[p].checkpoint for p in positions}
         with ExitStack() as stack:
-            reader = ChunkReader(checkpoints, plan_visits, self.chunk_entries, self.note_digest, self.allow_nonfinite)
+            reader = ChunkReader(checkpoints, plan_visits, self.note_digest, self.allow_nonfinite)
             stack.enter_context(reader)
             shards = stack.enter_context(write(reader.release)) if write is not None else None
             self._consume(reader, shards, plan_visits)
@@ -264,20 +264,30 @@ class _Merge:
                 )
 
 
+@contextmanager
+def _saying_what_failed(out: Path) -> Iterator[None]:
+    """Turns what the operating system refuses into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename if error.filename is not None else out
+        raise M3Error(f"{place}: {error.strerror or error}: check the place and the space on its disk") from error
+
+
 def _merge(
     recipe: Recipe,
     out: Path,
     overwrite: bool,
     max_shard_size: int,
     allow_nonfinite: bool,
-    chunk_entries: int,
+    chunk_entries: int | None,
     progress: Callable[[Progress], None] | None,
     recorded: Mapping[str, Any] | None = None,
     sources: Mapping[str, str] | None = None,
 ) -> MergeResult:
     begun = time.perf_counter()
-    check_free(out, overwrite)
-    with ExitStack() as stack:
+    with _saying_what_failed(out), ExitStack() as stack:
+        check_free(out, overwrite)
         models = _open_models(recipe, sources or {}, stack)
         _check_apart(out, models)
         drawn: DrawnWeights | None = manifest.drawn_weights(recorded) if recorded is not None else None
@@ -288,10 +298,13 @@ def _merge(
         expected = {n: e["digest"] for n, e in recorded["output"]["tensors"].items()} if recorded is not None else {}
         _check_recorded(recorded, plan, models)
         before = [m.checkpoint.fingerprint() for m in models]
-        identity = _identity(recipe, plan, models, shards, expected)
+        beside = {name: digest_file(path) for name, path in companions.items()}
+        identity = _identity(recipe, plan, models, [shards, expected, beside, allow_nonfinite])
         total = sum(t.output.nbytes for t in plan.tensors)
-        staging = stack.enter_context(Staging(out, identity, total + 2**20))
-        run = _Merge(recipe, plan, models, chunk_entries, recorded, allow_nonfinite, progress)
+        small = sum(path.stat().st_size for path in companions.values()) + _TOLD_PER_TENSOR * len(plan.tensors)
+        staging = stack.enter_context(Staging(out, identity, total + small))
+        chunk = _chunk_size(chunk_entries, plan, models)
+        run = _Merge(recipe, plan, models, chunk, recorded, allow_nonfinite, progress)
         written = _produce(run, staging, shards, expected)
         if before != [m.checkpoint.fingerprint() for m in models]:
             raise M3Error(f"{out}: an input changed while it was being merged: merge again once it is at rest")
@@ -409,8 +422,8 @@ def merge_checkpoint(
         overwrite: Replace `out` if it exists.
         max_shard_size: Bytes of tensors per file at most, as a number or as in "5GB".
         allow_nonfinite: Merge inputs that hold NaN or infinities.
-        chunk_entries: Entries per chunk, a power of two of at least 65,536 (default 2,097,152); memory grows with
-            it, the bits do not depend on it.
+        chunk_entries: Entries per chunk, a power of two of at least 65,536; memory grows with it, the bits do not
+            depend on it. By default as many as keep the buffers of all inputs within 160 MB, at most 2²¹.
         progress: Called after every chunk.
 
     Returns:
@@ -421,11 +434,14 @@ def merge_checkpoint(
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     size = parse_size(max_shard_size)
-    return _merge(loaded, Path(out), overwrite, size, allow_nonfinite, _chunk_size(chunk_entries), progress)
+    return _merge(loaded, Path(out), overwrite, size, allow_nonfinite, chunk_entries, progress)
 
 
-def _chunk_size(entries: int | None) -> int:
-    entries = CHUNK_ENTRIES if entries is None else entries
+def _chunk_size(entries: int | None, plan: Plan, models: Sequence[_Model]) -> int:
+    if entries is None:
+        merged = [t for t in plan.tensors if t.pipeline is not None]
+        infos = [models[p].checkpoint.tensors[t.output.name] for t in merged for p in t.sources]
+        return default_chunk_entries(len(models), max((DTYPES[i.dtype].itemsize for i in infos), default=2))
     if entries < 2**16 or entries & (entries - 1):
         raise M3Error(f"chunk entries are {entries}, but must be a power of two of at least 65536")
     return entries
@@ -461,5 +477,8 @@ def replay(
     recorded_size = recorded["output"]["max_shard_size"]
     size = parse_size(recorded_size if max_shard_size is None else max_shard_size)
     nonfinite = True  # the inputs' digests are checked, so they hold what was accepted then
-    chunk = _chunk_size(chunk_entries)
-    return _merge(recipe, Path(out), overwrite, size, nonfinite, chunk, progress, recorded, sources)
+    named = {record["name"] for record in recorded["inputs"]}
+    for name in sources or {}:
+        if name not in named:
+            raise M3Error(f"{name}: is not a model of this manifest, which records {', '.join(sorted(named))}")
+    return _merge(recipe, Path(out), overwrite, size, nonfinite, chunk_entries, progress, recorded, sources)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3jax import bits
+from m3jax import M3Error, bits
 
 uint32s = st.integers(0, 2**32 - 1)
 
@@ -41,6 +41,12 @@ def test_keys_are_jaxs(seed):
 
 def test_seeds_of_64_bits_are_told_apart():
     assert bits.root_key(2**40 + 5).tolist() == [2**8, 5]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_seeds_out_of_range_are_refused(seed):
+    with pytest.raises(M3Error, match="seed"):
+        bits.root_key(seed)
 
 
 def test_other_generators_are_refused():

@@ -339,7 +339,7 @@ def failing(error: BaseException) -> Callable[..., Any]:
         (
             KeyboardInterrupt(),
             130,
-            "m3jax: interrupted: finished shards are kept, and the same command resumes.\n",
+            "m3jax: interrupted: nothing is kept.\n",
         ),
     ],
 )
@@ -393,7 +393,7 @@ sys.exit(m3jax.cli.main(["merge", {recipe!r}, "out"]))
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert err == "m3jax: interrupted: finished shards are kept, and the same command resumes.\n"
+    assert err == "m3jax: interrupted: nothing is kept.\n"
 
 
 @pytest.mark.parametrize("command", [["--help"], ["inspect", "MODEL"], ["inspect", "MODEL", "--json"]])

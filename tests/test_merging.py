@@ -264,6 +264,27 @@ def test_flax_parameters_keep_their_type():
     assert np.asarray(merged["kernel"][...]).tobytes() == want["kernel"].tobytes()
 
 
+def test_densities_may_be_lists_and_must_fit():
+    base, experts = models(DTYPES["bfloat16"], 2)
+    got = m3jax.merge(experts, m3jax.task_arithmetic(), base=base, sparsify=m3jax.dare([0.5, 0.2]), key=1)
+    want = oracle.merge(experts, base, "task_arithmetic", sparsify="dare", keep=[0.5, 0.2], seed=1)
+    assert same(got, want) == (True, [])
+    with pytest.raises(M3Error, match="3 are given, but there are 2"):
+        m3jax.merge(experts, m3jax.ties([0.5, 0.2, 0.1]), base=base)
+
+
+def test_weights_of_zero_in_ties_have_bits_and_derivatives():
+    base, experts = models(DTYPES["float32"], 2, {"w": (40,)})
+    method = m3jax.ties(0.4)
+    weights = np.array([1.0, 0.0], np.float32)
+    want = oracle.merge(experts, base, "ties", [1.0, 0.0], density=0.4)
+    assert same(m3jax.merge(experts, method, base=base, weights=[1.0, 0.0]), want) == (True, [])
+    traced = jax.jit(lambda w: m3jax.merge(experts, method, base=base, weights=w))
+    assert same(traced(weights), want) == (True, [])
+    slope = jax.grad(lambda w: jnp.sum(m3jax.merge(experts, method, base=base, weights=w)["w"]))(jnp.asarray(weights))
+    assert np.isfinite(slope).all()
+
+
 def test_integer_buffers_are_copied_or_refused():
     trees = [{"w": np.ones(2, np.float32), "ids": np.arange(3)} for _ in range(2)]
     assert np.asarray(m3jax.merge(trees)["ids"]).tolist() == [0, 1, 2]
@@ -283,6 +304,8 @@ def test_integer_buffers_are_copied_or_refused():
         ({"weights": [1.0, float("nan")]}, "finite"),
         ({"weights": [1.0, -1.0]}, "sum to 0"),
         ({"weights": m3jax.mixup(0.5)}, "key"),
+        ({"experts": [{"a.b": np.ones(1, np.float32), "a": {"b": np.ones(1, np.float32)}}] * 2}, "name of two leaves"),
+        ({"weights": [1e300, 1.0], "method": m3jax.linear(normalize=False)}, "beyond float32"),
         ({"experts": [{"w": np.ones(2, np.float32)}, {"v": np.ones(2, np.float32)}]}, "w is missing in expert 1"),
         ({"experts": [{"w": np.ones(2, np.float32)}, {"w": np.ones(3, np.float32)}]}, r"\[2\].*\[3\]"),
         ({"method": m3jax.slerp(), "sparsify": m3jax.dare(0.5, target="weights"), "key": 0}, "slerp"),

@@ -495,6 +495,70 @@ def test_outputs_that_cannot_be(tmp_path, place):
         m3jax.merge_checkpoint(asked, tmp_path / "file", overwrite=True)
 
 
+def test_what_is_not_ours_is_never_emptied(tmp_path, place):
+    """Directories named like ours, and symbolic links, are somebody's."""
+    asked = recipe(place, merge_method="task_arithmetic")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "thesis.txt").write_text("x")
+    shutil.copytree(tmp_path / "real", tmp_path / "out.partial")
+    (tmp_path / "link.partial").symlink_to(tmp_path / "real")
+    for out in ("out", "link"):
+        with pytest.raises(
+            M3Error, match=rf"{out}\.partial: is where the merge would be made, but holds something else"
+        ):
+            m3jax.merge_checkpoint(asked, tmp_path / out)
+    assert (tmp_path / "out.partial" / "thesis.txt").exists()
+    (tmp_path / "linked").symlink_to(tmp_path / "real")
+    with pytest.raises(M3Error, match="not a directory"):
+        m3jax.merge_checkpoint(asked, tmp_path / "linked", overwrite=True)
+    assert (tmp_path / "real" / "thesis.txt").exists()
+    shutil.copytree(place / "expert-0", tmp_path / "new.partial")
+    with pytest.raises(M3Error, match=r"new\.partial"):
+        m3jax.merge_checkpoint(
+            {**asked, "models": [str(tmp_path / "new.partial"), asked["models"][1]]}, tmp_path / "new"
+        )
+    assert (tmp_path / "new.partial" / "model.safetensors").exists()
+    shutil.copytree(tmp_path / "real", tmp_path / "again")
+    shutil.copytree(tmp_path / "real", tmp_path / "again.replaced")
+    m3jax.merge_checkpoint(asked, tmp_path / "again", overwrite=True)
+    assert (tmp_path / "again.replaced" / "thesis.txt").exists()
+    assert not list(tmp_path.glob("again.replaced-*"))
+
+
+def test_a_lock_taken_while_another_merge_publishes_is_not_its_output(tmp_path, monkeypatch):
+    """Whoever waits for the directory gets a new one once the old one has become the output."""
+    from m3jax import publishing
+
+    first = publishing.Staging(tmp_path / "out", "one", 1)
+    (first.path / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(M3Error, match="another merge"):
+        publishing.Staging(tmp_path / "out", "two", 1)
+    first.publish(False)
+    first.__exit__(None, None, None)
+    with publishing.Staging(tmp_path / "out", "two", 1) as second:
+        assert second.path.is_dir()
+        assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+
+
+def test_leftovers_of_a_kill_do_not_count_as_a_full_disk(tmp_path):
+    from m3jax.publishing import Staging
+
+    def interrupted(staging):
+        staging.record({"shard": "model-00001-of-00002.safetensors"})
+        (staging.path / "model-00002-of-00002.safetensors.tmp").write_bytes(b"x" * 1000)
+        with open(staging.path / "m3jax-journal.jsonl", "a") as journal:
+            journal.write('{"shard": "cut')
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Staging(tmp_path / "out", "one", 1) as staging:
+        interrupted(staging)
+    with Staging(tmp_path / "out", "one", 1) as again:
+        assert [entry["shard"] for entry in again.finished] == ["model-00001-of-00002.safetensors"]
+        assert not list(again.path.glob("*.safetensors.tmp"))
+        again.record({"shard": "model-00002-of-00002.safetensors"})
+        assert len((again.path / "m3jax-journal.jsonl").read_text().splitlines()) == 3
+
+
 def test_an_input_cannot_be_overwritten_while_it_is_read(tmp_path, place):
     asked = recipe(place, merge_method="task_arithmetic")
     with pytest.raises(M3Error, match="is one of the models"):
@@ -510,6 +574,26 @@ def test_bad_sizes(tmp_path, place):
     asked = recipe(place, merge_method="task_arithmetic")
     refuse(tmp_path, asked, "size", max_shard_size="many")
     refuse(tmp_path, asked, "power of two", chunk_entries=100_000)
+
+
+def test_small_disks_and_long_names_are_said_in_a_sentence(tmp_path, place):
+    asked = recipe(place, merge_method="task_arithmetic")
+    with pytest.raises(M3Error, match="File name too long"):
+        m3jax.merge_checkpoint(asked, tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize("weights", [[0.0, 1.0], [1.0, 0.0]])
+def test_ties_takes_weights_of_zero(tmp_path, weights):
+    """As M³ draws them for small α: where only that expert agrees, its share is 0."""
+    base, experts = write_models(tmp_path / "in", shapes=SHAPES)
+    entries = [
+        {"model": m, "parameters": {"weight": w}}
+        for m, w in zip(recipe(tmp_path / "in")["models"], weights, strict=True)
+    ]
+    asked = recipe(tmp_path / "in") | {"merge_method": "ties", "models": entries, "parameters": {"density": 0.4}}
+    m3jax.merge_checkpoint(asked, tmp_path / "out")
+    want = oracle.merge(experts, base, "ties", weights, density=0.4)
+    assert same(read(tmp_path / "out"), want) == (True, [])
 
 
 def test_ties_weights_that_cancel_in_a_subset(tmp_path, place):
@@ -541,6 +625,8 @@ def test_replay_of_moved_inputs_uses_the_recorded_weights(tmp_path, place):
     names = [asked["base_model"], *asked["models"]]
     sources = {name: str(tmp_path / "moved" / Path(name).name) for name in names}
     manifest = tmp_path / "out" / "m3jax.json"
+    with pytest.raises(M3Error, match="misspelt: is not a model of this manifest"):
+        m3jax.replay(manifest, tmp_path / "again", sources={**sources, "misspelt": "x"})
     again = m3jax.replay(manifest, tmp_path / "again", sources=sources)
     assert (tmp_path / "again" / "m3jax.json").read_bytes() == manifest.read_bytes()
     assert again.digest == m3jax.verify(tmp_path / "out").digest
@@ -592,7 +678,7 @@ print(peak)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads anonymous memory from /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path):
     peaks = []
-    for layers in (8, 32):
+    for layers in (20, 60):
         place = tmp_path / str(layers)
         write_models(place, shapes={f"model.layers.{i}.w": (2048, 1024) for i in range(layers)})
         file = tmp_path / "recipe.yaml"
@@ -602,4 +688,4 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         )
         peaks.append(int(run.stdout) * 1024)
     assert max(peaks) < 0.8e9, peaks
-    assert peaks[1] < peaks[0] + 40e6, peaks  # four times the model, within the allocator's noise
+    assert peaks[1] < peaks[0] + 60e6, peaks  # three times the model, 480 MB more to read

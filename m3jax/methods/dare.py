@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from m3jax import bits
 from m3jax.errors import M3Error
-from m3jax.methods.types import TARGETS, Index, Scalars, Sparsifier, Values, check_density
+from m3jax.methods.types import TARGETS, Index, Scalars, Sparsifier, Values, plain_density
 
 
 def _apply(values: Values, scalars: Scalars, index: Index) -> Values:
@@ -37,7 +37,6 @@ def dare(density: float | tuple[float, ...], target: str = "delta", rescale: boo
     References:
         Yu et al., Language models are super Mario, 2024.
     """
-    check_density("dare", density)
     if target not in TARGETS:
         raise M3Error(f"dare: target is {target!r}, but must be 'delta' or 'weights'")
-    return Sparsifier("dare", _apply, density, target, rescale)
+    return Sparsifier("dare", _apply, plain_density("dare", density), target, rescale)

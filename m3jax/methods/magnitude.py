@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, UInt16, UInt32
 
 from m3jax import exact
 from m3jax.errors import M3Error
-from m3jax.methods.types import SCOPES, TARGETS, Index, Scalars, Sparsifier, Values, check_density
+from m3jax.methods.types import SCOPES, TARGETS, Index, Scalars, Sparsifier, Values, plain_density
 
 COARSE, FINE = 15, 0
 """Shifts of the two rounds that find any threshold: 2¹⁶ bins of 2¹⁵ values, then single values inside one bin."""
@@ -175,9 +175,8 @@ def magnitude(
         >>> magnitude(0.5, scope="model").scope
         'model'
     """
-    check_density("magnitude", density)
     if target not in TARGETS:
         raise M3Error(f"magnitude: target is {target!r}, but must be 'delta' or 'weights'")
     if scope not in SCOPES:
         raise M3Error(f"magnitude: scope is {scope!r}, but must be 'tensor' or 'model'")
-    return Sparsifier("magnitude", _apply, density, target, rescale, scope)
+    return Sparsifier("magnitude", _apply, plain_density("magnitude", density), target, rescale, scope)

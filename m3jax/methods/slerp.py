@@ -187,7 +187,8 @@ def _combine(method: Method, values: Values, scalars: Scalars, zero: Zero) -> Fl
 def slerp() -> Method:
     """Spherical linear interpolation between exactly two experts, per tensor; `weights` is the position t in [0, 1].
 
-    t = 0 is the first expert. Tensors that are nearly parallel (|cos| > 0.9995) are interpolated linearly.
+    t = 0 is the first expert. Tensors that are nearly parallel (|cos| > 0.9995) are interpolated linearly, and so are
+    those whose entries are all so small (below 10⁻¹⁹) that their squares are flushed.
 
     References:
         Shoemake, Animating rotation with quaternion curves, 1985.

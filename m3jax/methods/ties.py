@@ -16,7 +16,7 @@ from m3jax import exact
 from m3jax.errors import M3Error
 from m3jax.exact import Zero
 from m3jax.methods import linear
-from m3jax.methods.types import Fold, Method, Scalars, Values, check_density
+from m3jax.methods.types import Fold, Method, Scalars, Values, plain_density
 
 MAX_EXPERTS = 16
 _SELECTED_UP_TO = 4  # beyond this a gather from the table beats a tree of selects
@@ -135,8 +135,6 @@ def ties(
         raise M3Error(f"ties: trim_scope is {trim_scope!r}, but must be 'model' or 'tensor'")
     if sign_election not in ("weighted", "unweighted"):
         raise M3Error(f"ties: sign_election is {sign_election!r}, but must be 'weighted' or 'unweighted'")
-    if density is not None:
-        check_density("ties", density)
     return Method(
         "ties",
         _fold,
@@ -144,7 +142,7 @@ def ties(
         uses_base=True,
         normalize=normalize,
         scale=scale,
-        density=density if not isinstance(density, list) else tuple(density),
+        density=None if density is None else plain_density("ties", density),
         trim_scope=trim_scope,
         sign_election=sign_election,
     )

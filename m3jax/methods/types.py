@@ -116,15 +116,32 @@ class Sparsifier(NamedTuple):
     scope: str = "tensor"
 
 
-def per_expert(value: float | Sequence[float], num_experts: int) -> tuple[float, ...]:
-    """One number per expert, of one number or of a sequence of them."""
-    if isinstance(value, int | float | np.floating):
-        return (float(value),) * num_experts
-    return tuple(float(v) for v in value)
+Density = float | tuple[float, ...]
+"""One share of entries for all experts, or one for each."""
 
 
-def check_density(where: str, density: float | tuple[float, ...]) -> None:
-    """Raise M3Error unless every density lies in [0, 1]."""
-    for value in np.atleast_1d(density):
+def plain_density(where: str, density: float | Sequence[float]) -> Density:
+    """A density or several as hashable numbers.
+
+    Raises:
+        M3Error: One is not in [0, 1].
+    """
+    values = [density] if isinstance(density, int | float | np.number) else list(density)
+    for value in values:
         if not 0 <= value <= 1:
             raise M3Error(f"{where}: density is {value:g}, but must lie between 0 and 1")
+    numbers = tuple(float(value) for value in values)
+    return numbers[0] if isinstance(density, int | float | np.number) else numbers
+
+
+def per_expert(value: float | Sequence[float], num_experts: int) -> tuple[float, ...]:
+    """One number per expert, of one number or of a sequence of them.
+
+    Raises:
+        M3Error: The sequence has another length.
+    """
+    if isinstance(value, int | float | np.floating):
+        return (float(value),) * num_experts
+    if len(value) != num_experts:
+        raise M3Error(f"density: {len(value)} are given, but there are {num_experts} experts")
+    return tuple(float(v) for v in value)

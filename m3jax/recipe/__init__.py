@@ -3,6 +3,7 @@
 Every bad recipe is an `M3Error` with one sentence: at which dotted place, what is wrong, and the mend.
 """
 
+import json
 import os
 import re
 import reprlib
@@ -361,9 +362,13 @@ def load_recipe(
     if seed is not None and isinstance(raw, Mapping):
         raw = {**raw, "seed": seed}
     try:
-        return Recipe.model_validate(raw)
+        recipe = Recipe.model_validate(raw)
+        json.dumps(recipe.resolved(), ensure_ascii=False).encode()
     except M3Error as error:
         raise M3Error(f"{origin}: {error}") from None
+    except UnicodeEncodeError:
+        raise M3Error(f"{origin}: holds half a character (a lone surrogate such as \\ud800): remove it") from None
+    return recipe
 
 
 _SCHEMAS: dict[Place, type[BaseModel]] = {

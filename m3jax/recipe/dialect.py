@@ -33,7 +33,9 @@ def _parse(text: str) -> object:
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise RecipeError(f"{line}not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except RecursionError:
+        raise RecipeError("not valid YAML: brackets inside brackets without end; mend them") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"not valid YAML: {' '.join(str(error).split())}") from None
 
 
