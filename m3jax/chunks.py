@@ -17,8 +17,15 @@ _IN_FLIGHT = 4  # chunks that may be computed or written while their buffers are
 _ALIGNMENT = 64  # bytes: below this alignment XLA copies host arrays
 _POLL_SECONDS = 0.2
 _BUFFER_BYTES = 160_000_000
+_CACHED_BYTES = 2**20  # a piece that is read, hashed and checked while it is in the processor's cache
 
-_EXPONENTS = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
+# By dtype: an unsigned and a signed word, and the bits of infinity. NaN and infinity are the largest of their sign: as
+# signed words the positive ones, as unsigned words the negative ones.
+_WORDS = {
+    "BF16": (np.uint16, np.int16, 0x7F80),
+    "F16": (np.uint16, np.int16, 0x7C00),
+    "F32": (np.uint32, np.int32, 0x7F800000),
+}
 
 
 class Visit(NamedTuple):
@@ -70,11 +77,14 @@ def _aligned_empty(nbytes: int) -> np.ndarray:
 
 def check_finite(raw: np.ndarray, dtype: str, say: Callable[[], str]) -> None:
     """Raise M3Error with the sentence `say` makes if little-endian floats (uint8[bytes]) hold a NaN or an infinity."""
-    if dtype not in _EXPONENTS or not raw.size:
+    if dtype not in _WORDS or not raw.size:
         return
-    word, exponent = _EXPONENTS[dtype]
-    if (raw.view(word) & word(exponent)).max() == exponent:
-        raise M3Error(say())
+    unsigned, signed, infinity = _WORDS[dtype]
+    sign = 1 << (8 * np.dtype(unsigned).itemsize - 1)
+    for start in range(0, raw.size, _CACHED_BYTES):
+        piece = raw[start : start + _CACHED_BYTES]
+        if piece.view(signed).max() >= infinity or piece.view(unsigned).max() >= sign | infinity:
+            raise M3Error(say())
 
 
 class Loaded(NamedTuple):
@@ -228,12 +238,15 @@ class ChunkReader:
         info = checkpoint.tensors[visit.plan.output.name]
         width = DTYPES[info.dtype].itemsize
         raw = buffer[: visit.size * width]
-        checkpoint.read_into(info.name, visit.start * width, raw)
-        if visit.first_reading:
-            digest.update(raw)
+        for start in range(0, raw.size, _CACHED_BYTES):
+            piece = raw[start : start + _CACHED_BYTES]
+            checkpoint.read_into(info.name, visit.start * width + start, piece)
+            if not visit.first_reading:
+                continue
+            digest.update(piece)
             if not self._allow_nonfinite and visit.plan.pipeline is not None:
                 check_finite(
-                    raw,
+                    piece,
                     info.dtype,
                     lambda: (
                         f"{info.name} of {checkpoint.location}: holds NaN or infinite entries: "

@@ -689,3 +689,28 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         peaks.append(int(run.stdout) * 1024)
     assert max(peaks) < 0.8e9, peaks
     assert peaks[1] < peaks[0] + 60e6, peaks  # three times the model, 480 MB more to read
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_pattern_of_nan_and_infinity_is_seen(dtype):
+    from m3jax.chunks import check_finite
+
+    name = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
+    bits = np.arange(2**16, dtype=np.uint16)
+    patterns = bits if dtype != "float32" else bits.astype(np.uint32) << 16
+    values = patterns.view(DTYPES[dtype]).astype(np.float32)
+
+    def is_refused(pattern):
+        try:
+            check_finite(np.array([0, pattern, 0], patterns.dtype).view(np.uint8), name, lambda: "no")
+        except M3Error:
+            return True
+        return False
+
+    rows = [
+        0,
+        1,
+        *np.flatnonzero(~np.isfinite(values)).tolist()[::7],
+        *np.flatnonzero(np.isfinite(values)).tolist()[::97],
+    ]
+    assert [is_refused(patterns[i]) for i in rows] == [not np.isfinite(values[i]) for i in rows]
