@@ -1,10 +1,13 @@
 """What `m3jax evaluate` does: load a model, run a task or the harness's tasks, say what came out."""
 
+import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from m3jax.checkpoints import digest_checkpoint, digest_tensor, locate_model, open_safetensors
 from m3jax.errors import M3Error
 from m3jax.evaluation.harness import run_harness
 from m3jax.evaluation.prompts import TEMPLATE_NAMES
@@ -58,6 +61,18 @@ def check(wanted: Wanted) -> None:
     ):
         if number is not None and number < 1:
             raise M3Error(f"{option} is {number}, but must be at least 1")
+    if wanted.harness is not None:
+        idle: dict[str, object] = {
+            "--data": wanted.data,
+            "--template": wanted.template,
+            "--max-tokens": wanted.max_tokens,
+        }
+        idle |= {"--resume": wanted.resume, "--run-code": wanted.run_code, "--overflow": wanted.overflow != "error"}
+        for option, given in idle.items():
+            if given:
+                raise M3Error(f"{option} has no meaning with --harness, whose tasks bring their own: leave it out")
+        if not [task for task in wanted.harness.split(",") if task.strip()]:
+            raise M3Error("--harness names no task: write such as --harness arc_easy,hellaswag")
     if wanted.resume and wanted.out is None:
         raise M3Error("--resume needs --out DIR, the directory of the run to go on with")
 
@@ -77,18 +92,25 @@ def run(name: str, wanted: Wanted, tell: Tell | None) -> dict[str, Any]:
 
     model = models.load_model(name, wanted.dtype, models.make_mesh(wanted.mesh) if wanted.mesh else None)
     if wanted.harness is not None:
-        tasks = [task for task in wanted.harness.split(",") if task]
-        told = models.harness_model(model, wanted.batch_size, tell)
+        tasks = [task.strip() for task in wanted.harness.split(",") if task.strip()]
+        cuts: Counter[str] = Counter()
+        told = models.harness_model(model, cuts, wanted.batch_size, tell)
         results = run_harness(told, tasks, include_path=wanted.include_path, limit=wanted.limit)
-        return {"model": name, "harness": results.get("results", {})}
+        outcome = {"model": name, "harness": results.get("results", {}), "cut": dict(cuts)}
+        if wanted.out is not None:
+            wanted.out.mkdir(parents=True, exist_ok=True)
+            (wanted.out / "harness.json").write_text(json.dumps(outcome, indent=2, default=str) + "\n")
+        return outcome
     task = get_task(cast(str, wanted.task))
+    overflow = cast(models.Overflow, wanted.overflow)
     settings = task.settings if wanted.max_tokens is None else task.settings._replace(max_tokens=wanted.max_tokens)
     summary = evaluate_named(
         task.name,
         wanted.data,
-        models.make_generator(model, cast(models.Overflow, wanted.overflow), tell, wanted.batch_size),
+        models.make_generator(model, overflow, tell, wanted.batch_size),
         out_dir=wanted.out,
         model=name,
+        fingerprint="" if wanted.out is None else models.fingerprint(model, overflow, _weights(name)),
         template=wanted.template,
         tokenizer=model.tokenizer,
         settings=settings,
@@ -100,6 +122,13 @@ def run(name: str, wanted: Wanted, tell: Tell | None) -> dict[str, Any]:
         progress=_reporter(tell),
     )
     return summary._asdict()
+
+
+def _weights(name: str) -> str:
+    """Digest of a model's weights, whatever their division into files."""
+    with open_safetensors(locate_model(name).path) as checkpoint:
+        infos = checkpoint.tensors.items()
+        return digest_checkpoint({n: (i.dtype, i.shape, digest_tensor(checkpoint, n)) for n, i in infos})
 
 
 def _reporter(tell: Tell | None) -> Callable[[int, int], None] | None:
@@ -129,6 +158,9 @@ def lines(outcome: dict[str, Any]) -> Iterable[str]:
             for metric, value in metrics.items():
                 if isinstance(value, float):
                     yield f"{task:32} {metric:24} {value:.4f}"
+        for what, number in outcome["cut"].items():
+            if number:
+                yield f"{number} {what} cut to fit the context"
         return
     if outcome["accuracy"] is not None:
         low, high = outcome["interval"]

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -14,10 +15,11 @@ from m3jax.decoder import DecoderConfig
 from m3jax.errors import M3Error
 from m3jax.evaluation.harness import make_harness_model
 from m3jax.evaluation.protocol import Completion, GenerationSettings, Generator, LogLikelihood, Scorer
+from m3jax.evaluation.records import digest
 from m3jax.evaluation.runner import Summary, evaluate_named
 
 Overflow = Literal["error", "truncate", "skip"]
-OVERFLOWS: tuple[Overflow, ...] = ("error", "truncate", "skip")
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 
 
 class LanguageModel(NamedTuple):
@@ -79,19 +81,20 @@ def _load_tokenizer(name: str, directory: Path) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it need not say that torch is missing
     from transformers import AutoTokenizer
 
-    if not any(directory.glob("*token*")) and not any(directory.glob("*.model")) and not any(directory.glob("vocab*")):
+    if not any(path for pattern in _VOCABULARIES for path in directory.glob(pattern)):
         raise M3Error(f"{name}: has no tokenizer: copy tokenizer.json and tokenizer_config.json of its base into it")
     try:
         return AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # the libraries behind it raise every kind, a bare Exception among them
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise M3Error(f"{name}: its tokenizer cannot be read ({said}): copy that of its base") from error
 
 
 def _check_vocabulary(name: str, tokenizer: Any, config: DecoderConfig) -> None:
-    if len(tokenizer) > config.vocab_size:
+    if tokenizer.vocab_size > config.vocab_size:  # added tokens beyond it are refused where a text has them
         raise M3Error(
-            f"{name}: its tokenizer has {len(tokenizer)} tokens, but its embedding only {config.vocab_size} rows: "
+            f"{name}: its tokenizer has {tokenizer.vocab_size} tokens, but its embedding only {config.vocab_size} "
+            "rows: "
             "take the tokenizer that belongs to the weights"
         )
 
@@ -100,6 +103,32 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a text, with the beginning-of-text token exactly once where the tokenizer has one."""
     begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
     return list(tokenizer.encode(text, add_special_tokens=not begins))
+
+
+def _shortened(tokenizer: Any, text: list[int], length: int) -> list[int]:
+    """The right end of a text, behind its beginning-of-text token if it has one."""
+    begins = bool(text) and text[0] == tokenizer.bos_token_id
+    return text[:1] + text[1 - length :] if begins else text[-length:]
+
+
+def _stop_tokens(tokenizer: Any, config: DecoderConfig, stops: Sequence[str]) -> tuple[int, ...]:
+    """What ends a text: the config's tokens, the tokenizer's own, and stop strings that are special tokens."""
+    special = [tokenizer.convert_tokens_to_ids(stop) for stop in stops if stop in tokenizer.all_special_tokens]
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return tuple(sorted({*config.stop_token_ids, *own, *special}))
+
+
+def fingerprint(model: LanguageModel, overflow: Overflow, told: Any) -> str:
+    """Digest of what a run depends on beside its model's name.
+
+    Args:
+        model: The model.
+        overflow: What becomes of prompts that fill the context.
+        told: Anything plain that tells the weights from others, such as their digest.
+    """
+    stops = _stop_tokens(model.tokenizer, model.config, ())
+    dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(model.params)})
+    return digest([told, dtypes, overflow, stops, len(model.tokenizer), str(model.config)])[:16]
 
 
 def _watch(progress: Callable[[str], None] | None) -> Callable[[decoder.Progress], None] | None:
@@ -125,6 +154,7 @@ def make_generator(
     overflow: Overflow = "error",
     progress: Callable[[str], None] | None = None,
     batch_size: int = 8,
+    cuts: Counter[str] | None = None,
 ) -> Generator:
     """The model as a writer.
 
@@ -136,16 +166,25 @@ def make_generator(
             skipped; the last two are counted in summaries.
         progress: Told what is being compiled.
         batch_size: Rows of a full batch; programs are compiled for it, and for powers of two below it.
+        cuts: Counts under "prompts" those that were cut.
     """
-    truncation: Literal["error", "truncate_left"] = "truncate_left" if overflow == "truncate" else "error"
     tokenizer, config = model.tokenizer, model.config
+    limit = config.context_length
 
     def decode(tokens: Sequence[int]) -> str:
         return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
 
     def generator(prompts: Sequence[str], settings: GenerationSettings) -> list[Completion]:
         texts = [_encode(tokenizer, prompt) for prompt in prompts]
-        kept = [i for i, text in enumerate(texts) if overflow != "skip" or len(text) < config.context_length]
+        long = [i for i, text in enumerate(texts) if len(text) >= limit]
+        if long and overflow == "error":
+            raise M3Error(
+                f"a prompt has {len(texts[long[0]])} tokens, but the model's context holds {limit}: "
+                "say what becomes of such prompts with --overflow truncate or --overflow skip"
+            )
+        for i in long:
+            texts[i] = _shortened(tokenizer, texts[i], max(limit // 2, limit - settings.max_tokens))
+        kept = [i for i in range(len(texts)) if overflow != "skip" or i not in long]
         completions = [Completion("", 0, False, skipped=True) for _ in prompts]
         if not kept:
             return completions
@@ -162,16 +201,18 @@ def make_generator(
             temperature=settings.temperature,
             top_p=settings.top_p,
             key=keys,
+            stop_token_ids=_stop_tokens(tokenizer, config, settings.stop),
             stop_strings=settings.stop,
             detokenize=decode,
             batch_size=batch_size,
-            overflow=truncation,
             progress=_watch(progress),
         )
         for i, one in zip(kept, written, strict=True):
             finished = one.finish in ("stop_token", "stop_string")
             text = _cut(decode(one.tokens), settings.stop)
-            completions[i] = Completion(text, len(one.tokens), finished, prompt_truncated=one.dropped > 0)
+            completions[i] = Completion(text, len(one.tokens), finished, prompt_truncated=i in long)
+        if cuts is not None:
+            cuts["prompts"] += sum(completion.prompt_truncated for completion in completions)
         return completions
 
     return generator
@@ -182,6 +223,7 @@ def make_scorer(
     overflow: Overflow = "truncate",
     progress: Callable[[str], None] | None = None,
     batch_size: int = 8,
+    cuts: Counter[str] | None = None,
 ) -> Scorer:
     """The model as a judge of likelihood.
 
@@ -190,6 +232,7 @@ def make_scorer(
         overflow: What becomes of a context that leaves no room for its continuation: "error", or "truncate".
         progress: Told what is being compiled.
         batch_size: As of `make_generator`.
+        cuts: Counts under "contexts" those that were cut.
     """
     tokenizer = model.tokenizer
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -203,27 +246,38 @@ def make_scorer(
             whole = list(tokenizer.encode(continuation, add_special_tokens=False))
             return ([begin], whole) if begin is not None else (whole[:1], whole[1:])
         before, whole = _encode(tokenizer, context), _encode(tokenizer, context + continuation)
-        return before, whole[len(before) :]
+        # Where a token spans the cut, the texts part before it.
+        shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+        return whole[:shared], whole[shared:]
 
     def scorer(pairs: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
+        cut = [split(context, continuation) for context, continuation in pairs]
+        found = [LogLikelihood(0.0, True) for _ in pairs]  # of nothing, which is certain
+        scored = [i for i, (before, after) in enumerate(cut) if before and after]
         scores = decoder.log_likelihoods(
             model.params,
             model.config,
-            [split(context, continuation) for context, continuation in pairs],
+            [cut[i] for i in scored],
             batch_size=batch_size,
             overflow="error" if overflow == "error" else "truncate_left",
             progress=_watch(progress),
         )
-        return [LogLikelihood(score.log_prob, score.is_greedy) for score in scores]
+        for i, score in zip(scored, scores, strict=True):
+            found[i] = LogLikelihood(score.log_prob, score.is_greedy)
+        if cuts is not None:
+            cuts["contexts"] += sum(score.dropped > 0 for score in scores)
+        return found
 
     return scorer
 
 
-def harness_model(model: LanguageModel, batch_size: int = 8, progress: Callable[[str], None] | None = None) -> Any:
-    """The model as lm-evaluation-harness wants one."""
+def harness_model(
+    model: LanguageModel, cuts: Counter[str], batch_size: int = 8, progress: Callable[[str], None] | None = None
+) -> Any:
+    """The model as lm-evaluation-harness wants one; texts that do not fit lose their left end, counted in `cuts`."""
     return make_harness_model(
-        make_generator(model, "truncate", progress, batch_size),
-        make_scorer(model, "truncate", progress, batch_size),
+        make_generator(model, "truncate", progress, batch_size, cuts),
+        make_scorer(model, "truncate", progress, batch_size, cuts),
         model.tokenizer,
         max_length=model.config.context_length,
         batch_size=batch_size,
@@ -262,6 +316,8 @@ def evaluate(
     if jax.tree.structure(params) != own:
         params = decoder.params_from_tree(params, config)
     model = LanguageModel("parameters in memory", params, config, tokenizer)
+    if options.get("resume") and not options.get("fingerprint"):
+        raise M3Error("resume: needs fingerprint=TEXT that identifies these parameters, so that no other run goes on")
     options.setdefault("tokenizer", tokenizer)
     options.setdefault("model", model.name)
     generator = make_generator(model, overflow, batch_size=options.get("batch_size", 8))

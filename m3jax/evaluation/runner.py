@@ -61,6 +61,7 @@ def evaluate_task(
     *,
     out_dir: str | Path | None = None,
     model: str = "model",
+    fingerprint: str = "",
     template: str | None = None,
     tokenizer: Any = None,
     settings: GenerationSettings | None = None,
@@ -80,6 +81,8 @@ def evaluate_task(
         out_dir: Where to write one record per example (`records.jsonl`), `summary.json`, and what a judge elsewhere
             reads; nothing is written without it.
         model: What the model is called in the summary; part of what makes a run the same run.
+        fingerprint: Text that identifies what the name does not: weights, dtype, what becomes of long prompts; part of
+            what makes a run the same run.
         template: Name of a prompt template; the task's own if not given.
         tokenizer: For the template "chat".
         settings: How to generate; the task's own if not given.
@@ -105,7 +108,7 @@ def evaluate_task(
     if not examples:
         raise M3Error(f"{task.name}: there are no examples to evaluate")
     prompts = [render(template, example.instruction, tokenizer) for example in examples]
-    identity = _identity(task, model, template, settings, execution, examples, prompts)
+    identity = _identity(task, f"{model} {fingerprint}".strip(), template, settings, execution, examples, prompts)
     journal = open_journal(Path(out_dir), identity, resume) if out_dir is not None else None
     done = dict(journal.done) if journal is not None else {}
 

@@ -1,5 +1,6 @@
 """From a model directory, or a merge in memory, to a score."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -112,6 +113,8 @@ def test_the_command(place, tmp_path, capsys):
         (["--task", "sst2", "--overflow", "drop"], "--overflow"),
         (["--task", "sst2", "--limit", "0"], "--limit"),
         (["--task", "sst2", "--resume"], "--resume needs --out"),
+        (["--harness", "arc_easy", "--data", "x"], "--data has no meaning with --harness"),
+        (["--harness", ","], "names no task"),
         (["--task", "humaneval", "--data", "x.jsonl"], "--run-code"),
     ],
 )
@@ -129,8 +132,7 @@ def test_tokenizers_that_do_not_fit(place, tmp_path):
     config = DecoderConfig.from_directory(place / "expert-a")
 
     class Wide:
-        def __len__(self):
-            return config.vocab_size + 1
+        vocab_size = config.vocab_size + 1
 
     with pytest.raises(M3Error, match="tokens, but its embedding only"):
         m3jax.evaluate({}, config, Wide(), "sst2")
@@ -148,3 +150,44 @@ def test_parameters_on_a_mesh(place, model):
     settings = GenerationSettings(8)
     prompts = ["The ratio of", "A merge of two"]
     assert models.make_generator(spread)(prompts, settings) == models.make_generator(model)(prompts, settings)
+
+
+def test_the_tokenizers_own_end_ends_a_text(model):
+    """Even where no config names it, and where a task gives a special token as a stop string."""
+    from m3jax.evaluation.models import _stop_tokens
+
+    tokenizer, config = model.tokenizer, dataclasses.replace(model.config, stop_token_ids=())
+    assert _stop_tokens(tokenizer, config, ()) == (tokenizer.eos_token_id,)
+    assert tokenizer.bos_token_id in _stop_tokens(tokenizer, config, (tokenizer.bos_token, "\n"))
+
+
+def test_cut_prompts_keep_their_beginning(model):
+    from m3jax.evaluation.models import _encode, _shortened
+
+    text = _encode(model.tokenizer, "merge " * 50)
+    cut = _shortened(model.tokenizer, text, 10)
+    assert len(cut) == 10
+    assert cut[-9:] == text[-9:]
+    if text[0] == model.tokenizer.bos_token_id:
+        assert cut[0] == text[0]
+
+
+def test_a_run_does_not_go_on_with_other_weights(place, tmp_path, capsys):
+    here = tmp_path / "model"
+    shutil.copytree(place / "expert-a", here)
+    arguments = ["evaluate", str(here), "--task", "sst2", "--data", str(place / "rows.jsonl"), "--max-tokens", "2"]
+    arguments += ["--out", str(tmp_path / "run")]
+    assert cli.main(arguments) == 0
+    assert cli.main([*arguments, "--resume"]) == 0
+    assert cli.main([*arguments, "--resume", "--dtype", "float32"]) == 2
+    shutil.rmtree(here)
+    shutil.copytree(place / "expert-b", here)
+    assert cli.main([*arguments, "--resume"]) == 2
+    capsys.readouterr()
+
+
+def test_scores_where_a_token_spans_the_cut_and_of_nothing(model):
+    score = models.make_scorer(model)
+    nothing, spanning = score([("The", ""), ("The rat", "io of")])
+    assert nothing == (0.0, True)
+    assert spanning.sum < 0
