@@ -50,14 +50,26 @@ class Visit(NamedTuple):
     last: bool
 
 
-def padded_size(size: int, chunk_entries: int) -> int:
-    """The smallest of few sizes that holds `size` entries, so that few shapes are compiled."""
+def padded_size(size: int, chunk_entries: int, multiple: int = 1) -> int:
+    """The smallest of few sizes that holds `size` entries, so that few shapes are compiled.
+
+    Args:
+        size: At most `chunk_entries`.
+        chunk_entries: The largest of the sizes.
+        multiple: What the sizes are rounded up to multiples of, so that as many devices can share a chunk.
+    """
     sizes = (2**12, 2**16, chunk_entries // 4, chunk_entries // 2, chunk_entries)
-    return min(s for s in sizes if size <= s <= chunk_entries)
+    return -(-min(s for s in sizes if size <= s <= chunk_entries) // multiple) * multiple
 
 
 def visits(
-    stage: Any, plan: TensorPlan, chunk_entries: int, first_reading: bool, start: int = 0, stop: int | None = None
+    stage: Any,
+    plan: TensorPlan,
+    chunk_entries: int,
+    first_reading: bool,
+    start: int = 0,
+    stop: int | None = None,
+    multiple: int = 1,
 ) -> Iterator[Visit]:
     """The chunks of one tensor (or of a part of it) at one stage; a tensor without entries has one empty chunk."""
     stop = plan.output.size if stop is None else stop
@@ -65,7 +77,7 @@ def visits(
         chunk_entries = chunk_entries * 2 // max(2, DTYPES[plan.output.dtype].itemsize)
     for begin in range(start, max(stop, start + 1), chunk_entries):
         size = min(chunk_entries, stop - begin)
-        padded = size if plan.pipeline is None else padded_size(size, chunk_entries)
+        padded = size if plan.pipeline is None else padded_size(size, chunk_entries, multiple)
         yield Visit(stage, plan, begin, size, padded, first_reading, begin + size == stop)
 
 
@@ -92,12 +104,13 @@ class Loaded(NamedTuple):
 
     Attributes:
         visit: The visit.
-        arrays: For each source of the visit's plan a flat array of `padded` entries in the tensor's dtype there.
-        buffers: The memory behind the arrays.
+        arrays: For each source of the visit's plan a flat array of `padded` entries in the tensor's dtype there, in
+            `buffers` or on devices.
+        buffers: The memory that the arrays were read into.
     """
 
     visit: Visit
-    arrays: tuple[np.ndarray, ...]
+    arrays: tuple[Any, ...]
     buffers: tuple[np.ndarray, ...]
 
 

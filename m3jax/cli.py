@@ -5,12 +5,13 @@ What a command needs is imported inside it, so that `--help` and `inspect` start
 
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO
 
 import typer
 
@@ -18,9 +19,12 @@ from m3jax import console
 from m3jax.errors import M3Error
 
 if TYPE_CHECKING:
+    import jax
+
     from m3jax.streaming import MergeResult
 
 _BAD_INPUT, _FAILURE, _INTERRUPTED, _PIPE_CLOSED = 2, 1, 130, 141
+_HEARTBEAT_SECONDS = 30  # of silence after which a process counts as dead
 
 app = typer.Typer(
     name="m3jax",
@@ -36,6 +40,26 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors (and --json's result).")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. Also: M3JAX_DEBUG=1.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+MeshAxes = Annotated[
+    str | None,
+    typer.Option(
+        "--mesh", metavar="AXES", help="Devices to use, as in fsdp=4,tp=2.  [default: all here]", show_default=False
+    ),
+]
+Distributed = Annotated[
+    bool, typer.Option("--distributed", help="Share the work with other processes that run the same command.")
+]
+Coordinator = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="Where process 0 listens.  [default: the cluster's]", show_default=False),
+]
+NumProcesses = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="[default: the cluster's]", show_default=False)
+]
+ProcessId = Annotated[
+    int | None, typer.Option(metavar="I", min=0, help="From 0 on.  [default: the cluster's]", show_default=False)
+]
+Heartbeat = Annotated[int, typer.Option("--heartbeat-timeout", hidden=True, min=1)]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="The model directory to make.", show_default=False)]
 
 
@@ -73,6 +97,12 @@ def merge(
         bool, typer.Option("--allow-nonfinite", help="Go on where weights are NaN or infinite.")
     ] = False,
     chunk_entries: Annotated[int | None, typer.Option(hidden=True)] = None,
+    mesh: MeshAxes = None,
+    distributed: Distributed = False,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
+    heartbeat_timeout: Heartbeat = _HEARTBEAT_SECONDS,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -81,26 +111,34 @@ def merge(
 
     An interrupted merge keeps its finished files; the same command resumes it.
     """
-    with _resumable(out):
-        from m3jax.recipe import load_recipe
+    cluster = _Cluster.of(distributed, coordinator, num_processes, process_id, heartbeat_timeout)
 
-        loaded = load_recipe(recipe, overrides or (), seed)
-        _print_notes(loaded.notes(), quiet)
-        _silence_downloads(quiet)
-        from m3jax.streaming import merge_checkpoint  # after the recipe: a mistake in it shows before JAX starts
+    def work(speaks: bool) -> None:
+        still = quiet or not speaks
+        with _resumable(out):
+            from m3jax.recipe import load_recipe
 
-        with console.progress_reporter(quiet) as progress:
-            result = merge_checkpoint(
-                loaded,
-                out,
-                overwrite=overwrite,
-                max_shard_size=max_shard_size,
-                allow_nonfinite=allow_nonfinite,
-                chunk_entries=chunk_entries,
-                progress=progress,
-            )
-    _print_notes((note for note in result.notes if note not in loaded.notes()), quiet)
-    _print_merge(result, as_json, quiet)
+            loaded = load_recipe(recipe, overrides or (), seed)
+            _print_notes(loaded.notes(), still)
+            _silence_downloads(still)
+            from m3jax.streaming import merge_checkpoint  # after the recipe: a mistake in it shows before JAX starts
+
+            with console.progress_reporter(still) as progress:
+                result = merge_checkpoint(
+                    loaded,
+                    out,
+                    overwrite=overwrite,
+                    max_shard_size=max_shard_size,
+                    allow_nonfinite=allow_nonfinite,
+                    chunk_entries=chunk_entries,
+                    mesh=_local_mesh(mesh),
+                    distributed=distributed,
+                    progress=progress,
+                )
+        _print_notes((note for note in result.notes if note not in loaded.notes()), still)
+        _print_merge(result, as_json and speaks, still)
+
+    _work(work, cluster, debug)
 
 
 @app.command()
@@ -118,22 +156,41 @@ def replay(
         typer.Option(metavar="SIZE", help="Largest weight file.  [default: as recorded]", show_default=False),
     ] = None,
     overwrite: Overwrite = False,
+    mesh: MeshAxes = None,
+    distributed: Distributed = False,
+    coordinator: Coordinator = None,
+    num_processes: NumProcesses = None,
+    process_id: ProcessId = None,
+    heartbeat_timeout: Heartbeat = _HEARTBEAT_SECONDS,
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Do a merge again from its manifest, bit for bit."""
-    with _resumable(out):
-        sources = dict(map(_read_source, inputs or ()))
-        _silence_downloads(quiet)
-        from m3jax.streaming import replay as replay_manifest
+    cluster = _Cluster.of(distributed, coordinator, num_processes, process_id, heartbeat_timeout)
 
-        with console.progress_reporter(quiet) as progress:
-            result = replay_manifest(
-                manifest, out, sources=sources, overwrite=overwrite, max_shard_size=max_shard_size, progress=progress
-            )
-    _print_notes(result.notes, quiet)
-    _print_merge(result, as_json, quiet)
+    def work(speaks: bool) -> None:
+        still = quiet or not speaks
+        with _resumable(out):
+            sources = dict(map(_read_source, inputs or ()))
+            _silence_downloads(still)
+            from m3jax.streaming import replay as replay_manifest
+
+            with console.progress_reporter(still) as progress:
+                result = replay_manifest(
+                    manifest,
+                    out,
+                    sources=sources,
+                    overwrite=overwrite,
+                    max_shard_size=max_shard_size,
+                    mesh=_local_mesh(mesh),
+                    distributed=distributed,
+                    progress=progress,
+                )
+        _print_notes(result.notes, still)
+        _print_merge(result, as_json and speaks, still)
+
+    _work(work, cluster, debug)
 
 
 @app.command()
@@ -186,6 +243,33 @@ def inspect(
 
 
 @app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A model directory, weight file or hub id.", show_default=False)
+    ],
+    out: Annotated[str, typer.Argument(metavar="DST", help="The directory to make.", show_default=False)],
+    to: Annotated[
+        str, typer.Option("--to", metavar="safetensors|orbax|msgpack", help="The format to write.")
+    ] = "safetensors",
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint in another format, bit for bit."""
+    _silence_downloads(quiet)
+    from m3jax import conversion
+
+    with console.progress_reporter(quiet) as progress:
+        result = conversion.convert(
+            source, out, conversion.as_format(to), max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
+        )
+    if as_json or not quiet:
+        _print_result(lambda: console.convert_json(result), lambda: console.convert_lines(result), as_json)
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or hub id.", show_default=False)],
     task: Annotated[
@@ -227,6 +311,7 @@ def evaluate(
 ) -> None:
     """Score a model on a task."""
     from m3jax.evaluation import command
+    from m3jax.evaluation.telling import outcome_lines
 
     wanted = command.Wanted(
         task=task,
@@ -249,7 +334,7 @@ def evaluate(
     _silence_downloads(quiet)
     outcome = command.run(model, wanted, None if quiet else lambda line: print(line, file=sys.stderr, flush=True))
     if as_json or not quiet:
-        _print_result(lambda: outcome, lambda: command.lines(outcome), as_json)
+        _print_result(lambda: outcome, lambda: outcome_lines(outcome), as_json)
 
 
 @app.command()
@@ -272,6 +357,64 @@ def demo(
 
 
 # --- What the commands share -----------------------------------------------------------------------------
+
+
+class _Cluster(NamedTuple):
+    """How the processes of a distributed command find each other."""
+
+    coordinator: str | None
+    num_processes: int | None
+    process_id: int | None
+    heartbeat_timeout: int
+
+    @classmethod
+    def of(
+        cls, distributed: bool, coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int
+    ) -> "_Cluster | None":
+        """What the options say, checked."""
+        told = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
+        given = [name for name, value in told.items() if value is not None]
+        missing = [name for name, value in told.items() if value is None]
+        if given and not distributed:
+            raise M3Error(f"{given[0]}: is for --distributed: add it, or leave this out")
+        if given and missing:
+            raise M3Error(f"{' and '.join(missing)}: missing beside {given[0]}: give all three, or none in a cluster")
+        if coordinator is not None and not re.fullmatch(r".+:[0-9]{1,5}", coordinator):
+            raise M3Error(f"--coordinator {coordinator!r}: write HOST:PORT, as in 10.0.0.1:8476")
+        if process_id is not None and num_processes is not None and process_id >= num_processes:
+            raise M3Error(f"--process-id {process_id}: {num_processes} processes are numbered 0 to {num_processes - 1}")
+        return cls(coordinator, num_processes, process_id, timeout) if distributed else None
+
+
+def _work(work: Callable[[bool], None], cluster: _Cluster | None, debug: bool) -> None:
+    """Do the work of a command here, or with other processes, of which process 0 speaks."""
+    if cluster is None:
+        work(True)
+        return
+    from m3jax.supervision import supervised
+
+    def shared_work() -> int:
+        import jax
+
+        from m3jax.processes import joined
+
+        with joined(cluster.coordinator, cluster.num_processes, cluster.process_id, cluster.heartbeat_timeout):
+            speaks = jax.process_index() == 0
+            return _reported(lambda: work(speaks), debug, silent=not speaks)
+
+    status = supervised(lambda: _reported(shared_work, debug), cluster.coordinator)
+    if status:
+        raise typer.Exit(status)
+
+
+def _local_mesh(axes: str | None) -> "jax.sharding.Mesh | None":
+    if axes is None:
+        return None
+    import jax
+
+    from m3jax.meshes import parse_mesh
+
+    return parse_mesh(axes, jax.local_devices())
 
 
 def _read_source(text: str) -> tuple[str, str]:
@@ -349,8 +492,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         _print_anything(getattr(sys, name))
+    return _reported(lambda: _run(given), debug)
+
+
+def _reported(work: Callable[[], int | None], debug: bool, silent: bool = False) -> int:
+    """The exit code of some work, of which an error is said in a sentence, unless another process says it."""
     try:
-        code = _run(given)
+        code = work() or 0
         sys.stdout.flush()
         return code
     except BrokenPipeError:
@@ -360,7 +508,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exception(error)
         sentence, code = _explain(error)
-        print(sentence, file=sys.stderr)
+        if not silent:
+            print(sentence, file=sys.stderr)
         return code
 
 

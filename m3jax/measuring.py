@@ -18,6 +18,7 @@ from m3jax.methods import magnitude, slerp, ties
 from m3jax.methods.types import Scalars, Values
 from m3jax.pipeline import Pipeline
 from m3jax.planning import Plan, TensorPlan, total_entries
+from m3jax.processes import Processes, add_up, gather_rows
 
 
 class Stage(NamedTuple):
@@ -171,14 +172,24 @@ def applies(stage: Stage, tensor: TensorPlan) -> bool:
     return stage.kind != "sparsify" or stage.scope == "model" or min(tensor.settings.densities) < 1.0
 
 
-def samples(stage: Stage, tensors: Sequence[TensorPlan], chunk_entries: int) -> Iterator[Visit]:
-    """Blocks spread evenly over the tensors, about 2²² entries in all, whatever the model's size."""
-    merged = [t for t in tensors if applies(stage, t)]
-    stride = max(_SAMPLE_BLOCK, total_entries(merged) // _SAMPLED * _SAMPLE_BLOCK)
+def samples(
+    stage: Stage, model: Sequence[TensorPlan], tensors: Sequence[TensorPlan], chunk_entries: int, multiple: int = 1
+) -> Iterator[Visit]:
+    """Blocks spread evenly over tensors, about 2²² entries of the model, whatever its size.
+
+    Args:
+        stage: The ranking.
+        model: All tensors.
+        tensors: Those to sample.
+        chunk_entries: As in `visits`.
+        multiple: As in `visits`.
+    """
+    stride = max(_SAMPLE_BLOCK, total_entries([t for t in model if applies(stage, t)]) // _SAMPLED * _SAMPLE_BLOCK)
     due = 0
-    for tensor in merged:
+    for tensor in [t for t in tensors if applies(stage, t)]:
         while due < tensor.output.size:
-            (visit,) = visits(stage, tensor, chunk_entries, False, due, min(due + _SAMPLE_BLOCK, tensor.output.size))
+            stop = min(due + _SAMPLE_BLOCK, tensor.output.size)
+            (visit,) = visits(stage, tensor, chunk_entries, False, due, stop, multiple)
             yield visit
             due += stride
         due -= tensor.output.size
@@ -257,29 +268,45 @@ class Findings:
             total = counts.astype(np.int64) + (0 if before is None else before)
         self._totals[stage, scope] = total
 
-    def conclude(self, visit: Visit) -> None:
-        """Draw the conclusion from the totals of the scope that `visit` was the last of."""
-        stage, scope, tensor = visit.stage, scope_of(visit), visit.plan
-        total = self._totals.pop((stage, scope))
-        name = tensor.output.name
+    def conclude_model(self, stage: Stage, processes: Processes) -> None:
+        """Draw the conclusion of a model-wide measurement from what all processes have counted."""
+        tensor = next((t for t in self._plan.tensors if applies(stage, t)), None)
+        if tensor is None:
+            return
+        total, experts = self._totals.pop((stage, None), None), self._plan.pipeline.num_experts
+        if stage.step == "sample":
+            rows = [np.zeros(0, np.uint32)] * experts if total is None else [np.concatenate(row) for row in total]
+            self._bracket(stage, tensor, list(gather_rows(processes, np.stack(rows))))
+            return
+        shape = () if stage.kind == "signs" else (experts, magnitude.BINS)
+        counted = add_up(processes, np.zeros(shape, np.int64) if total is None else total)
         if stage.kind == "signs":
-            self.tie_sign = int(np.sign(total))
-        elif stage.kind == "largest":
+            self.tie_sign = int(np.sign(counted))
+        else:
+            self._narrow(stage, None, tensor, counted)
+
+    def conclude(self, visit: Visit) -> None:
+        """Draw the conclusion from the totals of the tensor that `visit` was the last of."""
+        stage, tensor = visit.stage, visit.plan
+        name = tensor.output.name
+        total = self._totals.pop((stage, name))
+        if stage.kind == "largest":
             self._largest[name] = total
         elif stage.kind == "sums":
             products = slerp.inner_products(self._largest.pop(name), total)
             (position,) = tensor.settings.weights if tensor.settings else (0.5,)
             self._arcs[name] = np.asarray(slerp.arc_coefficients(products, position))
         else:
-            self._narrow(stage, scope, tensor, total)
+            self._narrow(stage, name, tensor, total)
+
+    def _bracket(self, stage: Stage, tensor: TensorPlan, sample: Sequence[np.ndarray]) -> None:
+        """Take from a sample of the model where a ranking looks first."""
+        search = self._search(stage, tensor)
+        self._searches[stage.kind, None] = magnitude.guess(search, self._ranked_entries(None, tensor), sample)
 
     def _narrow(self, stage: Stage, scope: str | None, tensor: TensorPlan, total: Any) -> None:
         """Take one step of a ranking."""
         search = self._search(stage, tensor)
-        if stage.step == "sample":
-            whole = [np.concatenate(rows) for rows in total]
-            self._searches[stage.kind, scope] = magnitude.guess(search, self._ranked_entries(scope, tensor), whole)
-            return
         narrowed, inside = magnitude.advance(search, _words(total), stage.shift)
         if stage.step == "guess" and not np.all(inside):
             del self._searches[stage.kind, scope]  # the bracket missed: coarse and fine find what it did not

@@ -315,3 +315,24 @@ def _comparable(pipeline: Pipeline, plans: Sequence[TensorPlan]) -> list[TensorP
 def total_entries(plans: Sequence[TensorPlan]) -> int:
     """N of a ranking over these tensors."""
     return sum(plan.output.size for plan in plans if plan.pipeline is not None)
+
+
+def divide(sizes: Sequence[int], count: int) -> list[int]:
+    """Who does which piece of work, so that all have about the same to do.
+
+    Args:
+        sizes: Of the pieces.
+        count: How many there are to do them.
+
+    Returns:
+        For each piece the number of its owner: the largest pieces first, each to whoever has least so far.
+
+    Example:
+        >>> divide([5, 5, 2, 1], 2)
+        [0, 1, 0, 1]
+    """
+    owners, loads = [0] * len(sizes), [0] * count
+    for piece in sorted(range(len(sizes)), key=lambda piece: (-sizes[piece], piece)):
+        owners[piece] = min(range(count), key=lambda owner: (loads[owner], owner))
+        loads[owners[piece]] += sizes[piece]
+    return owners

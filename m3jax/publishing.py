@@ -1,4 +1,7 @@
-"""The output directory: made beside its place, published by one rename, resumable until then."""
+"""The output directory: made beside its place, published by one rename, resumable until then.
+
+Several processes may fill one directory: process 0 opens and publishes it, each keeps a journal of its own.
+"""
 
 import errno
 import fcntl
@@ -6,7 +9,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +19,8 @@ from typing import Any, Self
 from m3jax.errors import M3Error
 
 _JOURNAL = "m3jax-journal.jsonl"
+_JOURNALS = "m3jax-journal*.jsonl"
+_VISIBLE_SECONDS, _LOOK_SECONDS = 40, 0.2
 _SPARE = 2**20  # bytes beyond those announced
 
 
@@ -44,7 +50,52 @@ def _is_ours(directory: Path) -> bool:
     return directory.is_dir() and ((directory / _JOURNAL).is_file() or not any(directory.iterdir()))
 
 
-class Staging:
+class Workplace:
+    """A directory in which an output is made, for one of the processes that fill it.
+
+    Attributes:
+        path: The directory.
+        finished: What is done, by this process and by those before it.
+    """
+
+    def __init__(self, out: Path, identity: str, finished: Sequence[Mapping[str, Any]], index: int) -> None:
+        """Join at work in a directory that process 0 has opened.
+
+        Args:
+            out: Where the output is to appear.
+            identity: Digest of everything that the output's bytes depend on.
+            finished: What was done before.
+            index: This process.
+
+        Raises:
+            M3Error: The directory is not there.
+        """
+        self.path = partial_directory(out)
+        self.finished = [dict(entry) for entry in finished]
+        self._journal = self.path / f"m3jax-journal-{index}.jsonl"
+        if not _appears(self.path / _JOURNAL):
+            raise M3Error(
+                f"{out}: process {index} does not see the directory that process 0 made: "
+                "the output must be on storage that all processes share"
+            )
+        self._begin([{"identity": identity}])
+
+    def _begin(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Write the journal anew: a line that a crash cut would otherwise swallow the next one."""
+        whole = self._journal.with_name(self._journal.name + ".tmp")
+        whole.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        whole.replace(self._journal)
+
+    def record(self, entry: Mapping[str, Any]) -> None:
+        """Add an entry to the journal, safely on the disk before returning."""
+        with open(self._journal, "a", encoding="utf-8") as journal:
+            journal.write(json.dumps(entry) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+        self.finished.append(dict(entry))
+
+
+class Staging(Workplace):
     """The directory in which an output is made, with a journal of what is finished.
 
     The journal's first line identifies the merge; a directory left by another merge is emptied. Leaving the context
@@ -52,21 +103,24 @@ class Staging:
     is locked, so that the lock goes where a rename takes it.
     """
 
-    def __init__(self, out: Path, identity: str, space_needed: int) -> None:
+    def __init__(self, out: Path, identity: str, space_needed: int, shared: bool = False) -> None:
         """Open or make the directory.
 
         Args:
             out: Where the output is to appear.
             identity: Digest of everything that the output's bytes depend on.
             space_needed: Bytes that will be written.
+            shared: Other processes write there too, so that it is never this one's to remove.
 
         Raises:
             M3Error: Another merge is at work there, something else is there, or the disk is too small.
         """
         self.out = out
         self.path = partial_directory(out)
-        self._lock = self._take()
         self.finished: list[dict[str, Any]] = []
+        self._journal = self.path / _JOURNAL
+        self._shared = shared
+        self._lock = self._take()
         self._published = False
         try:
             self.finished = self._resume(identity)
@@ -94,21 +148,24 @@ class Staging:
             os.close(lock)
 
     def _resume(self, identity: str) -> list[dict[str, Any]]:
-        """The journal's entries after its first line, if it is this merge's."""
-        lines = _read_lines(self.path / _JOURNAL)
-        if not lines or lines[0].get("identity") != identity:
+        """The entries of all journals after their first lines, if they are this merge's."""
+        journals = [_read_lines(path) for path in sorted(self.path.glob(_JOURNALS))]
+        ours = [lines for lines in journals if lines and lines[0].get("identity") == identity]
+        finished = [entry for lines in ours for entry in lines[1:]]
+        own = _read_lines(self._journal)
+        if not own or own[0].get("identity") != identity:
             if not _is_ours(self.path):
                 raise M3Error(f"{self.path}: holds something else than an unfinished merge: move it away")
             for entry in self.path.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-            lines = [{"identity": identity}]
+            finished = []
         for unfinished in self.path.glob("*.tmp"):
             unfinished.unlink()
-        # Rewritten whole: a line that a crash cut would otherwise swallow the next one.
-        whole = self.path / (_JOURNAL + ".tmp")
-        whole.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        whole.replace(self.path / _JOURNAL)
-        return lines[1:]
+        self._begin([{"identity": identity}, *finished])
+        for journal in self.path.glob(_JOURNALS):
+            if journal != self._journal:
+                journal.unlink()
+        return finished
 
     def _check_space(self, needed: int) -> None:
         written = sum(f.stat().st_size for f in self.path.glob("*.safetensors"))
@@ -119,14 +176,6 @@ class Staging:
                 "free space or choose another place"
             ) from OSError(errno.ENOSPC, "No space left on device")
 
-    def record(self, entry: Mapping[str, Any]) -> None:
-        """Add an entry to the journal, safely on the disk before returning."""
-        with open(self.path / _JOURNAL, "a", encoding="utf-8") as journal:
-            journal.write(json.dumps(entry) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
-        self.finished.append(dict(entry))
-
     def write_text(self, name: str, text: str) -> None:
         """Write a small file of the output."""
         (self.path / name).write_text(text, encoding="utf-8")
@@ -134,7 +183,8 @@ class Staging:
     def publish(self, overwrite: bool) -> None:
         """Make the directory the output, by one rename."""
         _sync_files(self.path)
-        (self.path / _JOURNAL).unlink()
+        for journal in self.path.glob(_JOURNALS):
+            journal.unlink()
         replaced = None
         if self.out.is_dir() and not any(self.out.iterdir()):
             self.out.rmdir()
@@ -161,9 +211,20 @@ class Staging:
     ) -> None:
         # What can be mended without changing the merge (space, an interrupt) is worth resuming from.
         mendable = error is not None and (not isinstance(error, M3Error) or isinstance(error.__cause__, OSError))
-        if not self._published and not (mendable and self.finished) and _is_ours(self.path):
+        removable = not self._shared and not (mendable and self.finished)
+        if not self._published and removable and _is_ours(self.path):
             shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
+
+
+def _appears(path: Path) -> bool:
+    """Whether a file that another machine has just made is seen, within the time that network file systems take."""
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while not path.is_file():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_LOOK_SECONDS)
+    return True
 
 
 def _read_lines(journal: Path) -> list[dict[str, Any]]:

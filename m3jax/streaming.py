@@ -4,28 +4,25 @@ Reading, computing and writing overlap: one thread per input reads ahead (`chunk
 functions of flat chunks, one writes. The functions are those of the in-memory path (`pipeline`, `methods`).
 """
 
-import functools
 import hashlib
 import json
 import os
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+from jax.sharding import AxisType, Mesh
 
-from m3jax import bits, manifest, modelcard, pipeline
+from m3jax import manifest, modelcard
 from m3jax.checkpoints import (
     DTYPES,
     Checkpoint,
     ModelDirectory,
     TensorInfo,
-    as_bytes,
     digest_file,
     locate_model,
     open_safetensors,
@@ -33,20 +30,19 @@ from m3jax.checkpoints import (
     plan_shards,
     write_index,
 )
-from m3jax.chunks import ChunkReader, Loaded, Visit, default_chunk_entries, visits
+from m3jax.chunks import Loaded, default_chunk_entries
 from m3jax.errors import M3Error
-from m3jax.measuring import MERGE, Findings, Stage, applies, phases_of, samples, scope_of, split
-from m3jax.methods.types import Scalars
-from m3jax.pipeline import Pipeline
-from m3jax.planning import FLOATS, DrawnWeights, Input, Plan, TensorPlan, make_plan
+from m3jax.measuring import Stage, phases_of
+from m3jax.passes import Circumstances, Passes
+from m3jax.planning import DrawnWeights, Input, Plan, TensorPlan, divide, make_plan
+from m3jax.processes import ALONE, Cluster, Processes, gather, share
 from m3jax.progress import Progress
-from m3jax.publishing import Staging, check_free, partial_directory
+from m3jax.publishing import Staging, Workplace, check_free, partial_directory
 from m3jax.recipe import Recipe, load_recipe
 from m3jax.writing import Shards
 
 DEFAULT_SHARD_SIZE = "5GB"
 _TOLD_PER_TENSOR = 2**11  # bytes of journal and manifest, generously
-_DISPATCHED = 2  # measurements under way before their counts are fetched
 
 
 class MergeResult(NamedTuple):
@@ -61,6 +57,7 @@ class MergeResult(NamedTuple):
         bytes_written: Of weights.
         resumed_shards: How many shards an earlier, interrupted run had finished.
         notes: Sentences that a reader of the recipe should know.
+        process_reads: What each process has read of `bytes_read`.
     """
 
     directory: Path
@@ -71,15 +68,7 @@ class MergeResult(NamedTuple):
     bytes_written: int
     resumed_shards: int
     notes: tuple[str, ...]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def merge_chunk(
-    pipe: Pipeline, dtype: str, experts: Any, base: Any, scalars: Scalars, start: Any, zero: Any
-) -> jax.Array:
-    """The merged chunk; `start` is its first entry's flat index as two uint32."""
-    index = bits.range_index(start[0], start[1], experts[0].shape[0])
-    return pipeline.merged_leaf(pipe, experts, base, scalars, index, zero, dtype)
+    process_reads: tuple[int, ...]
 
 
 class _Model(NamedTuple):
@@ -107,161 +96,32 @@ def _open_models(recipe: Recipe, sources: Mapping[str, str], stack: ExitStack) -
     return models
 
 
-def _identity(recipe: Recipe, plan: Plan, models: Sequence[_Model], circumstances: Any) -> str:
+def _identity(recipe: Recipe, plan: Plan, inputs: Any, rest: Any) -> str:
     """Digest of everything that the output's bytes depend on."""
     told = {
         "bits": manifest.SCHEME,
         "versions": manifest.versions(),
         "recipe": recipe.resolved(),
         "weights": {group: [w.hex() for w in map(float, ws)] for group, ws in plan.weights.items()},
-        "inputs": [[m.input.name, str(m.place.path), m.checkpoint.fingerprint()] for m in models],
-        "circumstances": circumstances,
+        "inputs": inputs,
+        "rest": rest,
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-class _Merge:
-    """The state of one run: what is planned, what was found, what was read."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        plan: Plan,
-        models: Sequence[_Model],
-        chunk_entries: int,
-        recorded: Mapping[str, Any] | None,
-        allow_nonfinite: bool,
-        progress: Callable[[Progress], None] | None,
-    ) -> None:
-        self.plan, self.models, self.chunk_entries = plan, models, chunk_entries
-        self.allow_nonfinite, self.progress = allow_nonfinite, progress
-        self.root = bits.root_key(recipe.seed)
-        self.recorded = recorded
-        self.findings = Findings(plan)
-        self.digests: dict[str, dict[int, str]] = {}
-        self.bytes_read = 0
-        self._lock = threading.Lock()
-
-    def note_digest(self, position: int, name: str, digest: str) -> None:
-        """Record the digest of an input's tensor; refuse a replay whose input has changed."""
-        model = self.models[position]
-        if self.recorded is not None:
-            record = self.recorded["inputs"][position]
-            if record["tensors"].get(name, digest) != digest:
-                raise M3Error(
-                    f"{model.checkpoint.location}: {name} is not what was merged: its bytes have changed since; "
-                    "restore the file, or make a new merge with m3jax merge"
-                )
-        self.take_digests(name, {position: digest})
-
-    def take_digests(self, name: str, digests: Mapping[int, str]) -> None:
-        """Add digests of a tensor, by input."""
-        with self._lock:
-            self.digests.setdefault(name, {}).update(digests)
-
-    def input_digests(self, name: str) -> dict[str, str]:
-        """The digests of a tensor in the inputs that have been read, by position."""
-        with self._lock:
-            return {str(position): digest for position, digest in self.digests.get(name, {}).items()}
-
-    def schedule(self, phase: Sequence[Stage], tensors: Sequence[TensorPlan]) -> Iterator[Visit]:
-        """Every chunk of a phase in order."""
-        if phase[0].step == "sample":
-            yield from samples(phase[0], tensors, self.chunk_entries)
-            return
-        seen = set(self.digests)
-        for tensor in tensors:
-            for stage in phase:
-                if applies(stage, tensor):
-                    yield from visits(stage, tensor, self.chunk_entries, tensor.output.name not in seen)
-                    seen.add(tensor.output.name)
-
-    def run(
-        self,
-        phase: Sequence[Stage],
-        tensors: Sequence[TensorPlan],
-        write: Callable[[Callable[[Loaded], None]], Shards] | None = None,
-    ) -> int:
-        """Go through a phase; `write` makes the writer of one that merges. Returns the bytes written."""
-        plan_visits = list(self.schedule(phase, tensors))
-        positions = sorted({p for v in plan_visits for p in v.plan.sources})
-        checkpoints = {p: self.models[p].checkpoint for p in positions}
-        with ExitStack() as stack:
-            reader = ChunkReader(checkpoints, plan_visits, self.note_digest, self.allow_nonfinite)
-            stack.enter_context(reader)
-            shards = stack.enter_context(write(reader.release)) if write is not None else None
-            self._consume(reader, shards, plan_visits)
-        return shards.bytes_written if shards is not None else 0
-
-    def _consume(self, reader: ChunkReader, shards: Shards | None, plan_visits: Sequence[Visit]) -> None:
-        zero = np.uint32(0)
-        pending: deque[tuple[Loaded, Any]] = deque()
-        totals = self._bytes_by_label(plan_visits)
-        done = dict.fromkeys(totals, 0)
-        last: Visit | None = None
-        scalars: Scalars | None = None
-
-        def drain(limit: int) -> None:
-            while len(pending) > limit:
-                loaded, measured = pending.popleft()
-                self.findings.absorb(loaded.visit, measured)
-                reader.release(loaded)
-
-        def conclude() -> None:
-            if last is not None and last.stage != MERGE:
-                drain(0)
-                self.findings.conclude(last)
-
-        for loaded in reader:
-            visit = loaded.visit
-            if last is not None and (last.stage, scope_of(last)) != (visit.stage, scope_of(visit)):
-                conclude()
-            if last is None or last.stage != visit.stage or last.plan is not visit.plan:
-                scalars = self.findings.scalars(visit.plan, self.root) if visit.plan.pipeline is not None else None
-            last = visit
-            start = np.array([visit.start >> 32, visit.start & 0xFFFFFFFF], np.uint32)
-            if visit.stage != MERGE and scalars is not None:
-                pending.append((loaded, self.findings.measure(loaded, scalars, start, zero)))
-                drain(_DISPATCHED)
-            elif shards is not None:
-                shards.submit(loaded, self._merged(loaded, scalars, start, zero))
-            step = self._bytes_of(visit)
-            self.bytes_read += step
-            done[visit.stage.label] += step
-            if self.progress is not None:
-                self.progress(Progress(visit.stage.label, done[visit.stage.label], totals[visit.stage.label]))
-        conclude()
-
-    def _bytes_of(self, visit: Visit) -> int:
-        infos = [self.models[p].checkpoint.tensors[visit.plan.output.name] for p in visit.plan.sources]
-        return visit.size * sum(DTYPES[info.dtype].itemsize for info in infos)
-
-    def _bytes_by_label(self, plan_visits: Sequence[Visit]) -> dict[str, int]:
-        totals: dict[str, int] = {}
-        for visit in plan_visits:
-            totals[visit.stage.label] = totals.get(visit.stage.label, 0) + self._bytes_of(visit)
-        return totals
-
-    def _merged(self, loaded: Loaded, scalars: Scalars | None, start: np.ndarray, zero: np.uint32) -> Any:
-        visit = loaded.visit
-        tensor = visit.plan
-        if tensor.pipeline is None or scalars is None:
-            self._check_equal(loaded)
-            return loaded.arrays[0]
-        experts, base = split(loaded)
-        return merge_chunk(tensor.pipeline, FLOATS[tensor.output.dtype], experts, base, scalars, start, zero)
-
-    def _check_equal(self, loaded: Loaded) -> None:
-        visit = loaded.visit
-        first = as_bytes(loaded.arrays[0][: visit.size])
-        for position, other in zip(visit.plan.sources[1:], loaded.arrays[1:], strict=True):
-            if as_bytes(other[: visit.size]) != first:
-                names = [self.models[p].input.name for p in (visit.plan.sources[0], position)]
-                info = visit.plan.output
-                raise M3Error(
-                    f"{info.name}: is a buffer of {info.dtype}, which is copied, but differs between {names[0]} and "
-                    f"{names[1]}: exclude it to take that of {self.models[self.plan.template].input.name}"
-                )
+def _check_agreement(processes: Processes, recipe: Recipe, plan: Plan, models: Sequence[_Model], rest: Any) -> None:
+    """Raise M3Error unless all processes see the same, wherever each of them finds it."""
+    seen = [
+        [m.input.name, {file: [p["size"], p["header_blake3"]] for file, p in m.checkpoint.fingerprint().items()}]
+        for m in models
+    ]
+    said = gather(processes, _identity(recipe, plan, seen, rest))
+    odd = next((index for index, each in enumerate(said) if each != said[0]), None)
+    if odd is not None:
+        raise M3Error(
+            f"process {odd} has other models, another recipe or other versions of packages than process 0: "
+            "make them the same"
+        )
 
 
 @contextmanager
@@ -274,95 +134,221 @@ def _saying_what_failed(out: Path) -> Iterator[None]:
         raise M3Error(f"{place}: {error.strerror or error}: check the place and the space on its disk") from error
 
 
-def _merge(
-    recipe: Recipe,
-    out: Path,
-    overwrite: bool,
-    max_shard_size: int,
-    allow_nonfinite: bool,
-    chunk_entries: int | None,
-    progress: Callable[[Progress], None] | None,
-    recorded: Mapping[str, Any] | None = None,
-    sources: Mapping[str, str] | None = None,
-) -> MergeResult:
-    begun = time.perf_counter()
-    with _saying_what_failed(out), ExitStack() as stack:
-        check_free(out, overwrite)
-        models = _open_models(recipe, sources or {}, stack)
-        _check_apart(out, models)
-        drawn: DrawnWeights | None = manifest.drawn_weights(recorded) if recorded is not None else None
-        base = models[-1].input if models[-1].role != "expert" else None
-        plan = make_plan(recipe, [m.input for m in models if m.role == "expert"], base, drawn)
-        companions = modelcard.gather(recipe, [m.place for m in models], plan.template)
-        shards = plan_shards([t.output for t in plan.tensors], max_shard_size)
-        expected = {n: e["digest"] for n, e in recorded["output"]["tensors"].items()} if recorded is not None else {}
-        _check_recorded(recorded, plan, models)
-        before = [m.checkpoint.fingerprint() for m in models]
-        beside = {name: digest_file(path) for name, path in companions.items()}
-        identity = _identity(recipe, plan, models, [shards, expected, beside, allow_nonfinite])
-        total = sum(t.output.nbytes for t in plan.tensors)
-        small = sum(path.stat().st_size for path in companions.values()) + _TOLD_PER_TENSOR * len(plan.tensors)
-        staging = stack.enter_context(Staging(out, identity, total + small))
-        chunk = _chunk_size(chunk_entries, plan, models)
-        run = _Merge(recipe, plan, models, chunk, recorded, allow_nonfinite, progress)
-        written = _produce(run, staging, shards, expected)
-        if before != [m.checkpoint.fingerprint() for m in models]:
-            raise M3Error(f"{out}: an input changed while it was being merged: merge again once it is at rest")
+class _Job(NamedTuple):
+    """A merge as it was asked for."""
 
-        output = _output_digests(staging, plan)
-        records = [
-            manifest.InputRecord(m.input.name, m.role, m.place.revision, _read_tensors(run, p, m))
-            for p, m in enumerate(models)
-        ]
-        if len(shards) > 1:
-            write_index(staging.path, shards, total)
-        files = modelcard.write_companions(staging.path, companions, recipe, plan.weights)
-        record = manifest.build(recipe, plan.weights, records, output, files, max_shard_size)
-        staging.write_text(manifest.FILE_NAME, manifest.to_json(record))
-        resumed = len(shards) - written[1]
-        staging.publish(overwrite)
+    recipe: Recipe
+    out: Path
+    overwrite: bool
+    max_shard_size: int
+    chunk_entries: int | None
+    mesh: Mesh | None
+    allow_nonfinite: bool
+    progress: Callable[[Progress], None] | None
+    recorded: Mapping[str, Any] | None = None
+    sources: Mapping[str, str] = MappingProxyType({})
+
+    @property
+    def expected(self) -> dict[str, str]:
+        """The digests that a replay must give."""
+        tensors = self.recorded["output"]["tensors"] if self.recorded is not None else {}
+        return {name: entry["digest"] for name, entry in tensors.items()}
+
+    @property
+    def recorded_inputs(self) -> list[Mapping[str, str]] | None:
+        """The digests that a replay's inputs must have, in the plan's order."""
+        return None if self.recorded is None else [record["tensors"] for record in self.recorded["inputs"]]
+
+
+class _Ready(NamedTuple):
+    """A merge as it is prepared: nothing of it has been written yet."""
+
+    models: list[_Model]
+    plan: Plan
+    shards: list[tuple[str, list[TensorInfo]]]
+    companions: dict[str, Path]
+    fingerprints: list[Any]
+    identity: str
+
+
+def _prepare(job: _Job, processes: Processes, stack: ExitStack) -> _Ready:
+    """Open the models and plan the merge."""
+    if processes.index == 0:
+        check_free(job.out, job.overwrite)
+    models = _open_models(job.recipe, job.sources, stack)
+    _check_apart(job.out, models)
+    drawn: DrawnWeights | None = manifest.drawn_weights(job.recorded) if job.recorded is not None else None
+    base = models[-1].input if models[-1].role != "expert" else None
+    plan = make_plan(job.recipe, [m.input for m in models if m.role == "expert"], base, drawn)
+    companions = modelcard.gather(job.recipe, [m.place for m in models], plan.template)
+    shards = plan_shards([t.output for t in plan.tensors], job.max_shard_size)
+    _check_recorded(job.recorded, plan, models)
+    fingerprints = [m.checkpoint.fingerprint() for m in models]
+    beside = {name: digest_file(path) for name, path in companions.items()}
+    rest = [shards, job.expected, beside, job.allow_nonfinite]
+    _check_agreement(processes, job.recipe, plan, models, rest)
+    inputs = [[m.input.name, str(m.place.path), told] for m, told in zip(models, fingerprints, strict=True)]
+    identity = _identity(job.recipe, plan, inputs, rest)
+    return _Ready(models, plan, shards, companions, fingerprints, identity)
+
+
+def _open_workplace(job: _Job, ready: _Ready, processes: Processes, stack: ExitStack) -> Workplace:
+    """The directory to fill: process 0 makes it, the others join."""
+    if processes.index == 0:
+        weights = sum(t.output.nbytes for t in ready.plan.tensors)
+        small = sum(path.stat().st_size for path in ready.companions.values())
+        space = weights + small + _TOLD_PER_TENSOR * len(ready.plan.tensors)
+        staging = stack.enter_context(Staging(job.out, ready.identity, space, shared=processes.count > 1))
+        share(processes, [ready.identity, staging.finished])
+        return staging
+    identity, finished = share(processes, None)
+    return Workplace(job.out, identity, finished, processes.index)
+
+
+def _merge(job: _Job, processes: Processes) -> MergeResult:
+    begun = time.perf_counter()
+    with _saying_what_failed(job.out), ExitStack() as stack:
+        ready = _prepare(job, processes, stack)
+        workplace = _open_workplace(job, ready, processes, stack)
+        checkpoints = [m.checkpoint for m in ready.models]
+        entries = _chunk_size(job.chunk_entries, ready.plan, ready.models)
+        how = Circumstances(entries, _local_mesh(job.mesh), processes, job.allow_nonfinite, job.progress)
+        passes = Passes(ready.plan, checkpoints, job.recipe.seed, job.recorded_inputs, how)
+        finished = _finished(workplace, ready.shards)
+        written = _produce(passes, workplace, ready.shards, finished, job.expected)
+        if ready.fingerprints != [checkpoint.fingerprint() for checkpoint in checkpoints]:
+            raise M3Error(f"{job.out}: an input changed while it was being merged: merge again once it is at rest")
+        told = gather(processes, [_own_shards(workplace, finished), passes.bytes_read, written])
+        tensors = finished | {file: tensors for shards, _, _ in told for file, tensors in shards.items()}
+        record = _record(job, ready, tensors)
+        if isinstance(workplace, Staging):
+            _publish(job, ready, workplace, record)
+        record = share(processes, record)  # which waits until the output is there
     return MergeResult(
-        out,
+        job.out,
         record["output"]["digest"],
         record,
         time.perf_counter() - begun,
-        run.bytes_read,
-        written[0],
-        resumed,
-        recipe.notes(),
+        sum(read for _, read, _ in told),
+        sum(wrote for _, _, wrote in told),
+        len(finished),
+        (*job.recipe.notes(), *_idle(ready.shards, finished, processes.count)),
+        tuple(read for _, read, _ in told),
     )
 
 
+def _local_mesh(mesh: Mesh | None) -> Mesh | None:
+    """This process's devices on one axis, of a mesh or of all; None for one device."""
+    devices = jax.local_devices() if mesh is None else mesh.local_devices
+    if len(devices) == 1 and devices[0] == jax.local_devices()[0]:
+        return None
+    return jax.make_mesh((len(devices),), ("entries",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+@contextmanager
+def _together(distributed: bool) -> Iterator[Processes]:
+    """The processes that take part: all of JAX's, or this one."""
+    if not distributed:
+        yield ALONE
+        return
+    with Cluster() as cluster:
+        yield cluster
+
+
+def _finished(workplace: Workplace, shards: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """What an earlier run has told of the shards that it finished, by file."""
+    entries = {entry["shard"]: entry["tensors"] for entry in workplace.finished if "shard" in entry}
+    return {file: entries[file] for file, _ in shards if file in entries and (workplace.path / file).is_file()}
+
+
+def _own_shards(workplace: Workplace, finished: Mapping[str, Any]) -> dict[str, Any]:
+    """What is told of the shards that this process has finished, by file."""
+    entries = [entry for entry in workplace.finished if "shard" in entry]
+    return {entry["shard"]: entry["tensors"] for entry in entries if entry["shard"] not in finished}
+
+
+def _own(shards: Sequence[tuple[str, list[TensorInfo]]], processes: Processes) -> list[tuple[str, list[TensorInfo]]]:
+    """This process's share of some shards."""
+    owners = divide([sum(info.nbytes for info in infos) for _, infos in shards], processes.count)
+    return [shard for shard, owner in zip(shards, owners, strict=True) if owner == processes.index]
+
+
+def _idle(shards: Sequence[tuple[str, Any]], finished: Mapping[str, Any], count: int) -> Iterator[str]:
+    left = len(shards) - len(finished)
+    if not finished and left < count:
+        yield f"{count} processes shared {left} weight files: a smaller --max-shard-size gives all of them work"
+
+
 def _produce(
-    run: _Merge, staging: Staging, shards: Sequence[tuple[str, Sequence[TensorInfo]]], expected: Mapping[str, str]
-) -> tuple[int, int]:
-    """Measure and merge what the journal does not already hold; returns bytes and shards written."""
-    entries = {entry["shard"]: entry for entry in staging.finished if "shard" in entry}
-    finished = {file for file, _ in shards if file in entries and (staging.path / file).is_file()}
-    for file in finished:
-        for name, tensor in entries[file]["tensors"].items():
-            run.take_digests(name, {int(p): digest for p, digest in tensor["inputs"].items()})
-    by_name = {t.output.name: t for t in run.plan.tensors}
+    passes: Passes,
+    workplace: Workplace,
+    shards: Sequence[tuple[str, list[TensorInfo]]],
+    finished: Mapping[str, Any],
+    expected: Mapping[str, str],
+) -> int:
+    """Measure and merge this process's share of what is not finished; returns the bytes written."""
+    for tensors in finished.values():
+        for name, tensor in tensors.items():
+            passes.take_digests(name, {int(p): digest for p, digest in tensor["inputs"].items()})
     left = [(file, infos) for file, infos in shards if file not in finished]
-    tensors = [by_name[info.name] for _, infos in left for info in infos]
-    if not tensors:
-        return 0, 0
-    *measured, merged = phases_of(run.plan)
-    found = next((entry for entry in staging.finished if "findings" in entry), None)
-    if found is not None:
-        run.findings.from_json(found["findings"])
-        for name, digests in found["digests"].items():
-            run.take_digests(name, {int(p): digest for p, digest in digests.items()})
-    elif measured:
-        for phase in measured:
-            if not run.findings.settled(phase[0]):
-                run.run(phase, run.plan.tensors)
-        staging.record({"findings": run.findings.to_json(), "digests": run.digests})
+    if not left:
+        return 0
+    processes = passes.how.processes
+    *measured, merging = phases_of(passes.plan)
+    _measure(passes, workplace, [stage for phase in measured for stage in phase], _own(shards, processes))
+    own = _own(left, processes)
+    if not own:
+        return 0
 
     def writer(release: Callable[[Loaded], None]) -> Shards:
-        return Shards(staging, left, release, run.input_digests, expected, run.allow_nonfinite)
+        return Shards(workplace, own, release, passes.input_digests, expected, passes.how.allow_nonfinite)
 
-    return run.run(merged, tensors, writer), len(left)
+    return passes.merge(merging, _tensors(passes.plan, own), writer)
+
+
+def _measure(
+    passes: Passes, workplace: Workplace, stages: Sequence[Stage], own: Sequence[tuple[str, list[TensorInfo]]]
+) -> None:
+    """Measure what model-wide stages want, unless an earlier run has done so."""
+    found = next((entry for entry in workplace.finished if "findings" in entry), None)
+    if found is not None:
+        passes.findings.from_json(found["findings"])
+        for name, digests in found["digests"].items():
+            passes.take_digests(name, {int(p): digest for p, digest in digests.items()})
+        return
+    for stage in stages:
+        if not passes.findings.settled(stage):
+            passes.measure(stage, _tensors(passes.plan, own))
+    if stages:
+        workplace.record({"findings": passes.findings.to_json(), "digests": passes.digests})
+
+
+def _tensors(plan: Plan, shards: Sequence[tuple[str, list[TensorInfo]]]) -> list[TensorPlan]:
+    by_name = {t.output.name: t for t in plan.tensors}
+    return [by_name[info.name] for _, infos in shards for info in infos]
+
+
+def _record(job: _Job, ready: _Ready, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest, but for the digests of the small files."""
+    told = {name: tensor for tensors in entries.values() for name, tensor in tensors.items()}
+    output = {t.output.name: (t.output, told[t.output.name]["digest"]) for t in ready.plan.tensors}
+    records = []
+    for position, model in enumerate(ready.models):
+        infos = model.checkpoint.tensors
+        read = {n: told[n]["inputs"].get(str(position)) for n in infos if n in told}
+        digests = {name: (infos[name], digest) for name, digest in read.items() if digest is not None}
+        records.append(manifest.InputRecord(model.input.name, model.role, model.place.revision, digests))
+    return manifest.build(job.recipe, ready.plan.weights, records, output, {}, job.max_shard_size)
+
+
+def _publish(job: _Job, ready: _Ready, staging: Staging, record: dict[str, Any]) -> None:
+    """Write what stands beside the weights, complete `record`, and let the output appear."""
+    if len(ready.shards) > 1:
+        write_index(staging.path, ready.shards, sum(t.output.nbytes for t in ready.plan.tensors))
+    files = modelcard.write_companions(staging.path, ready.companions, job.recipe, ready.plan.weights)
+    record["output"]["files"] = dict(sorted(files.items()))
+    staging.write_text(manifest.FILE_NAME, manifest.to_json(record))
+    staging.publish(job.overwrite)
 
 
 def _check_apart(out: Path, models: Sequence[_Model]) -> None:
@@ -385,22 +371,6 @@ def _check_recorded(recorded: Mapping[str, Any] | None, plan: Plan, models: Sequ
         raise M3Error(f"{models[0].checkpoint.location}: {name} is not as the manifest records: restore the models")
 
 
-def _output_digests(staging: Staging, plan: Plan) -> dict[str, tuple[TensorInfo, str]]:
-    found = {
-        name: tensor["digest"]
-        for entry in staging.finished
-        if "shard" in entry
-        for name, tensor in entry["tensors"].items()
-    }
-    return {t.output.name: (t.output, found[t.output.name]) for t in plan.tensors}
-
-
-def _read_tensors(run: _Merge, position: int, model: _Model) -> dict[str, tuple[TensorInfo, str]]:
-    infos = model.checkpoint.tensors
-    read = {name: run.digests.get(name, {}).get(position) for name in infos}
-    return {name: (infos[name], digest) for name, digest in read.items() if digest is not None}
-
-
 def merge_checkpoint(
     recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any],
     out: str | os.PathLike[str],
@@ -409,12 +379,14 @@ def merge_checkpoint(
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     allow_nonfinite: bool = False,
     chunk_entries: int | None = None,
+    mesh: Mesh | None = None,
+    distributed: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> MergeResult:
     """Merge model directories into a model directory, out of core.
 
     The output appears whole, by a rename, or not at all. It is made in `OUT.partial`, from which an interrupted merge
-    resumes when the same call is made again.
+    resumes when the same call is made again. The weights do not depend on any of the keyword arguments.
 
     Args:
         recipe: A `Recipe`, its YAML file, or its content as a mapping.
@@ -424,6 +396,9 @@ def merge_checkpoint(
         allow_nonfinite: Merge inputs that hold NaN or infinities.
         chunk_entries: Entries per chunk, a power of two of at least 65,536; memory grows with it, the bits do not
             depend on it. By default as many as keep the buffers of all inputs within 160 MB, at most 2²¹.
+        mesh: Over whose local devices every chunk is spread; over all local devices by default.
+        distributed: Share the work with the other processes of `jax.distributed`, all of which make this call. `out`
+            is on storage that they share.
         progress: Called after every chunk.
 
     Returns:
@@ -434,7 +409,9 @@ def merge_checkpoint(
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     size = parse_size(max_shard_size)
-    return _merge(loaded, Path(out), overwrite, size, allow_nonfinite, chunk_entries, progress)
+    job = _Job(loaded, Path(out), overwrite, size, chunk_entries, mesh, allow_nonfinite, progress)
+    with _together(distributed) as processes:
+        return _merge(job, processes)
 
 
 def _chunk_size(entries: int | None, plan: Plan, models: Sequence[_Model]) -> int:
@@ -455,6 +432,8 @@ def replay(
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
     chunk_entries: int | None = None,
+    mesh: Mesh | None = None,
+    distributed: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> MergeResult:
     """Make a recorded merge again, with the weights that were drawn then, and check that the bytes are the same.
@@ -466,6 +445,8 @@ def replay(
         overwrite: Replace `out` if it exists.
         max_shard_size: Bytes per file at most; as recorded if None.
         chunk_entries: As in `merge_checkpoint`.
+        mesh: As in `merge_checkpoint`.
+        distributed: As in `merge_checkpoint`.
         progress: Called after every chunk.
 
     Raises:
@@ -481,4 +462,6 @@ def replay(
     for name in sources or {}:
         if name not in named:
             raise M3Error(f"{name}: is not a model of this manifest, which records {', '.join(sorted(named))}")
-    return _merge(recipe, Path(out), overwrite, size, nonfinite, chunk_entries, progress, recorded, sources)
+    job = _Job(recipe, Path(out), overwrite, size, chunk_entries, mesh, nonfinite, progress, recorded, sources or {})
+    with _together(distributed) as processes:
+        return _merge(job, processes)

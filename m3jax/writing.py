@@ -12,7 +12,7 @@ from m3jax.checkpoints import DTYPES, ShardWriter, TensorDigest, TensorInfo, as_
 from m3jax.chunks import Loaded, check_finite
 from m3jax.errors import M3Error
 from m3jax.planning import FLOATS
-from m3jax.publishing import Staging
+from m3jax.publishing import Workplace
 
 
 class Shards:
@@ -20,14 +20,14 @@ class Shards:
 
     def __init__(
         self,
-        staging: Staging,
+        workplace: Workplace,
         shards: Sequence[tuple[str, Sequence[TensorInfo]]],
         release: Callable[[Loaded], None],
         input_digests: Callable[[str], dict[str, str]],
         expected: Mapping[str, str],
         allow_nonfinite: bool,
     ) -> None:
-        self._staging = staging
+        self._workplace = workplace
         self._release = release
         self._input_digests = input_digests
         self._expected = expected
@@ -80,7 +80,7 @@ class Shards:
         info = visit.plan.output
         file = self._shard_of[info.name]
         if self._writer is None:
-            self._writer = ShardWriter(self._staging.path / file, self._contents[file])
+            self._writer = ShardWriter(self._workplace.path / file, self._contents[file])
         merged = np.asarray(result)[: visit.size]
         raw = as_bytes(merged)
         if not self._allow_nonfinite and visit.plan.pipeline is not None:
@@ -116,4 +116,4 @@ class Shards:
                 i.name: {"digest": self._digests[i.name][1], "inputs": self._input_digests(i.name)}
                 for i in self._contents[file]
             }
-            self._staging.record({"shard": file, "tensors": tensors})
+            self._workplace.record({"shard": file, "tensors": tensors})

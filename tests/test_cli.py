@@ -71,6 +71,7 @@ def result(**changes: Any) -> Any:
         "bytes_read": 2000,
         "bytes_written": 1000,
         "resumed_shards": 0,
+        "process_reads": (2000,),
         "notes": ("int8_mask is ignored.",),
     }
     fields.update(changes)
@@ -171,6 +172,8 @@ def test_merge_passes_everything_on(stub: Stub, recipe: str, capsys: Capture) ->
         "max_shard_size": "1MB",
         "allow_nonfinite": True,
         "chunk_entries": 64,
+        "mesh": None,
+        "distributed": False,
         "progress": None,
     }
     assert capsys.readouterr() == ("", "")
@@ -220,6 +223,7 @@ def test_merge_as_json(stub: Stub, recipe: str, capsys: Capture) -> None:
         "bytes_read": 2000,
         "bytes_written": 1000,
         "resumed_shards": 0,
+        "process_reads": [2000],
         "notes": ["int8_mask is ignored."],
         "seed": 3,
         "weights": {"model": {"decimal": [0.25, 0.75], "hex": ["0x1p-2", "0x1.8p-1"]}},
@@ -301,7 +305,7 @@ def test_inspect_two(models: tuple[str, str], capsys: Capture) -> None:
 
 def test_inspect_something_else(tmp_path: Path, capsys: Capture) -> None:
     assert main(["inspect", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"m3jax: {tmp_path} holds no .safetensors files")
+    assert capsys.readouterr().err.startswith(f"m3jax: {tmp_path} holds no weights")
 
 
 def test_demo(stub: Stub, capsys: Capture) -> None:

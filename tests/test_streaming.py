@@ -684,11 +684,17 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
         file = tmp_path / "recipe.yaml"
         file.write_text(json.dumps(recipe(place, **METHODS["ties_paper"][1])))
         run = subprocess.run(
-            [sys.executable, "-c", _PEAK, str(file), str(place / "out")], capture_output=True, text=True, check=True
+            [sys.executable, "-c", _PEAK, str(file), str(place / "out")],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ
+            | {"MALLOC_ARENA_MAX": "2"},  # else what freed memory the allocator keeps is a matter of luck
         )
         peaks.append(int(run.stdout) * 1024)
     assert max(peaks) < 0.8e9, peaks
-    assert peaks[1] < peaks[0] + 60e6, peaks  # three times the model, 480 MB more to read
+    # Three times the model: 500 MB more to read, 170 MB more to write. Holding any of it would show.
+    assert peaks[1] < peaks[0] + 150e6, peaks
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

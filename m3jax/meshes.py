@@ -1,0 +1,37 @@
+"""Device meshes, from the text that people write."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from m3jax.errors import M3Error
+
+
+def parse_mesh(axes: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh from text such as "fsdp=4,tp=2".
+
+    Args:
+        axes: Names and sizes, by comma.
+        devices: What to lay out; all devices by default. The first ones are taken.
+
+    Raises:
+        M3Error: The text cannot be read, or there are too few devices.
+
+    Example:
+        >>> dict(parse_mesh("fsdp=1").shape)
+        {'fsdp': 1}
+    """
+    there = jax.devices() if devices is None else devices
+    sizes: dict[str, int] = {}
+    for part in axes.split(","):
+        name, equals, size = (text.strip() for text in part.partition("="))
+        if not (name.isidentifier() and equals and size.isdecimal() and int(size)) or name in sizes:
+            raise M3Error(f"--mesh is {axes!r}, but must be such as fsdp=4,tp=2")
+        sizes[name] = int(size)
+    wanted = math.prod(sizes.values())
+    if wanted > len(there):
+        raise M3Error(f"--mesh {axes} needs {wanted} devices, but there are {len(there)}: make it smaller")
+    auto = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=there[:wanted])

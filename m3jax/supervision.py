@@ -1,0 +1,106 @@
+"""A process that outlives JAX's runtime, to say in a sentence why the runtime ended the one that works.
+
+When a process of a multi-controller run dies, or the coordinator is not there, JAX's runtime aborts the others from
+C++: no Python of theirs can run any more. So the work is done in a child, and the parent explains how it ended.
+"""
+
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from typing import IO, TextIO
+
+from m3jax.errors import M3Error
+
+
+def supervised(work: Callable[[], int], coordinator: str | None) -> int:
+    """Run `work` in a child process, to be called before there are threads or JAX.
+
+    The child's Python has the standard streams; what its C++ writes to them is kept for the explanation.
+
+    Args:
+        work: Returns an exit status.
+        coordinator: What to call the coordinator in sentences; None where the cluster knows.
+
+    Returns:
+        The child's exit status, or 128 and the number of the signal that ended it.
+
+    Raises:
+        M3Error: The child was ended by JAX's runtime; the message says why.
+    """
+    with tempfile.TemporaryFile("w+b") as log:
+        alive, held = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        child = os.fork()
+        if child == 0:
+            os.close(held)
+            os._exit(_work(work, log, alive))
+        os.close(alive)
+        for passed_on in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(passed_on, lambda number, _: os.kill(child, number))
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        os.close(held)
+        if status == -signal.SIGABRT:
+            log.seek(0)
+            raise M3Error(explain(log.read().decode(errors="replace"), coordinator))
+    return status if status >= 0 else 128 - status
+
+
+def _work(work: Callable[[], int], log: IO[bytes], alive: int) -> int:
+    """What the child does."""
+    threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
+    sys.stdout, sys.stderr = _python_only(sys.stdout, 1, log), _python_only(sys.stderr, 2, log)
+    try:
+        return work()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _python_only(stream: TextIO, descriptor: int, log: IO[bytes]) -> TextIO:
+    """A stream to where `descriptor` leads, which itself is turned to the log."""
+    copy = os.fdopen(os.dup(descriptor), "w", encoding=stream.encoding, errors="backslashreplace")
+    if descriptor == 2 or copy.isatty():
+        copy.reconfigure(line_buffering=True)
+    os.dup2(log.fileno(), descriptor)
+    return copy
+
+
+def _end_with_parent(alive: int) -> None:
+    os.read(alive, 1)  # returns when the parent's end is closed, by whatever ended it
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def explain(log: str, coordinator: str | None) -> str:
+    """Why JAX's runtime ended a process, as a sentence, from what it wrote.
+
+    Args:
+        log: What C++ wrote to standard error.
+        coordinator: What to call the coordinator.
+
+    Example:
+        >>> explain("The following tasks are unhealthy (stopped sending heartbeats):\\n2\\nThe tasks", None)
+        'process 2 died or lost its connection: start the same command again on every process to resume'
+    """
+    where = f"the coordinator {coordinator}" if coordinator else "the coordinator"
+    unhealthy = re.search(r"tasks are unhealthy[^\n]*:\n([0-9, \n]+)\n", log)
+    if unhealthy:
+        dead = ", ".join(re.findall(r"[0-9]+", unhealthy[1]))
+        return f"process {dead} died or lost its connection: start the same command again on every process to resume"
+    if "RegisterTask" in log and "Unexpected task" in log:
+        return f"{where} expects fewer processes: give every process the same --num-processes"
+    if "RegisterTask" in log and "newer incarnation" in log:
+        return f"another process came to {where} with the same number: give every process its own --process-id"
+    if "RegisterTask" in log:
+        return (
+            f"{where} was not reached, or not every process came to it, in time: check the address, the network, "
+            "and that all of --num-processes are started"
+        )
+    if "UNAVAILABLE" in log:
+        return "process 0 died or lost its connection: start the same command again on every process to resume"
+    last = next((line for line in log.splitlines() if line.startswith("F")), "it aborted without a word")
+    return f"JAX's runtime ended this process: {last}"
