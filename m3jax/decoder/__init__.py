@@ -1,17 +1,13 @@
 """A decoder in Flax NNX that runs merged language models, from disk or from memory."""
 
+from m3jax.decoder.batching import Progress, length_bucket
 from m3jax.decoder.config import DecoderConfig, Rope
-from m3jax.decoder.generation import (
-    ApplyFn,
-    Completion,
-    LogLikelihood,
-    Progress,
-    generate,
-    length_bucket,
-    log_likelihoods,
-)
+from m3jax.decoder.generation import Completion, generate
 from m3jax.decoder.modeling import PADDING, Cache, Decoder, KeyValue, Params, abstract_params, bind, random_params
 from m3jax.decoder.params import load_params, params_from_tree
+from m3jax.decoder.running import ApplyFn
+from m3jax.decoder.scoring import LogLikelihood, log_likelihoods
+from m3jax.decoder.texts import check_vocabulary, detokenizer, encode, prompt_room
 
 __all__ = [
     "PADDING",
@@ -27,10 +23,14 @@ __all__ = [
     "Rope",
     "abstract_params",
     "bind",
+    "check_vocabulary",
+    "detokenizer",
+    "encode",
     "generate",
     "length_bucket",
     "load_params",
     "log_likelihoods",
     "params_from_tree",
+    "prompt_room",
     "random_params",
 ]

@@ -291,7 +291,10 @@ def _architecture(entries: _Entries) -> tuple[str, _Reader, int | None]:
     if row is None or (classes and row[0] not in classes):
         found = ", ".join(map(str, classes)) or kind or "no architecture"
         known = ", ".join(sorted(row[0] for row in _ARCHITECTURES.values()))
-        raise entries.error(f"names {found}, which the decoder does not know", f"it runs {known}, or pass an apply_fn")
+        raise entries.error(
+            f"names {found}, which the decoder does not know",
+            f"it runs {known}; a model of another kind can be evaluated in Python, with m3jax.evaluate(…, apply_fn=…)",
+        )
     return row
 
 

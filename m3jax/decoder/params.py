@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSh
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from m3jax.checkpoints import open_safetensors
+from m3jax.checkpoints import open_checkpoint
 from m3jax.checkpoints.protocol import DTYPES, Checkpoint
 from m3jax.decoder.config import DecoderConfig
 from m3jax.decoder.modeling import Params, abstract_params, fitting
@@ -228,7 +228,7 @@ def load_params(
     """
     _check_mesh(mesh)
     if not isinstance(source, Checkpoint):
-        with open_safetensors(source) as checkpoint:
+        with open_checkpoint(source) as checkpoint:
             return load_params(checkpoint, config, dtype, mesh)
     stored = {name: (info.shape, info.dtype in _FLOATS) for name, info in source.tensors.items()}
     matched = _match(stored, config, source.location)
@@ -274,7 +274,8 @@ def params_from_tree(
     """The decoder's parameters from arrays in memory, such as a merge that was never written.
 
     Args:
-        tree: Arrays under Hugging Face's tensor names: a flat dict, or dicts nested at the dots.
+        tree: Arrays under Hugging Face's tensor names: a flat dict, or dicts nested at the dots, where blocks may
+            be a list.
         config: The decoder.
         dtype: Of the parameters; by default each keeps its own, and float64 becomes float32.
         mesh: Mesh with the axes `fsdp`, `tp` or both; by default arrays on devices stay where they are.
@@ -286,13 +287,23 @@ def params_from_tree(
         M3Error: The arrays do not fit the configuration; all that is wrong is named at once.
     """
     _check_mesh(mesh)
-    arrays = {".".join(map(str, path)): leaf for path, leaf in _flatten(tree).items()}
+    arrays = _named_arrays(tree)
     stored = {name: (tuple(np.shape(x)), jnp.issubdtype(x.dtype, jnp.floating)) for name, x in arrays.items()}
     matched = _match(stored, config, "the tree of parameters")
     shapes = _flatten(abstract_params(config))
     return _nest(
         {path: _place(arrays[matched[path].name], matched[path], shapes[path].shape, dtype, mesh) for path in shapes}
     )
+
+
+def _named_arrays(tree: PyTree) -> dict[str, Any]:
+    """Arrays by their paths joined with dots; an entry of a list goes by its index."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    arrays = {".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): x for path, x in leaves}
+    others = [f"{name or 'its root'} ({type(x).__name__})" for name, x in arrays.items() if not hasattr(x, "dtype")]
+    if others:
+        raise M3Error(f"the tree of parameters {_listed('has no array at', others)}: give arrays of numpy or jax.")
+    return arrays
 
 
 def _place(array: Any, parameter: _Parameter, shape: Shape, dtype: DTypeLike | None, mesh: Mesh | None) -> jax.Array:

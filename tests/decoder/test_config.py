@@ -38,6 +38,7 @@ def test_both_spellings_of_rope_scaling_mean_the_same():
 @pytest.mark.parametrize(
     ("entries", "said"),
     [
+        ({"model_type": "mamba"}, r"in Python, with m3jax.evaluate\(…, apply_fn=…\)\.$"),
         ({"model_type": "mamba"}, "mamba.*Gemma2ForCausalLM, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification.*does not know"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn' RoPE scaling.*linear and llama3"),

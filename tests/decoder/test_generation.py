@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from m3jax import M3Error
-from m3jax.decoder import DecoderConfig, bind, generate, length_bucket, log_likelihoods, params_from_tree
-from m3jax.decoder.generation import _fit_prompt, _nucleus
+from m3jax.decoder import DecoderConfig, bind, generate, length_bucket, params_from_tree
+from m3jax.decoder.sampling import nucleus
 
 from .models import CONFIGS, weights
 
@@ -51,9 +51,6 @@ def test_a_function_of_the_callers_stands_in(greedy):
     calls = {"config": None, "params": PARAMS, "apply_fn": apply_fn}
     found = generate(prompts=PROMPTS, max_new_tokens=40, batch_size=4, **calls)
     assert [completion.tokens for completion in found] == greedy
-    pairs = [(PROMPTS[0], [5, 6]), (PROMPTS[1], [7])]
-    ours, theirs = (log_likelihoods(pairs=pairs, **more)[0] for more in ({"params": PARAMS, "config": CONFIG}, calls))
-    assert ours.log_prob == pytest.approx(theirs.log_prob, abs=1e-4)
 
 
 def test_programs_are_compiled_once_per_batch_and_length():
@@ -108,48 +105,47 @@ def test_draws_depend_on_key_and_place_in_the_list_alone(greedy):
 def test_nucleus_keeps_the_likeliest():
     logits = jnp.log(jnp.array([[0.1, 0.5, 0.15, 0.25]]))
     for top_p, kept in ((0.4, [1]), (0.6, [1, 3]), (0.8, [1, 2, 3]), (1.0, [0, 1, 2, 3])):
-        assert np.flatnonzero(np.isfinite(_nucleus(logits, jnp.float32(top_p)))).tolist() == kept
+        assert np.flatnonzero(np.isfinite(nucleus(logits, jnp.float32(top_p)))).tolist() == kept
 
 
 def test_the_context_ends_a_text_openly():
-    prompt = RNG.integers(3, 64, 120).tolist()
-    assert run([prompt])[0][1:] == ("context", 0)
-    assert len(run([prompt])[0].tokens) == 8
-    long = RNG.integers(3, 64, 200).tolist()
-    with pytest.raises(M3Error, match=r"prompt 0 has 200 tokens where the model sees 128: .*truncate_left"):
-        run([long])
-    cut = run([long], overflow="truncate_left")[0]
-    assert (cut.finish, cut.dropped) == ("length", 112)
-    assert cut.tokens == run([long[112:]])[0].tokens
-    assert len(_fit_prompt(long, "prompt", CONFIG, 100, "truncate_left")) == 64  # half the context stays
+    prompt = RNG.integers(3, 64, 60).tolist()
+    (found,) = run([prompt], max_new_tokens=100)  # no more than half the context: read as it is
+    assert (len(found.tokens), *found[1:]) == (68, "context", 0)
 
 
-def test_log_likelihoods_are_those_of_a_run_without_padding():
-    pairs = [(PROMPTS[0], PROMPTS[3]), (PROMPTS[1], [7]), (PROMPTS[2], PROMPTS[2])]
-    for (context, continuation), found in zip(pairs, log_likelihoods(PARAMS, CONFIG, pairs, batch_size=2), strict=True):
-        length = len(context) + len(continuation)
-        text = jnp.asarray([context + continuation + [0] * (64 - length)])
-        logits = forward(PARAMS, text)[0, len(context) - 1 : length - 1]
-        log_probs = jax.nn.log_softmax(logits)[jnp.arange(len(continuation)), jnp.asarray(continuation)]
-        assert found.log_prob == pytest.approx(float(log_probs.sum()), abs=1e-4)
-        assert found.is_greedy == (np.argmax(logits, -1).tolist() == continuation)
+@pytest.mark.parametrize("length", [89, 127, 128, 200])
+def test_every_prompt_that_leaves_no_room_fares_alike(length):
+    prompt = RNG.integers(3, 64, length).tolist()
+    with pytest.raises(M3Error, match=rf"prompt 0 has {length} tokens, behind which 40 new ones do not fit .*sees 128"):
+        run([prompt])
+    (cut,) = run([prompt], overflow="truncate_left")
+    assert (len(cut.tokens), *cut[1:]) == (40, "length", length - 88)
+    assert run([prompt[-88:]]) == [cut._replace(dropped=0)]
 
 
-def test_greedy_texts_are_found_to_be_greedy(greedy):
-    pairs = [(prompt, tokens[:12]) for prompt, tokens in zip(PROMPTS, greedy, strict=True)]
-    assert all(found.is_greedy for found in log_likelihoods(PARAMS, CONFIG, pairs, batch_size=2))
+def test_one_program_serves_all_prompts_of_a_bucket():
+    config = DecoderConfig.from_dict(ENTRIES | {"eos_token_id": 4})  # a config of its own: nothing cached
+    events = []
+    for length in (33, 40, 50, 63, 64):
+        prompts = [RNG.integers(3, 64, n).tolist() for n in (length, 2 * length - 64)]
+        # More new tokens than the context leaves behind any of them.
+        generate(PARAMS, config, prompts, max_new_tokens=1000, batch_size=2, progress=events.append)
+    compiled = [(e.stage, e.batch, e.length) for e in events if e.event == "compile"]
+    assert compiled == [("prefill", 2, 64), ("decode", 2, 192)]
 
 
-def test_scored_texts_use_the_whole_context():
-    context, continuation = RNG.integers(3, 64, 120).tolist(), RNG.integers(3, 64, 9).tolist()
-    full = log_likelihoods(PARAMS, CONFIG, [(context, continuation)])[0]
-    assert full.dropped == 0
-    with pytest.raises(M3Error, match="context 0 with its continuation has 130 tokens where the model sees 128"):
-        log_likelihoods(PARAMS, CONFIG, [([4, 5, *context], continuation)])
-    cut = log_likelihoods(PARAMS, CONFIG, [([4, 5, *context], continuation)], overflow="truncate_left")[0]
-    assert cut == full._replace(dropped=2)
-    with pytest.raises(M3Error):
-        log_likelihoods(PARAMS, CONFIG, [([4], continuation * 15)], overflow="truncate_left")
+def test_a_function_of_the_callers_sees_no_text_longer_than_the_context():
+    seen = []
+
+    def limited(params, tokens, lengths):
+        seen.append(tokens.shape[1])
+        return forward(params, tokens)
+
+    prompt = RNG.integers(3, 64, 60).tolist()
+    found = generate(PARAMS, CONFIG, [prompt], max_new_tokens=100, stop_token_ids=(), apply_fn=limited)
+    assert max(seen) == CONFIG.context_length
+    assert found == run([prompt], max_new_tokens=100)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +173,6 @@ def test_impossible_settings_are_errors(settings, said):
 
 def test_no_prompts_give_no_texts():
     assert run([]) == []
-    assert log_likelihoods(PARAMS, CONFIG, []) == []
 
 
 def test_buckets_are_powers_of_two_within_the_context():

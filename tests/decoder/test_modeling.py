@@ -94,3 +94,27 @@ def test_gradients_reach_every_parameter():
         return jnp.sum(decoder.logits(decoder(TOKENS)[0]) ** 2)
 
     assert all(bool(jnp.any(leaf != 0)) for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BFLOAT16])
+def test_rotation_is_a_product_of_complex_numbers(dtype):
+    rng = np.random.default_rng(0)
+    heads = rng.standard_normal((2, 5, 3, 8), np.float32).astype(dtype)
+    angles = rng.standard_normal((2, 5, 4), np.float32)
+    wide = heads.astype(np.float32)
+    turned = (wide[..., :4] + 1j * wide[..., 4:]) * np.exp(1j * angles)[:, :, None]
+    found = modeling.rotate(jnp.asarray(heads), jnp.asarray(angles))
+    assert found.dtype == dtype
+    want = np.concatenate([turned.real, turned.imag], -1).astype(dtype)
+    np.testing.assert_allclose(found.astype(jnp.float32), want.astype(np.float32), atol=1e-6, rtol=2**-7)
+
+
+def test_the_gate_is_rounded_once():
+    config = DecoderConfig.from_dict(CONFIGS["llama"])
+    params = params_from_tree(weights(CONFIGS["llama"], BFLOAT16), config)
+    layer = bind(config, params).layers[0].feed_forward
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 7, 32), np.float32), jnp.bfloat16)
+    gate, up = (part(x).astype(jnp.float32) for part in (layer.gate, layer.up))
+    np.testing.assert_array_equal(layer(x), layer.down((jax.nn.silu(gate) * up).astype(jnp.bfloat16)))
+    rounded_often = layer.down(jax.nn.silu(gate.astype(jnp.bfloat16)) * up.astype(jnp.bfloat16))
+    assert bool(jnp.any(rounded_often != layer(x)))

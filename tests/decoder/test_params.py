@@ -82,6 +82,28 @@ def test_all_faults_are_named_at_once(tmp_path):
         assert "\n" not in text
 
 
+def test_blocks_may_be_a_list():
+    config = DecoderConfig.from_dict(CONFIGS["qwen3"])
+    flat = weights(CONFIGS["qwen3"])
+    tree = nested(flat)
+    tree["model"]["layers"] = [tree["model"]["layers"][str(i)] for i in range(config.num_layers)]
+    jax.tree.map(np.testing.assert_array_equal, params_from_tree(tree, config), params_from_tree(flat, config))
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        ({"model": {"norm": {"weight": [1.0, 2.0]}}}, r"has no array at model.norm.weight.0 \(float\), model.norm"),
+        ([np.zeros(1)], "lacks .*; has left over 0;"),
+        (1.0, r"has no array at its root \(float\)"),
+    ],
+)
+def test_what_is_no_tree_of_arrays_is_said_in_one_sentence(tree, said):
+    with pytest.raises(M3Error, match=f"the tree of parameters .*{said}") as error:
+        params_from_tree(tree, DecoderConfig.from_dict(CONFIGS["llama"]))
+    assert "\n" not in str(error.value)
+
+
 def test_long_lists_are_cut():
     config = DecoderConfig.from_dict(CONFIGS["llama"])
     with pytest.raises(M3Error, match="and 13 more"):
