@@ -1,24 +1,27 @@
 """What `m3jax evaluate` does: load a model, run a task or the harness's tasks, say what came out."""
 
 import json
-import time
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from m3jax.checkpoints import digest_checkpoint, digest_tensor, locate_model, open_safetensors
+from m3jax.console import size_text
 from m3jax.errors import M3Error
 from m3jax.evaluation.harness import run_harness
+from m3jax.evaluation.harness_tasks import load_harness_tasks
 from m3jax.evaluation.prompts import TEMPLATE_NAMES
-from m3jax.evaluation.runner import evaluate_named
+from m3jax.evaluation.protocol import OVERFLOWS, Generator, Overflow
+from m3jax.evaluation.records import count_records, make_directory, write_whole
+from m3jax.evaluation.runner import check_code, evaluate_task, read_examples
 from m3jax.evaluation.tasks import Execution, get_task
+from m3jax.evaluation.telling import Tell, progress_lines
 
-_SECONDS_BETWEEN_LINES = 3.0
-OVERFLOWS = ("error", "truncate", "skip")
+if TYPE_CHECKING:
+    from m3jax.evaluation.models import LanguageModel, StoredModel
+
 DTYPES = ("float32", "bfloat16", "float16")
-
-Tell = Callable[[str], None]
+_HARNESS_FILE = "harness.json"
 
 
 class Wanted(NamedTuple):
@@ -45,8 +48,6 @@ def check(wanted: Wanted) -> None:
     """Raise M3Error for options that cannot be followed, before anything heavy is loaded."""
     if (wanted.task is None) == (wanted.harness is None):
         raise M3Error("give either --task NAME or --harness TASKS")
-    if wanted.task is not None:
-        get_task(wanted.task)
     for option, value, known in (
         ("--overflow", wanted.overflow, OVERFLOWS),
         ("--template", wanted.template, TEMPLATE_NAMES),
@@ -61,24 +62,40 @@ def check(wanted: Wanted) -> None:
     ):
         if number is not None and number < 1:
             raise M3Error(f"{option} is {number}, but must be at least 1")
-    if wanted.harness is not None:
-        idle: dict[str, object] = {
-            "--data": wanted.data,
-            "--template": wanted.template,
-            "--max-tokens": wanted.max_tokens,
-        }
-        idle |= {"--resume": wanted.resume, "--run-code": wanted.run_code, "--overflow": wanted.overflow != "error"}
-        for option, given in idle.items():
-            if given:
-                raise M3Error(f"{option} has no meaning with --harness, whose tasks bring their own: leave it out")
-        if not [task for task in wanted.harness.split(",") if task.strip()]:
-            raise M3Error("--harness names no task: write such as --harness arc_easy,hellaswag")
+    if wanted.task is not None:
+        _check_task(wanted.task, wanted)
+    else:
+        _check_harness(wanted)
+
+
+def _check_task(name: str, wanted: Wanted) -> None:
+    task = get_task(name)
+    if wanted.include_path is not None:
+        raise M3Error("--include-path is for --harness: leave it out")
     if wanted.resume and wanted.out is None:
         raise M3Error("--resume needs --out DIR, the directory of the run to go on with")
+    if task.judged_elsewhere and wanted.out is None:
+        raise M3Error(f"{name} is judged elsewhere, so its answers must be kept: give --out DIR")
+    check_code(task, wanted.run_code, Execution(allow_unsandboxed=wanted.allow_unsandboxed))
+
+
+def _check_harness(wanted: Wanted) -> None:
+    idle: dict[str, object] = {
+        "--data": wanted.data,
+        "--template": wanted.template,
+        "--max-tokens": wanted.max_tokens,
+    }
+    idle |= {"--resume": wanted.resume, "--run-code": wanted.run_code, "--overflow": wanted.overflow != "error"}
+    idle |= {"--allow-unsandboxed": wanted.allow_unsandboxed}
+    for option, given in idle.items():
+        if given:
+            raise M3Error(f"{option} has no meaning with --harness, whose tasks bring their own: leave it out")
+    if not _harness_names(wanted):
+        raise M3Error("--harness names no task: write such as --harness arc_easy,hellaswag")
 
 
 def run(name: str, wanted: Wanted, tell: Tell | None) -> dict[str, Any]:
-    """Load and evaluate.
+    """Load and evaluate; weights come last, when all else is known to be right.
 
     Args:
         name: The model.
@@ -87,95 +104,101 @@ def run(name: str, wanted: Wanted, tell: Tell | None) -> dict[str, Any]:
 
     Returns:
         The summary, or the harness's results, as plain data.
+
+    Raises:
+        M3Error: The model, the data or the output directory cannot be used.
     """
+    return _run_task(name, wanted, tell) if wanted.harness is None else _run_harness(name, wanted, tell)
+
+
+def _open(name: str, wanted: Wanted) -> "StoredModel":
+    from m3jax.evaluation import models  # JAX starts when all else is known to be right
+
+    return models.open_model(name, wanted.dtype, models.make_mesh(wanted.mesh) if wanted.mesh else None)
+
+
+def _load(stored: "StoredModel", tell: Tell | None) -> "LanguageModel":
+    if tell is not None:
+        if stored.note is not None:
+            tell(f"note: {stored.note}")
+        tell(f"loading {stored.name} ({size_text(stored.weight_bytes)})")
+    return stored.load()
+
+
+def _run_task(name: str, wanted: Wanted, tell: Tell | None) -> dict[str, Any]:
+    task = get_task(cast(str, wanted.task))
+    overflow = cast(Overflow, wanted.overflow)
+    settings = task.settings if wanted.max_tokens is None else task.settings._replace(max_tokens=wanted.max_tokens)
+    examples = read_examples(task, wanted.data)
     from m3jax.evaluation import models
 
-    model = models.load_model(name, wanted.dtype, models.make_mesh(wanted.mesh) if wanted.mesh else None)
-    if wanted.harness is not None:
-        tasks = [task.strip() for task in wanted.harness.split(",") if task.strip()]
-        cuts: Counter[str] = Counter()
-        told = models.harness_model(model, cuts, wanted.batch_size, tell)
-        results = run_harness(told, tasks, include_path=wanted.include_path, limit=wanted.limit)
-        outcome = {"model": name, "harness": results.get("results", {}), "cut": dict(cuts)}
-        if wanted.out is not None:
-            wanted.out.mkdir(parents=True, exist_ok=True)
-            (wanted.out / "harness.json").write_text(json.dumps(outcome, indent=2, default=str) + "\n")
-        return outcome
-    task = get_task(cast(str, wanted.task))
-    overflow = cast(models.Overflow, wanted.overflow)
-    settings = task.settings if wanted.max_tokens is None else task.settings._replace(max_tokens=wanted.max_tokens)
-    summary = evaluate_named(
-        task.name,
-        wanted.data,
-        models.make_generator(model, overflow, tell, wanted.batch_size),
-        out_dir=wanted.out,
-        model=name,
-        fingerprint="" if wanted.out is None else models.fingerprint(model, overflow, _weights(name)),
-        template=wanted.template,
-        tokenizer=model.tokenizer,
-        settings=settings,
-        limit=wanted.limit,
-        batch_size=wanted.batch_size,
-        resume=wanted.resume,
-        run_code=wanted.run_code,
-        execution=Execution(allow_unsandboxed=wanted.allow_unsandboxed),
-        progress=_reporter(tell),
-    )
+    stored = _open(name, wanted)
+
+    def make() -> Generator:
+        return models.make_generator(_load(stored, tell), overflow, tell, wanted.batch_size)
+
+    try:
+        summary = evaluate_task(
+            task,
+            examples,
+            models.deferred(make),
+            out_dir=wanted.out,
+            model=name,
+            fingerprint=lambda: stored.fingerprint(overflow),
+            template=wanted.template,
+            tokenizer=stored.tokenizer,
+            settings=settings,
+            limit=wanted.limit,
+            batch_size=wanted.batch_size,
+            resume=wanted.resume,
+            run_code=wanted.run_code,
+            execution=Execution(allow_unsandboxed=wanted.allow_unsandboxed),
+            progress=progress_lines(tell),
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_kept(wanted.out)) from None
     return summary._asdict()
 
 
-def _weights(name: str) -> str:
-    """Digest of a model's weights, whatever their division into files."""
-    with open_safetensors(locate_model(name).path) as checkpoint:
-        infos = checkpoint.tensors.items()
-        return digest_checkpoint({n: (i.dtype, i.shape, digest_tensor(checkpoint, n)) for n, i in infos})
+def _kept(out: Path | None) -> str:
+    """What an interruption leaves."""
+    number = 0 if out is None else count_records(out)
+    if number:
+        return f"{number} examples are in {out}, and the same command with --resume goes on"
+    return "nothing is kept" + ("; with --out DIR it would be" if out is None else "")
 
 
-def _reporter(tell: Tell | None) -> Callable[[int, int], None] | None:
-    """Lines with rate and time left, a few seconds apart."""
-    if tell is None:
-        return None
-    say, state = tell, {"begun": time.monotonic(), "said": -_SECONDS_BETWEEN_LINES, "first": -1.0}
+def _run_harness(name: str, wanted: Wanted, tell: Tell | None) -> dict[str, Any]:
+    if wanted.out is not None:
+        if (make_directory(wanted.out) / _HARNESS_FILE).exists():
+            raise M3Error(f"{wanted.out / _HARNESS_FILE} is already there: give another output directory")
+        write_whole(wanted.out / f"{_HARNESS_FILE}.tried", "")  # better now than when the work is done
+        (wanted.out / f"{_HARNESS_FILE}.tried").unlink()
+    tasks = load_harness_tasks(_harness_names(wanted), wanted.include_path, tell)
+    from m3jax.evaluation import models
 
-    def report(done: int, total: int) -> None:
-        now = time.monotonic()
-        if state["first"] < 0:
-            state["first"] = done  # what an earlier run did counts in no rate
-        fresh, spent = done - state["first"], now - state["begun"]
-        if not fresh or (now - state["said"] < _SECONDS_BETWEEN_LINES and done < total):
-            return
-        state["said"] = now
-        rate = fresh / spent
-        say(f"{done} of {total} examples, {rate:.2f}/s, {(total - done) / rate:.0f} s left")
-
-    return report
+    model = _load(_open(name, wanted), tell)
+    cuts: Counter[str] = Counter()
+    adapter = models.harness_model(model, cuts, wanted.batch_size, tell)
+    results = run_harness(adapter, tasks, limit=wanted.limit, tell=tell)
+    outcome = {"model": name, "harness": _plain(results.get("results", {})), "cut": dict(cuts)}
+    if wanted.out is not None:
+        write_whole(wanted.out / _HARNESS_FILE, json.dumps(outcome, indent=2) + "\n")
+    return outcome
 
 
-def lines(outcome: dict[str, Any]) -> Iterable[str]:
-    """The outcome for people."""
-    if "harness" in outcome:
-        for task, metrics in outcome["harness"].items():
-            for metric, value in metrics.items():
-                if isinstance(value, float):
-                    yield f"{task:32} {metric:24} {value:.4f}"
-        for what, number in outcome["cut"].items():
-            if number:
-                yield f"{number} {what} cut to fit the context"
-        return
-    if outcome["accuracy"] is not None:
-        low, high = outcome["interval"]
-        yield (
-            f"{outcome['task']}: {outcome['accuracy']:.1%} ({outcome['correct']} of {outcome['judged']}), "
-            f"95 % interval {low:.1%} to {high:.1%}"
-        )
-    else:
-        yield f"{outcome['task']}: {outcome['examples']} examples, judged elsewhere"
-    if outcome["correlation"] is not None:
-        yield f"Matthews correlation {outcome['correlation']:.3f}"
-    counted = [("unparsed", "no answer found"), ("truncated", "cut at the token limit")]
-    counted += [("prompts_truncated", "prompts cut"), ("skipped", "prompts skipped")]
-    said = [f"{outcome[key]} {words}" for key, words in counted if outcome[key]]
-    if said:
-        yield ", ".join(said)
-    if outcome["answers"]:
-        yield f"answers in {outcome['answers']}"
+def _harness_names(wanted: Wanted) -> list[str]:
+    return [task.strip() for task in (wanted.harness or "").split(",") if task.strip()]
+
+
+def _plain(value: Any) -> Any:
+    """The harness's results as JSON can hold them: other numbers than finite ones, and objects, become their words."""
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if hasattr(value, "item"):  # numpy's numbers
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if value is None or isinstance(value, str | int | bool) else str(value)

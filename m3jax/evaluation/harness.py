@@ -3,48 +3,61 @@
 The harness (the extra `eval`) is imported only when one of these functions is called.
 """
 
-import contextlib
-import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from m3jax.errors import M3Error
-from m3jax.evaluation.protocol import GenerationSettings, Generator, Scorer
+from m3jax.evaluation.harness_tasks import HarnessTasks, harness_class, load_harness_tasks, said, surroundings
+from m3jax.evaluation.protocol import GenerationSettings, Generator, Pair, Scorer
+from m3jax.evaluation.telling import Tell, progress_lines
 
-_DEFAULT_MAX_TOKENS = 256  # the harness's own where a task names none
+_T = TypeVar("_T")
+
+_SHOTS_SEED = 1234  # the harness's own
+_METHODS = ("loglikelihood", "loglikelihood_rolling", "generate_until")
 
 
 def make_harness_model(
-    generator: Generator, scorer: Scorer, tokenizer: Any, *, max_length: int, batch_size: int = 8
+    generator: Generator,
+    scorer: Scorer,
+    tokenizer: Any,
+    *,
+    max_length: int,
+    batch_size: int = 8,
+    tell: Tell | None = None,
 ) -> Any:
     """An `lm_eval.api.model.LM` of a model.
 
     Args:
         generator: The model as a writer.
-        scorer: The model as a judge of likelihood; an empty context means the beginning of a text.
-        tokenizer: A fast transformers tokenizer, to cut long texts and for chat templates.
+        scorer: The model as a judge of likelihood.
+        tokenizer: A transformers tokenizer, to cut long texts and for chat templates.
         max_length: Most tokens that the model can see.
         batch_size: Prompts, or pairs, given to the model at a time.
+        tell: Told in lines how far the work is.
 
     Raises:
         M3Error: The harness is not installed.
     """
-    lm_class = _harness_class()
+    lm_class = harness_class()
 
     class HarnessModel(lm_class):  # type: ignore[misc, valid-type]
         """One model of ours, as the harness wants models."""
 
         def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            pairs = [(str(request.args[0]), str(request.args[1])) for request in requests]
-            return _scored(scorer, pairs, batch_size)
+            pairs: list[Pair] = [(str(request.args[0]), str(request.args[1])) for request in requests]
+            return _scored(scorer, pairs, batch_size, tell)
 
         def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-            cut = [_windows(str(request.args[0]), tokenizer, max_length) for request in requests]
-            scores = iter(_scored(scorer, [pair for pairs in cut for pair in pairs], batch_size))
-            return [sum(next(scores)[0] for _ in pairs) for pairs in cut]
+            parts = [_windows(str(request.args[0]), tokenizer, max_length) for request in requests]
+            scores = iter(_scored(scorer, [pair for pairs in parts for pair in pairs], batch_size, tell))
+            return [sum(next(scores)[0] for _ in pairs) for pairs in parts]
 
         def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-            return _generated(generator, [(str(request.args[0]), request.args[1]) for request in requests], batch_size)
+            wanted = [(str(request.args[0]), _settings(request.args[1])) for request in requests]
+            return _generated(generator, _drawn(wanted), batch_size, tell)
 
         def apply_chat_template(
             self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True, **options: Any
@@ -67,127 +80,160 @@ def make_harness_model(
 
 def run_harness(
     model: Any,
-    tasks: Sequence[str],
+    tasks: Sequence[str] | HarnessTasks,
     *,
     include_path: str | None = None,
     limit: int | None = None,
     shots: int | None = None,
     chat: bool = False,
+    tell: Tell | None = None,
 ) -> dict[str, Any]:
     """Run tasks of the harness.
 
     Args:
         model: From `make_harness_model`.
-        tasks: Names of tasks or groups.
+        tasks: Names of tasks, groups or tags, or what `load_harness_tasks` made of them.
         include_path: A directory with further task files.
         limit: The first so many examples of each task only.
         shots: Number of examples shown before each question; each task's own if not given.
         chat: Whether to use the tokenizer's chat template.
+        tell: Told what is loaded; progress bars are shown only with it.
 
     Returns:
         The harness's results: under "results", by task, its metrics and their standard errors.
 
     Raises:
-        M3Error: The harness is not installed, knows no such task, or cannot load it.
+        M3Error: The harness is not installed, knows no such task, or fails at it.
     """
-    _harness_class()
-    import lm_eval  # type: ignore[import-untyped, import-not-found, unused-ignore]
-    from lm_eval.tasks import TaskManager  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    found = tasks if isinstance(tasks, HarnessTasks) else load_harness_tasks(tasks, include_path, tell)
+    from lm_eval.evaluator import evaluate  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-    manager = TaskManager(include_path=include_path)
-    unknown = [name for name in tasks if name not in manager.all_tasks]
-    if unknown:
-        raise M3Error(
-            f"lm-evaluation-harness has no task called {', '.join(unknown)}; see `lm_eval ls tasks`, "
-            "or give the directory of your own task files"
-        )
-    with _quiet_tokenizers():
+    with surroundings(tell) as complaints:
         try:
-            results: dict[str, Any] | None = lm_eval.simple_evaluate(
-                model=model,
-                tasks=list(tasks),
-                task_manager=manager,
+            for task in found.loaded["tasks"].values():
+                _show(task, shots)
+            results: dict[str, Any] | None = evaluate(
+                lm=model,
+                task_dict=found.loaded,
                 limit=limit,
-                num_fewshot=shots,
                 apply_chat_template=chat,
+                fewshot_as_multiturn=True,
                 log_samples=False,
             )
-        except (OSError, FileNotFoundError, ConnectionError, ModuleNotFoundError) as error:
-            raise M3Error(f"cannot run the harness tasks {', '.join(tasks)}: {error}") from error
+        except M3Error:
+            raise
+        except Exception as error:  # tasks are programs of many authors
+            if _in_model(error):
+                raise
+            raise M3Error(
+                f"lm-evaluation-harness fails at {', '.join(found.names)}: {said(error, complaints)}; leave the task "
+                "out, or see where with --debug"
+            ) from error
     return results or {}
 
 
-def _harness_class() -> Any:
-    try:
-        from lm_eval.api.model import LM  # type: ignore[import-untyped, import-not-found, unused-ignore]
-    except ImportError as error:
-        raise M3Error("running tasks of lm-evaluation-harness needs it installed: pip install 'm3jax[eval]'") from error
-    return LM
+def _show(task: Any, shots: int | None) -> None:
+    """Set how many examples a task shows, as the harness does: a task that wants none keeps to it."""
+    own = task.get_config("num_fewshot")
+    if own != 0 and (shots is not None or own is None):
+        task.set_config(key="num_fewshot", value=shots or 0)
+    task.set_fewshot_seed(seed=_SHOTS_SEED)
 
 
-@contextlib.contextmanager
-def _quiet_tokenizers() -> Iterator[None]:
-    """Keep the harness from leaving a setting of its own in the environment."""
-    name = "TOKENIZERS_PARALLELISM"
-    before = os.environ.get(name)
-    try:
-        yield
-    finally:
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
+def _in_model(error: BaseException) -> bool:
+    """Whether an error comes from the model, and not from the harness."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(frame.filename == __file__ and frame.name in _METHODS for frame in frames)
 
 
-def _scored(scorer: Scorer, pairs: Sequence[tuple[str, str]], batch_size: int) -> list[tuple[float, bool]]:
-    """Scores in the order of the pairs; pairs of like length go to the model together."""
-    order = sorted(range(len(pairs)), key=lambda place: -len(pairs[place][0] + pairs[place][1]))
-    scores: dict[int, tuple[float, bool]] = {}
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        found = scorer([pairs[place] for place in batch])
-        scores |= {place: (float(score.sum), bool(score.is_greedy)) for place, score in zip(batch, found, strict=True)}
-    return [scores[place] for place in range(len(pairs))]
+# --- Asking the model --------------------------------------------------------------------------------------------
 
 
-def _windows(text: str, tokenizer: Any, max_length: int) -> list[tuple[str, str]]:
-    """A text as pairs of context and continuation that fit, each token scored once.
+def _windows(text: str, tokenizer: Any, max_length: int) -> list[Pair]:
+    """A text as pairs of context and continuation that fit, each token scored once, cut as the harness cuts."""
+    from lm_eval.utils import (  # type: ignore[import-untyped, import-not-found, unused-ignore]
+        get_rolling_token_windows,
+        make_disjoint_window,
+    )
 
-    Each window after the first sees the last token of the one before, as in the harness's own models.
-    """
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    if len(offsets) < max_length:
-        return [("", text)]
-    step = max_length - 2  # one place for the context's token, one that a cut may add
-    starts = [0, *(offsets[place][0] for place in range(step, len(offsets), step)), len(text)]
-    befores = [0, *(offsets[place - 1][0] for place in range(step, len(offsets), step))]
-    return [
-        (text[before:start], text[start:end]) for before, start, end in zip(befores, starts, starts[1:], strict=False)
-    ]
+    from m3jax.decoder import encode
+    from m3jax.evaluation.tokens import first_token
+
+    ids, begin = encode(tokenizer, text), first_token(tokenizer)
+    if begin is None:  # the first token stands for what is before it
+        begin, ids = (ids[0], ids[1:]) if ids else (0, [])
+    windows = get_rolling_token_windows(token_list=ids, prefix_token=begin, max_seq_len=max_length, context_len=1)
+    return [make_disjoint_window(window) for window in windows]
 
 
 def _settings(wanted: dict[str, Any]) -> GenerationSettings:
     """The harness's keyword arguments in our terms."""
-    stop = wanted.get("until") or ()
-    sample = bool(wanted.get("do_sample", False))
+    from lm_eval.models.utils import (  # type: ignore[import-untyped, import-not-found, unused-ignore]
+        normalize_gen_kwargs,
+    )
+
+    given: dict[str, Any] = {**normalize_gen_kwargs(wanted)}
+    sample = bool(given.get("do_sample"))
     return GenerationSettings(
-        max_tokens=int(wanted.get("max_gen_toks", _DEFAULT_MAX_TOKENS)),
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
-        temperature=float(wanted.get("temperature", 1.0)) if sample else 0.0,
-        top_p=float(wanted.get("top_p", 1.0)) if sample else 1.0,
+        max_tokens=given["max_gen_toks"],
+        stop=tuple(str(stop) for stop in given["until"] if stop),
+        temperature=float(given.get("temperature", 1.0)) if sample else 0.0,
+        top_p=float(given.get("top_p", 1.0)) if sample else 1.0,
     )
 
 
-def _generated(generator: Generator, requests: Sequence[tuple[str, dict[str, Any]]], batch_size: int) -> list[str]:
-    """Texts in the order of the requests; those with the same settings and like length go to the model together."""
-    by_settings: dict[GenerationSettings, list[int]] = {}
-    for place, (_, wanted) in enumerate(requests):
-        by_settings.setdefault(_settings(wanted), []).append(place)
-    texts: dict[int, str] = {}
-    for settings, places in by_settings.items():
-        places.sort(key=lambda place: -len(requests[place][0]))
-        for start in range(0, len(places), batch_size):
-            batch = places[start : start + batch_size]
-            completions = generator([requests[place][0] for place in batch], settings)
-            texts |= {place: completion.text for place, completion in zip(batch, completions, strict=True)}
-    return [texts[place] for place in range(len(requests))]
+def _drawn(requests: Sequence[tuple[str, GenerationSettings]]) -> list[tuple[str, GenerationSettings]]:
+    """The requests, with those that recur numbered, so that each gets a sample of its own."""
+    seen: Counter[tuple[str, GenerationSettings]] = Counter()
+    numbered = []
+    for request in requests:
+        text, settings = request
+        numbered.append((text, settings._replace(draw=seen[request]) if settings.temperature else settings))
+        seen[request] += 1
+    return numbered
+
+
+def _scored(scorer: Scorer, pairs: Sequence[Pair], batch_size: int, tell: Tell | None) -> list[tuple[float, bool]]:
+    """Scores in the order of the pairs."""
+
+    def run(places: Sequence[int]) -> list[tuple[float, bool]]:
+        found = scorer([pairs[place] for place in places])
+        return [(float(score.sum), bool(score.is_greedy)) for score in found]
+
+    lengths = [len(before) + len(after) for before, after in pairs]
+    return _in_batches(run, [list(range(len(pairs)))], lengths, batch_size, progress_lines(tell, "texts scored"))
+
+
+def _generated(
+    generator: Generator, requests: Sequence[tuple[str, GenerationSettings]], batch_size: int, tell: Tell | None
+) -> list[str]:
+    """Texts in the order of the requests; only those with the same settings go to the model together."""
+    groups: dict[GenerationSettings, list[int]] = {}
+    for place, (_, settings) in enumerate(requests):
+        groups.setdefault(settings, []).append(place)
+
+    def run(places: Sequence[int]) -> list[str]:
+        return [one.text for one in generator([requests[place][0] for place in places], requests[places[0]][1])]
+
+    lengths = [len(text) for text, _ in requests]
+    return _in_batches(run, groups.values(), lengths, batch_size, progress_lines(tell, "texts written"))
+
+
+def _in_batches(
+    run: Callable[[Sequence[int]], Sequence[_T]],
+    groups: Any,
+    lengths: Sequence[int],
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[_T]:
+    """What `run` gives for each place, in their order; those of a group and of like length run together."""
+    found: dict[int, _T] = {}
+    report = progress or (lambda done, total: None)
+    report(0, len(lengths))
+    for group in groups:
+        order = sorted(group, key=lambda place: -lengths[place])
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            found |= zip(batch, run(batch), strict=True)
+            report(len(found), len(lengths))
+    return [found[place] for place in range(len(lengths))]

@@ -1,25 +1,33 @@
 """From a decoder and a tokenizer to what evaluation asks for: text that continues prompts, and log-likelihoods."""
 
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from m3jax import bits, decoder
-from m3jax.checkpoints import locate_model
-from m3jax.decoder import DecoderConfig
+from m3jax.checkpoints import digest_checkpoint, digest_tensor, locate_model, open_checkpoint
+from m3jax.checkpoints.protocol import DTYPES
+from m3jax.decoder import ApplyFn, DecoderConfig
 from m3jax.errors import M3Error
+from m3jax.evaluation import tokens
 from m3jax.evaluation.harness import make_harness_model
-from m3jax.evaluation.protocol import Completion, GenerationSettings, Generator, LogLikelihood, Scorer
+from m3jax.evaluation.protocol import (
+    OVERFLOWS,
+    Completion,
+    GenerationSettings,
+    Generator,
+    LogLikelihood,
+    Overflow,
+    Pair,
+    Scorer,
+)
 from m3jax.evaluation.records import digest
 from m3jax.evaluation.runner import Summary, evaluate_named
-
-Overflow = Literal["error", "truncate", "skip"]
-_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
+from m3jax.evaluation.telling import Tell, compile_lines, progress_lines
 
 
 class LanguageModel(NamedTuple):
@@ -27,15 +35,85 @@ class LanguageModel(NamedTuple):
 
     Attributes:
         name: What it is called in summaries.
-        params: The decoder's parameters, on one device or a mesh.
-        config: The decoder.
+        params: The decoder's parameters, on one device or a mesh, or what `apply_fn` takes.
+        config: The decoder; None where only `apply_fn` knows, and then no text is too long.
         tokenizer: A transformers tokenizer.
+        apply_fn: A function to run in place of the decoder, as `decoder.generate` takes it.
     """
 
     name: str
     params: Any
+    config: DecoderConfig | None
+    tokenizer: Any
+    apply_fn: ApplyFn | None = None
+
+
+class StoredModel(NamedTuple):
+    """A model directory that was looked into, but whose weights are not loaded.
+
+    Attributes:
+        name: What it is called in summaries.
+        path: The directory.
+        config: The decoder.
+        tokenizer: A transformers tokenizer.
+        dtype: Of the parameters, once they are loaded; each keeps its own if None.
+        mesh: Where they will lie.
+        weight_bytes: Size of the weights on disk.
+        note: What is worth knowing of it, if anything.
+    """
+
+    name: str
+    path: Path
     config: DecoderConfig
     tokenizer: Any
+    dtype: str | None
+    mesh: jax.sharding.Mesh | None
+    weight_bytes: int
+    note: str | None
+
+    def load(self) -> LanguageModel:
+        """Loads the weights.
+
+        Raises:
+            M3Error: They are incomplete or do not fit the config.
+        """
+        params = decoder.load_params(self.path, self.config, self.dtype, self.mesh)
+        return LanguageModel(self.name, params, self.config, self.tokenizer)
+
+    def fingerprint(self, overflow: Overflow) -> str:
+        """Digest of what a run depends on beside the model's name; reads all weights.
+
+        Args:
+            overflow: What becomes of prompts that leave no room for their answer.
+        """
+        with open_checkpoint(self.path) as checkpoint:
+            infos = checkpoint.tensors.items()
+            weights = digest_checkpoint({n: (i.dtype, i.shape, digest_tensor(checkpoint, n)) for n, i in infos})
+            dtypes = [self.dtype] if self.dtype else sorted({str(DTYPES[info.dtype]) for _, info in infos})
+        stops = tokens.stop_tokens(self.tokenizer, self.config, ())
+        return digest([weights, dtypes, overflow, stops, len(self.tokenizer), str(self.config)])[:16]
+
+
+def open_model(name: str, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None) -> StoredModel:
+    """Looks into a model directory or hub id: everything but the weights themselves.
+
+    Args:
+        name: As `locate_model` takes it.
+        dtype: Of the parameters; each keeps its own if None.
+        mesh: Where to put them, see `decoder.load_params`.
+
+    Raises:
+        M3Error: It is absent, of an unknown architecture, or lacks weights or a tokenizer.
+    """
+    place = locate_model(name)
+    if not place.path.is_dir():
+        raise M3Error(f"{name}: is a weight file without config and tokenizer: give the model's directory")
+    config = DecoderConfig.from_directory(place.path)
+    tokenizer = tokens.load_tokenizer(name, place.path)
+    note = decoder.check_vocabulary(name, tokenizer, config)
+    with open_checkpoint(place.path) as checkpoint:
+        size = sum(info.nbytes for info in checkpoint.tensors.values())
+    return StoredModel(name, place.path, config, tokenizer, dtype, mesh, size, note)
 
 
 def load_model(name: str, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
@@ -49,13 +127,7 @@ def load_model(name: str, dtype: str | None = None, mesh: jax.sharding.Mesh | No
     Raises:
         M3Error: It is absent, of an unknown architecture, incomplete, or has no tokenizer.
     """
-    place = locate_model(name)
-    if not place.path.is_dir():
-        raise M3Error(f"{name}: is a weight file without config and tokenizer: give the model's directory")
-    config = DecoderConfig.from_directory(place.path)
-    tokenizer = _load_tokenizer(name, place.path)
-    _check_vocabulary(name, tokenizer, config)
-    return LanguageModel(name, decoder.load_params(place.path, config, dtype, mesh), config, tokenizer)
+    return open_model(name, dtype, mesh).load()
 
 
 def make_mesh(axes: str) -> jax.sharding.Mesh:
@@ -77,122 +149,35 @@ def make_mesh(axes: str) -> jax.sharding.Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=jax.devices()[:wanted])
 
 
-def _load_tokenizer(name: str, directory: Path) -> Any:
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it need not say that torch is missing
-    from transformers import AutoTokenizer
-
-    if not any(path for pattern in _VOCABULARIES for path in directory.glob(pattern)):
-        raise M3Error(f"{name}: has no tokenizer: copy tokenizer.json and tokenizer_config.json of its base into it")
-    try:
-        return AutoTokenizer.from_pretrained(directory)
-    except Exception as error:  # the libraries behind it raise every kind, a bare Exception among them
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise M3Error(f"{name}: its tokenizer cannot be read ({said}): copy that of its base") from error
-
-
-def _check_vocabulary(name: str, tokenizer: Any, config: DecoderConfig) -> None:
-    if tokenizer.vocab_size > config.vocab_size:  # added tokens beyond it are refused where a text has them
-        raise M3Error(
-            f"{name}: its tokenizer has {tokenizer.vocab_size} tokens, but its embedding only {config.vocab_size} "
-            "rows: "
-            "take the tokenizer that belongs to the weights"
-        )
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, with the beginning-of-text token exactly once where the tokenizer has one."""
-    begins = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    return list(tokenizer.encode(text, add_special_tokens=not begins))
-
-
-def _shortened(tokenizer: Any, text: list[int], length: int) -> list[int]:
-    """The right end of a text, behind its beginning-of-text token if it has one."""
-    begins = bool(text) and text[0] == tokenizer.bos_token_id
-    return text[:1] + text[1 - length :] if begins else text[-length:]
-
-
-def _stop_tokens(tokenizer: Any, config: DecoderConfig, stops: Sequence[str]) -> tuple[int, ...]:
-    """What ends a text: the config's tokens, the tokenizer's own, and stop strings that are special tokens."""
-    special = [tokenizer.convert_tokens_to_ids(stop) for stop in stops if stop in tokenizer.all_special_tokens]
-    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return tuple(sorted({*config.stop_token_ids, *own, *special}))
-
-
-def fingerprint(model: LanguageModel, overflow: Overflow, told: Any) -> str:
-    """Digest of what a run depends on beside its model's name.
-
-    Args:
-        model: The model.
-        overflow: What becomes of prompts that fill the context.
-        told: Anything plain that tells the weights from others, such as their digest.
-    """
-    stops = _stop_tokens(model.tokenizer, model.config, ())
-    dtypes = sorted({str(leaf.dtype) for leaf in jax.tree.leaves(model.params)})
-    return digest([told, dtypes, overflow, stops, len(model.tokenizer), str(model.config)])[:16]
-
-
-def _watch(progress: Callable[[str], None] | None) -> Callable[[decoder.Progress], None] | None:
-    """Pass on what is compiled, in words."""
-    if progress is None:
-        return None
-    tell = progress
-
-    def watch(event: decoder.Progress) -> None:
-        if event.event == "compile":
-            tell(f"compiling {event.stage} for {event.batch} x {event.length} tokens")
-
-    return watch
-
-
-def _cut(text: str, stops: Sequence[str]) -> str:
-    ends = [text.find(stop) for stop in stops if stop in text]
-    return text[: min(ends)] if ends else text
-
-
 def make_generator(
     model: LanguageModel,
     overflow: Overflow = "error",
-    progress: Callable[[str], None] | None = None,
+    tell: Tell | None = None,
     batch_size: int = 8,
     cuts: Counter[str] | None = None,
 ) -> Generator:
     """The model as a writer.
 
-    Sampled text depends on the seed and the prompt alone, not on the other prompts of its batch.
+    Sampled text depends on the seed, the draw and the prompt alone, not on the other prompts of its batch.
 
     Args:
         model: The model.
-        overflow: What becomes of a prompt that fills the context: an error, the loss of its left end, or it is
-            skipped; the last two are counted in summaries.
-        progress: Told what is being compiled.
+        overflow: What becomes of a prompt that leaves no room for its answer: an error, the loss of its left end, or
+            it is skipped; the last two are counted in summaries.
+        tell: Told what is being compiled.
         batch_size: Rows of a full batch; programs are compiled for it, and for powers of two below it.
         cuts: Counts under "prompts" those that were cut.
     """
     tokenizer, config = model.tokenizer, model.config
-    limit = config.context_length
-
-    def decode(tokens: Sequence[int]) -> str:
-        return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
+    decode = decoder.detokenizer(tokenizer)
 
     def generator(prompts: Sequence[str], settings: GenerationSettings) -> list[Completion]:
-        texts = [_encode(tokenizer, prompt) for prompt in prompts]
-        long = [i for i, text in enumerate(texts) if len(text) >= limit]
-        if long and overflow == "error":
-            raise M3Error(
-                f"a prompt has {len(texts[long[0]])} tokens, but the model's context holds {limit}: "
-                "say what becomes of such prompts with --overflow truncate or --overflow skip"
-            )
-        for i in long:
-            texts[i] = _shortened(tokenizer, texts[i], max(limit // 2, limit - settings.max_tokens))
+        texts = [decoder.encode(tokenizer, prompt) for prompt in prompts]
+        long = _fit(tokenizer, texts, config, settings.max_tokens, overflow)
         kept = [i for i in range(len(texts)) if overflow != "skip" or i not in long]
         completions = [Completion("", 0, False, skipped=True) for _ in prompts]
         if not kept:
             return completions
-        keys = None
-        if settings.temperature:
-            root = bits.root_key(settings.seed)
-            words = [bits.fold_in_name(root, prompts[i]) for i in kept]
-            keys = jax.random.wrap_key_data(jax.numpy.stack(words), impl="threefry2x32")
         written = decoder.generate(
             model.params,
             config,
@@ -200,16 +185,17 @@ def make_generator(
             max_new_tokens=settings.max_tokens,
             temperature=settings.temperature,
             top_p=settings.top_p,
-            key=keys,
-            stop_token_ids=_stop_tokens(tokenizer, config, settings.stop),
+            key=_keys([prompts[i] for i in kept], settings),
+            stop_token_ids=tokens.stop_tokens(tokenizer, config, settings.stop),
             stop_strings=settings.stop,
             detokenize=decode,
             batch_size=batch_size,
-            progress=_watch(progress),
+            progress=compile_lines(tell),
+            apply_fn=model.apply_fn,
         )
         for i, one in zip(kept, written, strict=True):
             finished = one.finish in ("stop_token", "stop_string")
-            text = _cut(decode(one.tokens), settings.stop)
+            text = tokens.cut(decode(one.tokens), settings.stop)
             completions[i] = Completion(text, len(one.tokens), finished, prompt_truncated=i in long)
         if cuts is not None:
             cuts["prompts"] += sum(completion.prompt_truncated for completion in completions)
@@ -218,10 +204,55 @@ def make_generator(
     return generator
 
 
+def _fit(
+    tokenizer: Any, texts: list[list[int]], config: DecoderConfig | None, max_tokens: int, overflow: Overflow
+) -> set[int]:
+    """Shortens the prompts that leave no room for an answer; returns which they are."""
+    if config is None:
+        return set()
+    limit = config.context_length
+    room = decoder.prompt_room(limit, max_tokens)
+    long = [i for i, text in enumerate(texts) if len(text) > room]
+    if long and overflow == "error":
+        raise M3Error(
+            f"a prompt has {len(texts[long[0]])} tokens, which with an answer of {max_tokens} do not fit where the "
+            f"model sees {limit}: take a smaller --max-tokens, or say what becomes of such prompts with "
+            "--overflow truncate or --overflow skip"
+        )
+    for i in long:
+        texts[i] = tokens.shorten(tokenizer, texts[i], room)
+    return set(long)
+
+
+def _keys(prompts: Sequence[str], settings: GenerationSettings) -> jax.Array | None:
+    """The key of each prompt's sample; none where nothing is drawn."""
+    if not settings.temperature:
+        return None
+    root = bits.root_key(settings.seed)
+    words = jax.numpy.stack([bits.fold_in_name(root, prompt) for prompt in prompts])
+    return jax.vmap(jax.random.fold_in, (0, None))(jax.random.wrap_key_data(words, impl="threefry2x32"), settings.draw)
+
+
+def deferred(make: Callable[[], Generator]) -> Generator:
+    """A writer that is made when it is first asked, so that what needs no weights can fail before they are loaded.
+
+    Args:
+        make: Makes it.
+    """
+    made: list[Generator] = []
+
+    def generator(prompts: Sequence[str], settings: GenerationSettings) -> Sequence[Completion]:
+        if not made:
+            made.append(make())
+        return made[0](prompts, settings)
+
+    return generator
+
+
 def make_scorer(
     model: LanguageModel,
     overflow: Overflow = "truncate",
-    progress: Callable[[str], None] | None = None,
+    tell: Tell | None = None,
     batch_size: int = 8,
     cuts: Counter[str] | None = None,
 ) -> Scorer:
@@ -230,37 +261,29 @@ def make_scorer(
     Args:
         model: The model.
         overflow: What becomes of a context that leaves no room for its continuation: "error", or "truncate".
-        progress: Told what is being compiled.
+        tell: Told what is being compiled.
         batch_size: As of `make_generator`.
         cuts: Counts under "contexts" those that were cut.
     """
-    tokenizer = model.tokenizer
-    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
 
-    def split(context: str, continuation: str) -> tuple[list[int], list[int]]:
-        # A space before a continuation belongs to its first token, so it must not end the context.
-        tail = len(context) - len(context.rstrip())
-        if tail:
-            context, continuation = context[:-tail], context[-tail:] + continuation
-        if not context:
-            whole = list(tokenizer.encode(continuation, add_special_tokens=False))
-            return ([begin], whole) if begin is not None else (whole[:1], whole[1:])
-        before, whole = _encode(tokenizer, context), _encode(tokenizer, context + continuation)
-        # Where a token spans the cut, the texts part before it.
-        shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
-        return whole[:shared], whole[shared:]
+    def split(pair: Pair) -> tuple[Sequence[int], Sequence[int]]:
+        before, after = pair
+        if isinstance(before, str) and isinstance(after, str):
+            return tokens.split(model.tokenizer, before, after)
+        return [int(token) for token in before], [int(token) for token in after]
 
-    def scorer(pairs: Sequence[tuple[str, str]]) -> list[LogLikelihood]:
-        cut = [split(context, continuation) for context, continuation in pairs]
+    def scorer(pairs: Sequence[Pair]) -> list[LogLikelihood]:
+        parts = [split(pair) for pair in pairs]
         found = [LogLikelihood(0.0, True) for _ in pairs]  # of nothing, which is certain
-        scored = [i for i, (before, after) in enumerate(cut) if before and after]
+        scored = [i for i, (before, after) in enumerate(parts) if before and after]
         scores = decoder.log_likelihoods(
             model.params,
             model.config,
-            [cut[i] for i in scored],
+            [parts[i] for i in scored],
             batch_size=batch_size,
             overflow="error" if overflow == "error" else "truncate_left",
-            progress=_watch(progress),
+            progress=compile_lines(tell),
+            apply_fn=model.apply_fn,
         )
         for i, score in zip(scored, scores, strict=True):
             found[i] = LogLikelihood(score.log_prob, score.is_greedy)
@@ -271,54 +294,83 @@ def make_scorer(
     return scorer
 
 
-def harness_model(
-    model: LanguageModel, cuts: Counter[str], batch_size: int = 8, progress: Callable[[str], None] | None = None
-) -> Any:
-    """The model as lm-evaluation-harness wants one; texts that do not fit lose their left end, counted in `cuts`."""
+def harness_model(model: LanguageModel, cuts: Counter[str], batch_size: int = 8, tell: Tell | None = None) -> Any:
+    """The model as lm-evaluation-harness wants one; texts that do not fit lose their left end, counted in `cuts`.
+
+    Args:
+        model: A model with a config.
+        cuts: Counts the "prompts" and "contexts" that were cut.
+        batch_size: As of `make_generator`.
+        tell: Told what is compiled and how far the work is.
+    """
+    assert model.config is not None
     return make_harness_model(
-        make_generator(model, "truncate", progress, batch_size, cuts),
-        make_scorer(model, "truncate", progress, batch_size, cuts),
+        make_generator(model, "truncate", tell, batch_size, cuts),
+        make_scorer(model, "truncate", tell, batch_size, cuts),
         model.tokenizer,
         max_length=model.config.context_length,
         batch_size=batch_size,
+        tell=tell,
     )
 
 
 def evaluate(
     params: Any,
-    config: DecoderConfig | dict[str, Any],
+    config: DecoderConfig | dict[str, Any] | None,
     tokenizer: Any,
     task: str,
     *,
     data: str | Path | None = None,
+    apply_fn: ApplyFn | None = None,
     overflow: Overflow = "error",
+    tell: Tell | None = None,
     **options: Any,
 ) -> Summary:
     """Evaluate parameters that are in memory, such as a merge that was never written.
 
     Args:
         params: Arrays under Hugging Face's tensor names (flat or nested), as `m3jax.merge` returns them, or the
-            decoder's own parameters; on one device or on a mesh.
-        config: The decoder's config, or the content of the model's config.json.
+            decoder's own parameters; on one device or on a mesh. With an `apply_fn`, whatever that takes.
+        config: The decoder's config, or the content of the model's config.json. With an `apply_fn` it may be None,
+            and then no prompt is too long and only the tokenizer's end-of-text token ends an answer.
         tokenizer: A transformers tokenizer.
         task: A task's name, as in `m3jax evaluate --task`.
         data: Its data file, a hub data set, or None for the task's own on the hub.
-        overflow: What becomes of prompts that fill the context.
+        apply_fn: A model of your own, run in place of the decoder: `apply_fn(params, tokens, lengths)` with int32
+            tokens [batch, length], padded on the right, and int32 lengths [batch] gives logits [batch, length, vocab]
+            of the token behind each position. It is traced by jit and compiled once per function object and shape.
+        overflow: What becomes of prompts that leave no room for their answer: "error", "truncate" or "skip".
+        tell: Told in lines what is compiled and how far the run is, such as `print`; nothing is printed without it.
         **options: As of `evaluation.evaluate_task`: limit, batch_size, out_dir, run_code, ….
 
     Raises:
-        M3Error: The task, the data or the parameters cannot be used.
+        M3Error: The task, the data, an option or the parameters cannot be used.
     """
-    if isinstance(config, dict):
-        config = DecoderConfig.from_dict(config)
-    _check_vocabulary("tokenizer", tokenizer, config)
-    own: Any = jax.tree.structure(decoder.abstract_params(config))
-    if jax.tree.structure(params) != own:
-        params = decoder.params_from_tree(params, config)
-    model = LanguageModel("parameters in memory", params, config, tokenizer)
+    if overflow not in OVERFLOWS:
+        raise M3Error(f"overflow is {overflow!r}, but must be one of {', '.join(OVERFLOWS)}")
     if options.get("resume") and not options.get("fingerprint"):
         raise M3Error("resume: needs fingerprint=TEXT that identifies these parameters, so that no other run goes on")
+    if isinstance(config, dict):
+        config = DecoderConfig.from_dict(config)
+    if config is None and apply_fn is None:
+        raise M3Error("config is None: give the content of the model's config.json, or an apply_fn to run instead")
+    if config is not None:
+        note = decoder.check_vocabulary("tokenizer", tokenizer, config)
+        if note is not None and tell is not None:
+            tell(f"note: {note}")
     options.setdefault("tokenizer", tokenizer)
-    options.setdefault("model", model.name)
-    generator = make_generator(model, overflow, batch_size=options.get("batch_size", 8))
-    return evaluate_named(task, data, generator, **options)
+    options.setdefault("model", "parameters in memory")
+    options.setdefault("progress", progress_lines(tell))
+
+    def make() -> Generator:
+        own = params if config is None or apply_fn is not None else _own_params(params, config)
+        model = LanguageModel(options["model"], own, config, tokenizer, apply_fn)
+        return make_generator(model, overflow, tell, options.get("batch_size", 8))
+
+    return evaluate_named(task, data, deferred(make), **options)
+
+
+def _own_params(params: Any, config: DecoderConfig) -> Any:
+    """The decoder's parameters, from those or from arrays under Hugging Face's names."""
+    own: Any = jax.tree.structure(decoder.abstract_params(config))
+    return params if jax.tree.structure(params) == own else decoder.params_from_tree(params, config)

@@ -1,7 +1,12 @@
 """What evaluation asks of a model: text for prompts, and log-likelihoods of continuations."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+Overflow = Literal["error", "truncate", "skip"]
+"""What becomes of a prompt that leaves no room for its answer: an error, the loss of its left end, or a skip."""
+
+OVERFLOWS: tuple[Overflow, ...] = get_args(Overflow)
 
 
 class GenerationSettings(NamedTuple):
@@ -13,6 +18,7 @@ class GenerationSettings(NamedTuple):
         temperature: 0 takes the most likely token always.
         top_p: Probability mass to sample from, when temperature is not 0.
         seed: Seed of the sampling, when temperature is not 0.
+        draw: Which sample of a prompt is wanted, from 0, when temperature is not 0; each is independent of the others.
     """
 
     max_tokens: int = 1024
@@ -20,6 +26,7 @@ class GenerationSettings(NamedTuple):
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    draw: int = 0
 
 
 class Completion(NamedTuple):
@@ -50,5 +57,8 @@ class LogLikelihood(NamedTuple):
 Generator: TypeAlias = Callable[[Sequence[str], GenerationSettings], Sequence[Completion]]
 """Prompts in, completions out, one for each and in their order."""
 
-Scorer: TypeAlias = Callable[[Sequence[tuple[str, str]]], Sequence[LogLikelihood]]
-"""Pairs of context and continuation in; an empty context means the beginning of a text."""
+Pair: TypeAlias = tuple[str, str] | tuple[Sequence[int], Sequence[int]]
+"""A context and its continuation, as texts or as token ids; an empty text means the beginning of one."""
+
+Scorer: TypeAlias = Callable[[Sequence[Pair]], Sequence[LogLikelihood]]
+"""Pairs in, the log-likelihoods of their continuations out, one for each and in their order."""

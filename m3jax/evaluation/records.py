@@ -1,9 +1,11 @@
 """The journal of a run: one JSON line per example, written as examples finish, and resumed after an interruption."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ from m3jax.errors import M3Error
 
 _IDENTITY = "run.json"
 _RECORDS = "records.jsonl"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Record(NamedTuple):
@@ -60,73 +63,147 @@ class Journal:
         self.done = done
 
     def add(self, records: Sequence[Record]) -> None:
-        """Append finished examples; they are on disk when this returns."""
+        """Append finished examples; they are on disk when this returns.
+
+        Raises:
+            M3Error: They cannot be written; what was there before stays, and a run resumes from it.
+        """
         text = "".join(_line(record) for record in records)
-        with open(self.directory / _RECORDS, "a", encoding="utf-8") as file:
+        with _writing(self.directory / _RECORDS), open(self.directory / _RECORDS, "a", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         self.done |= {record.number: record for record in records}
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """Put the records in the order of the test set and write `summary.json`."""
-        _replace(self.directory / _RECORDS, "".join(_line(self.done[number]) for number in sorted(self.done)))
-        _replace(self.directory / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+        """Put the records in the order of the test set and write `summary.json`.
+
+        Raises:
+            M3Error: They cannot be written; the records stay as they were.
+        """
+        write_whole(self.directory / _RECORDS, "".join(_line(self.done[number]) for number in sorted(self.done)))
+        write_whole(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
-def open_journal(directory: Path, identity: Mapping[str, Any], resume: bool) -> Journal:
+def open_journal(
+    directory: Path, identity: Mapping[str, Any], resume: bool, weights: Callable[[], str] = lambda: ""
+) -> Journal:
     """Begin a run's journal, or go on with one.
 
     Args:
         directory: Where it is; made if it is not there.
         identity: What the run is of: JSON data. A run is gone on with only where all of it is the same.
-        resume: Whether to go on with a run that is there.
+        resume: Whether to go on with a run that is there. One that has no record yet is begun anew.
+        weights: Identifies the weights, which may take long; asked for when all else is known to agree.
 
     Raises:
-        M3Error: There is a run and `resume` is false, or it is another run.
+        M3Error: There is a run and `resume` is false, or it is another run, or the directory cannot be written.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise M3Error(f"cannot make the directory {directory}: {error.strerror}") from error
-    path = directory / _IDENTITY
-    if not path.exists():
-        if (directory / _RECORDS).exists():
-            raise M3Error(f"{directory} holds records of a run but no {_IDENTITY}; give another output directory")
-        _replace(path, json.dumps({**identity, "digest": digest(identity)}, indent=2, ensure_ascii=False) + "\n")
+    make_directory(directory)
+    path, records = directory / _IDENTITY, directory / _RECORDS
+    done: dict[int, Record] = {}
+    if path.exists():
+        done = _read_records(records)
+    elif records.exists():
+        raise M3Error(f"{directory} holds records of a run but no {_IDENTITY}; give another output directory")
+    if not done:
+        write_whole(path, "{}\n")  # tried first: the weights take longer
+        write_whole(path, json.dumps({**identity, "weights": weights()}, indent=2) + "\n")
         return Journal(directory, {})
     if not resume:
         raise M3Error(
             f"{directory} already holds a run; pass --resume to go on with it, or give another output directory"
         )
-    _check_identity(path, identity)
-    return Journal(directory, _read_records(directory / _RECORDS))
+    known = _read_identity(path)
+    _check_identity(directory, known, {**identity, "weights": known.get("weights")})
+    _check_identity(directory, known, {**identity, "weights": weights()})
+    with _writing(records), open(records, "ab"):
+        return Journal(directory, done)
 
 
-def _check_identity(path: Path, identity: Mapping[str, Any]) -> None:
+def count_records(directory: Path) -> int:
+    """How many examples the journal in a directory holds; 0 where there is none."""
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-        known = dict(there)
+        return (directory / _RECORDS).read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+def make_directory(directory: Path) -> Path:
+    """Make a directory, and those above it, where it is not there.
+
+    Raises:
+        M3Error: It cannot be made.
+    """
+    with _writing(directory, "make the directory"):
+        directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
+
+    Args:
+        path: The file; its directory must be there.
+        text: Its content. Half a surrogate pair, which a model may write, becomes a question mark.
+
+    Raises:
+        M3Error: It cannot be written.
+    """
+    beside = path.with_name(path.name + ".part")
+    with _writing(path):
+        try:
+            with open(beside, "wb") as file:
+                file.write(text.encode("utf-8", "replace"))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _writing(path: Path, what: str = "write") -> Iterator[None]:
+    """Say in a sentence what keeps a file from being written, or a directory from being made."""
+    try:
+        yield
+    except OSError as error:
+        mend = "make it writable, or give another output directory"
+        if error.errno in _FULL:
+            mend = "make room and try again; a run goes on with --resume"
+        raise M3Error(f"cannot {what} {path}: {error.strerror or error}; {mend}") from error
+
+
+def _read_identity(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise M3Error(f"cannot read {path}: {error}; give another output directory") from error
-    if known.get("digest") == digest(identity):
-        return
+
+
+def _check_identity(directory: Path, known: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     wanted = json.loads(json.dumps(identity))
     different = [key for key in wanted if known.get(key) != wanted[key]]
-    raise M3Error(
-        f"{path.parent} holds another run: it differs in {', '.join(different) or 'its contents'}; "
-        "run with the same settings to resume, or give another output directory"
-    )
+    if different:
+        raise M3Error(
+            f"{directory} holds another run: it differs in {', '.join(different)}; "
+            "run with the same settings to resume, or give another output directory"
+        )
 
 
 def _read_records(path: Path) -> dict[int, Record]:
     """The whole records of a journal; a last line that an interruption cut short is removed."""
     if not path.exists():
         return {}
-    blob = path.read_bytes()
+    try:
+        blob = path.read_bytes()
+    except OSError as error:
+        raise M3Error(f"cannot read {path}: {error.strerror}; give another output directory") from error
     whole = blob[: blob.rfind(b"\n") + 1]
     if len(whole) < len(blob):
-        with open(path, "r+b") as file:
+        with _writing(path), open(path, "r+b") as file:
             file.truncate(len(whole))
     done = {}
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
@@ -143,13 +220,3 @@ def _read_records(path: Path) -> dict[int, Record]:
 def _line(record: Record) -> str:
     # Escaped, so that half a surrogate pair in what a model wrote can be stored.
     return json.dumps(record._asdict()) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    beside = path.with_name(path.name + ".part")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)

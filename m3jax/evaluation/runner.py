@@ -61,7 +61,7 @@ def evaluate_task(
     *,
     out_dir: str | Path | None = None,
     model: str = "model",
-    fingerprint: str = "",
+    fingerprint: str | Callable[[], str] = "",
     template: str | None = None,
     tokenizer: Any = None,
     settings: GenerationSettings | None = None,
@@ -82,7 +82,7 @@ def evaluate_task(
             reads; nothing is written without it.
         model: What the model is called in the summary; part of what makes a run the same run.
         fingerprint: Text that identifies what the name does not: weights, dtype, what becomes of long prompts; part of
-            what makes a run the same run.
+            what makes a run the same run. A function that gives it is called only where all else agrees.
         template: Name of a prompt template; the task's own if not given.
         tokenizer: For the template "chat".
         settings: How to generate; the task's own if not given.
@@ -95,10 +95,11 @@ def evaluate_task(
         progress: Told how far the run is.
 
     Raises:
-        M3Error: The task runs code and `run_code` is false, or no sandbox is possible; `out_dir` holds another run.
+        M3Error: The task runs code and `run_code` is false, or no sandbox is possible; `out_dir` holds another run or
+            cannot be written.
     """
     execution = execution or Execution()
-    _check_code(task, run_code, execution)
+    check_code(task, run_code, execution)
     for name, number in (("batch size", batch_size), ("limit", limit)):
         if number is not None and number < 1:
             raise M3Error(f"the {name} must be at least 1, not {number}")
@@ -108,8 +109,10 @@ def evaluate_task(
     if not examples:
         raise M3Error(f"{task.name}: there are no examples to evaluate")
     prompts = [render(template, example.instruction, tokenizer) for example in examples]
-    identity = _identity(task, f"{model} {fingerprint}".strip(), template, settings, execution, examples, prompts)
-    journal = open_journal(Path(out_dir), identity, resume) if out_dir is not None else None
+    journal = None
+    if out_dir is not None:
+        identity = _identity(task, model, template, settings, execution, examples, prompts)
+        journal = open_journal(Path(out_dir), identity, resume, lambda: _text(fingerprint))
     done = dict(journal.done) if journal is not None else {}
 
     if progress is not None:
@@ -135,14 +138,36 @@ def evaluate_named(name: str, source: str | Path | None, generator: Generator, *
         **options: As of `evaluate_task`.
     """
     task = get_task(name)
-    _check_code(task, options.get("run_code", False), options.get("execution") or Execution())
+    check_code(task, options.get("run_code", False), options.get("execution") or Execution())
+    return evaluate_task(task, read_examples(task, source), generator, **options)
+
+
+def read_examples(task: Task, source: str | Path | None) -> list[Example]:
+    """A task's test set.
+
+    Args:
+        task: The task.
+        source: A data file, a hub data set, or None for the task's own on the hub.
+
+    Raises:
+        M3Error: It is not there, or not of this task.
+    """
     if source is None and task.hub is None:
-        raise M3Error(f"the task {name} needs a data file; give it with --data")
-    rows = load_rows(source if source is not None else task.hub or "", task.columns)
-    return evaluate_task(task, task.read(rows), generator, **options)
+        raise M3Error(f"the task {task.name} needs a data file; give it with --data")
+    return task.read(load_rows(source if source is not None else task.hub or "", task.columns))
 
 
-def _check_code(task: Task, run_code: bool, execution: Execution) -> None:
+def check_code(task: Task, run_code: bool, execution: Execution) -> None:
+    """Check that what a task runs may be run, and can be.
+
+    Args:
+        task: The task.
+        run_code: Whether programs that the model wrote may be run.
+        execution: How they are run.
+
+    Raises:
+        M3Error: The task runs code, and it is not allowed or there is no sandbox for it.
+    """
     if not task.runs_code:
         return
     if not run_code:
@@ -155,6 +180,10 @@ def _check_code(task: Task, run_code: bool, execution: Execution) -> None:
             f"{task.name} runs programs that the model wrote, and this system does not allow a sandbox for them "
             f"({why_not}); pass --allow-unsandboxed to run them with limits only"
         )
+
+
+def _text(given: str | Callable[[], str]) -> str:
+    return given if isinstance(given, str) else given()
 
 
 def _identity(

@@ -1,6 +1,7 @@
 """Figures that sum up many verdicts."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 _Z95 = 1.959963984540054  # standard normal quantile of 0.975
@@ -30,21 +31,20 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 
 
 def matthews_correlation(pairs: Sequence[tuple[str, str | None]]) -> float:
-    """Matthews' correlation of two-class predictions, 0 where it is undefined.
+    """Matthews' correlation of predictions, 0 where it is undefined.
 
     Args:
-        pairs: Gold label and predicted label; a prediction of None counts as the label that is wrong.
+        pairs: Gold label and predicted label; None, for no prediction, is a class of its own that is never right.
+
+    Example:
+        >>> matthews_correlation([("a", "a"), ("b", "b")]), matthews_correlation([("a", None), ("b", None)])
+        (1.0, 0.0)
 
     References:
-        Matthews, "Comparison of the predicted and observed secondary structure of T4 phage lysozyme", 1975.
+        Matthews, "Comparison of the predicted and observed secondary structure of T4 phage lysozyme", 1975; for more
+        than two classes Gorodkin, "Comparing two K-category assignments by a K-category correlation coefficient", 2004.
     """
-    labels = sorted({gold for gold, _ in pairs} | {said for _, said in pairs if said is not None})
-    if len(labels) != 2:
-        return 0.0
-    positive, negative = labels[1], labels[0]
-    other = {positive: negative, negative: positive}
-    counted = [(gold == positive, (said if said is not None else other[gold]) == positive) for gold, said in pairs]
-    tp, tn = counted.count((True, True)), counted.count((False, False))
-    fp, fn = counted.count((False, True)), counted.count((True, False))
-    below = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
-    return (tp * tn - fp * fn) / math.sqrt(below) if below else 0.0
+    total, right = len(pairs), sum(gold == said for gold, said in pairs)
+    golds, answers = Counter(gold for gold, _ in pairs), Counter(said for _, said in pairs)
+    below = math.prod(total**2 - sum(count**2 for count in counts.values()) for counts in (golds, answers))
+    return (right * total - sum(golds[gold] * answers[gold] for gold in golds)) / math.sqrt(below) if below else 0.0

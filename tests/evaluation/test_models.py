@@ -2,9 +2,13 @@
 
 import dataclasses
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -105,6 +109,117 @@ def test_the_command(place, tmp_path, capsys):
     assert "95 % interval" in capsys.readouterr().out
 
 
+def test_what_needs_no_weights_is_said_before_they_are_loaded(place, tmp_path, capsys, monkeypatch):
+    def never(*arguments):
+        raise AssertionError("loaded weights for nothing")
+
+    rows, out = str(place / "rows.jsonl"), str(tmp_path / "run")
+    base = ["evaluate", str(place / "expert-a"), "--task", "sst2", "--max-tokens", "2", "--out", out, "--data"]
+    assert cli.main([*base, rows]) == 0
+    monkeypatch.setattr(models.decoder, "load_params", never)
+    (tmp_path / "other.jsonl").write_text('{"text": "x"}')
+    (tmp_path / "file").touch()
+    for arguments, sentence in [
+        ([*base, "nowhere.jsonl"], "there is no data file nowhere.jsonl"),
+        ([*base, str(tmp_path / "other.jsonl")], "it has the fields text, and sst2 wants label"),
+        ([*base, rows], "already holds a run"),
+        ([*base, rows, "--resume", "--limit", "2"], "holds another run: it differs in examples"),
+        ([*base, rows, "--out", str(tmp_path / "file" / "out")], "cannot make the directory"),
+        ([*base, rows, "--out", str(tmp_path / "new"), "--template", "chat"], "this model's tokenizer has none"),
+        (["evaluate", str(place / "expert-a"), "--task", "alpaca_eval", "--data", rows], "give --out DIR"),
+        (["evaluate", str(place / "expert-a"), "--task", "sst2", "--include-path", "x"], "--include-path is for"),
+    ]:
+        capsys.readouterr()
+        assert cli.main(arguments) == 2, arguments
+        assert sentence in capsys.readouterr().err
+    assert cli.main([*base, rows, "--resume"]) == 0  # a finished run is only shown
+    assert "5 of 5 examples were done before" in capsys.readouterr().err
+
+
+def test_without_the_harness_no_weights_are_loaded(place, tmp_path, capsys, monkeypatch):
+    for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert cli.main(["evaluate", str(place / "no-model"), "--harness", "arc_easy"]) == 2
+    assert "pip install 'm3jax[eval]'" in capsys.readouterr().err
+    (tmp_path / "harness.json").touch()
+    assert cli.main(["evaluate", str(place / "no-model"), "--harness", "arc_easy", "--out", str(tmp_path)]) == 2
+    assert "harness.json is already there: give another output directory" in capsys.readouterr().err
+
+
+def test_an_interruption_says_what_is_kept(place, tmp_path, capsys, monkeypatch):
+    batches = []
+
+    def interrupted(*arguments, **options):
+        batches.append(arguments)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return generate(*arguments, **options)
+
+    generate = models.decoder.generate
+    monkeypatch.setattr(models.decoder, "generate", interrupted)
+    arguments = ["evaluate", str(place / "expert-a"), "--task", "sst2", "--data", str(place / "rows.jsonl")]
+    arguments += ["--max-tokens", "2", "--batch-size", "2", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 130
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f"m3jax: interrupted: 2 examples are in {tmp_path}, and the same command with --resume goes on."
+    assert cli.main([*arguments, "--resume", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["examples"] == len(ROWS)
+
+
+def test_a_model_of_ones_own_stands_in_for_the_decoder(model, place, tmp_path):
+    """It says "positive" token by token, whatever it is shown; the parameters are its own."""
+    end = model.tokenizer.eos_token_id
+    answer = [*model.tokenizer.encode(" positive", add_special_tokens=False), end]
+    shapes = []
+
+    def apply_fn(params, tokens, lengths):
+        shapes.append((tokens.shape, tokens.dtype, lengths.shape, lengths.dtype))
+        prompt = jnp.max(jnp.where(tokens == params["mark"], jnp.arange(tokens.shape[1]), -1), axis=1)
+        place = jnp.arange(tokens.shape[1])[None, :] - prompt[:, None]
+        return jax.nn.one_hot(jnp.asarray(answer)[jnp.clip(place, 0, len(answer) - 1)], 320)
+
+    told = []
+    options = {"data": place / "rows.jsonl", "settings": GenerationSettings(16), "batch_size": 4, "template": "none"}
+    mark = model.tokenizer.encode("Answer:")[-1]
+    summary = m3jax.evaluate(
+        {"mark": jnp.int32(mark)}, None, model.tokenizer, "sst2", apply_fn=apply_fn, tell=told.append, **options
+    )
+    assert (summary.examples, summary.unparsed, summary.correct) == (5, 0, 2)
+    assert {(len(tokens), len(lengths)) for tokens, _, lengths, _ in shapes} == {(2, 1)}
+    assert {(str(tokens), str(lengths)) for _, tokens, _, lengths in shapes} == {("int32", "int32")}
+    assert any(line.startswith("compiling prefill for 4 x") for line in told)
+    assert re.match(r"5 of 5 examples, .*/s in ", told[-1])
+
+
+def test_calls_that_cannot_be_followed_are_said_at_once(model, capfd):
+    for options, sentence in [
+        ({"overflow": "drop"}, "overflow is 'drop', but must be one of error, truncate, skip"),
+        ({"resume": True}, "needs fingerprint=TEXT"),
+        ({"config": None}, "give the content of the model's config.json, or an apply_fn"),
+        ({"data": "nowhere.jsonl"}, "there is no data file nowhere.jsonl"),
+    ]:
+        config = options.pop("config", model.config)
+        with pytest.raises(M3Error, match=re.escape(sentence)):
+            m3jax.evaluate({}, config, model.tokenizer, "sst2", **options)
+
+
+def test_nothing_is_printed_unless_asked_for(model, place, capfd):
+    options = {"data": place / "rows.jsonl", "settings": GenerationSettings(2)}
+    m3jax.evaluate(model.params, model.config, model.tokenizer, "sst2", **options)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_draws_of_a_prompt_differ_and_are_each_the_same_again(model):
+    generator = models.make_generator(model)
+    drawn = [
+        [one.text for one in generator(["The ratio of", "A merge"], GenerationSettings(12, temperature=1.0, draw=draw))]
+        for draw in (0, 1, 1)
+    ]
+    assert drawn[1] == drawn[2]
+    assert drawn[0][0] != drawn[1][0]
+    assert drawn[0][1] != drawn[1][1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -154,18 +269,19 @@ def test_parameters_on_a_mesh(place, model):
 
 def test_the_tokenizers_own_end_ends_a_text(model):
     """Even where no config names it, and where a task gives a special token as a stop string."""
-    from m3jax.evaluation.models import _stop_tokens
+    from m3jax.evaluation.tokens import stop_tokens
 
     tokenizer, config = model.tokenizer, dataclasses.replace(model.config, stop_token_ids=())
-    assert _stop_tokens(tokenizer, config, ()) == (tokenizer.eos_token_id,)
-    assert tokenizer.bos_token_id in _stop_tokens(tokenizer, config, (tokenizer.bos_token, "\n"))
+    assert stop_tokens(tokenizer, config, ()) == (tokenizer.eos_token_id,)
+    assert tokenizer.bos_token_id in stop_tokens(tokenizer, config, (tokenizer.bos_token, "\n"))
 
 
 def test_cut_prompts_keep_their_beginning(model):
-    from m3jax.evaluation.models import _encode, _shortened
+    from m3jax.decoder import encode
+    from m3jax.evaluation.tokens import shorten
 
-    text = _encode(model.tokenizer, "merge " * 50)
-    cut = _shortened(model.tokenizer, text, 10)
+    text = encode(model.tokenizer, "merge " * 50)
+    cut = shorten(model.tokenizer, text, 10)
     assert len(cut) == 10
     assert cut[-9:] == text[-9:]
     if text[0] == model.tokenizer.bos_token_id:
@@ -191,3 +307,9 @@ def test_scores_where_a_token_spans_the_cut_and_of_nothing(model):
     nothing, spanning = score([("The", ""), ("The rat", "io of")])
     assert nothing == (0.0, True)
     assert spanning.sum < 0
+    spanned, alone = score([("T", "he ratio"), ("", "The ratio")])
+    if len(model.tokenizer.encode("T", add_special_tokens=False)) == 1:  # one token begins in the context
+        assert spanned.sum < 0
+    ids = model.tokenizer.encode("The ratio", add_special_tokens=False)
+    (same,) = score([([model.tokenizer.bos_token_id], ids)])
+    assert np.isclose(same.sum, alone.sum, atol=1e-4)

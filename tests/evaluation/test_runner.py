@@ -1,6 +1,10 @@
 """A run keeps a journal, goes on after an interruption, and sums up."""
 
+import errno
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +12,7 @@ import pytest
 
 from m3jax.errors import M3Error
 from m3jax.evaluation import (
+    TASKS,
     Completion,
     Example,
     Execution,
@@ -19,6 +24,7 @@ from m3jax.evaluation import (
     runner,
     why_no_sandbox,
 )
+from m3jax.evaluation import records as records_module
 
 from .support import GOLD, answering, real_examples, real_file
 
@@ -178,6 +184,87 @@ def test_an_output_directory_that_cannot_be_made_is_said(tmp_path: Path) -> None
         run(tmp_path / "file" / "out")
 
 
+def test_a_run_without_records_is_begun_anew(tmp_path: Path) -> None:
+    """What failed before its first example is in nobody's way, whatever was wrong with it."""
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Model(break_after=0), limit=3)
+    assert (tmp_path / "run.json").exists()
+    assert run(tmp_path).correct == 8
+    for left in ("records.jsonl", "run.json"):
+        (tmp_path / left).write_text("" if left == "records.jsonl" else "{")
+    (tmp_path / "records.jsonl").write_text('{"number": 3, "id"')
+    assert run(tmp_path).correct == 8
+
+
+def test_weights_are_identified_last(tmp_path: Path) -> None:
+    run(tmp_path, fingerprint=lambda: "one")
+
+    def never() -> str:
+        raise AssertionError("read the weights of another run")
+
+    with pytest.raises(M3Error, match="differs in template, prompts;"):
+        run(tmp_path, template="alpaca", resume=True, fingerprint=never)
+    with pytest.raises(M3Error, match="differs in weights;"):
+        run(tmp_path, resume=True, fingerprint=lambda: "other")
+    assert run(tmp_path, resume=True, fingerprint="one").correct == 8
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_what_cannot_be_written_is_said_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """The third batch finds the disk full, with half of its text written."""
+    written: list[int] = []
+
+    def fsync(descriptor: int) -> None:
+        written.append(descriptor)
+        if len(written) == 5:  # after run.json (twice) and two batches
+            os.ftruncate(descriptor, os.fstat(descriptor).st_size - 50)
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(records_module.os, "fsync", fsync)
+    mend = "make room and try again" if code == errno.ENOSPC else "make it writable"
+    with pytest.raises(M3Error, match=rf"cannot write .*records.jsonl: {os.strerror(code)}; {mend}"):
+        run(tmp_path, batch_size=4)
+    model = Model()
+    assert run(tmp_path, model, batch_size=4, resume=True) == run(None)
+    assert sum(map(len, model.batches)) in (9, 10, 11)  # the whole lines of the third batch count
+    assert [record["number"] for record in records(tmp_path)] == list(range(20))
+
+
+def test_a_summary_that_cannot_be_written_leaves_the_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def replace(source: Path, target: Path) -> None:
+        if target.name == "summary.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(records_module.os, "replace", replace)
+        with pytest.raises(M3Error, match=r"cannot write .*summary.json: No space left"):
+            run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["records.jsonl", "run.json"]
+    model = Model()
+    assert run(tmp_path, model, resume=True).correct == 8
+    assert model.batches == []
+
+
+def test_a_full_disk_of_a_real_process_is_said(tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk."""
+    program = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from evaluation.test_runner import run
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+run(Path(sys.argv[2]), batch_size=2)
+"""
+    tests = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", program, tests, tmp_path], capture_output=True, text=True, check=False)
+    assert "M3Error: cannot write" in done.stderr.splitlines()[-1]
+    assert "File too large; make room and try again; a run goes on with --resume" in done.stderr
+    assert run(tmp_path, resume=True) == run(None)
+
+
 def test_bad_numbers_and_no_examples_are_said() -> None:
     with pytest.raises(M3Error, match="the batch size must be at least 1, not 0"):
         run(None, batch_size=0)
@@ -234,6 +321,32 @@ def test_classification_has_a_correlation() -> None:
     summary = evaluate_task(task, task.read(rows), answering({"Sentence": "acceptable"}))
     assert (summary.accuracy, summary.correlation) == (0.5, 0.0)
     assert run(None).correlation is None
+
+
+ROWS: dict[str, dict[str, object]] = {
+    "gsm8k": {"question": "q", "answer": "#### 3"},
+    "math": {"problem": "p", "answer": "3"},
+    "humaneval": {"prompt": "def f():\n", "test": "def check(f): pass", "entry_point": "f"},
+    "mbpp": {"text": "t", "test_list": ["assert True"]},
+    "livebench_typos": {"question_id": "q", "turns": ["t"], "ground_truth": "g"},
+    "sst2": {"sentence": "s", "label": 0},
+    "cola": {"sentence": "s", "label": 0},
+}
+
+
+def test_rows_are_those_of_every_task_that_judges() -> None:
+    assert set(ROWS) == {name for name in TASKS if not get_task(name).judged_elsewhere}
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("text", ["", " \n"])
+@pytest.mark.skipif(why_no_sandbox() is not None, reason=f"no sandbox here: {why_no_sandbox()}")
+def test_an_answer_that_is_none_is_wrong_and_counted_apart(name: str, text: str) -> None:
+    task = get_task(name)
+    summary = evaluate_task(
+        task, task.read([ROWS[name]]), lambda prompts, _: [Completion(text, 1, True)], run_code=True
+    )
+    assert (summary.judged, summary.correct, summary.unparsed, summary.accuracy) == (1, 0, 1, 0.0)
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "math", "sst2"])

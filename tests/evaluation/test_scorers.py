@@ -296,5 +296,5 @@ def test_matthews_correlation() -> None:
     pairs = [("a", "a")] * 6 + [("b", "b")] * 3 + [("a", "b")] * 1 + [("b", "a")] * 2
     assert math.isclose(matthews_correlation(pairs), (6 * 3 - 1 * 2) / math.sqrt(8 * 7 * 4 * 5))
     assert matthews_correlation([("a", "a"), ("b", "b")]) == 1.0
-    assert matthews_correlation([("a", None), ("b", None)]) == -1.0
+    assert matthews_correlation([("a", None), ("b", None)]) == 0.0
     assert matthews_correlation([("a", "a")]) == 0.0

@@ -203,22 +203,22 @@ def test_alpaca_eval_writes_what_alpaca_eval_reads(tmp_path: Path) -> None:
     summary = evaluate_task(
         task,
         task.read(ALPACA),
-        lambda prompts, _: [Completion("Hi é", 2, True) for _ in prompts],
+        lambda prompts, _: [Completion(" Hi é \ud800\n", 2, True) for _ in prompts],
         out_dir=tmp_path,
         model="mine",
     )
     assert summary.accuracy is None
     assert summary.judged == 0
     assert json.loads(Path(summary.answers or "").read_text(encoding="utf-8")) == [
-        {"instruction": "Say hi.", "output": "Hi é", "generator": "mine", "dataset": "helpful_base"},
-        {"instruction": "Bye.", "output": "Hi é", "generator": "mine"},
+        {"instruction": "Say hi.", "output": "Hi é ?", "generator": "mine", "dataset": "helpful_base"},
+        {"instruction": "Bye.", "output": "Hi é ?", "generator": "mine"},
     ]
 
 
 def test_livebench_writes_what_livebench_scores(tmp_path: Path) -> None:
     task = get_task("livebench_instruction_following")
     summary = evaluate_task(
-        task, task.read(LIVEBENCH), lambda prompts, _: [Completion("Done", 1, True) for _ in prompts],
+        task, task.read(LIVEBENCH), lambda prompts, _: [Completion(" Done\n", 1, True) for _ in prompts],
         out_dir=tmp_path, model="me/mine",
     )  # fmt: skip
     assert summary.answers == str(tmp_path / "model_answer" / "me-mine.jsonl")

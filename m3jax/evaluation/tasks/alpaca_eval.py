@@ -6,6 +6,7 @@ from pathlib import Path
 
 from m3jax.evaluation.data import Field, HubSet, Row, read_fields
 from m3jax.evaluation.protocol import GenerationSettings
+from m3jax.evaluation.records import write_whole
 from m3jax.evaluation.tasks.base import Answer, Example, Judgement, Task, each
 
 
@@ -18,6 +19,7 @@ def alpaca_eval() -> Task:
         template="wizardlm",
         settings=GenerationSettings(max_tokens=2048),
         hub=HubSet("tatsu-lab/alpaca_eval", "alpaca_eval", "eval"),
+        judged_elsewhere=True,
         export=_export,
     )
 
@@ -33,8 +35,13 @@ def _read(rows: Sequence[Row]) -> list[Example]:
 def _export(answers: Sequence[Answer], model: str, directory: Path) -> Path:
     path = directory / "model_outputs.json"
     outputs = [
-        {"instruction": answer.example.instruction, "output": answer.text, "generator": model, **answer.example.extra}
+        {
+            "instruction": answer.example.instruction,
+            "output": answer.text.strip(),  # as alpaca_eval's own runs do
+            "generator": model,
+            **answer.example.extra,
+        }
         for answer in answers
     ]
-    path.write_text(json.dumps(outputs, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(outputs, ensure_ascii=False, indent=1) + "\n")
     return path

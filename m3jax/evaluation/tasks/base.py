@@ -78,6 +78,7 @@ class Task(NamedTuple):
         columns: Columns of its TSV or CSV files that have no header line.
         runs_code: Whether judging runs what the model wrote.
         has_correlation: Whether the summary gives Matthews' correlation too.
+        judged_elsewhere: Whether only another program can judge, so that no verdict is given here.
         export: Writes the answers as a judge elsewhere reads them: given the answers, the model's name and a directory.
     """
 
@@ -90,6 +91,7 @@ class Task(NamedTuple):
     columns: tuple[str, ...] = ()
     runs_code: bool = False
     has_correlation: bool = False
+    judged_elsewhere: bool = False
     export: Export | None = None
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from m3jax.errors import M3Error
 from m3jax.evaluation.data import Field, HubSet, Row, read_fields
 from m3jax.evaluation.protocol import GenerationSettings
+from m3jax.evaluation.records import make_directory, write_whole
 from m3jax.evaluation.tasks.base import Answer, Example, Judge, Judgement, Task, each
 
 _SOLUTION = re.compile(r"<solution>(.*?)</solution>", re.DOTALL)
@@ -50,6 +51,7 @@ def _livebench(category: str, kind: str | None, judge: Judge) -> Task:
         template="wizardlm",
         settings=GenerationSettings(max_tokens=4096),
         hub=HubSet(f"livebench/{category}"),
+        judged_elsewhere=judge is _judged_elsewhere,
         export=_export,
     )
 
@@ -90,22 +92,21 @@ def _flat(text: str) -> str:
 
 def _export(answers: Sequence[Answer], model: str, directory: Path) -> Path:
     """Write LiveBench's `model_answer/<model>.jsonl`."""
-    place = directory / "model_answer"
-    place.mkdir(exist_ok=True)
+    place = make_directory(directory / "model_answer")
     label = re.sub(r"[^\w.-]+", "-", model).strip("-") or "model"
     path = place / f"{label}.jsonl"
     lines = [json.dumps(_answer_line(answer, label), ensure_ascii=False) for answer in answers]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    write_whole(path, "".join(line + "\n" for line in lines))
     return path
 
 
 def _answer_line(answer: Answer, model: str) -> dict[str, object]:
-    digest = hashlib.sha256(f"{model}\n{answer.example.id}\n{answer.text}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{model}\n{answer.example.id}\n{answer.text}".encode("utf-8", "replace")).hexdigest()
     return {
         "question_id": answer.example.id,
         "answer_id": digest[:22],
         "model_id": model,
-        "choices": [{"index": 0, "turns": [answer.text]}],
+        "choices": [{"index": 0, "turns": [answer.text.strip()]}],
         "tstamp": 0.0,  # no clock: the same answers make the same file
         "total_output_tokens": answer.tokens,
     }

@@ -1,0 +1,90 @@
+"""Texts as token ids: what a tokenizer is asked for in evaluation."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from m3jax.decoder import DecoderConfig, encode
+from m3jax.errors import M3Error
+
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
+
+
+def load_tokenizer(name: str, directory: Path) -> Any:
+    """The transformers tokenizer of a model directory.
+
+    Args:
+        name: What the model is called in errors.
+        directory: The model directory.
+
+    Raises:
+        M3Error: It has none, or one that cannot be read.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it need not say that torch is missing
+    from transformers import AutoTokenizer
+
+    if not any(path for pattern in _VOCABULARIES for path in directory.glob(pattern)):
+        raise M3Error(f"{name}: has no tokenizer: copy tokenizer.json and tokenizer_config.json of its base into it")
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:  # the libraries behind it raise every kind, a bare Exception among them
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise M3Error(f"{name}: its tokenizer cannot be read ({said}): copy that of its base") from error
+
+
+def first_token(tokenizer: Any) -> int | None:
+    """The token that stands before a text of which nothing is known: its beginning, else the end of another."""
+    token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return None if token is None else int(token)
+
+
+def split(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Token ids of a context and of what follows it, as the model reads both in one.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        context: Empty for the beginning of a text.
+        continuation: What follows.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> letters = SimpleNamespace(bos_token=None, bos_token_id=1, encode=lambda text, **_: [*map(ord, text)])
+        >>> split(letters, "a ", "b"), split(letters, "", "b")
+        (([97], [32, 98]), ([1], [98]))
+    """
+    # A space before a continuation belongs to its first token, so it must not end the context.
+    tail = len(context) - len(context.rstrip())
+    if tail:
+        context, continuation = context[:-tail], context[-tail:] + continuation
+    if not context:
+        return _begun(tokenizer, list(tokenizer.encode(continuation, add_special_tokens=False)))
+    before, whole = encode(tokenizer, context), encode(tokenizer, context + continuation)
+    # Where a token spans the cut, the texts part before it.
+    shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
+    return (whole[:shared], whole[shared:]) if shared else _begun(tokenizer, whole)
+
+
+def _begun(tokenizer: Any, whole: list[int]) -> tuple[list[int], list[int]]:
+    """A text behind the token that begins one; behind its own first token where there is no such."""
+    begin = first_token(tokenizer)
+    return (whole[:1], whole[1:]) if begin is None or whole[:1] == [begin] else ([begin], whole)
+
+
+def shorten(tokenizer: Any, text: list[int], length: int) -> list[int]:
+    """The right end of a text, behind its beginning-of-text token if it has one."""
+    begins = bool(text) and text[0] == tokenizer.bos_token_id
+    return text[:1] + text[1 - length :] if begins else text[-length:]
+
+
+def stop_tokens(tokenizer: Any, config: DecoderConfig | None, stops: Sequence[str]) -> tuple[int, ...]:
+    """What ends a text: the config's tokens, the tokenizer's own, and stop strings that are special tokens."""
+    special = [tokenizer.convert_tokens_to_ids(stop) for stop in stops if stop in tokenizer.all_special_tokens]
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return tuple(sorted({*(() if config is None else config.stop_token_ids), *own, *special}))
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop string."""
+    ends = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(ends)] if ends else text
