@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 if TYPE_CHECKING:  # numpy and rich take longer to import than --help may take
+    from m3jax.conversion import ConvertResult
     from m3jax.inspection import Comparison, Difference, Mismatch, ModelFacts, Overview
     from m3jax.manifest import Verification
     from m3jax.progress import Progress
@@ -156,7 +157,7 @@ def overview_lines(overview: "Overview", width: int | None = None) -> Iterator[s
         totals.append(["all", f"{len(overview.tensors):,}", f"{overview.entries:,}", size_text(overview.bytes)])
     yield from table(["dtype", "tensors", "parameters", "bytes"], totals)
     files = size_text(sum(file.bytes for file in overview.files))
-    yield f"{count_text(len(overview.files), 'file')}, {files}"
+    yield f"{count_text(len(overview.files), f'{overview.format} file')}, {files}"
     if overview.hidden:
         yield f"{count_text(overview.hidden, 'more tensor')} not matched by the filter"
 
@@ -315,6 +316,22 @@ def verification_lines(found: "Verification") -> Iterator[str]:
 def verification_json(found: "Verification") -> dict[str, Any]:
     """The same as plain data for JSON."""
     return {**found._asdict(), "directory": str(found.directory), "as_recorded": not found.differences}
+
+
+# --- Conversions -----------------------------------------------------------------------------------------
+
+
+def convert_lines(result: "ConvertResult") -> Iterator[str]:
+    """A finished conversion in a line."""
+    yield (
+        f"converted {count_text(result.tensors, 'tensor')}, {size_text(result.bytes)}, to {result.format} in"
+        f" {shlex.quote(str(result.directory))} in {time_text(result.seconds)}: digest {result.digest}"
+    )
+
+
+def convert_json(result: "ConvertResult") -> dict[str, Any]:
+    """The same as plain data for JSON."""
+    return {**result._asdict(), "directory": str(result.directory)}
 
 
 # --- Progress --------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ not grow with the models.
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import reduce
@@ -16,7 +15,9 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from m3jax.checkpoints import DTYPES, Checkpoint, TensorInfo, locate_model, open_safetensors
+from m3jax.checkpoints import DTYPES, Checkpoint, TensorInfo, locate_model
+from m3jax.checkpoints.opening import open_checkpoint
+from m3jax.checkpoints.storage import is_dir
 from m3jax.errors import M3Error
 from m3jax.progress import Progress
 
@@ -69,6 +70,7 @@ class Overview(NamedTuple):
     Attributes:
         location: Where it is.
         revision: The hub's commit; `None` for a local path.
+        format: The format of its weights: `safetensors`, `msgpack` or `orbax`.
         model: What config.json says; `None` where there is none that can be read.
         metadata: The texts that the weight files carry.
         files: The weight files.
@@ -79,6 +81,7 @@ class Overview(NamedTuple):
 
     location: str
     revision: str | None
+    format: str
     model: ModelFacts | None
     metadata: Mapping[str, str]
     files: tuple[WeightFile, ...]
@@ -101,6 +104,7 @@ class Overview(NamedTuple):
         return {
             "location": self.location,
             "revision": self.revision,
+            "format": self.format,
             "model": self.model._asdict() if self.model else None,
             "metadata": dict(self.metadata),
             "files": [file._asdict() for file in self.files],
@@ -126,14 +130,15 @@ def look_at(name: str, pattern: str | None = None) -> Overview:
         M3Error: There is no checkpoint of that name, or no tensor is wanted.
     """
     found = locate_model(name)
-    with open_safetensors(found.path) as checkpoint:
+    with open_checkpoint(found.path) as checkpoint:
         tensors = _select(checkpoint, pattern)
         if not tensors and checkpoint.tensors:
             raise _nothing_matches(pattern, checkpoint)
-        files = tuple(WeightFile(path.name, os.path.getsize(path)) for path in checkpoint.files())
+        files = tuple(WeightFile(path.name, path.stat().st_size) for path in checkpoint.files())
         return Overview(
             location=name,
             revision=found.revision,
+            format=type(checkpoint).__module__.rpartition(".")[2],  # each format's reader is a module of its name
             model=_read_facts(found.path),
             metadata=checkpoint.metadata,
             files=files,
@@ -168,10 +173,10 @@ def _totals(tensors: Iterable[TensorInfo]) -> tuple[DtypeTotal, ...]:
 
 def _read_facts(path: Path) -> ModelFacts | None:
     """What config.json says; a missing or damaged one is no reason not to show the weights."""
-    directory = path if path.is_dir() else path.parent
+    directory = path if is_dir(path) else path.parent
     try:
         config = json.loads((directory / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError, M3Error):
         return None
     if not isinstance(config, dict):
         return None
@@ -368,7 +373,7 @@ def compare(
     Raises:
         M3Error: One of them is no checkpoint or cannot be read, or no tensor is wanted.
     """
-    with open_safetensors(locate_model(a).path) as first, open_safetensors(locate_model(b).path) as second:
+    with open_checkpoint(locate_model(a).path) as first, open_checkpoint(locate_model(b).path) as second:
         return _compare(a, b, first, second, pattern, progress or (lambda _: None))
 
 

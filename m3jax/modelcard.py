@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 
 from m3jax.checkpoints import ModelDirectory, companions, digest_file
+from m3jax.checkpoints.locate import download_companions
+from m3jax.checkpoints.remote import RemotePath
 from m3jax.errors import M3Error
 from m3jax.recipe import Recipe
 
@@ -39,6 +41,8 @@ def read_config(model: Path) -> dict[str, Any] | None:
 
 def _files(model: ModelDirectory) -> dict[str, Path]:
     directory = model.path if model.path.is_dir() else model.path.parent
+    if isinstance(directory, RemotePath):
+        directory = download_companions(directory)
     return {str(path.relative_to(directory)): path for path in companions(directory)}
 
 

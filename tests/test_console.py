@@ -99,6 +99,7 @@ def test_overview_ends_with_totals() -> None:
     overview = Overview(
         location="org/model",
         revision="abc",
+        format="msgpack",
         model=None,
         metadata={"format": "pt\x07"},
         files=(WeightFile("model.safetensors", 1500),),
@@ -114,7 +115,7 @@ def test_overview_ends_with_totals() -> None:
         "F32          1           6   24 B",
         "I64          1           1    8 B",
         "all          2           7   32 B",
-        "1 file, 1.5 kB",
+        "1 msgpack file, 1.5 kB",
         "1 more tensor not matched by the filter",
     ]
 

@@ -1,6 +1,9 @@
 """Looking at checkpoints and comparing them, against numpy over whole arrays."""
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ import pytest
 
 from m3jax import inspection
 from m3jax.checkpoints import DTYPES, ShardWriter, TensorInfo, plan_shards, write_index
+from m3jax.checkpoints.msgpack import MsgpackCheckpoint
+from m3jax.conversion import convert
 from m3jax.errors import M3Error
 from m3jax.inspection import Difference, compare, look_at
 from m3jax.progress import Progress
@@ -121,8 +126,32 @@ def test_bad_filters(model: str, pattern: str, sentence: str) -> None:
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(M3Error, match=r"holds no \.safetensors"):
+    with pytest.raises(M3Error, match="holds no weights"):
         look_at(str(tmp_path))
+
+
+@pytest.mark.parametrize("to", ["safetensors", "msgpack", "orbax"])
+def test_every_format_is_shown_without_jax(model: str, tmp_path: Path, to: Any) -> None:
+    expected = look_at(model)
+    out = str(convert(model, tmp_path / "out", to).directory)
+    program = f"import sys; from m3jax.cli import main; main(['inspect', {out!r}]); sys.exit('jax' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert re.search(rf"^\d+ {to} files?, [\d.]+ k?B$", shown, re.MULTILINE)
+    overview = look_at(out)
+    assert overview.format == overview.to_json()["format"] == to
+    assert (overview.tensors, overview.dtypes, overview.model) == (expected.tensors, expected.dtypes, expected.model)
+    assert sum(file.bytes for file in overview.files) >= overview.bytes
+    assert compare(model, out).identical
+
+
+def test_no_weight_is_read(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = str(convert(model, tmp_path / "out", "msgpack").directory)
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("a weight was read")
+
+    monkeypatch.setattr(MsgpackCheckpoint, "read_into", fail)
+    assert look_at(out).entries == 68
 
 
 # --- Two checkpoints -------------------------------------------------------------------------------------

@@ -1,11 +1,17 @@
 """From what a user calls a model to the directory that holds it, and the files that travel with weights."""
 
+import atexit
 import os
 import re
+import shutil
+import tempfile
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+from m3jax.checkpoints.remote import RemotePath, absent, as_path, is_url
+from m3jax.checkpoints.storage import is_dir, list_names
 from m3jax.errors import M3Error
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[^@\s]+))?", re.ASCII)
@@ -38,13 +44,18 @@ _COMPANIONS = (
 )
 
 
+_TEMPLATES = "additional_chat_templates"
+
+_AnyPath = TypeVar("_AnyPath", bound=Path)
+
+
 class ModelDirectory(NamedTuple):
     """A model that was found.
 
     Attributes:
         name: What the user wrote.
-        path: Where its files are: a directory, or a single weight file.
-        revision: The commit that was fetched from the hub; `None` for a local path.
+        path: Where its files are: a directory, or a single weight file; a `RemotePath` for a URL.
+        revision: The commit that was fetched from the hub; `None` elsewhere.
     """
 
     name: str
@@ -53,21 +64,28 @@ class ModelDirectory(NamedTuple):
 
 
 def locate_model(name: str) -> ModelDirectory:
-    """Finds a model on this disk, or else on the Hugging Face hub, from where it is fetched.
+    """Finds a model in remote storage, on this disk, or else on the Hugging Face hub, from where it is fetched.
 
     Args:
-        name: A local path, or a hub id: `org/name` or `org/name@revision`. What exists here wins.
+        name: A URL such as `s3://bucket/model` or `gs://bucket/model`, whose weights stay where they are; a local
+            path; or a hub id: `org/name` or `org/name@revision`. A path that exists here wins over a hub id.
 
     Returns:
         The model's place; with `HF_HUB_OFFLINE=1` a hub id is looked up in the hub cache only.
 
     Raises:
-        M3Error: There is nothing of that name here, and the hub cache and the hub do not give it.
+        M3Error: There is nothing of that name here, and the hub cache and the hub do not give it; or the storage
+            does not have it, refuses it or cannot be reached.
 
     Example:
         >>> locate_model(".").path
         PosixPath('.')
     """
+    if is_url(name):
+        remote = as_path(name)
+        if isinstance(remote, RemotePath) and remote.info() is None:
+            raise absent(remote)
+        return ModelDirectory(name, remote, None)
     local = Path(os.path.expanduser(name))
     if name and os.path.exists(local):
         return ModelDirectory(name, local, None)
@@ -84,7 +102,11 @@ def _fetch(name: str, repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download  # imports an HTTP client: only when a hub id is asked for
 
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=_DOWNLOADED))
+        snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=_DOWNLOADED))
+        if any(snapshot.glob("*.safetensors")):
+            return snapshot
+        # Not at once: most models that have them have the same weights as safetensors too.
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=[*_DOWNLOADED, "*.msgpack"]))
     except Exception as error:  # the client lets through errors of whichever HTTP library it uses
         # Not the client's own words: they run over many lines and may repeat a URL in full.
         raise M3Error(f"{name!r} does not exist here and {_hub_failure(error, revision)}.") from error
@@ -119,18 +141,49 @@ def companions(directory: Path) -> list[Path]:
         directory: A model directory.
 
     Returns:
-        Paths of files (configuration, tokenizer, chat templates, processors), sorted, each under `directory`;
-        never weights, model cards or code.
+        Paths of local files (configuration, tokenizer, chat templates, processors), sorted, each under `directory`,
+        or for a remote one each a copy; never weights, model cards or code.
 
     Raises:
-        M3Error: The directory cannot be listed.
+        M3Error: The directory cannot be listed, or a remote one cannot be read.
     """
-    try:
-        names = os.listdir(directory)
-        templates = directory / "additional_chat_templates"
-        if templates.is_dir():
-            names += [f"{templates.name}/{name}" for name in os.listdir(templates)]
-    except OSError as error:
-        raise M3Error(f"{directory} cannot be listed: {error.strerror}; check the path and its mode.") from error
-    wanted = (name for name in names if any(fnmatchcase(name, pattern) for pattern in _COMPANIONS))
-    return sorted(directory / name for name in wanted if os.path.isfile(directory / name))
+    if isinstance(directory, RemotePath):
+        directory = download_companions(directory)
+    return sorted(path for path in _like_companions(directory) if os.path.isfile(path))
+
+
+def download_companions(directory: RemotePath) -> Path:
+    """Copies the companions of a remote model to this disk.
+
+    Args:
+        directory: A remote model directory.
+
+    Returns:
+        A directory with the copies under their names; it is deleted when the process ends.
+
+    Raises:
+        M3Error: The directory cannot be listed or read.
+    """
+    copies = Path(tempfile.mkdtemp(dir=_scratch()))
+    for path in _like_companions(directory):
+        if path.is_file():
+            copy = copies / path.key.relative_to(directory.key)
+            copy.parent.mkdir(exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    return copies
+
+
+def _like_companions(directory: _AnyPath) -> list[_AnyPath]:
+    """What is in a directory under the names that companions have."""
+    names = list_names(directory)
+    if _TEMPLATES in names and is_dir(directory / _TEMPLATES):
+        names += [f"{_TEMPLATES}/{name}" for name in list_names(directory / _TEMPLATES)]
+    return [directory / name for name in names if any(fnmatchcase(name, pattern) for pattern in _COMPANIONS)]
+
+
+@cache
+def _scratch() -> str:
+    """A directory for the copies that this process makes."""
+    directory = tempfile.mkdtemp(prefix="m3jax-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory

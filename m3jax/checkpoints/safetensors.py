@@ -1,240 +1,99 @@
-"""Reading safetensors, byte range by byte range.
+"""Reading safetensors, byte range by byte range, from one file or several, here or in remote storage."""
 
-A file is an 8-byte little-endian length, a JSON header of that length, and the tensors' bytes without gaps
-(https://huggingface.co/docs/safetensors). Headers are checked here in full before any byte is read, because a
-file may be damaged, half downloaded or made to mislead.
-"""
-
-import errno
-import json
 import os
 import re
-import stat
 import threading
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
-from math import prod
 from pathlib import Path, PurePosixPath
 from reprlib import repr as brief  # what a file says may be long or deep without end
 from types import MappingProxyType, TracebackType
-from typing import Any, NamedTuple, Self, TypeGuard
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from m3jax.checkpoints.headers import (
+    LFS_POINTER,
+    Header,
+    can_exist,
+    damaged,
+    parse_json,
+    read_file,
+    read_header,
+    read_raw_header,
+)
 from m3jax.checkpoints.protocol import (
-    DTYPES,
     Checkpoint,
     FileFingerprint,
     TensorInfo,
     natural_key,
 )
+from m3jax.checkpoints.remote import RemotePath, as_path, changed
 from m3jax.checkpoints.shards import INDEX_FILE, SINGLE_FILE
+from m3jax.checkpoints.storage import (
+    Source,
+    is_dir,
+    is_file,
+    list_names,
+    open_source,
+)
 from m3jax.errors import M3Error
 
-_MAX_HEADER = 100_000_000  # the limit of the reference implementation
-_LFS_POINTER = b"version https://git-lfs"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_HEADERS_AT_ONCE = 16  # of remote files, where each takes a while to come
 
-
-# --- Headers ---------------------------------------------------------------------------------------------
-
-
-class _Header(NamedTuple):
-    """What one file says of itself."""
-
-    tensors: dict[str, TensorInfo]
-    offsets: dict[str, int]  # of each tensor's first byte, from the start of the file
-    metadata: dict[str, str]
-    identity: tuple[int, int, int]  # inode, size and time: another file under the same name differs
-
-
-def _damaged(fault: str) -> M3Error:
-    """The sentence for a file whose content is at fault."""
-    return M3Error(f"{fault}: get the file again from its source.")
-
-
-def _parse_json(raw: bytes, where: str) -> dict[str, Any]:
-    """The JSON object in `raw`; a key that appears twice is an error, as either value could be meant."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        parsed = dict(pairs)
-        if len(parsed) < len(pairs):
-            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-            raise _damaged(f"{where} names {twice!r} twice")
-        return parsed
-
-    try:
-        parsed = json.loads(raw.decode(), object_pairs_hook=unique)
-        # Escaped lone surrogates and NaN pass the parser, but the first are no text and the second is no JSON.
-        json.dumps(parsed, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise _damaged(f"{where} is not valid JSON") from error
-    if not isinstance(parsed, dict):
-        raise _damaged(f"{where} is not a JSON object")
-    return parsed
-
-
-def _is_counts(value: object) -> TypeGuard[list[int]]:
-    """Whether `value` is a list of integers that could count something on this machine."""
-    return isinstance(value, list) and all(type(entry) is int and 0 <= entry < 2**63 for entry in value)
-
-
-def _can_exist(shape: list[int], dtype: str) -> bool:
-    """Whether numpy could make an array of this shape, which it decides zeros aside."""
-    return len(shape) <= 64 and prod(size for size in shape if size) * DTYPES[dtype].itemsize < 2**63
-
-
-def _parse_tensor(name: str, entry: object, path: Path) -> tuple[TensorInfo, int, int]:
-    """One entry of a header, checked by itself: the tensor and the first and last offset of its bytes."""
-    where = f"tensor {name!r} in {path}"
-    if not isinstance(entry, dict):
-        raise _damaged(f"{where} is described by no JSON object")
-    dtype, shape, offsets = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        if dtype in ("F4", "F6_E2M3", "F6_E3M2"):
-            raise M3Error(f"{where} has dtype {dtype}, less than a byte an entry: dequantize the model first.")
-        raise M3Error(f"{where} has the unknown dtype {brief(dtype)}: convert it to one of {', '.join(DTYPES)}.")
-    if not _is_counts(shape) or not _can_exist(shape, dtype):
-        raise _damaged(f"{where} has the impossible shape {brief(shape)}")
-    if not _is_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _damaged(f"{where} has the impossible offsets {brief(offsets)}")
-    info = TensorInfo(name, tuple(shape), dtype)
-    begin, end = offsets
-    if end - begin != info.nbytes:
-        raise _damaged(f"{where} has {end - begin:,} bytes where {dtype} of shape {shape} needs {info.nbytes:,}")
-    return info, begin, end
-
-
-def _check_layout(spans: Iterable[tuple[int, int, str]], available: int, path: Path) -> None:
-    """Checks that the tensors fill the file's data without holes, overlaps or a missing end."""
-    reached = 0
-    for begin, end, name in sorted(spans):
-        if begin != reached:
-            fault = "overlaps the tensor before it" if begin < reached else "follows a hole"
-            raise _damaged(f"tensor {name!r} in {path} {fault}")
-        reached = end
-    if reached > available:
-        raise _damaged(f"{path} is cut short: its tensors need {reached:,} bytes and {available:,} are there")
-    if reached < available:
-        raise _damaged(f"{path} has {available - reached:,} bytes after its last tensor")
-
-
-def _parse_metadata(entry: object, path: Path) -> dict[str, str]:
-    """The `__metadata__` of a header."""
-    if entry is None:
-        return {}
-    if not isinstance(entry, dict) or not all(isinstance(text, str) for text in entry.values()):
-        raise _damaged(f"__metadata__ in {path} does not map texts to texts")
-    return entry
-
-
-def _parse_header(raw: bytes, file: os.stat_result, path: Path) -> _Header:
-    """Parses and checks the JSON of a header.
-
-    Args:
-        raw: The JSON.
-        file: What the operating system says of the whole file.
-        path: The file, for sentences.
-
-    Raises:
-        M3Error: The header is no header, or does not fit the file.
-    """
-    entries = _parse_json(raw, f"the header of {path}")
-    metadata = _parse_metadata(entries.pop("__metadata__", None), path)
-    parsed = [_parse_tensor(name, entry, path) for name, entry in entries.items()]
-    data_start = 8 + len(raw)
-    _check_layout(((begin, end, info.name) for info, begin, end in parsed), file.st_size - data_start, path)
-    return _Header(
-        tensors={info.name: info for info, _, _ in parsed},
-        offsets={info.name: data_start + begin for info, begin, _ in parsed},
-        metadata=metadata,
-        identity=_identity(file),
-    )
+# Names by which the other readers take these from here.
+_LFS_POINTER, _can_exist, _damaged, _parse_json, _read_file = LFS_POINTER, can_exist, damaged, parse_json, read_file
 
 
 # --- Files -----------------------------------------------------------------------------------------------
 
 
-def _identity(file: os.stat_result) -> tuple[int, int, int]:
-    return file.st_ino, file.st_size, file.st_mtime_ns
+class RemoteFingerprint(FileFingerprint):
+    """What is cheap to know of a remote file.
+
+    Attributes:
+        tag: Its ETag or generation, which tells what a time in whole seconds does not.
+    """
+
+    tag: str
 
 
-def _unreadable(path: Path, error: OSError | ValueError) -> M3Error:
-    """The sentence for a file that the operating system does not give us."""
-    if isinstance(error, FileNotFoundError):
-        return M3Error(f"{path} does not exist: check the path.")
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        return M3Error(f"{path} cannot be opened, too many files are: raise the limit with `ulimit -n`.")
-    reason = error.strerror if isinstance(error, OSError) else error
-    return M3Error(f"{path} cannot be read: {reason}; check the path, its mode and the disk.")
+def _read_headers(root: Path, files: Sequence[str]) -> dict[str, Header]:
+    """The headers of files, by their names under `root`."""
+    if not isinstance(root, RemotePath):
+        return {file: read_header(root / file) for file in files}
+    with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
+        return dict(zip(files, pool.map(lambda file: read_header(root / file), files), strict=True))
 
 
-def _open_file(path: Path) -> int:
-    """Opens a regular file for reading."""
-    try:
-        # Not to wait for the other end of a pipe before we can see that it is one.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (OSError, ValueError) as error:
-        raise _unreadable(path, error) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise M3Error(f"{path} is not a regular file: give a .safetensors file or a model directory.")
-    return descriptor
+def _fingerprint(path: Path, header: Header) -> FileFingerprint:
+    """What a file looks like now; a remote one that is still the one of the header is not read again."""
+    if isinstance(path, RemotePath) and path.identity() == header.identity:
+        digest, now = header.blake3, header.identity
+    else:
+        raw, now = read_raw_header(path)
+        digest = blake3(raw).hexdigest()
+    found: FileFingerprint = {"size": now.size, "mtime_ns": now.mtime_ns, "header_blake3": digest}
+    return RemoteFingerprint(**found, tag=str(now.tag)) if isinstance(path, RemotePath) else found
 
 
-def _read_exactly(descriptor: int, out: memoryview, offset: int) -> int:
-    """Fills `out` from `offset` on, in as many reads as it takes; returns how much came before the end."""
-    done = 0
-    while done < len(out):
-        got = os.preadv(descriptor, [out[done:]], offset + done)
-        if got == 0:
-            break
-        done += got
-    return done
-
-
-def _read_file(path: Path) -> bytes:
-    """The whole of a small file."""
-    descriptor = _open_file(path)
-    try:
-        with os.fdopen(descriptor, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _read_raw_header(path: Path) -> tuple[bytes, os.stat_result]:
-    """The JSON of a file's header, not yet parsed, and what the operating system says of the file."""
-    descriptor = _open_file(path)
-    try:
-        file = os.fstat(descriptor)
-        prefix = os.pread(descriptor, len(_LFS_POINTER), 0)
-        if prefix == _LFS_POINTER:
-            raise M3Error(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` beside it.")
-        length = int.from_bytes(prefix[:8], "little")
-        if len(prefix) < 8 or length > file.st_size - 8:
-            raise _damaged(
-                f"{path} is cut short or no safetensors file: its header would take {length:,} bytes"
-                f" and the whole file has {file.st_size:,}"
-            )
-        if length > _MAX_HEADER:
-            raise _damaged(f"{path} has a header of {length:,} bytes, over the format's {_MAX_HEADER:,}")
-        raw = bytearray(length)
-        _read_exactly(descriptor, memoryview(raw), 8)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    finally:
-        os.close(descriptor)
-    return bytes(raw), file
-
-
-def _read_header(path: Path) -> _Header:
-    """Reads, parses and checks the header of a file."""
-    raw, file = _read_raw_header(path)
-    return _parse_header(raw, file, path)
+def _straight_ends(tensors: Iterable[TensorInfo], headers: Mapping[str, Header]) -> dict[str, int]:
+    """For each tensor, the offset in its file up to which the tensors after it follow without a gap."""
+    ends: dict[str, int] = {}
+    after, beyond = ("", 0), 0  # where the next tensor is, and how far straight reading goes from there
+    places = {name: (file, offset) for file, header in headers.items() for name, offset in header.offsets.items()}
+    for info in reversed(list(tensors)):
+        file, begin = places[info.name]
+        end = begin + info.nbytes
+        beyond = beyond if after == (file, end) else end
+        ends[info.name] = beyond
+        after = (file, begin)
+    return ends
 
 
 # --- Reading ---------------------------------------------------------------------------------------------
@@ -249,7 +108,7 @@ class SafetensorsCheckpoint:
         metadata: The files' `__metadata__`, the first file first.
     """
 
-    def __init__(self, location: str, root: Path, headers: Mapping[str, _Header]) -> None:
+    def __init__(self, location: str, root: Path, headers: Mapping[str, Header]) -> None:
         """Joins files whose headers are known.
 
         Args:
@@ -267,7 +126,8 @@ class SafetensorsCheckpoint:
         self._root = root
         self._headers = headers
         self._file_of = {name: file for file, header in headers.items() for name in header.tensors}
-        self._descriptors: dict[str, int] = {}
+        self._straight_ends = _straight_ends(self.tensors.values(), headers)
+        self._sources: dict[str, Source] = {}
         self._closed = False
         self._lock = threading.Lock()
 
@@ -281,10 +141,11 @@ class SafetensorsCheckpoint:
         if view.nbytes == 0:
             return
         file = self._file_of[name]
+        source = self._source(file)
         path = self._root / file
-        descriptor = self._descriptor(file)
         try:
-            done = _read_exactly(descriptor, view.cast("B"), self._headers[file].offsets[name] + start)
+            offset = self._headers[file].offsets[name] + start
+            done = source.read_into(view.cast("B"), offset, self._straight_ends[name])
         except OSError as error:
             raise M3Error(f"tensor {name!r} in {path} cannot be read: {error.strerror}; check the disk.") from error
         if done < view.nbytes:
@@ -293,19 +154,19 @@ class SafetensorsCheckpoint:
                 " it was open, so get it again from its source."
             )
 
-    def _descriptor(self, file: str) -> int:
-        """The open descriptor of a file: opened at first use, kept until `close`."""
+    def _source(self, file: str) -> Source:
+        """The open source of a file: opened at first use, kept until `close`."""
         with self._lock:
             if self._closed:
                 raise ValueError(f"{self.location} is closed")
-            if file not in self._descriptors:
+            if file not in self._sources:
                 path = self._root / file
-                descriptor = _open_file(path)
-                if _identity(os.fstat(descriptor)) != self._headers[file].identity:
-                    os.close(descriptor)
-                    raise M3Error(f"{path} has changed since its header was read: start again.")
-                self._descriptors[file] = descriptor
-            return self._descriptors[file]
+                source = open_source(path)
+                if source.identity != self._headers[file].identity:
+                    source.close()
+                    raise changed(path)
+                self._sources[file] = source
+            return self._sources[file]
 
     def files(self) -> tuple[Path, ...]:
         """The files that hold the weights."""
@@ -313,22 +174,14 @@ class SafetensorsCheckpoint:
 
     def fingerprint(self) -> dict[str, FileFingerprint]:
         """What the files look like now, by name under the checkpoint's directory."""
-        fingerprints: dict[str, FileFingerprint] = {}
-        for file in self._headers:
-            raw, status = _read_raw_header(self._root / file)
-            fingerprints[file] = {
-                "size": status.st_size,
-                "mtime_ns": status.st_mtime_ns,
-                "header_blake3": blake3(raw).hexdigest(),
-            }
-        return fingerprints
+        return {file: _fingerprint(self._root / file, header) for file, header in self._headers.items()}
 
     def close(self) -> None:
         """Releases the open files; reading afterwards is an error."""
         with self._lock:
             self._closed = True
-            while self._descriptors:
-                os.close(self._descriptors.popitem()[1])
+            while self._sources:
+                self._sources.popitem()[1].close()
 
     def __enter__(self) -> Self:
         return self
@@ -347,7 +200,8 @@ def open_safetensors(path: str | os.PathLike[str]) -> Checkpoint:
 
     Args:
         path: A `.safetensors` file, an index, or a model directory, where `model.safetensors` is taken,
-            else the files that `model.safetensors.index.json` lists, else all `*.safetensors` files.
+            else the files that `model.safetensors.index.json` lists, else all `*.safetensors` files; here, or as
+            `s3://bucket/path` or `gs://bucket/path`.
 
     Returns:
         The checkpoint; use it as a context manager.
@@ -355,16 +209,17 @@ def open_safetensors(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         M3Error: There are no such weights, or a file is damaged or does not agree with the others.
     """
-    source = Path(path)
+    source = as_path(path)
     index = _find_index(source)
     if index is not None:
         weight_map = _read_index(index)
         root, files = index.parent, sorted(set(weight_map.values()), key=natural_key)
-        headers = {file: _read_shard(index, file) for file in files}
+        _check_present(index, files)
+        headers = _read_headers(root, files)
         _check_index(index, weight_map, headers)
     else:
-        root, files = (source, _list_weights(source)) if os.path.isdir(source) else _lone_file(source)
-        headers = {file: _read_header(root / file) for file in files}
+        root, files = (source, _list_weights(source)) if is_dir(source) else _lone_file(source)
+        headers = _read_headers(root, files)
         _check_disjoint(root, headers)
     return SafetensorsCheckpoint(str(path), root, headers)
 
@@ -373,13 +228,13 @@ def _find_index(source: Path) -> Path | None:
     """The index to follow, if it is an index that says where the weights are."""
     if source.name.endswith(".index.json"):
         return source
-    has_index = os.path.isfile(source / INDEX_FILE) and not os.path.isfile(source / SINGLE_FILE)
+    has_index = is_file(source / INDEX_FILE) and not is_file(source / SINGLE_FILE)
     return source / INDEX_FILE if has_index else None
 
 
 def _read_index(index: Path) -> dict[str, str]:
     """The file of each tensor, as an index says."""
-    weight_map = _parse_json(_read_file(index), str(index)).get("weight_map")
+    weight_map = parse_json(read_file(index), str(index)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise M3Error(f"{index} has no weight_map of tensors to files: get it again from its source.")
     for name, file in weight_map.items():
@@ -394,14 +249,16 @@ def _is_below(file: str) -> bool:
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in file
 
 
-def _read_shard(index: Path, file: str) -> _Header:
-    """The header of a file that an index names."""
-    if not os.path.isfile(index.parent / file):
-        raise M3Error(f"{index} names {file!r}, which is not there: download the model again.")
-    return _read_header(index.parent / file)
+def _check_present(index: Path, files: Sequence[str]) -> None:
+    """Checks that the files that an index names are there."""
+    # One listing tells of all the remote files that are directly there.
+    listed = set(list_names(index.parent)) if isinstance(index, RemotePath) else set()
+    for file in files:
+        if file not in listed and not is_file(index.parent / file):
+            raise M3Error(f"{index} names {file!r}, which is not there: download the model again.")
 
 
-def _check_index(index: Path, weight_map: Mapping[str, str], headers: Mapping[str, _Header]) -> None:
+def _check_index(index: Path, weight_map: Mapping[str, str], headers: Mapping[str, Header]) -> None:
     """Checks that files hold the tensors that the index places in them, and no others."""
     holders = {name: file for file, header in headers.items() for name in header.tensors}
     mend = "the two are not of one model, so download it again"
@@ -424,12 +281,9 @@ def _lone_file(path: Path) -> tuple[Path, list[str]]:
 
 def _list_weights(directory: Path) -> list[str]:
     """The weight files of a directory that has no index to follow."""
-    if os.path.isfile(directory / SINGLE_FILE):
+    if is_file(directory / SINGLE_FILE):
         return [SINGLE_FILE]
-    try:
-        names = sorted(os.listdir(directory), key=natural_key)
-    except OSError as error:
-        raise _unreadable(directory, error) from error
+    names = sorted(list_names(directory), key=natural_key)
     # Names that start with a dot are other systems' side files.
     files = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
     pickles = [name for name in names if name.endswith(_PICKLES)]
@@ -463,7 +317,7 @@ def _check_numbering(directory: Path, files: Sequence[str]) -> None:
             raise M3Error(f"{directory} lacks {name}, one of {int(total)} files: download the model again.")
 
 
-def _check_disjoint(root: Path, headers: Mapping[str, _Header]) -> None:
+def _check_disjoint(root: Path, headers: Mapping[str, Header]) -> None:
     """Checks that no tensor is in two files, as no index tells which is meant."""
     holders: dict[str, str] = {}
     for file, header in headers.items():

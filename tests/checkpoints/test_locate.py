@@ -85,6 +85,8 @@ def test_only_what_a_merge_needs_is_downloaded(monkeypatch, tmp_path) -> None:
 
     def download(repo, **options):
         asked.update(options, repo=repo)
+        (tmp_path / COMMIT).mkdir()
+        (tmp_path / COMMIT / "model.safetensors").touch()
         return str(tmp_path / COMMIT)
 
     monkeypatch.chdir(tmp_path)
@@ -101,6 +103,18 @@ def test_only_what_a_merge_needs_is_downloaded(monkeypatch, tmp_path) -> None:
     ]
     kept = list(patterns(files, allow_patterns=asked["allow_patterns"]))
     assert kept == ["model-00001-of-00002.safetensors", "config.json", "tokenizer.model"]
+
+
+def test_flax_weights_are_downloaded_where_there_are_no_others(monkeypatch, tmp_path) -> None:
+    asked = []
+
+    def download(repo, **options):
+        asked.append("*.msgpack" in options["allow_patterns"])
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert locate_model("org/tiny").path == tmp_path
+    assert asked == [False, True]
 
 
 def test_companions(tmp_path) -> None:

@@ -1,0 +1,281 @@
+"""Orbax checkpoints, read byte range by byte range.
+
+TensorStore reads the arrays, without Orbax and so without JAX.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from reprlib import repr as brief
+from types import MappingProxyType, TracebackType
+from typing import Any, Self, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from m3jax.checkpoints.headers import damaged
+from m3jax.checkpoints.orbax_tree import (
+    _AGGREGATE,
+    _MANIFEST,
+    _TREE,
+    _find_item,
+    _key_value_spec,
+    _open_aggregate,
+    _read_tree,
+    _Tree,
+    is_orbax,
+    unusable,
+)
+from m3jax.checkpoints.orbax_writer import write_orbax
+from m3jax.checkpoints.protocol import DTYPES, Checkpoint, FileFingerprint, TensorInfo, as_bytes, natural_key
+from m3jax.checkpoints.storage import unreadable
+from m3jax.errors import M3Error
+
+__all__ = ["OrbaxCheckpoint", "is_orbax", "open_orbax", "write_orbax"]
+
+_CACHE = 64 << 20  # bytes of decoded chunks kept beside those of the array with the largest
+_PIECE = 16 << 20  # bytes asked for at a time
+_IN_FLIGHT = 4  # pieces asked for before the first has come
+_HEAD = 1024  # bytes of a file that its fingerprint looks at
+
+_DTYPE_NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
+
+Box: TypeAlias = tuple[slice, ...]
+
+
+def _open_store(item: Path, tree: _Tree, name: str, context: Any) -> Any:
+    """A future of TensorStore's handle of an array."""
+    import tensorstore as ts
+
+    spec = {
+        "driver": tree.stored[name],
+        "kvstore": _key_value_spec(item, name),
+        "fill_missing_data_reads": not tree.complete,
+        "recheck_cached_data": False,
+        "recheck_cached_metadata": False,
+    }
+    return ts.open(spec, open=True, read=True, context=context)
+
+
+def _band(shape: Sequence[int], chunk: Sequence[int]) -> int:
+    """Entries of the chunks that are in use at a time when an array is read from its first entry to its last."""
+    first = next((axis for axis, size in enumerate(chunk) if size > 1), len(chunk))
+    return prod(chunk[: first + 1]) * prod(shape[first + 1 :])
+
+
+def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
+    """The few boxes that hold a range of an array's entries in row-major order, in that order.
+
+    Args:
+        shape: Of the array, which has entries.
+        start: First entry of the range.
+        stop: The one after its last.
+
+    Yields:
+        A slice for every axis; a box's entries follow each other in the array.
+
+    Example:
+        >>> [[(s.start, s.stop) for s in box] for box in boxes((3, 4), 2, 9)]
+        [[(0, 1), (2, 4)], [(1, 2), (0, 4)], [(2, 3), (0, 1)]]
+    """
+    if start >= stop:
+        return
+    if not shape:
+        yield ()
+        return
+    row = prod(shape[1:])
+    while start < stop:
+        index, inside = divmod(start, row)
+        whole = 0 if inside else (stop - start) // row
+        if whole:
+            yield (slice(index, index + whole), *(slice(0, size) for size in shape[1:]))
+            start += whole * row
+        else:
+            end = min(stop, (index + 1) * row)
+            for box in boxes(shape[1:], inside, end - index * row):
+                yield (slice(index, index + 1), *box)
+            start = end
+
+
+class OrbaxCheckpoint:
+    """The arrays of one item of Orbax; made by `open_orbax`.
+
+    Memory holds the decoded chunks in use, however small the pieces that are read: 64 MiB, or what the array with the
+    largest chunks needs. By default, Orbax makes a chunk as large as a device's shard of an array.
+
+    Attributes:
+        location: The path that was opened.
+        tensors: Every array by its path joined with ".", in natural order.
+        metadata: The texts of the tree's custom metadata.
+    """
+
+    def __init__(self, location: str, item: Path) -> None:
+        """Opens every array, to learn its shape; reads no values.
+
+        Args:
+            location: What the checkpoint is called.
+            item: The directory of the arrays.
+
+        Raises:
+            M3Error: An array is missing, damaged, or of a dtype that cannot be read here.
+        """
+        import tensorstore as ts
+
+        self.location = location
+        self._item = item
+        self._tree = _read_tree(item)
+        self._aggregate = _open_aggregate(item) if self._tree.packed else None
+        tensors, cache = self._describe()
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
+            {name: tensors[name] for name in sorted(tensors, key=natural_key)}
+        )
+        self.metadata: Mapping[str, str] = MappingProxyType(self._tree.metadata)
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
+        self._stores: dict[str, Any] = {}
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def _describe(self) -> tuple[dict[str, TensorInfo], int]:
+        """Every array's description, and how many bytes of decoded chunks to keep."""
+        import tensorstore as ts
+
+        packed = self._aggregate.tensors if self._aggregate else {}
+        missing = [name for name, is_array in self._tree.packed.items() if is_array and name not in packed]
+        if missing:
+            raise damaged(f"array {missing[0]!r} is not in {self._item / _AGGREGATE}, where {_TREE} places it")
+        tensors = {name: packed[name] for name in self._tree.packed if name in packed}
+        context = ts.Context()
+        opening = {name: _open_store(self._item, self._tree, name, context) for name in self._tree.stored}
+        largest = 0
+        for name, future in opening.items():
+            try:
+                store = future.result()
+            except Exception as error:  # of many types
+                raise unusable(f"array {name!r}", self._item, error) from error
+            dtype = store.dtype.name
+            if dtype not in _DTYPE_NAMES:
+                raise M3Error(f"array {name!r} in {self._item} has the dtype {brief(dtype)}: convert it first.")
+            tensors[name] = TensorInfo(name, tuple(store.shape), _DTYPE_NAMES[dtype])
+            band = _band(store.shape, store.chunk_layout.read_chunk.shape or ())
+            largest = max(largest, band * DTYPES[tensors[name].dtype].itemsize)
+        return tensors, largest + _CACHE
+
+    def read_into(self, name: str, start: int, out: memoryview | npt.NDArray[np.uint8]) -> None:
+        """Fills `out` with the tensor's little-endian bytes from `start` on; see `Checkpoint.read_into`."""
+        if name not in self.tensors:
+            raise M3Error(f"{self.location} has no tensor {name!r}: check the name.")
+        info = self.tensors[name]
+        size = out.nbytes
+        if start < 0 or start + size > info.nbytes:
+            raise ValueError(f"bytes {start} to {start + size} are not all inside {info}")
+        with self._lock:
+            if self._closed:
+                raise ValueError(f"{self.location} is closed")
+        if not size:
+            return
+        if self._aggregate is not None and name not in self._tree.stored:
+            self._aggregate.read_into(name, start, out)
+            return
+        view = (out.data if isinstance(out, np.ndarray) else out).cast("B")
+        width = DTYPES[info.dtype].itemsize
+        first = start // width
+        at = first * width - start  # where the next entry's bytes go: before `out` if the range splits an entry
+        try:
+            for raw in self._pieces(info, first, -(-(start + size) // width)):
+                wanted = raw[max(0, -at) : size - at]
+                view[max(0, at) : max(0, at) + len(wanted)] = wanted
+                at += len(raw)
+        except Exception as error:  # of many types
+            raise unusable(f"array {name!r}", self._item, error) from error
+
+    def _pieces(self, info: TensorInfo, start: int, stop: int) -> Iterator[memoryview]:
+        """The bytes of a range of an array's entries, in order."""
+        store = self._store(info.name)
+        step = max(1, _PIECE // DTYPES[info.dtype].itemsize)
+        reading: deque[Any] = deque()
+        for begin in range(start, stop, step):
+            for box in boxes(info.shape, begin, min(begin + step, stop)):
+                reading.append(store[box].read(order="C"))
+                if len(reading) > _IN_FLIGHT:
+                    yield as_bytes(reading.popleft().result())
+        for future in reading:
+            yield as_bytes(future.result())
+
+    def _store(self, name: str) -> Any:
+        """The open handle of an array."""
+        with self._lock:
+            if name not in self._stores:
+                self._stores[name] = _open_store(self._item, self._tree, name, self._context).result()
+            return self._stores[name]
+
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the weights."""
+        tops = {_TREE, _MANIFEST, _AGGREGATE, "d"}  # the last and "ocdbt…" hold the database's data
+        if not (self._item / _MANIFEST).is_file():
+            tops |= {name.split("/")[0] for name in self._tree.stored}
+        found = (
+            path
+            for top in self._item.glob("*")
+            if top.name in tops or top.name.startswith("ocdbt")
+            for path in (top.rglob("*") if top.is_dir() else [top])
+        )
+        return tuple(sorted(path for path in found if path.is_file()))
+
+    def fingerprint(self) -> dict[str, FileFingerprint]:
+        """What the files look like now, by name under the item's directory; a file's first KB counts as its header."""
+        fingerprints: dict[str, FileFingerprint] = {}
+        for path in self.files():
+            try:
+                with open(path, "rb") as file:
+                    status = os.fstat(file.fileno())
+                    head = blake3(file.read(_HEAD)).hexdigest()
+            except OSError as error:
+                raise unreadable(path, error) from error
+            name = path.relative_to(self._item).as_posix()
+            fingerprints[name] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "header_blake3": head}
+        if not fingerprints:
+            raise M3Error(f"{self._item} has gone since it was opened: start again.")
+        return fingerprints
+
+    def close(self) -> None:
+        """Releases the open arrays; reading afterwards is an error."""
+        with self._lock:
+            self._closed = True
+            self._stores.clear()
+        if self._aggregate is not None:
+            self._aggregate.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_orbax(path: Path) -> Checkpoint:
+    """Opens the arrays of an Orbax checkpoint; reads their descriptions only.
+
+    Names are the keys of the tree joined with ".". Numbers that were saved are arrays without dimensions, a PRNG key
+    is its raw `uint32`; texts, `None` and empty containers are left out.
+
+    Args:
+        path: A directory that `StandardCheckpointer`, `PyTreeCheckpointer`, `orbax.checkpoint.v1` or the Orbax
+            backend of `flax.training.checkpoints` wrote; or a step of a `CheckpointManager`, or the directory of
+            its steps, if only one tree of arrays is inside.
+
+    Returns:
+        The checkpoint; use it as a context manager.
+
+    Raises:
+        M3Error: There is no such checkpoint, several are there, or it is damaged or not finished.
+    """
+    return OrbaxCheckpoint(str(path), _find_item(path))

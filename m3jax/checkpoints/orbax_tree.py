@@ -1,0 +1,193 @@
+"""Where an Orbax checkpoint's arrays are, and which there are.
+
+What Orbax calls an item is a set of zarr arrays, one for each leaf, under the leaf's path of keys joined with ".", in
+an OCDBT database or in one directory each. `_METADATA` lists the leaves; early versions kept the tree, and leaves they
+thought small, in a msgpack file `checkpoint`. Orbax's own interface describes neither those early files nor leaves
+inside msgpack, and it imports JAX, so the files are read here.
+"""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from m3jax.checkpoints.headers import parse_json, read_file
+from m3jax.checkpoints.protocol import Checkpoint, natural_key
+from m3jax.checkpoints.storage import unreadable
+from m3jax.errors import M3Error
+
+_TREE, _MANIFEST, _AGGREGATE = "_METADATA", "manifest.ocdbt", "checkpoint"
+_STEP, _COMMITTED = "_CHECKPOINT_METADATA", "commit_success.txt"
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_PLACEHOLDER = "PLACEHOLDER://"  # stands in the msgpack file for an array that is stored by itself
+_NO_ARRAYS = ("None", "Dict", "List", "NamedTuple", "Tuple", "string")
+
+
+# --- Finding the arrays ----------------------------------------------------------------------------------
+
+
+def is_orbax(path: Path) -> bool:
+    """Whether a directory looks like Orbax's: an item, a step of items, several steps, or one that was not finished.
+
+    Args:
+        path: Any path.
+    """
+    if not path.is_dir():
+        return False
+    below = (_holds_items(child) or _unfinished(child) for child in _children(path))
+    return (path / _STEP).is_file() or _unfinished(path) or _is_item(path) or any(below)
+
+
+def _children(directory: Path) -> list[Path]:
+    """The directories in a directory, in natural order."""
+    try:
+        return sorted((path for path in directory.iterdir() if path.is_dir()), key=lambda path: natural_key(path.name))
+    except OSError as error:
+        raise unreadable(directory, error) from error
+
+
+def _is_item(directory: Path) -> bool:
+    if any((directory / name).is_file() for name in (_TREE, _MANIFEST, _AGGREGATE)):
+        return True
+    return any((child / name).is_file() for child in _children(directory) for name in (".zarray", "zarr.json"))
+
+
+def _holds_items(directory: Path) -> bool:
+    return _is_item(directory) or any(map(_is_item, _children(directory)))
+
+
+def _unfinished(directory: Path) -> bool:
+    """Whether the save that made a directory was interrupted."""
+    if _TEMPORARY in directory.name or _TEMPORARY in directory.parent.name:
+        return True
+    if any(directory.glob("ocdbt.process_*")) and not (directory / _MANIFEST).exists():
+        return True
+    if not (directory / _STEP).is_file() or (directory / _COMMITTED).exists():
+        return False
+    try:
+        told = json.loads(read_file(directory / _STEP))  # its metrics may be NaN
+    except ValueError:
+        return True
+    return bool(told.get("init_timestamp_nsecs")) and told.get("commit_timestamp_nsecs") is None
+
+
+def _find_item(path: Path) -> Path:
+    """The directory of arrays that a path means: itself, or the only one below it."""
+    if not path.is_dir():
+        raise M3Error(f"{path} is no directory of an Orbax checkpoint: check the path.")
+    if _unfinished(path.absolute()):
+        raise M3Error(f"{path} was not saved to its end: take another step, or save it again.")
+    if _is_item(path):
+        return path
+    below = _children(path)
+    found = [child for child in below if _TEMPORARY not in child.name and _holds_items(child)]
+    if not found and any(map(_unfinished, below)):
+        raise M3Error(f"{path} holds only saves that did not come to their end: take another, or save again.")
+    if not found:
+        raise M3Error(f"{path} holds no arrays of Orbax ({_TREE}, {_MANIFEST}, zarr): give the directory that does.")
+    return _find_item(found[0] if len(found) == 1 else _choose(path, found))
+
+
+def _choose(path: Path, found: Sequence[Path]) -> Path:
+    """The one of several directories that is meant, where that is plain."""
+    names = ", ".join(child.name for child in found[-5:])
+    steps = [child for child in found if re.fullmatch("(.*_)?[0-9]+", child.name)]
+    if len(steps) == len(found):
+        mend = f"give the path of one, such as {steps[-1]}"
+        raise M3Error(f"{path} holds {len(steps)} steps, of which the last are {names}: {mend}.")
+    with_arrays = [child for child in found if _is_item(child) and any(_read_tree(child)[:2])]
+    if len(with_arrays) != 1:
+        raise M3Error(f"{path} holds several trees ({names}): give the path of one, such as {found[0]}.")
+    return with_arrays[0]
+
+
+# --- Which arrays there are ------------------------------------------------------------------------------
+
+
+class _Tree(NamedTuple):
+    """What an item says of itself.
+
+    Attributes:
+        stored: The driver of each array that is stored by itself, by name.
+        packed: Names of leaves in the msgpack file, and whether each must be an array; numbers may not be.
+        complete: Whether every chunk is stored; else those of zeros may be absent.
+        metadata: Texts that were saved with the tree.
+    """
+
+    stored: dict[str, str]
+    packed: dict[str, bool]
+    complete: bool
+    metadata: dict[str, str]
+
+
+def _read_tree(item: Path) -> _Tree:
+    if (item / _TREE).is_file():
+        return _listed(item / _TREE)
+    if (item / _AGGREGATE).is_file():
+        with _open_aggregate(item) as aggregate:
+            texts = aggregate.metadata.values()
+            stored = [text.removeprefix(_PLACEHOLDER) for text in texts if text.startswith(_PLACEHOLDER)]
+            return _Tree(dict.fromkeys(stored, "zarr"), dict.fromkeys(aggregate.tensors, True), False, {})
+    drivers = {".zarray": "zarr", "zarr.json": "zarr3"}
+    keys = (os.path.split(key) for key in _stored_keys(item))
+    return _Tree({name: drivers[last] for name, last in keys if last in drivers}, {}, False, {})
+
+
+def _listed(file: Path) -> _Tree:
+    """The tree that `_METADATA` describes."""
+    told = parse_json(read_file(file), str(file))
+    try:
+        driver = "zarr3" if told.get("use_zarr3") else "zarr"
+        stored: dict[str, str] = {}
+        packed: dict[str, bool] = {}
+        for entry in told["tree_metadata"].values():
+            name = ".".join(key["key"] for key in entry["key_metadata"])
+            value = entry["value_metadata"]
+            if value["value_type"] in _NO_ARRAYS:
+                continue
+            if name in stored or name in packed:
+                raise M3Error(f'{file} has two leaves of the name {name!r}, keys joined with ".": rename one.')
+            if not value["skip_deserialize"]:
+                stored[name] = driver
+            else:
+                packed[name] = value["value_type"] != "scalar"
+        custom = (told.get("custom_metadata") or {}).items()
+    except (KeyError, TypeError, AttributeError) as error:
+        raise M3Error(f"{file} is damaged or of a version of Orbax that is not known here: update m3jax.") from error
+    metadata = {key: text for key, text in custom if isinstance(text, str)}
+    return _Tree(stored, packed, bool(told.get("store_array_data_equal_to_fill_value")), metadata)
+
+
+def _open_aggregate(item: Path) -> Checkpoint:
+    from m3jax.checkpoints.msgpack import open_msgpack
+
+    return open_msgpack(item / _AGGREGATE)
+
+
+def _key_value_spec(item: Path, name: str = "") -> dict[str, Any]:
+    """Where TensorStore finds an array, or all of them."""
+    if ".." in name.split("/"):
+        raise M3Error(f"{item} places array {name!r} outside of the checkpoint: do not trust it.")
+    files = {"driver": "file", "path": f"{item.absolute()}/"}
+    below = f"{name}/" if name else ""
+    if (item / _MANIFEST).is_file():
+        return {"driver": "ocdbt", "base": files, "path": below}
+    return {"driver": "file", "path": files["path"] + below}
+
+
+def _stored_keys(item: Path) -> list[str]:
+    """The names of all that is stored."""
+    import tensorstore as ts
+
+    try:
+        return [key.decode() for key in ts.KvStore.open(_key_value_spec(item)).result().list().result()]
+    except Exception as error:  # of many types
+        raise unusable("the list of arrays", item, error) from error
+
+
+def unusable(what: str, item: Path, error: Exception) -> M3Error:
+    """The sentence for something that TensorStore does not give us."""
+    reason = str(error).partition(":")[0]  # the rest repeats paths and source lines
+    return M3Error(f"{what} in {item} is damaged or missing ({reason}): get the checkpoint again from its source.")

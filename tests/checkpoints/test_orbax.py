@@ -1,0 +1,611 @@
+import json
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tensorstore as ts
+from flax import nnx
+from flax.training import checkpoints as flax_checkpoints
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from m3jax.checkpoints import DTYPES, ShardWriter, TensorInfo, open_orbax, open_safetensors, write_orbax
+from m3jax.checkpoints.orbax import boxes
+from m3jax.checkpoints.orbax_writer import _chunk_shape
+from m3jax.errors import M3Error
+
+FIXTURES = Path(__file__).parent / "fixtures" / "orbax"
+TREE = {
+    "dense": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.ones(3, ml_dtypes.bfloat16)},
+    "layers": [np.float16([-0.0, np.nan]), (np.int32([[1, 2]]), np.bool_([True, False]))],
+    "step": 7,
+    "none": None,
+    "empty": {},
+}
+NAMES = ["dense.bias", "dense.kernel", "layers.0", "layers.1.0", "layers.1.1", "step"]
+
+
+def standard(path: Path, tree) -> None:
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, tree)
+
+
+def by_handler(path: Path, tree, **options) -> None:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options)) as checkpointer:
+        checkpointer.save(path, tree)
+
+
+def managed(path: Path, *steps: int, **items) -> None:
+    with ocp.CheckpointManager(path) as manager:
+        for step in steps:
+            manager.save(step, args=ocp.args.Composite(**items) if items else ocp.args.StandardSave(TREE))
+        manager.wait_until_finished()
+
+
+def by_version_1(path: Path, tree) -> None:
+    v1 = pytest.importorskip("orbax.checkpoint.experimental.v1")
+    getattr(v1, "save", v1.save_pytree)(path, tree)
+
+
+def by_flax(path: Path, tree) -> None:
+    flax_checkpoints.save_checkpoint(path, tree, step=3, orbax_checkpointer=ocp.PyTreeCheckpointer())
+
+
+WRITERS = {
+    "standard": standard,
+    "zarr": partial(by_handler, use_ocdbt=False),
+    "zarr3": partial(by_handler, use_ocdbt=False, use_zarr3=True),
+    "ocdbt-zarr3": partial(by_handler, use_zarr3=True),
+    "manager": lambda path, tree: managed(path, 10, default=ocp.args.StandardSave(tree)),
+    "manager-item": lambda path, tree: managed(
+        path, 10, state=ocp.args.PyTreeSave(tree), told=ocp.args.JsonSave({"a": 1})
+    ),
+    "v1": by_version_1,
+    "flax": by_flax,
+}
+
+
+def read(checkpoint, name: str) -> np.ndarray:
+    info = checkpoint.tensors[name]
+    out = np.empty(info.nbytes, np.uint8)
+    checkpoint.read_into(name, 0, out)
+    return out.view(DTYPES[info.dtype]).reshape(info.shape)
+
+
+def flat(tree) -> dict[str, np.ndarray]:
+    paths = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): np.asarray(x) for path, x in paths}
+
+
+def assert_holds(path: Path, tree) -> None:
+    expected = flat(tree)
+    with open_orbax(path) as checkpoint:
+        assert checkpoint.tensors.keys() == expected.keys()
+        for name, array in expected.items():
+            found = read(checkpoint, name)
+            assert (found.dtype, found.shape) == (array.dtype, array.shape), name
+            assert found.tobytes() == array.tobytes(), name
+
+
+def refused(path: Path, *words: str) -> None:
+    with pytest.raises(M3Error) as caught:
+        open_orbax(path)
+    sentence = str(caught.value)
+    assert all(word in sentence for word in words), sentence
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+
+
+@pytest.fixture
+def saved(tmp_path):
+    standard(tmp_path / "saved", TREE)
+    return tmp_path / "saved"
+
+
+# --- What Orbax writes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_layout(tmp_path, writer) -> None:
+    WRITERS[writer](tmp_path / "saved", TREE)
+    assert_holds(tmp_path / "saved", TREE)
+
+
+@pytest.mark.parametrize("version", ["0.2.3/stored", "0.2.3/mixed", "0.4.4/stored", "0.4.4/mixed", "0.6.4/stored"])
+def test_earlier_versions(version) -> None:
+    half, seven = np.float16([0.5, 0.5]), np.int64(7)
+    dense = {
+        "kernel": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "bias": np.array([-0.0, 1.5, np.nan], ml_dtypes.bfloat16),
+    }
+    tree = {"dense": dense, "layers": [np.arange(4, dtype=np.int32), half], "step": seven}
+    assert_holds(FIXTURES / version, tree)
+
+
+def test_arrays_without_any_tree(tmp_path) -> None:
+    shutil.copytree(FIXTURES / "0.2.3" / "stored", tmp_path / "saved")
+    (tmp_path / "saved" / "checkpoint").unlink()
+    with open_orbax(tmp_path / "saved") as checkpoint:
+        assert list(checkpoint.tensors) == ["dense.bias", "dense.kernel", "layers.0", "layers.1", "step"]
+
+
+def test_sharded_arrays_and_keys(tmp_path) -> None:
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+    w = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
+    place = NamedSharding(mesh, PartitionSpec("x", "y"))
+    standard(tmp_path / "saved", {"w": jax.device_put(w, place), "key": jax.random.key(3)})
+    assert_holds(tmp_path / "saved", {"w": w, "key": np.uint32([0, 3])})
+
+
+def test_names_of_nnx_are_the_trees(tmp_path) -> None:
+    state = nnx.state(nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+    standard(tmp_path / "saved", state)
+    with open_orbax(tmp_path / "saved") as checkpoint:
+        tree = ocp.StandardCheckpointer().metadata(tmp_path / "saved").item_metadata.tree
+        assert set(checkpoint.tensors) == set(flat(jax.tree.map(lambda leaf: np.zeros(leaf.shape), tree)))
+
+
+def test_texts_are_left_out(tmp_path) -> None:
+    by_handler(tmp_path / "saved", {"w": np.ones(2, np.float32), "told": "text"})
+    assert_holds(tmp_path / "saved", {"w": np.ones(2, np.float32)})
+
+
+def test_opening_imports_neither_jax_nor_orbax(saved) -> None:
+    code = (
+        "import sys, pathlib; from m3jax.checkpoints import open_orbax\n"
+        f"c = open_orbax(pathlib.Path({str(saved)!r})); out = bytearray(4)\n"
+        "c.read_into('dense.kernel', 4, memoryview(out))\n"
+        "assert out == b'\\0\\0\\x80\\x3f'; print(sorted({'jax', 'orbax.checkpoint', 'flax'} & sys.modules.keys()))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert told.stdout == "[]\n", told.stderr
+
+
+# --- Byte ranges -----------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(1, 5), max_size=4), st.data())
+def test_boxes_follow_each_other_and_are_few(shape, data) -> None:
+    array = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    start = data.draw(st.integers(0, array.size))
+    stop = data.draw(st.integers(start, array.size))
+    found = list(boxes(tuple(shape), start, stop))
+    assert [e for box in found for e in array[box].reshape(-1)] == list(range(start, stop))
+    assert len(found) <= max(1, 2 * len(shape) - 1)
+
+
+@pytest.fixture(scope="module")
+def chunked(tmp_path_factory):
+    """An array of 5 × 6 × 7 in chunks of 2 × 3 × 4, and what it holds."""
+    path = tmp_path_factory.mktemp("orbax") / "saved"
+    values = np.random.default_rng(0).integers(0, 1 << 16, (5, 6, 7), np.uint16)
+    standard(path, {"w": values, "s": np.float32(1.5)})
+    shutil.rmtree(path)
+    by_handler(path, {"w": values, "s": np.float32(1.5)}, use_ocdbt=False)
+    shutil.rmtree(path / "w")
+    spec = {"driver": "zarr", "kvstore": f"file://{path}/w/", "metadata": {"chunks": [2, 3, 4], "order": "F"}}
+    spec["store_data_equal_to_fill_value"] = True
+    ts.open(spec, create=True, dtype=ts.uint16, shape=values.shape).result().write(values).result()
+    with open_orbax(path) as checkpoint:
+        yield checkpoint, values
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@given(data=st.data())
+def test_any_range_of_bytes(chunked, data) -> None:
+    checkpoint, values = chunked
+    start = data.draw(st.integers(0, values.nbytes))
+    stop = data.draw(st.integers(start, values.nbytes))
+    out = np.full(stop - start, 99, np.uint8)
+    checkpoint.read_into("w", start, out if data.draw(st.booleans()) else out.data)
+    assert out.tobytes() == values.tobytes()[start:stop]
+
+
+def test_several_threads(chunked) -> None:
+    checkpoint, values = chunked
+
+    def fetch(start: int) -> bytes:
+        out = bytearray(10)
+        checkpoint.read_into("w", start, memoryview(out))
+        return bytes(out)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(fetch, range(400))) == [values.tobytes()[start : start + 10] for start in range(400)]
+
+
+@pytest.mark.parametrize(("start", "size"), [(-1, 1), (419, 2), (421, 0)])
+def test_ranges_outside(chunked, start, size) -> None:
+    with pytest.raises(ValueError, match="are not all inside"):
+        chunked[0].read_into("w", start, np.empty(size, np.uint8))
+
+
+@pytest.mark.parametrize("chunk", [[64, 4096], [16, 1024], [1, 4096], [64, 64]])
+def test_a_chunk_is_decoded_once(tmp_path, monkeypatch, chunk) -> None:
+    monkeypatch.setattr("m3jax.checkpoints.orbax._CACHE", 1 << 16)
+    values = np.random.default_rng(0).standard_normal((64, 4096)).astype(np.float32)
+    by_handler(tmp_path / "saved", {"w": np.zeros(1)}, use_ocdbt=False)
+    shutil.rmtree(tmp_path / "saved" / "w")
+    spec = {"driver": "zarr", "kvstore": f"file://{tmp_path}/saved/w/", "metadata": {"chunks": chunk}}
+    ts.open(spec, create=True, dtype=ts.float32, shape=values.shape).result().write(values).result()
+    with open_orbax(tmp_path / "saved") as checkpoint:
+        before = bytes_read_by_tensorstore()
+        out = np.empty(1 << 14, np.uint8)
+        for start in range(0, values.nbytes, out.size):
+            checkpoint.read_into("w", start, out)
+            assert out.tobytes() == values.tobytes()[start : start + out.size]
+        assert bytes_read_by_tensorstore() - before < 1.1 * values.nbytes
+
+
+def test_a_long_range_comes_in_pieces(chunked, monkeypatch) -> None:
+    checkpoint, values = chunked
+    monkeypatch.setattr("m3jax.checkpoints.orbax._PIECE", 22)
+    assert read(checkpoint, "w").tobytes() == values.tobytes()
+    sizes = [len(raw) for raw in checkpoint._pieces(checkpoint.tensors["w"], 1, 30)]
+    assert max(sizes) <= 22
+    assert sum(sizes) == 58
+
+
+def bytes_read_by_tensorstore() -> int:
+    (metric,) = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return sum(value["value"] for value in metric["values"])
+
+
+def test_closed(saved) -> None:
+    checkpoint = open_orbax(saved)
+    checkpoint.close()
+    with pytest.raises(ValueError, match="is closed"):
+        checkpoint.read_into("step", 0, np.empty(8, np.uint8))
+
+
+def test_an_absent_tensor(saved) -> None:
+    with open_orbax(saved) as checkpoint, pytest.raises(M3Error, match="has no tensor 'w'"):
+        checkpoint.read_into("w", 0, np.empty(1, np.uint8))
+
+
+# --- Which files -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("writer", ["standard", "zarr"])
+def test_files_of_others_are_no_weights(tmp_path, writer) -> None:
+    WRITERS[writer](tmp_path / "saved", TREE)
+    with open_orbax(tmp_path / "saved") as checkpoint:
+        files = checkpoint.files()
+        (tmp_path / "saved" / "config.json").write_text("{}")
+        (tmp_path / "saved" / "cache").mkdir()
+        (tmp_path / "saved" / "cache" / "file").touch()
+        assert checkpoint.files() == files
+        told = {path.relative_to(tmp_path / "saved").parts[0] for path in files}
+        assert told >= ({"_METADATA", *NAMES} if writer == "zarr" else {"_METADATA", "manifest.ocdbt", "d"})
+
+
+def test_a_fingerprint_tells_of_any_change(saved) -> None:
+    with open_orbax(saved) as checkpoint:
+        before = checkpoint.fingerprint()
+        assert before == checkpoint.fingerprint()
+        assert {saved / name for name in before} == set(checkpoint.files())
+        assert {"_METADATA", "manifest.ocdbt"} < before.keys()
+        assert not {"_sharding", "commit_success.txt", "_CHECKPOINT_METADATA"} & before.keys()
+        (saved / "manifest.ocdbt").touch()
+        assert checkpoint.fingerprint() != before
+        shutil.rmtree(saved)
+        with pytest.raises(M3Error, match="has gone"):
+            checkpoint.fingerprint()
+
+
+# --- What is refused -------------------------------------------------------------------------------------
+
+
+def test_no_directory(tmp_path) -> None:
+    refused(tmp_path / "absent", "is no directory of an Orbax checkpoint")
+    refused(tmp_path, "holds no arrays of Orbax")
+
+
+def test_several_steps(tmp_path) -> None:
+    managed(tmp_path / "run", 1, 2, 30)
+    refused(tmp_path / "run", "holds 3 steps", "1, 2, 30", f"such as {tmp_path / 'run' / '30'}")
+    assert_holds(tmp_path / "run" / "30", TREE)
+    assert_holds(tmp_path / "run" / "30" / "default", TREE)
+
+
+def test_several_trees(tmp_path) -> None:
+    tree = {"w": np.ones(2, np.float32)}
+    managed(tmp_path / "run", 1, a=ocp.args.StandardSave(tree), b=ocp.args.StandardSave(tree))
+    refused(tmp_path / "run", "holds several trees (a, b)", f"such as {tmp_path / 'run' / '1' / 'a'}")
+    assert_holds(tmp_path / "run" / "1" / "b", tree)
+
+
+def test_the_one_tree_that_has_arrays(tmp_path) -> None:
+    tree = {"w": np.ones(2, np.float32)}
+    managed(tmp_path / "run", 1, a=ocp.args.PyTreeSave({"told": None}), b=ocp.args.StandardSave(tree))
+    assert_holds(tmp_path / "run", tree)
+
+
+def test_an_unfinished_save(saved, tmp_path) -> None:
+    temporary = tmp_path / "run" / "5.orbax-checkpoint-tmp-1"
+    shutil.copytree(saved, temporary)
+    shutil.copytree(saved, temporary / "default")
+    refused(temporary, "was not saved to its end")
+    refused(temporary / "default", "was not saved to its end")
+    refused(tmp_path / "run", "did not come to their end")
+    shutil.copytree(saved, tmp_path / "run" / "4")
+    assert_holds(tmp_path / "run", TREE)
+
+
+def test_a_save_without_its_commit(saved) -> None:
+    (saved / "commit_success.txt").unlink(missing_ok=True)
+    step = saved / "_CHECKPOINT_METADATA"
+    assert_holds(saved, TREE)
+    step.write_text(json.dumps(json.loads(step.read_text()) | {"commit_timestamp_nsecs": None}))
+    refused(saved, "was not saved to its end")
+
+
+def test_metrics_may_be_nan(saved) -> None:
+    (saved / "commit_success.txt").unlink(missing_ok=True)
+    step = saved / "_CHECKPOINT_METADATA"
+    step.write_text(json.dumps(json.loads(step.read_text()) | {"metrics": {"loss": float("nan")}}))
+    assert_holds(saved, TREE)
+    step.write_text("")
+    refused(saved, "was not saved to its end")
+
+
+def test_processes_that_were_not_joined(saved) -> None:
+    (saved / "manifest.ocdbt").unlink()
+    refused(saved, "was not saved to its end")
+
+
+def test_an_array_that_is_missing(tmp_path) -> None:
+    by_handler(tmp_path / "saved", TREE, use_ocdbt=False)
+    shutil.rmtree(tmp_path / "saved" / "dense.bias")
+    refused(tmp_path / "saved", "array 'dense.bias'", "is damaged or missing (NOT_FOUND)", "get the checkpoint again")
+
+
+def test_a_packed_array_that_is_missing(tmp_path) -> None:
+    shutil.copytree(FIXTURES / "0.4.4" / "mixed", tmp_path / "saved")
+    (tmp_path / "saved" / "checkpoint").write_bytes(b"\x80")
+    refused(tmp_path / "saved", "is not in", "where _METADATA places it")
+
+
+@pytest.mark.parametrize("damage", ["cut", "remove"])
+def test_a_chunk_that_is_damaged_or_missing(tmp_path, damage) -> None:
+    by_handler(tmp_path / "saved", TREE, use_ocdbt=False)
+    chunk = tmp_path / "saved" / "dense.kernel" / "0.0"
+    chunk.write_bytes(chunk.read_bytes()[:9]) if damage == "cut" else chunk.unlink()
+    with open_orbax(tmp_path / "saved") as checkpoint:
+        with pytest.raises(M3Error, match=r"array 'dense.kernel' in .* is damaged or missing"):
+            read(checkpoint, "dense.kernel")
+        assert read(checkpoint, "step") == 7
+
+
+@pytest.mark.parametrize("file", ["manifest.ocdbt", "d"])
+def test_a_damaged_database(saved, file) -> None:
+    for path in [saved / file] if file != "d" else [p for p in saved.rglob("*") if p.parent.name == "d"]:
+        path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(M3Error, match="is damaged or missing"), open_orbax(saved) as checkpoint:
+        read(checkpoint, "dense.kernel")
+
+
+def test_a_damaged_database_without_a_list(saved) -> None:
+    (saved / "_METADATA").unlink()
+    with open_orbax(saved) as checkpoint:
+        assert list(checkpoint.tensors) == NAMES
+    (saved / "manifest.ocdbt").write_bytes(b"no")
+    refused(saved, "the list of arrays in", "is damaged or missing")
+
+
+@pytest.mark.parametrize(
+    "told", [{}, {"tree_metadata": 1}, {"tree_metadata": {"a": 1}}, {"tree_metadata": {"a": {"key_metadata": [1]}}}]
+)
+def test_another_version(saved, told) -> None:
+    (saved / "_METADATA").write_text(json.dumps(told))
+    refused(saved, "_METADATA", "a version of Orbax that is not known here")
+
+
+def test_a_damaged_list(saved) -> None:
+    (saved / "_METADATA").write_text('{"tree_metadata": ')
+    refused(saved, "_METADATA", "is not valid JSON")
+
+
+def test_an_array_outside(tmp_path) -> None:
+    by_handler(tmp_path / "saved", {"w": np.ones(2)}, use_ocdbt=False)
+    text = (tmp_path / "saved" / "_METADATA").read_text()
+    (tmp_path / "saved" / "_METADATA").write_text(text.replace('"key": "w"', '"key": "../saved/w"'))
+    refused(tmp_path / "saved", "'../saved/w' outside of the checkpoint", "do not trust it")
+
+
+def test_two_leaves_of_one_name(saved) -> None:
+    told = json.loads((saved / "_METADATA").read_text())
+    entries = told["tree_metadata"]
+    again = {**entries["('dense', 'bias')"], "key_metadata": [{"key": "dense.bias", "key_type": 2}]}
+    entries["('dense.bias',)"] = again
+    (saved / "_METADATA").write_text(json.dumps(told))
+    refused(saved, "two leaves of the name 'dense.bias'", "rename one")
+
+
+def test_entries_of_less_than_a_byte(tmp_path) -> None:
+    standard(tmp_path / "saved", {"w": jnp.ones(4, jnp.int4)})
+    refused(tmp_path / "saved", "array 'w'", "dtype 'int4'")
+
+
+# --- Writing ---------------------------------------------------------------------------------------------
+
+
+def source_of(directory: Path, arrays: dict[str, np.ndarray], **metadata: str) -> Path:
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    infos = [TensorInfo(name, array.shape, names[array.dtype]) for name, array in arrays.items()]
+    directory.mkdir(exist_ok=True)
+    with ShardWriter(directory / "model.safetensors", infos, metadata) as shard:
+        for name, array in arrays.items():
+            shard.write(name, 0, array)
+        shard.finish()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def every_dtype():
+    """Random bits, so that every NaN has to survive."""
+    rng = np.random.default_rng(0)
+    arrays = {"F32.zeros": np.zeros((2, 3), np.float32)}
+    for name, dtype in DTYPES.items():
+        for shape in [(), (0,), (3, 0, 2), (5,), (3, 7)]:
+            raw = rng.integers(0, 2 if name == "BOOL" else 256, (*shape, dtype.itemsize), np.uint8)
+            arrays[f"{name}.x{'x'.join(map(str, shape))}"] = raw.reshape(-1).view(dtype).reshape(shape)
+    return arrays
+
+
+def restore_standard(path: Path):
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path)
+
+
+def restore_pytree(path: Path):
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(path)
+
+
+def restore_version_1(path: Path):
+    v1 = pytest.importorskip("orbax.checkpoint.experimental.v1")
+    return getattr(v1, "load", v1.load_pytree)(path)
+
+
+def restore_here(path: Path):
+    with open_orbax(path) as checkpoint:
+        assert checkpoint.metadata == {"format": "pt"}
+        tree: dict[str, dict[str, np.ndarray]] = {}
+        for name in checkpoint.tensors:
+            above, below = name.split(".")
+            tree.setdefault(above, {})[below] = read(checkpoint, name)
+        return tree
+
+
+@pytest.fixture(scope="module")
+def written(every_dtype, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("orbax")
+    with open_safetensors(source_of(directory / "source", every_dtype, format="pt")) as source:
+        write_orbax(directory / "saved", source)
+    assert sorted(path.name for path in directory.iterdir()) == ["saved", "source"]
+    return directory / "saved"
+
+
+@pytest.mark.parametrize("restore", [restore_here, restore_standard, restore_pytree, restore_version_1])
+def test_every_bit_comes_back(every_dtype, written, restore) -> None:
+    restored = flat(restore(written))
+    assert restored.keys() == every_dtype.keys()
+    for name, array in every_dtype.items():
+        assert (restored[name].dtype, restored[name].shape) == (array.dtype, array.shape), name
+        assert restored[name].tobytes() == array.tobytes(), name
+
+
+def test_restored_into_shardings(tmp_path) -> None:
+    w = np.arange(64, dtype=np.float32).reshape(8, 8)
+    with open_safetensors(source_of(tmp_path / "source", {"a.w": w})) as source:
+        write_orbax(tmp_path / "saved", source)
+    place = NamedSharding(Mesh(np.array(jax.devices()), "x"), PartitionSpec("x"))
+    abstract = {"a": {"w": jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=place)}}
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore(tmp_path / "saved", abstract)["a"]["w"]
+    assert restored.sharding == place
+    np.testing.assert_array_equal(restored, w)
+
+
+def test_tensors_larger_than_a_chunk(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("m3jax.checkpoints.orbax_writer._CHUNK", 64)
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"w{k}": rng.standard_normal(shape).astype(np.float32) for k, shape in enumerate([(50,), (9, 7), (3, 5, 40)])
+    }
+    with open_safetensors(source_of(tmp_path / "source", arrays)) as source:
+        write_orbax(tmp_path / "saved", source)
+    assert_holds(tmp_path / "saved", arrays)
+    for name, array in restore_standard(tmp_path / "saved").items():
+        np.testing.assert_array_equal(array, arrays[name])
+
+
+def test_many_small_tensors_are_committed_together(tmp_path) -> None:
+    arrays = {f"layers.{k}": np.ones(2, np.float32) for k in range(300)}
+    with open_safetensors(source_of(tmp_path / "source", arrays)) as source:
+        write_orbax(tmp_path / "saved", source)
+    assert sum(1 for path in (tmp_path / "saved").rglob("*")) < 100
+
+
+@given(st.lists(st.integers(0, 2**16), max_size=4), st.sampled_from([1, 2, 8]))
+def test_chunks_are_small_and_contiguous(shape, width) -> None:
+    chunk = _chunk_shape(shape, width)
+    assert all(1 <= step <= max(size, 1) for step, size in zip(chunk, shape, strict=True))
+    assert np.prod(chunk, dtype=object) * width <= 1 << 24
+    divided = next((axis for axis, step in enumerate(chunk) if step > 1), len(chunk))
+    assert chunk[divided + 1 :] == [max(size, 1) for size in shape[divided + 1 :]]
+
+
+def test_an_orbax_checkpoint_is_a_source(saved, tmp_path) -> None:
+    with open_orbax(saved) as source:
+        write_orbax(tmp_path / "again", source)
+    assert_holds(tmp_path / "again", dict(flat(TREE)))
+
+
+@pytest.mark.parametrize("names", [("a", "a.b"), ("a.b", "a.b.c.d"), ("a.b-c", "a.b", "a.b.c")])
+def test_a_name_inside_another(tmp_path, names) -> None:
+    arrays = {name: np.ones(1, np.float32) for name in names}
+    with (
+        open_safetensors(source_of(tmp_path / "source", arrays)) as source,
+        pytest.raises(M3Error, match="in a tree a name holds either a tensor or others"),
+    ):
+        write_orbax(tmp_path / "saved", source)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_place_that_is_taken(saved, tmp_path) -> None:
+    with open_orbax(saved) as source:
+        with pytest.raises(M3Error, match="is there already"):
+            write_orbax(saved, source)
+        (tmp_path / "empty").mkdir()
+        write_orbax(tmp_path / "empty", source)
+        with pytest.raises(M3Error, match=r"absent/saved cannot be written: No such file.*; check the place"):
+            write_orbax(tmp_path / "absent" / "saved", source)
+
+
+def test_a_source_that_fails_leaves_nothing(saved, tmp_path) -> None:
+    with open_orbax(saved) as source:
+        source.close()
+        with pytest.raises(ValueError, match="is closed"):
+            write_orbax(tmp_path / "again", source)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path) -> None:
+    layer = np.random.default_rng(0).standard_normal((1024, 4096)).astype(np.float32)
+    code = """
+import pathlib, sys, threading
+from m3jax.checkpoints import open_orbax, open_safetensors, write_orbax
+from m3jax.checkpoints.copying import pieces
+def anonymous():
+    return next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+peak, done = anonymous(), threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.005):
+        peak = max(peak, anonymous())
+watcher = threading.Thread(target=watch); watcher.start()
+place = pathlib.Path(sys.argv[1])
+with open_safetensors(place) as source:
+    write_orbax(place / "orbax", source)
+with open_orbax(place / "orbax") as checkpoint:
+    for name, info in checkpoint.tensors.items():
+        for _ in pieces(checkpoint, name, 0, info.nbytes): pass
+done.set(); watcher.join(); print(peak)
+"""
+    source_of(tmp_path / "source", {f"layers.{k}": layer for k in range(60)})  # 1 GB
+    told = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "source")], capture_output=True, text=True, timeout=300, check=True
+    )
+    assert int(told.stdout) < 600
