@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3jax.checkpoints import ALGORITHM, TensorInfo, digest_checkpoint, digest_file, digest_tensor, open_safetensors
+from m3jax.checkpoints.remote import as_path
 from m3jax.errors import M3Error
 from m3jax.progress import Progress
 from m3jax.recipe import Recipe
@@ -127,7 +128,7 @@ def locate(path: str | os.PathLike[str]) -> Path:
     Raises:
         M3Error: There is none.
     """
-    given = Path(path)
+    given = as_path(path)
     found = given / FILE_NAME if given.is_dir() else given
     if not found.is_file():
         raise M3Error(f"{given}: there is no {FILE_NAME}: give a directory that m3jax merge wrote, or the file itself")

@@ -18,7 +18,7 @@ from m3jax.methods import magnitude, slerp, ties
 from m3jax.methods.types import Scalars, Values
 from m3jax.pipeline import Pipeline
 from m3jax.planning import Plan, TensorPlan, total_entries
-from m3jax.processes import Processes, add_up, gather_rows
+from m3jax.processes import Buffer, Processes, add_up
 
 
 class Stage(NamedTuple):
@@ -275,8 +275,7 @@ class Findings:
             return
         total, experts = self._totals.pop((stage, None), None), self._plan.pipeline.num_experts
         if stage.step == "sample":
-            rows = [np.zeros(0, np.uint32)] * experts if total is None else [np.concatenate(row) for row in total]
-            self._bracket(stage, tensor, list(gather_rows(processes, np.stack(rows))))
+            self._bracket(stage, tensor, total, processes)
             return
         shape = () if stage.kind == "signs" else (experts, magnitude.BINS)
         counted = add_up(processes, np.zeros(shape, np.int64) if total is None else total)
@@ -299,10 +298,21 @@ class Findings:
         else:
             self._narrow(stage, name, tensor, total)
 
-    def _bracket(self, stage: Stage, tensor: TensorPlan, sample: Sequence[np.ndarray]) -> None:
-        """Take from a sample of the model where a ranking looks first."""
-        search = self._search(stage, tensor)
-        self._searches[stage.kind, None] = magnitude.guess(search, self._ranked_entries(None, tensor), sample)
+    def _bracket(
+        self, stage: Stage, tensor: TensorPlan, total: list[list[np.ndarray]] | None, processes: Processes
+    ) -> None:
+        """Take from samples of all processes where a model-wide ranking looks first."""
+        search, size = self._search(stage, tensor), self._ranked_entries(None, tensor)
+        experts = self._plan.pipeline.num_experts
+
+        def guess(given: Sequence[Buffer]) -> Buffer:
+            samples = [np.frombuffer(rows, np.dtype("<u4")).reshape(experts, -1) for rows in given]
+            whole = samples[0] if len(samples) == 1 else np.concatenate(samples, axis=1)
+            return bytes(magnitude.guess(search, size, list(whole)).low.astype("<u4").tobytes())
+
+        rows = np.zeros((experts, 0), np.uint32) if total is None else np.stack([np.concatenate(row) for row in total])
+        low = np.frombuffer(processes.exchange(rows.astype("<u4", copy=False).data, guess), np.dtype("<u4"))
+        self._searches[stage.kind, None] = search._replace(low=low.astype(np.uint32))
 
     def _narrow(self, stage: Stage, scope: str | None, tensor: TensorPlan, total: Any) -> None:
         """Take one step of a ranking."""

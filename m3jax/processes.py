@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeAlias
 
 import jax
 import numpy as np
@@ -21,7 +21,8 @@ _POLL_SECONDS = 0.05
 _SLOWEST_POLL_SECONDS = 1.0
 _merges = itertools.count()  # every process does the same merges in the same order
 
-Combine = Callable[[Sequence[bytes]], bytes]
+Buffer: TypeAlias = bytes | memoryview
+Combine = Callable[[Sequence[Buffer]], Buffer]
 
 
 class Processes(Protocol):
@@ -35,7 +36,7 @@ class Processes(Protocol):
     index: int
     count: int
 
-    def exchange(self, mine: bytes, combine: Combine) -> bytes:
+    def exchange(self, mine: Buffer, combine: Combine) -> Buffer:
         """What `combine` makes, on process 0, of what every process gave; all processes call this in one order."""
 
     def check(self) -> None:
@@ -50,7 +51,7 @@ class _Alone:
 
     index, count = 0, 1
 
-    def exchange(self, mine: bytes, combine: Combine) -> bytes:
+    def exchange(self, mine: Buffer, combine: Combine) -> Buffer:
         return combine([mine])
 
     def check(self) -> None:
@@ -99,7 +100,7 @@ def joined(
     try:
         yield
     finally:
-        jax.distributed.shutdown()
+        jax.distributed.shutdown()  # type: ignore[no-untyped-call]
 
 
 class Cluster:
@@ -153,14 +154,14 @@ class Cluster:
             pause = min(pause * 1.5, _SLOWEST_POLL_SECONDS)
         return value
 
-    def exchange(self, mine: bytes, combine: Combine) -> bytes:
+    def exchange(self, mine: Buffer, combine: Combine) -> Buffer:
         """See `Processes`."""
         place = f"{self._prefix}/{self._turn}"
         self._turn += 1
         if self.index:
-            self._client.key_value_set_bytes(f"{place}/{self.index}", mine)
+            self._client.key_value_set_bytes(f"{place}/{self.index}", bytes(mine))
             return self._get(f"{place}/all")
-        result = combine([mine, *(self._get(f"{place}/{i}") for i in range(1, self.count))])
+        result = bytes(combine([mine, *(self._get(f"{place}/{i}") for i in range(1, self.count))]))
         self._client.key_value_set_bytes(f"{place}/all", result)
         if self._turn > 1:  # everyone has given something since, and so has taken what was before
             self._client.key_value_delete(f"{self._prefix}/{self._turn - 2}")
@@ -185,26 +186,19 @@ class Cluster:
 def share(processes: Processes, value: Any) -> Any:
     """Process 0's value (JSON), on every process."""
     mine = json.dumps(value).encode() if processes.index == 0 else b""
-    return json.loads(processes.exchange(mine, lambda given: given[0]))
+    return json.loads(bytes(processes.exchange(mine, lambda given: given[0])))
 
 
 def gather(processes: Processes, value: Any) -> list[Any]:
     """Every process's value (JSON), in process order, on every process."""
     told = processes.exchange(json.dumps(value).encode(), lambda given: b"[" + b",".join(given) + b"]")
-    return list(json.loads(told))
-
-
-def gather_rows(processes: Processes, rows: np.ndarray) -> np.ndarray:
-    """Every process's columns of a uint32[rows, columns] array, side by side in process order."""
-    height = len(rows)
-    told = processes.exchange(np.ascontiguousarray(rows.T, np.dtype("<u4")).tobytes(), b"".join)
-    return np.frombuffer(told, np.dtype("<u4")).reshape(-1, height).T
+    return list(json.loads(bytes(told)))
 
 
 def add_up(processes: Processes, counts: np.ndarray) -> np.ndarray:
     """The sum of every process's int64 counts of one shape."""
 
-    def total(given: Sequence[bytes]) -> bytes:
+    def total(given: Sequence[Buffer]) -> Buffer:
         return bytes(np.sum([np.frombuffer(each, np.dtype("<i8")) for each in given], axis=0).tobytes())
 
     told = processes.exchange(np.ascontiguousarray(counts, np.dtype("<i8")).tobytes(), total)

@@ -50,6 +50,16 @@ def _is_ours(directory: Path) -> bool:
     return directory.is_dir() and ((directory / _JOURNAL).is_file() or not any(directory.iterdir()))
 
 
+def check_space(place: Path, needed: int) -> None:
+    """Raise M3Error if the disk of a directory, or of what is to be made beside it, has too few bytes free."""
+    missing = needed + _SPARE
+    free = shutil.disk_usage(place if place.is_dir() else place.parent).free
+    if missing > free:
+        raise M3Error(
+            f"{place}: the disk has {free:,} bytes free, but {missing:,} are needed: free space or choose another place"
+        ) from OSError(errno.ENOSPC, "No space left on device")
+
+
 class Workplace:
     """A directory in which an output is made, for one of the processes that fill it.
 
@@ -85,6 +95,10 @@ class Workplace:
         whole = self._journal.with_name(self._journal.name + ".tmp")
         whole.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         whole.replace(self._journal)
+
+    def holds(self, file: str) -> bool:
+        """Whether a finished weight file is still there."""
+        return (self.path / file).is_file()
 
     def record(self, entry: Mapping[str, Any]) -> None:
         """Add an entry to the journal, safely on the disk before returning."""
@@ -124,7 +138,8 @@ class Staging(Workplace):
         self._published = False
         try:
             self.finished = self._resume(identity)
-            self._check_space(space_needed)
+            written = sum(f.stat().st_size for f in self.path.glob("*.safetensors"))
+            check_space(self.out, space_needed - written)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
@@ -166,15 +181,6 @@ class Staging(Workplace):
             if journal != self._journal:
                 journal.unlink()
         return finished
-
-    def _check_space(self, needed: int) -> None:
-        written = sum(f.stat().st_size for f in self.path.glob("*.safetensors"))
-        missing, free = needed + _SPARE - written, shutil.disk_usage(self.path).free
-        if missing > free:
-            raise M3Error(
-                f"{self.out}: the disk has {free:,} bytes free, but {missing:,} are needed: "
-                "free space or choose another place"
-            ) from OSError(errno.ENOSPC, "No space left on device")
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file of the output."""

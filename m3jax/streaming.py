@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -25,11 +25,12 @@ from m3jax.checkpoints import (
     TensorInfo,
     digest_file,
     locate_model,
-    open_safetensors,
+    open_checkpoint,
     parse_size,
     plan_shards,
     write_index,
 )
+from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.chunks import Loaded, default_chunk_entries
 from m3jax.errors import M3Error
 from m3jax.measuring import Stage, phases_of
@@ -39,9 +40,11 @@ from m3jax.processes import ALONE, Cluster, Processes, gather, share
 from m3jax.progress import Progress
 from m3jax.publishing import Staging, Workplace, check_free, partial_directory
 from m3jax.recipe import Recipe, load_recipe
+from m3jax.remote_publishing import RemoteStaging, RemoteWorkplace, check_remote_free
 from m3jax.writing import Shards
 
 DEFAULT_SHARD_SIZE = "5GB"
+AnyWorkplace: TypeAlias = Workplace | RemoteWorkplace
 _TOLD_PER_TENSOR = 2**11  # bytes of journal and manifest, generously
 
 
@@ -82,7 +85,7 @@ class _Model(NamedTuple):
 
 def _open_model(name: str, role: str, sources: Mapping[str, str], stack: ExitStack) -> _Model:
     place = locate_model(sources.get(name, name))
-    checkpoint = stack.enter_context(open_safetensors(place.path))
+    checkpoint = stack.enter_context(open_checkpoint(place.path))
     config = modelcard.read_config(place.path)
     tied = config.get("tie_word_embeddings") if config else None
     return _Model(role, place._replace(name=name), checkpoint, Input(name, checkpoint.tensors, tied))
@@ -173,7 +176,9 @@ class _Ready(NamedTuple):
 
 def _prepare(job: _Job, processes: Processes, stack: ExitStack) -> _Ready:
     """Open the models and plan the merge."""
-    if processes.index == 0:
+    if processes.index == 0 and isinstance(job.out, RemotePath):
+        check_remote_free(job.out, job.overwrite)
+    elif processes.index == 0:
         check_free(job.out, job.overwrite)
     models = _open_models(job.recipe, job.sources, stack)
     _check_apart(job.out, models)
@@ -192,17 +197,24 @@ def _prepare(job: _Job, processes: Processes, stack: ExitStack) -> _Ready:
     return _Ready(models, plan, shards, companions, fingerprints, identity)
 
 
-def _open_workplace(job: _Job, ready: _Ready, processes: Processes, stack: ExitStack) -> Workplace:
-    """The directory to fill: process 0 makes it, the others join."""
-    if processes.index == 0:
+def _open_workplace(job: _Job, ready: _Ready, processes: Processes, stack: ExitStack) -> AnyWorkplace:
+    """The place to fill: process 0 makes it, the others join."""
+    if processes.index:
+        identity, finished = share(processes, None)
+        if isinstance(job.out, RemotePath):
+            return stack.enter_context(RemoteWorkplace(job.out, identity, finished, processes.index))
+        return Workplace(job.out, identity, finished, processes.index)
+    staging: Staging | RemoteStaging
+    if isinstance(job.out, RemotePath):
+        largest = max(sum(info.nbytes for info in infos) for _, infos in ready.shards)
+        staging = stack.enter_context(RemoteStaging(job.out, ready.identity, largest, job.overwrite))
+    else:
         weights = sum(t.output.nbytes for t in ready.plan.tensors)
         small = sum(path.stat().st_size for path in ready.companions.values())
         space = weights + small + _TOLD_PER_TENSOR * len(ready.plan.tensors)
         staging = stack.enter_context(Staging(job.out, ready.identity, space, shared=processes.count > 1))
-        share(processes, [ready.identity, staging.finished])
-        return staging
-    identity, finished = share(processes, None)
-    return Workplace(job.out, identity, finished, processes.index)
+    share(processes, [ready.identity, staging.finished])
+    return staging
 
 
 def _merge(job: _Job, processes: Processes) -> MergeResult:
@@ -221,7 +233,7 @@ def _merge(job: _Job, processes: Processes) -> MergeResult:
         told = gather(processes, [_own_shards(workplace, finished), passes.bytes_read, written])
         tensors = finished | {file: tensors for shards, _, _ in told for file, tensors in shards.items()}
         record = _record(job, ready, tensors)
-        if isinstance(workplace, Staging):
+        if isinstance(workplace, Staging | RemoteStaging):
             _publish(job, ready, workplace, record)
         record = share(processes, record)  # which waits until the output is there
     return MergeResult(
@@ -255,13 +267,13 @@ def _together(distributed: bool) -> Iterator[Processes]:
         yield cluster
 
 
-def _finished(workplace: Workplace, shards: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _finished(workplace: AnyWorkplace, shards: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """What an earlier run has told of the shards that it finished, by file."""
     entries = {entry["shard"]: entry["tensors"] for entry in workplace.finished if "shard" in entry}
-    return {file: entries[file] for file, _ in shards if file in entries and (workplace.path / file).is_file()}
+    return {file: entries[file] for file, _ in shards if file in entries and workplace.holds(file)}
 
 
-def _own_shards(workplace: Workplace, finished: Mapping[str, Any]) -> dict[str, Any]:
+def _own_shards(workplace: AnyWorkplace, finished: Mapping[str, Any]) -> dict[str, Any]:
     """What is told of the shards that this process has finished, by file."""
     entries = [entry for entry in workplace.finished if "shard" in entry]
     return {entry["shard"]: entry["tensors"] for entry in entries if entry["shard"] not in finished}
@@ -281,7 +293,7 @@ def _idle(shards: Sequence[tuple[str, Any]], finished: Mapping[str, Any], count:
 
 def _produce(
     passes: Passes,
-    workplace: Workplace,
+    workplace: AnyWorkplace,
     shards: Sequence[tuple[str, list[TensorInfo]]],
     finished: Mapping[str, Any],
     expected: Mapping[str, str],
@@ -307,7 +319,7 @@ def _produce(
 
 
 def _measure(
-    passes: Passes, workplace: Workplace, stages: Sequence[Stage], own: Sequence[tuple[str, list[TensorInfo]]]
+    passes: Passes, workplace: AnyWorkplace, stages: Sequence[Stage], own: Sequence[tuple[str, list[TensorInfo]]]
 ) -> None:
     """Measure what model-wide stages want, unless an earlier run has done so."""
     found = next((entry for entry in workplace.finished if "findings" in entry), None)
@@ -341,7 +353,7 @@ def _record(job: _Job, ready: _Ready, entries: Mapping[str, Any]) -> dict[str, A
     return manifest.build(job.recipe, ready.plan.weights, records, output, {}, job.max_shard_size)
 
 
-def _publish(job: _Job, ready: _Ready, staging: Staging, record: dict[str, Any]) -> None:
+def _publish(job: _Job, ready: _Ready, staging: Staging | RemoteStaging, record: dict[str, Any]) -> None:
     """Write what stands beside the weights, complete `record`, and let the output appear."""
     if len(ready.shards) > 1:
         write_index(staging.path, ready.shards, sum(t.output.nbytes for t in ready.plan.tensors))
@@ -353,7 +365,8 @@ def _publish(job: _Job, ready: _Ready, staging: Staging, record: dict[str, Any])
 
 def _check_apart(out: Path, models: Sequence[_Model]) -> None:
     """Refuse to replace a directory that a model is read from."""
-    for target in (out.resolve(), partial_directory(out).resolve()):
+    outputs = [out] if isinstance(out, RemotePath) else [out.resolve(), partial_directory(out).resolve()]
+    for target in outputs:
         for model in models:
             place = model.place.path.resolve()
             if target == place or target in place.parents:
@@ -409,7 +422,7 @@ def merge_checkpoint(
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     size = parse_size(max_shard_size)
-    job = _Job(loaded, Path(out), overwrite, size, chunk_entries, mesh, allow_nonfinite, progress)
+    job = _Job(loaded, as_path(out), overwrite, size, chunk_entries, mesh, allow_nonfinite, progress)
     with _together(distributed) as processes:
         return _merge(job, processes)
 
@@ -462,6 +475,6 @@ def replay(
     for name in sources or {}:
         if name not in named:
             raise M3Error(f"{name}: is not a model of this manifest, which records {', '.join(sorted(named))}")
-    job = _Job(recipe, Path(out), overwrite, size, chunk_entries, mesh, nonfinite, progress, recorded, sources or {})
+    job = _Job(recipe, as_path(out), overwrite, size, chunk_entries, mesh, nonfinite, progress, recorded, sources or {})
     with _together(distributed) as processes:
         return _merge(job, processes)

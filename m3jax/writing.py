@@ -13,6 +13,7 @@ from m3jax.chunks import Loaded, check_finite
 from m3jax.errors import M3Error
 from m3jax.planning import FLOATS
 from m3jax.publishing import Workplace
+from m3jax.remote_publishing import RemoteWorkplace
 
 
 class Shards:
@@ -20,7 +21,7 @@ class Shards:
 
     def __init__(
         self,
-        workplace: Workplace,
+        workplace: Workplace | RemoteWorkplace,
         shards: Sequence[tuple[str, Sequence[TensorInfo]]],
         release: Callable[[Loaded], None],
         input_digests: Callable[[str], dict[str, str]],

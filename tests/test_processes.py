@@ -99,20 +99,16 @@ def test_everyone_gets_what_all_gave_in_order(cluster, count):
     def work(member):
         time.sleep(0.05 * ((member.index * 2) % count))  # not in the order of their numbers
         counts = np.array([[member.index, 2**40]], np.int64)
-        rows = np.full((2, member.index), member.index, np.uint32)
         return (
             processes.gather(member, {"process": member.index}),
             processes.share(member, ["of", member.index]),
             processes.add_up(member, counts).tolist(),
-            processes.gather_rows(member, rows).tolist(),
         )
 
-    column = [index for index in range(count) for _ in range(index)]
     expected = (
         [{"process": index} for index in range(count)],
         ["of", 0],
         [[sum(range(count)), count * 2**40]],
-        [column, column],
     )
     assert all_at_once(cluster(count), work) == [expected] * count
 
