@@ -306,7 +306,10 @@ def test_integer_buffers_are_copied_or_refused():
         ({"weights": m3jax.mixup(0.5)}, "key"),
         ({"experts": [{"a.b": np.ones(1, np.float32), "a": {"b": np.ones(1, np.float32)}}] * 2}, "name of two leaves"),
         ({"weights": [1e300, 1.0], "method": m3jax.linear(normalize=False)}, "beyond float32"),
-        ({"experts": [{"w": np.ones(2, np.float32)}, {"v": np.ones(2, np.float32)}]}, "w is missing in expert 1"),
+        (
+            {"experts": [{"w": np.ones(2, np.float32)}, {"v": np.ones(2, np.float32)}]},
+            "missing in expert 1: w; in expert 1 but not in expert 0: v",
+        ),
         ({"experts": [{"w": np.ones(2, np.float32)}, {"w": np.ones(3, np.float32)}]}, r"\[2\].*\[3\]"),
         ({"method": m3jax.slerp(), "sparsify": m3jax.dare(0.5, target="weights"), "key": 0}, "slerp"),
     ],

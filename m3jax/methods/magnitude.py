@@ -20,7 +20,11 @@ from m3jax.methods.types import SCOPES, TARGETS, Index, Scalars, Sparsifier, Val
 COARSE, FINE = 15, 0
 """Shifts of the two rounds that find any threshold: 2¹⁶ bins of 2¹⁵ values, then single values inside one bin."""
 
+STEPS = 11
+"""Steps of three bits that find any threshold by counting: ten for the upper 30 bits, one for the last."""
+
 BINS = 2**16
+_DIGITS = 8
 _IN_BRACKET = BINS - 2  # the first bin counts what is below the bracket, the last what is above
 
 Count = tuple[UInt32[Any, "..."], UInt32[Any, "..."]]
@@ -74,7 +78,8 @@ def tally(binned: Sequence[UInt16[Array, "..."]], valid: Bool[Array, "..."] | No
     for row in binned:
         bucket = row.astype(jnp.int32)
         bucket = bucket if valid is None else jnp.where(valid, bucket, BINS)
-        rows.append(jnp.zeros(BINS, jnp.uint32).at[bucket.ravel()].add(np.uint32(1), mode="drop"))
+        # Not ravelled: a scatter of a whole array is counted where its parts lie, whatever axis is sharded.
+        rows.append(jnp.zeros(BINS, jnp.uint32).at[bucket].add(np.uint32(1), mode="drop"))
     return jnp.stack(rows)
 
 
@@ -128,6 +133,44 @@ def advance(search: Search, counts: Count, shift: int) -> tuple[Search, Bool[Any
     narrowed = search.low + ((found - np.uint32(1)) << np.uint32(shift))
     inside = keeps_all | ((found > 0) & (found <= _IN_BRACKET))
     return Search(xp.where(keeps_all, np.uint32(0), narrowed), search.rank), inside
+
+
+def count_below(values: Values, low: UInt32[Array, " n"], shift: UInt32[Array, ""]) -> UInt32[Array, "n 7"]:
+    """How many magnitudes lie below low + j·2^shift for j = 1 … 7, for arrays of fewer than 2³² entries.
+
+    Seven sums that fuse with whatever makes the values: on accelerators these cost one reading of the inputs, where
+    a tally's scatter waits for its most frequent bin.
+
+    Args:
+        values: One float32 array per expert.
+        low: Where each expert's bracket begins.
+        shift: log₂ of the distance between bounds.
+    """
+    rows = []
+    for expert, value in enumerate(values):
+        bits = exact.magnitude_bits(value)
+        bounds = [low[expert] + (np.uint32(j) << shift) for j in range(1, _DIGITS)]
+        rows.append(jnp.stack([jnp.sum(bits < bound, dtype=jnp.uint32) for bound in bounds]))
+    return jnp.stack(rows)
+
+
+def digit_shift(step: Any) -> Any:
+    """The shift of a step of a search by `count_below`: 28, 25, …, 1, 0."""
+    shift = 28 - 3 * step
+    return np.uint32(max(shift, 0)) if isinstance(step, int) else jnp.maximum(shift, 0).astype(jnp.uint32)
+
+
+def advance_digit(search: Search, counts: Count, shift: UInt32[Any, ""]) -> Search:
+    """The search narrowed to the eighth of its bracket that holds the rank-th magnitude; `low` ends as the threshold.
+
+    Args:
+        search: The search before.
+        counts: Sums of `count_below` over everything searched, two words of uint32[n, 7].
+        shift: That of the counts.
+    """
+    high, low = (word[:, None] for word in search.rank)
+    before = (counts[0] < high) | ((counts[0] == high) & (counts[1] < low))
+    return search._replace(low=search.low + (before.sum(-1).astype(np.uint32) << shift))
 
 
 def guess(search: Search, size: int, samples: Sequence[np.ndarray]) -> Search:
