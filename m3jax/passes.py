@@ -81,7 +81,8 @@ class Passes:
         self._recorded = recorded
         self._root = bits.root_key(seed)
         self._lock = threading.Lock()
-        self._spread = None if how.mesh is None else NamedSharding(how.mesh, PartitionSpec("entries"))
+        spec = PartitionSpec("entries")  # type: ignore[no-untyped-call]
+        self._spread = None if how.mesh is None else NamedSharding(how.mesh, spec)
         self._multiple = 1 if how.mesh is None else how.mesh.size
 
     def _note_digest(self, position: int, name: str, digest: str) -> None:
