@@ -8,8 +8,8 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol, Self, TypeAlias
 
 import jax
@@ -64,14 +64,13 @@ class _Alone:
 ALONE: Processes = _Alone()
 
 
-@contextmanager
-def joined(
+def join(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
     heartbeat_seconds: int = 30,
-) -> Iterator[None]:
-    """Be one of several processes inside the context, which is to be entered before anything else of JAX is used.
+) -> None:
+    """Become one of several processes, before anything else of JAX is used; `leave` ends it.
 
     Args:
         coordinator: `HOST:PORT` of process 0. Found from the cluster (TPU pod, Slurm, GKE, Open MPI) where None.
@@ -97,10 +96,11 @@ def joined(
             "--distributed: no TPU pod, Slurm, GKE or Open MPI job is found here: "
             "pass --coordinator HOST:PORT --num-processes N --process-id I"
         ) from error
-    try:
-        yield
-    finally:
-        jax.distributed.shutdown()  # type: ignore[no-untyped-call]
+
+
+def leave() -> None:
+    """Wait for the others and be one process again."""
+    jax.distributed.shutdown()  # type: ignore[no-untyped-call]
 
 
 class Cluster:

@@ -16,13 +16,14 @@ from typing import IO, TextIO
 from m3jax.errors import M3Error
 
 
-def supervised(work: Callable[[], int], coordinator: str | None) -> int:
+def supervised(work: Callable[[], int], leave: Callable[[], None], coordinator: str | None) -> int:
     """Run `work` in a child process, to be called before there are threads or JAX.
 
     The child's Python has the standard streams; what its C++ writes to them is kept for the explanation.
 
     Args:
         work: Returns an exit status.
+        leave: Called in the child once the status is known; however that goes, the status stands.
         coordinator: What to call the coordinator in sentences; None where the cluster knows.
 
     Returns:
@@ -31,34 +32,38 @@ def supervised(work: Callable[[], int], coordinator: str | None) -> int:
     Raises:
         M3Error: The child was ended by JAX's runtime; the message says why.
     """
-    with tempfile.TemporaryFile("w+b") as log:
+    with tempfile.TemporaryFile("w+b") as log, tempfile.TemporaryFile("w+b", buffering=0) as outcome:
         alive, held = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
         child = os.fork()
         if child == 0:
             os.close(held)
-            os._exit(_work(work, log, alive))
+            os._exit(_work(work, leave, log, outcome, alive))
         os.close(alive)
         for passed_on in (signal.SIGINT, signal.SIGTERM):
             signal.signal(passed_on, lambda number, _: os.kill(child, number))
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         os.close(held)
+        outcome.seek(0)
+        if told := outcome.read():
+            return int(told)
         if status == -signal.SIGABRT:
             log.seek(0)
             raise M3Error(explain(log.read().decode(errors="replace"), coordinator))
     return status if status >= 0 else 128 - status
 
 
-def _work(work: Callable[[], int], log: IO[bytes], alive: int) -> int:
+def _work(work: Callable[[], int], leave: Callable[[], None], log: IO[bytes], outcome: IO[bytes], alive: int) -> int:
     """What the child does."""
     threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
     sys.stdout, sys.stderr = _python_only(sys.stdout, 1, log), _python_only(sys.stderr, 2, log)
-    try:
-        return work()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    status = work()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    outcome.write(str(status).encode())
+    leave()
+    return status
 
 
 def _python_only(stream: TextIO, descriptor: int, log: IO[bytes]) -> TextIO:
