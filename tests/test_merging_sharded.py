@@ -32,10 +32,8 @@ FAST = [
     ("task_arithmetic", "dare", "plane", 1, "explicit"),
     ("ties_mergekit", "magnitude_model", "cube", 1, "explicit"),
 ]
-# Every method under every kind of axes, on the places in turn; and one method that does everything on every place.
-ALL = [
-    (*case, *PLACES[(3 * i + j) % len(PLACES)], kind) for i, case in enumerate(CASES) for j, kind in enumerate(KINDS)
-]
+# Every method, on the places and the kinds of axes in turn; and one method that does everything on each of them.
+ALL = [(*case, *PLACES[i % len(PLACES)], KINDS[i % len(KINDS)]) for i, case in enumerate(CASES)]
 ALL = list(dict.fromkeys(FAST + ALL + [("ties_paper", "dare", *place, kind) for place in PLACES for kind in KINDS]))
 
 
