@@ -1,7 +1,7 @@
 """Device meshes, from the text that people write."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -9,12 +9,13 @@ from jax.sharding import AxisType, Mesh
 from m3jax.errors import M3Error
 
 
-def parse_mesh(axes: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def parse_mesh(axes: str, devices: Sequence[jax.Device] | None = None, names: Collection[str] | None = None) -> Mesh:
     """A mesh from text such as "fsdp=4,tp=2".
 
     Args:
         axes: Names and sizes, by comma.
         devices: What to lay out; all devices by default. The first ones are taken.
+        names: The axes that have a meaning; any by default.
 
     Raises:
         M3Error: The text cannot be read, or there are too few devices.
@@ -27,7 +28,8 @@ def parse_mesh(axes: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     sizes: dict[str, int] = {}
     for part in axes.split(","):
         name, equals, size = (text.strip() for text in part.partition("="))
-        if not (name.isidentifier() and equals and size.isdecimal() and int(size)) or name in sizes:
+        known = name.isidentifier() if names is None else name in names
+        if not (known and equals and size.isdecimal() and int(size)) or name in sizes:
             raise M3Error(f"--mesh is {axes!r}, but must be such as fsdp=4,tp=2")
         sizes[name] = int(size)
     wanted = math.prod(sizes.values())

@@ -1,6 +1,5 @@
 """From a decoder and a tokenizer to what evaluation asks for: text that continues prompts, and log-likelihoods."""
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from m3jax.evaluation.protocol import (
 from m3jax.evaluation.records import digest
 from m3jax.evaluation.runner import Summary, evaluate_named
 from m3jax.evaluation.telling import Tell, compile_lines, progress_lines
+from m3jax.meshes import parse_mesh
 
 
 class LanguageModel(NamedTuple):
@@ -131,22 +131,12 @@ def load_model(name: str, dtype: str | None = None, mesh: jax.sharding.Mesh | No
 
 
 def make_mesh(axes: str) -> jax.sharding.Mesh:
-    """A mesh from text such as "fsdp=4,tp=2".
+    """A mesh from text such as "fsdp=4,tp=2", the axes over which the decoder is sharded.
 
     Raises:
         M3Error: The text is no list of the axes fsdp and tp, or there are not as many devices.
     """
-    sizes: dict[str, int] = {}
-    for part in axes.split(","):
-        name, _, size = part.strip().partition("=")
-        if name not in ("fsdp", "tp") or name in sizes or not size.isdecimal() or int(size) < 1:
-            raise M3Error(f"--mesh is {axes!r}, but must be such as fsdp=4,tp=2")
-        sizes[name] = int(size)
-    wanted, there = math.prod(sizes.values()), jax.device_count()
-    if wanted > there:
-        raise M3Error(f"--mesh {axes} needs {wanted} devices, but there are {there}: make it smaller")
-    auto = (jax.sharding.AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=jax.devices()[:wanted])
+    return parse_mesh(axes, names=("fsdp", "tp"))
 
 
 def make_generator(
