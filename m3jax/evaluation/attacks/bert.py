@@ -1,0 +1,272 @@
+"""BERT with its masked language model head in Flax NNX, read from Hugging Face's safetensors.
+
+References:
+    Devlin et al., BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding, 2019.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from m3jax.checkpoints import open_safetensors
+from m3jax.checkpoints.protocol import DTYPES, Checkpoint
+from m3jax.decoder.modeling import ACTIVATIONS, Linear
+from m3jax.errors import M3Error
+
+Params: TypeAlias = Mapping[Any, Any]
+
+_ACTIVATIONS = MappingProxyType(
+    {"gelu": ACTIVATIONS["gelu"], "gelu_new": ACTIVATIONS["gelu_pytorch_tanh"], "relu": jax.nn.relu}
+)
+_SIZES = MappingProxyType(
+    {
+        "vocab_size": "vocab_size",
+        "hidden_size": "hidden_size",
+        "intermediate_size": "intermediate_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "context_length": "max_position_embeddings",
+        "num_types": "type_vocab_size",
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BertConfig:
+    """What one BERT is; hashable, so that compiled functions are keyed by it.
+
+    Attributes:
+        vocab_size: Rows of the word embedding.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width of the feed-forward layer.
+        num_layers: Blocks.
+        num_heads: Heads of a block.
+        context_length: Positions that it can see.
+        num_types: Rows of the token type embedding.
+        activation: Of the feed-forward layer and the head: gelu, gelu_new or relu.
+        norm_eps: Added to the variance inside a norm's root.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    context_length: int = 512
+    num_types: int = 2
+    activation: str = "gelu"
+    norm_eps: float = 1e-12
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> "BertConfig":
+        """Reads config.json of a model directory.
+
+        Raises:
+            M3Error: It is absent or damaged, or the model is no BERT.
+        """
+        path = directory / "config.json"
+        try:
+            entries = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise M3Error(f"cannot read {path}: {error}; give the directory of a BERT masked language model") from error
+        kind = entries.get("model_type") if isinstance(entries, dict) else None
+        if kind != "bert":
+            raise M3Error(f"{path}: the model is of type {kind!r}: give a BERT masked language model")
+        sizes = {own: entries.get(name) for own, name in _SIZES.items()}
+        wrong = [_SIZES[own] for own, size in sizes.items() if type(size) is not int or size < 1]
+        if wrong or sizes["hidden_size"] % sizes["num_heads"]:
+            raise M3Error(f"{path}: {', '.join(wrong) or 'num_attention_heads'} cannot be so: get it from its source")
+        activation = entries.get("hidden_act", "gelu")
+        if activation not in _ACTIVATIONS or entries.get("position_embedding_type", "absolute") != "absolute":
+            raise M3Error(f"{path}: only absolute positions and {', '.join(_ACTIVATIONS)} are known here")
+        return cls(**sizes, activation=activation, norm_eps=float(entries.get("layer_norm_eps", 1e-12)))
+
+
+class _Norm(nnx.Module):
+    """Layer norm, in float32."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        self.weight = nnx.Param(jnp.ones(width, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        normal = centred * lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
+        return normal * self.weight[...][None, None] + self.bias[...][None, None]
+
+
+class _Block(nnx.Module):
+    """Attention, then feed-forward, each added and normalised behind."""
+
+    def __init__(self, config: BertConfig, rngs: nnx.Rngs) -> None:
+        width, heads = config.hidden_size, (config.num_heads, config.hidden_size // config.num_heads)
+        self.query, self.key, self.value = (Linear(heads, (width,), True, jnp.float32, rngs) for _ in range(3))
+        self.output = Linear((width,), heads, True, jnp.float32, rngs)
+        self.attention_norm = _Norm(width, config.norm_eps)
+        self.up = Linear((config.intermediate_size,), (width,), True, jnp.float32, rngs)
+        self.down = Linear((width,), (config.intermediate_size,), True, jnp.float32, rngs)
+        self.norm = _Norm(width, config.norm_eps)
+        self.activation = config.activation
+
+    def __call__(
+        self, x: Float[Array, "batch length width"], lengths: Int[Array, " batch"]
+    ) -> Float[Array, "batch length width"]:
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, precision=lax.Precision.HIGHEST)
+        seen = jnp.arange(x.shape[1])[None, :] < lengths[:, None]
+        scores = jnp.where(seen[:, None, None, :], scores / np.float32(np.sqrt(query.shape[-1])), -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1)
+        mixed = jnp.einsum("bhqk,bkhd->bqhd", weights, value, precision=lax.Precision.HIGHEST)
+        x = self.attention_norm(x + self.output(mixed))
+        return self.norm(x + self.down(_ACTIVATIONS[self.activation](self.up(x))))
+
+
+class Bert(nnx.Module):
+    """A BERT that says which words may stand in each place of a text."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs) -> None:
+        """Draws random weights, float32."""
+        width = (config.hidden_size,)
+        self.words, self.positions, self.types = (
+            Linear((rows,), width, False, jnp.float32, rngs)
+            for rows in (config.vocab_size, config.context_length, config.num_types)
+        )
+        self.norm = _Norm(config.hidden_size, config.norm_eps)
+        self.layers = nnx.List([_Block(config, rngs) for _ in range(config.num_layers)])
+        self.transform = Linear(width, width, True, jnp.float32, rngs)
+        self.transform_norm = _Norm(config.hidden_size, config.norm_eps)
+        self.bias = nnx.Param(jnp.zeros(config.vocab_size, jnp.float32))
+        self.activation = config.activation
+
+    def __call__(
+        self, tokens: Int[Array, "batch length"], lengths: Int[Array, " batch"]
+    ) -> Float[Array, "batch length vocab"]:
+        """Scores of every word in every place.
+
+        Args:
+            tokens: Token ids, padded on the right.
+            lengths: How many of them each row has.
+
+        Returns:
+            Logits, float32; what is returned behind a text's end has no meaning.
+        """
+        places = self.positions.weight[...][None, : tokens.shape[1]] + self.types.weight[...][None, :1]
+        x = self.norm(self.words.weight[...][tokens] + places)
+        for layer in self.layers:
+            x = layer(x, lengths)
+        x = self.transform_norm(_ACTIVATIONS[self.activation](self.transform(x)))
+        scores = jnp.einsum("blw,vw->blv", x, self.words.weight[...], precision=lax.Precision.HIGHEST)
+        return scores + self.bias[...][None, None]
+
+
+# --- Weights -----------------------------------------------------------------------------------------------------
+
+# Old checkpoints call a norm's weight gamma and its bias beta.
+_KINDS = MappingProxyType({"weight": "weight", "gamma": "weight", "bias": "bias", "beta": "bias"})
+_PARTS = MappingProxyType(
+    {
+        r"bert\.embeddings\.word_embeddings": "words",
+        r"bert\.embeddings\.position_embeddings": "positions",
+        r"bert\.embeddings\.token_type_embeddings": "types",
+        r"bert\.embeddings\.LayerNorm": "norm",
+        r"bert\.encoder\.layer\.(\d+)\.attention\.self\.(query|key|value)": r"layers.\1.\2",
+        r"bert\.encoder\.layer\.(\d+)\.attention\.output\.dense": r"layers.\1.output",
+        r"bert\.encoder\.layer\.(\d+)\.attention\.output\.LayerNorm": r"layers.\1.attention_norm",
+        r"bert\.encoder\.layer\.(\d+)\.intermediate\.dense": r"layers.\1.up",
+        r"bert\.encoder\.layer\.(\d+)\.output\.dense": r"layers.\1.down",
+        r"bert\.encoder\.layer\.(\d+)\.output\.LayerNorm": r"layers.\1.norm",
+        r"cls\.predictions\.transform\.dense": "transform",
+        r"cls\.predictions\.transform\.LayerNorm": "transform_norm",
+    }
+)
+_HEAD_BIAS = "cls.predictions.bias"
+
+
+def _path(name: str) -> tuple[str | int, ...] | None:
+    """The parameter of a stored tensor; None where it is none of the masked language model."""
+    if name == _HEAD_BIAS:
+        return ("bias",)
+    part, _, kind = name.rpartition(".")
+    for pattern, place in _PARTS.items():
+        match = re.fullmatch(pattern, part)
+        if match and kind in _KINDS:
+            steps = (*match.expand(place).split("."), _KINDS[kind])
+            return tuple(int(step) if step.isdigit() else step for step in steps)
+    return None
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract(config: BertConfig) -> tuple[Any, Any]:
+    """The graph of a BERT, and its parameters without values."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0))))
+    return graph, nnx.to_pure_dict(state)
+
+
+def load_bert(directory: Path, config: BertConfig) -> Params:
+    """Reads the weights of a model directory as float32.
+
+    Args:
+        directory: Where they are, as safetensors with the names of Hugging Face's BertForMaskedLM; what else a
+            pre-training checkpoint holds is passed over.
+        config: The model.
+
+    Raises:
+        M3Error: Weights are missing or of another shape; all are named at once.
+    """
+    with open_safetensors(directory) as checkpoint:
+        stored = {path: name for name in checkpoint.tensors if (path := _path(name)) is not None}
+        leaves, structure = jax.tree_util.tree_flatten_with_path(_abstract(config)[1])
+        found, faults = [], []
+        for steps, leaf in leaves:
+            path = tuple(step.key for step in steps)
+            name = stored.get(path)
+            if name is None:
+                faults.append(f"lacks {'.'.join(map(str, path))}")
+            elif checkpoint.tensors[name].size != leaf.size or "F" not in checkpoint.tensors[name].dtype:
+                faults.append(f"has {name} as {checkpoint.tensors[name].dtype}{list(checkpoint.tensors[name].shape)}")
+            else:
+                found.append(_read(checkpoint, name).reshape(leaf.shape))
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise M3Error(
+            f"{directory} is no masked language model of its config: it {', '.join(faults[:5])}{more}; "
+            "give a BERT with its masked language model head"
+        )
+    params: Params = jax.tree.unflatten(structure, found)
+    return params
+
+
+def _read(checkpoint: Checkpoint, name: str) -> Array:
+    info = checkpoint.tensors[name]
+    stored = np.empty(info.size, DTYPES[info.dtype])
+    checkpoint.read_into(name, 0, stored.view(np.uint8))
+    return jnp.asarray(stored.astype(np.float32))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def masked_logits(
+    params: Params, tokens: Int[Array, "batch length"], lengths: Int[Array, " batch"], *, config: BertConfig
+) -> Float[Array, "batch length vocab"]:
+    """Scores of every word in every place; see `Bert`.
+
+    Args:
+        params: As `load_bert` reads them.
+        tokens: Token ids, padded on the right.
+        lengths: How many of them each row has.
+        config: The model.
+    """
+    bert: Bert = nnx.merge(_abstract(config)[0], params)
+    return bert(tokens, lengths)

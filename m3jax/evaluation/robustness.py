@@ -1,0 +1,328 @@
+"""How robust a model is: attacks on its prompt and shifts of its inputs, from Python and from the command line."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import jax
+import numpy as np
+
+from m3jax import bits, decoder
+from m3jax.console import count_text, size_text
+from m3jax.decoder import DecoderConfig
+from m3jax.errors import M3Error
+from m3jax.evaluation import models
+from m3jax.evaluation.attacks import Sources, get_profile, make_attack, read_embeddings
+from m3jax.evaluation.attacks.masked_lm import load_masked_words
+from m3jax.evaluation.attacks.trial import Plan, Robustness, attack_task
+from m3jax.evaluation.command import DTYPES
+from m3jax.evaluation.data import Row, load_rows
+from m3jax.evaluation.prompts import TEMPLATE_NAMES
+from m3jax.evaluation.protocol import GenerationSettings, Generator, Overflow
+from m3jax.evaluation.records import make_directory, write_whole
+from m3jax.evaluation.runner import check_code
+from m3jax.evaluation.shifts import make_shift
+from m3jax.evaluation.tasks import Execution, Task, get_task
+from m3jax.evaluation.telling import Tell
+
+DEFAULT_ATTACKS = ("deepwordbug", "textbugger", "stresstest", "checklist")  # those that need no further files
+BATCH_SIZE = 64
+FILE = "attack.json"
+_OVERFLOWS = ("error", "truncate")
+
+
+def make_plan(
+    attacks: Sequence[str] = DEFAULT_ATTACKS,
+    shifts: Sequence[str] = (),
+    profile: str = "promptbench",
+    key: Any = 0,
+    limit: int | None = None,
+    search_examples: int | None = None,
+    budget: int | None = None,
+    masked_lm: str | None = None,
+    embeddings: str | Path | None = None,
+) -> Plan:
+    """Checks what is asked for, and reads the attacks' sources; the arguments are those of `attack`.
+
+    Raises:
+        M3Error: A name, number, key or file will not do.
+    """
+    chosen = get_profile(profile)
+    for name, number in (("limit", limit), ("number of search examples", search_examples), ("budget", budget)):
+        if number is not None and number < 1:
+            raise M3Error(f"the {name} must be at least 1, not {number}")
+    if not attacks and not shifts:
+        raise M3Error("there is nothing to try: name attacks with --attack, shifts with --shift, or both")
+    shifted = tuple(make_shift(text) for text in dict.fromkeys(shifts))
+    try:
+        words = bits.key_words(key)
+    except TypeError as error:
+        raise M3Error(f"the key cannot be used: {error}") from error
+    sources = Sources(
+        None if masked_lm is None else load_masked_words(masked_lm),
+        None if embeddings is None else read_embeddings(embeddings),
+    )
+    tried = tuple(make_attack(name, words, chosen, sources) for name in dict.fromkeys(attacks))
+    limit = chosen.limit if limit is None else limit
+    return Plan(tried, shifted, profile, np.asarray(words), limit, search_examples, budget)
+
+
+def attack(
+    params: Any,
+    config: Any,
+    tokenizer: Any,
+    task: str,
+    *,
+    data: str | Path | None = None,
+    prompt: str | None = None,
+    protect: Sequence[str] = (),
+    template: str | None = None,
+    settings: GenerationSettings | None = None,
+    apply_fn: Any = None,
+    overflow: Overflow = "error",
+    batch_size: int = BATCH_SIZE,
+    run_code: bool = False,
+    execution: Execution | None = None,
+    model: str = "parameters in memory",
+    tell: Tell | None = None,
+    **plan: Any,
+) -> Robustness:
+    """Attack the prompt of a model in memory, and shift its inputs.
+
+    Args:
+        params: As of `m3jax.evaluate`.
+        config: As of `m3jax.evaluate`.
+        tokenizer: A transformers tokenizer.
+        task: A task's name, as in `m3jax attack --task`.
+        data: Its data file, a hub data set, or None for the task's own on the hub.
+        prompt: What is attacked, with {content} where the example is to stand; the task's own words if None.
+        protect: Words that are never touched, beside the labels.
+        template: The template around the prompt; the task's own if None.
+        settings: How to generate; the task's own if None.
+        apply_fn: A model of your own, as of `m3jax.evaluate`.
+        overflow: What becomes of prompts that leave no room for their answer: "error" or "truncate".
+        batch_size: Prompts that run together.
+        run_code: Allow running programs that the model wrote.
+        execution: How they are run.
+        model: What the model is called.
+        tell: Told in lines how far the work is, such as `print`.
+        **plan: `attacks` and `shifts` by name; `profile`, "promptbench" or "m3-paper"; `key`, an integer seed or a
+            threefry2x32 JAX key, of every random choice; `limit`, the first so many examples; `search_examples`, so
+            many of which the searches see, to measure on the others; `budget`, the most prompts that an attack may
+            score; `masked_lm`, a BERT by path or hub id, for bertattack; `embeddings`, a text file of word vectors,
+            for textfooler.
+
+    Returns:
+        Clean accuracy, and for each attack and shift the accuracy under it and the performance drop rate with its
+        interval; the worst prompt of each attack.
+
+    Raises:
+        M3Error: The task, the data, an option or the parameters cannot be used.
+
+    Example:
+        `m3jax.attack(params, config, tokenizer, "sst2", data="dev.tsv", attacks=["deepwordbug"], key=0)`
+
+    References:
+        Zhu et al., PromptBench: Towards Evaluating the Robustness of Large Language Models on Adversarial Prompts,
+        2023.
+    """
+    if overflow not in _OVERFLOWS:
+        raise M3Error(f"overflow is {overflow!r}, but must be one of {', '.join(_OVERFLOWS)}")
+    chosen = get_task(task)
+    check_code(chosen, run_code, execution or Execution())
+    made = make_plan(**plan)
+    loaded = _in_memory(params, config, tokenizer, apply_fn, model)
+    return attack_task(
+        chosen,
+        read_rows(chosen, data),
+        models.make_generator(loaded, overflow, tell, batch_size),
+        made,
+        prompt=prompt,
+        protect=protect,
+        template=template,
+        tokenizer=tokenizer,
+        settings=settings,
+        execution=execution,
+        model=model,
+        tell=tell,
+    )
+
+
+def _in_memory(params: Any, config: Any, tokenizer: Any, apply_fn: Any, name: str) -> models.LanguageModel:
+    if isinstance(config, dict):
+        config = DecoderConfig.from_dict(config)
+    if apply_fn is not None:
+        return models.LanguageModel(name, params, config, tokenizer, apply_fn)
+    if config is None:
+        raise M3Error("config is None: give the content of the model's config.json, or an apply_fn to run instead")
+    decoder.check_vocabulary("tokenizer", tokenizer, config)
+    own: Any = jax.tree.structure(decoder.abstract_params(config))
+    loaded = params if jax.tree.structure(params) == own else decoder.params_from_tree(params, config)
+    return models.LanguageModel(name, loaded, config, tokenizer)
+
+
+def read_rows(task: Task, source: str | Path | None) -> list[Row]:
+    """A task's test set, as its file has it.
+
+    Args:
+        task: The task.
+        source: A data file, a hub data set, or None for the task's own on the hub.
+
+    Raises:
+        M3Error: It is not there.
+    """
+    if source is None and task.hub is None:
+        raise M3Error(f"the task {task.name} needs a data file; give it with --data")
+    return load_rows(source if source is not None else task.hub or "", task.columns)
+
+
+# --- The command -------------------------------------------------------------------------------------------------
+
+
+class Wanted(NamedTuple):
+    """The options of the command, as its help describes them."""
+
+    task: str
+    data: str | None
+    attacks: tuple[str, ...]
+    shifts: tuple[str, ...]
+    profile: str
+    seed: int
+    limit: int | None
+    search_examples: int | None
+    budget: int | None
+    prompt: str | None
+    protect: tuple[str, ...]
+    masked_lm: str | None
+    embeddings: str | None
+    out: Path | None
+    overwrite: bool
+    batch_size: int
+    max_tokens: int | None
+    template: str | None
+    overflow: str
+    dtype: str | None
+    mesh: str | None
+    run_code: bool
+    allow_unsandboxed: bool
+
+
+def names(text: str | None) -> tuple[str, ...]:
+    """Names listed by comma.
+
+    Example:
+        >>> names("deepwordbug, stresstest"), names(None)
+        (('deepwordbug', 'stresstest'), ())
+    """
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def _check(wanted: Wanted) -> None:
+    for option, value, known in (
+        ("--overflow", wanted.overflow, _OVERFLOWS),
+        ("--template", wanted.template, TEMPLATE_NAMES),
+        ("--dtype", wanted.dtype, DTYPES),
+    ):
+        if value is not None and value not in known:
+            raise M3Error(f"{option} is {value!r}, but must be one of {', '.join(known)}")
+    for name, number in (("--max-tokens", wanted.max_tokens), ("--batch-size", wanted.batch_size)):
+        if number is not None and number < 1:
+            raise M3Error(f"{name} is {number}, but must be at least 1")
+    if wanted.out is not None and (wanted.out / FILE).exists() and not wanted.overwrite:
+        raise M3Error(f"{wanted.out / FILE} is already there: give another output directory, or --overwrite")
+
+
+def run(name: str, wanted: Wanted, tell: Tell | None) -> dict[str, Any]:
+    """Load a model and attack it; weights come last, when all else is known to be right.
+
+    Args:
+        name: The model.
+        wanted: What is asked for.
+        tell: Told in lines how far the work is.
+
+    Returns:
+        What came out as plain data, as in `attack.json`.
+
+    Raises:
+        M3Error: The model, the data, an option or the output directory cannot be used.
+    """
+    _check(wanted)
+    task = get_task(wanted.task)
+    execution = Execution(allow_unsandboxed=wanted.allow_unsandboxed)
+    check_code(task, wanted.run_code, execution)
+    chosen = {field: getattr(wanted, field) for field in _PLANNED}
+    plan = make_plan(**chosen, key=wanted.seed)
+    rows = read_rows(task, wanted.data)
+    settings = task.settings if wanted.max_tokens is None else task.settings._replace(max_tokens=wanted.max_tokens)
+    stored = models.open_model(name, wanted.dtype, models.make_mesh(wanted.mesh) if wanted.mesh else None)
+
+    def make() -> Generator:
+        if tell is not None:
+            tell(f"loading {stored.name} ({size_text(stored.weight_bytes)})")
+        return models.make_generator(stored.load(), cast(Overflow, wanted.overflow), tell, wanted.batch_size)
+
+    with _keeping(wanted.out) as keep:
+        found = attack_task(
+            task,
+            rows,
+            models.deferred(make),
+            plan,
+            prompt=wanted.prompt,
+            protect=wanted.protect,
+            template=wanted.template,
+            tokenizer=stored.tokenizer,
+            settings=settings,
+            execution=execution,
+            model=name,
+            tell=tell,
+            keep=keep,
+        )
+    return found.to_json()
+
+
+@contextmanager
+def _keeping(out: Path | None) -> Iterator[Callable[[Robustness], None]]:
+    """Writes what is finished as it comes, and says of an interruption what it leaves."""
+    written = 0
+
+    def keep(known: Robustness) -> None:
+        nonlocal written
+        if out is not None:
+            write_whole(out / FILE, json.dumps(known.to_json(), indent=2) + "\n")
+            written = len(known.attacks) + len(known.shifts)
+
+    if out is not None:
+        make_directory(out)
+    try:
+        yield keep
+    except KeyboardInterrupt:
+        nothing = "nothing is kept" + ("; with --out DIR what is finished would be" if out is None else "")
+        finished = f"what is finished ({written} of the attacks and shifts) is in {out}"
+        raise KeyboardInterrupt(finished if written else nothing) from None
+
+
+_PLANNED = ("attacks", "shifts", "profile", "limit", "search_examples", "budget", "masked_lm", "embeddings")
+
+
+def outcome_lines(outcome: dict[str, Any]) -> Iterator[str]:
+    """The outcome of `run`: each attacked prompt below the original."""
+    low, high = outcome["interval"]
+    yield f"{outcome['task']}: {outcome['accuracy']:.1%} clean, 95 % interval {low:.1%} to {high:.1%}"
+    yield f"prompt         {outcome['prompt']!r}"
+    for one in outcome["attacks"]:
+        ended = ", budget spent" if one["exhausted"] else ""
+        yield f"{one['attack']:<14} {_drop_text(one['drop'])}; {count_text(one['queries'], 'prompt')} scored{ended}"
+        if one["prompt"] != outcome["prompt"]:
+            yield f"{'':<14} {one['prompt']!r}"
+    for one in outcome["shifts"]:
+        yield f"{one['shift']:<14} {_drop_text(one['drop'])}; {count_text(one['changed'], 'example')} changed"
+
+
+def _drop_text(drop: dict[str, Any]) -> str:
+    said = f"{drop['attacked']:.1%} right"
+    if drop["pdr"] is None:
+        return f"{said}, PDR undefined, as nothing was right before"
+    low, high = drop["interval"]
+    return f"{said}, PDR {drop['pdr']:.3f} (95 % interval {low:.3f} to {high:.3f})"

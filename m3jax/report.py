@@ -1,0 +1,288 @@
+"""Evaluations and attacks of several models in one table and one picture."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from m3jax.errors import M3Error
+from m3jax.evaluation.records import make_directory, write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+ATTACK_FILE, SUMMARY_FILE = "attack.json", "summary.json"
+FILES = ("report.md", "report.json", "report.png")
+_CLEAN = "clean"
+_COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
+
+
+class Line(NamedTuple):
+    """One model on one task under one condition.
+
+    Attributes:
+        model: The model.
+        task: The task.
+        condition: "clean", or the name of an attack, its profile behind it unless it is PromptBench's, or of a shift.
+        kind: "clean", "attack" or "shift".
+        examples: Examples that accuracies are over.
+        clean: Clean accuracy; None where none could be judged.
+        accuracy: Accuracy under the condition.
+        accuracy_interval: Its 95 % interval, where the run gives one.
+        pdr: Performance drop rate; None where it is undefined, or the condition is clean.
+        pdr_interval: Its 95 % interval.
+        queries: Prompts scored.
+        profile: Of the attack.
+        prompt: The prompt under the condition, where it is known.
+        source: The directory that it was read from.
+    """
+
+    model: str
+    task: str
+    condition: str
+    kind: str
+    examples: int
+    clean: float | None
+    accuracy: float | None
+    accuracy_interval: tuple[float, float] | None
+    pdr: float | None
+    pdr_interval: tuple[float, float] | None
+    queries: int | None
+    profile: str | None
+    prompt: str | None
+    source: str
+
+
+class Report(NamedTuple):
+    """What several runs found.
+
+    Attributes:
+        lines: One for each model, task and condition.
+    """
+
+    lines: tuple[Line, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain data for JSON."""
+        return {"lines": [line._asdict() for line in self.lines]}
+
+
+def collect(directories: Sequence[Path]) -> Report:
+    """Reads the results in output directories of `m3jax evaluate` and `m3jax attack`.
+
+    Args:
+        directories: The directories.
+
+    Raises:
+        M3Error: One holds no results, or others than these commands write.
+    """
+    lines = [line for directory in directories for line in _read(directory)]
+    if not lines:
+        raise M3Error("there are no results to report: give output directories of m3jax evaluate and m3jax attack")
+    return Report(tuple(lines))
+
+
+def _read(directory: Path) -> list[Line]:
+    found = [name for name in (SUMMARY_FILE, ATTACK_FILE) if (directory / name).is_file()]
+    if not found:
+        raise M3Error(
+            f"{directory} holds neither {SUMMARY_FILE} nor {ATTACK_FILE}: "
+            "give an output directory (--out) of m3jax evaluate or m3jax attack that is finished"
+        )
+    lines: list[Line] = []
+    for name in found:
+        try:
+            content = json.loads((directory / name).read_text(encoding="utf-8"))
+            lines += _attack_lines(content, directory) if name == ATTACK_FILE else [_clean_line(content, directory)]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            said = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise M3Error(f"cannot read {directory / name}: {said}; make it again with m3jax") from error
+    return lines
+
+
+def _pair(value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    low, high = value
+    return float(low), float(high)
+
+
+def _clean_line(content: dict[str, Any], directory: Path) -> Line:
+    accuracy = content["accuracy"]
+    return Line(
+        model=str(content["model"]),
+        task=str(content["task"]),
+        condition=_CLEAN,
+        kind=_CLEAN,
+        examples=int(content["examples"]),
+        clean=accuracy,
+        accuracy=accuracy,
+        accuracy_interval=_pair(content["interval"]),
+        pdr=None,
+        pdr_interval=None,
+        queries=None,
+        profile=content.get("profile"),
+        prompt=content.get("prompt"),
+        source=str(directory),
+    )
+
+
+def _attack_lines(content: dict[str, Any], directory: Path) -> list[Line]:
+    first = _clean_line(content, directory)._replace(profile=None)
+    lines = [first]
+    for kind in ("attack", "shift"):
+        for entry in content[f"{kind}s"]:
+            drop = entry["drop"]
+            lines.append(
+                first._replace(
+                    condition=_condition(str(entry[kind]), kind, str(content["profile"])),
+                    kind=kind,
+                    clean=float(drop["clean"]),
+                    accuracy=float(drop["attacked"]),
+                    accuracy_interval=None,
+                    pdr=drop["pdr"],
+                    pdr_interval=_pair(drop["interval"]),
+                    queries=entry.get("queries"),
+                    profile=str(content["profile"]) if kind == "attack" else None,
+                    prompt=entry.get("prompt"),
+                )
+            )
+    return lines
+
+
+def _condition(name: str, kind: str, profile: str) -> str:
+    return f"{name} ({profile})" if kind == "attack" and profile != "promptbench" else name
+
+
+# --- The table ---------------------------------------------------------------------------------------------------
+
+
+def table_lines(report: Report) -> Iterator[str]:
+    """The report in Markdown: a table of all figures, then each attacked prompt below its original.
+
+    Args:
+        report: The report.
+    """
+    yield "| model | task | condition | examples | accuracy | PDR | 95 % interval | queries |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for line in report.lines:
+        interval = line.accuracy_interval if line.kind == _CLEAN else line.pdr_interval
+        cells = [line.model, line.task, line.condition, f"{line.examples:,}", _share(line.accuracy)]
+        cells += [_pdr(line), _interval(interval, line.kind), "" if line.queries is None else f"{line.queries:,}"]
+        yield f"| {' | '.join(map(_cell, cells))} |"
+    changed = [line for line in report.lines if line.kind == "attack"]
+    originals = {(line.source, line.kind): line.prompt for line in report.lines}
+    for line in changed:
+        yield ""
+        yield f"{line.model}, {line.task}, {line.condition}:"
+        yield f"- original: `{_code(originals[line.source, _CLEAN])}`"
+        yield f"- attacked: `{_code(line.prompt)}`"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _pdr(line: Line) -> str:
+    if line.kind == _CLEAN:
+        return ""
+    return "undefined (clean accuracy is 0)" if line.pdr is None else f"{line.pdr:.3f}"
+
+
+def _interval(interval: tuple[float, float] | None, kind: str) -> str:
+    if interval is None:
+        return ""
+    low, high = interval
+    return f"{low:.1%} to {high:.1%}" if kind == _CLEAN else f"{low:.3f} to {high:.3f}"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _code(text: str | None) -> str:
+    return "" if text is None else text.replace("\n", "⏎").replace("`", "'")
+
+
+# --- The files ---------------------------------------------------------------------------------------------------
+
+
+def write(report: Report, directory: Path, overwrite: bool = False) -> None:
+    """Writes `report.md`, `report.json` and `report.png`.
+
+    Args:
+        report: The report.
+        directory: Where; made if it is not there.
+        overwrite: Replace a report that is there.
+
+    Raises:
+        M3Error: A report is there, or it cannot be written.
+    """
+    there = [name for name in FILES if (directory / name).exists()]
+    if there and not overwrite:
+        raise M3Error(f"{directory / there[0]} is already there: give another directory, or --overwrite")
+    make_directory(directory)
+    table, data, picture = (directory / name for name in FILES)
+    write_whole(data, json.dumps(report.to_json(), indent=2) + "\n")
+    save_picture(report, picture)
+    write_whole(table, "\n".join([*table_lines(report), "", f"![accuracy and drop rates]({picture.name})", ""]))
+
+
+def save_picture(report: Report, path: Path) -> None:
+    """Draws clean and attacked accuracy as bars, and the drop rates below, a group for each condition.
+
+    Args:
+        report: The report.
+        path: The PNG file.
+
+    Raises:
+        M3Error: It cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys((line.model, line.task) for line in report.lines))
+    conditions = list(dict.fromkeys(line.condition for line in report.lines))
+    figure = Figure(figsize=(max(6.4, 0.7 * len(conditions) * max(2, len(models) / 2) + 2), 6.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, height_ratios=(3, 2))
+    _draw(above, report, models, conditions, "accuracy")
+    _draw(below, report, models, [one for one in conditions if one != _CLEAN], "pdr")
+    above.set(ylabel="accuracy", ylim=(0, 1))
+    above.legend(fontsize="small")
+    below.set(ylabel="PDR")
+    below.axhline(0, color="black", linewidth=0.8)
+    try:
+        figure.savefig(path, dpi=144)
+    except OSError as error:
+        raise M3Error(f"cannot write {path}: {error.strerror}; give another directory") from error
+
+
+def _draw(axes: "Axes", report: Report, models: list[tuple[str, str]], conditions: list[str], measure: str) -> None:
+    """A bar with its interval for each model in each condition."""
+    width = 0.8 / len(models)
+    for number, (model, task) in enumerate(models):
+        mine = {line.condition: line for line in report.lines if (line.model, line.task) == (model, task)}
+        there = [
+            (place, mine[condition])
+            for place, condition in enumerate(conditions)
+            if condition in mine and getattr(mine[condition], measure) is not None
+        ]
+        heights = [getattr(line, measure) for _, line in there]
+        intervals = [getattr(line, f"{measure}_interval") for _, line in there]
+        # Where there is no interval, nothing is drawn: a span of 0 would look like certainty.
+        spans = [
+            (max(height - pair[0], 0), max(pair[1] - height, 0)) if pair else (math.nan, math.nan)
+            for height, pair in zip(heights, intervals, strict=True)
+        ]
+        axes.bar(
+            [place + (number - (len(models) - 1) / 2) * width for place, _ in there],
+            heights,
+            width,
+            yerr=list(zip(*spans, strict=True)) if spans else None,
+            capsize=2,
+            label=f"{Path(model).name or model}, {task}",
+            color=_COLOURS[number % len(_COLOURS)],
+        )
+    axes.set_xticks(range(len(conditions)), conditions, rotation=20, ha="right")

@@ -1,0 +1,167 @@
+"""A BERT read from Hugging Face's files, as a source of words."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from m3jax.errors import M3Error
+from m3jax.evaluation import Completion, get_task
+from m3jax.evaluation.attacks import Wording, make_attack
+from m3jax.evaluation.attacks.bert import BertConfig, load_bert, masked_logits
+from m3jax.evaluation.attacks.masked_lm import load_masked_words
+from m3jax.evaluation.attacks.profiles import Sources
+from m3jax.evaluation.attacks.trial import attack_task
+from m3jax.evaluation.robustness import make_plan
+
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+VOCABULARY += ["film", "mood", "text", "word", "answer", "##s", "##ed", "##ing", ".", ":", "'"]
+SIZES = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+    "type_vocab_size": 2,
+}
+
+
+def shapes(gamma):
+    width, inner = SIZES["hidden_size"], SIZES["intermediate_size"]
+    norm = ("gamma", "beta") if gamma else ("weight", "bias")
+
+    def both(name, out, inputs):
+        return {f"{name}.weight": (out, inputs), f"{name}.bias": (out,)}
+
+    def normed(name):
+        return {f"{name}.LayerNorm.{kind}": (width,) for kind in norm}
+
+    found = {"bert.embeddings.word_embeddings.weight": (SIZES["vocab_size"], width)}
+    found |= {"bert.embeddings.position_embeddings.weight": (SIZES["max_position_embeddings"], width)}
+    found |= {"bert.embeddings.token_type_embeddings.weight": (2, width), **normed("bert.embeddings")}
+    for layer in range(SIZES["num_hidden_layers"]):
+        at = f"bert.encoder.layer.{layer}"
+        for part in ("query", "key", "value"):
+            found |= both(f"{at}.attention.self.{part}", width, width)
+        found |= both(f"{at}.attention.output.dense", width, width) | normed(f"{at}.attention.output")
+        found |= both(f"{at}.intermediate.dense", inner, width)
+        found |= both(f"{at}.output.dense", width, inner) | normed(f"{at}.output")
+    found |= both("cls.predictions.transform.dense", width, width) | normed("cls.predictions.transform")
+    return found | {"cls.predictions.bias": (SIZES["vocab_size"],)}
+
+
+def write_bert(directory, gamma=False, **config):
+    """A BERT of random weights with a tokenizer, as the hub has them."""
+    directory.mkdir()
+    chance = np.random.default_rng(0)
+    extra = {"bert.pooler.dense.weight": (4, 4), "bert.embeddings.position_ids": (1, 4)}
+    drawn = {name: chance.normal(0, 0.3, shape).astype(np.float32) for name, shape in (shapes(gamma) | extra).items()}
+    save_file(drawn, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps({"model_type": "bert", **SIZES, **config}))
+    (directory / "vocab.txt").write_text("\n".join(VOCABULARY))
+    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return write_bert(tmp_path_factory.mktemp("bert") / "bert")
+
+
+def test_words_come_from_the_file(bert):
+    source = load_masked_words(str(bert))
+    prompt = Wording.of("The mood of texts: {content}.", ["content"])
+    six, twelve = (source(most)(prompt, 1) for most in (6, 12))
+    assert 0 < len(six) <= len(twelve) <= 12
+    assert six == [word for word in twelve if word in six]
+    assert set(twelve) <= set(VOCABULARY) - {"mood"}
+    assert source(6)(prompt, 3)  # a word of two pieces
+    again = load_masked_words(str(bert))
+    assert again(12)(prompt, 1) == twelve
+
+
+def test_the_attack_uses_them(bert):
+    attack = make_attack("bertattack", 0, sources=Sources(load_masked_words(str(bert))))
+    found = attack.run(
+        Wording.of("The mood of texts."), lambda prompts: np.array([float("mood" in p) for p in prompts]), 9
+    )
+    assert found.score == 0
+    assert [change.before for change in found.changes] == ["mood"]
+    assert found.changes[0].after in VOCABULARY
+
+
+def test_a_run_reads_both_sources_from_their_files(tmp_path, bert):
+    (tmp_path / "vectors.txt").write_text("mood 1 0\ntemper 0.9 0.1\n")
+    plan = make_plan(["bertattack", "textfooler"], masked_lm=str(bert), embeddings=tmp_path / "vectors.txt")
+
+    def generate(prompts, settings):
+        return [Completion("positive" if "mood" in prompt else "?", 1, True) for prompt in prompts]
+
+    rows = [{"sentence": "fine", "label": 1}]
+    options = {"prompt": "Name its mood: {content}", "template": "none"}
+    found = attack_task(get_task("sst2"), rows, generate, plan, **options)
+    assert [(one.attack, one.level, one.drop.pdr) for one in found.attacks] == [
+        ("bertattack", "word", 1.0),
+        ("textfooler", "word", 1.0),
+    ]
+    assert found.attacks[0].changes[0].after in VOCABULARY
+    assert found.attacks[1].prompt == "Name its temper: {content}"
+
+
+def test_old_names_of_norms_are_known(tmp_path, bert):
+    old = write_bert(tmp_path / "old", gamma=True)
+    config = BertConfig.from_directory(bert)
+    text = jnp.array([[2, 31, 7, 8, 3]]), jnp.array([5])
+    new, again = (masked_logits(load_bert(place, config), *text, config=config) for place in (bert, old))
+    np.testing.assert_array_equal(new, again)
+
+
+def test_padding_has_no_effect(bert):
+    config = BertConfig.from_directory(bert)
+    params = load_bert(bert, config)
+    alone = masked_logits(params, jnp.array([[2, 31, 7, 3]]), jnp.array([4]), config=config)
+    padded = masked_logits(params, jnp.array([[2, 31, 7, 3, 9, 9, 9]]), jnp.array([4]), config=config)
+    np.testing.assert_allclose(alone[0], padded[0, :4], atol=1e-5)
+
+
+def test_models_that_will_not_do(tmp_path, bert):
+    with pytest.raises(M3Error, match="of type 'llama': give a BERT"):
+        load_masked_words(str(write_bert(tmp_path / "llama", model_type="llama")))
+    with pytest.raises(M3Error, match="num_hidden_layers cannot be so"):
+        load_masked_words(str(write_bert(tmp_path / "none", num_hidden_layers=0)))
+    with pytest.raises(M3Error, match=r"lacks layers\.3.*and 11 more; give a BERT with its masked"):
+        load_masked_words(str(write_bert(tmp_path / "more", num_hidden_layers=4)))
+    with pytest.raises(M3Error, match="only absolute positions"):
+        load_masked_words(str(write_bert(tmp_path / "relative", position_embedding_type="relative_key")))
+    with pytest.raises(M3Error, match="sees 40 tokens, and the prompt has"):
+        load_masked_words(str(bert))(4)(Wording.of("film " * 60), 0)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
+def test_logits_are_those_of_transformers(tmp_path, activation):
+    torch = pytest.importorskip("torch")
+    from transformers import BertConfig as TheirConfig
+    from transformers import BertForMaskedLM
+
+    torch.manual_seed(0)
+    settings = SIZES | {"initializer_range": 0.3, "hidden_act": activation, "attn_implementation": "eager"}
+    model = BertForMaskedLM(TheirConfig(**settings)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms begin as ones and biases as zeros, which would hide them
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "bert")
+    config = BertConfig.from_directory(tmp_path / "bert")
+    params = load_bert(tmp_path / "bert", config)
+    tokens = np.random.default_rng(0).integers(5, len(VOCABULARY), (3, 17))
+    lengths = np.array([17, 9, 4])
+    seen = np.arange(17)[None] < lengths[:, None]
+    with torch.no_grad():
+        want = model(torch.tensor(tokens), attention_mask=torch.tensor(seen.astype(int))).logits.numpy()
+    found = np.asarray(masked_logits(params, jnp.asarray(tokens), jnp.asarray(lengths), config=config))
+    np.testing.assert_allclose(found[seen], want[seen], atol=1e-4, rtol=0)
