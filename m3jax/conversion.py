@@ -33,7 +33,7 @@ from m3jax.checkpoints.locate import download_companions
 from m3jax.checkpoints.opening import open_checkpoint
 from m3jax.checkpoints.remote import RemotePath, is_url
 from m3jax.checkpoints.storage import is_dir
-from m3jax.errors import M3Error
+from m3jax.errors import M3Error, mend
 from m3jax.progress import Progress
 from m3jax.publishing import Staging, check_free, partial_directory
 
@@ -183,7 +183,7 @@ def _saying_what_failed(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = error.filename if error.filename is not None else out
-        raise M3Error(f"{where}: {error.strerror or error}: check the place and the space on its disk.") from error
+        raise M3Error(f"{where}: {error.strerror or error}: {mend(error)}.") from error
 
 
 # --- Writing ---------------------------------------------------------------------------------------------

@@ -1,4 +1,10 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and what mends an error of the operating system."""
+
+import errno
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_REFUSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+_NO_DIRECTORY = frozenset({errno.ENOTDIR, errno.EEXIST})
 
 
 class M3Error(Exception):
@@ -6,3 +12,19 @@ class M3Error(Exception):
 
     The command line prints the sentence and exits with code 2; code that calls m3jax catches this type.
     """
+
+
+def mend(error: OSError) -> str:
+    """What a user can do about an output that the operating system does not let us write.
+
+    Example:
+        >>> mend(OSError(errno.ENOSPC, "No space left on device"))
+        'free space or choose another place'
+    """
+    if error.errno in _FULL:
+        return "free space or choose another place"
+    if error.errno in _REFUSED:
+        return "choose a place that you may write to"
+    if error.errno in _NO_DIRECTORY:
+        return "a file is where a directory is to be: choose another place"
+    return "check the place and its disk"

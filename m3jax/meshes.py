@@ -30,7 +30,8 @@ def parse_mesh(axes: str, devices: Sequence[jax.Device] | None = None, names: Co
         name, equals, size = (text.strip() for text in part.partition("="))
         known = name.isidentifier() if names is None else name in names
         if not (known and equals and size.isdecimal() and int(size)) or name in sizes:
-            raise M3Error(f"--mesh is {axes!r}, but must be such as fsdp=4,tp=2")
+            among = f", with axes among {', '.join(names)}" if names is not None else ""
+            raise M3Error(f"--mesh is {axes!r}, but must be such as fsdp=4,tp=2{among}")
         sizes[name] = int(size)
     wanted = math.prod(sizes.values())
     if wanted > len(there):

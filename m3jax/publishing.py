@@ -34,7 +34,8 @@ def check_free(out: Path, overwrite: bool) -> None:
     if not out.name or out.name == "..":
         raise M3Error(f"{out}: is not a name for a new directory: give one")
     if not out.parent.is_dir():
-        raise M3Error(f"{out}: its parent directory does not exist: make it first")
+        state = "is a file" if out.parent.exists() else "does not exist"
+        raise M3Error(f"{out}: its parent {state}: make a directory there, or choose another place")
     taken = out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))
     if taken and not overwrite:
         raise M3Error(f"{out}: exists already: choose another output, or pass --overwrite")

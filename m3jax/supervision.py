@@ -16,7 +16,9 @@ from typing import IO, TextIO
 from m3jax.errors import M3Error
 
 
-def supervised(work: Callable[[], int], leave: Callable[[], None], coordinator: str | None) -> int:
+def supervised(
+    work: Callable[[], int], leave: Callable[[], None], coordinator: str | None, process_id: int | None
+) -> int:
     """Run `work` in a child process, to be called before there are threads or JAX.
 
     The child's Python has the standard streams; what its C++ writes to them is kept for the explanation.
@@ -25,6 +27,7 @@ def supervised(work: Callable[[], int], leave: Callable[[], None], coordinator: 
         work: Returns an exit status.
         leave: Called in the child once the status is known; however that goes, the status stands.
         coordinator: What to call the coordinator in sentences; None where the cluster knows.
+        process_id: Which process this is; None where the cluster knows.
 
     Returns:
         The child's exit status, or 128 and the number of the signal that ended it.
@@ -50,7 +53,7 @@ def supervised(work: Callable[[], int], leave: Callable[[], None], coordinator: 
             return int(told)
         if status == -signal.SIGABRT:
             log.seek(0)
-            raise M3Error(explain(log.read().decode(errors="replace"), coordinator))
+            raise M3Error(explain(log.read().decode(errors="replace"), coordinator, process_id))
     return status if status >= 0 else 128 - status
 
 
@@ -80,12 +83,13 @@ def _end_with_parent(alive: int) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def explain(log: str, coordinator: str | None) -> str:
+def explain(log: str, coordinator: str | None, process_id: int | None = None) -> str:
     """Why JAX's runtime ended a process, as a sentence, from what it wrote.
 
     Args:
         log: What C++ wrote to standard error.
         coordinator: What to call the coordinator.
+        process_id: Which process this is, where it is known.
 
     Example:
         >>> explain("The following tasks are unhealthy (stopped sending heartbeats):\\n2\\nThe tasks", None)
@@ -100,6 +104,8 @@ def explain(log: str, coordinator: str | None) -> str:
         return f"{where} expects fewer processes: give every process the same --num-processes"
     if "RegisterTask" in log and "newer incarnation" in log:
         return f"another process came to {where} with the same number: give every process its own --process-id"
+    if "RegisterTask" in log and process_id == 0:
+        return f"not every process came to {where} in time: check that all of --num-processes are started"
     if "RegisterTask" in log:
         return (
             f"{where} was not reached, or not every process came to it, in time: check the address, the network, "

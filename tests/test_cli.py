@@ -469,3 +469,12 @@ def test_wrong_values_are_said(recipe: str, tmp_path: Path, capsys: Capture, wro
     assert err.startswith("m3jax: ")
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_standard_output_is_a_sentence() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "m3jax", "--version"]
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert run.returncode == 2
+    assert run.stderr.startswith("m3jax: standard output: No space left on device: send it elsewhere")

@@ -213,7 +213,7 @@ def test_bad_requests(tmp_path: Path, model: Path) -> None:
     refused("'torch' is no format to convert to: choose safetensors, orbax, msgpack", model, tmp_path / "out", "torch")
     refused("'1 parsec' is no size", model, tmp_path / "out", max_shard_size="1 parsec")
     refused("is not on this disk", model, "s3://bucket/out")
-    refused("parent directory does not exist", model, tmp_path / "absent" / "out")
+    refused("its parent does not exist", model, tmp_path / "absent" / "out")
     refused("exists already", model, save(tmp_path / "other", {}))
     refused("is the model to convert, or holds it", model, model, overwrite=True)
     refused("is the model to convert, or holds it", model, tmp_path, overwrite=True)

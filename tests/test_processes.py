@@ -17,6 +17,7 @@ import pytest
 from test_streaming import METHODS, recipe, write_models
 
 from m3jax import merge_checkpoint, processes
+from m3jax.cli import main
 from m3jax.errors import M3Error
 from m3jax.meshes import parse_mesh
 from m3jax.planning import divide
@@ -328,3 +329,23 @@ def test_a_mistake_is_said_once(place, tmp_path):
     assert errors[0].count("\n") == 1
     assert errors[1] == ""
     assert outputs == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("10.0.0.1", "write HOST:PORT"),
+        (":8476", "write HOST:PORT"),
+        ("10.0.0.1:99999", "write HOST:PORT"),
+        ("no-such-host.invalid:8476", "there is no host no-such-host.invalid"),
+    ],
+)
+def test_a_coordinator_that_cannot_be(address, words, capsys):
+    command = ["merge", "r.yaml", "out", "--distributed", "--coordinator", address]
+    assert main([*command, "--num-processes", "2", "--process-id", "1"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_process_0_does_not_look_for_itself():
+    log = "DEADLINE_EXCEEDED\n\nRPC: /xla.coordination.CoordinationService/RegisterTask"
+    assert explain(log, "host:1", 0).startswith("not every process came to the coordinator host:1")

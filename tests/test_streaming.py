@@ -488,7 +488,7 @@ def test_outputs_that_cannot_be(tmp_path, place):
     assert (tmp_path / "taken" / "precious").exists()
     m3jax.merge_checkpoint(asked, tmp_path / "taken", overwrite=True)
     assert not (tmp_path / "taken" / "precious").exists()
-    with pytest.raises(M3Error, match="parent directory"):
+    with pytest.raises(M3Error, match="its parent does not exist"):
         m3jax.merge_checkpoint(asked, tmp_path / "not" / "there")
     (tmp_path / "file").write_text("x")
     with pytest.raises(M3Error, match="not a directory"):
@@ -720,3 +720,24 @@ def test_every_pattern_of_nan_and_infinity_is_seen(dtype):
         *np.flatnonzero(np.isfinite(values)).tolist()[::97],
     ]
     assert [is_refused(patterns[i]) for i in rows] == [not np.isfinite(values[i]) for i in rows]
+
+
+def test_models_below_a_prefix_are_told_apart_from_tied_ones(tmp_path):
+    write_models(tmp_path, shapes={"model.w": (4, 4), "lm_head.weight": (4, 4)})
+    tensors = {f"params.{name}": value for name, value in read(tmp_path / "expert-1").items()}
+    write(tmp_path / "prefixed", tensors)
+    told = recipe(tmp_path, merge_method="task_arithmetic") | {
+        "models": [str(tmp_path / "expert-0"), str(tmp_path / "prefixed")]
+    }
+    with pytest.raises(M3Error, match=r"all names of .*prefixed begin with 'params\.' and those of .*base do not"):
+        m3jax.merge_checkpoint(told, tmp_path / "out")
+
+
+def test_a_replay_says_how_to_name_a_model_that_has_moved(tmp_path):
+    write_models(tmp_path, shapes={"w": (4, 4)})
+    m3jax.merge_checkpoint(recipe(tmp_path, merge_method="task_arithmetic"), tmp_path / "out")
+    (tmp_path / "expert-1").rename(tmp_path / "moved")
+    name = str(tmp_path / "expert-1")
+    with pytest.raises(M3Error, match=f"if it has moved, --input {name}=HERE says where it is"):
+        m3jax.replay(tmp_path / "out", tmp_path / "again")
+    m3jax.replay(tmp_path / "out", tmp_path / "again", sources={name: str(tmp_path / "moved")})

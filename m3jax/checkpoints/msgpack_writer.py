@@ -14,8 +14,8 @@ from typing import BinaryIO, NamedTuple, TypeAlias
 from m3jax.checkpoints.copying import pieces
 from m3jax.checkpoints.msgpack_tree import ARRAY, CHUNKED, MAX_DEPTH, MAX_NAME
 from m3jax.checkpoints.protocol import DTYPES, Checkpoint, TensorInfo
-from m3jax.checkpoints.shards import _DISK_FULL, _discard, _sync_directory, plan_shards
-from m3jax.errors import M3Error
+from m3jax.checkpoints.shards import _discard, _sync_directory, plan_shards
+from m3jax.errors import M3Error, mend
 
 SINGLE_FILE = "flax_model.msgpack"
 INDEX_FILE = "flax_model.msgpack.index.json"
@@ -93,8 +93,7 @@ def _appearing(path: Path) -> Iterator[BinaryIO]:
         _sync_directory(path.parent)
     except OSError as error:
         _discard(temporary)
-        mend = "free space or choose another place" if error.errno in _DISK_FULL else "check the place and the disk"
-        raise M3Error(f"{path} cannot be written: {error.strerror}; {mend}.") from error
+        raise M3Error(f"{path} cannot be written: {error.strerror}; {mend(error)}.") from error
     except BaseException:
         _discard(temporary)
         raise

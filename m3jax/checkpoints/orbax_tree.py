@@ -78,7 +78,7 @@ def _find_item(path: Path) -> Path:
     if not path.is_dir():
         raise M3Error(f"{path} is no directory of an Orbax checkpoint: check the path.")
     if _unfinished(path.absolute()):
-        raise M3Error(f"{path} was not saved to its end: take another step, or save it again.")
+        raise M3Error(f"{path} was not saved to its end or has lost files: save it again, or take another one.")
     if _is_item(path):
         return path
     below = _children(path)

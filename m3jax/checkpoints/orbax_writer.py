@@ -19,7 +19,7 @@ import numpy as np
 
 from m3jax.checkpoints.orbax_tree import _COMMITTED, _STEP, _TEMPORARY, _TREE
 from m3jax.checkpoints.protocol import DTYPES, Checkpoint, natural_key
-from m3jax.errors import M3Error
+from m3jax.errors import M3Error, mend
 
 _CHUNK = 16 << 20  # bytes of a chunk: what a reader of any small piece has to decode
 _HELD = 64 << 20  # bytes being compressed and written
@@ -85,8 +85,11 @@ def _saying_what_failed(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # TensorStore's are of many types
-        reason = error.strerror if isinstance(error, OSError) else str(error).partition(" [")[0]
-        raise M3Error(f"{path} cannot be written: {reason}; check the place and the disk.") from error
+        if isinstance(error, OSError):
+            raise M3Error(f"{path} cannot be written: {error.strerror}; {mend(error)}.") from error
+        full = str(error).startswith("RESOURCE_EXHAUSTED")  # TensorStore's word for a disk that is full
+        reason = "the disk is full; free space or choose another place" if full else "check the place and the disk"
+        raise M3Error(f"{path} cannot be written: {reason}.") from error
 
 
 def _write_arrays(path: Path, directory: Path, source: Checkpoint) -> None:

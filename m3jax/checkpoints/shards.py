@@ -13,13 +13,12 @@ from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from m3jax.checkpoints.protocol import DTYPES, BytesLike, TensorInfo, as_bytes
-from m3jax.errors import M3Error
+from m3jax.errors import M3Error, mend
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
-_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def _encode_header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> bytes:
@@ -100,8 +99,7 @@ class ShardWriter:
 
     def _unwritable(self, error: OSError) -> M3Error:
         """The sentence for a file that the operating system does not let us write."""
-        mend = "free space or choose another place" if error.errno in _DISK_FULL else "check the place and the disk"
-        return M3Error(f"{self._path} cannot be written, {self._total:,} bytes: {error.strerror}; {mend}.")
+        return M3Error(f"{self._path} cannot be written, {self._total:,} bytes: {error.strerror}; {mend(error)}.")
 
     def write(self, name: str, start: int, data: BytesLike) -> None:
         """Writes a piece of a tensor; every byte is to be written once.

@@ -61,7 +61,7 @@ def load_rows(source: str | Path | HubSet, columns: Sequence[str] = ()) -> list[
             f"there is no data file {source}; give a file, or a hub data set as owner/name or owner/name:split"
         )
     if not rows:
-        raise M3Error(f"{source} holds no examples")
+        raise M3Error(f"{source} holds no examples; check that it is the file you mean")
     return rows
 
 
@@ -87,7 +87,7 @@ def _from_file(path: Path, columns: Sequence[str]) -> list[Row]:
         blob = path.read_bytes()
         text = (gzip.decompress(blob) if blob[:2] == b"\x1f\x8b" else blob).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise M3Error(f"cannot read {path}: {error}") from error
+        raise M3Error(f"cannot read {path}: it is damaged or no text ({type(error).__name__}); get it again") from error
     return _READERS[kind](text, path, columns)
 
 
@@ -116,7 +116,7 @@ def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise M3Error(f"{where} is not JSON: {error}") from error
+        raise M3Error(f"{where} is not JSON; mend it, or give the file in its own format") from error
 
 
 def _check_row(row: Any, where: str) -> None:
@@ -161,7 +161,7 @@ def _from_parquet(path: Path) -> list[Row]:
     try:
         rows: list[Row] = parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:
-        raise M3Error(f"cannot read {path}: {error}") from error
+        raise M3Error(f"cannot read {path}: it is damaged or no Parquet file; get it again") from error
     return rows
 
 

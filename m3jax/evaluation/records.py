@@ -171,6 +171,8 @@ def _writing(path: Path, what: str = "write") -> Iterator[None]:
         yield
     except OSError as error:
         mend = "make it writable, or give another output directory"
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            mend = "a file is where a directory is to be, so give another output directory"
         if error.errno in _FULL:
             mend = "make room and try again; a run goes on with --resume"
         raise M3Error(f"cannot {what} {path}: {error.strerror or error}; {mend}") from error

@@ -356,6 +356,8 @@ def load_recipe(
       7
     """
     origin = "recipe" if isinstance(source, Mapping) else os.fspath(source)
+    if overrides or seed is not None:
+        origin += " with the given changes"
     raw: object = source if isinstance(source, Mapping) else read_yaml(source)
     for override in overrides:
         raw = with_override(raw, override)
