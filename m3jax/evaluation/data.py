@@ -4,7 +4,9 @@ import csv
 import gzip
 import io
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +15,18 @@ from m3jax.errors import M3Error
 Row = Mapping[str, Any]
 
 _INSTALL = "pip install 'm3jax[eval]'"
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Keeps the hub client from printing every attempt that fails; what comes of them is said in a sentence."""
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 class HubSet(NamedTuple):
@@ -174,7 +188,8 @@ def _from_hub(source: HubSet) -> list[Row]:
             "or give a local file with --data"
         ) from error
     try:
-        return [dict(row) for row in datasets.load_dataset(source.id, source.config, split=source.split)]
+        with quiet_hub():
+            return [dict(row) for row in datasets.load_dataset(source.id, source.config, split=source.split)]
     except Exception as error:  # the hub client raises of every kind
         raise M3Error(
             f"cannot load the split {source.split!r} of the data set {source.id}: {error}; "

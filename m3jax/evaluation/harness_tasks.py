@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from m3jax.errors import M3Error
+from m3jax.evaluation.data import quiet_hub
 from m3jax.evaluation.tasks import TASKS
 from m3jax.evaluation.telling import Tell
 
@@ -185,7 +186,12 @@ def surroundings(tell: Tell | None) -> Iterator[list[str]]:
     np.random.seed(_NUMPY_SEED)
     try:
         # Standard output is for results.
-        with contextlib.redirect_stdout(sys.stderr), _collected_log() as complaints, _progress_bars(tell is not None):
+        with (
+            contextlib.redirect_stdout(sys.stderr),
+            quiet_hub(),
+            _progress_bars(tell is not None),
+            _collected_log() as complaints,
+        ):
             yield complaints
     finally:
         random.setstate(python)
