@@ -4,8 +4,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from m3jax.conversion import convert as convert
     from m3jax.errors import M3Error as M3Error
     from m3jax.evaluation.models import evaluate as evaluate
+    from m3jax.evaluation.robustness import attack as attack
+    from m3jax.exploration import explore as explore
+    from m3jax.loading import load as load
     from m3jax.manifest import verify as verify
     from m3jax.merging import merge as merge
     from m3jax.methods.dare import dare as dare
@@ -23,10 +27,14 @@ if TYPE_CHECKING:
 # Public names are imported when first used, so that commands that need no JAX start without it.
 _HOMES = {
     "M3Error": "errors",
+    "convert": "conversion",
+    "attack": "evaluation.robustness",
     "dare": "methods.dare",
     "draw_weights": "mixing",
     "evaluate": "evaluation.models",
+    "explore": "exploration",
     "linear": "methods.linear",
+    "load": "loading",
     "load_recipe": "recipe",
     "magnitude": "methods.magnitude",
     "merge": "merging",

@@ -22,7 +22,7 @@ from m3jax.errors import M3Error
 SCHEME = "m3jax-1"
 
 # What a root key is folded with before its use, so that no two uses share a stream.
-WEIGHTS, MASKS = 0, 1
+WEIGHTS, MASKS, SAMPLES, SUBSETS = 0, 1, 2, 3
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
@@ -113,6 +113,20 @@ def fold_in_name(key: Words, name: str) -> Words:
     for word in (digest[:4], digest[4:8]):
         key = fold_in(key, int.from_bytes(word, "big"))
     return key
+
+
+def sample_key(root: Words, sample: int) -> Words:
+    """The root key of one sample of an exploration, from which its weights are drawn as a merge's are from its seed.
+
+    Args:
+        root: uint32[2], the recipe's root key.
+        sample: Its number, from 0.
+
+    Example:
+        >>> bool((sample_key(root_key(7), 0) == sample_key(root_key(7), 1)).any())
+        False
+    """
+    return fold_in(fold_in(root, SAMPLES), sample)
 
 
 def pair_keys(root: Words, name: str, num_experts: int) -> Words:

@@ -3,9 +3,11 @@
 What a command needs is imported inside it, so that `--help` and `inspect` start without JAX.
 """
 
+import errno
 import json
 import os
 import re
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from m3jax.streaming import MergeResult
 
 _BAD_INPUT, _FAILURE, _INTERRUPTED, _PIPE_CLOSED = 2, 1, 130, 141
+_CANNOT_PRINT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _HEARTBEAT_SECONDS = 30  # of silence after which a process counts as dead
 
 app = typer.Typer(
@@ -60,7 +63,10 @@ ProcessId = Annotated[
     int | None, typer.Option(metavar="I", min=0, help="From 0 on.  [default: the cluster's]", show_default=False)
 ]
 Heartbeat = Annotated[int, typer.Option("--heartbeat-timeout", hidden=True, min=1)]
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="The model directory to make.", show_default=False)]
+Out = Annotated[
+    str,
+    typer.Argument(metavar="OUT", help="The directory to make, or an s3:// or gs:// URL.", show_default=False),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -97,6 +103,9 @@ def merge(
         bool, typer.Option("--allow-nonfinite", help="Go on where weights are NaN or infinite.")
     ] = False,
     chunk_entries: Annotated[int | None, typer.Option(hidden=True)] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what the merge would read, write and take; read no weights.")
+    ] = False,
     mesh: MeshAxes = None,
     distributed: Distributed = False,
     coordinator: Coordinator = None,
@@ -111,6 +120,12 @@ def merge(
 
     An interrupted merge keeps its finished files; the same command resumes it.
     """
+    if plan:
+        from m3jax.estimating import estimate_lines, estimate_recipe
+
+        estimate = estimate_recipe(recipe, out, overrides or (), seed, overwrite, max_shard_size, num_processes or 1)
+        _print_result(estimate.to_json, lambda: estimate_lines(estimate, console.terminal_width()), as_json)
+        return
     cluster = _Cluster.of(distributed, coordinator, num_processes, process_id, heartbeat_timeout)
 
     def work(speaks: bool) -> None:
@@ -144,7 +159,7 @@ def merge(
 @app.command()
 def replay(
     manifest: Annotated[
-        Path, typer.Argument(metavar="MANIFEST", help="An m3jax.json, or the directory it is in.", show_default=False)
+        str, typer.Argument(metavar="MANIFEST", help="An m3jax.json, or the directory it is in.", show_default=False)
     ],
     out: Out,
     inputs: Annotated[
@@ -195,7 +210,7 @@ def replay(
 
 @app.command()
 def verify(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that m3jax made.", show_default=False)],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A directory that m3jax made.", show_default=False)],
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -295,7 +310,7 @@ def evaluate(
         str | None, typer.Option(metavar="NAME", help="Prompt template.  [default: the task's]")
     ] = None,
     overflow: Annotated[
-        str, typer.Option(metavar="error|truncate|skip", help="What becomes of prompts longer than the context.")
+        str, typer.Option(metavar="error|truncate|skip", help="What becomes of prompts that leave an answer no room.")
     ] = "error",
     dtype: Annotated[str | None, typer.Option(metavar="NAME", help="Of the weights.  [default: their own]")] = None,
     mesh: Annotated[
@@ -332,9 +347,234 @@ def evaluate(
     )
     command.check(wanted)
     _silence_downloads(quiet)
-    outcome = command.run(model, wanted, None if quiet else lambda line: print(line, file=sys.stderr, flush=True))
+    outcome = command.run(model, wanted, None if quiet else _print_progress)
     if as_json or not quiet:
         _print_result(lambda: outcome, lambda: outcome_lines(outcome), as_json)
+
+
+@app.command()
+def attack(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or hub id.", show_default=False)],
+    task: Annotated[str, typer.Option("--task", metavar="NAME", help="sst2, cola, gsm8k, ….", show_default=False)],
+    data: Annotated[
+        str | None, typer.Option("--data", metavar="FILE", help="JSONL, TSV, Parquet …, or a hub data set.")
+    ] = None,
+    attacks: Annotated[
+        str | None,
+        typer.Option(
+            "--attack",
+            metavar="NAMES",
+            help="By comma: deepwordbug, textbugger, bertattack, textfooler, stresstest, checklist; '' is none."
+            "  [default: those that need no further files]",
+            show_default=False,
+        ),
+    ] = None,
+    shifts: Annotated[
+        str | None,
+        typer.Option(
+            "--shift",
+            metavar="NAMES",
+            help="By comma: typos[=RATE], whitespace[=RATE], lowercase, uppercase, mixed-case, number-format,"
+            " paraphrase.",
+        ),
+    ] = None,
+    profile: Annotated[str, typer.Option(metavar="promptbench|m3-paper", help="How hard attacks try.")] = "promptbench",
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Of every random choice.")] = 0,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Use the first N examples only.")] = None,
+    search_examples: Annotated[
+        int | None, typer.Option(metavar="N", help="Search on the first N examples, measure on the others.")
+    ] = None,
+    budget: Annotated[int | None, typer.Option(metavar="N", help="Most prompts that an attack may score.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Attack this, {content} in it, not the task's own prompt.")
+    ] = None,
+    protect: Annotated[
+        str | None, typer.Option(metavar="WORDS", help="Never touch these, by comma, nor the labels.")
+    ] = None,
+    masked_lm: Annotated[str | None, typer.Option("--masked-lm", metavar="BERT", help="For bertattack.")] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Word vectors as text, for textfooler and textbugger.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where attack.json goes.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an attack.json that is there.")] = False,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Prompts that run together.")] = 64,
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Most tokens of an answer.")] = None,
+    template: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Prompt template.  [default: the task's]")
+    ] = None,
+    overflow: Annotated[
+        str, typer.Option(metavar="error|truncate", help="What becomes of prompts that leave an answer no room.")
+    ] = "error",
+    dtype: Annotated[str | None, typer.Option(metavar="NAME", help="Of the weights.  [default: their own]")] = None,
+    mesh: Annotated[
+        str | None, typer.Option(metavar="AXES", help="As in fsdp=4,tp=2.  [default: one device]", show_default=False)
+    ] = None,
+    run_code: Annotated[bool, typer.Option("--run-code", help="Run programs that the model wrote, sandboxed.")] = False,
+    allow_unsandboxed: Annotated[
+        bool, typer.Option("--allow-unsandboxed", help="Run them with limits only where no sandbox is possible.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Attack the prompt of a model, and shift its inputs."""
+    _silence_downloads(quiet)
+    from m3jax.evaluation import robustness
+
+    wanted = robustness.Wanted(
+        task=task,
+        data=data,
+        attacks=robustness.DEFAULT_ATTACKS if attacks is None else robustness.names(attacks),
+        shifts=robustness.names(shifts),
+        profile=profile,
+        seed=seed,
+        limit=limit,
+        search_examples=search_examples,
+        budget=budget,
+        prompt=prompt,
+        protect=robustness.names(protect),
+        masked_lm=masked_lm,
+        embeddings=embeddings,
+        out=out,
+        overwrite=overwrite,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        template=template,
+        overflow=overflow,
+        dtype=dtype,
+        mesh=mesh,
+        run_code=run_code,
+        allow_unsandboxed=allow_unsandboxed,
+    )
+    outcome = robustness.run(model, wanted, None if quiet else _print_progress)
+    if as_json or not quiet:
+        _print_result(lambda: outcome, lambda: robustness.outcome_lines(outcome), as_json)
+
+
+@app.command()
+def report(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR…", help="Output directories of evaluate and attack.", show_default=False),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Where report.md, .json and .png go.", show_default=False),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a report that is there.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Put evaluations and attacks of several models in one table and one picture."""
+    from m3jax import report as reporting
+
+    found = reporting.collect(directories)
+    if out is not None:
+        reporting.write(found, out, overwrite)
+    _print_result(found.to_json, lambda: reporting.table_lines(found), as_json)
+
+
+@app.command()
+def explore(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file with mixup.", show_default=False)],
+    out: Out,
+    tasks: Annotated[
+        list[str],
+        typer.Option("--task", metavar="NAME=FILE", help="A task, its dev data; may be repeated.", show_default=False),
+    ],
+    samples: Annotated[int, typer.Option(metavar="N", help="The budget, in evaluations on all dev data.")] = 32,
+    select: Annotated[
+        str, typer.Option(metavar="mean|TASK|pareto|NUMBER", help="What the best sample is; or the sample to take.")
+    ] = "mean",
+    strategy: Annotated[
+        str, typer.Option(metavar="draw|sobol|grid|halving|cma", help="Which ratios are tried.")
+    ] = "draw",
+    optimize: Annotated[
+        str | None,
+        typer.Option(metavar="loss|entropy", help="Refine the best sample by gradients.", show_default=False),
+    ] = None,
+    granularity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="model|layer|tensor", help="Of refined weights.  [default: the recipe's]", show_default=False
+        ),
+    ] = None,
+    steps: Annotated[int, typer.Option(metavar="N", help="Of refining.")] = 100,
+    learning_rate: Annotated[float, typer.Option(metavar="X", help="Of refining.")] = 0.05,
+    journal: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Where samples are kept.  [default: OUT.exploration]", show_default=False),
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Use this seed, not the recipe's.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, as in mixup.alpha=0.5; may be repeated."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Use the first N examples of each task only.")] = None,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Prompts that run together.")] = 8,
+    max_tokens: Annotated[int | None, typer.Option(metavar="N", help="Most tokens of an answer.")] = None,
+    template: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Prompt template.  [default: the task's]")
+    ] = None,
+    overflow: Annotated[
+        str, typer.Option(metavar="error|truncate|skip", help="What becomes of prompts that leave an answer no room.")
+    ] = "error",
+    mesh: Annotated[
+        str | None, typer.Option(metavar="AXES", help="As in fsdp=4,tp=2.  [default: one device]", show_default=False)
+    ] = None,
+    run_code: Annotated[bool, typer.Option("--run-code", help="Run programs that the model wrote, sandboxed.")] = False,
+    allow_unsandboxed: Annotated[
+        bool, typer.Option("--allow-unsandboxed", help="Run them with limits only where no sandbox is possible.")
+    ] = False,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")] = "5GB",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Try many merging ratios and write the best merge.
+
+    The experts stay in memory. An interrupted exploration keeps its samples; the same command goes on.
+    """
+    from m3jax.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or (), seed)
+    wanted = dict(map(_read_task, tasks))
+    if len(wanted) < len(tasks):
+        raise M3Error("--task: names a task twice: give each task one file")
+    if granularity is not None and optimize is None:
+        raise M3Error("--granularity is for --optimize: add it, or write mixup.granularity into the recipe")
+    _print_notes(loaded.notes(), quiet)
+    _silence_downloads(quiet)
+    from m3jax import exploration
+    from m3jax.evaluation.models import make_mesh
+    from m3jax.exploration import telling
+
+    how = exploration.Evaluation(limit, batch_size, max_tokens, template, overflow, run_code, allow_unsandboxed)
+    learned = exploration.Optimization(optimize, steps, learning_rate, granularity, batch_size) if optimize else None
+    kept = "finished samples are kept, and the same command goes on"
+    with _resumable(out, kept), telling.reporter(samples, quiet) as (watch, tell):
+        found = exploration.explore(
+            loaded,
+            out,
+            tasks=wanted,
+            samples=samples,
+            select=select,
+            strategy=strategy,
+            evaluation=how,
+            optimize=learned,
+            mesh=make_mesh(mesh) if mesh else None,
+            journal=journal,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+            watch=watch,
+            tell=tell,
+        )
+    if as_json or not quiet:
+        width = console.terminal_width()
+        _print_result(lambda: telling.exploration_json(found), lambda: telling.exploration_lines(found, width), as_json)
 
 
 @app.command()
@@ -379,11 +619,21 @@ class _Cluster(NamedTuple):
             raise M3Error(f"{given[0]}: is for --distributed: add it, or leave this out")
         if given and missing:
             raise M3Error(f"{' and '.join(missing)}: missing beside {given[0]}: give all three, or none in a cluster")
-        if coordinator is not None and not re.fullmatch(r".+:[0-9]{1,5}", coordinator):
-            raise M3Error(f"--coordinator {coordinator!r}: write HOST:PORT, as in 10.0.0.1:8476")
+        if coordinator is not None:
+            _check_address(coordinator)
         if process_id is not None and num_processes is not None and process_id >= num_processes:
             raise M3Error(f"--process-id {process_id}: {num_processes} processes are numbered 0 to {num_processes - 1}")
         return cls(coordinator, num_processes, process_id, timeout) if distributed else None
+
+
+def _check_address(coordinator: str) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+        raise M3Error(f"--coordinator {coordinator!r}: write HOST:PORT, as in 10.0.0.1:8476")
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+    except OSError:
+        raise M3Error(f"--coordinator {coordinator}: there is no host {host}: check the name") from None
 
 
 def _work(work: Callable[[bool], None], cluster: _Cluster | None, debug: bool) -> None:
@@ -396,13 +646,18 @@ def _work(work: Callable[[bool], None], cluster: _Cluster | None, debug: bool) -
     def shared_work() -> int:
         import jax
 
-        from m3jax.processes import joined
+        from m3jax.processes import join
 
-        with joined(cluster.coordinator, cluster.num_processes, cluster.process_id, cluster.heartbeat_timeout):
-            speaks = jax.process_index() == 0
-            return _reported(lambda: work(speaks), debug, silent=not speaks)
+        join(cluster.coordinator, cluster.num_processes, cluster.process_id, cluster.heartbeat_timeout)
+        speaks = jax.process_index() == 0
+        return _reported(lambda: work(speaks), debug, silent=not speaks)
 
-    status = supervised(lambda: _reported(shared_work, debug), cluster.coordinator)
+    def leave() -> None:
+        from m3jax.processes import leave
+
+        leave()
+
+    status = supervised(lambda: _reported(shared_work, debug), leave, cluster.coordinator, cluster.process_id)
     if status:
         raise typer.Exit(status)
 
@@ -426,6 +681,13 @@ def _read_source(text: str) -> tuple[str, str]:
     return recorded, here
 
 
+def _read_task(text: str) -> tuple[str, str | None]:
+    name, equals, data = text.partition("=")
+    if not name or (equals and not data):
+        raise M3Error(f"--task {text!r} is no task: write NAME=FILE, or NAME alone for its own data on the hub")
+    return name, data or None
+
+
 def _silence_downloads(quiet: bool) -> None:
     """Keeps the hub client's own progress bars away; it reads this when it is imported."""
     if quiet:
@@ -433,23 +695,34 @@ def _silence_downloads(quiet: bool) -> None:
 
 
 @contextmanager
-def _resumable(out: Path) -> Iterator[None]:
-    """Says, when a merge is interrupted, what of its work is kept."""
+def _resumable(out: str, known: str | None = None) -> Iterator[None]:
+    """Says, when a merge is interrupted, what of its work is kept: what is known, or what there is."""
     try:
         yield
     except KeyboardInterrupt:
+        if known is not None:
+            raise KeyboardInterrupt(known) from None
+        from m3jax.checkpoints.remote import is_url
         from m3jax.publishing import partial_directory
 
-        partial = partial_directory(out)
-        kept = (
-            f"what is finished is in {partial}, and the same command resumes" if partial.exists() else "nothing is kept"
-        )
+        if is_url(out):
+            kept = f"what has been sent to {out} is kept, and the same command resumes"
+        elif (partial := partial_directory(Path(out))).exists():
+            kept = f"what is finished is in {partial}, and the same command resumes"
+        else:
+            kept = "nothing is kept"
         raise KeyboardInterrupt(kept) from None
 
 
 def _print_notes(notes: Iterable[str], quiet: bool) -> None:
     for note in () if quiet else notes:
         print(f"note: {note}", file=sys.stderr)
+
+
+def _print_progress(line: str) -> None:
+    # In one piece: an interruption comes before a line or after it.
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
 
 
 def _print_merge(result: "MergeResult", as_json: bool, quiet: bool) -> None:
@@ -533,6 +806,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return f"m3jax: interrupted{f': {error}' if error.args else ''}.", _INTERRUPTED
         case MemoryError():
             return "m3jax: out of memory; run with --debug to see where.", _FAILURE
+        case OSError() if error.filename is None and error.errno in _CANNOT_PRINT:
+            return f"m3jax: standard output: {error.strerror}: send it elsewhere; the work itself is done.", _BAD_INPUT
     # Typer hides its usage errors; their methods and exit code are the same in all its versions.
     if hasattr(error, "format_message"):
         return _usage(error), _BAD_INPUT

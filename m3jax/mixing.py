@@ -5,6 +5,7 @@ References:
     arXiv 2502.15434, 2025.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,7 +66,7 @@ def uniform(key: bits.Words, draw: int) -> np.ndarray:
     return np.asarray((u.astype(np.float64) * 2.0**32 + v.astype(np.float64) + 0.5) / 2.0**64)
 
 
-def beta_quantile(p: np.ndarray, a: float, b: float) -> np.ndarray:
+def beta_quantile(p: np.ndarray | np.float64, a: float, b: float) -> np.ndarray:
     """The p-quantile of Beta(a, b), computed in float64 and rounded to float32.
 
     SciPy's inverse of the regularised incomplete beta function; the manifest stores what came out, so that a replay
@@ -113,10 +114,27 @@ def draw_weights(
             f"but there are {num_experts}: give one number"
         )
     words = group_key(key, group)
+    return weights_at([float(uniform(words, stick)) for stick in range(num_experts - 1)], alpha)
+
+
+def weights_at(p: Sequence[float], alpha: float | tuple[float, float]) -> tuple[float, ...]:
+    """The weights that lie at a point of the unit cube: stick-breaking by the quantiles of the sticks' Betas.
+
+    Args:
+        p: One probability per stick; uniform ones give Dirichlet weights.
+        alpha: As for `draw_weights`.
+
+    Returns:
+        One weight more than there are sticks.
+
+    Example:
+        >>> weights_at([0.5], alpha=2.0)
+        (0.5, 0.5)
+    """
     weights, rest = [], 1.0
-    for stick in range(num_experts - 1):
-        a, b = alpha if isinstance(alpha, tuple | list) else (alpha, alpha * (num_experts - 1 - stick))
-        fraction = float(beta_quantile(uniform(words, stick), a, b))
+    for stick, probability in enumerate(p):
+        a, b = alpha if isinstance(alpha, tuple | list) else (alpha, alpha * (len(p) - stick))
+        fraction = float(beta_quantile(np.float64(probability), a, b))
         weights.append(rest * fraction)
         rest *= 1.0 - fraction
     return (*weights, rest)

@@ -6,6 +6,7 @@ functions of flat chunks, one writes. The functions are those of the in-memory p
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from m3jax.checkpoints import (
 )
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.chunks import Loaded, default_chunk_entries
-from m3jax.errors import M3Error
+from m3jax.errors import M3Error, mend
 from m3jax.measuring import Stage, phases_of
 from m3jax.passes import Circumstances, Passes
 from m3jax.planning import DrawnWeights, Input, Plan, TensorPlan, divide, make_plan
@@ -74,8 +75,15 @@ class MergeResult(NamedTuple):
     process_reads: tuple[int, ...]
 
 
-class _Model(NamedTuple):
-    """One opened input."""
+class Model(NamedTuple):
+    """One opened input.
+
+    Attributes:
+        role: "expert", "base", or "template" for a base of which only config and tokenizer are used.
+        place: Where it is.
+        checkpoint: Its tensors.
+        input: What the plan knows of it.
+    """
 
     role: str
     place: ModelDirectory
@@ -83,15 +91,15 @@ class _Model(NamedTuple):
     input: Input
 
 
-def _open_model(name: str, role: str, sources: Mapping[str, str], stack: ExitStack) -> _Model:
+def _open_model(name: str, role: str, sources: Mapping[str, str], stack: ExitStack) -> Model:
     place = locate_model(sources.get(name, name))
     checkpoint = stack.enter_context(open_checkpoint(place.path))
     config = modelcard.read_config(place.path)
     tied = config.get("tie_word_embeddings") if config else None
-    return _Model(role, place._replace(name=name), checkpoint, Input(name, checkpoint.tensors, tied))
+    return Model(role, place._replace(name=name), checkpoint, Input(name, checkpoint.tensors, tied))
 
 
-def _open_models(recipe: Recipe, sources: Mapping[str, str], stack: ExitStack) -> list[_Model]:
+def _open_models(recipe: Recipe, sources: Mapping[str, str], stack: ExitStack) -> list[Model]:
     models = [_open_model(entry.model, "expert", sources, stack) for entry in recipe.experts]
     if recipe.base_model is not None and recipe.merge_method != "slerp":
         role = "base" if recipe.uses_base else "template"
@@ -112,7 +120,7 @@ def _identity(recipe: Recipe, plan: Plan, inputs: Any, rest: Any) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def _check_agreement(processes: Processes, recipe: Recipe, plan: Plan, models: Sequence[_Model], rest: Any) -> None:
+def _check_agreement(processes: Processes, recipe: Recipe, plan: Plan, models: Sequence[Model], rest: Any) -> None:
     """Raise M3Error unless all processes see the same, wherever each of them finds it."""
     seen = [
         [m.input.name, {file: [p["size"], p["header_blake3"]] for file, p in m.checkpoint.fingerprint().items()}]
@@ -134,7 +142,7 @@ def _saying_what_failed(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         place = error.filename if error.filename is not None else out
-        raise M3Error(f"{place}: {error.strerror or error}: check the place and the space on its disk") from error
+        raise M3Error(f"{place}: {error.strerror or error}: {mend(error)}") from error
 
 
 class _Job(NamedTuple):
@@ -150,6 +158,7 @@ class _Job(NamedTuple):
     progress: Callable[[Progress], None] | None
     recorded: Mapping[str, Any] | None = None
     sources: Mapping[str, str] = MappingProxyType({})
+    chosen: DrawnWeights | None = None
 
     @property
     def expected(self) -> dict[str, str]:
@@ -163,10 +172,19 @@ class _Job(NamedTuple):
         return None if self.recorded is None else [record["tensors"] for record in self.recorded["inputs"]]
 
 
-class _Ready(NamedTuple):
-    """A merge as it is prepared: nothing of it has been written yet."""
+class Ready(NamedTuple):
+    """A merge as it is prepared: nothing of it has been written yet.
 
-    models: list[_Model]
+    Attributes:
+        models: The opened inputs, experts first, then the base if there is one.
+        plan: What happens to each tensor.
+        shards: The files to write, each with its tensors.
+        companions: The files that stand beside the weights, by name.
+        fingerprints: What tells each input's files from others, without reading weights.
+        identity: Digest of everything that the output's bytes depend on.
+    """
+
+    models: list[Model]
     plan: Plan
     shards: list[tuple[str, list[TensorInfo]]]
     companions: dict[str, Path]
@@ -174,7 +192,7 @@ class _Ready(NamedTuple):
     identity: str
 
 
-def _prepare(job: _Job, processes: Processes, stack: ExitStack) -> _Ready:
+def _prepare(job: _Job, processes: Processes, stack: ExitStack) -> Ready:
     """Open the models and plan the merge."""
     if processes.index == 0 and isinstance(job.out, RemotePath):
         check_remote_free(job.out, job.overwrite)
@@ -182,7 +200,7 @@ def _prepare(job: _Job, processes: Processes, stack: ExitStack) -> _Ready:
         check_free(job.out, job.overwrite)
     models = _open_models(job.recipe, job.sources, stack)
     _check_apart(job.out, models)
-    drawn: DrawnWeights | None = manifest.drawn_weights(job.recorded) if job.recorded is not None else None
+    drawn: DrawnWeights | None = manifest.drawn_weights(job.recorded) if job.recorded is not None else job.chosen
     base = models[-1].input if models[-1].role != "expert" else None
     plan = make_plan(job.recipe, [m.input for m in models if m.role == "expert"], base, drawn)
     companions = modelcard.gather(job.recipe, [m.place for m in models], plan.template)
@@ -194,10 +212,10 @@ def _prepare(job: _Job, processes: Processes, stack: ExitStack) -> _Ready:
     _check_agreement(processes, job.recipe, plan, models, rest)
     inputs = [[m.input.name, str(m.place.path), told] for m, told in zip(models, fingerprints, strict=True)]
     identity = _identity(job.recipe, plan, inputs, rest)
-    return _Ready(models, plan, shards, companions, fingerprints, identity)
+    return Ready(models, plan, shards, companions, fingerprints, identity)
 
 
-def _open_workplace(job: _Job, ready: _Ready, processes: Processes, stack: ExitStack) -> AnyWorkplace:
+def _open_workplace(job: _Job, ready: Ready, processes: Processes, stack: ExitStack) -> AnyWorkplace:
     """The place to fill: process 0 makes it, the others join."""
     if processes.index:
         identity, finished = share(processes, None)
@@ -244,7 +262,7 @@ def _merge(job: _Job, processes: Processes) -> MergeResult:
         sum(read for _, read, _ in told),
         sum(wrote for _, _, wrote in told),
         len(finished),
-        (*job.recipe.notes(), *_idle(ready.shards, finished, processes.count)),
+        (*job.recipe.notes(), *_idle(ready.shards, finished, processes.count), *_bare(ready.companions)),
         tuple(read for _, read, _ in told),
     )
 
@@ -289,6 +307,11 @@ def _idle(shards: Sequence[tuple[str, Any]], finished: Mapping[str, Any], count:
     left = len(shards) - len(finished)
     if not finished and left < count:
         yield f"{count} processes shared {left} weight files: a smaller --max-shard-size gives all of them work"
+
+
+def _bare(companions: Mapping[str, Path]) -> Iterator[str]:
+    if "config.json" not in companions:
+        yield "the models have no config.json, so neither has the output: loaders of model directories want one"
 
 
 def _produce(
@@ -340,7 +363,7 @@ def _tensors(plan: Plan, shards: Sequence[tuple[str, list[TensorInfo]]]) -> list
     return [by_name[info.name] for _, infos in shards for info in infos]
 
 
-def _record(job: _Job, ready: _Ready, entries: Mapping[str, Any]) -> dict[str, Any]:
+def _record(job: _Job, ready: Ready, entries: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest, but for the digests of the small files."""
     told = {name: tensor for tensors in entries.values() for name, tensor in tensors.items()}
     output = {t.output.name: (t.output, told[t.output.name]["digest"]) for t in ready.plan.tensors}
@@ -353,7 +376,7 @@ def _record(job: _Job, ready: _Ready, entries: Mapping[str, Any]) -> dict[str, A
     return manifest.build(job.recipe, ready.plan.weights, records, output, {}, job.max_shard_size)
 
 
-def _publish(job: _Job, ready: _Ready, staging: Staging | RemoteStaging, record: dict[str, Any]) -> None:
+def _publish(job: _Job, ready: Ready, staging: Staging | RemoteStaging, record: dict[str, Any]) -> None:
     """Write what stands beside the weights, complete `record`, and let the output appear."""
     if len(ready.shards) > 1:
         write_index(staging.path, ready.shards, sum(t.output.nbytes for t in ready.plan.tensors))
@@ -363,7 +386,7 @@ def _publish(job: _Job, ready: _Ready, staging: Staging | RemoteStaging, record:
     staging.publish(job.overwrite)
 
 
-def _check_apart(out: Path, models: Sequence[_Model]) -> None:
+def _check_apart(out: Path, models: Sequence[Model]) -> None:
     """Refuse to replace a directory that a model is read from."""
     outputs = [out] if isinstance(out, RemotePath) else [out.resolve(), partial_directory(out).resolve()]
     for target in outputs:
@@ -373,7 +396,16 @@ def _check_apart(out: Path, models: Sequence[_Model]) -> None:
                 raise M3Error(f"{target}: is one of the models, or holds {model.input.name}: choose another output")
 
 
-def _check_recorded(recorded: Mapping[str, Any] | None, plan: Plan, models: Sequence[_Model]) -> None:
+def _check_recorded_place(name: str, place: str) -> None:
+    """Raise M3Error if a recorded model is not where it was, saying how to name its new place."""
+    try:
+        locate_model(place)
+    except M3Error as error:
+        hint = f"if it has moved, --input {name}=HERE says where it is"
+        raise M3Error(f"{str(error).rstrip('.')}; {hint}") from error
+
+
+def _check_recorded(recorded: Mapping[str, Any] | None, plan: Plan, models: Sequence[Model]) -> None:
     """Refuse early what a replay cannot reproduce: tensors that came, went or changed their shape."""
     if recorded is None:
         return
@@ -395,11 +427,13 @@ def merge_checkpoint(
     mesh: Mesh | None = None,
     distributed: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    weights: Mapping[str, Sequence[float]] | None = None,
 ) -> MergeResult:
     """Merge model directories into a model directory, out of core.
 
     The output appears whole, by a rename, or not at all. It is made in `OUT.partial`, from which an interrupted merge
-    resumes when the same call is made again. The weights do not depend on any of the keyword arguments.
+    resumes when the same call is made again. The bytes of the weights do not depend on any of the keyword arguments but
+    `weights`.
 
     Args:
         recipe: A `Recipe`, its YAML file, or its content as a mapping.
@@ -413,6 +447,8 @@ def merge_checkpoint(
         distributed: Share the work with the other processes of `jax.distributed`, all of which make this call. `out`
             is on storage that they share.
         progress: Called after every chunk.
+        weights: Merging weights to use where the recipe's `mixup` would draw them, by group: "model", the blocks, or
+            the tensors. The manifest records them, so that a replay needs nothing else.
 
     Returns:
         What was done.
@@ -423,11 +459,54 @@ def merge_checkpoint(
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     size = parse_size(max_shard_size)
     job = _Job(loaded, as_path(out), overwrite, size, chunk_entries, mesh, allow_nonfinite, progress)
+    job = job._replace(chosen=_chosen(loaded, weights))
     with _together(distributed) as processes:
         return _merge(job, processes)
 
 
-def _chunk_size(entries: int | None, plan: Plan, models: Sequence[_Model]) -> int:
+def _chosen(recipe: Recipe, weights: Mapping[str, Sequence[float]] | None) -> DrawnWeights | None:
+    """Weights given in place of draws, checked."""
+    if weights is None:
+        return None
+    if recipe.mixup is None:
+        raise M3Error("weights: are given in place of draws, but the recipe has no mixup: write them into the recipe")
+    wrong = next((group for group, values in weights.items() if not all(map(math.isfinite, values))), None)
+    if wrong is not None:
+        raise M3Error(f"weights: those of {wrong} are not all finite: give numbers")
+    if recipe.mixup.granularity == "model" and "model" not in weights:
+        raise M3Error("weights: none given for 'model', the one group of this recipe: give {'model': [...]}")
+    count = 1 if recipe.merge_method == "slerp" else len(recipe.experts)
+    odd = next((group for group, values in weights.items() if len(values) != count), None)
+    if odd is not None:
+        raise M3Error(f"weights: {len(weights[odd])} are given for {odd} where {count} are needed")
+    return {group: tuple(map(float, values)) for group, values in weights.items()}
+
+
+@contextmanager
+def prepared(
+    recipe: Recipe, out: str | os.PathLike[str], *, overwrite: bool = False, max_shard_size: int | str | None = None
+) -> Iterator[Ready]:
+    """A merge up to its first byte: inputs opened, shapes compared, everything planned from headers alone.
+
+    Args:
+        recipe: What to merge.
+        out: Where the output would go; it must be free.
+        overwrite: Let it exist.
+        max_shard_size: As in `merge_checkpoint`.
+
+    Yields:
+        The merge, with its inputs open.
+
+    Raises:
+        M3Error: What `merge_checkpoint` would raise before it reads weights.
+    """
+    size = parse_size(DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size)
+    job = _Job(recipe, as_path(out), overwrite, size, None, None, False, None)
+    with _saying_what_failed(job.out), ExitStack() as stack:
+        yield _prepare(job, ALONE, stack)
+
+
+def _chunk_size(entries: int | None, plan: Plan, models: Sequence[Model]) -> int:
     if entries is None:
         merged = [t for t in plan.tensors if t.pipeline is not None]
         infos = [models[p].checkpoint.tensors[t.output.name] for t in merged for p in t.sources]
@@ -471,10 +550,12 @@ def replay(
     recorded_size = recorded["output"]["max_shard_size"]
     size = parse_size(recorded_size if max_shard_size is None else max_shard_size)
     nonfinite = True  # the inputs' digests are checked, so they hold what was accepted then
-    named = {record["name"] for record in recorded["inputs"]}
+    named = [record["name"] for record in recorded["inputs"]]
     for name in sources or {}:
         if name not in named:
             raise M3Error(f"{name}: is not a model of this manifest, which records {', '.join(sorted(named))}")
+    for name in named:
+        _check_recorded_place(name, (sources or {}).get(name, name))
     job = _Job(recipe, as_path(out), overwrite, size, chunk_entries, mesh, nonfinite, progress, recorded, sources or {})
     with _together(distributed) as processes:
         return _merge(job, processes)

@@ -1,0 +1,360 @@
+"""explore(): many ratios, merged in memory, evaluated, compared; the best one written as `m3jax merge` writes."""
+
+import functools
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from m3jax.checkpoints.remote import is_url
+from m3jax.decoder import ApplyFn, DecoderConfig, check_vocabulary
+from m3jax.errors import M3Error
+from m3jax.evaluation import tokens
+from m3jax.evaluation.records import digest
+from m3jax.evaluation.telling import Tell
+from m3jax.exploration import optimizing
+from m3jax.exploration.journal import Journal
+from m3jax.exploration.optimizing import Optimization
+from m3jax.exploration.resident import Resident, load_resident
+from m3jax.exploration.samples import Space, space_of
+from m3jax.exploration.scoring import Dev, Evaluation, Score, make_score, own_params, read_devs
+from m3jax.exploration.selection import MEAN, Result, check_select, choose, pareto_front, value
+from m3jax.exploration.strategies import ADAPTIVE, EXTENSIBLE, Trial, strategy_of
+from m3jax.mixing import GRANULARITIES
+from m3jax.progress import Progress
+from m3jax.recipe import Mixup, Recipe, load_recipe
+from m3jax.streaming import DEFAULT_SHARD_SIZE, MergeResult, Ready, merge_checkpoint, prepared
+
+Watch = Callable[[Result, bool], None]
+"""Called with each result, and whether an earlier run had it."""
+
+
+class Exploration(NamedTuple):
+    """What an exploration found.
+
+    Attributes:
+        choice: The chosen sample.
+        results: All that were evaluated, in order.
+        front: The numbers of the samples that no other one beats in every task.
+        cost: Evaluations on all dev examples that the trials amount to.
+        losses: Of learning, before each step; empty where nothing was learned in this run.
+        journal: The directory that holds the samples.
+        merge: The output directory that was written.
+        seconds: Wall time.
+    """
+
+    choice: Result
+    results: tuple[Result, ...]
+    front: tuple[int, ...]
+    cost: float
+    losses: tuple[float, ...]
+    journal: Path
+    merge: MergeResult
+    seconds: float
+
+
+class _Work(NamedTuple):
+    """What one exploration works with."""
+
+    recipe: Recipe
+    space: Space
+    resident: Callable[[], Resident]
+    score: Score
+    journal: Journal
+    watch: Watch | None
+
+    def evaluate(
+        self, trial: Trial, granularity: str, optimized: int | None = None, learning: str | None = None
+    ) -> Result:
+        """The result of a trial, from the journal or by merging and evaluating."""
+        known = self.journal.find(trial.sample, trial.share, trial.weights)
+        if known is None:
+            begun = time.perf_counter()
+            scores = dict(self.score(self.resident().merge(trial.weights), trial.share))
+            spent = time.perf_counter() - begun
+            result = Result(trial.sample, trial.weights, trial.share, scores, spent, granularity, optimized, learning)
+            self.journal.add(result)
+        if self.watch is not None:
+            self.watch(known or result, known is not None)
+        return known or result
+
+
+def _journal_directory(out: str | os.PathLike[str], journal: str | os.PathLike[str] | None) -> Path:
+    """Where the samples are kept: beside the output, unless said otherwise."""
+    if journal is not None:
+        return Path(journal)
+    if is_url(os.fspath(out)):
+        raise M3Error(f"{out}: samples are kept on a local disk: say where with --journal DIR")
+    place = Path(out)
+    return place.with_name(f"{place.name}.exploration")
+
+
+def _identity(
+    recipe: Recipe, ready: Ready, told: Mapping[str, Any], samples: int, select: str, strategy: str
+) -> dict[str, Any]:
+    """What the results in a journal depend on, and no more: independent draws can be gone on with."""
+    identity: dict[str, Any] = {
+        "recipe": digest(recipe.resolved()),
+        "models": digest(
+            [[model.input.name, told] for model, told in zip(ready.models, ready.fingerprints, strict=True)]
+        ),
+        "tasks": dict(told),
+        "strategy": strategy,
+    }
+    if strategy not in EXTENSIBLE:
+        identity["samples"] = samples
+    if strategy in ADAPTIVE:
+        identity["select"] = select
+    return identity
+
+
+def _run(work: _Work, strategy: str, samples: int, select: str) -> list[Result]:
+    """All trials of a strategy."""
+    assert work.recipe.mixup is not None
+    granularity = work.recipe.mixup.granularity
+    search = strategy_of(strategy, work.space, samples)
+    results: list[Result] = []
+    batch = next(search)
+    while True:
+        fresh = [work.evaluate(trial, granularity) for trial in batch]
+        results += fresh
+        try:
+            batch = search.send([value(result, select) for result in fresh])
+        except StopIteration:
+            return results
+
+
+def _learn(
+    given: "_Circumstances", work: _Work, how: Optimization, start: Result, number: int
+) -> tuple[Result, tuple[float, ...]]:
+    """The learned weights, evaluated as one more sample, and the losses on the way to them."""
+    granularity, tell = how.granularity or start.granularity, given.tell
+    learning = digest([how._asdict(), granularity, start.sample])
+    before = next((result for result in given.book.done if result.learning == learning), None)
+    if before is not None:  # an earlier run learned this
+        return work.evaluate(Trial(before.sample, before.weights), granularity), ()
+    if tell is not None:
+        tell(f"learning {granularity} weights from sample {start.sample}: {how.steps} steps")
+
+    def watch(step: int, now: float) -> None:
+        if tell is not None and (step % max(how.steps // 10, 1) == 0 or step == how.steps - 1):
+            tell(f"step {step + 1} of {how.steps}: loss {now:.4g}")
+
+    scores, resident = given.scores, work.resident()
+    batches = optimizing.dev_batches(scores.devs, how, scores.tokenizer, given.mesh)
+    params = own_params(resident.merge(start.weights), scores.config, given.mesh, given.apply_fn)
+    loss = optimizing.dev_loss(how, scores.config, params, given.apply_fn)
+    del params  # learning needs the room
+    learned = optimizing.learn(resident, start.weights, granularity, loss, batches, how.steps, how.learning_rate, watch)
+    result = work.evaluate(Trial(number, learned.weights), granularity, start.sample, learning)
+    return result, learned.losses
+
+
+def _tokenizer_of(ready: Ready) -> Any:
+    """The tokenizer that the output will have."""
+    place = ready.models[ready.plan.template].place
+    chosen = (path for name, path in ready.companions.items() if name.startswith(("tokenizer.", "vocab", "tekken")))
+    return tokens.load_tokenizer(place.name, next(chosen, place.path / "config.json").parent)
+
+
+def _config_of(ready: Ready) -> DecoderConfig:
+    return DecoderConfig.from_directory(ready.models[ready.plan.template].place.path)
+
+
+class _Prepared(NamedTuple):
+    """How samples are scored, and what learning needs of it."""
+
+    score: Score
+    told: dict[str, Any]
+    tasks: tuple[str, ...]
+    devs: tuple[Dev, ...] = ()
+    config: DecoderConfig | None = None
+    tokenizer: Any = None
+
+
+def _prepare_scores(
+    ready: Ready,
+    tasks: Mapping[str, str | Path | None],
+    how: Evaluation,
+    space: Space,
+    mesh: Mesh | None,
+    apply_fn: ApplyFn | None,
+    tell: Tell | None,
+) -> _Prepared:
+    devs = read_devs(tasks, how, space.root)
+    config = _config_of(ready) if apply_fn is None else None
+    tokenizer = _tokenizer_of(ready)
+    note = check_vocabulary(ready.models[ready.plan.template].input.name, tokenizer, config) if config else None
+    if note is not None and tell is not None:
+        tell(f"note: {note}")
+    for dev in devs:
+        dev.prompts(tokenizer)  # a template that cannot be followed is said before weights are loaded
+    told = {dev.task.name: digest([dev.identity(), how.overflow]) for dev in devs}
+    score = make_score(devs, how, config, tokenizer, mesh, apply_fn, tell)
+    return _Prepared(score, told, tuple(told), tuple(devs), config, tokenizer)
+
+
+def _check_optimization(how: Optimization, recipe: Recipe, space: Space, has_devs: bool) -> None:
+    optimizing.check_optimization(how, space.interpolates)
+    assert recipe.mixup is not None
+    order = GRANULARITIES.index
+    if how.granularity is not None and order(how.granularity) < order(recipe.mixup.granularity):
+        raise M3Error(
+            f"--granularity {how.granularity} is coarser than the recipe's {recipe.mixup.granularity}, from whose best "
+            "draw learning starts: take the same or a finer one"
+        )
+    if not has_devs:
+        raise M3Error("optimize: needs dev examples of tasks, not a score of your own: give tasks")
+
+
+def explore(
+    recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any],
+    out: str | os.PathLike[str],
+    *,
+    tasks: Mapping[str, str | Path | None] | None = None,
+    samples: int = 32,
+    select: str = "mean",
+    strategy: str = "draw",
+    evaluation: Evaluation | None = None,
+    score: Score | None = None,
+    apply_fn: ApplyFn | None = None,
+    optimize: Optimization | None = None,
+    mesh: Mesh | None = None,
+    journal: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    tell: Tell | None = None,
+    watch: Watch | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Exploration:
+    """Try many merging ratios and write the best merge.
+
+    The experts stay in memory; a sample is one run of a compiled merge, its weights being run-time arguments, and one
+    evaluation. Nothing is written per sample but a line of the journal, from which the same call goes on after a kill.
+    The chosen weights are then merged out of core: the output's bytes are those that were evaluated.
+
+    Args:
+        recipe: A `Recipe` with a `mixup`, its YAML file, or its content as a mapping.
+        out: The directory to make, as in `merge_checkpoint`.
+        tasks: By name of task, its dev data: a file, a hub data set, or None for the task's own on the hub.
+        samples: The budget: evaluations on all dev examples.
+        select: "mean" of the tasks' accuracies, one task's name, "pareto" (of the front, the sample whose worst task
+            is best), or the number of a sample to take.
+        strategy: "draw" (independent draws of the recipe's Beta or Dirichlet), "sobol" (scrambled Sobol points of the
+            same distribution), "grid" (even weights, the same everywhere), "halving" (many draws on a quarter or an
+            eighth of the examples, the better half goes on) or "cma" (CMA-ES; needs evosax).
+        evaluation: Its options.
+        score: A function of your own in place of tasks, from merged arrays by tensor name and a share of the dev
+            examples to scores by name, larger being better.
+        apply_fn: A model of your own, run in place of the decoder as in `m3jax.evaluate`, given the merged arrays.
+        optimize: Refine the best sample's weights by gradients of a dev loss; the result is one more sample.
+        mesh: Over which experts and merges are spread, with axes fsdp and tp; one device without it.
+        journal: Directory of the samples; by default OUT.exploration.
+        overwrite: Replace `out` if it exists.
+        max_shard_size: As in `merge_checkpoint`.
+        tell: Told in lines what is going on.
+        watch: Called with each result.
+        progress: As in `merge_checkpoint`, for the final merge.
+
+    Returns:
+        What was found and written.
+
+    Raises:
+        M3Error: The recipe, the models, the data, an option or a place cannot be used.
+
+    Example:
+        >>> explore(recipe, "best", tasks={"gsm8k": "dev.jsonl"}, samples=32)  # doctest: +SKIP
+
+    References:
+        Zhou et al., Mixup Model Merge, arXiv 2502.15434, 2025.
+    """
+    begun = time.perf_counter()
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if (score is None) == (not tasks):
+        raise M3Error("tasks: give at least one --task NAME=FILE to compare samples by, or a score function instead")
+    place = _journal_directory(out, journal)
+    with prepared(loaded, out, overwrite=overwrite, max_shard_size=max_shard_size) as ready:
+        space = space_of(loaded, ready.plan)
+        strategy_of(strategy, space, samples)
+        if score is not None:
+            scores = _Prepared(score, {"score": "a function"}, ())
+        else:
+            how = evaluation or Evaluation()
+            scores = _prepare_scores(ready, tasks or {}, how, space, mesh, apply_fn, tell)
+            check_select(select, scores.tasks)
+        if optimize is not None:
+            _check_optimization(optimize, loaded, space, bool(scores.devs))
+        identity = _identity(loaded, ready, scores.told, samples, select, strategy)
+        with Journal(place, identity) as book:
+            choice, results, losses = _search(
+                _Circumstances(loaded, space, ready, scores, book, mesh, apply_fn, tell, watch),
+                strategy,
+                samples,
+                select,
+                optimize,
+            )
+    merge = merge_checkpoint(
+        _with_granularity(loaded, choice.granularity),
+        out,
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        progress=progress,
+        weights=choice.weights,
+    )
+    whole = [result for result in results if result.share == 1.0]
+    return Exploration(
+        choice,
+        tuple(results),
+        tuple(sorted(result.sample for result in pareto_front(whole))),
+        sum(result.share for result in results),
+        losses,
+        place,
+        merge,
+        time.perf_counter() - begun,
+    )
+
+
+class _Circumstances(NamedTuple):
+    """What a search is given."""
+
+    recipe: Recipe
+    space: Space
+    ready: Ready
+    scores: _Prepared
+    book: Journal
+    mesh: Mesh | None
+    apply_fn: ApplyFn | None
+    tell: Tell | None
+    watch: Watch | None
+
+
+def _search(
+    given: _Circumstances, strategy: str, samples: int, select: str, optimize: Optimization | None
+) -> tuple[Result, list[Result], tuple[float, ...]]:
+    """Evaluate, learn and choose; the experts leave memory with it."""
+
+    @functools.cache  # and never, where the journal has all that is asked for
+    def resident() -> Resident:
+        if given.tell is not None:
+            given.tell("loading the experts")
+        return load_resident(given.ready, given.recipe.seed, given.mesh)
+
+    work = _Work(given.recipe, given.space, resident, given.scores.score, given.book, given.watch)
+    results = _run(work, strategy, samples, select)
+    losses: tuple[float, ...] = ()
+    if optimize is not None:
+        there = not select.isdecimal() or int(select) in {result.sample for result in results}
+        start = choose(results, select if there else MEAN)  # the number may be that of what is learned here
+        number = 1 + max(result.sample for result in results)
+        learned, losses = _learn(given, work, optimize, start, number)
+        results = [*results, learned]
+    return choose(results, select), results, losses
+
+
+def _with_granularity(recipe: Recipe, granularity: str) -> Recipe:
+    """The recipe whose weights have this granularity."""
+    assert recipe.mixup is not None
+    return recipe.model_copy(update={"mixup": Mixup(alpha=recipe.mixup.alpha, granularity=granularity)})

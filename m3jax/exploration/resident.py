@@ -1,0 +1,211 @@
+"""Experts that stay in memory: any weights, one compiled program, and the bits that `m3jax merge` would write.
+
+Coefficients are folded on the host in float64 as out of core, thresholds are measured by the same passes over the same
+files; the program takes them as run-time arguments, so that a sample costs no compilation.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array, Bool
+
+from m3jax import bits, exact, loading, pipeline
+from m3jax.chunks import default_chunk_entries
+from m3jax.errors import M3Error
+from m3jax.exploration.samples import Weights, weights_of
+from m3jax.measuring import MERGE, Findings, phases_of
+from m3jax.methods import slerp
+from m3jax.methods.types import Scalars
+from m3jax.passes import Circumstances, Passes
+from m3jax.planning import FLOATS, Plan, TensorPlan
+from m3jax.processes import ALONE
+from m3jax.streaming import Ready
+
+Params: TypeAlias = dict[str, Array]
+"""Merged arrays by tensor name."""
+
+
+class Resident(NamedTuple):
+    """A merge whose inputs are in memory.
+
+    Attributes:
+        plan: What happens to each tensor.
+        arrays: The inputs' arrays of each tensor, in the order of its sources; of copied ones the first.
+        findings: Thresholds and signs, which no weights enter.
+        products: For slerp, each tensor's inner products.
+        root: uint32[2], the recipe's root key.
+        merged: The compiled program, from arrays, scalars and a zero to merged arrays.
+    """
+
+    plan: Plan
+    arrays: dict[str, tuple[Array, ...]]
+    findings: Findings
+    products: Mapping[str, slerp.InnerProducts]
+    root: bits.Words
+    merged: Callable[[Any, Any, Any], Params]
+
+    def scalars(self, weights: Weights) -> dict[str, Scalars]:
+        """The run-time scalars of a merge with these weights, on the host.
+
+        Args:
+            weights: By group.
+        """
+        found = {}
+        for tensor in self.plan.tensors:
+            if tensor.settings is None:
+                continue
+            name, own = tensor.output.name, weights_of(weights, tensor.output.name)
+            scalars = self.findings.scalars(tensor._replace(settings=tensor.settings._replace(weights=own)), self.root)
+            if name in self.products:
+                coefficients = np.asarray(slerp.arc_coefficients(self.products[name], own[0]))
+                scalars = scalars._replace(coefficients=coefficients)
+            found[name] = scalars
+        return found
+
+    def merge(self, weights: Weights) -> Params:
+        """The merge with these weights, on the inputs' devices.
+
+        Args:
+            weights: By group.
+        """
+        return self.merged(self.arrays, self.scalars(weights), np.uint32(0))
+
+
+def merge_arrays(
+    plan: Plan, arrays: Mapping[str, tuple[Array, ...]], scalars: Mapping[str, Scalars], zero: exact.Zero
+) -> Params:
+    """Every tensor of a plan merged; pure, for use under jit.
+
+    Args:
+        plan: What happens to each tensor.
+        arrays: The inputs' arrays of each tensor, in the order of its sources.
+        scalars: Of each tensor that is merged.
+        zero: A run-time zero, see `exact.fence`.
+    """
+    merged = {}
+    for tensor in plan.tensors:
+        name, sources = tensor.output.name, arrays[tensor.output.name]
+        if tensor.pipeline is None:
+            merged[name] = sources[0]
+            continue
+        experts, base = (sources[1:], sources[0]) if tensor.has_base else (sources, None)
+        index = bits.flat_index(experts[0].shape)
+        dtype = FLOATS[tensor.output.dtype]
+        merged[name] = pipeline.merged_leaf(tensor.pipeline, experts, base, scalars[name], index, zero, dtype)
+    return merged
+
+
+def _spread(mesh: Mesh | None, shape: Sequence[int]) -> Sharding | None:
+    """Where an input's tensor lies: cut over all devices along the first axis that they divide."""
+    if mesh is None:
+        return None
+    axis = next((axis for axis, size in enumerate(shape) if size and size % mesh.size == 0), None)
+    spec = () if axis is None else (*(None,) * axis, mesh.axis_names)
+    return NamedSharding(mesh, PartitionSpec(*spec))  # type: ignore[no-untyped-call]
+
+
+def _load(ready: Ready, mesh: Mesh | None) -> dict[str, tuple[Array, ...]]:
+    """The arrays of every tensor; copied ones must be equal in all sources, of which one is kept."""
+    used = sorted({position for tensor in ready.plan.tensors for position in tensor.sources})
+    loaded = {
+        position: loading.load(ready.models[position].place.path, lambda name, shape: _spread(mesh, shape), flat=True)
+        for position in used
+    }
+    arrays = {}
+    for tensor in ready.plan.tensors:
+        sources = tuple(loaded[position].pop(tensor.output.name) for position in tensor.sources)
+        if tensor.pipeline is None:
+            _check_equal(ready, tensor, sources)
+            sources = sources[:1]
+        else:
+            _check_finite(ready, tensor, sources)
+        arrays[tensor.output.name] = sources
+    return arrays
+
+
+@jax.jit
+def _all_finite(arrays: Sequence[Array]) -> Bool[Array, " n"]:
+    return jnp.stack([jnp.isfinite(x).all() for x in arrays])
+
+
+def _check_finite(ready: Ready, tensor: TensorPlan, sources: tuple[Array, ...]) -> None:
+    """Refuse now what the final merge would refuse after all samples."""
+    finite = np.asarray(_all_finite(sources))
+    if not finite.all():
+        model = ready.models[tensor.sources[int(np.argmin(finite))]].input.name
+        raise M3Error(
+            f"{tensor.output.name}: holds NaN or infinities in {model}: restore the model, or exclude the tensor"
+        )
+
+
+def _check_equal(ready: Ready, tensor: TensorPlan, sources: Sequence[Array]) -> None:
+    first = np.asarray(sources[0]).tobytes()
+    for position, other in zip(tensor.sources[1:], sources[1:], strict=True):
+        if np.asarray(other).tobytes() != first:
+            names = [ready.models[p].input.name for p in (tensor.sources[0], position)]
+            raise M3Error(
+                f"{tensor.output.name}: is a buffer of {tensor.output.dtype}, which is copied, but differs between "
+                f"{names[0]} and {names[1]}: exclude it"
+            )
+
+
+def _measured(ready: Ready, root_seed: int) -> Findings:
+    """Thresholds and signs, by the passes that `m3jax merge` makes."""
+    how = Circumstances(default_chunk_entries(len(ready.models), 4), None, ALONE, False, None)
+    passes = Passes(ready.plan, [model.checkpoint for model in ready.models], root_seed, None, how)
+    for phase in phases_of(ready.plan):
+        for stage in phase:
+            if stage == MERGE or stage.kind in ("largest", "sums") or passes.findings.settled(stage):
+                continue
+            if stage.scope == "model":
+                passes.measure(stage, ready.plan.tensors)
+            else:
+                passes._go_through([stage], ready.plan.tensors, None)  # concludes tensor by tensor
+    return passes.findings
+
+
+@jax.jit
+def _largest(experts: tuple[Array, ...], zero: Any) -> Array:
+    return slerp.largest(tuple(exact.widen(x) for x in experts), zero)
+
+
+@jax.jit
+def _sums(experts: tuple[Array, ...], largest: Array, zero: Any) -> Array:
+    return slerp.integer_sums(tuple(exact.widen(x) for x in experts), largest, zero)
+
+
+def _products(plan: Plan, arrays: Mapping[str, tuple[Array, ...]]) -> dict[str, slerp.InnerProducts]:
+    """Slerp's inner products, measured once for all positions."""
+    found: dict[str, slerp.InnerProducts] = {}
+    if not plan.pipeline.method.interpolates:
+        return found
+    zero = np.uint32(0)
+    for tensor in plan.tensors:
+        if tensor.pipeline is not None:
+            experts = arrays[tensor.output.name]
+            largest = _largest(experts, zero)
+            sums = slerp.to_integers(np.asarray(_sums(experts, largest, zero)))
+            found[tensor.output.name] = slerp.inner_products(np.asarray(largest), sums)
+    return found
+
+
+def load_resident(ready: Ready, seed: int, mesh: Mesh | None = None) -> Resident:
+    """Load the inputs of a prepared merge and measure what its method needs to know of them.
+
+    Args:
+        ready: Of `streaming.prepared`, with its inputs open.
+        seed: Of masks.
+        mesh: Over which every tensor is spread; one device without it.
+
+    Raises:
+        M3Error: An input cannot be loaded, or buffers differ.
+    """
+    findings = _measured(ready, seed)
+    arrays = _load(ready, mesh)
+    program = jax.jit(functools.partial(merge_arrays, ready.plan))
+    return Resident(ready.plan, arrays, findings, _products(ready.plan, arrays), bits.root_key(seed), program)

@@ -1,0 +1,127 @@
+"""Where an exploration looks: points of the unit cube and the merging weights that lie there."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from m3jax import bits
+from m3jax.errors import M3Error
+from m3jax.mixing import draw_weights, weights_at
+from m3jax.naming import block_group
+from m3jax.planning import WHOLE_MODEL, Plan
+from m3jax.recipe import Recipe
+
+Weights = Mapping[str, tuple[float, ...]]
+"""Merging weights by group of tensors, as a manifest records them; for slerp the one position t."""
+
+
+class Space(NamedTuple):
+    """What an exploration draws.
+
+    Attributes:
+        groups: The groups that have weights of their own; `WHOLE_MODEL` alone where one draw serves the model.
+        num_experts: Weights per group.
+        alpha: Of the Beta or Dirichlet that independent draws follow.
+        interpolates: The method takes a position t for its weights.
+        root: uint32[2], the recipe's root key.
+    """
+
+    groups: tuple[str, ...]
+    num_experts: int
+    alpha: float | tuple[float, float]
+    interpolates: bool
+    root: bits.Words
+
+    @property
+    def dimensions(self) -> int:
+        """Of the unit cube: one per group and stick."""
+        return len(self.groups) * (self.num_experts - 1)
+
+
+def space_of(recipe: Recipe, plan: Plan) -> Space:
+    """The space of a recipe's draws.
+
+    Args:
+        recipe: With a `mixup`.
+        plan: Its plan.
+
+    Raises:
+        M3Error: The recipe draws nothing.
+    """
+    if recipe.mixup is None:
+        raise M3Error(
+            "the recipe has no mixup, so there are no ratios to explore: add a line such as mixup: {alpha: 1}"
+        )
+    pipe = plan.pipeline
+    root = bits.root_key(recipe.seed)
+    return Space(tuple(plan.weights), pipe.num_experts, recipe.mixup.alpha, pipe.method.interpolates, root)
+
+
+def _stored(space: Space, weights: tuple[float, ...]) -> tuple[float, ...]:
+    return weights[:1] if space.interpolates else weights
+
+
+def drawn(space: Space, sample: int) -> Weights:
+    """The weights of one independent draw, which no other draw enters.
+
+    Args:
+        space: The space.
+        sample: The number of the draw.
+
+    Example:
+        >>> space = Space(("model",), 2, 0.5, False, bits.root_key(0))
+        >>> sum(drawn(space, 3)["model"])
+        1.0
+    """
+    key = bits.sample_key(space.root, sample)
+    return {
+        group: _stored(
+            space, draw_weights(key, space.alpha, space.num_experts, None if group == WHOLE_MODEL else group)
+        )
+        for group in space.groups
+    }
+
+
+def at_point(space: Space, point: Sequence[float] | np.ndarray) -> Weights:
+    """The weights at a point of the unit cube; a uniform point gives the draws' own distribution.
+
+    Args:
+        space: The space.
+        point: `space.dimensions` probabilities.
+    """
+    rows = np.asarray(point, np.float64).reshape(len(space.groups), space.num_experts - 1)
+    sets = (weights_at([float(p) for p in row], space.alpha) for row in rows)
+    return {group: _stored(space, weights) for group, weights in zip(space.groups, sets, strict=True)}
+
+
+def everywhere(space: Space, weights: tuple[float, ...]) -> Weights:
+    """The same weights in every group."""
+    return dict.fromkeys(space.groups, _stored(space, weights))
+
+
+def weights_of(weights: Weights, name: str) -> tuple[float, ...]:
+    """The weights of a tensor, whatever the granularity that they were drawn at.
+
+    Args:
+        weights: By group.
+        name: The tensor.
+
+    Example:
+        >>> weights_of({"model.layers.0": (0.25, 0.75)}, "model.layers.0.mlp.up_proj.weight")
+        (0.25, 0.75)
+    """
+    for group in (WHOLE_MODEL, block_group(name, "layer")):
+        if group in weights:
+            return weights[group]
+    return weights[name]
+
+
+def to_hex(weights: Weights) -> dict[str, list[str]]:
+    """Weights as JSON holds them exactly."""
+    return {group: [float(value).hex() for value in values] for group, values in weights.items()}
+
+
+def from_hex(told: Mapping[str, Sequence[str]]) -> Weights:
+    """What `to_hex` was given."""
+    return {group: tuple(float.fromhex(value) for value in values) for group, values in told.items()}

@@ -1,0 +1,180 @@
+"""What a sample is worth: the existing evaluation on dev examples, on all of them or on a seeded part."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from jax.sharding import Mesh
+
+from m3jax import bits, decoder
+from m3jax.decoder import ApplyFn, DecoderConfig
+from m3jax.errors import M3Error
+from m3jax.evaluation.models import LanguageModel, make_generator
+from m3jax.evaluation.prompts import TEMPLATE_NAMES, render
+from m3jax.evaluation.protocol import OVERFLOWS, GenerationSettings, Overflow
+from m3jax.evaluation.records import digest
+from m3jax.evaluation.runner import check_code, evaluate_task, read_examples
+from m3jax.evaluation.tasks import Example, Execution, Task, get_task
+from m3jax.evaluation.telling import Tell
+from m3jax.exploration.resident import Params
+from m3jax.exploration.selection import MEAN, PARETO
+
+Score = Callable[[Params, float], Mapping[str, float]]
+"""From merged arrays by tensor name and a share of the dev examples to scores by task, larger being better."""
+
+
+class Evaluation(NamedTuple):
+    """How samples are evaluated; the options mean what they mean to `m3jax evaluate`.
+
+    Attributes:
+        limit: Use the first N examples of each task only.
+        batch_size: Prompts that run together.
+        max_tokens: Most tokens of an answer.
+        template: Prompt template.
+        overflow: What becomes of prompts that leave an answer no room.
+        run_code: Run programs that the model wrote, sandboxed.
+        allow_unsandboxed: Run them with limits only where no sandbox is possible.
+    """
+
+    limit: int | None = None
+    batch_size: int = 8
+    max_tokens: int | None = None
+    template: str | None = None
+    overflow: str = "error"
+    run_code: bool = False
+    allow_unsandboxed: bool = False
+
+
+class Dev(NamedTuple):
+    """The dev set of one task.
+
+    Attributes:
+        task: The task.
+        examples: All of them.
+        order: Seeded; a part of the examples is a prefix of it.
+        template: The prompt template.
+        settings: How to generate.
+    """
+
+    task: Task
+    examples: list[Example]
+    order: list[int]
+    template: str
+    settings: GenerationSettings
+
+    def part(self, share: float) -> list[Example]:
+        """The first examples of the order, in their own; larger parts hold smaller ones."""
+        count = math.ceil(share * len(self.examples))
+        return [self.examples[i] for i in sorted(self.order[:count])]
+
+    def prompts(self, tokenizer: Any) -> list[str]:
+        """What the model is shown."""
+        return [render(self.template, example.instruction, tokenizer) for example in self.examples]
+
+    def identity(self) -> str:
+        """Digest of all that the scores depend on beside the model."""
+        told = [[example.id, example.instruction, example.gold, dict(example.extra)] for example in self.examples]
+        return digest([self.task.name, self.template, self.settings._asdict(), told])
+
+
+def check_evaluation(how: Evaluation) -> None:
+    """Raise M3Error for options that cannot be followed."""
+    if how.template is not None and how.template not in TEMPLATE_NAMES:
+        raise M3Error(f"--template is {how.template!r}, but must be one of {', '.join(TEMPLATE_NAMES)}")
+    if how.overflow not in OVERFLOWS:
+        raise M3Error(f"--overflow is {how.overflow!r}, but must be one of {', '.join(OVERFLOWS)}")
+    for option, number in (("--limit", how.limit), ("--max-tokens", how.max_tokens), ("--batch-size", how.batch_size)):
+        if number is not None and number < 1:
+            raise M3Error(f"{option} is {number}, but must be at least 1")
+
+
+def read_devs(tasks: Mapping[str, str | Path | None], how: Evaluation, root: bits.Words) -> list[Dev]:
+    """The dev sets of some tasks, checked.
+
+    Args:
+        tasks: By name, the data file, a hub data set, or None for the task's own on the hub.
+        how: How they are evaluated.
+        root: uint32[2], the recipe's root key.
+
+    Raises:
+        M3Error: A task is unknown or judged elsewhere, its data cannot be used, or it may not run code.
+    """
+    check_evaluation(how)
+    devs = []
+    for name, source in tasks.items():
+        task = get_task(name)
+        if task.judged_elsewhere or name in (MEAN, PARETO):
+            raise M3Error(f"{name} is judged elsewhere, so samples cannot be compared by it: take another task")
+        check_code(task, how.run_code, Execution(allow_unsandboxed=how.allow_unsandboxed))
+        examples = read_examples(task, source)[: how.limit]
+        if not examples:
+            raise M3Error(f"{name}: there are no examples to evaluate")
+        settings = task.settings if how.max_tokens is None else task.settings._replace(max_tokens=how.max_tokens)
+        devs.append(Dev(task, examples, _order(len(examples), root, name), how.template or task.template, settings))
+    return devs
+
+
+def _order(count: int, root: bits.Words, name: str) -> list[int]:
+    """A seeded order, so that a part of a file that is sorted by label has all labels."""
+    key = bits.fold_in_name(bits.fold_in(root, bits.SUBSETS), name)
+    numbers = np.arange(count, dtype=np.uint32)
+    with np.errstate(over="ignore"):
+        high, low = bits.threefry2x32((key[0], key[1]), (np.zeros_like(numbers), numbers))
+    return [int(i) for i in np.lexsort((low, high))]
+
+
+def make_score(
+    devs: Sequence[Dev],
+    how: Evaluation,
+    config: DecoderConfig | None,
+    tokenizer: Any,
+    mesh: Mesh | None = None,
+    apply_fn: ApplyFn | None = None,
+    tell: Tell | None = None,
+) -> Score:
+    """The existing evaluation as a function of merged arrays.
+
+    Args:
+        devs: The dev sets.
+        how: How they are evaluated.
+        config: The decoder; None where only `apply_fn` knows.
+        tokenizer: A transformers tokenizer.
+        mesh: Where the decoder's parameters lie.
+        apply_fn: A model to run in place of the decoder, given the merged arrays.
+        tell: Told what is compiled.
+
+    Returns:
+        A function that gives each task's accuracy.
+    """
+
+    def score(params: Params, share: float) -> dict[str, float]:
+        model = LanguageModel("sample", own_params(params, config, mesh, apply_fn), config, tokenizer, apply_fn)
+        generator = make_generator(model, cast(Overflow, how.overflow), tell, how.batch_size)
+        found = {}
+        for dev in devs:
+            summary = evaluate_task(
+                dev.task,
+                dev.part(share),
+                generator,
+                template=dev.template,
+                tokenizer=tokenizer,
+                settings=dev.settings,
+                batch_size=how.batch_size,
+                run_code=how.run_code,
+                execution=Execution(allow_unsandboxed=how.allow_unsandboxed),
+            )
+            if summary.accuracy is None:
+                raise M3Error(f"{dev.task.name}: no prompt fits in the model's context: take --overflow truncate")
+            found[dev.task.name] = summary.accuracy
+        return found
+
+    return score
+
+
+def own_params(params: Params, config: DecoderConfig | None, mesh: Mesh | None, apply_fn: ApplyFn | None) -> Any:
+    """What runs: the decoder's parameters, or the arrays by name that an `apply_fn` takes."""
+    if config is None or apply_fn is not None:
+        return params
+    return decoder.params_from_tree(params, config, mesh=mesh)
