@@ -135,7 +135,7 @@ def _learn(
     learning = digest([how._asdict(), granularity, start.sample])
     before = next((result for result in given.book.done if result.learning == learning), None)
     if before is not None:  # an earlier run learned this
-        return work.evaluate(Trial(before.sample, before.weights), granularity), ()
+        return work.evaluate(Trial(before.sample, before.weights), granularity)._replace(sample=number), ()
     if tell is not None:
         tell(f"learning {granularity} weights from sample {start.sample}: {how.steps} steps")
 
