@@ -1,8 +1,6 @@
 """`python -m m3jax`."""
 
-import sys
-
-from m3jax.cli import main
+from m3jax.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, NoReturn, TextIO
 
 import typer
 
@@ -838,5 +838,16 @@ def _abandon(stream: TextIO) -> None:
     os.close(nowhere)
 
 
+def run() -> NoReturn:
+    """The command as the shell calls it."""
+    code = main()
+    if code == _INTERRUPTED:  # what JAX still computes would crash the interpreter as it is taken down
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

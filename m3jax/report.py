@@ -108,8 +108,12 @@ def _pair(value: Any) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
 def _clean_line(content: dict[str, Any], directory: Path) -> Line:
-    accuracy = content["accuracy"]
+    accuracy = _number(content["accuracy"])
     return Line(
         model=str(content["model"]),
         task=str(content["task"]),
@@ -141,7 +145,7 @@ def _attack_lines(content: dict[str, Any], directory: Path) -> list[Line]:
                     clean=float(drop["clean"]),
                     accuracy=float(drop["attacked"]),
                     accuracy_interval=None,
-                    pdr=drop["pdr"],
+                    pdr=_number(drop["pdr"]),
                     pdr_interval=_pair(drop["interval"]),
                     queries=entry.get("queries"),
                     profile=str(content["profile"]) if kind == "attack" else None,
@@ -224,8 +228,8 @@ def write(report: Report, directory: Path, overwrite: bool = False) -> None:
         raise M3Error(f"{directory / there[0]} is already there: give another directory, or --overwrite")
     make_directory(directory)
     table, data, picture = (directory / name for name in FILES)
-    write_whole(data, json.dumps(report.to_json(), indent=2) + "\n")
     save_picture(report, picture)
+    write_whole(data, json.dumps(report.to_json(), indent=2) + "\n")
     write_whole(table, "\n".join([*table_lines(report), "", f"![accuracy and drop rates]({picture.name})", ""]))
 
 
@@ -242,13 +246,13 @@ def save_picture(report: Report, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    models = list(dict.fromkeys((line.model, line.task) for line in report.lines))
+    runs = list(dict.fromkeys((line.model, line.task, line.source) for line in report.lines))
     conditions = list(dict.fromkeys(line.condition for line in report.lines))
-    figure = Figure(figsize=(max(6.4, 0.7 * len(conditions) * max(2, len(models) / 2) + 2), 6.4), layout="constrained")
+    figure = Figure(figsize=(max(6.4, 0.7 * len(conditions) * max(2, len(runs) / 2) + 2), 6.4), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, height_ratios=(3, 2))
-    _draw(above, report, models, conditions, "accuracy")
-    _draw(below, report, models, [one for one in conditions if one != _CLEAN], "pdr")
+    _draw(above, report, runs, conditions, "accuracy")
+    _draw(below, report, runs, [one for one in conditions if one != _CLEAN], "pdr")
     above.set(ylabel="accuracy", ylim=(0, 1))
     above.legend(fontsize="small")
     below.set(ylabel="PDR")
@@ -259,11 +263,20 @@ def save_picture(report: Report, path: Path) -> None:
         raise M3Error(f"cannot write {path}: {error.strerror}; give another directory") from error
 
 
-def _draw(axes: "Axes", report: Report, models: list[tuple[str, str]], conditions: list[str], measure: str) -> None:
-    """A bar with its interval for each model in each condition."""
-    width = 0.8 / len(models)
-    for number, (model, task) in enumerate(models):
-        mine = {line.condition: line for line in report.lines if (line.model, line.task) == (model, task)}
+def _labels(runs: Sequence[tuple[str, str, str]]) -> list[str]:
+    """What the bars of each run are called: its model and task, and its directory where that is not enough."""
+    short = [f"{Path(model).name or model}, {task}" for model, task, _ in runs]
+    return [name if short.count(name) == 1 else f"{name} ({run[2]})" for name, run in zip(short, runs, strict=True)]
+
+
+def _draw(
+    axes: "Axes", report: Report, runs: Sequence[tuple[str, str, str]], conditions: Sequence[str], measure: str
+) -> None:
+    """A bar with its interval for each run in each condition."""
+    width = 0.8 / len(runs)
+    labels = _labels(runs)
+    for number, run in enumerate(runs):
+        mine = {line.condition: line for line in report.lines if (line.model, line.task, line.source) == run}
         there = [
             (place, mine[condition])
             for place, condition in enumerate(conditions)
@@ -277,12 +290,13 @@ def _draw(axes: "Axes", report: Report, models: list[tuple[str, str]], condition
             for height, pair in zip(heights, intervals, strict=True)
         ]
         axes.bar(
-            [place + (number - (len(models) - 1) / 2) * width for place, _ in there],
+            [place + (number - (len(runs) - 1) / 2) * width for place, _ in there],
             heights,
             width,
             yerr=list(zip(*spans, strict=True)) if spans else None,
             capsize=2,
-            label=f"{Path(model).name or model}, {task}",
+            label=labels[number],
             color=_COLOURS[number % len(_COLOURS)],
         )
+    axes.set_xlim(-0.5, max(len(conditions), 1) - 0.5)
     axes.set_xticks(range(len(conditions)), conditions, rotation=20, ha="right")

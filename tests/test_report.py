@@ -76,9 +76,14 @@ def test_bars_have_the_heights_of_the_table(tmp_path):
 
     found = report.collect([run(tmp_path / "one", attack=ATTACK)])
     axes = Figure().subplots()
-    report._draw(axes, found, [("models/a|b", "sst2")], ["deepwordbug", "typos"], "pdr")
+    report._draw(axes, found, [("models/a|b", "sst2", str(tmp_path / "one"))], ["deepwordbug", "typos"], "pdr")
     assert [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in axes.patches] == [(0, 0.75)]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["deepwordbug", "typos"]
+
+
+def test_runs_of_one_model_have_bars_of_their_own(tmp_path):
+    runs = [("m", "sst2", "one"), ("m", "sst2", "two"), ("other/n", "sst2", "three")]
+    assert report._labels(runs) == ["m, sst2 (one)", "m, sst2 (two)", "n, sst2"]
 
 
 @pytest.mark.parametrize(
@@ -90,6 +95,7 @@ def test_bars_have_the_heights_of_the_table(tmp_path):
         ("attack.json", "{}", "lacks 'accuracy'; make it again"),
         ("attack.json", json.dumps({**ATTACK, "attacks": [{"attack": "x"}]}), "lacks 'drop'"),
         ("attack.json", json.dumps({**ATTACK, "interval": 3}), "cannot read"),
+        ("attack.json", json.dumps({**ATTACK, "accuracy": "x"}), "cannot read"),
     ],
 )
 def test_directories_that_hold_no_results(tmp_path, name, content, sentence):

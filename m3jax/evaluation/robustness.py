@@ -50,6 +50,7 @@ def make_plan(
         M3Error: A name, number, key or file will not do.
     """
     chosen = get_profile(profile)
+    attacks, shifts = _listed(attacks), _listed(shifts)
     for name, number in (("limit", limit), ("number of search examples", search_examples), ("budget", budget)):
         if number is not None and number < 1:
             raise M3Error(f"the {name} must be at least 1, not {number}")
@@ -67,6 +68,11 @@ def make_plan(
     tried = tuple(make_attack(name, words, chosen, sources) for name in dict.fromkeys(attacks))
     limit = chosen.limit if limit is None else limit
     return Plan(tried, shifted, profile, np.asarray(words), limit, search_examples, budget)
+
+
+def _listed(names: Sequence[str]) -> tuple[str, ...]:
+    """Several names, or one that was given without a list."""
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def attack(
@@ -140,7 +146,7 @@ def attack(
         models.make_generator(loaded, overflow, tell, batch_size),
         made,
         prompt=prompt,
-        protect=protect,
+        protect=_listed(protect),
         template=template,
         tokenizer=tokenizer,
         settings=settings,
@@ -313,6 +319,8 @@ def outcome_lines(outcome: dict[str, Any]) -> Iterator[str]:
     yield f"prompt         {outcome['prompt']!r}"
     for one in outcome["attacks"]:
         ended = ", budget spent" if one["exhausted"] else ""
+        if not one["candidates"] and one["drop"]["clean"] > 0 and not one["exhausted"]:
+            ended += ", nothing tried: no word has a candidate"
         yield f"{one['attack']:<14} {_drop_text(one['drop'])}; {count_text(one['queries'], 'prompt')} scored{ended}"
         if one["prompt"] != outcome["prompt"]:
             yield f"{'':<14} {one['prompt']!r}"

@@ -172,6 +172,7 @@ def test_synonyms_are_the_nearest_by_cosine(tmp_path):
     [
         (None, "No such file"),
         ("", "holds no word vectors"),
+        ("good 0 0\nbad 0 0\n", "holds no word vectors"),
         ("good 1 0\nbad x 0\n", "line 2 is no word vector"),
         ("good 1 0\nbad 1 nan\n", "line 2 is no word vector"),
         ("good 1 0\nbad 1\n", "line 2 has 1 numbers where the first has 2"),
@@ -270,6 +271,12 @@ def test_the_search_stops_where_nothing_is_left():
     assert (found.prompt, found.score, found.queries) == ("one x two", 0.0, 5)
     none = greedy(Wording.of("one two"), score, lambda p, i: ["x"], "delete")
     assert (none.prompt, none.queries, none.changes) == ("one two", 1, ())
+
+
+def test_an_attack_that_has_nothing_to_try_says_so():
+    found = greedy(Wording.of("one mood two"), scoring(lambda prompt: 1.0), lambda p, i: [], "delete")
+    assert (found.candidates, found.prompt) == (0, "one mood two")
+    assert greedy(Wording.of("one"), scoring(lambda prompt: 1.0), lambda p, i: ["a", "b"], "unk").candidates == 2
 
 
 @pytest.mark.parametrize("name", ["deepwordbug", "textbugger", "stresstest", "checklist"])

@@ -135,6 +135,11 @@ def test_models_that_will_not_do(tmp_path, bert):
         load_masked_words(str(write_bert(tmp_path / "none", num_hidden_layers=0)))
     with pytest.raises(M3Error, match=r"lacks layers\.3.*and 11 more; give a BERT with its masked"):
         load_masked_words(str(write_bert(tmp_path / "more", num_hidden_layers=4)))
+    unmasked = write_bert(tmp_path / "unmasked")
+    told = json.loads((unmasked / "tokenizer_config.json").read_text())
+    (unmasked / "tokenizer_config.json").write_text(json.dumps({**told, "mask_token": None}))
+    with pytest.raises(M3Error, match="no masked language model's, as it has no mask"):
+        load_masked_words(str(unmasked))
     with pytest.raises(M3Error, match="only absolute positions"):
         load_masked_words(str(write_bert(tmp_path / "relative", position_embedding_type="relative_key")))
     with pytest.raises(M3Error, match="sees 40 tokens, and the prompt has"):

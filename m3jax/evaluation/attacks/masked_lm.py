@@ -45,6 +45,10 @@ def load_masked_words(name: str) -> MaskedWords:
     tokenizer = tokens.load_tokenizer(name, place.path)
     if len(tokenizer) > config.vocab_size:
         raise M3Error(f"{name}: its tokenizer has more tokens than its embedding rows: take that of the weights")
+    if None in (tokenizer.mask_token, tokenizer.cls_token, tokenizer.unk_token):
+        raise M3Error(
+            f"{name}: its tokenizer is no masked language model's, as it has no mask: take that of the weights"
+        )
     params = load_bert(place.path, config)
 
     def scores(text: Sequence[int]) -> npt.NDArray[np.float32]:

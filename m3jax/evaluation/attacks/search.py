@@ -47,6 +47,7 @@ class Found(NamedTuple):
         clean: The accuracy under the original.
         queries: Prompts that were scored, the original among them; each counts once.
         exhausted: Whether the budget ended the search.
+        candidates: Prompts that could have taken its place; where there was none, nothing was tried.
         changes: The words replaced, in the order in which it was done.
     """
 
@@ -55,6 +56,7 @@ class Found(NamedTuple):
     clean: float
     queries: int
     exhausted: bool
+    candidates: int
     changes: tuple[Change, ...] = ()
 
 
@@ -94,7 +96,7 @@ def try_all(prompt: Wording, score: Score, variants: Variants, budget: int | Non
     scores = account.scores(tried)
     found = min(zip(scores, tried, strict=False), key=lambda pair: pair[0], default=(clean, prompt.text))
     worst, text = found if found[0] < clean else (clean, prompt.text)
-    return Found(text, worst, clean, len(account.known), account.exhausted)
+    return Found(text, worst, clean, len(account.known), account.exhausted, len(tried))
 
 
 def greedy(
@@ -126,7 +128,7 @@ def greedy(
     """
     account = _Account(score, budget)
     (clean,) = account.scores([prompt.text])
-    current, lowest, changes = prompt, clean, []
+    current, lowest, changes, candidate_count = prompt, clean, [], 0
     open_words = modifiable(prompt, stop_words, positions) if clean > 0 else []
     for index in _ranked(prompt, open_words, importance, account):
         if account.exhausted or lowest <= 0:
@@ -134,12 +136,13 @@ def greedy(
         tried = [current.replaced(index, word) for word in candidates(current, index)]
         if allowed is not None:
             tried = [one for one in tried if allowed(prompt.text, one.text)]
+        candidate_count += len(tried)
         scores = account.scores([one.text for one in tried])
         if scores and min(scores) < lowest:
             best = scores.index(min(scores))
             lowest, current = scores[best], tried[best]
             changes.append(Change(index, prompt.words[index], current.words[index]))
-    return Found(current.text, lowest, clean, len(account.known), account.exhausted, tuple(changes))
+    return Found(current.text, lowest, clean, len(account.known), account.exhausted, candidate_count, tuple(changes))
 
 
 def modifiable(prompt: Wording, stop_words: frozenset[str], positions: tuple[int, ...] | None = None) -> list[int]:

@@ -34,6 +34,7 @@ class Attacked(NamedTuple):
         drop: Accuracy clean and attacked, and the performance drop rate.
         queries: Prompts that were scored, each on all examples of the search.
         exhausted: Whether the budget ended the search.
+        candidates: Prompts that could have been tried; 0 says that the attack had nothing to try.
         prompt: The worst prompt found.
         changes: The words that were replaced.
     """
@@ -43,6 +44,7 @@ class Attacked(NamedTuple):
     drop: Drop
     queries: int
     exhausted: bool
+    candidates: int
     prompt: str
     changes: tuple[Change, ...]
 
@@ -256,7 +258,9 @@ def _attack(one: Attack, prompt: Wording, bench: _Bench, budget: int | None, tel
     drop = bench.drop(bench.verdicts([found.prompt])[0])
     if tell is not None:
         tell(f"{one.name}: {drop.attacked:.1%} of {drop.examples} examples, {found.queries} prompts scored")
-    return Attacked(one.name, one.level, drop, found.queries, found.exhausted, found.prompt, found.changes)
+    return Attacked(
+        one.name, one.level, drop, found.queries, found.exhausted, found.candidates, found.prompt, found.changes
+    )
 
 
 def _shift(shift: Shift, bench: _Bench, key: Any, tokenizer: Any, tell: Tell | None) -> Shifted:

@@ -68,7 +68,7 @@ def read_embeddings(path: str | Path) -> Embeddings:
             word, vector = _read_line(line, f"{path} line {number}")
             if vectors and vector.size != vectors[0].size:
                 raise M3Error(f"{path} line {number} has {vector.size} numbers where the first has {vectors[0].size}")
-            if word not in rows:
+            if word not in rows and vector.any():  # a vector of zeros is near to nothing
                 rows[word] = len(vectors)
                 vectors.append(vector)
     if not vectors:
