@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 ATTACK_FILE, SUMMARY_FILE = "attack.json", "summary.json"
 FILES = ("report.md", "report.json", "report.png")
 _CLEAN = "clean"
+_WIDEST = 18.0  # inches; wider, letters shrink too much on a screen
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
 
 
@@ -248,13 +249,14 @@ def save_picture(report: Report, path: Path) -> None:
 
     runs = list(dict.fromkeys((line.model, line.task, line.source) for line in report.lines))
     conditions = list(dict.fromkeys(line.condition for line in report.lines))
-    figure = Figure(figsize=(max(6.4, 0.7 * len(conditions) * max(2, len(runs) / 2) + 2), 6.4), layout="constrained")
+    width = min(max(6.4, 0.7 * len(conditions) * max(2, len(runs) / 2) + 2), _WIDEST)
+    figure = Figure(figsize=(width, 6.4), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, height_ratios=(3, 2))
     _draw(above, report, runs, conditions, "accuracy")
     _draw(below, report, runs, [one for one in conditions if one != _CLEAN], "pdr")
     above.set(ylabel="accuracy", ylim=(0, 1))
-    above.legend(fontsize="small")
+    figure.legend(*above.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize="small")
     below.set(ylabel="PDR")
     below.axhline(0, color="black", linewidth=0.8)
     try:
