@@ -118,10 +118,16 @@ class Passes:
                     yield from visits(stage, tensor, entries, first_reading, multiple=multiple)
                     seen.add(tensor.output.name)
 
-    def measure(self, stage: Stage, tensors: Sequence[TensorPlan]) -> None:
-        """Do a model-wide measurement: this process's tensors, then what all processes found."""
-        self._go_through([stage], tensors, None)
-        self.findings.conclude_model(stage, self.how.processes)
+    def measure(self, phase: Sequence[Stage], tensors: Sequence[TensorPlan]) -> None:
+        """Do a phase that only measures: this process's tensors; of the whole model, what all processes found.
+
+        Args:
+            phase: One stage over the model, or several over each tensor.
+            tensors: This process's.
+        """
+        self._go_through(phase, tensors, None)
+        if phase[0].scope == "model":
+            self.findings.conclude_model(phase[0], self.how.processes)
 
     def merge(
         self,

@@ -249,9 +249,12 @@ def _merge(job: _Job, processes: Processes) -> MergeResult:
         if ready.fingerprints != [checkpoint.fingerprint() for checkpoint in checkpoints]:
             raise M3Error(f"{job.out}: an input changed while it was being merged: merge again once it is at rest")
         told = gather(processes, [_own_shards(workplace, finished), passes.bytes_read, written])
-        tensors = finished | {file: tensors for shards, _, _ in told for file, tensors in shards.items()}
+        made = {file: entry for shards, _, _ in told for file, entry in shards.items()}
+        tensors = finished | {file: entry["tensors"] for file, entry in made.items()}
         record = _record(job, ready, tensors)
         if isinstance(workplace, Staging | RemoteStaging):
+            workplace.finished = [entry for entry in workplace.finished if entry.get("shard") not in made]
+            workplace.finished += made.values()
             _publish(job, ready, workplace, record)
         record = share(processes, record)  # which waits until the output is there
     return MergeResult(
@@ -292,9 +295,9 @@ def _finished(workplace: AnyWorkplace, shards: Sequence[tuple[str, Any]]) -> dic
 
 
 def _own_shards(workplace: AnyWorkplace, finished: Mapping[str, Any]) -> dict[str, Any]:
-    """What is told of the shards that this process has finished, by file."""
+    """The entries of the shards that this process has finished, by file."""
     entries = [entry for entry in workplace.finished if "shard" in entry]
-    return {entry["shard"]: entry["tensors"] for entry in entries if entry["shard"] not in finished}
+    return {entry["shard"]: entry for entry in entries if entry["shard"] not in finished}
 
 
 def _own(shards: Sequence[tuple[str, list[TensorInfo]]], processes: Processes) -> list[tuple[str, list[TensorInfo]]]:
@@ -330,7 +333,7 @@ def _produce(
         return 0
     processes = passes.how.processes
     *measured, merging = phases_of(passes.plan)
-    _measure(passes, workplace, [stage for phase in measured for stage in phase], _own(shards, processes))
+    _measure(passes, workplace, measured, _own(shards, processes))
     own = _own(left, processes)
     if not own:
         return 0
@@ -342,19 +345,25 @@ def _produce(
 
 
 def _measure(
-    passes: Passes, workplace: AnyWorkplace, stages: Sequence[Stage], own: Sequence[tuple[str, list[TensorInfo]]]
+    passes: Passes,
+    workplace: AnyWorkplace,
+    phases: Sequence[Sequence[Stage]],
+    own: Sequence[tuple[str, list[TensorInfo]]],
 ) -> None:
-    """Measure what model-wide stages want, unless an earlier run has done so."""
+    """Measure what comes before merging, unless an earlier run has done so."""
     found = next((entry for entry in workplace.finished if "findings" in entry), None)
     if found is not None:
         passes.findings.from_json(found["findings"])
         for name, digests in found["digests"].items():
             passes.take_digests(name, {int(p): digest for p, digest in digests.items()})
         return
-    for stage in stages:
-        if not passes.findings.settled(stage):
-            passes.measure(stage, _tensors(passes.plan, own))
-    if stages:
+    for phase in phases:
+        if not passes.findings.settled(phase[0]):
+            passes.measure(phase, _tensors(passes.plan, own))
+    if phases:
+        # Whoever merges a tensor, now or after an interruption, needs what was found of it.
+        for found_there in gather(passes.how.processes, passes.findings.to_json()):
+            passes.findings.from_json(found_there)
         workplace.record({"findings": passes.findings.to_json(), "digests": passes.digests})
 
 

@@ -27,6 +27,7 @@ SHAPES = {f"model.layers.{i}.w": (256, 300 + i) for i in range(12)} | {"model.em
 SHARD = 300_000  # bytes: about eight files
 ELEMENTWISE = {"merge_method": "task_arithmetic", "sparsify": {"method": "dare", "density": 0.5}, "seed": 4}
 TIES = METHODS["ties_paper"][1] | {"sparsify": {"method": "dare", "density": 0.8}, "mixup": {"alpha": 0.5}}
+PRUNED = TIES | {"sparsify": {"method": "magnitude", "density": 0.6}}  # each tensor is ranked, then the model
 HEARTBEAT = 5
 
 
@@ -237,17 +238,16 @@ def recipe_file(place, tmp_path, keys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("keys", "count", "devices"),
-    [(ELEMENTWISE, 4, 1), (TIES, 2, 4), (TIES, 4, 2)],
-    ids=["elementwise-4x1", "ties-2x4", "ties-4x2"],
+    ("name", "count", "devices"), [("elementwise", 4, 1), ("ties", 2, 4), ("ties", 4, 2), ("pruned", 3, 1)]
 )
-def test_several_processes(place, reference, tmp_path, keys, count, devices):
+def test_several_processes(place, reference, tmp_path, name, count, devices):
+    keys = {"elementwise": ELEMENTWISE, "ties": TIES, "pruned": PRUNED}[name]
     file = recipe_file(place, tmp_path, keys)
     codes, outputs, errors = run_all(file, tmp_path / "out", count, "--json", "--quiet", devices=devices)
     assert codes == [0] * count, errors
     assert errors == [""] * count
     assert outputs[1:] == [""] * (count - 1)  # process 0 speaks
-    assert contents(tmp_path / "out") == contents(reference("ties" if keys is TIES else "elementwise", keys))
+    assert contents(tmp_path / "out") == contents(reference(name, keys))
     told = json.loads(outputs[0])
     assert len(told["process_reads"]) == count
     if keys is ELEMENTWISE:

@@ -88,7 +88,8 @@ def check(place, tmp_path, told, keys, dtype="bfloat16", n=2, chunks=(2**16,), s
     assert m3jax.verify(out).differences == ()
 
 
-@pytest.mark.parametrize(("method", "sparsifier"), FAST[:-1])
+# Magnitude pruning ranks each tensor and TIES then the model: a phase that measures tensors and does not merge.
+@pytest.mark.parametrize(("method", "sparsifier"), [*FAST[:-1], ("ties_paper", "magnitude")])
 def test_bytes_are_the_oracles(tmp_path, method, sparsifier):
     _, keys, told = METHODS[method]
     _, sparse, told_sparse = SPARSIFIERS[sparsifier]
@@ -363,7 +364,8 @@ def test_killed_merges_resume(tmp_path):
             break
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        assert not (tmp_path / "out").exists()
+        if (tmp_path / "out").exists():  # killed between the rename and its end
+            break
     else:
         subprocess.run(command, check=True)
     assert m3jax.verify(tmp_path / "out").digest == want.digest

@@ -159,13 +159,9 @@ def _measured(ready: Ready, root_seed: int) -> Findings:
     how = Circumstances(default_chunk_entries(len(ready.models), 4), None, ALONE, False, None)
     passes = Passes(ready.plan, [model.checkpoint for model in ready.models], root_seed, None, how)
     for phase in phases_of(ready.plan):
-        for stage in phase:
-            if stage == MERGE or stage.kind in ("largest", "sums") or passes.findings.settled(stage):
-                continue
-            if stage.scope == "model":
-                passes.measure(stage, ready.plan.tensors)
-            else:
-                passes._go_through([stage], ready.plan.tensors, None)  # concludes tensor by tensor
+        stages = [stage for stage in phase if stage != MERGE and stage.kind not in ("largest", "sums")]
+        if stages and not passes.findings.settled(stages[0]):
+            passes.measure(stages, ready.plan.tensors)
     return passes.findings
 
 
