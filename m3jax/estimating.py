@@ -12,8 +12,8 @@ from m3jax.chunks import default_chunk_entries
 from m3jax.console import count_text, safe_text, size_text, table, time_text
 from m3jax.measuring import Stage, applies, phases_of
 from m3jax.planning import Plan, TensorPlan, divide
+from m3jax.preparing import Ready, prepared
 from m3jax.recipe import load_recipe
-from m3jax.streaming import Ready, prepared
 
 # Bytes read and written per second by a process of two cores, from the page cache: DARE and TIES on 1.1 B parameters in
 # docs/benchmarks/merge-2-cores.json, as docs/pods.md takes them (linear merging lies between them beside its start-up).

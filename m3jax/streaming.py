@@ -4,47 +4,33 @@ Reading, computing and writing overlap: one thread per input reads ahead (`chunk
 functions of flat chunks, one writes. The functions are those of the in-memory path (`pipeline`, `methods`).
 """
 
-import hashlib
-import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 from jax.sharding import AxisType, Mesh
 
 from m3jax import manifest, modelcard
-from m3jax.checkpoints import (
-    DTYPES,
-    Checkpoint,
-    ModelDirectory,
-    TensorInfo,
-    digest_file,
-    locate_model,
-    open_checkpoint,
-    parse_size,
-    plan_shards,
-    write_index,
-)
+from m3jax.checkpoints import DTYPES, TensorInfo, parse_size, write_index
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.chunks import Loaded, default_chunk_entries
-from m3jax.errors import M3Error, mend
+from m3jax.errors import M3Error
 from m3jax.measuring import Stage, phases_of
 from m3jax.passes import Circumstances, Passes
-from m3jax.planning import DrawnWeights, Input, Plan, TensorPlan, divide, make_plan
+from m3jax.planning import DrawnWeights, Plan, TensorPlan, divide
+from m3jax.preparing import DEFAULT_SHARD_SIZE, Job, Model, Ready, prepare, saying_what_failed
 from m3jax.processes import ALONE, Cluster, Processes, gather, share
 from m3jax.progress import Progress
-from m3jax.publishing import Staging, Workplace, check_free, partial_directory
+from m3jax.publishing import Staging, Workplace
 from m3jax.recipe import Recipe, load_recipe
-from m3jax.remote_publishing import RemoteStaging, RemoteWorkplace, check_remote_free
+from m3jax.remote_publishing import RemoteStaging, RemoteWorkplace
 from m3jax.writing import Shards
 
-DEFAULT_SHARD_SIZE = "5GB"
 AnyWorkplace: TypeAlias = Workplace | RemoteWorkplace
 _TOLD_PER_TENSOR = 2**11  # bytes of journal and manifest, generously
 
@@ -75,147 +61,7 @@ class MergeResult(NamedTuple):
     process_reads: tuple[int, ...]
 
 
-class Model(NamedTuple):
-    """One opened input.
-
-    Attributes:
-        role: "expert", "base", or "template" for a base of which only config and tokenizer are used.
-        place: Where it is.
-        checkpoint: Its tensors.
-        input: What the plan knows of it.
-    """
-
-    role: str
-    place: ModelDirectory
-    checkpoint: Checkpoint
-    input: Input
-
-
-def _open_model(name: str, role: str, sources: Mapping[str, str], stack: ExitStack) -> Model:
-    place = locate_model(sources.get(name, name))
-    checkpoint = stack.enter_context(open_checkpoint(place.path))
-    config = modelcard.read_config(place.path)
-    tied = config.get("tie_word_embeddings") if config else None
-    return Model(role, place._replace(name=name), checkpoint, Input(name, checkpoint.tensors, tied))
-
-
-def _open_models(recipe: Recipe, sources: Mapping[str, str], stack: ExitStack) -> list[Model]:
-    models = [_open_model(entry.model, "expert", sources, stack) for entry in recipe.experts]
-    if recipe.base_model is not None and recipe.merge_method != "slerp":
-        role = "base" if recipe.uses_base else "template"
-        models.append(_open_model(recipe.base_model, role, sources, stack))
-    return models
-
-
-def _identity(recipe: Recipe, plan: Plan, inputs: Any, rest: Any) -> str:
-    """Digest of everything that the output's bytes depend on."""
-    told = {
-        "bits": manifest.SCHEME,
-        "versions": manifest.versions(),
-        "recipe": recipe.resolved(),
-        "weights": {group: [w.hex() for w in map(float, ws)] for group, ws in plan.weights.items()},
-        "inputs": inputs,
-        "rest": rest,
-    }
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def _check_agreement(processes: Processes, recipe: Recipe, plan: Plan, models: Sequence[Model], rest: Any) -> None:
-    """Raise M3Error unless all processes see the same, wherever each of them finds it."""
-    seen = [
-        [m.input.name, {file: [p["size"], p["header_blake3"]] for file, p in m.checkpoint.fingerprint().items()}]
-        for m in models
-    ]
-    said = gather(processes, _identity(recipe, plan, seen, rest))
-    odd = next((index for index, each in enumerate(said) if each != said[0]), None)
-    if odd is not None:
-        raise M3Error(
-            f"process {odd} has other models, another recipe or other versions of packages than process 0: "
-            "make them the same"
-        )
-
-
-@contextmanager
-def _saying_what_failed(out: Path) -> Iterator[None]:
-    """Turns what the operating system refuses into a sentence."""
-    try:
-        yield
-    except OSError as error:
-        place = error.filename if error.filename is not None else out
-        raise M3Error(f"{place}: {error.strerror or error}: {mend(error)}") from error
-
-
-class _Job(NamedTuple):
-    """A merge as it was asked for."""
-
-    recipe: Recipe
-    out: Path
-    overwrite: bool
-    max_shard_size: int
-    chunk_entries: int | None
-    mesh: Mesh | None
-    allow_nonfinite: bool
-    progress: Callable[[Progress], None] | None
-    recorded: Mapping[str, Any] | None = None
-    sources: Mapping[str, str] = MappingProxyType({})
-    chosen: DrawnWeights | None = None
-
-    @property
-    def expected(self) -> dict[str, str]:
-        """The digests that a replay must give."""
-        tensors = self.recorded["output"]["tensors"] if self.recorded is not None else {}
-        return {name: entry["digest"] for name, entry in tensors.items()}
-
-    @property
-    def recorded_inputs(self) -> list[Mapping[str, str]] | None:
-        """The digests that a replay's inputs must have, in the plan's order."""
-        return None if self.recorded is None else [record["tensors"] for record in self.recorded["inputs"]]
-
-
-class Ready(NamedTuple):
-    """A merge as it is prepared: nothing of it has been written yet.
-
-    Attributes:
-        models: The opened inputs, experts first, then the base if there is one.
-        plan: What happens to each tensor.
-        shards: The files to write, each with its tensors.
-        companions: The files that stand beside the weights, by name.
-        fingerprints: What tells each input's files from others, without reading weights.
-        identity: Digest of everything that the output's bytes depend on.
-    """
-
-    models: list[Model]
-    plan: Plan
-    shards: list[tuple[str, list[TensorInfo]]]
-    companions: dict[str, Path]
-    fingerprints: list[Any]
-    identity: str
-
-
-def _prepare(job: _Job, processes: Processes, stack: ExitStack) -> Ready:
-    """Open the models and plan the merge."""
-    if processes.index == 0 and isinstance(job.out, RemotePath):
-        check_remote_free(job.out, job.overwrite)
-    elif processes.index == 0:
-        check_free(job.out, job.overwrite)
-    models = _open_models(job.recipe, job.sources, stack)
-    _check_apart(job.out, models)
-    drawn: DrawnWeights | None = manifest.drawn_weights(job.recorded) if job.recorded is not None else job.chosen
-    base = models[-1].input if models[-1].role != "expert" else None
-    plan = make_plan(job.recipe, [m.input for m in models if m.role == "expert"], base, drawn)
-    companions = modelcard.gather(job.recipe, [m.place for m in models], plan.template)
-    shards = plan_shards([t.output for t in plan.tensors], job.max_shard_size)
-    _check_recorded(job.recorded, plan, models)
-    fingerprints = [m.checkpoint.fingerprint() for m in models]
-    beside = {name: digest_file(path) for name, path in companions.items()}
-    rest = [shards, job.expected, beside, job.allow_nonfinite]
-    _check_agreement(processes, job.recipe, plan, models, rest)
-    inputs = [[m.input.name, str(m.place.path), told] for m, told in zip(models, fingerprints, strict=True)]
-    identity = _identity(job.recipe, plan, inputs, rest)
-    return Ready(models, plan, shards, companions, fingerprints, identity)
-
-
-def _open_workplace(job: _Job, ready: Ready, processes: Processes, stack: ExitStack) -> AnyWorkplace:
+def _open_workplace(job: Job, ready: Ready, processes: Processes, stack: ExitStack) -> AnyWorkplace:
     """The place to fill: process 0 makes it, the others join."""
     if processes.index:
         identity, finished = share(processes, None)
@@ -235,10 +81,10 @@ def _open_workplace(job: _Job, ready: Ready, processes: Processes, stack: ExitSt
     return staging
 
 
-def _merge(job: _Job, processes: Processes) -> MergeResult:
+def _merge(job: Job, processes: Processes) -> MergeResult:
     begun = time.perf_counter()
-    with _saying_what_failed(job.out), ExitStack() as stack:
-        ready = _prepare(job, processes, stack)
+    with saying_what_failed(job.out), ExitStack() as stack:
+        ready = prepare(job, processes, stack)
         workplace = _open_workplace(job, ready, processes, stack)
         checkpoints = [m.checkpoint for m in ready.models]
         entries = _chunk_size(job.chunk_entries, ready.plan, ready.models)
@@ -372,7 +218,7 @@ def _tensors(plan: Plan, shards: Sequence[tuple[str, list[TensorInfo]]]) -> list
     return [by_name[info.name] for _, infos in shards for info in infos]
 
 
-def _record(job: _Job, ready: Ready, entries: Mapping[str, Any]) -> dict[str, Any]:
+def _record(job: Job, ready: Ready, entries: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest, but for the digests of the small files."""
     told = {name: tensor for tensors in entries.values() for name, tensor in tensors.items()}
     output = {t.output.name: (t.output, told[t.output.name]["digest"]) for t in ready.plan.tensors}
@@ -385,7 +231,7 @@ def _record(job: _Job, ready: Ready, entries: Mapping[str, Any]) -> dict[str, An
     return manifest.build(job.recipe, ready.plan.weights, records, output, {}, job.max_shard_size)
 
 
-def _publish(job: _Job, ready: Ready, staging: Staging | RemoteStaging, record: dict[str, Any]) -> None:
+def _publish(job: Job, ready: Ready, staging: Staging | RemoteStaging, record: dict[str, Any]) -> None:
     """Write what stands beside the weights, complete `record`, and let the output appear."""
     if len(ready.shards) > 1:
         write_index(staging.path, ready.shards, sum(t.output.nbytes for t in ready.plan.tensors))
@@ -393,36 +239,6 @@ def _publish(job: _Job, ready: Ready, staging: Staging | RemoteStaging, record: 
     record["output"]["files"] = dict(sorted(files.items()))
     staging.write_text(manifest.FILE_NAME, manifest.to_json(record))
     staging.publish(job.overwrite)
-
-
-def _check_apart(out: Path, models: Sequence[Model]) -> None:
-    """Refuse to replace a directory that a model is read from."""
-    outputs = [out] if isinstance(out, RemotePath) else [out.resolve(), partial_directory(out).resolve()]
-    for target in outputs:
-        for model in models:
-            place = model.place.path.resolve()
-            if target == place or target in place.parents:
-                raise M3Error(f"{target}: is one of the models, or holds {model.input.name}: choose another output")
-
-
-def _check_recorded_place(name: str, place: str) -> None:
-    """Raise M3Error if a recorded model is not where it was, saying how to name its new place."""
-    try:
-        locate_model(place)
-    except M3Error as error:
-        hint = f"if it has moved, --input {name}=HERE says where it is"
-        raise M3Error(f"{str(error).rstrip('.')}; {hint}") from error
-
-
-def _check_recorded(recorded: Mapping[str, Any] | None, plan: Plan, models: Sequence[Model]) -> None:
-    """Refuse early what a replay cannot reproduce: tensors that came, went or changed their shape."""
-    if recorded is None:
-        return
-    planned = {t.output.name: [t.output.dtype, list(t.output.shape)] for t in plan.tensors}
-    told = {name: [e["dtype"], e["shape"]] for name, e in recorded["output"]["tensors"].items()}
-    if len(recorded["inputs"]) != len(models) or planned != told:
-        name = next((n for n in {**planned, **told} if planned.get(n) != told.get(n)), "the list of models")
-        raise M3Error(f"{models[0].checkpoint.location}: {name} is not as the manifest records: restore the models")
 
 
 def merge_checkpoint(
@@ -467,7 +283,7 @@ def merge_checkpoint(
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     size = parse_size(max_shard_size)
-    job = _Job(loaded, as_path(out), overwrite, size, chunk_entries, mesh, allow_nonfinite, progress)
+    job = Job(loaded, as_path(out), overwrite, size, chunk_entries, mesh, allow_nonfinite, progress)
     job = job._replace(chosen=_chosen(loaded, weights))
     with _together(distributed) as processes:
         return _merge(job, processes)
@@ -489,30 +305,6 @@ def _chosen(recipe: Recipe, weights: Mapping[str, Sequence[float]] | None) -> Dr
     if odd is not None:
         raise M3Error(f"weights: {len(weights[odd])} are given for {odd} where {count} are needed")
     return {group: tuple(map(float, values)) for group, values in weights.items()}
-
-
-@contextmanager
-def prepared(
-    recipe: Recipe, out: str | os.PathLike[str], *, overwrite: bool = False, max_shard_size: int | str | None = None
-) -> Iterator[Ready]:
-    """A merge up to its first byte: inputs opened, shapes compared, everything planned from headers alone.
-
-    Args:
-        recipe: What to merge.
-        out: Where the output would go; it must be free.
-        overwrite: Let it exist.
-        max_shard_size: As in `merge_checkpoint`.
-
-    Yields:
-        The merge, with its inputs open.
-
-    Raises:
-        M3Error: What `merge_checkpoint` would raise before it reads weights.
-    """
-    size = parse_size(DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size)
-    job = _Job(recipe, as_path(out), overwrite, size, None, None, False, None)
-    with _saying_what_failed(job.out), ExitStack() as stack:
-        yield _prepare(job, ALONE, stack)
 
 
 def _chunk_size(entries: int | None, plan: Plan, models: Sequence[Model]) -> int:
@@ -563,8 +355,6 @@ def replay(
     for name in sources or {}:
         if name not in named:
             raise M3Error(f"{name}: is not a model of this manifest, which records {', '.join(sorted(named))}")
-    for name in named:
-        _check_recorded_place(name, (sources or {}).get(name, name))
-    job = _Job(recipe, as_path(out), overwrite, size, chunk_entries, mesh, nonfinite, progress, recorded, sources or {})
+    job = Job(recipe, as_path(out), overwrite, size, chunk_entries, mesh, nonfinite, progress, recorded, sources or {})
     with _together(distributed) as processes:
         return _merge(job, processes)

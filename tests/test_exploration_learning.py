@@ -12,8 +12,8 @@ from m3jax import demo
 from m3jax.errors import M3Error
 from m3jax.evaluation import tokens
 from m3jax.exploration import Evaluation, Optimization, learn, load_resident
+from m3jax.preparing import prepared
 from m3jax.recipe import load_recipe
-from m3jax.streaming import prepared
 
 NAMES = ("model.layers.0.w", "model.layers.1.w")
 TINY = demo.Size(vocabulary=320, hidden=32, intermediate=48, layers=1, heads=4, key_value_heads=2, shard=10**9)

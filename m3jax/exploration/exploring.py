@@ -24,9 +24,10 @@ from m3jax.exploration.scoring import Dev, Evaluation, Score, make_score, own_pa
 from m3jax.exploration.selection import MEAN, Result, check_select, choose, pareto_front, value
 from m3jax.exploration.strategies import ADAPTIVE, EXTENSIBLE, Trial, strategy_of
 from m3jax.mixing import GRANULARITIES
+from m3jax.preparing import DEFAULT_SHARD_SIZE, Ready, prepared
 from m3jax.progress import Progress
 from m3jax.recipe import Mixup, Recipe, load_recipe
-from m3jax.streaming import DEFAULT_SHARD_SIZE, MergeResult, Ready, merge_checkpoint, prepared
+from m3jax.streaming import MergeResult, merge_checkpoint
 
 Watch = Callable[[Result, bool], None]
 """Called with each result, and whether an earlier run had it."""

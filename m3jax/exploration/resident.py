@@ -23,8 +23,8 @@ from m3jax.methods import slerp
 from m3jax.methods.types import Scalars
 from m3jax.passes import Circumstances, Passes
 from m3jax.planning import FLOATS, Plan, TensorPlan
+from m3jax.preparing import Ready
 from m3jax.processes import ALONE
-from m3jax.streaming import Ready
 
 Params: TypeAlias = dict[str, Array]
 """Merged arrays by tensor name."""
