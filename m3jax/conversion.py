@@ -4,11 +4,9 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, NamedTuple, Self, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,24 +16,25 @@ from m3jax.checkpoints import (
     FileFingerprint,
     TensorDigest,
     TensorInfo,
-    companions,
     digest_checkpoint,
     digest_tensor,
     locate_model,
     open_msgpack,
+    open_orbax,
     open_safetensors,
     parse_size,
     write_msgpack,
+    write_orbax,
     write_safetensors,
 )
 from m3jax.checkpoints.copying import pieces
-from m3jax.checkpoints.locate import download_companions
+from m3jax.checkpoints.locate import named_companions
 from m3jax.checkpoints.opening import open_checkpoint
-from m3jax.checkpoints.remote import RemotePath, is_url
-from m3jax.checkpoints.storage import is_dir
-from m3jax.errors import M3Error, mend
+from m3jax.checkpoints.protocol import Closing
+from m3jax.checkpoints.remote import is_url
+from m3jax.errors import M3Error, saying_what_failed
 from m3jax.progress import Progress
-from m3jax.publishing import Staging, check_free, partial_directory
+from m3jax.publishing import Staging, check_free, replaced_with
 
 Format: TypeAlias = Literal["safetensors", "orbax", "msgpack"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -115,9 +114,10 @@ def convert(
         raise M3Error(f"{os.fspath(dst)!r} is not on this disk: convert to a local directory, then upload it.")
     check_free(out, overwrite)
     place = locate_model(os.fspath(src)).path
-    _check_apart(out, place)
-    with _saying_what_failed(out), open_checkpoint(place) as source:
-        total, digest, files = _convert(source, _beside(place), out, to, size, overwrite, progress)
+    if replaced_with(out, place) is not None:
+        raise M3Error(f"{out} is the model to convert, or holds it: choose another output.")
+    with saying_what_failed(out), open_checkpoint(place) as source:
+        total, digest, files = _convert(source, named_companions(place), out, to, size, overwrite, progress)
         tensors = len(source.tensors)
     return ConvertResult(out, to, tensors, total, digest, files, time.perf_counter() - begun)
 
@@ -147,7 +147,7 @@ def _convert(
     before = source.fingerprint()
     total = sum(info.nbytes for info in source.tensors.values())
     small = sum(file.stat().st_size for file in beside.values()) + _TOLD_PER_TENSOR * len(source.tensors)
-    with Staging(out, f"convert to {to}", total + small) as staging:
+    with Staging(out, f"convert to {to}", total + small, overwrite) as staging:
         watched = _Watched(source, _Stage("converting", total, progress))
         _write(staging.path, watched, to, max_shard_size)
         for name, file in beside.items():
@@ -156,34 +156,8 @@ def _convert(
         digest = _verify(staging.path, to, watched, _Stage("verifying", total, progress))
         if source.fingerprint() != before:
             raise M3Error(f"{source.location} changed while it was being converted: convert again once it is at rest.")
-        staging.publish(overwrite)
+        staging.publish()
     return total, digest, tuple(beside)
-
-
-def _beside(place: Path) -> dict[str, Path]:
-    """The files to carry over, by name."""
-    home = place if is_dir(place) else place.parent
-    if isinstance(home, RemotePath):
-        home = download_companions(home)
-    return {str(file.relative_to(home)): file for file in companions(home)}
-
-
-def _check_apart(out: Path, place: Path) -> None:
-    """Refuse to replace a directory that is read from."""
-    inside = place.resolve()
-    for target in (out.resolve(), partial_directory(out).resolve()):
-        if target == inside or target in inside.parents:
-            raise M3Error(f"{out} is the model to convert, or holds it: choose another output.")
-
-
-@contextmanager
-def _saying_what_failed(out: Path) -> Iterator[None]:
-    """Turn what the operating system refuses into a sentence."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename if error.filename is not None else out
-        raise M3Error(f"{where}: {error.strerror or error}: {mend(error)}.") from error
 
 
 # --- Writing ---------------------------------------------------------------------------------------------
@@ -195,8 +169,6 @@ def _write(directory: Path, source: Checkpoint, to: Format, max_shard_size: int)
     elif to == "msgpack":
         write_msgpack(directory, source, max_shard_size)
     else:
-        from m3jax.checkpoints.orbax import write_orbax  # imports JAX
-
         # Orbax makes its directory itself; what is in it has relative places and may be moved.
         inner = directory / "orbax"
         write_orbax(inner, source)
@@ -210,8 +182,6 @@ def _open(directory: Path, to: Format) -> Checkpoint:
         return open_safetensors(directory)
     if to == "msgpack":
         return open_msgpack(directory)
-    from m3jax.checkpoints.orbax import open_orbax
-
     return open_orbax(directory)
 
 
@@ -268,7 +238,7 @@ class _Running:
         self.lock = threading.Lock()
 
 
-class _Watched:
+class _Watched(Closing):
     """A checkpoint that tells how much is read and digests on the way what is read in order."""
 
     def __init__(self, checkpoint: Checkpoint, stage: _Stage) -> None:
@@ -302,11 +272,3 @@ class _Watched:
 
     def close(self) -> None:
         self._checkpoint.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()

@@ -1,6 +1,8 @@
 """The one exception that a user is meant to read, and what mends an error of the operating system."""
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _REFUSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
@@ -28,3 +30,20 @@ def mend(error: OSError) -> str:
     if error.errno in _NO_DIRECTORY:
         return "a file is where a directory is to be: choose another place"
     return "check the place and its disk"
+
+
+@contextmanager
+def saying_what_failed(out: object) -> Iterator[None]:
+    """Turns what the operating system refuses into a sentence.
+
+    Args:
+        out: What was being made, to be named where the error names no file.
+
+    Raises:
+        M3Error: In place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        place = error.filename if error.filename is not None else out
+        raise M3Error(f"{place}: {error.strerror or error}: {mend(error)}") from error

@@ -7,9 +7,8 @@ from typing import Any
 
 import yaml
 
-from m3jax.checkpoints import ModelDirectory, companions, digest_file
-from m3jax.checkpoints.locate import download_companions
-from m3jax.checkpoints.remote import RemotePath
+from m3jax.checkpoints import ModelDirectory, digest_file
+from m3jax.checkpoints.locate import named_companions
 from m3jax.errors import M3Error
 from m3jax.recipe import Recipe
 
@@ -39,13 +38,6 @@ def read_config(model: Path) -> dict[str, Any] | None:
     return config
 
 
-def _files(model: ModelDirectory) -> dict[str, Path]:
-    directory = model.path if model.path.is_dir() else model.path.parent
-    if isinstance(directory, RemotePath):
-        directory = download_companions(directory)
-    return {str(path.relative_to(directory)): path for path in companions(directory)}
-
-
 def _is_tokenizer(name: str) -> bool:
     return name not in _GENERAL and not name.endswith(_PROCESSORS)
 
@@ -56,7 +48,7 @@ def gather(recipe: Recipe, models: Sequence[ModelDirectory], template: int) -> d
     Raises:
         M3Error: `tokenizer_source` cannot be followed.
     """
-    files = _files(models[template])
+    files = named_companions(models[template].path)
     source = recipe.tokenizer_source
     if source is None or source == "base":
         return files
@@ -67,15 +59,18 @@ def gather(recipe: Recipe, models: Sequence[ModelDirectory], template: int) -> d
     if chosen is None:
         raise M3Error(f"tokenizer_source: {source} is not one of the models: write union, base or one of them")
     general = {name: path for name, path in files.items() if not _is_tokenizer(name)}
-    return general | {name: path for name, path in _files(chosen).items() if _is_tokenizer(name)}
+    return general | {name: path for name, path in named_companions(chosen.path).items() if _is_tokenizer(name)}
+
+
+def _vocabulary(model: ModelDirectory) -> dict[str, str]:
+    """The digests of the files that hold a model's vocabulary, by name."""
+    files = named_companions(model.path)
+    return {name: digest_file(path) for name, path in files.items() if name.startswith(("tokenizer.", "vocab"))}
 
 
 def _check_same_tokenizers(models: Sequence[ModelDirectory]) -> None:
     """Raise M3Error unless all vocabularies are the same, so that their union is each of them."""
-    vocabularies = [
-        {name: digest_file(path) for name, path in _files(model).items() if name.startswith(("tokenizer.", "vocab"))}
-        for model in models
-    ]
+    vocabularies = list(map(_vocabulary, models))
     for model, vocabulary in zip(models[1:], vocabularies[1:], strict=True):
         if vocabulary != vocabularies[0]:
             raise M3Error(

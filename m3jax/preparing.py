@@ -24,11 +24,11 @@ from m3jax.checkpoints import (
     plan_shards,
 )
 from m3jax.checkpoints.remote import RemotePath, as_path
-from m3jax.errors import M3Error, mend
+from m3jax.errors import M3Error, saying_what_failed
 from m3jax.planning import DrawnWeights, Input, Plan, make_plan
 from m3jax.processes import ALONE, Processes, gather
 from m3jax.progress import Progress
-from m3jax.publishing import check_free, partial_directory
+from m3jax.publishing import check_free, replaced_with
 from m3jax.recipe import Recipe
 from m3jax.remote_publishing import check_remote_free
 
@@ -163,16 +163,6 @@ def _check_agreement(processes: Processes, recipe: Recipe, ready: Ready, rest: A
         )
 
 
-@contextmanager
-def saying_what_failed(out: Path) -> Iterator[None]:
-    """Turns what the operating system refuses into a sentence."""
-    try:
-        yield
-    except OSError as error:
-        place = error.filename if error.filename is not None else out
-        raise M3Error(f"{place}: {error.strerror or error}: {mend(error)}") from error
-
-
 def prepare(job: Job, processes: Processes, stack: ExitStack) -> Ready:
     """Open the models and plan the merge.
 
@@ -207,12 +197,10 @@ def prepare(job: Job, processes: Processes, stack: ExitStack) -> Ready:
 
 def _check_apart(out: Path, models: Sequence[Model]) -> None:
     """Refuse to replace a directory that a model is read from."""
-    outputs = [out] if isinstance(out, RemotePath) else [out.resolve(), partial_directory(out).resolve()]
-    for target in outputs:
-        for model in models:
-            place = model.place.path.resolve()
-            if target == place or target in place.parents:
-                raise M3Error(f"{target}: is one of the models, or holds {model.input.name}: choose another output")
+    for model in models:
+        target = replaced_with(out, model.place.path)
+        if target is not None:
+            raise M3Error(f"{target}: is one of the models, or holds {model.input.name}: choose another output")
 
 
 def _check_recorded(recorded: Mapping[str, Any] | None, plan: Plan, models: Sequence[Model]) -> None:

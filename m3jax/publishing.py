@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from m3jax.checkpoints.remote import RemotePath
 from m3jax.errors import M3Error
 
 _JOURNAL = "m3jax-journal.jsonl"
@@ -27,6 +28,21 @@ _SPARE = 2**20  # bytes beyond those announced
 def partial_directory(out: Path) -> Path:
     """Where a merge is made before it becomes `out`."""
     return out.with_name(out.name + ".partial")
+
+
+def replaced_with(out: Path, place: Path) -> Path | None:
+    """The directory that goes when an output is made, if a model that is read is in it.
+
+    Args:
+        out: Where the output is to appear, here or in remote storage.
+        place: The model.
+
+    Returns:
+        `out`, or where it is made, if that is the model's place or holds it; else None.
+    """
+    targets = [out] if isinstance(out, RemotePath) else [out.resolve(), partial_directory(out).resolve()]
+    inside = place.resolve()
+    return next((target for target in targets if target == inside or target in inside.parents), None)
 
 
 def check_free(out: Path, overwrite: bool) -> None:
@@ -118,13 +134,16 @@ class Staging(Workplace):
     is locked, so that the lock goes where a rename takes it.
     """
 
-    def __init__(self, out: Path, identity: str, space_needed: int, shared: bool = False) -> None:
+    def __init__(
+        self, out: Path, identity: str, space_needed: int, overwrite: bool = False, shared: bool = False
+    ) -> None:
         """Open or make the directory.
 
         Args:
             out: Where the output is to appear.
             identity: Digest of everything that the output's bytes depend on.
             space_needed: Bytes that will be written.
+            overwrite: Replace what is there when the output appears.
             shared: Other processes write there too, so that it is never this one's to remove.
 
         Raises:
@@ -134,6 +153,7 @@ class Staging(Workplace):
         self.path = partial_directory(out)
         self.finished: list[dict[str, Any]] = []
         self._journal = self.path / _JOURNAL
+        self._overwrite = overwrite
         self._shared = shared
         self._lock = self._take()
         self._published = False
@@ -183,11 +203,7 @@ class Staging(Workplace):
                 journal.unlink()
         return finished
 
-    def write_text(self, name: str, text: str) -> None:
-        """Write a small file of the output."""
-        (self.path / name).write_text(text, encoding="utf-8")
-
-    def publish(self, overwrite: bool) -> None:
+    def publish(self) -> None:
         """Make the directory the output, by one rename."""
         _sync_files(self.path)
         for journal in self.path.glob(_JOURNALS):
@@ -195,7 +211,7 @@ class Staging(Workplace):
         replaced = None
         if self.out.is_dir() and not any(self.out.iterdir()):
             self.out.rmdir()
-        elif overwrite and self.out.exists():
+        elif self._overwrite and self.out.exists():
             replaced = Path(tempfile.mkdtemp(prefix=self.out.name + ".replaced-", dir=self.out.parent))
             self.out.rename(replaced / self.out.name)
         try:

@@ -114,11 +114,7 @@ class RemoteStaging(RemoteWorkplace):
             shutil.rmtree(self.path, ignore_errors=True)
             raise
 
-    def write_text(self, name: str, text: str) -> None:
-        """Write a small file of the output."""
-        (self.path / name).write_text(text, encoding="utf-8")
-
-    def publish(self, overwrite: bool) -> None:
+    def publish(self) -> None:
         """Send the small files; with the last of them the output is there."""
         small = {p.relative_to(self.path).as_posix(): p for p in sorted(self.path.rglob("*")) if p.is_file()}
         weights = {entry["shard"]: entry for entry in self.finished if "shard" in entry}

@@ -19,11 +19,11 @@ from m3jax import manifest, modelcard
 from m3jax.checkpoints import DTYPES, TensorInfo, parse_size, write_index
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.chunks import Loaded, default_chunk_entries
-from m3jax.errors import M3Error
+from m3jax.errors import M3Error, saying_what_failed
 from m3jax.measuring import Stage, phases_of
 from m3jax.passes import Circumstances, Passes
 from m3jax.planning import DrawnWeights, Plan, TensorPlan, divide
-from m3jax.preparing import DEFAULT_SHARD_SIZE, Job, Model, Ready, prepare, saying_what_failed
+from m3jax.preparing import DEFAULT_SHARD_SIZE, Job, Model, Ready, prepare
 from m3jax.processes import ALONE, Cluster, Processes, gather, share
 from m3jax.progress import Progress
 from m3jax.publishing import Staging, Workplace
@@ -76,7 +76,8 @@ def _open_workplace(job: Job, ready: Ready, processes: Processes, stack: ExitSta
         weights = sum(t.output.nbytes for t in ready.plan.tensors)
         small = sum(path.stat().st_size for path in ready.companions.values())
         space = weights + small + _TOLD_PER_TENSOR * len(ready.plan.tensors)
-        staging = stack.enter_context(Staging(job.out, ready.identity, space, shared=processes.count > 1))
+        shared = processes.count > 1
+        staging = stack.enter_context(Staging(job.out, ready.identity, space, job.overwrite, shared))
     share(processes, [ready.identity, staging.finished])
     return staging
 
@@ -237,8 +238,8 @@ def _publish(job: Job, ready: Ready, staging: Staging | RemoteStaging, record: d
         write_index(staging.path, ready.shards, sum(t.output.nbytes for t in ready.plan.tensors))
     files = modelcard.write_companions(staging.path, ready.companions, job.recipe, ready.plan.weights)
     record["output"]["files"] = dict(sorted(files.items()))
-    staging.write_text(manifest.FILE_NAME, manifest.to_json(record))
-    staging.publish(job.overwrite)
+    (staging.path / manifest.FILE_NAME).write_text(manifest.to_json(record), encoding="utf-8")
+    staging.publish()
 
 
 def merge_checkpoint(
@@ -295,7 +296,10 @@ def _chosen(recipe: Recipe, weights: Mapping[str, Sequence[float]] | None) -> Dr
         return None
     if recipe.mixup is None:
         raise M3Error("weights: are given in place of draws, but the recipe has no mixup: write them into the recipe")
-    wrong = next((group for group, values in weights.items() if not all(map(math.isfinite, values))), None)
+    try:
+        wrong = next((group for group, values in weights.items() if not all(map(math.isfinite, values))), None)
+    except (AttributeError, TypeError) as error:
+        raise M3Error("weights: are not numbers by group: give such as {'model': [0.5, 0.5]}") from error
     if wrong is not None:
         raise M3Error(f"weights: those of {wrong} are not all finite: give numbers")
     if recipe.mixup.granularity == "model" and "model" not in weights:
@@ -312,8 +316,8 @@ def _chunk_size(entries: int | None, plan: Plan, models: Sequence[Model]) -> int
         merged = [t for t in plan.tensors if t.pipeline is not None]
         infos = [models[p].checkpoint.tensors[t.output.name] for t in merged for p in t.sources]
         return default_chunk_entries(len(models), max((DTYPES[i.dtype].itemsize for i in infos), default=2))
-    if entries < 2**16 or entries & (entries - 1):
-        raise M3Error(f"chunk entries are {entries}, but must be a power of two of at least 65536")
+    if not isinstance(entries, int) or entries < 2**16 or entries & (entries - 1):
+        raise M3Error(f"chunk entries are {entries!r}, but must be a power of two of at least 65536")
     return entries
 
 

@@ -535,7 +535,7 @@ def test_a_lock_taken_while_another_merge_publishes_is_not_its_output(tmp_path, 
     (first.path / "model.safetensors").write_bytes(b"x")
     with pytest.raises(M3Error, match="another merge"):
         publishing.Staging(tmp_path / "out", "two", 1)
-    first.publish(False)
+    first.publish()
     first.__exit__(None, None, None)
     with publishing.Staging(tmp_path / "out", "two", 1) as second:
         assert second.path.is_dir()

@@ -20,6 +20,7 @@ from m3jax.checkpoints.storage import open_source, unreadable
 from m3jax.errors import M3Error
 
 LFS_POINTER = b"version https://git-lfs"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # endings of weights that only unpickling would open
 _MAX_HEADER = 100_000_000  # the limit of the reference implementation
 
 
@@ -36,6 +37,11 @@ class Header(NamedTuple):
 def damaged(fault: str) -> M3Error:
     """The sentence for a file whose content is at fault."""
     return M3Error(f"{fault}: get the file again from its source.")
+
+
+def not_fetched(path: Path) -> M3Error:
+    """The sentence for a file that begins with `LFS_POINTER`."""
+    return M3Error(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` beside it.")
 
 
 def parse_json(raw: bytes, where: str) -> dict[str, Any]:
@@ -141,19 +147,6 @@ def _parse_header(raw: bytes, file: Identity, path: Path) -> Header:
 # --- Files -----------------------------------------------------------------------------------------------
 
 
-def read_file(path: Path) -> bytes:
-    """The whole of a small file."""
-    source = open_source(path)
-    content = bytearray(source.identity.size)
-    try:
-        source.read_into(memoryview(content), 0, len(content))
-    except OSError as error:
-        raise unreadable(path, error) from error
-    finally:
-        source.close()
-    return bytes(content)
-
-
 def read_raw_header(path: Path) -> tuple[bytes, Identity]:
     """The JSON of a file's header, not yet parsed, and what tells the file from others."""
     source = open_source(path)
@@ -162,7 +155,7 @@ def read_raw_header(path: Path) -> tuple[bytes, Identity]:
         prefix = bytearray(len(LFS_POINTER))
         got = source.read_into(memoryview(prefix), 0, size)
         if prefix == LFS_POINTER:
-            raise M3Error(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull` beside it.")
+            raise not_fetched(path)
         length = int.from_bytes(prefix[: min(got, 8)], "little")
         if got < 8 or length > size - 8:
             raise damaged(

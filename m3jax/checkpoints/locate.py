@@ -152,6 +152,24 @@ def companions(directory: Path) -> list[Path]:
     return sorted(path for path in _like_companions(directory) if os.path.isfile(path))
 
 
+def named_companions(model: Path) -> dict[str, Path]:
+    """The companions of a model by their names under its directory.
+
+    Args:
+        model: A model directory, or a weight file in one.
+
+    Returns:
+        As `companions` gives them.
+
+    Raises:
+        M3Error: The directory cannot be listed, or a remote one cannot be read.
+    """
+    directory = model if is_dir(model) else model.parent
+    if isinstance(directory, RemotePath):
+        directory = download_companions(directory)
+    return {str(path.relative_to(directory)): path for path in companions(directory)}
+
+
 def download_companions(directory: RemotePath) -> Path:
     """Copies the companions of a remote model to this disk.
 

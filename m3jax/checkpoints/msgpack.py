@@ -6,27 +6,32 @@ Files are those of `flax.serialization` (`to_bytes`, `msgpack_serialize`), of `f
 
 import os
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType, TracebackType
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
+from m3jax.checkpoints.files import Seen, WeightFiles, find_index, joined_metadata, read_index
 from m3jax.checkpoints.msgpack_tree import Place, Structure, read_structure
 from m3jax.checkpoints.msgpack_writer import INDEX_FILE, SINGLE_FILE, write_msgpack
-from m3jax.checkpoints.protocol import Checkpoint, FileFingerprint, TensorInfo, natural_key
-from m3jax.checkpoints.remote import RemotePath, as_path, changed
-from m3jax.checkpoints.safetensors import RemoteFingerprint, _read_index
-from m3jax.checkpoints.storage import Source, is_dir, is_file, list_names, open_source
+from m3jax.checkpoints.protocol import (
+    Checkpoint,
+    Closing,
+    FileFingerprint,
+    TensorInfo,
+    in_natural_order,
+    natural_key,
+    room_for,
+)
+from m3jax.checkpoints.remote import as_path
+from m3jax.checkpoints.storage import is_dir, is_file, list_names
 from m3jax.errors import M3Error
 
 __all__ = ["MsgpackCheckpoint", "open_msgpack", "write_msgpack"]
 
 
-class MsgpackCheckpoint:
+class MsgpackCheckpoint(Closing):
     """One or several msgpack files of Flax as one checkpoint; made by `open_msgpack`.
 
     Attributes:
@@ -57,100 +62,41 @@ class MsgpackCheckpoint:
                     )
                 self._places[name] = file, place
         self.location = location
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
-            {name: _info(name, self._places[name][1]) for name in sorted(self._places, key=natural_key)}
+        self.tensors = in_natural_order(
+            {name: TensorInfo(name, place.shape, place.dtype) for name, (_, place) in self._places.items()}
         )
-        told = [structure.metadata for structure in reversed(list(structures.values()))]
-        self.metadata: Mapping[str, str] = MappingProxyType({key: text for one in told for key, text in one.items()})
-        self._root = root
-        self._structures = structures
-        self._sources: dict[str, Source] = {}
-        self._closed = False
-        self._lock = threading.Lock()
+        self.metadata = joined_metadata(structure.metadata for structure in structures.values())
+        seen = {file: Seen(structure.identity, structure.digest) for file, structure in structures.items()}
+        self._files = WeightFiles(location, root, seen, _look)
 
     def read_into(self, name: str, start: int, out: memoryview | npt.NDArray[np.uint8]) -> None:
         """Fills `out` with the tensor's little-endian bytes from `start` on; see `Checkpoint.read_into`."""
-        if name not in self.tensors:
-            raise M3Error(f"{self.location} has no tensor {name!r}: check the name.")
-        view = (out.data if isinstance(out, np.ndarray) else out).cast("B") if out.nbytes else memoryview(b"")
-        if start < 0 or start + len(view) > self.tensors[name].nbytes:
-            raise ValueError(f"bytes {start} to {start + len(view)} are not all inside {self.tensors[name]}")
+        view = room_for(self, name, start, out)
         file, place = self._places[name]
         for offset, size in place.spans:
             if not len(view):
                 return
             wanted = view[: max(0, size - start)]
-            self._read(file, name, offset + start, wanted, offset + size)
+            self._files.read(file, name, wanted, offset + start, offset + size)
             start = max(0, start - size)
             view = view[len(wanted) :]
 
-    def _read(self, file: str, name: str, offset: int, view: memoryview, until: int) -> None:
-        if not len(view):
-            return
-        path = self._root / file
-        source = self._source(file)
-        try:
-            done = source.read_into(view, offset, until)
-        except OSError as error:
-            raise M3Error(f"tensor {name!r} in {path} cannot be read: {error.strerror}; check the disk.") from error
-        if done < len(view):
-            raise M3Error(
-                f"{path} ends inside tensor {name!r}, {len(view) - done:,} bytes early: it was cut while"
-                " it was open, so get it again from its source."
-            )
-
-    def _source(self, file: str) -> Source:
-        """The open source of a file: opened at first use, kept until `close`."""
-        with self._lock:
-            if self._closed:
-                raise ValueError(f"{self.location} is closed")
-            if file not in self._sources:
-                path = self._root / file
-                source = open_source(path)
-                if source.identity != self._structures[file].identity:
-                    source.close()
-                    raise changed(path)
-                self._sources[file] = source
-            return self._sources[file]
-
     def files(self) -> tuple[Path, ...]:
         """The files that hold the weights."""
-        return tuple(self._root / file for file in self._structures)
+        return self._files.paths()
 
     def fingerprint(self) -> dict[str, FileFingerprint]:
         """What the files look like now, by name; everything but the arrays' values counts as header."""
-        return {file: _fingerprint(self._root / file, found) for file, found in self._structures.items()}
+        return self._files.fingerprint()
 
     def close(self) -> None:
         """Releases the open files; reading afterwards is an error."""
-        with self._lock:
-            self._closed = True
-            while self._sources:
-                self._sources.popitem()[1].close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+        self._files.close()
 
 
-def _info(name: str, place: Place) -> TensorInfo:
-    return TensorInfo(name, place.shape, place.dtype)
-
-
-def _fingerprint(path: Path, known: Structure) -> FileFingerprint:
-    """What a file looks like now; a remote one that is still the one that was opened is not read again."""
-    remote = isinstance(path, RemotePath)
-    now = known if isinstance(path, RemotePath) and path.identity() == known.identity else read_structure(path)
-    tag, size, mtime_ns = now.identity
-    found: FileFingerprint = {"size": size, "mtime_ns": mtime_ns, "header_blake3": now.digest}
-    return RemoteFingerprint(**found, tag=str(tag)) if remote else found
+def _look(path: Path) -> Seen:
+    structure = read_structure(path)
+    return Seen(structure.identity, structure.digest)
 
 
 def open_msgpack(path: str | os.PathLike[str]) -> Checkpoint:
@@ -180,26 +126,15 @@ def open_msgpack(path: str | os.PathLike[str]) -> Checkpoint:
         TensorInfo(name='dense.kernel', shape=(2, 3), dtype='F32') {'step': '7'}
     """
     source = as_path(path)
-    index = _find_index(source)
+    index = find_index(source, SINGLE_FILE, INDEX_FILE)
     if index is None:
         root, file = (source, _choose(source)) if is_dir(source) else (source.parent, source.name)
         return MsgpackCheckpoint(str(path), root, {file: read_structure(root / file)})
-    weight_map = _read_index(index)
+    weight_map = read_index(index)
     files = sorted(set(weight_map.values()), key=natural_key)
-    for file in files:
-        if not is_file(index.parent / file):
-            raise M3Error(f"{index} names {file!r}, which is not there: download the model again.")
     structures = {file: read_structure(index.parent / file) for file in files}
     _check_index(index, weight_map, structures)
     return MsgpackCheckpoint(str(path), index.parent, structures)
-
-
-def _find_index(source: Path) -> Path | None:
-    """The index to follow, if it is an index that says where the weights are."""
-    if source.name.endswith(".index.json"):
-        return source
-    has_index = is_file(source / INDEX_FILE) and not is_file(source / SINGLE_FILE)
-    return source / INDEX_FILE if has_index else None
 
 
 def _check_index(index: Path, weight_map: Mapping[str, str], structures: Mapping[str, Structure]) -> None:

@@ -16,8 +16,8 @@ from typing import NamedTuple, TypeAlias
 
 from blake3 import blake3
 
-from m3jax.checkpoints.headers import LFS_POINTER, can_exist, damaged
-from m3jax.checkpoints.protocol import DTYPES
+from m3jax.checkpoints.headers import LFS_POINTER, can_exist, damaged, not_fetched
+from m3jax.checkpoints.protocol import DTYPE_NAMES, DTYPES
 from m3jax.checkpoints.remote import Identity
 from m3jax.checkpoints.storage import Source, open_source, unreadable
 from m3jax.errors import M3Error
@@ -30,8 +30,6 @@ _MAX_ENTRIES = 2**20
 _MAX_TEXT = 1024  # bytes of a text worth keeping
 _WINDOW = 2048  # bytes read at a time: the header of an array and a few small entries
 _ELSEWHERE = "//GDAPlaceholder:"  # stands for an array that a run on several hosts kept in a directory beside
-
-_DTYPE_NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 
 # What a first byte announces, and the bytes of the length that follows it.
 _SIZED = {
@@ -183,7 +181,7 @@ class _Walk:
             raise damaged(f"{self._file} is empty")
         kind, count = self._head()
         if self._cursor.shown(LFS_POINTER):
-            raise M3Error(f"{self._file} is a Git LFS pointer, not the weights: run `git lfs pull` beside it.")
+            raise not_fetched(self._file)
         if kind not in ("map", "array"):
             raise damaged(f"{self._file} does not begin with a map of names, so it is no checkpoint of Flax")
         tree = self._map(count, ()) if kind == "map" else self._list(count, ())
@@ -302,14 +300,13 @@ class _Walk:
         self._expect("array", 3, at)
         shape = [self._dimension(at) for _ in range(self._expect("array", 64, at, at_most=True))]
         name = self._text(self._expect("str", 64, at, at_most=True))
-        if name not in _DTYPE_NAMES:
+        if name not in DTYPE_NAMES:
             if name == "object":
                 raise M3Error(f"{self._where(at)} holds Python objects, which are never opened: save arrays.")
             raise M3Error(
-                f"{self._where(at)} has the unknown dtype {brief(name)}: convert it to one of"
-                f" {', '.join(_DTYPE_NAMES)}."
+                f"{self._where(at)} has the unknown dtype {brief(name)}: convert it to one of {', '.join(DTYPE_NAMES)}."
             )
-        dtype = _DTYPE_NAMES[name]
+        dtype = DTYPE_NAMES[name]
         kind, size = self._head()
         needed = prod(shape) * DTYPES[dtype].itemsize
         if not can_exist(shape, dtype):

@@ -5,7 +5,6 @@ than 2³⁰ bytes in chunks.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import BinaryIO, NamedTuple, TypeAlias
 from m3jax.checkpoints.copying import pieces
 from m3jax.checkpoints.msgpack_tree import ARRAY, CHUNKED, MAX_DEPTH, MAX_NAME
 from m3jax.checkpoints.protocol import DTYPES, Checkpoint, TensorInfo
-from m3jax.checkpoints.shards import _discard, _sync_directory, plan_shards
+from m3jax.checkpoints.shards import appearing, plan_shards
 from m3jax.errors import M3Error, mend
 
 SINGLE_FILE = "flax_model.msgpack"
@@ -55,7 +54,7 @@ def write_msgpack(path: Path, source: Checkpoint, max_shard_size: int) -> None:
             f"{source.location} has names that differ in '/' and '.' only, which are one in an index: rename."
         )
     for file, infos in shards:
-        with _appearing(path / file) as out:
+        with _written(path / file) as out:
             for segment in _encoded(_nested(infos)):
                 if isinstance(segment, bytes):
                     out.write(segment)
@@ -64,7 +63,7 @@ def write_msgpack(path: Path, source: Checkpoint, max_shard_size: int) -> None:
                         out.write(piece)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(info.nbytes for info in tensors)}, "weight_map": weight_map}
-        with _appearing(path / INDEX_FILE) as out:
+        with _written(path / INDEX_FILE) as out:
             out.write(f"{json.dumps(index, indent=2, sort_keys=True)}\n".encode())
 
 
@@ -81,22 +80,13 @@ def _index_key(name: str) -> str:
 
 
 @contextmanager
-def _appearing(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name when it is whole and safely on the disk, or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+def _written(path: Path) -> Iterator[BinaryIO]:
+    """See `shards.appearing`; says what failed."""
     try:
-        with open(temporary, "wb") as file:
+        with appearing(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_directory(path.parent)
     except OSError as error:
-        _discard(temporary)
         raise M3Error(f"{path} cannot be written: {error.strerror}; {mend(error)}.") from error
-    except BaseException:
-        _discard(temporary)
-        raise
 
 
 # --- Names -----------------------------------------------------------------------------------------------

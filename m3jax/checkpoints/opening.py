@@ -4,9 +4,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from m3jax.checkpoints.headers import PICKLES
+from m3jax.checkpoints.msgpack import open_msgpack
+from m3jax.checkpoints.orbax import is_orbax, open_orbax
 from m3jax.checkpoints.protocol import Checkpoint
 from m3jax.checkpoints.remote import RemotePath, as_path
-from m3jax.checkpoints.safetensors import _PICKLES, open_safetensors
+from m3jax.checkpoints.safetensors import open_safetensors
 from m3jax.checkpoints.storage import list_names
 from m3jax.errors import M3Error
 
@@ -46,10 +49,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 def _opener_of_file(file: Path) -> Callable[[Path], Checkpoint]:
     name = file.name.removesuffix(_INDEX)
-    if name.endswith(".safetensors") or file.suffix in _PICKLES:
+    if name.endswith(".safetensors") or file.suffix in PICKLES:
         return open_safetensors
     if name.endswith(".msgpack") or _starts_as_msgpack(file):
-        return _open_msgpack
+        return open_msgpack
     return open_safetensors  # whose sentences say what is wrong with the file
 
 
@@ -64,33 +67,19 @@ def _starts_as_msgpack(file: Path) -> bool:
 
 
 def _opener_of_directory(directory: Path) -> Callable[[Path], Checkpoint]:
-    from m3jax.checkpoints.orbax import is_orbax
-
     names = [name for name in list_names(directory) if not name.startswith(".")]
     weights = [name.removesuffix(_INDEX) for name in names]
     if any(name.endswith(".safetensors") for name in weights):
         return open_safetensors
     if any(name.endswith(".msgpack") for name in weights):
-        return _open_msgpack
+        return open_msgpack
     if is_orbax(directory):
-        return _open_orbax
+        return open_orbax
     if any(name.startswith("checkpoint_") and (directory / name).is_file() for name in names):
-        return _open_msgpack
-    if any(name.endswith(_PICKLES) for name in names):
+        return open_msgpack
+    if any(name.endswith(PICKLES) for name in names):
         return open_safetensors  # which says why pickles are not opened
     raise M3Error(
         f"{directory} holds no weights: looked for *.safetensors, *.msgpack, Flax's checkpoint_… and Orbax's _METADATA,"
         " manifest.ocdbt, checkpoint, zarr arrays and steps; give the directory that has them."
     )
-
-
-def _open_msgpack(path: Path) -> Checkpoint:
-    from m3jax.checkpoints.msgpack import open_msgpack
-
-    return open_msgpack(path)
-
-
-def _open_orbax(path: Path) -> Checkpoint:
-    from m3jax.checkpoints.orbax import open_orbax
-
-    return open_orbax(path)

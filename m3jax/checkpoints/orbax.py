@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from reprlib import repr as brief
-from types import MappingProxyType, TracebackType
-from typing import Any, Self, TypeAlias
+from types import MappingProxyType
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,19 +19,29 @@ from blake3 import blake3
 
 from m3jax.checkpoints.headers import damaged
 from m3jax.checkpoints.orbax_tree import (
-    _AGGREGATE,
-    _MANIFEST,
-    _TREE,
-    _find_item,
-    _key_value_spec,
-    _open_aggregate,
-    _read_tree,
-    _Tree,
+    AGGREGATE,
+    MANIFEST,
+    TREE,
+    Tree,
+    find_item,
     is_orbax,
+    key_value_spec,
+    open_aggregate,
+    read_tree,
     unusable,
 )
 from m3jax.checkpoints.orbax_writer import write_orbax
-from m3jax.checkpoints.protocol import DTYPES, Checkpoint, FileFingerprint, TensorInfo, as_bytes, natural_key
+from m3jax.checkpoints.protocol import (
+    DTYPE_NAMES,
+    DTYPES,
+    Checkpoint,
+    Closing,
+    FileFingerprint,
+    TensorInfo,
+    as_bytes,
+    in_natural_order,
+    room_for,
+)
 from m3jax.checkpoints.storage import unreadable
 from m3jax.errors import M3Error
 
@@ -42,18 +52,16 @@ _PIECE = 16 << 20  # bytes asked for at a time
 _IN_FLIGHT = 4  # pieces asked for before the first has come
 _HEAD = 1024  # bytes of a file that its fingerprint looks at
 
-_DTYPE_NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
-
 Box: TypeAlias = tuple[slice, ...]
 
 
-def _open_store(item: Path, tree: _Tree, name: str, context: Any) -> Any:
+def _open_store(item: Path, tree: Tree, name: str, context: Any) -> Any:
     """A future of TensorStore's handle of an array."""
     import tensorstore as ts
 
     spec = {
         "driver": tree.stored[name],
-        "kvstore": _key_value_spec(item, name),
+        "kvstore": key_value_spec(item, name),
         "fill_missing_data_reads": not tree.complete,
         "recheck_cached_data": False,
         "recheck_cached_metadata": False,
@@ -101,7 +109,7 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
             start = end
 
 
-class OrbaxCheckpoint:
+class OrbaxCheckpoint(Closing):
     """The arrays of one item of Orbax; made by `open_orbax`.
 
     Memory holds the decoded chunks in use, however small the pieces that are read: 64 MiB, or what the array with the
@@ -127,12 +135,10 @@ class OrbaxCheckpoint:
 
         self.location = location
         self._item = item
-        self._tree = _read_tree(item)
-        self._aggregate = _open_aggregate(item) if self._tree.packed else None
+        self._tree = read_tree(item)
+        self._aggregate = open_aggregate(item) if self._tree.packed else None
         tensors, cache = self._describe()
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
-            {name: tensors[name] for name in sorted(tensors, key=natural_key)}
-        )
+        self.tensors = in_natural_order(tensors)
         self.metadata: Mapping[str, str] = MappingProxyType(self._tree.metadata)
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
         self._stores: dict[str, Any] = {}
@@ -146,7 +152,7 @@ class OrbaxCheckpoint:
         packed = self._aggregate.tensors if self._aggregate else {}
         missing = [name for name, is_array in self._tree.packed.items() if is_array and name not in packed]
         if missing:
-            raise damaged(f"array {missing[0]!r} is not in {self._item / _AGGREGATE}, where {_TREE} places it")
+            raise damaged(f"array {missing[0]!r} is not in {self._item / AGGREGATE}, where {TREE} places it")
         tensors = {name: packed[name] for name in self._tree.packed if name in packed}
         context = ts.Context()
         opening = {name: _open_store(self._item, self._tree, name, context) for name in self._tree.stored}
@@ -157,30 +163,25 @@ class OrbaxCheckpoint:
             except Exception as error:  # of many types
                 raise unusable(f"array {name!r}", self._item, error) from error
             dtype = store.dtype.name
-            if dtype not in _DTYPE_NAMES:
+            if dtype not in DTYPE_NAMES:
                 raise M3Error(f"array {name!r} in {self._item} has the dtype {brief(dtype)}: convert it first.")
-            tensors[name] = TensorInfo(name, tuple(store.shape), _DTYPE_NAMES[dtype])
+            tensors[name] = TensorInfo(name, tuple(store.shape), DTYPE_NAMES[dtype])
             band = _band(store.shape, store.chunk_layout.read_chunk.shape or ())
             largest = max(largest, band * DTYPES[tensors[name].dtype].itemsize)
         return tensors, largest + _CACHE
 
     def read_into(self, name: str, start: int, out: memoryview | npt.NDArray[np.uint8]) -> None:
         """Fills `out` with the tensor's little-endian bytes from `start` on; see `Checkpoint.read_into`."""
-        if name not in self.tensors:
-            raise M3Error(f"{self.location} has no tensor {name!r}: check the name.")
-        info = self.tensors[name]
-        size = out.nbytes
-        if start < 0 or start + size > info.nbytes:
-            raise ValueError(f"bytes {start} to {start + size} are not all inside {info}")
+        view = room_for(self, name, start, out)
+        info, size = self.tensors[name], len(view)
         with self._lock:
             if self._closed:
                 raise ValueError(f"{self.location} is closed")
         if not size:
             return
         if self._aggregate is not None and name not in self._tree.stored:
-            self._aggregate.read_into(name, start, out)
+            self._aggregate.read_into(name, start, view)
             return
-        view = (out.data if isinstance(out, np.ndarray) else out).cast("B")
         width = DTYPES[info.dtype].itemsize
         first = start // width
         at = first * width - start  # where the next entry's bytes go: before `out` if the range splits an entry
@@ -214,8 +215,8 @@ class OrbaxCheckpoint:
 
     def files(self) -> tuple[Path, ...]:
         """The files that hold the weights."""
-        tops = {_TREE, _MANIFEST, _AGGREGATE, "d"}  # the last and "ocdbt…" hold the database's data
-        if not (self._item / _MANIFEST).is_file():
+        tops = {TREE, MANIFEST, AGGREGATE, "d"}  # the last and "ocdbt…" hold the database's data
+        if not (self._item / MANIFEST).is_file():
             tops |= {name.split("/")[0] for name in self._tree.stored}
         found = (
             path
@@ -249,17 +250,6 @@ class OrbaxCheckpoint:
         if self._aggregate is not None:
             self._aggregate.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
 
 def open_orbax(path: Path) -> Checkpoint:
     """Opens the arrays of an Orbax checkpoint; reads their descriptions only.
@@ -278,4 +268,4 @@ def open_orbax(path: Path) -> Checkpoint:
     Raises:
         M3Error: There is no such checkpoint, several are there, or it is damaged or not finished.
     """
-    return OrbaxCheckpoint(str(path), _find_item(path))
+    return OrbaxCheckpoint(str(path), find_item(path))

@@ -13,14 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from m3jax.checkpoints.headers import parse_json, read_file
+from m3jax.checkpoints.headers import parse_json
+from m3jax.checkpoints.msgpack import open_msgpack
 from m3jax.checkpoints.protocol import Checkpoint, natural_key
-from m3jax.checkpoints.storage import unreadable
+from m3jax.checkpoints.storage import read_file, unreadable
 from m3jax.errors import M3Error
 
-_TREE, _MANIFEST, _AGGREGATE = "_METADATA", "manifest.ocdbt", "checkpoint"
-_STEP, _COMMITTED = "_CHECKPOINT_METADATA", "commit_success.txt"
-_TEMPORARY = ".orbax-checkpoint-tmp"
+TREE, MANIFEST, AGGREGATE = "_METADATA", "manifest.ocdbt", "checkpoint"  # the files of an item
+STEP, COMMITTED = "_CHECKPOINT_METADATA", "commit_success.txt"  # those beside them that tell of a save
+TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a directory that is being saved
 _PLACEHOLDER = "PLACEHOLDER://"  # stands in the msgpack file for an array that is stored by itself
 _NO_ARRAYS = ("None", "Dict", "List", "NamedTuple", "Tuple", "string")
 
@@ -37,7 +38,7 @@ def is_orbax(path: Path) -> bool:
     if not path.is_dir():
         return False
     below = (_holds_items(child) or _unfinished(child) for child in _children(path))
-    return (path / _STEP).is_file() or _unfinished(path) or _is_item(path) or any(below)
+    return (path / STEP).is_file() or _unfinished(path) or _is_item(path) or any(below)
 
 
 def _children(directory: Path) -> list[Path]:
@@ -49,7 +50,7 @@ def _children(directory: Path) -> list[Path]:
 
 
 def _is_item(directory: Path) -> bool:
-    if any((directory / name).is_file() for name in (_TREE, _MANIFEST, _AGGREGATE)):
+    if any((directory / name).is_file() for name in (TREE, MANIFEST, AGGREGATE)):
         return True
     return any((child / name).is_file() for child in _children(directory) for name in (".zarray", "zarr.json"))
 
@@ -60,21 +61,33 @@ def _holds_items(directory: Path) -> bool:
 
 def _unfinished(directory: Path) -> bool:
     """Whether the save that made a directory was interrupted."""
-    if _TEMPORARY in directory.name or _TEMPORARY in directory.parent.name:
+    if TEMPORARY in directory.name or TEMPORARY in directory.parent.name:
         return True
-    if any(directory.glob("ocdbt.process_*")) and not (directory / _MANIFEST).exists():
+    if any(directory.glob("ocdbt.process_*")) and not (directory / MANIFEST).exists():
         return True
-    if not (directory / _STEP).is_file() or (directory / _COMMITTED).exists():
+    if not (directory / STEP).is_file() or (directory / COMMITTED).exists():
         return False
     try:
-        told = json.loads(read_file(directory / _STEP))  # its metrics may be NaN
+        told = json.loads(read_file(directory / STEP))  # its metrics may be NaN
     except ValueError:
+        return True
+    if not isinstance(told, dict):
         return True
     return bool(told.get("init_timestamp_nsecs")) and told.get("commit_timestamp_nsecs") is None
 
 
-def _find_item(path: Path) -> Path:
-    """The directory of arrays that a path means: itself, or the only one below it."""
+def find_item(path: Path) -> Path:
+    """The directory of arrays that a path means: itself, or the only one below it.
+
+    Args:
+        path: A directory.
+
+    Returns:
+        The item.
+
+    Raises:
+        M3Error: There is none, several are there, or the save was interrupted.
+    """
     if not path.is_dir():
         raise M3Error(f"{path} is no directory of an Orbax checkpoint: check the path.")
     if _unfinished(path.absolute()):
@@ -82,12 +95,12 @@ def _find_item(path: Path) -> Path:
     if _is_item(path):
         return path
     below = _children(path)
-    found = [child for child in below if _TEMPORARY not in child.name and _holds_items(child)]
+    found = [child for child in below if TEMPORARY not in child.name and _holds_items(child)]
     if not found and any(map(_unfinished, below)):
         raise M3Error(f"{path} holds only saves that did not come to their end: take another, or save again.")
     if not found:
-        raise M3Error(f"{path} holds no arrays of Orbax ({_TREE}, {_MANIFEST}, zarr): give the directory that does.")
-    return _find_item(found[0] if len(found) == 1 else _choose(path, found))
+        raise M3Error(f"{path} holds no arrays of Orbax ({TREE}, {MANIFEST}, zarr): give the directory that does.")
+    return find_item(found[0] if len(found) == 1 else _choose(path, found))
 
 
 def _choose(path: Path, found: Sequence[Path]) -> Path:
@@ -97,7 +110,7 @@ def _choose(path: Path, found: Sequence[Path]) -> Path:
     if len(steps) == len(found):
         mend = f"give the path of one, such as {steps[-1]}"
         raise M3Error(f"{path} holds {len(steps)} steps, of which the last are {names}: {mend}.")
-    with_arrays = [child for child in found if _is_item(child) and any(_read_tree(child)[:2])]
+    with_arrays = [child for child in found if _is_item(child) and any(read_tree(child)[:2])]
     if len(with_arrays) != 1:
         raise M3Error(f"{path} holds several trees ({names}): give the path of one, such as {found[0]}.")
     return with_arrays[0]
@@ -106,7 +119,7 @@ def _choose(path: Path, found: Sequence[Path]) -> Path:
 # --- Which arrays there are ------------------------------------------------------------------------------
 
 
-class _Tree(NamedTuple):
+class Tree(NamedTuple):
     """What an item says of itself.
 
     Attributes:
@@ -122,20 +135,31 @@ class _Tree(NamedTuple):
     metadata: dict[str, str]
 
 
-def _read_tree(item: Path) -> _Tree:
-    if (item / _TREE).is_file():
-        return _listed(item / _TREE)
-    if (item / _AGGREGATE).is_file():
-        with _open_aggregate(item) as aggregate:
+def read_tree(item: Path) -> Tree:
+    """Which arrays an item has.
+
+    Args:
+        item: The directory of the arrays.
+
+    Returns:
+        What it says of itself.
+
+    Raises:
+        M3Error: It is damaged or of an unknown version.
+    """
+    if (item / TREE).is_file():
+        return _listed(item / TREE)
+    if (item / AGGREGATE).is_file():
+        with open_aggregate(item) as aggregate:
             texts = aggregate.metadata.values()
             stored = [text.removeprefix(_PLACEHOLDER) for text in texts if text.startswith(_PLACEHOLDER)]
-            return _Tree(dict.fromkeys(stored, "zarr"), dict.fromkeys(aggregate.tensors, True), False, {})
+            return Tree(dict.fromkeys(stored, "zarr"), dict.fromkeys(aggregate.tensors, True), False, {})
     drivers = {".zarray": "zarr", "zarr.json": "zarr3"}
     keys = (os.path.split(key) for key in _stored_keys(item))
-    return _Tree({name: drivers[last] for name, last in keys if last in drivers}, {}, False, {})
+    return Tree({name: drivers[last] for name, last in keys if last in drivers}, {}, False, {})
 
 
-def _listed(file: Path) -> _Tree:
+def _listed(file: Path) -> Tree:
     """The tree that `_METADATA` describes."""
     told = parse_json(read_file(file), str(file))
     try:
@@ -157,22 +181,42 @@ def _listed(file: Path) -> _Tree:
     except (KeyError, TypeError, AttributeError) as error:
         raise M3Error(f"{file} is damaged or of a version of Orbax that is not known here: update m3jax.") from error
     metadata = {key: text for key, text in custom if isinstance(text, str)}
-    return _Tree(stored, packed, bool(told.get("store_array_data_equal_to_fill_value")), metadata)
+    return Tree(stored, packed, bool(told.get("store_array_data_equal_to_fill_value")), metadata)
 
 
-def _open_aggregate(item: Path) -> Checkpoint:
-    from m3jax.checkpoints.msgpack import open_msgpack
+def open_aggregate(item: Path) -> Checkpoint:
+    """Opens the msgpack file of an item.
 
-    return open_msgpack(item / _AGGREGATE)
+    Args:
+        item: A directory that has one.
+
+    Returns:
+        The leaves in it; use it as a context manager.
+
+    Raises:
+        M3Error: It is damaged or cannot be read.
+    """
+    return open_msgpack(item / AGGREGATE)
 
 
-def _key_value_spec(item: Path, name: str = "") -> dict[str, Any]:
-    """Where TensorStore finds an array, or all of them."""
+def key_value_spec(item: Path, name: str = "") -> dict[str, Any]:
+    """Where TensorStore finds an array, or all of them.
+
+    Args:
+        item: The directory of the arrays.
+        name: The array; all of them if empty.
+
+    Returns:
+        A specification of a `tensorstore.KvStore`.
+
+    Raises:
+        M3Error: The name leads out of the directory.
+    """
     if ".." in name.split("/"):
         raise M3Error(f"{item} places array {name!r} outside of the checkpoint: do not trust it.")
     files = {"driver": "file", "path": f"{item.absolute()}/"}
     below = f"{name}/" if name else ""
-    if (item / _MANIFEST).is_file():
+    if (item / MANIFEST).is_file():
         return {"driver": "ocdbt", "base": files, "path": below}
     return {"driver": "file", "path": files["path"] + below}
 
@@ -182,7 +226,7 @@ def _stored_keys(item: Path) -> list[str]:
     import tensorstore as ts
 
     try:
-        return [key.decode() for key in ts.KvStore.open(_key_value_spec(item)).result().list().result()]
+        return [key.decode() for key in ts.KvStore.open(key_value_spec(item)).result().list().result()]
     except Exception as error:  # of many types
         raise unusable("the list of arrays", item, error) from error
 

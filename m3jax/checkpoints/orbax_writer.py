@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from m3jax.checkpoints.orbax_tree import _COMMITTED, _STEP, _TEMPORARY, _TREE
+from m3jax.checkpoints.orbax_tree import COMMITTED, STEP, TEMPORARY, TREE
 from m3jax.checkpoints.protocol import DTYPES, Checkpoint, natural_key
 from m3jax.errors import M3Error, mend
 
@@ -64,7 +64,7 @@ def write_orbax(path: Path, source: Checkpoint) -> None:
     check_tree(source.tensors, source.location)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise M3Error(f"{path} is there already: choose another place, or remove it.")
-    temporary = path.with_name(path.name + _TEMPORARY)
+    temporary = path.with_name(path.name + TEMPORARY)
     begun = time.time_ns()
     try:
         with _saying_what_failed(path):
@@ -72,9 +72,9 @@ def write_orbax(path: Path, source: Checkpoint) -> None:
             temporary.mkdir()
         _write_arrays(path, temporary, source)
         with _saying_what_failed(path):
-            _write_json(temporary / _TREE, _tree_metadata(source))
-            _write_json(temporary / _STEP, _step_metadata(begun))
-            (temporary / _COMMITTED).write_text(f"Checkpoint commit was successful to {path}\n")
+            _write_json(temporary / TREE, _tree_metadata(source))
+            _write_json(temporary / STEP, _step_metadata(begun))
+            (temporary / COMMITTED).write_text(f"Checkpoint commit was successful to {path}\n")
             temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

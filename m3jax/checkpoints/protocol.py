@@ -1,6 +1,7 @@
 """What every checkpoint reader offers: named tensors, read by byte range."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any, NamedTuple, Protocol, Self, TypeAlias, TypedDict, runtim
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+
+from m3jax.errors import M3Error
 
 BytesLike: TypeAlias = bytes | bytearray | memoryview | npt.NDArray[Any]
 
@@ -38,6 +41,9 @@ DTYPES: Mapping[str, np.dtype[Any]] = MappingProxyType(
     }
 )
 """The numpy dtype of each safetensors dtype name."""
+
+DTYPE_NAMES: Mapping[str, str] = MappingProxyType({dtype.name: name for name, dtype in DTYPES.items()})
+"""The safetensors dtype name of each numpy dtype's name."""
 
 
 class TensorInfo(NamedTuple):
@@ -80,6 +86,16 @@ class FileFingerprint(TypedDict):
     size: int
     mtime_ns: int
     header_blake3: str
+
+
+class RemoteFingerprint(FileFingerprint):
+    """What is cheap to know of a remote file.
+
+    Attributes:
+        tag: Its ETag or generation, which tells what a time in whole seconds does not.
+    """
+
+    tag: str
 
 
 @runtime_checkable
@@ -134,6 +150,54 @@ class Checkpoint(Protocol):
     ) -> None: ...
 
 
+class Closing(ABC):
+    """What closes itself when its `with` block is left."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Releases what is held."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def room_for(checkpoint: Checkpoint, name: str, start: int, out: memoryview | npt.NDArray[np.uint8]) -> memoryview:
+    """The memory that `Checkpoint.read_into` fills, once it is known that there is what is wanted.
+
+    Args:
+        checkpoint: What is read from.
+        name: The tensor.
+        start: First byte wanted, counted from the tensor's own first byte.
+        out: Writable contiguous memory.
+
+    Returns:
+        The same memory as flat bytes.
+
+    Raises:
+        M3Error: There is no such tensor.
+        ValueError: The range is not inside it.
+    """
+    if name not in checkpoint.tensors:
+        raise M3Error(f"{checkpoint.location} has no tensor {name!r}: check the name.")
+    info, stop = checkpoint.tensors[name], start + out.nbytes
+    if start < 0 or stop > info.nbytes:
+        raise ValueError(f"bytes {start} to {stop} are not all inside {info}")
+    return _flat(out.data if isinstance(out, np.ndarray) else out)
+
+
+def in_natural_order(tensors: Mapping[str, TensorInfo]) -> Mapping[str, TensorInfo]:
+    """The same tensors as `Checkpoint.tensors` has them, for reading only."""
+    return MappingProxyType({name: tensors[name] for name in sorted(tensors, key=natural_key)})
+
+
 def natural_key(name: str) -> tuple[tuple[tuple[int, str], ...], str]:
     """Sort key under which numbers inside names count as numbers.
 
@@ -171,6 +235,9 @@ def as_bytes(data: BytesLike) -> memoryview:
     if isinstance(data, np.ndarray):
         rows = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("<"))
         return rows.reshape(-1).view(np.uint8).data
-    view = memoryview(data)
+    return _flat(memoryview(data))
+
+
+def _flat(view: memoryview) -> memoryview:
     # `cast` refuses memory with a zero in its shape.
     return view.cast("B") if view.nbytes else memoryview(b"")

@@ -117,10 +117,6 @@ class RemotePath(_Base):
         info = self.info()
         return info is not None and info["type"] == "directory"
 
-    def exists(self) -> bool:
-        """Whether it is an object or a prefix that objects are under."""
-        return self.info() is not None
-
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
         """Size and time of last modification of an object.
 

@@ -5,12 +5,12 @@ import json
 import os
 import re
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 from m3jax.checkpoints.protocol import DTYPES, BytesLike, TensorInfo, as_bytes
 from m3jax.errors import M3Error, mend
@@ -204,6 +204,32 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def appearing(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name when it is whole and safely on the disk, or not at all.
+
+    Args:
+        path: The file to make; its directory exists.
+
+    Yields:
+        The file, open for writing.
+
+    Raises:
+        OSError: The operating system fails.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_directory(path.parent)
+    except BaseException:
+        _discard(temporary)
+        raise
+
+
 def plan_shards(tensors: Sequence[TensorInfo], max_shard_size: int) -> list[tuple[str, list[TensorInfo]]]:
     """Divides tensors among files, in the order given, under Hugging Face's names.
 
@@ -251,18 +277,11 @@ def write_index(directory: Path, shards: Sequence[tuple[str, Sequence[TensorInfo
     """
     weight_map = {info.name: file for file, infos in shards for info in infos}
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
     path = directory / INDEX_FILE
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_directory(directory)
+        with appearing(path) as file:
+            file.write(f"{json.dumps(index, indent=2, sort_keys=True)}\n".encode())
     except OSError as error:
-        _discard(temporary)
         raise M3Error(f"{path} cannot be written: {error.strerror}; check the place and the disk.") from error
 
 

@@ -146,6 +146,23 @@ def open_source(path: Path) -> Source:
     return RemoteSource(path) if isinstance(path, RemotePath) else LocalSource(path)
 
 
+def read_file(path: Path) -> bytes:
+    """The whole of a small local or remote file.
+
+    Raises:
+        M3Error: It is not there, not given to us, or cannot be read.
+    """
+    source = open_source(path)
+    content = bytearray(source.identity.size)
+    try:
+        source.read_into(memoryview(content), 0, len(content))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    finally:
+        source.close()
+    return bytes(content)
+
+
 @dataclass(eq=False)
 class _Block:
     """A range that was asked for."""

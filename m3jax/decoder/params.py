@@ -20,6 +20,7 @@ from m3jax.checkpoints.protocol import DTYPES, Checkpoint
 from m3jax.decoder.config import DecoderConfig
 from m3jax.decoder.modeling import Params, abstract_params, fitting
 from m3jax.errors import M3Error
+from m3jax.trees import named_leaves
 
 Shape: TypeAlias = tuple[int, ...]
 Path: TypeAlias = tuple[str | int, ...]
@@ -105,8 +106,15 @@ _IGNORED = r"(?:model\.)?(?:layers\.[0-9]+\.self_attn\.)?rotary_emb\.inv_freq"
 _IGNORED_IF_TIED = r"lm_head\.weight"
 
 
-class _Parameter(NamedTuple):
-    """Where one stored tensor goes."""
+class Parameter(NamedTuple):
+    """Where one stored tensor goes.
+
+    Attributes:
+        name: The tensor.
+        path: Keys of the decoder's parameter.
+        axes: How the tensor's axes become the parameter's.
+        cut: The mesh axis over which each of the leading axes is cut.
+    """
 
     name: str
     path: Path
@@ -114,13 +122,13 @@ class _Parameter(NamedTuple):
     cut: _Cut
 
 
-def _find(name: str, config: DecoderConfig) -> _Parameter | None:
+def _find(name: str, config: DecoderConfig) -> Parameter | None:
     """The parameter of a stored tensor, if the table has one."""
     for pattern, path, axes, cut in (*_TABLE, *_NORMS[config.sandwich_norms]):
         match = re.fullmatch(pattern, name)
         if match:
             numbered: Path = (path[0], *map(int, match.groups()), *path[1:])
-            return _Parameter(name, numbered, axes, cut)
+            return Parameter(name, numbered, axes, cut)
     return None
 
 
@@ -130,24 +138,41 @@ def _flatten(tree: Any) -> dict[Path, Any]:
     return {tuple(key.key for key in path): leaf for path, leaf in leaves}
 
 
-def _nest(flat: Mapping[Path, Any]) -> Params:
-    """Nested dicts from leaves by path."""
+def nest(flat: Mapping[Path, Any]) -> Params:
+    """Nested dicts from leaves by path.
+
+    Args:
+        flat: Any leaves; no path is the beginning of another.
+
+    Returns:
+        A tree with those leaves.
+
+    Example:
+        >>> nest({("layers", 0, "weight"): 1.0, ("norm",): 2.0})
+        {'layers': {0: {'weight': 1.0}}, 'norm': 2.0}
+    """
     tree: dict[Any, Any] = {}
     for path, leaf in flat.items():
         functools.reduce(lambda branch, key: branch.setdefault(key, {}), path[:-1], tree)[path[-1]] = leaf
     return tree
 
 
-def _match(stored: Mapping[str, tuple[Shape, bool]], config: DecoderConfig, where: str) -> dict[Path, _Parameter]:
-    """The stored tensor of every parameter; faults are collected and raised together.
+def match_tensors(stored: Mapping[str, tuple[Shape, bool]], config: DecoderConfig, where: str) -> dict[Path, Parameter]:
+    """The stored tensor of every parameter.
 
     Args:
         stored: Shape of each tensor and whether its dtype is a plain float, by name.
         config: The decoder.
         where: What to call the source in errors.
+
+    Returns:
+        Where tensors go, by the paths of all of the decoder's parameters.
+
+    Raises:
+        M3Error: The tensors do not fit the configuration; all that is wrong is named at once.
     """
     wanted = {path: leaf.shape for path, leaf in _flatten(abstract_params(config)).items()}
-    found: dict[Path, _Parameter] = {}
+    found: dict[Path, Parameter] = {}
     leftover, doubled, misshapen, quantized = [], [], [], []
     for name, (shape, is_float) in stored.items():
         parameter = _find(name, config)
@@ -231,13 +256,13 @@ def load_params(
         with open_checkpoint(source) as checkpoint:
             return load_params(checkpoint, config, dtype, mesh)
     stored = {name: (info.shape, info.dtype in _FLOATS) for name, info in source.tensors.items()}
-    matched = _match(stored, config, source.location)
+    matched = match_tensors(stored, config, source.location)
     shapes = _flatten(abstract_params(config))
-    return _nest({path: _load(source, matched[path], shapes[path].shape, dtype, mesh) for path in shapes})
+    return nest({path: _load(source, matched[path], shapes[path].shape, dtype, mesh) for path in shapes})
 
 
 def _load(
-    checkpoint: Checkpoint, parameter: _Parameter, shape: Shape, dtype: DTypeLike | None, mesh: Mesh | None
+    checkpoint: Checkpoint, parameter: Parameter, shape: Shape, dtype: DTypeLike | None, mesh: Mesh | None
 ) -> jax.Array:
     """One parameter, read part by part."""
     stored = DTYPES[checkpoint.tensors[parameter.name].dtype]
@@ -289,24 +314,23 @@ def params_from_tree(
     _check_mesh(mesh)
     arrays = _named_arrays(tree)
     stored = {name: (tuple(np.shape(x)), jnp.issubdtype(x.dtype, jnp.floating)) for name, x in arrays.items()}
-    matched = _match(stored, config, "the tree of parameters")
+    matched = match_tensors(stored, config, "the tree of parameters")
     shapes = _flatten(abstract_params(config))
-    return _nest(
+    return nest(
         {path: _place(arrays[matched[path].name], matched[path], shapes[path].shape, dtype, mesh) for path in shapes}
     )
 
 
 def _named_arrays(tree: PyTree) -> dict[str, Any]:
     """Arrays by their paths joined with dots; an entry of a list goes by its index."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    arrays = {".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): x for path, x in leaves}
+    arrays = named_leaves(tree)
     others = [f"{name or 'its root'} ({type(x).__name__})" for name, x in arrays.items() if not hasattr(x, "dtype")]
     if others:
         raise M3Error(f"the tree of parameters {_listed('has no array at', others)}: give arrays of numpy or jax.")
     return arrays
 
 
-def _place(array: Any, parameter: _Parameter, shape: Shape, dtype: DTypeLike | None, mesh: Mesh | None) -> jax.Array:
+def _place(array: Any, parameter: Parameter, shape: Shape, dtype: DTypeLike | None, mesh: Mesh | None) -> jax.Array:
     """One parameter from an array in memory."""
     lies_on_mesh = isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding)
     if lies_on_mesh:

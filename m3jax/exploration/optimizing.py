@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from m3jax import decoder, pipeline
 from m3jax.decoder import ApplyFn, DecoderConfig
 from m3jax.decoder.batching import length_bucket, pad
-from m3jax.decoder.params import _match, _nest
+from m3jax.decoder.params import match_tensors, nest
 from m3jax.decoder.running import Model, model_of
 from m3jax.double import Double
 from m3jax.errors import M3Error
@@ -236,9 +236,9 @@ def dev_loss(how: Optimization, config: DecoderConfig | None, params: Any, apply
 def _nested(arrays: Params, config: DecoderConfig) -> Any:
     """The decoder's parameters from traced arrays under Hugging Face's names."""
     stored = {name: (tuple(x.shape), True) for name, x in arrays.items()}
-    matched = _match(stored, config, "the merge")
+    matched = match_tensors(stored, config, "the merge")
     shapes = _paths(decoder.abstract_params(config))
-    return _nest({path: arrays[matched[path].name].reshape(shapes[path].shape) for path in shapes})
+    return nest({path: arrays[matched[path].name].reshape(shapes[path].shape) for path in shapes})
 
 
 def _paths(tree: Any) -> dict[Any, Any]:

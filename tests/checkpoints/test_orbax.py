@@ -354,8 +354,9 @@ def test_metrics_may_be_nan(saved) -> None:
     step = saved / "_CHECKPOINT_METADATA"
     step.write_text(json.dumps(json.loads(step.read_text()) | {"metrics": {"loss": float("nan")}}))
     assert_holds(saved, TREE)
-    step.write_text("")
-    refused(saved, "was not saved to its end")
+    for damage in "", "[]":
+        step.write_text(damage)
+        refused(saved, "was not saved to its end")
 
 
 def test_processes_that_were_not_joined(saved) -> None:

@@ -1,0 +1,189 @@
+"""The weight files of a checkpoint: which there are, their bytes, and what tells that one has changed."""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from reprlib import repr as brief  # what a file says may be long or deep without end
+from types import MappingProxyType
+from typing import NamedTuple
+
+from m3jax.checkpoints.headers import parse_json
+from m3jax.checkpoints.protocol import FileFingerprint, RemoteFingerprint, natural_key
+from m3jax.checkpoints.remote import Identity, RemotePath, changed
+from m3jax.checkpoints.storage import Source, is_file, list_names, open_source, read_file
+from m3jax.errors import M3Error
+
+# --- Indexes ---------------------------------------------------------------------------------------------
+
+
+def find_index(source: Path, single_file: str, index_file: str) -> Path | None:
+    """The index to follow, if it is an index that says where the weights are.
+
+    Args:
+        source: An index, or a model directory or a weight file.
+        single_file: The name under which a directory has all weights in one file.
+        index_file: The name of an index in a directory.
+
+    Returns:
+        The index; None where there is none, or where a single file has the weights.
+    """
+    if source.name.endswith(".index.json"):
+        return source
+    has_index = is_file(source / index_file) and not is_file(source / single_file)
+    return source / index_file if has_index else None
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an index says.
+
+    Args:
+        index: The index.
+
+    Returns:
+        Names of files that are below the index's directory, and there, by the names of tensors.
+
+    Raises:
+        M3Error: The index is damaged or made to mislead, or a file that it names is absent.
+    """
+    weight_map = parse_json(read_file(index), str(index)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise M3Error(f"{index} has no weight_map of tensors to files: get it again from its source.")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _is_below(file):
+            raise M3Error(f"{index} places {name!r} in {brief(file)}, which is outside the model: do not trust it.")
+    _check_present(index, set(weight_map.values()))
+    return weight_map
+
+
+def _is_below(file: str) -> bool:
+    """Whether a name in an index stays below the index's directory."""
+    path = PurePosixPath(file)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in file
+
+
+def _check_present(index: Path, files: Iterable[str]) -> None:
+    # One listing tells of all the remote files that are directly there.
+    listed = set(list_names(index.parent)) if isinstance(index, RemotePath) else set()
+    for file in sorted(files, key=natural_key):
+        if file not in listed and not is_file(index.parent / file):
+            raise M3Error(f"{index} names {file!r}, which is not there: download the model again.")
+
+
+def joined_metadata(of_files: Iterable[Mapping[str, str]]) -> Mapping[str, str]:
+    """The texts that several files carry, for reading only.
+
+    Args:
+        of_files: Of each file; where two tell different things, the first is believed.
+
+    Returns:
+        All of them.
+    """
+    return MappingProxyType({key: text for told in reversed(list(of_files)) for key, text in told.items()})
+
+
+# --- Bytes and fingerprints ------------------------------------------------------------------------------
+
+
+class Seen(NamedTuple):
+    """What was seen of a file when its header was read.
+
+    Attributes:
+        identity: What differs when another file takes the name.
+        digest: BLAKE3 of the header, hexadecimal.
+    """
+
+    identity: Identity
+    digest: str
+
+
+class WeightFiles:
+    """The files of one checkpoint, each opened when it is first read and kept open until `close`.
+
+    Several threads may read at once. A file that is no longer the one that was seen is not read.
+    """
+
+    def __init__(self, location: str, root: Path, seen: Mapping[str, Seen], look: Callable[[Path], Seen]) -> None:
+        """Opens nothing yet.
+
+        Args:
+            location: What the checkpoint is called.
+            root: The directory that the files are in.
+            seen: What was seen of each file, by its name under `root`.
+            look: Sees a file again.
+        """
+        self._location = location
+        self._root = root
+        self._seen = seen
+        self._look = look
+        self._sources: dict[str, Source] = {}
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def read(self, file: str, tensor: str, view: memoryview, offset: int, until: int) -> None:
+        """Fills `view` with bytes of a tensor.
+
+        Args:
+            file: The file's name.
+            tensor: The tensor's name, for sentences.
+            view: Writable flat bytes.
+            offset: The first byte wanted, from the start of the file.
+            until: Where reading in order may go on to; see `Source.read_into`.
+
+        Raises:
+            M3Error: The file has changed or ends early, or the operating system fails.
+            ValueError: The checkpoint is closed.
+        """
+        if not len(view):
+            return
+        path = self._root / file
+        source = self._source(file)
+        try:
+            done = source.read_into(view, offset, until)
+        except OSError as error:
+            raise M3Error(f"tensor {tensor!r} in {path} cannot be read: {error.strerror}; check the disk.") from error
+        if done < len(view):
+            raise M3Error(
+                f"{path} ends inside tensor {tensor!r}, {len(view) - done:,} bytes early: it was cut while"
+                " it was open, so get it again from its source."
+            )
+
+    def _source(self, file: str) -> Source:
+        with self._lock:
+            if self._closed:
+                raise ValueError(f"{self._location} is closed")
+            if file not in self._sources:
+                path = self._root / file
+                source = open_source(path)
+                if source.identity != self._seen[file].identity:
+                    source.close()
+                    raise changed(path)
+                self._sources[file] = source
+            return self._sources[file]
+
+    def paths(self) -> tuple[Path, ...]:
+        """The files, in the order given."""
+        return tuple(self._root / file for file in self._seen)
+
+    def fingerprint(self) -> dict[str, FileFingerprint]:
+        """What the files look like now, by name.
+
+        Raises:
+            M3Error: A file is gone or cannot be read.
+        """
+        return {file: self._fingerprint_of(file) for file in self._seen}
+
+    def _fingerprint_of(self, file: str) -> FileFingerprint:
+        path, seen = self._root / file, self._seen[file]
+        if not isinstance(path, RemotePath):
+            (_, size, mtime_ns), digest = self._look(path)
+            return {"size": size, "mtime_ns": mtime_ns, "header_blake3": digest}
+        # A remote one that is still the one that was seen is not read again.
+        (tag, size, mtime_ns), digest = seen if path.identity() == seen.identity else self._look(path)
+        return RemoteFingerprint(size=size, mtime_ns=mtime_ns, header_blake3=digest, tag=str(tag))
+
+    def close(self) -> None:
+        """Releases the open files; reading afterwards is an error."""
+        with self._lock:
+            self._closed = True
+            while self._sources:
+                self._sources.popitem()[1].close()
