@@ -87,6 +87,8 @@ def key_words(key: Any) -> Words:
         key = jax.random.key_data(key)
     if isinstance(key, jax.Array) and not isinstance(key, jax.core.Tracer):
         key = np.asarray(key)
+    if not hasattr(key, "dtype"):
+        raise TypeError(f"a key is an integer seed or a threefry2x32 key, not {key!r}")
     if key.dtype != np.uint32 or key.shape[-1:] != (2,):
         raise TypeError(f"a key is an integer seed or a threefry2x32 key, not {key.dtype}{list(key.shape)}")
     return key

@@ -38,3 +38,15 @@ def parse_mesh(axes: str, devices: Sequence[jax.Device] | None = None, names: Co
         raise M3Error(f"--mesh {axes} needs {wanted} devices, but there are {len(there)}: make it smaller")
     auto = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=there[:wanted])
+
+
+def local_mesh(axes: str | None) -> Mesh | None:
+    """A mesh of this process's devices; None where none is asked for.
+
+    Args:
+        axes: As of `parse_mesh`.
+
+    Raises:
+        M3Error: As of `parse_mesh`.
+    """
+    return None if axes is None else parse_mesh(axes, jax.local_devices())

@@ -37,6 +37,9 @@ class Line(NamedTuple):
         profile: Of the attack.
         prompt: The prompt under the condition, where it is known.
         source: The directory that it was read from.
+        data: Where the test set was from, where the run says it.
+        limit: Only the first so many examples were taken; None for all, or where the run does not say it.
+        complete: Whether the run did all that it was to do; an attack may have been interrupted.
     """
 
     model: str
@@ -53,6 +56,9 @@ class Line(NamedTuple):
     profile: str | None
     prompt: str | None
     source: str
+    data: str | None = None
+    limit: int | None = None
+    complete: bool = True
 
 
 class Report(NamedTuple):
@@ -114,7 +120,7 @@ def _number(value: Any) -> float | None:
 
 
 def _clean_line(content: dict[str, Any], directory: Path) -> Line:
-    accuracy = _number(content["accuracy"])
+    accuracy, data, limit = _number(content["accuracy"]), content.get("data"), content.get("limit")
     return Line(
         model=str(content["model"]),
         task=str(content["task"]),
@@ -130,6 +136,9 @@ def _clean_line(content: dict[str, Any], directory: Path) -> Line:
         profile=content.get("profile"),
         prompt=content.get("prompt"),
         source=str(directory),
+        data=None if data is None else str(data),
+        limit=None if limit is None else int(limit),
+        complete=bool(content.get("complete", True)),
     )
 
 
@@ -164,7 +173,7 @@ def _condition(name: str, kind: str, profile: str) -> str:
 
 
 def table_lines(report: Report) -> Iterator[str]:
-    """The report in Markdown: a table of all figures, then each attacked prompt below its original.
+    """The report in Markdown: a table of all figures, the data of each run, each attacked prompt below its original.
 
     Args:
         report: The report.
@@ -173,9 +182,10 @@ def table_lines(report: Report) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     for line in report.lines:
         interval = line.accuracy_interval if line.kind == _CLEAN else line.pdr_interval
-        cells = [line.model, line.task, line.condition, f"{line.examples:,}", _share(line.accuracy)]
+        cells = [_model_name(line), line.task, line.condition, f"{line.examples:,}", _share(line.accuracy)]
         cells += [_pdr(line), _interval(interval, line.kind), "" if line.queries is None else f"{line.queries:,}"]
         yield f"| {' | '.join(map(_cell, cells))} |"
+    yield from _data_lines(report)
     changed = [line for line in report.lines if line.kind == "attack"]
     originals = {(line.source, line.kind): line.prompt for line in report.lines}
     for line in changed:
@@ -183,6 +193,23 @@ def table_lines(report: Report) -> Iterator[str]:
         yield f"{line.model}, {line.task}, {line.condition}:"
         yield f"- original: `{_code(originals[line.source, _CLEAN])}`"
         yield f"- attacked: `{_code(line.prompt)}`"
+
+
+def _model_name(line: Line) -> str:
+    return line.model if line.complete else f"{line.model} (incomplete)"
+
+
+def _data_lines(report: Report) -> Iterator[str]:
+    """What each run was on, and whether it came to its end, as far as the runs say it."""
+    told = [line for line in report.lines if line.kind == _CLEAN and (line.data is not None or not line.complete)]
+    if told:
+        yield ""
+    for line in told:
+        parts = [] if line.data is None else [f"data `{_code(line.data)}`"]
+        parts += [] if line.limit is None else [f"limit {line.limit:,}"]
+        parts += [f"{line.examples:,} examples measured"]
+        parts += [] if line.complete else ["incomplete: the attack was interrupted"]
+        yield f"- {line.model}, {line.task} ({line.source}): {', '.join(parts)}"
 
 
 def _share(value: float | None) -> str:
@@ -284,6 +311,7 @@ def _draw(
             for place, condition in enumerate(conditions)
             if condition in mine and getattr(mine[condition], measure) is not None
         ]
+        incomplete = "" if all(line.complete for line in mine.values()) else " (incomplete)"
         heights = [getattr(line, measure) for _, line in there]
         intervals = [getattr(line, f"{measure}_interval") for _, line in there]
         # Where there is no interval, nothing is drawn: a span of 0 would look like certainty.
@@ -297,7 +325,7 @@ def _draw(
             width,
             yerr=list(zip(*spans, strict=True)) if spans else None,
             capsize=2,
-            label=labels[number],
+            label=f"{labels[number]}{incomplete}",
             color=_COLOURS[number % len(_COLOURS)],
         )
     axes.set_xlim(-0.5, max(len(conditions), 1) - 0.5)

@@ -7,13 +7,109 @@ C++: no Python of theirs can run any more. So the work is done in a child, and t
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from typing import IO, TextIO
+from typing import IO, NamedTuple, Self, TextIO, TypeAlias
 
 from m3jax.errors import M3Error
+
+Reported: TypeAlias = Callable[[Callable[[], int | None], bool], int]
+"""Does some work and gives its exit status; says what goes wrong in a sentence, unless told to be silent."""
+
+
+class Rendezvous(NamedTuple):
+    """Where the processes of a command meet; None is found from the cluster.
+
+    Attributes:
+        coordinator: `HOST:PORT` of process 0.
+        num_processes: How many there are.
+        process_id: Which of them this is.
+        heartbeat_seconds: After how long a silent process counts as dead.
+    """
+
+    coordinator: str | None
+    num_processes: int | None
+    process_id: int | None
+    heartbeat_seconds: int
+
+    @classmethod
+    def of(
+        cls,
+        distributed: bool,
+        coordinator: str | None,
+        num_processes: int | None,
+        process_id: int | None,
+        heartbeat_seconds: int,
+    ) -> Self | None:
+        """What the options of a command say; None where it is to work alone.
+
+        Args:
+            distributed: Whether there are other processes.
+            coordinator: As of the class.
+            num_processes: As of the class.
+            process_id: As of the class.
+            heartbeat_seconds: As of the class.
+
+        Raises:
+            M3Error: The options do not go together, or the coordinator is no address.
+        """
+        told = {"--coordinator": coordinator, "--num-processes": num_processes, "--process-id": process_id}
+        given = [name for name, value in told.items() if value is not None]
+        missing = [name for name, value in told.items() if value is None]
+        if given and not distributed:
+            raise M3Error(f"{given[0]}: is for --distributed: add it, or leave this out")
+        if given and missing:
+            raise M3Error(f"{' and '.join(missing)}: missing beside {given[0]}: give all three, or none in a cluster")
+        if coordinator is not None:
+            _check_address(coordinator)
+        if process_id is not None and num_processes is not None and process_id >= num_processes:
+            raise M3Error(f"--process-id {process_id}: {num_processes} processes are numbered 0 to {num_processes - 1}")
+        return cls(coordinator, num_processes, process_id, heartbeat_seconds) if distributed else None
+
+
+def _check_address(coordinator: str) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+        raise M3Error(f"--coordinator {coordinator!r}: write HOST:PORT, as in 10.0.0.1:8476")
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+    except OSError:
+        raise M3Error(f"--coordinator {coordinator}: there is no host {host}: check the name") from None
+
+
+def work_together(work: Callable[[bool], None], where: Rendezvous, reported: Reported) -> int:
+    """Do the work of a command with other processes, of which process 0 speaks.
+
+    Args:
+        work: Told whether this process speaks.
+        where: Where they meet.
+        reported: How errors are said.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        M3Error: JAX's runtime ended the work; the message says why.
+    """
+
+    def shared_work() -> int:
+        import jax
+
+        from m3jax.processes import join
+
+        join(*where)
+        speaks = jax.process_index() == 0
+        return reported(lambda: work(speaks), not speaks)
+
+    def leave() -> None:
+        from m3jax.processes import leave
+
+        leave()
+
+    return supervised(lambda: reported(shared_work, False), leave, where.coordinator, where.process_id)
 
 
 def supervised(

@@ -398,6 +398,11 @@ def test_what_cannot_be_explored_is_said(place, tmp_path):
             "strategy is 'best', but must be one of draw, sobol",
         ),
         (recipe_of(place), "x", {"score": near, "samples": 0}, "samples are 0"),
+        (recipe_of(place), "x", {"score": near, "samples": 2.5}, "the number of samples is 2.5, but must be a whole"),
+        (recipe_of(place), "x", {"score": near, "select": 3}, "select is 3, but must be of type str"),
+        (recipe_of(place), "x", {"tasks": ["sst2"]}, r"tasks is \['sst2'\], but must be of type Mapping"),
+        (recipe_of(place), "x", {"score": near, "optimize": "loss"}, "optimize is 'loss', but must be of type Opt"),
+        (recipe_of(place), "x", {"tasks": {"a": None}, "evaluation": {}}, "evaluation is {}, but must be of type Eval"),
         (recipe_of(place), "taken", {"score": near}, "exists already"),
         (recipe_of(place), "broken", {"score": near}, "is no journal of an exploration"),
         (recipe_of(place), "s3://bucket/out", {"score": near}, "--journal DIR"),
@@ -412,6 +417,9 @@ def test_what_cannot_be_explored_is_said(place, tmp_path):
         m3jax.merge_checkpoint(recipe_of(place), tmp_path / "x", weights={"w": (1.0, 0.0)})
     with pytest.raises(M3Error, match="3 are given for model where 2 are needed"):
         m3jax.merge_checkpoint(recipe_of(place), tmp_path / "x", weights={"model": (1.0, 0.0, 0.0)})
+    for weights in ([1.0, 0.0], {"model": 1.0}, {"model": "ab"}):
+        with pytest.raises(M3Error, match="weights: are not numbers by group"):
+            m3jax.merge_checkpoint(recipe_of(place), tmp_path / "x", weights=weights)
 
 
 def test_a_journal_has_one_writer(tmp_path):

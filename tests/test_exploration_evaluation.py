@@ -13,8 +13,10 @@ from jax.sharding import AxisType
 
 import m3jax
 from m3jax import bits, cli, demo
+from m3jax.errors import M3Error
 from m3jax.evaluation import GenerationSettings, get_task, runner
 from m3jax.evaluation.models import load_model
+from m3jax.evaluation.options import check_evaluation
 from m3jax.evaluation.tasks.base import Judgement
 from m3jax.exploration import Evaluation, Optimization, scoring
 
@@ -170,6 +172,21 @@ def test_mistakes_are_said_before_weights_are_loaded(place, tmp_path, capsys, mo
         assert cli.main(arguments) == 2, arguments
         assert sentence in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"limit": "5"}, "--limit is '5', but must be a whole number"),
+        ({"max_tokens": 2.5}, "--max-tokens is 2.5, but must be a whole number"),
+        ({"batch_size": None}, "--batch-size is None, but must be a whole number"),
+        ({"overflow": None}, "--overflow is None, but must be one of"),
+        ({"template": 3}, "--template is 3, but must be one of"),
+    ],
+)
+def test_options_of_wrong_types_are_said(options, sentence):
+    with pytest.raises(M3Error, match=sentence):
+        check_evaluation(Evaluation(**options))
 
 
 @pytest.mark.slow

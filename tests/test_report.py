@@ -44,6 +44,21 @@ def test_the_table_has_every_figure(tmp_path):
     ]
 
 
+def test_runs_say_their_data_and_whether_they_are_complete(tmp_path):
+    told = {"data": "dev.tsv", "limit": 1000, "complete": False}
+    one, two = run(tmp_path / "one", attack={**ATTACK, **told}), run(tmp_path / "two", attack=ATTACK)
+    found = report.collect([one, two])
+    assert [(line.data, line.limit, line.complete) for line in found.lines[::3]] == [
+        ("dev.tsv", 1000, False),
+        (None, None, True),
+    ]
+    lines = list(report.table_lines(found))
+    assert [line.startswith("| models/a\\|b (incomplete) |") for line in lines[2:8]] == [True] * 3 + [False] * 3
+    said = "data `dev.tsv`, limit 1,000, 10 examples measured, incomplete: the attack was interrupted"
+    assert lines[8:10] == ["", f"- models/a|b, sst2 ({one}): {said}"]
+    assert lines[10:12] == ["", "models/a|b, sst2, deepwordbug:"]
+
+
 def test_profiles_do_not_share_a_condition(tmp_path):
     paper = run(tmp_path / "paper", attack={**ATTACK, "profile": "m3-paper"})
     lines = report.collect([run(tmp_path / "one", attack=ATTACK), paper]).lines
@@ -96,6 +111,7 @@ def test_runs_of_one_model_have_bars_of_their_own(tmp_path):
         ("attack.json", json.dumps({**ATTACK, "attacks": [{"attack": "x"}]}), "lacks 'drop'"),
         ("attack.json", json.dumps({**ATTACK, "interval": 3}), "cannot read"),
         ("attack.json", json.dumps({**ATTACK, "accuracy": "x"}), "cannot read"),
+        ("attack.json", json.dumps({**ATTACK, "limit": "x"}), "cannot read"),
     ],
 )
 def test_directories_that_hold_no_results(tmp_path, name, content, sentence):

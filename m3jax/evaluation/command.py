@@ -6,21 +6,19 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from m3jax.console import size_text
 from m3jax.errors import M3Error
 from m3jax.evaluation.harness import run_harness
 from m3jax.evaluation.harness_tasks import load_harness_tasks
-from m3jax.evaluation.prompts import TEMPLATE_NAMES
-from m3jax.evaluation.protocol import OVERFLOWS, Generator, Overflow
+from m3jax.evaluation.options import Evaluation, check_evaluation
+from m3jax.evaluation.protocol import Overflow
 from m3jax.evaluation.records import count_records, make_directory, write_whole
 from m3jax.evaluation.runner import check_code, evaluate_task, read_examples
-from m3jax.evaluation.tasks import Execution, get_task
+from m3jax.evaluation.tasks import get_task
 from m3jax.evaluation.telling import Tell, progress_lines
 
 if TYPE_CHECKING:
-    from m3jax.evaluation.models import LanguageModel, StoredModel
+    from m3jax.evaluation.models import StoredModel
 
-DTYPES = ("float32", "bfloat16", "float16")
 _HARNESS_FILE = "harness.json"
 
 
@@ -33,35 +31,16 @@ class Wanted(NamedTuple):
     include_path: str | None
     out: Path | None
     resume: bool
-    limit: int | None
-    batch_size: int
-    max_tokens: int | None
-    template: str | None
-    overflow: str
+    how: Evaluation
     dtype: str | None
     mesh: str | None
-    run_code: bool
-    allow_unsandboxed: bool
 
 
 def check(wanted: Wanted) -> None:
     """Raise M3Error for options that cannot be followed, before anything heavy is loaded."""
     if (wanted.task is None) == (wanted.harness is None):
         raise M3Error("give either --task NAME or --harness TASKS")
-    for option, value, known in (
-        ("--overflow", wanted.overflow, OVERFLOWS),
-        ("--template", wanted.template, TEMPLATE_NAMES),
-        ("--dtype", wanted.dtype, DTYPES),
-    ):
-        if value is not None and value not in known:
-            raise M3Error(f"{option} is {value!r}, but must be one of {', '.join(known)}")
-    for option, number in (
-        ("--limit", wanted.limit),
-        ("--max-tokens", wanted.max_tokens),
-        ("--batch-size", wanted.batch_size),
-    ):
-        if number is not None and number < 1:
-            raise M3Error(f"{option} is {number}, but must be at least 1")
+    check_evaluation(wanted.how, wanted.dtype)
     if wanted.task is not None:
         _check_task(wanted.task, wanted)
     else:
@@ -76,17 +55,14 @@ def _check_task(name: str, wanted: Wanted) -> None:
         raise M3Error("--resume needs --out DIR, the directory of the run to go on with")
     if task.judged_elsewhere and wanted.out is None:
         raise M3Error(f"{name} is judged elsewhere, so its answers must be kept: give --out DIR")
-    check_code(task, wanted.run_code, Execution(allow_unsandboxed=wanted.allow_unsandboxed))
+    check_code(task, wanted.how.run_code, wanted.how.execution)
 
 
 def _check_harness(wanted: Wanted) -> None:
-    idle: dict[str, object] = {
-        "--data": wanted.data,
-        "--template": wanted.template,
-        "--max-tokens": wanted.max_tokens,
-    }
-    idle |= {"--resume": wanted.resume, "--run-code": wanted.run_code, "--overflow": wanted.overflow != "error"}
-    idle |= {"--allow-unsandboxed": wanted.allow_unsandboxed}
+    how = wanted.how
+    idle: dict[str, object] = {"--data": wanted.data, "--template": how.template, "--max-tokens": how.max_tokens}
+    idle |= {"--resume": wanted.resume, "--run-code": how.run_code, "--overflow": how.overflow != "error"}
+    idle |= {"--allow-unsandboxed": how.allow_unsandboxed}
     for option, given in idle.items():
         if given:
             raise M3Error(f"{option} has no meaning with --harness, whose tasks bring their own: leave it out")
@@ -117,42 +93,29 @@ def _open(name: str, wanted: Wanted) -> "StoredModel":
     return models.open_model(name, wanted.dtype, models.make_mesh(wanted.mesh) if wanted.mesh else None)
 
 
-def _load(stored: "StoredModel", tell: Tell | None) -> "LanguageModel":
-    if tell is not None:
-        if stored.note is not None:
-            tell(f"note: {stored.note}")
-        tell(f"loading {stored.name} ({size_text(stored.weight_bytes)})")
-    return stored.load()
-
-
 def _run_task(name: str, wanted: Wanted, tell: Tell | None) -> dict[str, Any]:
-    task = get_task(cast(str, wanted.task))
-    overflow = cast(Overflow, wanted.overflow)
-    settings = task.settings if wanted.max_tokens is None else task.settings._replace(max_tokens=wanted.max_tokens)
+    task, how = get_task(cast(str, wanted.task)), wanted.how
+    overflow = cast(Overflow, how.overflow)
     examples = read_examples(task, wanted.data)
     from m3jax.evaluation import models
 
     stored = _open(name, wanted)
-
-    def make() -> Generator:
-        return models.make_generator(_load(stored, tell), overflow, tell, wanted.batch_size)
-
     try:
         summary = evaluate_task(
             task,
             examples,
-            models.deferred(make),
+            models.deferred(lambda: models.make_generator(stored.load(tell), overflow, tell, how.batch_size)),
             out_dir=wanted.out,
             model=name,
             fingerprint=lambda: stored.fingerprint(overflow),
-            template=wanted.template,
+            template=how.template,
             tokenizer=stored.tokenizer,
-            settings=settings,
-            limit=wanted.limit,
-            batch_size=wanted.batch_size,
+            settings=how.settings(task),
+            limit=how.limit,
+            batch_size=how.batch_size,
             resume=wanted.resume,
-            run_code=wanted.run_code,
-            execution=Execution(allow_unsandboxed=wanted.allow_unsandboxed),
+            run_code=how.run_code,
+            execution=how.execution,
             progress=progress_lines(tell),
         )
     except KeyboardInterrupt:
@@ -177,10 +140,10 @@ def _run_harness(name: str, wanted: Wanted, tell: Tell | None) -> dict[str, Any]
     tasks = load_harness_tasks(_harness_names(wanted), wanted.include_path, tell)
     from m3jax.evaluation import models
 
-    model = _load(_open(name, wanted), tell)
+    model = _open(name, wanted).load(tell)
     cuts: Counter[str] = Counter()
-    adapter = models.harness_model(model, cuts, wanted.batch_size, tell)
-    results = run_harness(adapter, tasks, limit=wanted.limit, tell=tell)
+    adapter = models.harness_model(model, cuts, wanted.how.batch_size, tell)
+    results = run_harness(adapter, tasks, limit=wanted.how.limit, tell=tell)
     outcome = {"model": name, "harness": _plain(results.get("results", {})), "cut": dict(cuts)}
     if wanted.out is not None:
         write_whole(wanted.out / _HARNESS_FILE, json.dumps(outcome, indent=2) + "\n")

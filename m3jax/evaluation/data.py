@@ -5,6 +5,8 @@ import gzip
 import io
 import json
 import logging
+import os
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +51,19 @@ class Field(NamedTuple):
     required: bool = True
 
 
+def source_text(source: str | Path | HubSet) -> str:
+    """A data source as people write it, for records.
+
+    Args:
+        source: As of `load_rows`.
+
+    Example:
+        >>> source_text(HubSet("openai/gsm8k", "main"))
+        'openai/gsm8k:test'
+    """
+    return f"{source.id}:{source.split}" if isinstance(source, HubSet) else str(source)
+
+
 def load_rows(source: str | Path | HubSet, columns: Sequence[str] = ()) -> list[Row]:
     """Read a test set.
 
@@ -63,6 +78,8 @@ def load_rows(source: str | Path | HubSet, columns: Sequence[str] = ()) -> list[
     Raises:
         M3Error: There is no such file, it is not of the format its name says, or it is empty.
     """
+    if not isinstance(source, HubSet | str | os.PathLike):
+        raise M3Error(f"data is {reprlib.repr(source)}, but must be the path of a file, or a hub data set as text")
     if isinstance(source, HubSet):
         rows = _from_hub(source)
     elif Path(source).exists():
@@ -75,7 +92,7 @@ def load_rows(source: str | Path | HubSet, columns: Sequence[str] = ()) -> list[
             f"there is no data file {source}; give a file, or a hub data set as owner/name or owner/name:split"
         )
     if not rows:
-        raise M3Error(f"{source} holds no examples; check that it is the file you mean")
+        raise M3Error(f"{source_text(source)} holds no examples; check that it is the file you mean")
     return rows
 
 

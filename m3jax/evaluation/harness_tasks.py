@@ -4,7 +4,6 @@ The harness (the extra `eval`) is imported only when one of these functions is c
 """
 
 import contextlib
-import difflib
 import functools
 import logging
 import os
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from m3jax.errors import M3Error
+from m3jax.evaluation.checks import did_you_mean
 from m3jax.evaluation.data import quiet_hub
 from m3jax.evaluation.tasks import TASKS
 from m3jax.evaluation.telling import Tell
@@ -106,11 +106,9 @@ def harness_class() -> Any:
 
 
 def _raise_unknown(name: str, known: Sequence[str]) -> NoReturn:
-    near = difflib.get_close_matches(name, known, 1)
-    meant = f" (did you mean {near[0]}?)" if near else ""
     raise M3Error(
-        f"lm-evaluation-harness has no task called {name}{meant}; see `lm_eval ls tasks`, or give the directory of "
-        "your own task files with --include-path"
+        f"lm-evaluation-harness has no task called {name}{did_you_mean(name, known)}; see `lm_eval ls tasks`, or give "
+        "the directory of your own task files with --include-path"
     )
 
 

@@ -10,9 +10,11 @@ import jax
 from m3jax import bits, decoder
 from m3jax.checkpoints import digest_checkpoint, digest_tensor, locate_model, open_checkpoint
 from m3jax.checkpoints.protocol import DTYPES
+from m3jax.console import size_text
 from m3jax.decoder import ApplyFn, DecoderConfig
 from m3jax.errors import M3Error
 from m3jax.evaluation import tokens
+from m3jax.evaluation.checks import check_choice
 from m3jax.evaluation.harness import make_harness_model
 from m3jax.evaluation.protocol import (
     OVERFLOWS,
@@ -71,12 +73,19 @@ class StoredModel(NamedTuple):
     weight_bytes: int
     note: str | None
 
-    def load(self) -> LanguageModel:
+    def load(self, tell: Tell | None = None) -> LanguageModel:
         """Loads the weights.
+
+        Args:
+            tell: Told what is loaded, and what is worth knowing of it.
 
         Raises:
             M3Error: They are incomplete or do not fit the config.
         """
+        if tell is not None:
+            if self.note is not None:
+                tell(f"note: {self.note}")
+            tell(f"loading {self.name} ({size_text(self.weight_bytes)})")
         params = decoder.load_params(self.path, self.config, self.dtype, self.mesh)
         return LanguageModel(self.name, params, self.config, self.tokenizer)
 
@@ -336,28 +345,53 @@ def evaluate(
     Raises:
         M3Error: The task, the data, an option or the parameters cannot be used.
     """
-    if overflow not in OVERFLOWS:
-        raise M3Error(f"overflow is {overflow!r}, but must be one of {', '.join(OVERFLOWS)}")
+    check_choice("overflow", overflow, OVERFLOWS)
     if options.get("resume") and not options.get("fingerprint"):
         raise M3Error("resume: needs fingerprint=TEXT that identifies these parameters, so that no other run goes on")
-    if isinstance(config, dict):
-        config = DecoderConfig.from_dict(config)
-    if config is None and apply_fn is None:
-        raise M3Error("config is None: give the content of the model's config.json, or an apply_fn to run instead")
-    if config is not None:
-        note = decoder.check_vocabulary("tokenizer", tokenizer, config)
-        if note is not None and tell is not None:
-            tell(f"note: {note}")
     options.setdefault("tokenizer", tokenizer)
     options.setdefault("model", "parameters in memory")
     options.setdefault("progress", progress_lines(tell))
+    load = in_memory(params, config, tokenizer, apply_fn, options["model"], tell)
+    generator = deferred(lambda: make_generator(load(), overflow, tell, options.get("batch_size", 8)))
+    return evaluate_named(task, data, generator, **options)
 
-    def make() -> Generator:
-        own = params if config is None or apply_fn is not None else _own_params(params, config)
-        model = LanguageModel(options["model"], own, config, tokenizer, apply_fn)
-        return make_generator(model, overflow, tell, options.get("batch_size", 8))
 
-    return evaluate_named(task, data, deferred(make), **options)
+def in_memory(
+    params: Any,
+    config: DecoderConfig | dict[str, Any] | None,
+    tokenizer: Any,
+    apply_fn: ApplyFn | None,
+    name: str,
+    tell: Tell | None = None,
+) -> Callable[[], LanguageModel]:
+    """Checks what is given of a model in memory.
+
+    Args:
+        params: As of `evaluate`.
+        config: As of `evaluate`.
+        tokenizer: As of `evaluate`.
+        apply_fn: As of `evaluate`.
+        name: What it is called in summaries.
+        tell: Told what is worth knowing of it.
+
+    Returns:
+        A function that gives the model; only then are its parameters looked into.
+
+    Raises:
+        M3Error: There is neither a config nor an `apply_fn`, or the tokenizer does not fit the config.
+    """
+    known = DecoderConfig.from_dict(config) if isinstance(config, dict) else config
+    if known is None and apply_fn is None:
+        raise M3Error("config is None: give the content of the model's config.json, or an apply_fn to run instead")
+    note = None if known is None else decoder.check_vocabulary("tokenizer", tokenizer, known)
+    if note is not None and tell is not None:
+        tell(f"note: {note}")
+
+    def load() -> LanguageModel:
+        own = params if known is None or apply_fn is not None else _own_params(params, known)
+        return LanguageModel(name, own, known, tokenizer, apply_fn)
+
+    return load
 
 
 def _own_params(params: Any, config: DecoderConfig) -> Any:

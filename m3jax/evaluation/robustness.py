@@ -1,36 +1,36 @@
 """How robust a model is: attacks on its prompt and shifts of its inputs, from Python and from the command line."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import jax
 import numpy as np
 
-from m3jax import bits, decoder
-from m3jax.console import count_text, size_text
-from m3jax.decoder import DecoderConfig
+from m3jax import bits
+from m3jax.console import count_text
 from m3jax.errors import M3Error
 from m3jax.evaluation import models
 from m3jax.evaluation.attacks import Sources, get_profile, make_attack, read_embeddings
 from m3jax.evaluation.attacks.masked_lm import load_masked_words
 from m3jax.evaluation.attacks.trial import Plan, Robustness, attack_task
-from m3jax.evaluation.command import DTYPES
-from m3jax.evaluation.data import Row, load_rows
-from m3jax.evaluation.prompts import TEMPLATE_NAMES
-from m3jax.evaluation.protocol import GenerationSettings, Generator, Overflow
+from m3jax.evaluation.checks import check_choice, check_count, check_type
+from m3jax.evaluation.data import source_text
+from m3jax.evaluation.options import Evaluation, check_evaluation
+from m3jax.evaluation.protocol import GenerationSettings, Overflow
 from m3jax.evaluation.records import make_directory, write_whole
-from m3jax.evaluation.runner import check_code
+from m3jax.evaluation.runner import check_code, find_source, read_rows
 from m3jax.evaluation.shifts import make_shift
-from m3jax.evaluation.tasks import Execution, Task, get_task
+from m3jax.evaluation.tasks import Execution, get_task
 from m3jax.evaluation.telling import Tell
 
 DEFAULT_ATTACKS = ("deepwordbug", "textbugger", "stresstest", "checklist")  # those that need no further files
 BATCH_SIZE = 64
 FILE = "attack.json"
 _OVERFLOWS = ("error", "truncate")
+# Options of the command that `make_plan` takes as they are.
+_PLANNED = ("attacks", "shifts", "profile", "search_examples", "budget", "masked_lm", "embeddings")
 
 
 def make_plan(
@@ -50,10 +50,9 @@ def make_plan(
         M3Error: A name, number, key or file will not do.
     """
     chosen = get_profile(profile)
-    attacks, shifts = _listed(attacks), _listed(shifts)
+    attacks, shifts = _listed("attacks", attacks), _listed("shifts", shifts)
     for name, number in (("limit", limit), ("number of search examples", search_examples), ("budget", budget)):
-        if number is not None and number < 1:
-            raise M3Error(f"the {name} must be at least 1, not {number}")
+        check_count(name, number, optional=True)
     if not attacks and not shifts:
         raise M3Error("there is nothing to try: name attacks with --attack, shifts with --shift, or both")
     shifted = tuple(make_shift(text) for text in dict.fromkeys(shifts))
@@ -61,6 +60,8 @@ def make_plan(
         words = bits.key_words(key)
     except TypeError as error:
         raise M3Error(f"the key cannot be used: {error}") from error
+    if words.shape != (2,):
+        raise M3Error(f"the key cannot be used: it is {words.size // 2} keys, of which one is wanted")
     sources = Sources(
         None if masked_lm is None else load_masked_words(masked_lm),
         None if embeddings is None else read_embeddings(embeddings),
@@ -70,8 +71,10 @@ def make_plan(
     return Plan(tried, shifted, profile, np.asarray(words), limit, search_examples, budget)
 
 
-def _listed(names: Sequence[str]) -> tuple[str, ...]:
+def _listed(what: str, names: Sequence[str]) -> tuple[str, ...]:
     """Several names, or one that was given without a list."""
+    if not isinstance(names, Iterable):
+        raise M3Error(f"{what} is {names!r}, but must be names in a list")
     return (names,) if isinstance(names, str) else tuple(names)
 
 
@@ -118,7 +121,7 @@ def attack(
             threefry2x32 JAX key, of every random choice; `limit`, the first so many examples; `search_examples`, so
             many of which the searches see, to measure on the others; `budget`, the most prompts that an attack may
             score; `masked_lm`, a BERT by path or hub id, for bertattack; `embeddings`, a text file of word vectors,
-            for textfooler.
+            for textfooler and textbugger.
 
     Returns:
         Clean accuracy, and for each attack and shift the accuracy under it and the performance drop rate with its
@@ -134,54 +137,28 @@ def attack(
         Zhu et al., PromptBench: Towards Evaluating the Robustness of Large Language Models on Adversarial Prompts,
         2023.
     """
-    if overflow not in _OVERFLOWS:
-        raise M3Error(f"overflow is {overflow!r}, but must be one of {', '.join(_OVERFLOWS)}")
+    check_choice("overflow", overflow, _OVERFLOWS)
+    check_count("batch size", batch_size)
+    check_type("settings", settings, GenerationSettings, optional=True)
     chosen = get_task(task)
     check_code(chosen, run_code, execution or Execution())
     made = make_plan(**plan)
-    loaded = _in_memory(params, config, tokenizer, apply_fn, model)
+    load = models.in_memory(params, config, tokenizer, apply_fn, model, tell)
     return attack_task(
         chosen,
         read_rows(chosen, data),
-        models.make_generator(loaded, overflow, tell, batch_size),
+        models.deferred(lambda: models.make_generator(load(), overflow, tell, batch_size)),
         made,
         prompt=prompt,
-        protect=_listed(protect),
+        protect=_listed("protect", protect),
         template=template,
         tokenizer=tokenizer,
         settings=settings,
         execution=execution,
         model=model,
         tell=tell,
+        data=source_text(find_source(chosen, data)),
     )
-
-
-def _in_memory(params: Any, config: Any, tokenizer: Any, apply_fn: Any, name: str) -> models.LanguageModel:
-    if isinstance(config, dict):
-        config = DecoderConfig.from_dict(config)
-    if apply_fn is not None:
-        return models.LanguageModel(name, params, config, tokenizer, apply_fn)
-    if config is None:
-        raise M3Error("config is None: give the content of the model's config.json, or an apply_fn to run instead")
-    decoder.check_vocabulary("tokenizer", tokenizer, config)
-    own: Any = jax.tree.structure(decoder.abstract_params(config))
-    loaded = params if jax.tree.structure(params) == own else decoder.params_from_tree(params, config)
-    return models.LanguageModel(name, loaded, config, tokenizer)
-
-
-def read_rows(task: Task, source: str | Path | None) -> list[Row]:
-    """A task's test set, as its file has it.
-
-    Args:
-        task: The task.
-        source: A data file, a hub data set, or None for the task's own on the hub.
-
-    Raises:
-        M3Error: It is not there.
-    """
-    if source is None and task.hub is None:
-        raise M3Error(f"the task {task.name} needs a data file; give it with --data")
-    return load_rows(source if source is not None else task.hub or "", task.columns)
 
 
 # --- The command -------------------------------------------------------------------------------------------------
@@ -196,7 +173,6 @@ class Wanted(NamedTuple):
     shifts: tuple[str, ...]
     profile: str
     seed: int
-    limit: int | None
     search_examples: int | None
     budget: int | None
     prompt: str | None
@@ -205,37 +181,13 @@ class Wanted(NamedTuple):
     embeddings: str | None
     out: Path | None
     overwrite: bool
-    batch_size: int
-    max_tokens: int | None
-    template: str | None
-    overflow: str
+    how: Evaluation
     dtype: str | None
     mesh: str | None
-    run_code: bool
-    allow_unsandboxed: bool
-
-
-def names(text: str | None) -> tuple[str, ...]:
-    """Names listed by comma.
-
-    Example:
-        >>> names("deepwordbug, stresstest"), names(None)
-        (('deepwordbug', 'stresstest'), ())
-    """
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
 
 
 def _check(wanted: Wanted) -> None:
-    for option, value, known in (
-        ("--overflow", wanted.overflow, _OVERFLOWS),
-        ("--template", wanted.template, TEMPLATE_NAMES),
-        ("--dtype", wanted.dtype, DTYPES),
-    ):
-        if value is not None and value not in known:
-            raise M3Error(f"{option} is {value!r}, but must be one of {', '.join(known)}")
-    for name, number in (("--max-tokens", wanted.max_tokens), ("--batch-size", wanted.batch_size)):
-        if number is not None and number < 1:
-            raise M3Error(f"{name} is {number}, but must be at least 1")
+    check_evaluation(wanted.how, wanted.dtype, _OVERFLOWS)
     if wanted.out is not None and (wanted.out / FILE).exists() and not wanted.overwrite:
         raise M3Error(f"{wanted.out / FILE} is already there: give another output directory, or --overwrite")
 
@@ -255,35 +207,29 @@ def run(name: str, wanted: Wanted, tell: Tell | None) -> dict[str, Any]:
         M3Error: The model, the data, an option or the output directory cannot be used.
     """
     _check(wanted)
-    task = get_task(wanted.task)
-    execution = Execution(allow_unsandboxed=wanted.allow_unsandboxed)
-    check_code(task, wanted.run_code, execution)
+    task, how = get_task(wanted.task), wanted.how
+    overflow = cast(Overflow, how.overflow)
+    check_code(task, how.run_code, how.execution)
     chosen = {field: getattr(wanted, field) for field in _PLANNED}
-    plan = make_plan(**chosen, key=wanted.seed)
+    plan = make_plan(**chosen, key=wanted.seed, limit=how.limit)
     rows = read_rows(task, wanted.data)
-    settings = task.settings if wanted.max_tokens is None else task.settings._replace(max_tokens=wanted.max_tokens)
     stored = models.open_model(name, wanted.dtype, models.make_mesh(wanted.mesh) if wanted.mesh else None)
-
-    def make() -> Generator:
-        if tell is not None:
-            tell(f"loading {stored.name} ({size_text(stored.weight_bytes)})")
-        return models.make_generator(stored.load(), cast(Overflow, wanted.overflow), tell, wanted.batch_size)
-
     with _keeping(wanted.out) as keep:
         found = attack_task(
             task,
             rows,
-            models.deferred(make),
+            models.deferred(lambda: models.make_generator(stored.load(tell), overflow, tell, how.batch_size)),
             plan,
             prompt=wanted.prompt,
             protect=wanted.protect,
-            template=wanted.template,
+            template=how.template,
             tokenizer=stored.tokenizer,
-            settings=settings,
-            execution=execution,
+            settings=how.settings(task),
+            execution=how.execution,
             model=name,
             tell=tell,
             keep=keep,
+            data=source_text(find_source(task, wanted.data)),
         )
     return found.to_json()
 
@@ -307,9 +253,6 @@ def _keeping(out: Path | None) -> Iterator[Callable[[Robustness], None]]:
         nothing = "nothing is kept" + ("; with --out DIR what is finished would be" if out is None else "")
         finished = f"what is finished ({written} of the attacks and shifts) is in {out}"
         raise KeyboardInterrupt(finished if written else nothing) from None
-
-
-_PLANNED = ("attacks", "shifts", "profile", "limit", "search_examples", "budget", "masked_lm", "embeddings")
 
 
 def outcome_lines(outcome: dict[str, Any]) -> Iterator[str]:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3jax.errors import M3Error
-from m3jax.evaluation.data import load_rows
+from m3jax.evaluation.checks import check_count, check_type
+from m3jax.evaluation.data import HubSet, Row, load_rows
 from m3jax.evaluation.prompts import render
 from m3jax.evaluation.protocol import Completion, GenerationSettings, Generator
 from m3jax.evaluation.records import Journal, Record, digest, open_journal
@@ -95,14 +96,14 @@ def evaluate_task(
         progress: Told how far the run is.
 
     Raises:
-        M3Error: The task runs code and `run_code` is false, or no sandbox is possible; `out_dir` holds another run or
-            cannot be written.
+        M3Error: The task runs code and `run_code` is false, or no sandbox is possible; an option cannot be followed;
+            `out_dir` holds another run or cannot be written.
     """
     execution = execution or Execution()
     check_code(task, run_code, execution)
-    for name, number in (("batch size", batch_size), ("limit", limit)):
-        if number is not None and number < 1:
-            raise M3Error(f"the {name} must be at least 1, not {number}")
+    check_count("batch size", batch_size)
+    check_count("limit", limit, optional=True)
+    check_type("settings", settings, GenerationSettings, optional=True)
     template = template or task.template
     settings = settings or task.settings
     examples = list(examples[:limit])
@@ -152,9 +153,36 @@ def read_examples(task: Task, source: str | Path | None) -> list[Example]:
     Raises:
         M3Error: It is not there, or not of this task.
     """
-    if source is None and task.hub is None:
+    return task.read(read_rows(task, source))
+
+
+def read_rows(task: Task, source: str | Path | None) -> list[Row]:
+    """A task's test set, as its file has it.
+
+    Args:
+        task: The task.
+        source: A data file, a hub data set, or None for the task's own on the hub.
+
+    Raises:
+        M3Error: It is not there.
+    """
+    return load_rows(find_source(task, source), task.columns)
+
+
+def find_source(task: Task, source: str | Path | None) -> str | Path | HubSet:
+    """Where a task's test set is: where it is said to be, or else the task's own on the hub.
+
+    Args:
+        task: The task.
+        source: What was said, if anything.
+
+    Raises:
+        M3Error: Nothing was said, and the task has none of its own.
+    """
+    found = task.hub if source is None else source
+    if found is None:
         raise M3Error(f"the task {task.name} needs a data file; give it with --data")
-    return task.read(load_rows(source if source is not None else task.hub or "", task.columns))
+    return found
 
 
 def check_code(task: Task, run_code: bool, execution: Execution) -> None:

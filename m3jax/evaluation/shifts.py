@@ -5,7 +5,6 @@ References:
     Pruthi et al., Combating Adversarial Misspellings with Robust Word Recognition, 2019 (kinds of typing errors).
 """
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 from m3jax.errors import M3Error
 from m3jax.evaluation.attacks.draws import Draw, stream
+from m3jax.evaluation.checks import check_name
 
 _PARTS = 1_000_000  # probabilities are counted in these
 _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
@@ -172,11 +172,8 @@ def make_shift(text: str) -> Shift:
         >>> make_shift("uppercase").apply("a film", lambda number, below: 0)
         'A FILM'
     """
-    name, equals, given = text.partition("=")
-    if name not in SHIFTS:
-        near = difflib.get_close_matches(name, SHIFTS, 1)
-        meant = f" (did you mean {near[0]}?)" if near else ""
-        raise M3Error(f"no shift is called {name!r}{meant}; there are: {', '.join(SHIFTS)}")
+    name, equals, given = str(text).partition("=")
+    check_name("shift", name, SHIFTS)
     if name in _PLAIN:
         if equals:
             raise M3Error(f"the shift {name} has no rate: write just {name}")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 Tell = Callable[[str], None]
 """Is given one line of text at a time."""
 
-_SECONDS_BETWEEN_LINES = 3.0
+SECONDS_BETWEEN_LINES = 3.0
 
 
 def compile_lines(tell: Tell | None) -> "Callable[[decoder.Progress], None] | None":
@@ -50,7 +50,7 @@ def progress_lines(tell: Tell | None, what: str = "examples") -> Callable[[int, 
             if done:
                 say(f"{done} of {total} {what} were done before")
         fresh, spent = done - state["first"], now - state["begun"]
-        if not fresh or (now - state["said"] < _SECONDS_BETWEEN_LINES and done < total):
+        if not fresh or (now - state["said"] < SECONDS_BETWEEN_LINES and done < total):
             return
         state["said"] = now
         rate = fresh / max(spent, 1e-6)

@@ -13,6 +13,7 @@ from m3jax.checkpoints.remote import is_url
 from m3jax.decoder import ApplyFn, DecoderConfig, check_vocabulary
 from m3jax.errors import M3Error
 from m3jax.evaluation import tokens
+from m3jax.evaluation.checks import check_count, check_type, check_whole
 from m3jax.evaluation.records import digest
 from m3jax.evaluation.telling import Tell
 from m3jax.exploration import optimizing
@@ -22,7 +23,7 @@ from m3jax.exploration.resident import Resident, load_resident
 from m3jax.exploration.samples import Space, space_of
 from m3jax.exploration.scoring import Dev, Evaluation, Score, make_score, own_params, read_devs
 from m3jax.exploration.selection import MEAN, Result, check_select, choose, pareto_front, value
-from m3jax.exploration.strategies import ADAPTIVE, EXTENSIBLE, Trial, strategy_of
+from m3jax.exploration.strategies import ADAPTIVE, EXTENSIBLE, Trial, pursue, strategy_of
 from m3jax.mixing import GRANULARITIES
 from m3jax.preparing import DEFAULT_SHARD_SIZE, Ready, prepared
 from m3jax.progress import Progress
@@ -77,7 +78,7 @@ class _Work(NamedTuple):
             scores = dict(self.score(self.resident().merge(trial.weights), trial.share))
             spent = time.perf_counter() - begun
             result = Result(trial.sample, trial.weights, trial.share, scores, spent, granularity, optimized, learning)
-            self.journal.add(result)
+            self.journal.note(result)
         if self.watch is not None:
             self.watch(known or result, known is not None)
         return known or result
@@ -116,16 +117,14 @@ def _run(work: _Work, strategy: str, samples: int, select: str) -> list[Result]:
     """All trials of a strategy."""
     assert work.recipe.mixup is not None
     granularity = work.recipe.mixup.granularity
-    search = strategy_of(strategy, work.space, samples)
     results: list[Result] = []
-    batch = next(search)
-    while True:
-        fresh = [work.evaluate(trial, granularity) for trial in batch]
-        results += fresh
-        try:
-            batch = search.send([value(result, select) for result in fresh])
-        except StopIteration:
-            return results
+
+    def worth(trial: Trial) -> float:
+        results.append(work.evaluate(trial, granularity))
+        return value(results[-1], select)
+
+    pursue(strategy_of(strategy, work.space, samples), worth)
+    return results
 
 
 def _learn(
@@ -199,6 +198,8 @@ def _prepare_scores(
 
 
 def _check_optimization(how: Optimization, recipe: Recipe, space: Space, has_devs: bool) -> None:
+    check_count("--batch-size", how.batch_size)
+    check_whole("--steps", how.steps)
     optimizing.check_optimization(how, space.interpolates)
     assert recipe.mixup is not None
     order = GRANULARITIES.index
@@ -273,6 +274,11 @@ def explore(
         Zhou et al., Mixup Model Merge, arXiv 2502.15434, 2025.
     """
     begun = time.perf_counter()
+    check_type("select", select, str)
+    check_type("tasks", tasks, Mapping, optional=True)
+    check_type("evaluation", evaluation, Evaluation, optional=True)
+    check_type("optimize", optimize, Optimization, optional=True)
+    check_type("mesh", mesh, Mesh, optional=True)
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if (score is None) == (not tasks):
         raise M3Error("tasks: give at least one --task NAME=FILE to compare samples by, or a score function instead")

@@ -12,39 +12,19 @@ from m3jax import bits, decoder
 from m3jax.decoder import ApplyFn, DecoderConfig
 from m3jax.errors import M3Error
 from m3jax.evaluation.models import LanguageModel, make_generator
-from m3jax.evaluation.prompts import TEMPLATE_NAMES, render
-from m3jax.evaluation.protocol import OVERFLOWS, GenerationSettings, Overflow
+from m3jax.evaluation.options import Evaluation as Evaluation
+from m3jax.evaluation.options import check_evaluation
+from m3jax.evaluation.prompts import render
+from m3jax.evaluation.protocol import GenerationSettings, Overflow
 from m3jax.evaluation.records import digest
 from m3jax.evaluation.runner import check_code, evaluate_task, read_examples
-from m3jax.evaluation.tasks import Example, Execution, Task, get_task
+from m3jax.evaluation.tasks import Example, Task, get_task
 from m3jax.evaluation.telling import Tell
 from m3jax.exploration.resident import Params
 from m3jax.exploration.selection import MEAN, PARETO
 
 Score = Callable[[Params, float], Mapping[str, float]]
 """From merged arrays by tensor name and a share of the dev examples to scores by task, larger being better."""
-
-
-class Evaluation(NamedTuple):
-    """How samples are evaluated; the options mean what they mean to `m3jax evaluate`.
-
-    Attributes:
-        limit: Use the first N examples of each task only.
-        batch_size: Prompts that run together.
-        max_tokens: Most tokens of an answer.
-        template: Prompt template.
-        overflow: What becomes of prompts that leave an answer no room.
-        run_code: Run programs that the model wrote, sandboxed.
-        allow_unsandboxed: Run them with limits only where no sandbox is possible.
-    """
-
-    limit: int | None = None
-    batch_size: int = 8
-    max_tokens: int | None = None
-    template: str | None = None
-    overflow: str = "error"
-    run_code: bool = False
-    allow_unsandboxed: bool = False
 
 
 class Dev(NamedTuple):
@@ -79,17 +59,6 @@ class Dev(NamedTuple):
         return digest([self.task.name, self.template, self.settings._asdict(), told])
 
 
-def check_evaluation(how: Evaluation) -> None:
-    """Raise M3Error for options that cannot be followed."""
-    if how.template is not None and how.template not in TEMPLATE_NAMES:
-        raise M3Error(f"--template is {how.template!r}, but must be one of {', '.join(TEMPLATE_NAMES)}")
-    if how.overflow not in OVERFLOWS:
-        raise M3Error(f"--overflow is {how.overflow!r}, but must be one of {', '.join(OVERFLOWS)}")
-    for option, number in (("--limit", how.limit), ("--max-tokens", how.max_tokens), ("--batch-size", how.batch_size)):
-        if number is not None and number < 1:
-            raise M3Error(f"{option} is {number}, but must be at least 1")
-
-
 def read_devs(tasks: Mapping[str, str | Path | None], how: Evaluation, root: bits.Words) -> list[Dev]:
     """The dev sets of some tasks, checked.
 
@@ -107,12 +76,12 @@ def read_devs(tasks: Mapping[str, str | Path | None], how: Evaluation, root: bit
         task = get_task(name)
         if task.judged_elsewhere or name in (MEAN, PARETO):
             raise M3Error(f"{name} is judged elsewhere, so samples cannot be compared by it: take another task")
-        check_code(task, how.run_code, Execution(allow_unsandboxed=how.allow_unsandboxed))
+        check_code(task, how.run_code, how.execution)
         examples = read_examples(task, source)[: how.limit]
         if not examples:
             raise M3Error(f"{name}: there are no examples to evaluate")
-        settings = task.settings if how.max_tokens is None else task.settings._replace(max_tokens=how.max_tokens)
-        devs.append(Dev(task, examples, _order(len(examples), root, name), how.template or task.template, settings))
+        order, template = _order(len(examples), root, name), how.template or task.template
+        devs.append(Dev(task, examples, order, template, how.settings(task)))
     return devs
 
 
@@ -163,7 +132,7 @@ def make_score(
                 settings=dev.settings,
                 batch_size=how.batch_size,
                 run_code=how.run_code,
-                execution=Execution(allow_unsandboxed=how.allow_unsandboxed),
+                execution=how.execution,
             )
             if summary.accuracy is None:
                 raise M3Error(f"{dev.task.name}: no prompt fits in the model's context: take --overflow truncate")

@@ -20,6 +20,7 @@ import numpy as np
 
 from m3jax import bits
 from m3jax.errors import M3Error
+from m3jax.evaluation.checks import check_whole
 from m3jax.exploration.samples import Space, Weights, at_point, drawn, everywhere
 
 
@@ -177,8 +178,25 @@ def strategy_of(name: str, space: Space, budget: int) -> Strategy:
     """
     if name not in STRATEGIES:
         raise M3Error(f"strategy is {name!r}, but must be one of {', '.join(STRATEGIES)}")
+    check_whole("the number of samples", budget)
     if budget < 1:
         raise M3Error(f"samples are {budget}, but must be at least 1")
     if name == "cma":
         _evosax()
     return STRATEGIES[name](space, budget)
+
+
+def pursue(search: Strategy, worth: Callable[[Trial], float]) -> None:
+    """Follow a strategy to its end.
+
+    Args:
+        search: The strategy, at its beginning.
+        worth: Does a trial and gives its value, larger being better.
+    """
+    batch = next(search)
+    while True:
+        values = [worth(trial) for trial in batch]
+        try:
+            batch = search.send(values)
+        except StopIteration:
+            return

@@ -197,6 +197,7 @@ def test_calls_that_cannot_be_followed_are_said_at_once(model, capfd):
         ({"resume": True}, "needs fingerprint=TEXT"),
         ({"config": None}, "give the content of the model's config.json, or an apply_fn"),
         ({"data": "nowhere.jsonl"}, "there is no data file nowhere.jsonl"),
+        ({"data": ROWS}, "but must be the path of a file, or a hub data set as text"),
     ]:
         config = options.pop("config", model.config)
         with pytest.raises(M3Error, match=re.escape(sentence)):

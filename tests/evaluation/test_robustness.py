@@ -224,9 +224,15 @@ def test_paraphrases_change_the_instruction_within_its_template():
         ({"profile": "paper"}, "no profile is called 'paper'"),
         ({"budget": 0}, "the budget must be at least 1, not 0"),
         ({"limit": 0}, "the limit must be at least 1"),
+        ({"limit": "5"}, "the limit is '5', but must be a whole number"),
+        ({"search_examples": 2.5}, "the number of search examples is 2.5, but must be a whole number"),
+        ({"attacks": None}, "attacks is None, but must be names in a list"),
+        ({"shifts": [3]}, "no shift is called '3'"),
         ({"search_examples": 8}, "leaves none to measure on"),
         ({"key": -1}, "the seed is -1"),
         ({"key": np.zeros(3)}, "the key cannot be used"),
+        ({"key": "5"}, "the key cannot be used: a key is an integer seed or a threefry2x32 key, not '5'"),
+        ({"key": jax.random.split(jax.random.key(0), 3)}, "it is 3 keys, of which one is wanted"),
         ({"embeddings": "nowhere.txt"}, "cannot read the embeddings nowhere.txt"),
         ({"masked_lm": "./nowhere"}, "nowhere"),
     ],
@@ -311,6 +317,21 @@ def test_a_planted_model_in_memory(model, place):
     assert found.attacks[1].drop.pdr == 0
 
 
+def test_calls_that_cannot_be_followed_are_said_at_once(model, place):
+    for options, sentence in [
+        ({"batch_size": 0}, "the batch size must be at least 1, not 0"),
+        ({"batch_size": "8"}, "the batch size is '8', but must be a whole number"),
+        ({"settings": {"max_tokens": 3}}, "settings is {'max_tokens': 3}, but must be of type GenerationSettings"),
+        ({"overflow": "skip"}, "overflow is 'skip', but must be one of error, truncate"),
+        ({"prompt": 3}, "the prompt 3 should have {content} in it once"),
+        ({"data": ROWS}, "but must be the path of a file, or a hub data set as text"),
+        ({"config": None}, "give the content of the model's config.json, or an apply_fn"),
+    ]:
+        given = {"config": model.config, "data": place / "rows.jsonl", **options}
+        with pytest.raises(M3Error, match=re.escape(sentence)):
+            m3jax.attack({}, given.pop("config"), model.tokenizer, "sst2", **given)
+
+
 @pytest.mark.slow
 def test_the_attack_is_the_same_on_eight_devices(model, place):
     """A model whose answer hangs on every letter, by a random matrix that lies on the devices."""
@@ -350,6 +371,7 @@ def test_the_command_and_its_report(place, tmp_path, capsys):
     assert outcome == json.loads((tmp_path / "run" / "attack.json").read_text())
     assert (outcome["examples"], outcome["prompt"], outcome["protected"]) == (4, PROMPT, list(NAMES))
     assert [one["attack"] for one in outcome["attacks"]] == ["stresstest"]
+    assert (outcome["data"], outcome["limit"], outcome["complete"]) == (str(place / "rows.jsonl"), 4, True)
     assert cli.main(arguments) == 2
     assert "attack.json is already there" in capsys.readouterr().err
     assert cli.main([*arguments, "--overwrite"]) == 0
@@ -382,6 +404,11 @@ def test_an_interruption_says_what_is_kept(place, tmp_path, capsys, monkeypatch)
     assert said == f"m3jax: interrupted: what is finished (1 of the attacks and shifts) is in {tmp_path}."
     kept = json.loads((tmp_path / "attack.json").read_text())
     assert ([one["attack"] for one in kept["attacks"]], kept["shifts"]) == (["stresstest"], [])
+    assert kept["complete"] is False
+    assert cli.main(["report", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert f"| {place / 'expert-a'} (incomplete) | sst2 | stresstest |" in shown
+    assert f"data `{place / 'rows.jsonl'}`, limit 2, 2 examples measured, incomplete: the attack was inter" in shown
     assert cli.main(arguments) == 130
     assert "nothing is kept; with --out DIR what is finished would be" in capsys.readouterr().err
 

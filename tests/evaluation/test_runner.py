@@ -270,6 +270,12 @@ def test_bad_numbers_and_no_examples_are_said() -> None:
         run(None, batch_size=0)
     with pytest.raises(M3Error, match="the limit must be at least 1, not -1"):
         run(None, limit=-1)
+    with pytest.raises(M3Error, match="the limit is '5', but must be a whole number"):
+        run(None, limit="5")
+    with pytest.raises(M3Error, match="the batch size is None, but must be a whole number"):
+        run(None, batch_size=None)
+    with pytest.raises(M3Error, match="settings is 3, but must be of type GenerationSettings"):
+        run(None, settings=3)
     with pytest.raises(M3Error, match="gsm8k: there are no examples to evaluate"):
         evaluate_task(TASK, [], Model())
 

@@ -1,6 +1,5 @@
 """The attacks by name, and how hard each profile tries."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -11,6 +10,7 @@ from m3jax.evaluation.attacks.search import Found, Importance, Score, greedy, tr
 from m3jax.evaluation.attacks.sentences import Variants, checklist, stresstest
 from m3jax.evaluation.attacks.wording import Candidates, Wording
 from m3jax.evaluation.attacks.words import STOP_WORDS, Embeddings, synonyms
+from m3jax.evaluation.checks import check_name
 
 Level = Literal["character", "word", "sentence"]
 
@@ -79,16 +79,12 @@ class Sources(NamedTuple):
     embeddings: Embeddings | None = None
 
 
-def _by_letters(name: str, candidates: Candidates, importance: Importance, profile: Profile, bounded: bool) -> Attack:
-    return _by_words(name, candidates, importance, profile, "character", profile.max_distance if bounded else None)
-
-
-def _by_words(
+def _greedy(
     name: str,
+    level: Level,
     candidates: Candidates,
     importance: Importance,
     profile: Profile,
-    level: Level = "word",
     max_distance: int | None = None,
 ) -> Attack:
     def near(original: str, changed: str) -> bool:
@@ -114,26 +110,25 @@ def _by_sentences(name: str, variants: Variants) -> Attack:
 
 
 def _deepwordbug(key: Any, profile: Profile, sources: Sources) -> Attack:
-    return _by_letters("deepwordbug", deepwordbug(key), "unk", profile, bounded=True)
+    return _greedy("deepwordbug", "character", deepwordbug(key), "unk", profile, profile.max_distance)
 
 
 def _textbugger(key: Any, profile: Profile, sources: Sources) -> Attack:
     near = None if sources.embeddings is None else synonyms(sources.embeddings, profile.near_words)
-    return _by_letters("textbugger", textbugger(key, near), "delete", profile, bounded=False)
+    return _greedy("textbugger", "character", textbugger(key, near), "delete", profile)
 
 
 def _bertattack(key: Any, profile: Profile, sources: Sources) -> Attack:
     if sources.masked_words is None:
         raise M3Error("bertattack takes its words from a masked language model: give a BERT with --masked-lm MODEL")
-    return _by_words("bertattack", sources.masked_words(profile.masked_candidates), "unk", profile)
+    return _greedy("bertattack", "word", sources.masked_words(profile.masked_candidates), "unk", profile)
 
 
 def _textfooler(key: Any, profile: Profile, sources: Sources) -> Attack:
     if sources.embeddings is None:
         raise M3Error("textfooler takes its words from word vectors: give a text file of them with --embeddings FILE")
-    return _by_words(
-        "textfooler", synonyms(sources.embeddings, profile.synonyms, profile.least_cosine), "delete", profile
-    )
+    near = synonyms(sources.embeddings, profile.synonyms, profile.least_cosine)
+    return _greedy("textfooler", "word", near, "delete", profile)
 
 
 def _stresstest(key: Any, profile: Profile, sources: Sources) -> Attack:
@@ -167,7 +162,8 @@ def get_profile(name: str) -> Profile:
         >>> get_profile("m3-paper").positions
         (2, 3, 6)
     """
-    return PROFILES[_known(name, tuple(PROFILES), "profile")]
+    check_name("profile", name, PROFILES)
+    return PROFILES[name]
 
 
 def make_attack(
@@ -188,12 +184,5 @@ def make_attack(
         >>> make_attack("stresstest", key=0).level
         'sentence'
     """
-    return _MAKERS[_known(name, ATTACKS, "attack")](key, profile, sources or Sources())
-
-
-def _known(name: str, names: tuple[str, ...], what: str) -> str:
-    if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        meant = f" (did you mean {near[0]}?)" if near else ""
-        raise M3Error(f"no {what} is called {name!r}{meant}; there are: {', '.join(names)}")
-    return name
+    check_name("attack", name, ATTACKS)
+    return _MAKERS[name](key, profile, sources or Sources())

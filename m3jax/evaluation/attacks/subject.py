@@ -71,7 +71,7 @@ def find_subject(
     before, _, after = own.partition(CONTENT)
     contents = tuple(example.instruction[len(before) : len(example.instruction) - len(after)] for example in examples)
     if prompt is not None:
-        if prompt.count(CONTENT) != 1:
+        if not isinstance(prompt, str) or prompt.count(CONTENT) != 1:
             raise M3Error(f"the prompt {prompt!r} should have {CONTENT} in it once, where the example is to stand")
         own = prompt
     folded = not Wording.of(own).words and template != CHAT

@@ -20,9 +20,7 @@ from m3jax.evaluation.protocol import GenerationSettings, Generator
 from m3jax.evaluation.shifts import Shift, shift_text
 from m3jax.evaluation.statistics import wilson_interval
 from m3jax.evaluation.tasks import Execution, Task
-from m3jax.evaluation.telling import Tell
-
-_SECONDS_BETWEEN_LINES = 3.0
+from m3jax.evaluation.telling import SECONDS_BETWEEN_LINES, Tell
 
 
 class Attacked(NamedTuple):
@@ -69,6 +67,8 @@ class Robustness(NamedTuple):
     Attributes:
         model: Its name.
         task: The task.
+        data: Where its test set is from; None where that was not said.
+        limit: Only the first so many examples were taken; None for all.
         examples: Examples that accuracies are over.
         searched: Examples that the searches saw; where they are others, `examples` are those held out.
         accuracy: Clean accuracy.
@@ -79,12 +79,15 @@ class Robustness(NamedTuple):
         template: The template around the prompt.
         prompt: The prompt, with {content} where the example stands.
         protected: Words that were never touched.
+        complete: Whether all attacks and shifts that were asked for are done.
         attacks: What each attack did.
         shifts: What each shift did.
     """
 
     model: str
     task: str
+    data: str | None
+    limit: int | None
     examples: int
     searched: int
     accuracy: float
@@ -95,6 +98,7 @@ class Robustness(NamedTuple):
     template: str
     prompt: str
     protected: tuple[str, ...]
+    complete: bool
     attacks: tuple[Attacked, ...] = ()
     shifts: tuple[Shifted, ...] = ()
 
@@ -145,6 +149,7 @@ def attack_task(
     model: str = "model",
     tell: Tell | None = None,
     keep: Callable[[Robustness], None] | None = None,
+    data: str | None = None,
 ) -> Robustness:
     """Attack the prompt that a model is given, and shift its inputs.
 
@@ -162,6 +167,7 @@ def attack_task(
         model: What the model is called.
         tell: Told in lines how far the work is.
         keep: Given what is known so far after each attack and shift.
+        data: Where the rows are from, for the record.
 
     Raises:
         M3Error: The task has no prompt to attack, is judged elsewhere, or the shifts would break its programs.
@@ -170,19 +176,15 @@ def attack_task(
     _check(task, subject, plan)
     bench = _make_bench(task, subject, generator, plan, settings or task.settings, tokenizer, execution)
     protected = tuple(dict.fromkeys((*subject.labels, *protect)))
-    known = _before(task, subject, bench, plan)._replace(model=model, protected=protected)
+    known = _before(task, subject, bench, plan)._replace(model=model, data=data, protected=protected)
     if tell is not None:
         tell(f"clean: {known.accuracy:.1%} of {known.examples} examples")
     for one in plan.attacks:
         attacked = _attack(one, Wording.of(subject.prompt, protected), bench, plan.budget, tell)
-        known = known._replace(attacks=(*known.attacks, attacked))
-        if keep is not None:
-            keep(known)
+        known = _noted(known._replace(attacks=(*known.attacks, attacked)), plan, keep)
     for shift in plan.shifts:
         shifted = _shift(shift, bench, plan.key, tokenizer, tell)
-        known = known._replace(shifts=(*known.shifts, shifted))
-        if keep is not None:
-            keep(known)
+        known = _noted(known._replace(shifts=(*known.shifts, shifted)), plan, keep)
     return known
 
 
@@ -240,6 +242,8 @@ def _before(task: Task, subject: Subject, bench: _Bench, plan: Plan) -> Robustne
     return Robustness(
         model="",
         task=task.name,
+        data=None,
+        limit=plan.limit,
         examples=len(bench.measured.examples),
         searched=len(bench.searched.examples),
         accuracy=float(bench.clean.mean()),
@@ -250,7 +254,17 @@ def _before(task: Task, subject: Subject, bench: _Bench, plan: Plan) -> Robustne
         template=subject.template,
         prompt=subject.prompt,
         protected=(),
+        complete=not plan.attacks and not plan.shifts,
     )
+
+
+def _noted(known: Robustness, plan: Plan, keep: Callable[[Robustness], None] | None) -> Robustness:
+    """What is known, marked as complete where nothing is left to do, and kept."""
+    left = len(plan.attacks) + len(plan.shifts) - len(known.attacks) - len(known.shifts)
+    known = known._replace(complete=left == 0)
+    if keep is not None:
+        keep(known)
+    return known
 
 
 def _attack(one: Attack, prompt: Wording, bench: _Bench, budget: int | None, tell: Tell | None) -> Attacked:
@@ -302,7 +316,7 @@ def _telling(verdicts: Verdicts, name: str, examples: int, tell: Tell | None) ->
         now = time.monotonic()
         state["prompts"] += len(prompts)
         state["worst"] = min(state["worst"], float(scores.min(initial=1.0)))
-        if tell is not None and now - state["said"] >= _SECONDS_BETWEEN_LINES:
+        if tell is not None and now - state["said"] >= SECONDS_BETWEEN_LINES:
             state["said"] = now
             rate = state["prompts"] / (now - state["begun"])
             tell(f"{name}: {state['prompts']:.0f} prompts of {examples} examples, {rate:.2f}/s, {state['worst']:.1%}")

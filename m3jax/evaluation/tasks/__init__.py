@@ -1,9 +1,8 @@
 """The tasks, by name."""
 
-import difflib
 from collections.abc import Callable
 
-from m3jax.errors import M3Error
+from m3jax.evaluation.checks import check_name
 from m3jax.evaluation.tasks.alpaca_eval import alpaca_eval
 from m3jax.evaluation.tasks.base import Example, Execution, Judgement, Task
 from m3jax.evaluation.tasks.classification import classification, cola, sst2
@@ -37,8 +36,5 @@ def get_task(name: str) -> Task:
         >>> get_task("gsm8k").template
         'wizardmath'
     """
-    if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, 1)
-        meant = f" (did you mean {near[0]}?)" if near else ""
-        raise M3Error(f"no task is called {name!r}{meant}; there are: {', '.join(TASKS)}")
+    check_name("task", name, TASKS)
     return TASKS[name]()

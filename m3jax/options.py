@@ -1,0 +1,189 @@
+"""The options of the commands, and how those are read that hold more than one thing."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from m3jax.errors import M3Error
+
+HEARTBEAT_SECONDS = 30  # of silence after which a process counts as dead
+
+# --- What is said, and where it goes ------------------------------------------------------------------------------
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors (and --json's result).")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error. Also: M3JAX_DEBUG=1.")]
+Out = Annotated[
+    str,
+    typer.Argument(metavar="OUT", help="The directory to make, or an s3:// or gs:// URL.", show_default=False),
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")]
+
+# --- Recipes and manifests ----------------------------------------------------------------------------------------
+
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Use this seed, not the recipe's.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, as in mixup.alpha=0.5; may be repeated."),
+]
+
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option("--input", metavar="RECORDED=HERE", help="Where a recorded input is now; may be repeated."),
+]
+
+# --- Devices and processes ----------------------------------------------------------------------------------------
+
+MergeMesh = Annotated[
+    str | None,
+    typer.Option(
+        "--mesh", metavar="AXES", help="Devices to use, as in fsdp=4,tp=2.  [default: all here]", show_default=False
+    ),
+]
+DecoderMesh = Annotated[
+    str | None,
+    typer.Option("--mesh", metavar="AXES", help="As in fsdp=4,tp=2.  [default: one device]", show_default=False),
+]
+Distributed = Annotated[
+    bool, typer.Option("--distributed", help="Share the work with other processes that run the same command.")
+]
+Coordinator = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="Where process 0 listens.  [default: the cluster's]", show_default=False),
+]
+NumProcesses = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="[default: the cluster's]", show_default=False)
+]
+ProcessId = Annotated[
+    int | None, typer.Option(metavar="I", min=0, help="From 0 on.  [default: the cluster's]", show_default=False)
+]
+Heartbeat = Annotated[int, typer.Option("--heartbeat-timeout", hidden=True, min=1)]
+
+# --- Evaluation ---------------------------------------------------------------------------------------------------
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or hub id.", show_default=False)]
+Data = Annotated[str | None, typer.Option("--data", metavar="FILE", help="JSONL, TSV, Parquet …, or a hub data set.")]
+BatchSize = Annotated[int, typer.Option(metavar="N", help="Prompts that run together.")]
+MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="Most tokens of an answer.")]
+Template = Annotated[str | None, typer.Option(metavar="NAME", help="Prompt template.  [default: the task's]")]
+_OVERFLOW_HELP = "What becomes of prompts that leave an answer no room."
+Overflow = Annotated[str, typer.Option(metavar="error|truncate|skip", help=_OVERFLOW_HELP)]
+AttackOverflow = Annotated[str, typer.Option(metavar="error|truncate", help=_OVERFLOW_HELP)]
+Dtype = Annotated[str | None, typer.Option(metavar="NAME", help="Of the weights.  [default: their own]")]
+RunCode = Annotated[bool, typer.Option("--run-code", help="Run programs that the model wrote, sandboxed.")]
+AllowUnsandboxed = Annotated[
+    bool, typer.Option("--allow-unsandboxed", help="Run them with limits only where no sandbox is possible.")
+]
+
+# --- Attacks and exploration --------------------------------------------------------------------------------------
+
+Attacks = Annotated[
+    str | None,
+    typer.Option(
+        "--attack",
+        metavar="NAMES",
+        help="By comma: deepwordbug, textbugger, bertattack, textfooler, stresstest, checklist; '' is none."
+        "  [default: those that need no further files]",
+        show_default=False,
+    ),
+]
+Shifts = Annotated[
+    str | None,
+    typer.Option(
+        "--shift",
+        metavar="NAMES",
+        help="By comma: typos[=RATE], whitespace[=RATE], lowercase, uppercase, mixed-case, number-format, paraphrase.",
+    ),
+]
+Profile = Annotated[str, typer.Option(metavar="promptbench|m3-paper", help="How hard attacks try.")]
+SearchExamples = Annotated[
+    int | None, typer.Option(metavar="N", help="Search on the first N examples, measure on the others.")
+]
+Budget = Annotated[int | None, typer.Option(metavar="N", help="Most prompts that an attack may score.")]
+Prompt = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="Attack this, {content} in it, not the task's own prompt.")
+]
+Protect = Annotated[str | None, typer.Option(metavar="WORDS", help="Never touch these, by comma, nor the labels.")]
+MaskedLm = Annotated[str | None, typer.Option("--masked-lm", metavar="BERT", help="For bertattack.")]
+Embeddings = Annotated[
+    str | None, typer.Option(metavar="FILE", help="Word vectors as text, for textfooler and textbugger.")
+]
+
+Tasks = Annotated[
+    list[str],
+    typer.Option("--task", metavar="NAME=FILE", help="A task, its dev data; may be repeated.", show_default=False),
+]
+Samples = Annotated[int, typer.Option(metavar="N", help="The budget, in evaluations on all dev data.")]
+Select = Annotated[
+    str, typer.Option(metavar="mean|TASK|pareto|NUMBER", help="What the best sample is; or the sample to take.")
+]
+Strategy = Annotated[str, typer.Option(metavar="draw|sobol|grid|halving|cma", help="Which ratios are tried.")]
+Optimize = Annotated[
+    str | None,
+    typer.Option(metavar="loss|entropy", help="Refine the best sample by gradients.", show_default=False),
+]
+Granularity = Annotated[
+    str | None,
+    typer.Option(metavar="model|layer|tensor", help="Of refined weights.  [default: the recipe's]", show_default=False),
+]
+Steps = Annotated[int, typer.Option(metavar="N", help="Of refining.")]
+LearningRate = Annotated[float, typer.Option(metavar="X", help="Of refining.")]
+Journal = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Where samples are kept.  [default: OUT.exploration]", show_default=False),
+]
+
+# --- Options that hold more than one thing ------------------------------------------------------------------------
+
+
+def names(text: str | None) -> tuple[str, ...]:
+    """Names listed by comma.
+
+    Example:
+        >>> names("deepwordbug, stresstest"), names(None)
+        (('deepwordbug', 'stresstest'), ())
+    """
+    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+
+
+def read_sources(texts: Sequence[str]) -> dict[str, str]:
+    """Where recorded inputs are now, from texts such as "RECORDED=HERE".
+
+    Raises:
+        M3Error: One is no pair.
+    """
+    return dict(map(_read_source, texts))
+
+
+def _read_source(text: str) -> tuple[str, str]:
+    recorded, equals, here = text.partition("=")
+    if not (recorded and equals and here):
+        raise M3Error(
+            f"--input {text!r} is no pair: write RECORDED=HERE, the name in the manifest and a path or hub id."
+        )
+    return recorded, here
+
+
+def read_tasks(texts: Sequence[str]) -> dict[str, str | None]:
+    """Tasks and their data, from texts such as "NAME=FILE" or, for a task's own data on the hub, "NAME".
+
+    Raises:
+        M3Error: One is no task, or a task is named twice.
+
+    Example:
+        >>> read_tasks(["gsm8k=dev.jsonl", "sst2"])
+        {'gsm8k': 'dev.jsonl', 'sst2': None}
+    """
+    tasks = dict(map(_read_task, texts))
+    if len(tasks) < len(texts):
+        raise M3Error("--task: names a task twice: give each task one file")
+    return tasks
+
+
+def _read_task(text: str) -> tuple[str, str | None]:
+    name, equals, data = text.partition("=")
+    if not name or (equals and not data):
+        raise M3Error(f"--task {text!r} is no task: write NAME=FILE, or NAME alone for its own data on the hub")
+    return name, data or None
