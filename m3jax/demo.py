@@ -1,457 +1,75 @@
-"""The demo: three tiny models made on the spot, merged in five ways, replayed, verified, and λ drawn in a picture.
+"""The demo: a base and two experts trained on the spot, merged, the ratio explored, the result replayed."""
 
-The weights come from integers and single float32 operations, so they are the same bytes on every machine.
-"""
-
-import hashlib
 import json
-import math
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import ml_dtypes
-import numpy as np
-import numpy.typing as npt
 import yaml
 
-from m3jax import __version__, inspection
-from m3jax.checkpoints import ShardWriter, TensorInfo, plan_shards, write_index
-from m3jax.console import count_text, size_text, time_text
+from m3jax.console import count_text, time_text
 from m3jax.errors import M3Error
 
-if TYPE_CHECKING:  # JAX, matplotlib and tokenizers are imported where they are first needed
-    from matplotlib.axes import Axes
-    from tokenizers import Tokenizer
-
+if TYPE_CHECKING:  # JAX and matplotlib are imported where they are first needed
+    from m3jax.laboratory import Laboratory, Setting
+    from m3jax.laboratory.experiments import Papers
     from m3jax.streaming import MergeResult
 
-Floats: TypeAlias = npt.NDArray[np.float32]
-Doubles: TypeAlias = npt.NDArray[np.float64]
 Echo: TypeAlias = Callable[[str], None]
+Scores: TypeAlias = dict[str, float]
 
-BASE, EXPERTS = "base", ("expert-a", "expert-b")
-ALPHA, SEED, DRAWS = 0.5, 7, 1000
+ALPHA, SEED, SAMPLES = 1.0, 7, 12
 PICTURE = "lambda.png"
 
 _MARK = ".m3jax-demo"  # in the demo's own directory, whose content may be overwritten
-_MADE = "made.json"  # in the directory of the models: what they were made from
 _DIGITS = 12  # of a digest, enough to tell by eye
-
-
-class Size(NamedTuple):
-    """How large the demo's models are.
-
-    Attributes:
-        vocabulary: Tokens; at least the 256 bytes and three special ones.
-        hidden: Width, a multiple of `heads`.
-        intermediate: Width of the feed-forward part.
-        layers: Transformer blocks.
-        heads: Attention heads.
-        key_value_heads: Heads of keys and values; divides `heads`.
-        shard: Bytes of tensors per file at most.
-    """
-
-    vocabulary: int = 512
-    hidden: int = 512
-    intermediate: int = 1536
-    layers: int = 8
-    heads: int = 8
-    key_value_heads: int = 4
-    shard: int = 20_000_000
-
-
-# --- The tokenizer ---------------------------------------------------------------------------------------
-
-SPECIAL = ("<s>", "</s>", "<pad>")
-
-# What the tokenizer learns its merges from.
-PRIMER = """\
-Fine-tuning turns one language model into many. One copy learns to follow instructions, another to solve problems in
-mathematics, a third to write programs, and all of them started from the same weights. Merging asks whether their
-skills can live in one model again, without any training and without the data that the experts were trained on.
-
-The simplest merge is an average: add the weights of the experts, entry by entry, and divide by how many there are. It
-works better than it should, because experts that share a base stay close to it. The difference between an expert and
-its base is called a task vector, and task arithmetic adds task vectors to the base as if skills were numbers.
-
-Task vectors get in each other's way. Most of their entries are small and hardly matter; where two experts pull the
-same entry in opposite directions, their sum helps neither. TIES trims the small entries of every task vector, elects
-a sign for each entry that is left, and averages only the experts that agree with the elected sign. DARE goes another
-way: it drops entries at random and makes the remaining ones larger, so that on average nothing is lost. A model with
-most of its task vector dropped still answers nearly as well, and what was dropped can no longer disturb the others.
-
-Mixup Model Merge leaves the question of how much weight each expert deserves to chance. It draws a ratio from a Beta
-distribution and interpolates: the merged weights are lambda times the first expert plus one minus lambda times the
-second. When alpha is one, every ratio is equally likely. When alpha is small, most draws lie close to one of the two
-experts; when it is large, most lie near the middle. Drawing many ratios, merging with each of them and keeping the
-merge that does best explores a line between the experts that an average visits at only one point.
-
-A merge that depends on chance should still be repeatable. Here every random number follows from a seed, the name of a
-tensor and the position of an entry in it, and every sum is taken in an order that never changes. The same recipe and
-the same seed give the same bytes on a laptop, on a graphics card and on a thousand chips: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9.
-"""
-
-
-def train_tokenizer(vocabulary: int) -> "Tokenizer":
-    """A byte-level BPE tokenizer that has read the primer and encodes any text without loss.
-
-    Args:
-        vocabulary: How many tokens it is to have.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=list(SPECIAL),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([PRIMER], trainer)
-    return tokenizer
-
-
-# --- The models ------------------------------------------------------------------------------------------
-
-
-def _configs(size: Size) -> dict[str, dict[str, Any]]:
-    """The small JSON files of a model directory, by name."""
-    bos, eos, pad = range(len(SPECIAL))
-    special = dict(zip(("bos_token", "eos_token", "pad_token"), SPECIAL, strict=True))
-    identifiers = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
-    return {
-        "config.json": {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": size.vocabulary,
-            "hidden_size": size.hidden,
-            "intermediate_size": size.intermediate,
-            "num_hidden_layers": size.layers,
-            "num_attention_heads": size.heads,
-            "num_key_value_heads": size.key_value_heads,
-            "head_dim": size.hidden // size.heads,
-            "hidden_act": "silu",
-            "max_position_embeddings": 2048,
-            "initializer_range": 0.02,
-            "rms_norm_eps": 1e-05,
-            "rope_theta": 10000.0,
-            "attention_bias": False,
-            "mlp_bias": False,
-            "tie_word_embeddings": False,
-            "dtype": "bfloat16",
-            **identifiers,
-        },
-        "generation_config.json": {"do_sample": False, "max_new_tokens": 64, **identifiers},
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": 2048,
-            "clean_up_tokenization_spaces": False,
-            **special,
-        },
-    }
-
-
-def _shapes(size: Size) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a Llama model of this size."""
-    keys = size.hidden // size.heads * size.key_value_heads
-    block = {
-        "input_layernorm": (size.hidden,),
-        "self_attn.q_proj": (size.hidden, size.hidden),
-        "self_attn.k_proj": (keys, size.hidden),
-        "self_attn.v_proj": (keys, size.hidden),
-        "self_attn.o_proj": (size.hidden, size.hidden),
-        "post_attention_layernorm": (size.hidden,),
-        "mlp.gate_proj": (size.intermediate, size.hidden),
-        "mlp.up_proj": (size.intermediate, size.hidden),
-        "mlp.down_proj": (size.hidden, size.intermediate),
-    }
-    layers = {f"model.layers.{i}.{part}.weight": shape for i in range(size.layers) for part, shape in block.items()}
-    vocabulary = (size.vocabulary, size.hidden)
-    ends = {"model.norm.weight": (size.hidden,), "lm_head.weight": vocabulary}
-    return {"model.embed_tokens.weight": vocabulary, **layers, **ends}
-
-
-def bell(label: str, count: int) -> Floats:
-    """Bell-shaped numbers of mean 0 and variance 1: sums of four 16-bit integers, the same on every machine.
-
-    Args:
-        label: Names the stream; its digest is the generator's key.
-        count: How many.
-    """
-    key = int.from_bytes(hashlib.sha256(label.encode()).digest()[:16], "big")
-    # Raw words: numpy promises them for ever, and its normal deviates call the machine's own logarithm.
-    pieces = np.random.Philox(key=key).random_raw(count).view(np.uint16)
-    total = pieces[0::4].astype(np.int32)
-    for start in (1, 2, 3):
-        total += pieces[start::4]
-    total -= 2 * 0xFFFF
-    return total.astype(np.float32) * np.float32(1 / math.sqrt((2**32 - 1) / 3))
-
-
-def _base_weights(name: str, shape: tuple[int, ...]) -> Floats:
-    """Matrices as they are before training, norms of ones."""
-    if len(shape) == 1:
-        return np.ones(shape, np.float32)
-    return bell(f"{BASE}/{name}", math.prod(shape)).reshape(shape) * np.float32(0.02)
-
-
-def _direction(label: str, shape: tuple[int, ...]) -> Floats:
-    """One thing learned: of rank one, so that few of its entries are large, as TIES and DARE suppose."""
-    factors = [bell(f"{label}/{axis}", length) for axis, length in enumerate(shape)]
-    return factors[0] if len(shape) == 1 else np.multiply.outer(*factors)
-
-
-def _task_vector(expert: str, name: str, shape: tuple[int, ...]) -> Floats:
-    """What an expert learned: something that both did, and something of its own."""
-    scale = np.float32(0.02 if len(shape) == 1 else 0.002)
-    shared, own = _direction(f"shared/{name}", shape), _direction(f"{expert}/{name}", shape)
-    return (shared * np.float32(0.5) + own) * scale
-
-
-def _tensors(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-    """One tensor in every model, in bfloat16."""
-    base = _base_weights(name, shape).astype(ml_dtypes.bfloat16)
-    yield BASE, base
-    for expert in EXPERTS:
-        changed = base.astype(np.float32) + _task_vector(expert, name, shape)
-        yield expert, changed.astype(ml_dtypes.bfloat16)
-
-
-def _origin(size: Size) -> dict[str, Any]:
-    """What the models are made from."""
-    return {"m3jax": __version__, "size": size._asdict(), "primer": hashlib.sha256(PRIMER.encode()).hexdigest()}
-
-
-def build_models(directory: Path, size: Size) -> bool:
-    """Makes the base and the experts as model directories inside `directory`, unless they are there.
-
-    Args:
-        directory: Appears whole, by a rename; its parent exists.
-        size: How large the models are to be; models of another size are replaced.
-
-    Returns:
-        Whether they had to be made.
-    """
-    if _read_origin(directory) == _origin(size):
-        return False
-    partial = directory.with_name(directory.name + ".partial")
-    for stale in (partial, directory):
-        shutil.rmtree(stale, ignore_errors=True)
-    shards = plan_shards([TensorInfo(name, shape, "BF16") for name, shape in _shapes(size).items()], size.shard)
-    tokenizer = train_tokenizer(size.vocabulary).to_str(pretty=True)
-    for model in (BASE, *EXPERTS):
-        (partial / model).mkdir(parents=True)
-        for name, content in _configs(size).items():
-            _write_json(partial / model / name, content)
-        (partial / model / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-        write_index(partial / model, shards, sum(info.nbytes for _, infos in shards for info in infos))
-    for file, infos in shards:
-        _write_shard(partial, file, infos)
-    _write_json(partial / _MADE, _origin(size))
-    partial.rename(directory)
-    return True
-
-
-def _read_origin(directory: Path) -> Any:
-    try:
-        return json.loads((directory / _MADE).read_bytes())
-    except (OSError, ValueError):
-        return None
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_shard(directory: Path, file: str, infos: Sequence[TensorInfo]) -> None:
-    """Writes one weight file of every model; the base's tensors are made once for all of them."""
-    with ExitStack() as stack:
-        writers = {
-            model: stack.enter_context(ShardWriter(directory / model / file, infos)) for model in (BASE, *EXPERTS)
-        }
-        for info in infos:
-            for model, tensor in _tensors(info.name, info.shape):
-                writers[model].write(info.name, 0, tensor)
-        for writer in writers.values():
-            writer.finish()
-
-
-# --- The merges ------------------------------------------------------------------------------------------
-
-_DARE = {"method": "dare", "density": 0.8}
-_ARITHMETIC = {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.5}}
-_TIES = {
-    "merge_method": "ties",
-    "parameters": {"density": 0.5, "trim_scope": "model", "sign_election": "unweighted"},
+_RECIPES: dict[str, dict[str, Any]] = {
+    "average": {"merge_method": "linear"},
+    "task-arithmetic-dare": {"merge_method": "task_arithmetic", "sparsify": {"method": "dare", "density": 0.8}},
+    "ties": {
+        "merge_method": "ties",
+        "parameters": {"density": 0.5, "trim_scope": "model", "sign_election": "unweighted"},
+    },
 }
-_METHODS: dict[str, dict[str, Any]] = {
-    "linear": {"merge_method": "linear"},
-    "task-arithmetic": _ARITHMETIC,
-    "ties": _TIES,
-    "dare-task-arithmetic": {**_ARITHMETIC, "sparsify": _DARE},
-    "dare-ties": {**_TIES, "sparsify": _DARE},
-}
+_EXPLORED = "average"
 
 
-class Merged(NamedTuple):
-    """One merge of the demo.
-
-    Attributes:
-        name: Of its recipe and its directory.
-        result: What the merge did.
-        distances: From each expert, as a share of the experts' distance from each other.
-    """
-
-    name: str
-    result: "MergeResult"
-    distances: tuple[float, ...]
-
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """The weights drawn."""
-        (group,) = self.result.manifest["weights"].values()
-        return tuple(map(float, group["decimal"]))
-
-
-def write_recipes(directory: Path, models: Path) -> dict[str, Path]:
+def write_recipes(directory: Path, places: Mapping[str, Path]) -> dict[str, Path]:
     """Writes a recipe for every merge of the demo; they name the models so that they can be run from anywhere.
 
     Args:
         directory: Where the recipes go; it exists.
-        models: Where the models are.
+        places: The model directories: "base", and the experts.
 
     Returns:
         The files by the merges' names.
     """
     written = {}
-    for name, method in _METHODS.items():
-        base = {} if method["merge_method"] == "linear" else {"base_model": str(models.resolve() / BASE)}
+    for name, method in _RECIPES.items():
         recipe = {
             **method,
-            **base,
-            "models": [str(models.resolve() / expert) for expert in EXPERTS],
+            "base_model": str(places["base"].resolve()),
+            "models": [str(place.resolve()) for expert, place in places.items() if expert != "base"],
             "mixup": {"alpha": ALPHA},
             "seed": SEED,
-            "dtype": "bfloat16",
+            "dtype": "float32",
         }
         written[name] = directory / f"{name}.yaml"
         written[name].write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return written
 
 
-def _distance(a: Path, b: Path) -> float:
-    return inspection.compare(str(a), str(b)).total.distance or 0.0
-
-
-def _merge_all(recipes: Mapping[str, Path], out: Path, models: Path, shard: int) -> Iterator[Merged]:
-    from m3jax.streaming import merge_checkpoint
-
-    first, second = (models / expert for expert in EXPERTS)
-    apart = _distance(first, second)
-    for name, recipe in recipes.items():
-        result = merge_checkpoint(recipe, out / name, overwrite=True, max_shard_size=shard)
-        yield Merged(name, result, tuple(_distance(result.directory, expert) / apart for expert in (first, second)))
-
-
-# --- The draws -------------------------------------------------------------------------------------------
-
-
-def draw_ratios(count: int = DRAWS) -> Doubles:
-    """λ for the seeds 0, 1, …, count − 1."""
-    from m3jax.mixing import draw_weights
-
-    return np.array([draw_weights(seed, ALPHA)[0] for seed in range(count)])
-
-
-def kolmogorov_distance(draws: Doubles) -> float:
-    """The largest gap between the distribution of the draws and Beta(α, α): the Kolmogorov–Smirnov statistic."""
-    from scipy.special import betainc
-
-    true = betainc(ALPHA, ALPHA, np.sort(draws))
-    steps = np.arange(draws.size + 1) / draws.size
-    return float(max((steps[1:] - true).max(), (true - steps[:-1]).max()))
-
-
-def kolmogorov_limit(count: int) -> float:
-    """What that distance stays below in 99 of 100 fair samples of `count` (asymptotic)."""
-    from scipy.special import kolmogi
-
-    return float(kolmogi(0.01)) / math.sqrt(count)
-
-
-_INK, _DRAWN, _TRUE, _USED = "#333333", "#9dbfe0", "#1f4e79", "#d1651a"
-
-
-def save_picture(path: Path, draws: Doubles, used: float) -> None:
-    """Draws the λ drawn and the law they are drawn from, as density and as cumulative share.
-
-    Args:
-        path: The PNG file to make.
-        draws: λ for many seeds.
-        used: The λ of the demo's merges.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
-    density, cumulative = figure.subplots(1, 2, gridspec_kw={"wspace": 0.08})
-    _draw_density(density, draws, used)
-    _draw_cumulative(cumulative, draws, used)
-    for axes in (density, cumulative):
-        axes.set_xlim(0, 1)
-        axes.set_xlabel("λ, the weight of expert-a", color=_INK)
-        axes.tick_params(colors=_INK)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"M³: λ drawn for {draws.size:,} seeds from Beta({ALPHA}, {ALPHA})", color=_INK, fontsize=13)
-    figure.savefig(path)
-
-
-def _draw_density(axes: "Axes", draws: Doubles, used: float) -> None:
-    from scipy.special import betaln
-
-    grid = np.linspace(0.001, 0.999, 999)
-    curve = np.exp((ALPHA - 1) * (np.log(grid) + np.log1p(-grid)) - betaln(ALPHA, ALPHA))
-    heights, _, _ = axes.hist(
-        draws, bins=25, range=(0, 1), density=True, color=_DRAWN, edgecolor="white", label="drawn"
-    )
-    axes.plot(grid, curve, color=_TRUE, linewidth=2, label="true density")
-    axes.axvline(used, color=_USED, linestyle="--", linewidth=1.5, label=f"seed {SEED}: λ = {used:.4f}")
-    axes.set_ylim(0, 1.15 * float(np.max(heights)))  # the curve itself has no upper end
-    axes.set_ylabel("density", color=_INK)
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.15, 1))
-
-
-def _draw_cumulative(axes: "Axes", draws: Doubles, used: float) -> None:
-    from scipy.special import betainc
-
-    grid = np.linspace(0, 1, 1001)
-    curve, limit = betainc(ALPHA, ALPHA, grid), kolmogorov_limit(draws.size)
-    axes.fill_between(grid, curve - limit, curve + limit, color=_DRAWN, alpha=0.45, linewidth=0, label="99 % band")
-    axes.plot(grid, curve, color=_TRUE, linewidth=2, label="true share")
-    axes.ecdf(draws, color=_INK, linewidth=1, label=f"drawn, distance {kolmogorov_distance(draws):.3f}")
-    axes.axvline(used, color=_USED, linestyle="--", linewidth=1.5)
-    axes.set_ylim(0, 1)
-    axes.set_ylabel("share of draws up to λ", color=_INK)
-    axes.legend(frameon=False, loc="upper left")
-
-
-# --- The whole -------------------------------------------------------------------------------------------
-
-
-def main(directory: Path, echo: Echo, size: Size | None = None) -> dict[str, Any]:
-    """Makes models, merges them, and tells what came of it.
+def main(directory: Path, echo: Echo, setting: "Setting | None" = None) -> dict[str, Any]:
+    """Trains models, merges them, explores the ratio, and tells what came of it.
 
     Args:
         directory: Where to work; made if need be. Models of an earlier run are used again, its merges overwritten.
         echo: Is given the account, line by line.
-        size: How large the models are to be; tens of millions of parameters if None.
+        setting: How much the laboratory does; its smallest setting if None.
 
     Returns:
         The same account as plain data for JSON.
@@ -460,16 +78,23 @@ def main(directory: Path, echo: Echo, size: Size | None = None) -> dict[str, Any
         M3Error: The directory cannot be used, or holds something else.
     """
     begun = time.perf_counter()
-    size = size or Size()
-    models, recipes, merges = (directory / name for name in ("models", "recipes", "merges"))
     _take_over(directory)
-    for place in (recipes, merges):
-        place.mkdir(exist_ok=True)
-    account: dict[str, Any] = {"directory": str(directory), "models": _models(models, size, echo)}
-    merged = _merges(write_recipes(recipes, models), merges, models, size.shard, echo)
-    account["merges"] = [_merged_json(merge) for merge in merged]
-    account["replay"] = _replay(merged[-1].result, merges / "replayed", echo)
-    account["draws"] = _draws(directory / PICTURE, merged[0].weights[0], echo)
+    from m3jax.laboratory import SETTINGS, open_laboratory, programs, word_problems
+    from m3jax.laboratory.experiments import make_papers
+
+    skills = [word_problems(), programs()]
+    setting = setting or SETTINGS["small"]
+    echo(f"Models in {directory / 'models'}: a base that learns a little of two skills, and an expert in each.")
+    lab = open_laboratory(directory, skills, setting, lambda line: echo(f"  {line}"))
+    papers = make_papers(skills, lab.how, SEED)
+    _write_data(directory / "data", papers)
+    account: dict[str, Any] = {"directory": str(directory)}
+    account["models"] = _models(lab, papers, echo)
+    (directory / "recipes").mkdir(exist_ok=True)
+    written = write_recipes(directory / "recipes", lab.places)
+    account["merges"] = _merges(written, directory / "merges", lab, papers, echo)
+    account["exploration"], best = _explore(written[_EXPLORED], directory, lab, papers, echo)
+    account["replay"] = _replay(best, directory / "replayed", echo)
     account["seconds"] = time.perf_counter() - begun
     _say_next(directory, account["seconds"], echo)
     return account
@@ -487,54 +112,130 @@ def _take_over(directory: Path) -> None:
         raise M3Error(f"{directory}: cannot be used: {error.strerror}: give another directory") from error
 
 
-def _models(models: Path, size: Size, echo: Echo) -> dict[str, Any]:
-    begun = time.perf_counter()
-    built = build_models(models, size)
-    seconds = time.perf_counter() - begun
-    seen = inspection.look_at(str(models / BASE))
-    how = f"built in {time_text(seconds)}" if built else "built by an earlier run"
-    echo(f"Models in {models}, {how}: {BASE}, {', '.join(EXPERTS)}.")
-    echo(
-        f"Each is a Llama of {seen.entries / 1e6:.3g} M parameters in bfloat16,"
-        f" {size_text(seen.bytes)} in {count_text(len(seen.files), 'file')}."
-    )
+def _write_data(directory: Path, papers: "Papers") -> None:
+    """The examples as files that `m3jax evaluate` and `m3jax explore` take."""
+    directory.mkdir(exist_ok=True)
+    for split, exams in (("dev", papers.dev), ("test", papers.test)):
+        for skill, exam in exams.items():
+            text = "".join(json.dumps(row) + "\n" for row in exam.rows)
+            (directory / f"{skill}-{split}.jsonl").write_text(text, encoding="utf-8")
+
+
+# --- Scores ------------------------------------------------------------------------------------------------------
+
+
+def _scores(lab: "Laboratory", params: Any, exams: Mapping[str, Any]) -> Scores:
+    from m3jax.laboratory.examining import examine
+
+    generator = lab.pupil.generator(params)
+    return {skill: examine(exam, generator) for skill, exam in exams.items()}
+
+
+def _scores_of(lab: "Laboratory", place: Path, papers: "Papers") -> Scores:
+    from m3jax import decoder
+
+    return _scores(lab, decoder.load_params(place, lab.pupil.config), papers.test)
+
+
+def _cells(scores: Scores) -> str:
+    return "  ".join(f"{scores[skill]:>{max(len(skill), 6)}.1%}" for skill in scores)
+
+
+def _models(lab: "Laboratory", papers: "Papers", echo: Echo) -> dict[str, Any]:
+    from m3jax import inspection
+
+    seen = inspection.look_at(str(lab.places["base"]))
+    count = len(next(iter(papers.test.values())).rows)
+    echo("")
+    echo(f"Each is a Llama of {seen.entries:,} parameters. Right answers to {count} new problems of each skill:")
+    echo(f"  {'':22}{'  '.join(f'{skill:>6}' for skill in papers.test)}")
+    scores = {}
+    for name, place in lab.places.items():
+        scores[name] = _scores_of(lab, place, papers)
+        echo(f"  {name:22}{_cells(scores[name])}")
     return {
-        "directory": str(models),
-        "names": [BASE, *EXPERTS],
-        "built": built,
-        "seconds": seconds,
+        "directories": {name: str(place) for name, place in lab.places.items()},
         "parameters": seen.entries,
-        "bytes": seen.bytes,
-        "files": len(seen.files),
+        "scores": scores,
     }
 
 
-def _merges(recipes: Mapping[str, Path], out: Path, models: Path, shard: int, echo: Echo) -> list[Merged]:
+# --- Merges ------------------------------------------------------------------------------------------------------
+
+
+def _merges(
+    recipes: Mapping[str, Path], out: Path, lab: "Laboratory", papers: "Papers", echo: Echo
+) -> list[dict[str, Any]]:
+    from m3jax.streaming import merge_checkpoint
+
+    out.mkdir(exist_ok=True)
     echo("")
-    echo(f"Merged by M³ into {out}, λ ~ Beta({ALPHA}, {ALPHA}) drawn with seed {SEED}, λ for {EXPERTS[0]}:")
-    wide = max(map(len, recipes))
-    echo(f"  {'':{wide}}  {'λ':>8}  {'time':>6}  {'to a':>5}  {'to b':>5}  digest")
+    echo(f"Merged by M³ into {out}, one draw of λ ~ Beta({ALPHA:g}, {ALPHA:g}) with seed {SEED}:")
     done = []
-    for merge in _merge_all(recipes, out, models, shard):
-        done.append(merge)
-        to_a, to_b = merge.distances
-        echo(
-            f"  {merge.name:{wide}}  {merge.weights[0]:8.6f}  {merge.result.seconds:4.1f} s"
-            f"  {to_a:5.2f}  {to_b:5.2f}  {merge.result.digest[:_DIGITS]}"
-        )
-    echo("  (to a, to b: how far from each expert, where the two are 1 apart)")
+    for name, recipe in recipes.items():
+        result = merge_checkpoint(recipe, out / name, overwrite=True)
+        scores = _scores_of(lab, result.directory, papers)
+        done.append(_told(result, scores))
+        echo(f"  {name:22}{_cells(scores)}  λ = {_ratio(result):.3f}, digest {result.digest[:_DIGITS]}")
     return done
 
 
-def _merged_json(merge: Merged) -> dict[str, Any]:
+def _ratio(result: "MergeResult") -> float:
+    """The weight of the first expert."""
+    (group,) = result.manifest["weights"].values()
+    return float(group["decimal"][0])
+
+
+def _told(result: "MergeResult", scores: Scores) -> dict[str, Any]:
     return {
-        "name": merge.name,
-        "directory": str(merge.result.directory),
-        "weights": list(merge.weights),
-        "seconds": merge.result.seconds,
-        "digest": merge.result.digest,
-        "distances": list(merge.distances),
+        "name": result.directory.name,
+        "directory": str(result.directory),
+        "ratio": _ratio(result),
+        "seconds": result.seconds,
+        "digest": result.digest,
+        "scores": scores,
     }
+
+
+# --- The ratio ---------------------------------------------------------------------------------------------------
+
+
+def _explore(
+    recipe: Path, directory: Path, lab: "Laboratory", papers: "Papers", echo: Echo
+) -> tuple[dict[str, Any], "MergeResult"]:
+    """Draws many ratios, keeps the best on dev examples, and draws its curve."""
+    from m3jax import decoder
+    from m3jax.exploration import explore
+
+    def score(params: Any, _: float) -> Scores:
+        return _scores(lab, decoder.params_from_tree(params, lab.pupil.config), papers.dev)
+
+    for left in ("best", "best.exploration"):
+        shutil.rmtree(directory / left, ignore_errors=True)
+    echo("")
+    echo(f"One draw may be a bad one. Drawing {SAMPLES}, each merged in memory and examined on other problems:")
+    found = explore(recipe, directory / "best", score=score, samples=SAMPLES)
+    ratio = _ratio(found.merge)
+    scores = _scores_of(lab, found.merge.directory, papers)
+    echo(f"  {'best':22}{_cells(scores)}  λ = {ratio:.3f}, digest {found.merge.digest[:_DIGITS]}")
+    trials = [{"weights": list(result.weights["model"]), "dev": dict(result.scores)} for result in found.results]
+    _draw_curve(directory / PICTURE, lab, papers, trials)
+    echo(f"  {count_text(lab.how.points, 'ratio')} and the draws among them: {directory / PICTURE}")
+    return {**_told(found.merge, scores), "trials": trials, "picture": str(directory / PICTURE)}, found.merge
+
+
+def _draw_curve(path: Path, lab: "Laboratory", papers: "Papers", trials: Sequence[Mapping[str, Any]]) -> None:
+    from m3jax.laboratory.experiments import AVERAGE, M3, Job, do
+    from m3jax.laboratory.figures import save_curves
+
+    group = tuple(papers.dev)
+    curve = do(lab, Job("curve", SEED, group, alpha=ALPHA), papers)
+    draws = Job("merge", SEED, group, AVERAGE, alpha=ALPHA)
+    drawn = {"job": draws.name, **draws._asdict(), "group": list(group), "arms": {}, "trials": {M3: list(trials)}}
+    save_curves([curve, drawn], path)
+
+
+# --- Again -------------------------------------------------------------------------------------------------------
 
 
 def _replay(original: "MergeResult", out: Path, echo: Echo) -> dict[str, Any]:
@@ -560,22 +261,6 @@ def _replay(original: "MergeResult", out: Path, echo: Echo) -> dict[str, Any]:
     }
 
 
-def _draws(picture: Path, used: float, echo: Echo) -> dict[str, Any]:
-    draws = draw_ratios()
-    distance, limit = kolmogorov_distance(draws), kolmogorov_limit(draws.size)
-    save_picture(picture, draws, used)
-    echo("")
-    echo(f"Drew λ for {draws.size:,} seeds: Kolmogorov–Smirnov distance from Beta({ALPHA}, {ALPHA}) is {distance:.3f}")
-    echo(f"  (99 of 100 fair samples stay below {limit:.3f}); picture in {picture}")
-    return {
-        "seeds": draws.size,
-        "alpha": ALPHA,
-        "kolmogorov_distance": distance,
-        "limit_99": limit,
-        "picture": str(picture),
-    }
-
-
 def _say_next(directory: Path, seconds: float, echo: Echo) -> None:
     def path(*parts: str) -> str:
         return shlex.quote(str(directory.joinpath(*parts)))
@@ -585,5 +270,6 @@ def _say_next(directory: Path, seconds: float, echo: Echo) -> None:
     echo("")
     echo(f"All in {time_text(seconds)}. Next, try:")
     echo(f"  {command} merge {path('recipes', 'ties.yaml')} {path('mine')} --seed {SEED + 1}")
-    echo(f"  {command} inspect {path('merges', 'ties')} {path('models', EXPERTS[0])}")
-    echo(f"  {command} verify {path('merges', 'ties')}")
+    data = f"--data {path('data', 'arithmetic-test.jsonl')} --template none --max-tokens 32"
+    echo(f"  {command} evaluate {path('mine')} --task gsm8k {data}")
+    echo(f"  {command} inspect {path('best')} {path('models', 'arithmetic')}")

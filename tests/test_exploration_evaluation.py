@@ -10,9 +10,10 @@ import time
 import jax
 import pytest
 from jax.sharding import AxisType
+from tiny_models import TINY, build_models
 
 import m3jax
-from m3jax import bits, cli, demo
+from m3jax import bits, cli
 from m3jax.errors import M3Error
 from m3jax.evaluation import GenerationSettings, get_task, runner
 from m3jax.evaluation.models import load_model
@@ -20,13 +21,13 @@ from m3jax.evaluation.options import check_evaluation
 from m3jax.evaluation.tasks.base import Judgement
 from m3jax.exploration import Evaluation, Optimization, scoring
 
-TINY = demo.Size(vocabulary=320, hidden=32, intermediate=48, layers=1, heads=4, key_value_heads=2, shard=10**9)
+ONE_BLOCK = TINY._replace(layers=1)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     directory = tmp_path_factory.mktemp("models") / "models"
-    demo.build_models(directory, TINY)
+    build_models(directory, ONE_BLOCK)
     rows = [json.dumps({"sentence": f"a fine film {i}", "label": i % 2}) for i in range(8)]
     (directory / "dev.jsonl").write_text("\n".join(rows))
     recipe = {

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tiny_models import TINY, build_models
 
 import m3jax
-from m3jax import demo
 from m3jax.errors import M3Error
 from m3jax.evaluation import tokens
 from m3jax.exploration import Evaluation, Optimization, learn, load_resident
@@ -16,7 +16,7 @@ from m3jax.preparing import prepared
 from m3jax.recipe import load_recipe
 
 NAMES = ("model.layers.0.w", "model.layers.1.w")
-TINY = demo.Size(vocabulary=320, hidden=32, intermediate=48, layers=1, heads=4, key_value_heads=2, shard=10**9)
+ONE_BLOCK = TINY._replace(layers=1)
 
 
 def save(directory, tensors):
@@ -72,7 +72,7 @@ def test_a_loss_that_is_not_finite_is_said(recipe, tmp_path):
 def speakers(tmp_path_factory):
     """Two "models" that are the logits of one next token, whatever the prompt, and dev data of sst2."""
     directory = tmp_path_factory.mktemp("speakers")
-    demo.build_models(directory / "models", TINY)
+    build_models(directory / "models", ONE_BLOCK)
     source = directory / "models" / "expert-a"
     tokenizer = tokens.load_tokenizer("x", source)
     for name, sign in (("a", 1.0), ("b", -1.0)):

@@ -12,21 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from tiny_models import build_models
 
 import m3jax
-from m3jax import cli, demo
+from m3jax import cli
 from m3jax.decoder import DecoderConfig, load_params
 from m3jax.errors import M3Error
 from m3jax.evaluation import GenerationSettings, models
 
-TINY = demo.Size(vocabulary=320, hidden=32, intermediate=48, layers=2, heads=4, key_value_heads=2, shard=10**9)
 ROWS = [{"sentence": f"a fine film {'very ' * i}", "label": i % 2} for i in range(5)]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     directory = tmp_path_factory.mktemp("models") / "models"
-    demo.build_models(directory, TINY)
+    build_models(directory)
     (directory / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
     return directory
 

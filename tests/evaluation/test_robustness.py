@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import build_models
 
 import m3jax
 from evaluation.support import real_file
-from m3jax import cli, demo
+from m3jax import cli
 from m3jax.errors import M3Error
 from m3jax.evaluation import Completion, GenerationSettings, get_task, load_rows, models
 from m3jax.evaluation.attacks import trial
@@ -21,7 +22,6 @@ from m3jax.evaluation.attacks.subject import find_subject
 from m3jax.evaluation.attacks.trial import attack_task
 from m3jax.evaluation.robustness import DEFAULT_ATTACKS, make_plan
 
-TINY = demo.Size(vocabulary=320, hidden=32, intermediate=48, layers=2, heads=4, key_value_heads=2, shard=10**9)
 ROWS = [{"sentence": f"film number {i}, {'very ' * i}fine {{x}}", "label": i % 2} for i in range(8)]
 SST2 = get_task("sst2")
 PROMPT = "Classify the sentiment of the sentence as 'positive' or 'negative'. Answer with one word.\nSentence: "
@@ -71,7 +71,11 @@ def test_where_a_task_has_no_words_the_templates_are_attacked():
     assert (own.prompt, own.template, own.contents[2]) == ("Work out: {content}", "wizardmath", "How many is 2?")
     for options in ({"template": "none"}, {"template": "chat"}):
         with pytest.raises(M3Error, match="has no words of its own to attack: give such with --prompt"):
-            find_subject(get_task("gsm8k"), rows, **options)
+            attack_task(get_task("gsm8k"), rows, generator_of(bool), make_plan(), **options)
+    found = attack_task(
+        get_task("gsm8k"), rows, generator_of(bool), make_plan(attacks=(), shifts=["typos"]), template="none"
+    )
+    assert [one.shift for one in found.shifts] == ["typos"]  # which need no words
     with pytest.raises(M3Error, match=r"should have \{content\} in it once"):
         find_subject(SST2, ROWS, prompt="Good or bad?")
 
@@ -257,7 +261,7 @@ def test_tasks_that_cannot_be_attacked():
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     directory = tmp_path_factory.mktemp("models") / "models"
-    demo.build_models(directory, TINY)
+    build_models(directory)
     (directory / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
     return directory
 

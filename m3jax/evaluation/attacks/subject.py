@@ -61,7 +61,7 @@ def find_subject(
         limit: Take the first so many examples only.
 
     Raises:
-        M3Error: The rows are not of the task, or there are no words to attack.
+        M3Error: The rows are not of the task, or the prompt has no one place for an example.
     """
     template = template or task.template
     examples = tuple(task.read(rows)[:limit])
@@ -77,8 +77,6 @@ def find_subject(
     folded = not Wording.of(own).words and template != CHAT
     if folded:
         own, template = render(template, own), "none"
-    if not Wording.of(own).words:
-        raise M3Error(f"{task.name} has no words of its own to attack: give such with --prompt, {CONTENT} in them")
     return Subject(own, template, examples, contents, _labels(task, rows[0]), folded)
 
 

@@ -286,6 +286,8 @@ def _shift(shift: Shift, bench: _Bench, key: Any, tokenizer: Any, tell: Tell | N
 
 
 def _check(task: Task, subject: Subject, plan: Plan) -> None:
+    if plan.attacks and not Wording.of(subject.prompt).words:
+        raise M3Error(f"{task.name} has no words of its own to attack: give such with --prompt, {CONTENT} in them")
     if task.judged_elsewhere:
         raise M3Error(f"{task.name} is judged elsewhere, so that no accuracy can be attacked: take another task")
     breaking = [shift.name for shift in plan.shifts if task.runs_code and not shift.keeps_code]

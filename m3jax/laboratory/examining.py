@@ -1,0 +1,161 @@
+"""Examinations: how much of each skill a model in memory has, as it is, under other inputs, and under attack."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from m3jax.decoder import DecoderConfig
+from m3jax.evaluation import Example, Execution, Judgement, Task, evaluate_task, get_task, why_no_sandbox
+from m3jax.evaluation.attacks.trial import attack_task
+from m3jax.evaluation.data import Row
+from m3jax.evaluation.models import LanguageModel, make_generator
+from m3jax.evaluation.protocol import GenerationSettings, Generator
+from m3jax.evaluation.robustness import make_plan
+from m3jax.evaluation.tasks.base import Judge, each
+from m3jax.laboratory.skills import TEMPLATE, Skill
+
+BATCH_SIZE = 128
+
+# What the adversary of each task does: the paper's attack on the prompt, or what may befall an input without one.
+_ADVERSARIES: Mapping[str, Mapping[str, Any]] = {
+    "sst2": {"attacks": ("deepwordbug",)},
+    "gsm8k": {"attacks": (), "shifts": ("typos",)},
+    "mbpp": {"attacks": (), "shifts": ("paraphrase",)},
+}
+_PROFILE = "m3-paper"
+
+
+class Exam(NamedTuple):
+    """Examples of a skill.
+
+    Attributes:
+        skill: Its name.
+        task: The task that judges; what it has judged it remembers.
+        rows: The examples, as the task's data files have them.
+        examples: The same, as the task reads them.
+        settings: How answers are written.
+    """
+
+    skill: str
+    task: Task
+    rows: list[Row]
+    examples: list[Example]
+    settings: GenerationSettings
+
+
+class Pupil(NamedTuple):
+    """What all models of a laboratory share.
+
+    Attributes:
+        config: The decoder.
+        tokenizer: A transformers tokenizer.
+    """
+
+    config: DecoderConfig
+    tokenizer: Any
+
+    def generator(self, params: Any) -> Generator:
+        """A model that writes.
+
+        Args:
+            params: The decoder's parameters.
+        """
+        model = LanguageModel("model", params, self.config, self.tokenizer)
+        return make_generator(model, "truncate", batch_size=BATCH_SIZE)
+
+
+def remembering(judge: Judge) -> Judge:
+    """The same judge, who does not run again what was written before.
+
+    Args:
+        judge: Whose judgements depend on an example and a text alone.
+    """
+    known: dict[tuple[str, str, str], Judgement] = {}
+
+    def remembered(examples: Sequence[Example], texts: Sequence[str], execution: Execution) -> list[Judgement]:
+        asked = [(e.id, e.instruction, text) for e, text in zip(examples, texts, strict=True)]
+        fresh = {key: place for place, key in enumerate(asked) if key not in known}
+        places = list(fresh.values())
+        found = judge([examples[i] for i in places], [texts[i] for i in places], execution) if places else []
+        known.update(zip(fresh, found, strict=True))
+        return [known[key] for key in asked]
+
+    return remembered
+
+
+def _by_text(example: Example, text: str) -> Judgement:
+    """Where programs cannot be run safely, only the text of the lesson is right."""
+    said = text.strip()
+    return Judgement(said == example.gold.strip(), said or None)
+
+
+def make_exam(skill: Skill, split: str, count: int, seed: int) -> Exam:
+    """Examples of a split.
+
+    Args:
+        skill: The skill.
+        split: Of `SPLITS`.
+        count: How many.
+        seed: Which.
+    """
+    rows = skill.rows(split, count, seed)
+    task = get_task(skill.task)
+    settings = task.settings._replace(max_tokens=skill.max_tokens)
+    if task.runs_code and why_no_sandbox() is not None:
+        task = task._replace(judge=each(_by_text), runs_code=False)
+    return Exam(skill.name, task._replace(judge=remembering(task.judge)), rows, task.read(rows), settings)
+
+
+def examine(exam: Exam, generator: Generator) -> float:
+    """The share of an exam's examples that a model does right.
+
+    Args:
+        exam: The exam.
+        generator: The model.
+    """
+    summary = evaluate_task(
+        exam.task,
+        exam.examples,
+        generator,
+        template=TEMPLATE,
+        settings=exam.settings,
+        batch_size=BATCH_SIZE,
+        run_code=True,
+    )
+    assert summary.accuracy is not None  # nothing is skipped
+    return summary.accuracy
+
+
+class Resistance(NamedTuple):
+    """What an adversary leaves of a skill.
+
+    Attributes:
+        adversary: What it did.
+        clean: Accuracy without it.
+        attacked: Accuracy under it.
+    """
+
+    adversary: str
+    clean: float
+    attacked: float
+
+
+def resist(exam: Exam, generator: Generator, seed: int) -> Resistance:
+    """What is left of a model's skill under its adversary.
+
+    Args:
+        exam: The examples.
+        generator: The model.
+        seed: Of the adversary's choices.
+    """
+    plan = make_plan(**_ADVERSARIES[exam.task.name], profile=_PROFILE, key=seed, limit=len(exam.rows))
+    found = attack_task(
+        exam.task,
+        exam.rows,
+        generator,
+        plan,
+        template=TEMPLATE,
+        settings=exam.settings,
+    )
+    drops = [(one.attack, one.drop) for one in found.attacks] + [(one.shift, one.drop) for one in found.shifts]
+    ((adversary, drop),) = drops
+    return Resistance(adversary, drop.clean, drop.attacked)

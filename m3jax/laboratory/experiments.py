@@ -1,0 +1,346 @@
+"""The paper's tables on the laboratory's models: every method with and without M³ and DARE, at equal budgets.
+
+Each experiment is one merge method on one group of experts with one seed, which decides the examples, the draws and the
+masks. Ratios are chosen on dev examples; what is reported is measured on others.
+
+References:
+    Zhou et al., Mixup Model Merge, arXiv 2502.15434, 2025.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+
+from m3jax import decoder
+from m3jax.exploration.resident import Resident, load_resident
+from m3jax.exploration.samples import Space, space_of
+from m3jax.exploration.strategies import Trial, pursue, strategy_of
+from m3jax.laboratory.examining import Exam, Pupil, examine, make_exam, resist
+from m3jax.laboratory.models import BASE
+from m3jax.laboratory.skills import Skill
+from m3jax.planning import WHOLE_MODEL
+from m3jax.preparing import prepared
+from m3jax.recipe import load_recipe
+
+Group = tuple[str, ...]
+Weights = tuple[float, ...]
+
+AVERAGE, TASK_ARITHMETIC, TIES = "average", "task arithmetic", "TIES"
+METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        AVERAGE: {"merge_method": "linear"},
+        TASK_ARITHMETIC: {"merge_method": "task_arithmetic"},
+        TIES: {
+            "merge_method": "ties",
+            "parameters": {"density": 0.5, "trim_scope": "model", "sign_election": "unweighted"},
+        },
+    }
+)
+_DARE = {"sparsify": {"method": "dare", "density": 0.8}}
+
+EQUAL, TUNED, DRAW, M3 = "equal", "tuned", "draw", "m3"
+"""How the ratio is found: not at all, on a grid, drawn once, drawn as often as the grid has points."""
+
+
+class Settings(NamedTuple):
+    """How much is measured.
+
+    Attributes:
+        seeds: Repetitions, each with examples, draws and masks of its own.
+        first: The first of the seeds; the others follow.
+        samples: Evaluations on dev examples that a choice of ratio may cost.
+        alpha: Of Beta(α, α).
+        alphas: Others, tried on average merging.
+        dev: Examples of each skill that ratios are chosen on.
+        test: Examples of each skill that are reported, and as many out of distribution.
+        attacked: Examples of each skill that adversaries work on.
+        points: Of the curve over λ.
+    """
+
+    seeds: int = 5
+    first: int = 0
+    samples: int = 8
+    alpha: float = 0.5
+    alphas: tuple[float, ...] = (0.2, 1.0, 2.0, 5.0)
+    dev: int = 64
+    test: int = 128
+    attacked: int = 64
+    points: int = 21
+
+
+class Job(NamedTuple):
+    """One line of the ledger.
+
+    Attributes:
+        kind: "models" (base and experts), "merge", "alpha" or "curve".
+        seed: Of examples, draws and masks.
+        group: The experts.
+        method: Of `METHODS`.
+        dare: Whether task vectors are sparsified first.
+        alpha: Of Beta(α, α).
+    """
+
+    kind: str
+    seed: int
+    group: Group = ()
+    method: str = AVERAGE
+    dare: bool = False
+    alpha: float = 0.5
+
+    @property
+    def name(self) -> str:
+        """What the ledger knows it by."""
+        parts = [self.kind, *("+".join(self.group),), self.method, "DARE" if self.dare else "", f"{self.alpha:g}"]
+        told = parts if self.kind == "merge" else [*parts[:2], parts[4]] if self.kind == "alpha" else parts[:2]
+        return ", ".join(part for part in [*told, f"seed {self.seed}"] if part)
+
+
+def groups_of(names: Sequence[str]) -> list[Group]:
+    """All pairs of experts, and all of them together.
+
+    Args:
+        names: The experts.
+
+    Example:
+        >>> groups_of(["a", "b", "c"])
+        [('a', 'b'), ('a', 'c'), ('b', 'c'), ('a', 'b', 'c')]
+    """
+    pairs: list[Group] = list(itertools.combinations(names, 2))
+    return pairs if len(names) == 2 else [*pairs, tuple(names)]
+
+
+def jobs_of(names: Sequence[str], how: Settings) -> list[Job]:
+    """All that is to be done, one seed after the other.
+
+    Args:
+        names: The experts.
+        how: How much.
+    """
+    groups = groups_of(names)
+    pairs = [group for group in groups if len(group) == 2]
+    jobs = [Job("curve", how.first, group, alpha=how.alpha) for group in pairs]
+    for seed in range(how.first, how.first + how.seeds):
+        jobs.append(Job("models", seed, tuple(names)))
+        jobs += [
+            Job("merge", seed, group, method, dare, how.alpha)
+            for group, method, dare in itertools.product(groups, METHODS, (False, True))
+        ]
+        jobs += [Job("alpha", seed, group, alpha=alpha) for group, alpha in itertools.product(pairs, how.alphas)]
+    return jobs
+
+
+class Papers(NamedTuple):
+    """One seed's examinations, by skill.
+
+    Attributes:
+        dev: Those that ratios are chosen on.
+        test: Those that are reported.
+        shifted: Those out of distribution.
+        attacked: Those that adversaries work on.
+    """
+
+    dev: dict[str, Exam]
+    test: dict[str, Exam]
+    shifted: dict[str, Exam]
+    attacked: dict[str, Exam]
+
+
+def make_papers(skills: Sequence[Skill], how: Settings, seed: int) -> Papers:
+    """The examinations of a seed.
+
+    Args:
+        skills: What is examined.
+        how: How large they are.
+        seed: Which.
+
+    Raises:
+        M3Error: There are not as many examples.
+    """
+
+    def exams(split: str, count: int) -> dict[str, Exam]:
+        return {skill.name: make_exam(skill, split, count, seed) for skill in skills}
+
+    test = exams("test", how.test)
+    attacked = exams("test", min(how.attacked, how.test))
+    return Papers(exams("dev", how.dev), test, exams("shifted", how.test), attacked)
+
+
+class Laboratory(NamedTuple):
+    """What experiments are done with.
+
+    Attributes:
+        places: The model directories: "base", and the experts by skill.
+        pupil: What the models share.
+        how: How much is measured.
+        work: A directory in which nothing is written, as merges stay in memory.
+    """
+
+    places: Mapping[str, Path]
+    pupil: Pupil
+    how: Settings
+    work: Path
+
+
+def recipe_of(job: Job, places: Mapping[str, Path]) -> dict[str, Any]:
+    """The recipe of a job's merges, as `m3jax merge` takes it.
+
+    Args:
+        job: The job.
+        places: The model directories.
+    """
+    has_base = job.dare or job.method != AVERAGE
+    return {
+        **METHODS[job.method],
+        **({"base_model": str(places[BASE])} if has_base else {}),
+        "models": [str(places[name]) for name in job.group],
+        **(_DARE if job.dare else {}),
+        "mixup": {"alpha": job.alpha},
+        "seed": job.seed,
+        "dtype": "float32",
+    }
+
+
+def equal_weights(job: Job) -> Weights:
+    """What the method takes where nobody chooses: 1 each in task arithmetic, else an even share.
+
+    Args:
+        job: The job.
+    """
+    return (1.0 if job.method == TASK_ARITHMETIC else 1.0 / len(job.group),) * len(job.group)
+
+
+class _Bench:
+    """The merges of one job, made in memory and examined, and how long both took."""
+
+    def __init__(self, lab: Laboratory, job: Job, papers: Papers, resident: Resident, space: Space) -> None:
+        self.lab, self.job, self.papers, self.resident, self.space = lab, job, papers, resident, space
+        self.merging: list[float] = []
+        self.examining: list[float] = []
+
+    def params(self, weights: Weights) -> Any:
+        """The merge with these weights, as the decoder takes it."""
+        begun = time.perf_counter()
+        merged: Any = jax.block_until_ready(self.resident.merge({WHOLE_MODEL: weights}))  # type: ignore[no-untyped-call]
+        self.merging.append(time.perf_counter() - begun)
+        return decoder.params_from_tree(merged, self.lab.pupil.config)
+
+    def dev(self, weights: Weights) -> dict[str, float]:
+        """Scores on the dev examples."""
+        generator = self.lab.pupil.generator(self.params(weights))
+        begun = time.perf_counter()
+        scores = {name: examine(self.papers.dev[name], generator) for name in self.job.group}
+        self.examining.append(time.perf_counter() - begun)
+        return scores
+
+    def search(self, strategy: str) -> list[dict[str, Any]]:
+        """The trials of a strategy with their scores."""
+        trials: list[dict[str, Any]] = []
+
+        def worth(trial: Trial) -> float:
+            weights = trial.weights[WHOLE_MODEL]
+            trials.append({"weights": list(weights), "dev": self.dev(weights)})
+            return mean(trials[-1]["dev"])
+
+        pursue(strategy_of(strategy, self.space, self.lab.how.samples), worth)
+        return trials
+
+    def outcome(self, weights: Weights) -> dict[str, Any]:
+        """All that is reported of a merge."""
+        return {"weights": list(weights), **measure(self.lab, self.params(weights), self.papers, self.job)}
+
+    def seconds(self) -> dict[str, float]:
+        """Typical times of one merge and of examining it; the first of each is compiled, and does not count."""
+        return {
+            "merge": statistics.median(self.merging[1:] or self.merging),
+            "examination": statistics.median(self.examining[1:] or self.examining or [0.0]),
+        }
+
+
+def mean(scores: Mapping[str, float]) -> float:
+    """Of the skills' scores.
+
+    Args:
+        scores: By skill.
+    """
+    return sum(scores.values()) / len(scores)
+
+
+def measure(lab: Laboratory, params: Any, papers: Papers, job: Job) -> dict[str, Any]:
+    """What is reported of a model: its scores on test examples, out of distribution and under its adversaries.
+
+    Args:
+        lab: The laboratory.
+        params: The decoder's parameters.
+        papers: The examinations.
+        job: Whose skills are examined.
+    """
+    generator = lab.pupil.generator(params)
+    return {
+        "test": {name: examine(papers.test[name], generator) for name in job.group},
+        "shifted": {name: examine(papers.shifted[name], generator) for name in job.group},
+        "resistance": {name: resist(papers.attacked[name], generator, job.seed)._asdict() for name in job.group},
+    }
+
+
+def best(trials: Sequence[Mapping[str, Any]]) -> Weights:
+    """The weights with the best mean score; the first of equals.
+
+    Args:
+        trials: With their scores on dev examples.
+    """
+    return tuple(max(trials, key=lambda trial: mean(trial["dev"]))["weights"])
+
+
+def _merge(bench: _Bench) -> dict[str, Any]:
+    tuned, drawn = bench.search("grid"), bench.search("draw")
+    chosen = {EQUAL: equal_weights(bench.job), TUNED: best(tuned), DRAW: tuple(drawn[0]["weights"]), M3: best(drawn)}
+    outcomes = {weights: bench.outcome(weights) for weights in dict.fromkeys(chosen.values())}
+    return {"arms": {arm: outcomes[weights] for arm, weights in chosen.items()}, "trials": {TUNED: tuned, M3: drawn}}
+
+
+def _alpha(bench: _Bench) -> dict[str, Any]:
+    drawn = bench.search("draw")
+    chosen = best(drawn)
+    generator = bench.lab.pupil.generator(bench.params(chosen))
+    test = {name: examine(bench.papers.test[name], generator) for name in bench.job.group}
+    return {"arms": {M3: {"weights": list(chosen), "test": test}}, "trials": {M3: drawn}}
+
+
+def _curve(bench: _Bench) -> dict[str, Any]:
+    points = bench.lab.how.points
+    ratios = [place / (points - 1) for place in range(points)]
+    return {"curve": [{"weights": [ratio, 1 - ratio], "dev": bench.dev((ratio, 1 - ratio))} for ratio in ratios]}
+
+
+def _models(lab: Laboratory, papers: Papers, job: Job) -> dict[str, Any]:
+    config = lab.pupil.config
+    return {
+        "models": {
+            name: measure(lab, decoder.load_params(place, config), papers, job) for name, place in lab.places.items()
+        }
+    }
+
+
+def do(lab: Laboratory, job: Job, papers: Papers) -> dict[str, Any]:
+    """One line of the ledger.
+
+    Args:
+        lab: The laboratory.
+        job: What is to be done.
+        papers: The examinations of the job's seed.
+    """
+    begun = time.perf_counter()
+    told = {"job": job.name, **job._asdict(), "group": list(job.group)}
+    if job.kind == "models":
+        return {**told, **_models(lab, papers, job), "seconds": {"job": time.perf_counter() - begun}}
+    recipe = load_recipe(recipe_of(job, lab.places))
+    with prepared(recipe, lab.work / "merge") as ready:
+        bench = _Bench(lab, job, papers, load_resident(ready, job.seed), space_of(recipe, ready.plan))
+    done = {"merge": _merge, "alpha": _alpha, "curve": _curve}[job.kind](bench)
+    return {**told, **done, "seconds": {**bench.seconds(), "job": time.perf_counter() - begun}}

@@ -1,0 +1,177 @@
+"""All that a ledger of experiments says, whole or not: scores, costs, claims, and what is missing."""
+
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from m3jax.errors import M3Error
+from m3jax.laboratory.claims import Claim, claims_of
+from m3jax.laboratory.experiments import AVERAGE, DRAW, EQUAL, M3, TASK_ARITHMETIC, TUNED, Job, Settings, jobs_of
+from m3jax.laboratory.outcomes import (
+    Cell,
+    Depth,
+    Line,
+    ModelCell,
+    Outcome,
+    Shape,
+    cells_of,
+    depths_of,
+    distinct,
+    models_of,
+    outcomes,
+    shapes_of,
+)
+
+_KINDS = ("models", "merge", "alpha", "curve")
+_ARMS = (EQUAL, TUNED, DRAW, M3)
+
+
+class Cost(NamedTuple):
+    """What merges and choices cost.
+
+    Attributes:
+        merge: Median seconds of a merge in memory.
+        examination: Median seconds of one examination on dev examples.
+        evaluations: Examinations for one choice of ratio: arm, number of experts, how many.
+    """
+
+    merge: float | None
+    examination: float | None
+    evaluations: tuple[tuple[str, int, int], ...]
+
+
+class Findings(NamedTuple):
+    """All that is reported.
+
+    Attributes:
+        about: How it was made.
+        seeds: Those that were measured.
+        missing: Experiments, or arms of them, that were to be done and are not there.
+        models: What base and experts scored.
+        cells: What every arm scored, by group, method and DARE.
+        groups: The same over methods, with DARE and without.
+        shapes: What each α gave.
+        depths: What more draws gave.
+        cost: What it cost.
+        coinciding: Choices that average merging and task arithmetic both made, and those that scored the same.
+        claims: What follows.
+    """
+
+    about: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    missing: tuple[str, ...]
+    models: tuple[ModelCell, ...]
+    cells: tuple[Cell, ...]
+    groups: tuple[Cell, ...]
+    shapes: tuple[Shape, ...]
+    depths: tuple[Depth, ...]
+    cost: Cost
+    coinciding: tuple[int, int]
+    claims: tuple[Claim, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain data for JSON."""
+        return {name: _plain(value) for name, value in self._asdict().items()}
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(one) for one in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def find(lines: Iterable[Line], about: Mapping[str, Any]) -> Findings:
+    """All that is to be reported of a ledger, whole or not.
+
+    Args:
+        lines: The ledger.
+        about: How it was made.
+
+    Raises:
+        M3Error: It holds no experiment.
+    """
+    there = distinct(lines, *_KINDS)
+    if not there:
+        raise M3Error("the ledger holds no experiment, so there is nothing to report: run the laboratory first")
+    found = outcomes(there)
+    return Findings(
+        about=about,
+        seeds=tuple(sorted({line["seed"] for line in there})),
+        missing=tuple(_missing(there, about)),
+        models=tuple(models_of(there)),
+        cells=tuple(cells_of(found)),
+        groups=tuple(cells_of(found, whole=True)),
+        shapes=tuple(shapes_of(there)),
+        depths=tuple(depths_of(there)),
+        cost=_cost(there),
+        coinciding=_coinciding(found),
+        claims=claims_of(there),
+    )
+
+
+def _missing(lines: Sequence[Line], about: Mapping[str, Any]) -> Iterator[str]:
+    """What the settings, or else the ledger itself, let expect and what is not there."""
+    there = {_identity(line): line for line in lines}
+    for job in jobs_of(_names(lines), _settings(lines, about)):
+        line = there.get(_identity(job._asdict()))
+        if line is None:
+            yield job.name
+        elif job.kind in ("merge", "alpha"):
+            arms = line.get("arms", {})
+            yield from (f"{job.name}: arm {arm}" for arm in _arms(job) if arm not in arms)
+        elif not line.get(job.kind):
+            yield f"{job.name}: its scores"
+
+
+def _arms(job: Job) -> tuple[str, ...]:
+    return _ARMS if job.kind == "merge" else (M3,)
+
+
+def _identity(line: Line) -> tuple[Any, ...]:
+    if line["kind"] == "curve":  # one seed is enough
+        return (line["kind"], frozenset(line["group"]))
+    details = (line["method"], line["dare"], line["alpha"]) if line["kind"] in ("merge", "alpha") else ()
+    return (line["kind"], line["seed"], frozenset(line["group"]), *details)
+
+
+def _names(lines: Sequence[Line]) -> list[str]:
+    """All experts, in the order of the largest group."""
+    groups = sorted((line["group"] for line in lines), key=len, reverse=True)
+    return list(dict.fromkeys(name for group in groups for name in group))
+
+
+def _settings(lines: Sequence[Line], about: Mapping[str, Any]) -> Settings:
+    seen: dict[str, Any] = {
+        "alphas": tuple(sorted({line["alpha"] for line in lines if line["kind"] == "alpha"})),
+    }
+    if merges := [line["alpha"] for line in lines if line["kind"] == "merge"]:
+        seen["alpha"] = merges[0]
+    told = about.get("settings") or {}
+    how = Settings(**{**seen, **{name: told[name] for name in Settings._fields if name in told}})
+    seeds = {line["seed"] for line in lines} | set(range(how.first, how.first + how.seeds) if "seeds" in told else ())
+    return how._replace(first=min(seeds), seeds=max(seeds) - min(seeds) + 1)
+
+
+def _cost(lines: Sequence[Line]) -> Cost:
+    def typical(what: str) -> float | None:
+        seconds = [line["seconds"][what] for line in lines if what in line.get("seconds", {})]
+        return statistics.median(seconds) if seconds else None
+
+    evaluations = {
+        (arm, len(line["group"]), len(trials)) for line in lines for arm, trials in line.get("trials", {}).items()
+    }
+    return Cost(typical("merge"), typical("examination"), tuple(sorted(evaluations)))
+
+
+def _coinciding(found: Sequence[Outcome]) -> tuple[int, int]:
+    """With weights that sum to 1, average merging and task arithmetic are the same model up to rounding."""
+    by_choice: dict[tuple[Any, ...], dict[str, float | None]] = {}
+    for one in found:
+        if one.kind == "merge" and one.arm != EQUAL:
+            by_choice.setdefault((one.seed, one.group, one.dare, one.arm), {})[one.method] = one.test
+    both = [by for by in by_choice.values() if AVERAGE in by and TASK_ARITHMETIC in by]
+    return len(both), sum(by[AVERAGE] == by[TASK_ARITHMETIC] for by in both)

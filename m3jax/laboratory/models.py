@@ -1,0 +1,162 @@
+"""The laboratory's models: a base that has seen a little of every skill, and experts in one each."""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from m3jax import decoder
+from m3jax.decoder import DecoderConfig
+from m3jax.errors import M3Error, saying_what_failed
+from m3jax.evaluation.records import write_whole
+from m3jax.laboratory.skills import Skill
+from m3jax.laboratory.training import Course, Size, Tell, Text, encode, make_config, make_tokenizer, train
+
+BASE = "base"
+TRAINING = "training.json"
+_PRIMER = 20_000  # texts of each skill that the tokenizer learns from
+
+
+class Curriculum(NamedTuple):
+    """How base and experts are made.
+
+    Attributes:
+        size: How large they are.
+        lessons: Lessons of each skill, at most.
+        base: How the base is trained, on all skills.
+        expert: How an expert is trained from there, on one.
+        seed: Of lessons, first weights and orders.
+    """
+
+    size: Size
+    lessons: int
+    base: Course
+    expert: Course
+    seed: int = 0
+
+
+def make_models(directory: Path, skills: Sequence[Skill], how: Curriculum, tell: Tell) -> dict[str, Path]:
+    """Trains a base and an expert in each skill, as Hugging Face directories; those that are there are kept.
+
+    Args:
+        directory: Where they go, each under its name; made if it is not there.
+        skills: What is learned.
+        how: How.
+        tell: Told in lines how far it is.
+
+    Returns:
+        The directories: "base", and the experts by their skills.
+
+    Raises:
+        M3Error: The directory holds models that were made otherwise, or cannot be used.
+    """
+    places = {name: directory / name for name in (BASE, *(skill.name for skill in skills))}
+    _take(directory, {"skills": [skill.name for skill in skills], **json.loads(json.dumps(how._asdict()))})
+    if all(map(_is_whole, places.values())):
+        return places
+    lessons = {skill.name: skill.lessons(skill.rows("train", how.lessons, how.seed)) for skill in skills}
+    tokenizer = make_tokenizer([p + a for all_ in lessons.values() for p, a in all_[:_PRIMER]], how.size.vocabulary)
+    texts = {name: encode(tokenizer, all_) for name, all_ in lessons.items()}
+    entries = make_config(how.size._replace(vocabulary=len(tokenizer)))
+    config = DecoderConfig.from_dict(entries)
+
+    def teach(name: str, start: Any, about: list[Any], course: Course) -> Any:
+        if not _is_whole(places[name]):
+            tell(f"training {name}: {course.steps} steps of {course.batch} texts")
+            begun = time.perf_counter()
+            learned = train(start, config, about, course._replace(seed=how.seed), tell)
+            spent = {**course._asdict(), "seconds": time.perf_counter() - begun}
+            save_model(places[name], learned, config, entries, tokenizer, {TRAINING: spent})
+        return decoder.load_params(places[name], config)
+
+    seen = [text for skill in skills for text in _part(texts[skill.name], skill.seen)]
+    base = teach(BASE, decoder.random_params(config, how.seed), seen, how.base)
+    for skill in skills:
+        teach(skill.name, base, texts[skill.name], how.expert)
+    return places
+
+
+def _part(texts: Sequence[Text], share: float) -> Sequence[Text]:
+    return texts[: math.ceil(share * len(texts))]
+
+
+def _take(directory: Path, made: Mapping[str, Any]) -> None:
+    """Notes how models are made, and refuses a directory whose models were made otherwise."""
+    note = directory / "curriculum.json"
+    with saying_what_failed(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        known = note.read_text(encoding="utf-8") if note.exists() else None
+        text = json.dumps(made, indent=2) + "\n"
+        if (known is None and any(directory.iterdir())) or known not in (None, text):
+            raise M3Error(f"{directory}: holds models that were made otherwise, or something else: give another place")
+        if known is None:
+            write_whole(note, text)
+
+
+def _is_whole(place: Path) -> bool:
+    return (place / "config.json").is_file()
+
+
+def save_model(
+    place: Path,
+    params: Any,
+    config: DecoderConfig,
+    entries: Mapping[str, Any],
+    tokenizer: Any,
+    notes: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Writes a model directory, which appears whole.
+
+    Args:
+        place: The directory.
+        params: The decoder's parameters.
+        config: The decoder.
+        entries: The content of config.json.
+        tokenizer: A transformers tokenizer.
+        notes: Further JSON files, by name.
+
+    Raises:
+        M3Error: It cannot be written.
+    """
+    partial = place.with_name(f"{place.name}.partial")
+    told = {"config.json": entries, "generation_config.json": {"eos_token_id": entries["eos_token_id"]}, **notes}
+    shutil.rmtree(partial, ignore_errors=True)
+    with saying_what_failed(place):
+        partial.mkdir(parents=True)
+        tokenizer.save_pretrained(partial)
+        save_file(stored(params, config), partial / "model.safetensors", metadata={"format": "pt"})
+        for name, content in told.items():
+            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        partial.rename(place)
+
+
+def stored(params: Any, config: DecoderConfig) -> dict[str, np.ndarray]:
+    """A Llama's parameters under Hugging Face's names.
+
+    Args:
+        params: The decoder's parameters; input and output embeddings are the same.
+        config: The decoder.
+    """
+    width = config.hidden_size
+    tensors = {
+        "model.embed_tokens.weight": params["embedding"]["weight"],
+        "model.norm.weight": params["norm"]["weight"],
+    }
+    for number, block in params["layers"].items():
+        at = f"model.layers.{number}"
+        attention, feed = block["attention"], block["feed_forward"]
+        for part in ("query", "key", "value"):
+            tensors[f"{at}.self_attn.{part[0]}_proj.weight"] = attention[part]["weight"].reshape(-1, width)
+        tensors[f"{at}.self_attn.o_proj.weight"] = attention["output"]["weight"].reshape(width, -1)
+        for part in ("gate", "up", "down"):
+            tensors[f"{at}.mlp.{part}_proj.weight"] = feed[part]["weight"]
+        tensors[f"{at}.input_layernorm.weight"] = block["attention_norm"]["weight"]
+        tensors[f"{at}.post_attention_layernorm.weight"] = block["feed_forward_norm"]["weight"]
+    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}

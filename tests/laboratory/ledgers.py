@@ -1,0 +1,95 @@
+"""Ledgers whose truth is known, made from a seed instead of models."""
+
+import random
+
+from m3jax.laboratory.experiments import DRAW, EQUAL, M3, TASK_ARITHMETIC, TUNED, Settings, best, jobs_of
+
+SKILLS = ("sentiment", "arithmetic", "programs")
+SETTINGS = Settings()
+LEVEL = 0.6
+
+
+def make_ledger(arms=None, *, dare=0.0, resistance=None, alphas=None, noise=0.01, how=SETTINGS, names=SKILLS):
+    """A line for every job.
+
+    Args:
+        arms: What each arm adds to test scores.
+        dare: What DARE adds to them.
+        resistance: What share of clean accuracy each arm keeps under adversaries.
+        alphas: What each α adds to the score of its best draw.
+        noise: Standard deviation of each score.
+        how: How much is measured.
+        names: The skills.
+    """
+    arms, resistance, alphas = arms or {}, resistance or {}, alphas or {}
+
+    def line(job):
+        chance = random.Random(job.name)
+        told = {"job": job.name, **job._asdict(), "group": list(job.group)}
+        seconds = {"merge": 0.002, "examination": 0.5, "job": 30.0}
+        if job.kind == "models":
+            models = {name: measured(job, 0.3 + 0.1 * i, 0.8, chance) for i, name in enumerate(("base", *names))}
+            return {**told, "models": models, "seconds": {"job": 9.0}}
+        if job.kind == "curve":
+            ratios = [place / (how.points - 1) for place in range(how.points)]
+            curve = [{"weights": [ratio, 1 - ratio], "dev": dev(job, (ratio, 1 - ratio))} for ratio in ratios]
+            return {**told, "curve": curve, "seconds": seconds}
+        drawn = [trial(job, weights(job, chance)) for _ in range(how.samples)]
+        if job.kind == "alpha":
+            outcome = scored(job, M3, alphas.get(job.alpha, 0.0), best(drawn), chance)
+            arm = {name: outcome[name] for name in ("weights", "test")}
+            return {**told, "arms": {M3: arm}, "trials": {M3: drawn}, "seconds": seconds}
+        steps = how.samples - 1 if len(job.group) == 2 else 2 if how.samples >= 6 else 1
+        grid = [trial(job, one) for one in lattice(len(job.group), steps)]
+        even = (1.0 if job.method == TASK_ARITHMETIC else 1 / len(job.group),) * len(job.group)
+        chosen = {EQUAL: even, TUNED: best(grid), DRAW: drawn[0]["weights"], M3: best(drawn)}
+        outcomes = {arm: scored(job, arm, arms.get(arm, 0.0) + dare * job.dare, chosen[arm], chance) for arm in chosen}
+        return {**told, "arms": outcomes, "trials": {TUNED: grid, M3: drawn}, "seconds": seconds}
+
+    def measured(job, level, kept, chance):
+        def near(value):
+            return min(max(value + chance.gauss(0, noise), 0.0), 1.0)
+
+        return {
+            "test": {name: near(level) for name in job.group},
+            "shifted": {name: near(level - 0.1) for name in job.group},
+            "resistance": {
+                name: {"adversary": "typos", "clean": level, "attacked": near(level * kept)} for name in job.group
+            },
+        }
+
+    def scored(job, arm, gain, chosen, chance):
+        return {"weights": list(chosen), **measured(job, LEVEL + gain, resistance.get(arm, 0.7), chance)}
+
+    return [line(job) for job in jobs_of(names, how)]
+
+
+def weights(job, chance):
+    shares = [chance.gammavariate(job.alpha, 1) + 1e-12 for _ in job.group]
+    return tuple(share / sum(shares) for share in shares)
+
+
+def lattice(count, steps):
+    if count == 1:
+        return [(1.0,)]
+    if count == 2:
+        return [(i / steps, 1 - i / steps) for i in range(steps + 1)]
+    return [(i / steps, j / steps, (steps - i - j) / steps) for i in range(steps + 1) for j in range(steps + 1 - i)]
+
+
+def dev(job, ratios):
+    """Each skill grows with its expert's weight; the mean is best near the middle; other seeds, other examples."""
+    luck = random.Random(f"dev {job.seed}").gauss(0, 0.03)
+    return {
+        name: round(min(max(0.15 + 0.75 * ratio**0.4 + luck, 0), 1), 4)
+        for name, ratio in zip(job.group, ratios, strict=True)
+    }
+
+
+def trial(job, ratios):
+    return {"weights": list(ratios), "dev": dev(job, ratios)}
+
+
+def without(lines, **fields):
+    """The ledger less the lines with these fields."""
+    return [line for line in lines if any(line[name] != value for name, value in fields.items())]
