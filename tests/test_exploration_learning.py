@@ -121,7 +121,7 @@ def test_cross_entropy_of_answers_finds_the_ratio_of_the_labels(speakers, tmp_pa
         samples=2,
         evaluation=Evaluation(max_tokens=1, batch_size=4, template="none"),
         apply_fn=speak,
-        optimize=Optimization("loss", steps=60, learning_rate=0.1, batch_size=4),
+        optimize=Optimization("loss", steps=60, learning_rate=0.2, batch_size=4),
         select="2",
     )
     learned = found.results[-1]
@@ -139,7 +139,7 @@ def test_cross_entropy_of_answers_finds_the_ratio_of_the_labels(speakers, tmp_pa
         samples=2,
         evaluation=Evaluation(max_tokens=1, batch_size=4, template="none"),
         apply_fn=speak,
-        optimize=Optimization("loss", steps=60, learning_rate=0.1, batch_size=4),
+        optimize=Optimization("loss", steps=60, learning_rate=0.2, batch_size=4),
         select="2",
         journal=found.journal,
     )
