@@ -459,7 +459,7 @@ def demo(
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> None:
-    """Make two tiny models, merge them and show what came of it."""
+    """Train two small experts, merge their skills and show what came of it."""
     from m3jax.demo import main as run_demo
 
     def echo(line: str) -> None:

@@ -10,6 +10,7 @@ import yaml
 from m3jax.checkpoints import ModelDirectory, digest_file
 from m3jax.checkpoints.locate import named_companions
 from m3jax.errors import M3Error
+from m3jax.mixing import draw_weights
 from m3jax.recipe import Recipe
 
 _CONFIG = "config.json"
@@ -99,7 +100,7 @@ def write_companions(
         directory: Where to.
         files: What `gather` chose.
         recipe: The recipe, for dtype, chat template and card.
-        weights: What was drawn, for the card.
+        weights: Of the experts, by group, for the card.
 
     Returns:
         The digest of each file written, by name.
@@ -128,7 +129,7 @@ def _yaml(data: Any) -> str:
 
 
 def card(recipe: Recipe, weights: Mapping[str, Sequence[float]]) -> str:
-    """The model card: what was merged, how, with which drawn weights, and how to make it again."""
+    """The model card: what was merged, how, with which weights, and how to make it again."""
     names = [entry.model for entry in recipe.experts]
     everyone = list(dict.fromkeys([*([recipe.base_model] if recipe.base_model else []), *names]))
     head = _yaml(
@@ -138,21 +139,29 @@ def card(recipe: Recipe, weights: Mapping[str, Sequence[float]]) -> str:
     lines = ["---", head, "---", "", f"# {title}", ""]
     lines.append(f"A merge of {', '.join(f'`{name}`' for name in names)} made with m3jax ({recipe.merge_method}).")
     if recipe.mixup is not None:
-        lines += ["", _drawn(recipe, weights)]
+        lines += ["", _weights(recipe, weights)]
     lines += ["", "```yaml", _yaml(recipe.resolved()), "```", ""]
     lines.append("`m3jax.json` records every input and output digest; `m3jax replay` makes the same bytes again and")
     lines.append("`m3jax verify` checks them.")
     return "\n".join(lines) + "\n"
 
 
-def _drawn(recipe: Recipe, weights: Mapping[str, Sequence[float]]) -> str:
-    """A sentence, and a table if there is more than one group, on the weights drawn."""
+def _weights(recipe: Recipe, weights: Mapping[str, Sequence[float]]) -> str:
+    """A sentence, and a table if there is more than one group, on the weights of the experts."""
     alpha = recipe.mixup.alpha if recipe.mixup is not None else 0
-    law = (
-        f"Weights drawn from Beta/Dirichlet with α = {alpha}, seed {recipe.seed} (Mixup Model Merge, arXiv 2502.15434)"
-    )
+    law = f"Beta/Dirichlet with α = {alpha}, seed {recipe.seed} (Mixup Model Merge, arXiv 2502.15434)"
+    is_draw = all(_is_draw(recipe, group, values) for group, values in weights.items())
+    said = f"Weights drawn from {law}" if is_draw else f"Weights chosen in place of a draw from {law}"
     if len(weights) == 1:
         (values,) = weights.values()
-        return f"{law}: {', '.join(f'{v:.6f}' for v in values)}."
+        return f"{said}: {', '.join(f'{v:.6f}' for v in values)}."
     rows = [f"| `{group}` | {', '.join(f'{v:.6f}' for v in values)} |" for group, values in weights.items()]
-    return "\n".join([law + ":", "", "| group | weights |", "|---|---|", *rows])
+    return "\n".join([said + ":", "", "| group | weights |", "|---|---|", *rows])
+
+
+def _is_draw(recipe: Recipe, group: str, values: Sequence[float]) -> bool:
+    """Whether these are the weights that the recipe draws for a group; of slerp there is one."""
+    assert recipe.mixup is not None
+    named = None if recipe.mixup.granularity == "model" else group
+    drawn = draw_weights(recipe.seed, recipe.mixup.alpha, len(recipe.experts), named)
+    return tuple(values) == drawn[: len(values)]

@@ -295,6 +295,19 @@ def test_companions_are_carried_over(tmp_path):
         m3jax.merge_checkpoint({**asked, "tokenizer_source": "elsewhere"}, tmp_path / "out3")
 
 
+@pytest.mark.parametrize("granularity", ["model", "layer", "tensor"])
+@pytest.mark.parametrize("method", ["linear", "slerp"])
+def test_the_card_says_whether_weights_were_drawn(tmp_path, method, granularity):
+    write_models(tmp_path / "in", shapes=SHAPES)
+    models = recipe(tmp_path / "in")["models"]
+    asked = {"merge_method": method, "models": models, "mixup": {"alpha": 0.5, "granularity": granularity}}
+    drawn = m3jax.merge_checkpoint(asked, tmp_path / "drawn").manifest["weights"]
+    assert "Weights drawn from Beta" in (tmp_path / "drawn" / "README.md").read_text()
+    chosen = {group: (0.25, 0.75)[: len(told["decimal"])] for group, told in drawn.items()}
+    m3jax.merge_checkpoint(asked, tmp_path / "chosen", weights=chosen)
+    assert "Weights chosen in place of a draw from Beta" in (tmp_path / "chosen" / "README.md").read_text()
+
+
 # --- interruption -------------------------------------------------------------------------------------------------
 
 
