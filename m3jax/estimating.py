@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from m3jax.checkpoints import DTYPES
+from m3jax.checkpoints import DTYPES, sketch_model
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.chunks import default_chunk_entries
 from m3jax.console import count_text, safe_text, size_text, table, time_text
@@ -226,7 +226,8 @@ def estimate_recipe(
     method += f", {loaded.sparsify.method} before" if loaded.sparsify is not None else ""
     method += ", drawn weights" if loaded.mixup is not None else ""
     place = as_path(out)
-    with prepared(loaded, out, overwrite=overwrite, max_shard_size=max_shard_size) as ready:
+    options: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size}
+    with prepared(loaded, out, **options, locate=sketch_model) as ready:
         return estimate(ready, method, None if isinstance(place, RemotePath) else place.absolute().parent, processes)
 
 

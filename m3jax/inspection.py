@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from m3jax.checkpoints import DTYPES, Checkpoint, TensorInfo, locate_model
+from m3jax.checkpoints import DTYPES, Checkpoint, TensorInfo, locate_model, sketch_model
 from m3jax.checkpoints.opening import open_checkpoint
 from m3jax.checkpoints.storage import is_dir
 from m3jax.errors import M3Error
@@ -129,7 +129,7 @@ def look_at(name: str, pattern: str | None = None) -> Overview:
     Raises:
         M3Error: There is no checkpoint of that name, or no tensor is wanted.
     """
-    found = locate_model(name)
+    found = sketch_model(name)
     with open_checkpoint(found.path) as checkpoint:
         tensors = _select(checkpoint, pattern)
         if not tensors and checkpoint.tensors:

@@ -50,6 +50,7 @@ class Job(NamedTuple):
         recorded: The manifest that a replay follows.
         sources: Where its models are now, by the names that it records.
         chosen: Weights to use in place of draws.
+        locate: Finds the models; `sketch_model` where headers are all that is wanted of them.
     """
 
     recipe: Recipe
@@ -63,6 +64,7 @@ class Job(NamedTuple):
     recorded: Mapping[str, Any] | None = None
     sources: Mapping[str, str] = MappingProxyType({})
     chosen: DrawnWeights | None = None
+    locate: Callable[[str], ModelDirectory] = locate_model
 
     @property
     def expected(self) -> dict[str, str]:
@@ -94,7 +96,7 @@ class Model(NamedTuple):
 
 def _open_model(name: str, role: str, job: Job, stack: ExitStack) -> Model:
     try:
-        place = locate_model(job.sources.get(name, name))
+        place = job.locate(job.sources.get(name, name))
     except M3Error as error:
         if job.recorded is None:
             raise
@@ -216,7 +218,12 @@ def _check_recorded(recorded: Mapping[str, Any] | None, plan: Plan, models: Sequ
 
 @contextmanager
 def prepared(
-    recipe: Recipe, out: str | os.PathLike[str], *, overwrite: bool = False, max_shard_size: int | str | None = None
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    max_shard_size: int | str | None = None,
+    locate: Callable[[str], ModelDirectory] = locate_model,
 ) -> Iterator[Ready]:
     """A merge up to its first byte: inputs opened, shapes compared, everything planned from headers alone.
 
@@ -225,6 +232,7 @@ def prepared(
         out: Where the output would go; it must be free.
         overwrite: Let it exist.
         max_shard_size: As in `merge_checkpoint`.
+        locate: Finds the models; `sketch_model` where headers are all that is wanted of them.
 
     Yields:
         The merge, with its inputs open.
@@ -233,6 +241,6 @@ def prepared(
         M3Error: What `merge_checkpoint` would raise before it reads weights.
     """
     size = parse_size(DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size)
-    job = Job(recipe, as_path(out), overwrite, size, None, None, False, None)
+    job = Job(recipe, as_path(out), overwrite, size, None, None, False, None, locate=locate)
     with saying_what_failed(job.out), ExitStack() as stack:
         yield prepare(job, ALONE, stack)

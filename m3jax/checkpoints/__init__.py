@@ -2,7 +2,7 @@
 
 from m3jax.checkpoints.copying import write_safetensors
 from m3jax.checkpoints.digest import ALGORITHM, TensorDigest, digest_checkpoint, digest_file, digest_tensor
-from m3jax.checkpoints.locate import ModelDirectory, companions, locate_model
+from m3jax.checkpoints.locate import ModelDirectory, companions, locate_model, sketch_model
 from m3jax.checkpoints.msgpack import open_msgpack, write_msgpack
 from m3jax.checkpoints.opening import open_checkpoint
 from m3jax.checkpoints.orbax import open_orbax, write_orbax
@@ -41,6 +41,7 @@ __all__ = [
     "open_safetensors",
     "parse_size",
     "plan_shards",
+    "sketch_model",
     "write_index",
     "write_msgpack",
     "write_orbax",

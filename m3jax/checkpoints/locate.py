@@ -1,14 +1,17 @@
 """From what a user calls a model to the directory that holds it, and the files that travel with weights."""
 
 import atexit
+import json
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from m3jax.checkpoints.remote import RemotePath, absent, as_path, is_url
 from m3jax.checkpoints.storage import is_dir, list_names
@@ -17,7 +20,8 @@ from m3jax.errors import M3Error
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[^@\s]+))?", re.ASCII)
 _COMMIT = re.compile("[0-9a-f]{40}")
 
-_DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "tokenizer.model.*", "*.tiktoken"]
+_SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer.model.*", "*.tiktoken"]
+_DOWNLOADED = ["*.safetensors", *_SMALL]
 
 _COMPANIONS = (
     "config.json",
@@ -92,21 +96,81 @@ def locate_model(name: str) -> ModelDirectory:
     hub_id = _HUB_ID.fullmatch(name)
     if hub_id is None:
         raise M3Error(f"{name!r} does not exist here and is no hub id either: give a path or 'org/name'.")
-    snapshot = _fetch(name, hub_id["repo"], hub_id["revision"])
-    commit = snapshot.name if _COMMIT.fullmatch(snapshot.name) else hub_id["revision"]
-    return ModelDirectory(name, snapshot, commit)
+    with _hub(name, hub_id["revision"]):
+        snapshot = _fetch(hub_id["repo"], hub_id["revision"])
+    return ModelDirectory(name, snapshot, _commit_of(snapshot, hub_id["revision"]))
 
 
-def _fetch(name: str, repo: str, revision: str | None) -> Path:
+def sketch_model(name: str) -> ModelDirectory:
+    """Finds a model of which headers and small files are all that is wanted: no weights are fetched from the hub.
+
+    Args:
+        name: As `locate_model` takes it.
+
+    Returns:
+        The model's place. For a hub model it is a directory whose weight files have headers, but no content; it is
+        deleted when the process ends.
+
+    Raises:
+        M3Error: As `locate_model`.
+    """
+    hub_id = _HUB_ID.fullmatch(name)
+    if is_url(name) or hub_id is None or os.path.exists(os.path.expanduser(name)):
+        return locate_model(name)
+    from huggingface_hub import constants, errors, get_safetensors_metadata, snapshot_download
+
+    if constants.HF_HUB_OFFLINE:
+        return locate_model(name)
+    repo, revision = hub_id["repo"], hub_id["revision"]
+    with _hub(name, revision):
+        snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=_SMALL))
+        commit = _commit_of(snapshot, revision)
+        try:
+            files = get_safetensors_metadata(repo, revision=commit).files_metadata
+        except errors.NotASafetensorsRepoError:
+            return locate_model(name)
+    sketch = Path(tempfile.mkdtemp(dir=_scratch()))
+    shutil.copytree(snapshot, sketch, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    for file, header in files.items():
+        _write_outline(sketch / file, header)
+    return ModelDirectory(name, sketch, commit)
+
+
+def _write_outline(path: Path, header: Any) -> None:
+    """A sparse safetensors file with this header and zeros."""
+    tensors = {
+        name: {"dtype": told.dtype, "shape": list(told.shape), "data_offsets": list(told.data_offsets)}
+        for name, told in header.tensors.items()
+    }
+    text = json.dumps({"__metadata__": header.metadata or {}, **tensors}).encode()
+    end = max((told.data_offsets[1] for told in header.tensors.values()), default=0)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def _commit_of(snapshot: Path, revision: str | None) -> str | None:
+    return snapshot.name if _COMMIT.fullmatch(snapshot.name) else revision
+
+
+def _fetch(repo: str, revision: str | None) -> Path:
     """The directory of a hub model, downloaded where it is not yet in the cache."""
     from huggingface_hub import snapshot_download  # imports an HTTP client: only when a hub id is asked for
 
+    snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=_DOWNLOADED))
+    if any(snapshot.glob("*.safetensors")):
+        return snapshot
+    # Not at once: most models that have them have the same weights as safetensors too.
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=[*_DOWNLOADED, "*.msgpack"]))
+
+
+@contextmanager
+def _hub(name: str, revision: str | None) -> Iterator[None]:
+    """Says in a sentence what goes wrong at the hub."""
     try:
-        snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=_DOWNLOADED))
-        if any(snapshot.glob("*.safetensors")):
-            return snapshot
-        # Not at once: most models that have them have the same weights as safetensors too.
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=[*_DOWNLOADED, "*.msgpack"]))
+        yield
+    except M3Error:
+        raise
     except Exception as error:  # the client lets through errors of whichever HTTP library it uses
         # Not the client's own words: they run over many lines and may repeat a URL in full.
         raise M3Error(f"{name!r} does not exist here and {_hub_failure(error, revision)}.") from error

@@ -1,8 +1,15 @@
+import json
+import shutil
+from pathlib import Path
+
 import huggingface_hub
+import numpy as np
 import pytest
 from huggingface_hub import constants, errors
+from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
+from safetensors.numpy import save_file
 
-from m3jax.checkpoints import companions, locate_model
+from m3jax.checkpoints import companions, locate_model, open_safetensors, sketch_model
 from m3jax.errors import M3Error
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -115,6 +122,62 @@ def test_flax_weights_are_downloaded_where_there_are_no_others(monkeypatch, tmp_
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert locate_model("org/tiny").path == tmp_path
     assert asked == [False, True]
+
+
+def hub_of(monkeypatch, model: Path, fetched: list) -> None:
+    """A hub that has one model, whose revision main is `COMMIT`."""
+
+    def download(repo, **options):
+        fetched.append(options["allow_patterns"])
+        (snapshot := model.parent / COMMIT).mkdir(exist_ok=True)
+        names = [file.name for file in model.iterdir()]
+        for name in huggingface_hub.utils.filter_repo_objects(names, allow_patterns=options["allow_patterns"]):
+            shutil.copy(model / name, snapshot / name)
+        return str(snapshot)
+
+    def metadata(repo, revision):
+        assert (repo, revision) == ("org/tiny", COMMIT)
+        files = {}
+        for path in model.glob("*.safetensors"):
+            blob = path.read_bytes()
+            header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+            told = header.pop("__metadata__", {})
+            tensors = {name: TensorInfo(e["dtype"], e["shape"], tuple(e["data_offsets"])) for name, e in header.items()}
+            files[path.name] = SafetensorsFileMetadata(told, tensors)
+        if not files:
+            raise errors.NotASafetensorsRepoError("no safetensors")
+        return SafetensorsRepoMetadata(metadata=None, sharded=len(files) > 1, weight_map={}, files_metadata=files)
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", metadata)
+
+
+def test_a_sketch_of_a_hub_model_has_its_headers_and_no_weights(monkeypatch, tmp_path) -> None:
+    (model := tmp_path / "model").mkdir()
+    save_file({"a": np.ones((3, 4), np.float32), "b": np.ones(5, np.float16)}, model / "model.safetensors")
+    (model / "config.json").write_text('{"tie_word_embeddings": true}')
+    fetched: list = []
+    hub_of(monkeypatch, model, fetched)
+    monkeypatch.chdir(tmp_path)
+    found = sketch_model("org/tiny")
+    assert found.revision == COMMIT
+    assert fetched
+    assert not any("safetensors" in pattern for patterns in fetched for pattern in patterns)
+    with open_safetensors(found.path) as sketched, open_safetensors(model) as real:
+        assert sketched.tensors == real.tensors
+    assert (found.path / "config.json").read_text() == '{"tie_word_embeddings": true}'
+    assert sketch_model(str(model)).path == model  # what is here needs none
+
+
+def test_a_hub_model_without_safetensors_is_fetched(monkeypatch, tmp_path) -> None:
+    (model := tmp_path / "model").mkdir()
+    (model / "flax_model.msgpack").write_bytes(b"weights")
+    fetched: list = []
+    hub_of(monkeypatch, model, fetched)
+    assert (sketch_model("org/tiny").path / "flax_model.msgpack").read_bytes() == b"weights"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert sketch_model("org/tiny").path == tmp_path / COMMIT  # as the cache has it
 
 
 def test_companions(tmp_path) -> None:
