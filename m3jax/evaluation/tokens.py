@@ -11,6 +11,14 @@ from m3jax.errors import M3Error
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
 
 
+def import_transformers() -> Any:
+    """The package, which is slow to import, and need not say that torch is missing."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    import transformers
+
+    return transformers
+
+
 def load_tokenizer(name: str, directory: Path) -> Any:
     """The transformers tokenizer of a model directory.
 
@@ -21,13 +29,10 @@ def load_tokenizer(name: str, directory: Path) -> Any:
     Raises:
         M3Error: It has none, or one that cannot be read.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it need not say that torch is missing
-    from transformers import AutoTokenizer
-
     if not any(path for pattern in _VOCABULARIES for path in directory.glob(pattern)):
         raise M3Error(f"{name}: has no tokenizer: copy tokenizer.json and tokenizer_config.json of its base into it")
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return import_transformers().AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # the libraries behind it raise every kind, a bare Exception among them
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise M3Error(f"{name}: its tokenizer cannot be read ({said}): copy that of its base") from error

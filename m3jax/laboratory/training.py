@@ -12,10 +12,10 @@ import numpy.typing as npt
 import optax
 from jaxtyping import Array, Bool, Float, Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 from m3jax import decoder
 from m3jax.decoder import DecoderConfig, bind
+from m3jax.evaluation.tokens import import_transformers
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 _LENGTHS = (32, 48, 64, 96, 128)  # texts of like length go together, so that little is padding
@@ -69,8 +69,8 @@ class Text(NamedTuple):
     prompt: int
 
 
-def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer that encodes any text without loss, digit by digit.
+def make_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:
+    """A byte-level BPE tokenizer of transformers that encodes any text without loss, digit by digit.
 
     Args:
         texts: What it learns its merges from.
@@ -89,9 +89,8 @@ def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizer
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD
-    )
+    fast = import_transformers().PreTrainedTokenizerFast
+    return fast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 
 def make_config(size: Size) -> dict[str, Any]:
