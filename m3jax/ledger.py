@@ -37,7 +37,7 @@ class Ledger:
         with ExitStack() as stack:
             try:
                 path.parent.mkdir(exist_ok=True)
-                self._file = stack.enter_context(open(path, "a+b"))
+                self._file = stack.enter_context(open(path, "a+b", buffering=0))  # what failed is not tried again
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._read(json.loads(json.dumps(identity)))
             except BlockingIOError:
@@ -56,7 +56,7 @@ class Ledger:
 
     def _read(self, identity: Mapping[str, Any]) -> None:
         self._file.seek(0)
-        blob = self._file.read()
+        blob = self._file.read() or b""
         whole = blob[: blob.rfind(b"\n") + 1]
         if len(whole) < len(blob):  # a kill cut the last line short
             self._file.truncate(len(whole))
@@ -84,8 +84,9 @@ class Ledger:
         return M3Error(f"{self.path}: is no journal of an {self._work} ({error}): {self._mend}")
 
     def _write(self, entry: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(entry).encode() + b"\n")
-        self._file.flush()
+        line = memoryview(json.dumps(entry).encode() + b"\n")
+        while line:
+            line = line[self._file.write(line) :]
         os.fsync(self._file.fileno())
 
     def add(self, entry: Mapping[str, Any]) -> None:

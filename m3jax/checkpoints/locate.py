@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from m3jax.checkpoints.remote import RemotePath, absent, as_path, is_url
 from m3jax.checkpoints.storage import is_dir, list_names
-from m3jax.errors import M3Error
+from m3jax.errors import M3Error, saying_what_failed
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[^@\s]+))?", re.ASCII)
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -129,10 +129,12 @@ def sketch_model(name: str) -> ModelDirectory:
             files = get_safetensors_metadata(repo, revision=commit).files_metadata
         except errors.NotASafetensorsRepoError:
             return locate_model(name)
-    sketch = Path(tempfile.mkdtemp(dir=_scratch()))
-    shutil.copytree(snapshot, sketch, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
-    for file, header in files.items():
-        _write_outline(sketch / file, header)
+    with saying_what_failed(name):
+        sketch = Path(tempfile.mkdtemp(dir=_scratch()))
+        for path in (path for pattern in _SMALL for path in snapshot.glob(pattern)):
+            shutil.copyfile(path, sketch / path.name)
+        for file, header in files.items():
+            _write_outline(sketch / file, header)
     return ModelDirectory(name, sketch, commit)
 
 

@@ -14,12 +14,13 @@ import jax
 from m3jax import __version__
 from m3jax.console import count_text, time_text
 from m3jax.decoder import DecoderConfig
+from m3jax.errors import saying_what_failed
 from m3jax.evaluation import why_no_sandbox
 from m3jax.evaluation.models import open_model
 from m3jax.evaluation.tokens import load_tokenizer
 from m3jax.inspection import look_at
-from m3jax.laboratory.examining import Pupil
-from m3jax.laboratory.experiments import Laboratory, Settings, do, jobs_of, make_papers
+from m3jax.laboratory.examining import ADVERSARIES, Pupil
+from m3jax.laboratory.experiments import Laboratory, Settings, check_settings, do, jobs_of, make_papers
 from m3jax.laboratory.models import BASE, TRAINING, Curriculum, make_models
 from m3jax.laboratory.reporting import write_report
 from m3jax.laboratory.skills import Skill
@@ -48,12 +49,12 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
             Settings(seeds=2, samples=4, dev=32, test=64, attacked=32, points=11),
         ),
         "laptop": Setting(
-            Curriculum(Size(128, 4, 4, 800), 50_000, Course(4000, 32, 2e-3, whole=True), Course(1200, 32, 5e-4)),
+            Curriculum(Size(128, 4, 4, 800), 50_000, Course(1500, 32, 2e-3, whole=True), Course(1200, 32, 5e-4)),
             Settings(),
         ),
         "gpu": Setting(
             Curriculum(Size(512, 8, 8, 4000), 400_000, Course(8000, 256, 1e-3, whole=True), Course(2000, 256, 2e-4)),
-            Settings(seeds=10, samples=16, dev=256, test=1000, attacked=256, points=41),
+            Settings(seeds=10, samples=16, dev=128, test=110, attacked=110, points=41),  # as many as SST-2 has phrases
         ),
     }
 )
@@ -90,10 +91,15 @@ def conduct(directory: Path, skills: Sequence[Skill], setting: Setting, tell: Te
     Raises:
         M3Error: The directory holds another laboratory's experiments, or cannot be used.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    check_settings(setting.experiments)
+    make_papers(skills, setting.experiments, setting.experiments.first)  # what is lacking is said before training
+    with saying_what_failed(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     lab = open_laboratory(directory, skills, setting, tell)
     identity = {
         "settings": setting.experiments._asdict(),
+        "skills": {skill.name: skill.identity() for skill in skills},
+        "adversaries": str(ADVERSARIES),
         "models": {name: open_model(str(place)).fingerprint("truncate") for name, place in lab.places.items()},
         "programs are run": why_no_sandbox() is None,
         "version": __version__,
@@ -106,6 +112,7 @@ def conduct(directory: Path, skills: Sequence[Skill], setting: Setting, tell: Te
             "models": _models(lab.places),
             "machine": _machine(),
             "seconds": sum(line["seconds"]["job"] for line in ledger.entries),
+            "held_out": "; ".join(f"{skill.name}: {skill.apart}, shifted: {skill.shift}" for skill in skills),
         }
         write_report(ledger.entries, directory / "report", about)
     return directory / "report"

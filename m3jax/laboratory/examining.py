@@ -15,12 +15,13 @@ from m3jax.laboratory.skills import TEMPLATE, Skill
 
 BATCH_SIZE = 128
 
-# What the adversary of each task does: the paper's attack on the prompt, or what may befall an input without one.
-_ADVERSARIES: Mapping[str, Mapping[str, Any]] = {
+ADVERSARIES: Mapping[str, Mapping[str, Any]] = {
     "sst2": {"attacks": ("deepwordbug",)},
     "gsm8k": {"attacks": (), "shifts": ("typos",)},
     "mbpp": {"attacks": (), "shifts": ("paraphrase",)},
 }
+"""What the adversary of each task does: the paper's attack on the prompt, or what may befall an input without one."""
+
 _PROFILE = "m3-paper"
 
 
@@ -147,7 +148,7 @@ def resist(exam: Exam, generator: Generator, seed: int) -> Resistance:
         generator: The model.
         seed: Of the adversary's choices.
     """
-    plan = make_plan(**_ADVERSARIES[exam.task.name], profile=_PROFILE, key=seed, limit=len(exam.rows))
+    plan = make_plan(**ADVERSARIES[exam.task.name], profile=_PROFILE, key=seed, limit=len(exam.rows))
     found = attack_task(
         exam.task,
         exam.rows,

@@ -8,6 +8,7 @@ References:
 """
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -18,9 +19,10 @@ from typing import Any, NamedTuple
 import jax
 
 from m3jax import decoder
+from m3jax.errors import M3Error
 from m3jax.exploration.resident import Resident, load_resident
 from m3jax.exploration.samples import Space, space_of
-from m3jax.exploration.strategies import Trial, pursue, strategy_of
+from m3jax.exploration.samples import drawn as drawn_weights
 from m3jax.laboratory.examining import Exam, Pupil, examine, make_exam, resist
 from m3jax.laboratory.models import BASE
 from m3jax.laboratory.skills import Skill
@@ -54,7 +56,7 @@ class Settings(NamedTuple):
     Attributes:
         seeds: Repetitions, each with examples, draws and masks of its own.
         first: The first of the seeds; the others follow.
-        samples: Evaluations on dev examples that a choice of ratio may cost.
+        samples: Evaluations on dev examples that a choice of ratio may cost at most.
         alpha: Of Beta(α, α).
         alphas: Others, tried on average merging.
         dev: Examples of each skill that ratios are chosen on.
@@ -65,7 +67,7 @@ class Settings(NamedTuple):
 
     seeds: int = 5
     first: int = 0
-    samples: int = 8
+    samples: int = 10
     alpha: float = 0.5
     alphas: tuple[float, ...] = (0.2, 1.0, 2.0, 5.0)
     dev: int = 64
@@ -149,6 +151,16 @@ class Papers(NamedTuple):
     test: dict[str, Exam]
     shifted: dict[str, Exam]
     attacked: dict[str, Exam]
+
+
+def check_settings(how: Settings) -> None:
+    """Raise M3Error for what cannot be done."""
+    for name, least in (("seeds", 1), ("samples", 1), ("dev", 1), ("test", 1), ("attacked", 1), ("points", 2)):
+        number = getattr(how, name)
+        if number < least:
+            raise M3Error(f"{name}: is {number}, but must be at least {least}")
+    if how.first < 0:
+        raise M3Error(f"seed: is {how.first}, but must be at least 0")
 
 
 def make_papers(skills: Sequence[Skill], how: Settings, seed: int) -> Papers:
@@ -238,17 +250,17 @@ class _Bench:
         self.examining.append(time.perf_counter() - begun)
         return scores
 
-    def search(self, strategy: str) -> list[dict[str, Any]]:
-        """The trials of a strategy with their scores."""
-        trials: list[dict[str, Any]] = []
+    def try_all(self, ratios: Sequence[Weights]) -> list[dict[str, Any]]:
+        """Ratios with their scores on the dev examples."""
+        return [{"weights": list(weights), "dev": self.dev(weights)} for weights in ratios]
 
-        def worth(trial: Trial) -> float:
-            weights = trial.weights[WHOLE_MODEL]
-            trials.append({"weights": list(weights), "dev": self.dev(weights)})
-            return mean(trials[-1]["dev"])
+    def grid(self) -> list[Weights]:
+        """What those try who do not draw."""
+        return fixed_ratios(len(self.job.group), self.lab.how.samples)
 
-        pursue(strategy_of(strategy, self.space, self.lab.how.samples), worth)
-        return trials
+    def draws(self) -> list[Weights]:
+        """As many ratios as the grid has, drawn as `m3jax explore` draws them."""
+        return [drawn_weights(self.space, sample)[WHOLE_MODEL] for sample in range(len(self.grid()))]
 
     def outcome(self, weights: Weights) -> dict[str, Any]:
         """All that is reported of a merge."""
@@ -288,24 +300,50 @@ def measure(lab: Laboratory, params: Any, papers: Papers, job: Job) -> dict[str,
     }
 
 
+def fixed_ratios(num_experts: int, samples: int) -> list[Weights]:
+    """An even grid of merges with equal weights among them, and none of an expert alone.
+
+    Args:
+        num_experts: How many weights there are.
+        samples: How many points there may be at most; there is one at least.
+
+    Example:
+        >>> fixed_ratios(2, 4)
+        [(0.25, 0.75), (0.5, 0.5), (0.75, 0.25)]
+        >>> len(fixed_ratios(2, 10)), len(fixed_ratios(3, 10))
+        (9, 10)
+    """
+    steps = num_experts  # a multiple of it, which has the middle among its points
+    while math.comb(steps + num_experts - 1, num_experts - 1) <= samples:
+        steps += num_experts
+    cuts = itertools.combinations(range(1, steps), num_experts - 1)
+    return [
+        tuple((after - before) / steps for before, after in itertools.pairwise((0, *inner, steps))) for inner in cuts
+    ]
+
+
 def best(trials: Sequence[Mapping[str, Any]]) -> Weights:
-    """The weights with the best mean score; the first of equals.
+    """The weights with the best mean score; of equals those that are nearest to equal weights.
 
     Args:
         trials: With their scores on dev examples.
     """
-    return tuple(max(trials, key=lambda trial: mean(trial["dev"]))["weights"])
+
+    def worth(trial: Mapping[str, Any]) -> tuple[float, float]:
+        return round(mean(trial["dev"]), 9), -sum(weight * weight for weight in trial["weights"])
+
+    return tuple(max(trials, key=worth)["weights"])
 
 
 def _merge(bench: _Bench) -> dict[str, Any]:
-    tuned, drawn = bench.search("grid"), bench.search("draw")
+    tuned, drawn = bench.try_all(bench.grid()), bench.try_all(bench.draws())
     chosen = {EQUAL: equal_weights(bench.job), TUNED: best(tuned), DRAW: tuple(drawn[0]["weights"]), M3: best(drawn)}
     outcomes = {weights: bench.outcome(weights) for weights in dict.fromkeys(chosen.values())}
     return {"arms": {arm: outcomes[weights] for arm, weights in chosen.items()}, "trials": {TUNED: tuned, M3: drawn}}
 
 
 def _alpha(bench: _Bench) -> dict[str, Any]:
-    drawn = bench.search("draw")
+    drawn = bench.try_all(bench.draws())
     chosen = best(drawn)
     generator = bench.lab.pupil.generator(bench.params(chosen))
     test = {name: examine(bench.papers.test[name], generator) for name in bench.job.group}
@@ -315,7 +353,7 @@ def _alpha(bench: _Bench) -> dict[str, Any]:
 def _curve(bench: _Bench) -> dict[str, Any]:
     points = bench.lab.how.points
     ratios = [place / (points - 1) for place in range(points)]
-    return {"curve": [{"weights": [ratio, 1 - ratio], "dev": bench.dev((ratio, 1 - ratio))} for ratio in ratios]}
+    return {"curve": bench.try_all([(ratio, 1 - ratio) for ratio in ratios])}
 
 
 def _models(lab: Laboratory, papers: Papers, job: Job) -> dict[str, Any]:

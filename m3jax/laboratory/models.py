@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from m3jax import decoder
 from m3jax.decoder import DecoderConfig
@@ -55,13 +55,16 @@ def make_models(directory: Path, skills: Sequence[Skill], how: Curriculum, tell:
         The directories: "base", and the experts by their skills.
 
     Raises:
-        M3Error: The directory holds models that were made otherwise, or cannot be used.
+        M3Error: The directory holds models that were made otherwise, or cannot be used; a skill has no lessons.
     """
     places = {name: directory / name for name in (BASE, *(skill.name for skill in skills))}
-    _take(directory, {"skills": [skill.name for skill in skills], **json.loads(json.dumps(how._asdict()))})
+    taught = {skill.name: skill.identity() for skill in skills}
+    _take(directory, {"skills": taught, **json.loads(json.dumps(how._asdict()))})
     if all(map(_is_whole, places.values())):
         return places
     lessons = {skill.name: skill.lessons(skill.rows("train", how.lessons, how.seed)) for skill in skills}
+    if empty := [name for name, some in lessons.items() if not some]:
+        raise M3Error(f"{empty[0]}: there are no lessons: give a larger file")
     tokenizer = make_tokenizer([p + a for all_ in lessons.values() for p, a in all_[:_PRIMER]], how.size.vocabulary)
     texts = {name: encode(tokenizer, all_) for name, all_ in lessons.items()}
     entries = make_config(how.size._replace(vocabulary=len(tokenizer)))
@@ -94,7 +97,8 @@ def _take(directory: Path, made: Mapping[str, Any]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         known = note.read_text(encoding="utf-8") if note.exists() else None
         text = json.dumps(made, indent=2) + "\n"
-        if (known is None and any(directory.iterdir())) or known not in (None, text):
+        other = any(path.suffix != ".part" for path in directory.iterdir())  # what a kill leaves is nobody's
+        if (known is None and other) or known not in (None, text):
             raise M3Error(f"{directory}: holds models that were made otherwise, or something else: give another place")
         if known is None:
             write_whole(note, text)
@@ -131,7 +135,7 @@ def save_model(
     with saying_what_failed(place):
         partial.mkdir(parents=True)
         tokenizer.save_pretrained(partial)
-        save_file(stored(params, config), partial / "model.safetensors", metadata={"format": "pt"})
+        (partial / "model.safetensors").write_bytes(save(stored(params, config), metadata={"format": "pt"}))
         for name, content in told.items():
             (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         partial.rename(place)

@@ -1,18 +1,21 @@
 """Skills small enough for small models: word problems with worked answers, programs with tests, sentiment of phrases.
 
-Each is a task that `m3jax evaluate` knows, so that its data are files in that task's format. Word problems and programs
-are composed from a seed; what is held out differs from all lessons in its text.
+Each is a task that `m3jax evaluate` knows, so that its data are files in that task's format. What lessons, dev and test
+examples have in common is said where each skill is made, and is little: no word problem is asked in another split with
+the same wording and numbers, no program that returns the same, no phrase that contains a phrase or lies in it.
 """
 
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3jax.errors import M3Error
 from m3jax.evaluation import get_task, load_rows, render
 from m3jax.evaluation.data import Row
+from m3jax.evaluation.records import digest
 
 SPLITS = ("train", "dev", "test", "shifted")
 """Lessons; what choices are made on; what is reported; what is reported out of distribution."""
@@ -32,6 +35,8 @@ class Skill(NamedTuple):
         lesson: The answer that a row teaches, as it continues the prompt.
         shift: What is different in the split "shifted".
         seen: The share of its lessons that the base learns from, too.
+        apart: How examples of one split differ from those of the others.
+        data: Digest of the data that the examples are taken from, if any.
     """
 
     name: str
@@ -41,6 +46,13 @@ class Skill(NamedTuple):
     lesson: Callable[[Row], str]
     shift: str
     seen: float = 1.0
+    apart: str = ""
+    data: str = ""
+
+    def identity(self) -> str:
+        """Digest of what is taught and examined."""
+        told = [self.lessons(self.rows("train", 50, 0)), *(self.rows(split, 50, 0) for split in SPLITS)]
+        return digest([self.name, self.task, self.max_tokens, self.shift, self.seen, self.data, told])
 
     def lessons(self, rows: Sequence[Row]) -> list[tuple[str, str]]:
         """Prompts, as evaluation shows them, with their answers.
@@ -60,23 +72,39 @@ def _tenth(text: str) -> int:
     return hashlib.sha256(text.encode()).digest()[0] % 10
 
 
-def _belongs(text: str, split: str) -> bool:
+def _belongs(key: str, split: str) -> bool:
     if split == "shifted":
         return True
-    tenth = _tenth(text)
+    tenth = _tenth(key)
     return tenth == _TEST_SHARES[split] if split in _TEST_SHARES else tenth not in _TEST_SHARES.values()
 
 
-def _composed(compose: Callable[[random.Random, bool], Row], text: str, split: str, count: int, seed: int) -> list[Row]:
+class _Composed(NamedTuple):
+    """An example that was made up.
+
+    Attributes:
+        row: As the task's data files have it.
+        text: What is asked.
+        key: What decides which split it is in.
+    """
+
+    row: Row
+    text: str
+    key: str
+
+
+def _compose(
+    make: Callable[[random.Random, bool], _Composed], name: str, split: str, count: int, seed: int
+) -> list[Row]:
     """Rows of a split; those of dev, test and shifted are all different."""
-    chance = random.Random(f"{text}, {split}, {seed}")  # seeded by its SHA-512, the same everywhere
+    chance = random.Random(f"{name}, {split}, {seed}")  # seeded by its SHA-512, the same everywhere
     rows: list[Row] = []
     seen: set[str] = set()
     while len(rows) < count:
-        row = compose(chance, split == "shifted")
-        if _belongs(row[text], split) and (split == "train" or row[text] not in seen):
-            seen.add(row[text])
-            rows.append(row)
+        made = make(chance, split == "shifted")
+        if _belongs(made.key, split) and (split == "train" or made.text not in seen):
+            seen.add(made.text)
+            rows.append(made.row)
     return rows
 
 
@@ -150,7 +178,7 @@ _STORIES = {
 }
 
 
-def _word_problem(chance: random.Random, shifted: bool) -> Row:
+def _word_problem(chance: random.Random, shifted: bool) -> _Composed:
     kind = chance.choice(list(_STORIES))
     one, two = chance.sample(_NAMES, 2)
     things = chance.choice(_THINGS)
@@ -171,7 +199,8 @@ def _word_problem(chance: random.Random, shifted: bool) -> Row:
     }[kind]
     worked = "\n".join(f"{step} = {value}" for step, value in steps)
     question = story.format(one=one, two=two, things=things, a=a, b=b, c=c)
-    return {"question": question, "answer": f"{worked}\n#### {steps[-1][1]}"}
+    row = {"question": question, "answer": f"{worked}\n#### {steps[-1][1]}"}
+    return _Composed(row, question, f"{story} {a} {b} {c}")
 
 
 def word_problems() -> Skill:
@@ -180,9 +209,10 @@ def word_problems() -> Skill:
         name="arithmetic",
         task="gsm8k",
         max_tokens=32,
-        rows=lambda split, count, seed: _composed(_word_problem, "question", split, count, seed),
+        rows=lambda split, count, seed: _compose(_word_problem, "question", split, count, seed),
         lesson=lambda row: "\n" + str(row["answer"]),
         shift="other wordings",
+        apart="no wording with the same numbers is in two splits",
     )
 
 
@@ -200,7 +230,7 @@ class _Kind(NamedTuple):
 
 
 def _number(chance: random.Random) -> tuple[int]:
-    return (chance.randint(0, 20),)
+    return (chance.randint(0, 40),)
 
 
 def _numbers(chance: random.Random) -> tuple[int, int]:
@@ -243,7 +273,7 @@ _KINDS = (
     _Kind(("sorts the list x and takes the first {j}", "returns the first {j} items of the list x sorted"),
           "gives the {j} smallest of the list x", "x", "sorted(x)[:{j}]", _list),
     _Kind(("takes the first {j} items of the list x", "returns the first {j} of the list x"),
-          "gives {j} items of the list x", "x", "x[:{j}]", _list),
+          "cuts the list x after {j} items", "x", "x[:{j}]", _list),
     _Kind(("multiplies the largest in the list x by {k}", "returns {k} times the maximum of the list x"),
           "gives the product of the largest in the list x and {k}", "x", "max(x) * {k}", _list),
     _Kind(("counts the items of the list x and adds {k}", "returns the length of the list x plus {k}"),
@@ -257,19 +287,27 @@ _VERBS = ("get", "find", "make", "do", "calc", "my", "run", "new")
 _NOUNS = ("it", "value", "result", "thing", "answer", "output", "one", "all")
 
 
-def _program(chance: random.Random, shifted: bool) -> Row:
+def _program(chance: random.Random, shifted: bool) -> _Composed:
     kind = chance.choice(_KINDS)
     k, j = chance.randint(2, 30), chance.randint(2, 4)
     name = f"{chance.choice(_VERBS)}_{chance.choice(_NOUNS)}"
     returns = kind.returns.format(k=k, j=j)
     asked = kind.asked_anew if shifted else chance.choice(kind.asked)
-    tests = []
-    for _ in range(2):
-        arguments = kind.arguments(chance)
-        value = eval(returns, {}, dict(zip(("x", "y"), arguments, strict=False)))
-        tests.append(f"assert {name}({', '.join(map(repr, arguments))}) == {value!r}")
+    tests = _tests(kind, returns, name, chance)
     text = f"Write a function {name} that {asked.format(k=k, j=j)}."
-    return {"text": text, "test_list": tests, "code": f"def {name}({kind.parameters}):\n    return {returns}\n"}
+    row = {"text": text, "test_list": tests, "code": f"def {name}({kind.parameters}):\n    return {returns}\n"}
+    return _Composed(row, text, returns)
+
+
+def _tests(kind: _Kind, returns: str, name: str, chance: random.Random) -> list[str]:
+    """Two asserts that no constant passes."""
+    while True:
+        tries = [kind.arguments(chance) for _ in range(2)]
+        # Of the texts in _KINDS alone, which nobody else writes.
+        values = [eval(returns, {}, dict(zip(("x", "y"), one, strict=False))) for one in tries]
+        if values[0] != values[1]:
+            calls = [f"{name}({', '.join(map(repr, one))})" for one in tries]
+            return [f"assert {call} == {value!r}" for call, value in zip(calls, values, strict=True)]
 
 
 def programs() -> Skill:
@@ -278,9 +316,10 @@ def programs() -> Skill:
         name="programs",
         task="mbpp",
         max_tokens=32,
-        rows=lambda split, count, seed: _composed(_program, "text", split, count, seed),
+        rows=lambda split, count, seed: _compose(_program, "text", split, count, seed),
         lesson=lambda row: "\n" + str(row["code"]).rstrip("\n"),
         shift="other wordings",
+        apart="what returns the same is in one of lessons, dev and test only",
         seen=0.1,  # it is learned so fast that more would leave its expert nothing to add
     )
 
@@ -288,10 +327,66 @@ def programs() -> Skill:
 # --- Sentiment ----------------------------------------------------------------------------------------------------
 
 _SHORT = 12  # words; longer phrases are never lessons
+_NESTED = 3  # words that a phrase has at least to count as part of another
+
+Words = tuple[str, ...]
+
+
+def _words(row: Row) -> Words:
+    return tuple(re.findall(r"[a-z0-9]+", str(row["sentence"]).lower()))
+
+
+def _parts(words: Words) -> Iterable[Words]:
+    """A phrase, and the phrases in it."""
+    yield words
+    for start in range(len(words)):
+        for end in range(start + _NESTED, len(words) + 1):
+            yield words[start:end]
+
+
+def _families(rows: Sequence[Row]) -> dict[Words, Words]:
+    """Of each phrase the first of those that it is nested with, directly or through others."""
+    parents = {words: words for words in map(_words, rows)}
+
+    def find(words: Words) -> Words:
+        while parents[words] != words:
+            parents[words] = words = parents[parents[words]]
+        return words
+
+    for words in list(parents):
+        for part in _parts(words):
+            if part in parents:
+                parents[find(part)] = find(words)
+    members: dict[Words, list[Words]] = {}
+    for words in parents:
+        members.setdefault(find(words), []).append(words)
+    return {words: min(family) for family in members.values() for words in family}
+
+
+def _apart(learned: Sequence[Row], examined: Sequence[Row]) -> list[Row]:
+    """The phrases that are not nested with one that is examined."""
+    whole = set(map(_words, examined))
+    within = {part for words in whole for part in _parts(words)}
+    return [
+        row
+        for row in learned
+        if (words := _words(row)) and words not in within and not any(part in whole for part in _parts(words))
+    ]
+
+
+def _read_phrases(source: str | Path) -> list[Row]:
+    task = get_task("sst2")
+    rows = load_rows(source, task.columns)
+    task.read(rows)  # which says what is wrong with them
+    return [row for row in rows if _words(row)]
 
 
 def sentiment(lessons: str | Path, held_out: str | Path) -> Skill:
     """Sentiment of phrases from film reviews (Socher et al., 2013); examined by the task sst2.
+
+    Phrases of one sentence contain each other: those nested with one that is examined are no lessons, and those nested
+    with each other are all in dev, or all in test and shifted. Consecutive seeds have different examples as long as
+    there are enough.
 
     Args:
         lessons: Data of the task: a file or a hub data set.
@@ -300,33 +395,41 @@ def sentiment(lessons: str | Path, held_out: str | Path) -> Skill:
     Raises:
         M3Error: One of them cannot be used, or has too few phrases.
     """
-    task = get_task("sst2")
-    learned, examined = (
-        [row for row in load_rows(source, task.columns) if str(row.get("sentence", "")).strip()]
-        for source in (lessons, held_out)
-    )
-    places = {
+    examined = _read_phrases(held_out)
+    learned = _apart(_read_phrases(lessons), examined)
+    family = _families(examined)
+    is_dev = {id(row): _tenth(" ".join(family[_words(row)])) < 3 for row in examined}
+    pools = {
         "train": [row for row in learned if _is_short(row)],
-        "dev": [row for row in examined if _is_short(row) and _tenth(row["sentence"]) < 5],
-        "test": [row for row in examined if _is_short(row) and _tenth(row["sentence"]) >= 5],
-        "shifted": [row for row in examined if not _is_short(row)],
+        "dev": [row for row in examined if _is_short(row) and is_dev[id(row)]],
+        "test": [row for row in examined if _is_short(row) and not is_dev[id(row)]],
+        "shifted": [row for row in examined if not _is_short(row) and not is_dev[id(row)]],
     }
+    for split, pool in pools.items():
+        random.Random(f"sentence, {split}").shuffle(pool)
 
     def rows(split: str, count: int, seed: int) -> list[Row]:
-        there = places[split]
-        if split != "train" and len(there) < count:
-            source = f"{held_out}: has {len(there)} phrases of {'more than' if split == 'shifted' else 'at most'}"
-            raise M3Error(f"{source} {_SHORT} words for {split}, but {count} are wanted: give a larger file")
-        chance = random.Random(f"sentence, {split}, {seed}")
-        return chance.sample(there, min(count, len(there)))
+        pool = pools[split]
+        if split == "train":
+            return random.Random(f"sentence, {seed}").sample(pool, min(count, len(pool)))
+        if len(pool) < count:
+            length = f"{'more than' if split == 'shifted' else 'at most'} {_SHORT} words"
+            raise M3Error(
+                f"{held_out}: has {len(pool)} phrases of {length} for {split}, but {count} are wanted: give a larger "
+                "file"
+            )
+        start = seed % (len(pool) // count) * count
+        return pool[start : start + count]
 
     return Skill(
         name="sentiment",
         task="sst2",
         max_tokens=4,
         rows=rows,
-        lesson=lambda row: f" {task.read([row])[0].gold}",
+        lesson=lambda row: f" {get_task('sst2').read([row])[0].gold}",
         shift=f"phrases of more than {_SHORT} words",
+        apart=f"no phrase of {_NESTED} words or more is part of one in another of lessons, dev and test",
+        data=digest({split: [dict(row) for row in pool] for split, pool in pools.items()}),
     )
 
 

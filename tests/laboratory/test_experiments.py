@@ -24,6 +24,7 @@ from m3jax.laboratory.experiments import (
     best,
     do,
     equal_weights,
+    fixed_ratios,
     jobs_of,
     make_papers,
     recipe_of,
@@ -37,7 +38,7 @@ SKILLS = [word_problems()._replace(max_tokens=4), programs()._replace(max_tokens
 PAIR = ("arithmetic", "programs")
 TINY = Setting(
     Curriculum(Size(16, 1, 2, 300), 100, Course(2, 4, 1e-3, whole=True), Course(2, 4, 1e-2)),
-    Settings(seeds=1, samples=2, alphas=(2.0,), dev=4, test=6, attacked=2, points=3),
+    Settings(seeds=1, samples=4, alphas=(2.0,), dev=4, test=6, attacked=2, points=3),
 )
 
 
@@ -84,9 +85,37 @@ def test_weights_nobody_chose() -> None:
     assert equal_weights(Job("merge", 0, ("a", "b"), TIES)) == (0.5, 0.5)
 
 
-def test_the_first_of_the_best_is_chosen() -> None:
-    trials = [{"weights": [w, 1 - w], "dev": {"a": a, "b": b}} for w, a, b in [(0.1, 0, 1), (0.2, 1, 1), (0.3, 1, 1)]]
-    assert best(trials) == (0.2, 0.8)
+def test_of_the_best_that_nearest_to_equal_weights_is_chosen() -> None:
+    tried = [(0.5, 0, 1), (0.1, 1, 1), (0.6, 1, 1), (0.9, 1, 1)]
+    trials = [{"weights": [w, 1 - w], "dev": {"a": a, "b": b}} for w, a, b in tried]
+    assert best(trials) == (0.6, 0.4)
+    assert best(trials[::-1]) == (0.6, 0.4)
+
+
+@pytest.mark.parametrize("num_experts", [2, 3, 4])
+@pytest.mark.parametrize("samples", [1, 3, 10, 40])
+def test_the_grid_has_the_middle_and_no_expert_alone(num_experts: int, samples: int) -> None:
+    ratios = fixed_ratios(num_experts, samples)
+    assert len(set(ratios)) == len(ratios) <= samples
+    assert all(min(weights) > 0 and sum(weights) == pytest.approx(1) for weights in ratios)
+    assert (1 / num_experts,) * num_experts in ratios
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [({"seeds": 0}, "seeds: is 0"), ({"points": 1}, "at least 2"), ({"first": -1}, "seed: is -1")],
+)
+def test_settings_that_cannot_be_followed(tmp_path: Path, wrong: dict[str, int], sentence: str) -> None:
+    setting = TINY._replace(experiments=TINY.experiments._replace(**wrong))
+    with pytest.raises(M3Error, match=sentence):
+        conduct(tmp_path / "lab", SKILLS, setting, lambda _: None, "")
+    assert not (tmp_path / "lab").exists()  # before anything is trained
+
+
+def test_the_output_may_not_be_a_file(tmp_path: Path) -> None:
+    (tmp_path / "lab").touch()
+    with pytest.raises(M3Error, match=r"lab: "):
+        conduct(tmp_path / "lab", SKILLS, TINY, lambda _: None, "")
 
 
 @pytest.mark.parametrize("dare", [False, True])
@@ -96,7 +125,8 @@ def test_a_merge_has_all_arms_and_is_the_same_again(lab: Laboratory, papers: Pap
     line = do(lab, job, papers)
     assert json.loads(json.dumps(line)) == line
     assert set(line["arms"]) == {EQUAL, TUNED, "draw", M3}
-    assert [trial["weights"] for trial in line["trials"][TUNED]] == [[0.0, 1.0], [1.0, 0.0]]
+    assert [trial["weights"] for trial in line["trials"][TUNED]] == [[0.25, 0.75], [0.5, 0.5], [0.75, 0.25]]
+    assert len(line["trials"][M3]) == 3  # as many
     assert line["arms"]["draw"]["weights"] == line["trials"][M3][0]["weights"]
     for arm in line["arms"].values():
         assert set(arm["test"]) == set(arm["shifted"]) == set(arm["resistance"]) == set(PAIR)

@@ -1,14 +1,16 @@
 """Skills: what is taught is right, what is held out is held out, and the same seed gives the same examples."""
 
 import random
+import re
 from pathlib import Path
 
 import pytest
 
 from m3jax.errors import M3Error
 from m3jax.evaluation import Execution, get_task
+from m3jax.evaluation.data import Row
 from m3jax.laboratory.examining import make_exam
-from m3jax.laboratory.skills import SPLITS, Skill, programs, sentiment, word_problems
+from m3jax.laboratory.skills import _THINGS, SPLITS, Skill, programs, sentiment, word_problems
 
 COMPOSED = [word_problems(), programs()]
 
@@ -17,16 +19,52 @@ def named(skill: Skill) -> str:
     return skill.name
 
 
+WORDS = [
+    "a",
+    "dull",
+    "fine",
+    "plot",
+    "film",
+    "with",
+    "no",
+    "heart",
+    "and",
+    "much",
+    "noise",
+    "but",
+    "some",
+    "of",
+    "its",
+    "jokes",
+    "are",
+    "good",
+    "enough",
+    "to",
+    "watch",
+    "it",
+]
+
+
 @pytest.fixture
 def phrases(tmp_path: Path) -> Skill:
+    """Parts of the same sentences on both sides, as in SST-2."""
     chance = random.Random(0)
-    for name in ("learned", "held"):
-        rows = [
-            f"{' '.join(chance.choices(['dull', 'fine', 'plot', 'film'], k=chance.randint(1, 20)))} {name}{i}\t{i % 2}"
-            for i in range(400)
-        ]
+    sentences = [chance.choices(WORDS, k=20) for _ in range(60)]
+    for name, count in (("learned", 1500), ("held", 600)):
+        rows = []
+        for _ in range(count):
+            sentence = chance.choice(sentences)
+            start = chance.randrange(18)
+            part = sentence[start : start + chance.choice((3, 5, 8, 15))]
+            rows.append(f"{' '.join(part)} {chance.choice(('', ',', '.'))}\t{chance.randrange(2)}")
         (tmp_path / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *rows, ""]))
     return sentiment(tmp_path / "learned.tsv", tmp_path / "held.tsv")
+
+
+def nested(a: str, b: str) -> bool:
+    """Whether one is part of the other, punctuation aside."""
+    first, second = (f" {' '.join(re.findall('[a-z]+', text))} " for text in (a, b))
+    return first == second or (min(len(a.split()), len(b.split())) >= 3 and (first in second or second in first))
 
 
 @pytest.mark.parametrize("skill", COMPOSED, ids=named)
@@ -63,22 +101,64 @@ def test_lessons_continue_the_prompt_that_evaluation_shows() -> None:
     assert prompt + answer == "Anna has 2 pens and finds 3. How many?\n2 + 3 = 5\n#### 5"
 
 
-def test_phrases(phrases: Skill) -> None:
+def test_no_phrase_is_part_of_one_in_another_split(phrases: Skill) -> None:
+    counts = {"train": 10_000, "dev": 30, "test": 60, "shifted": 15}
+    texts = {split: [row["sentence"] for row in phrases.rows(split, n, 0)] for split, n in counts.items()}
+    assert len(texts["train"]) > 20
+    assert all(len(text.split()) > 12 for text in texts["shifted"])
+    assert all(len(re.findall("[a-z]+", text)) <= 12 for split in SPLITS[:3] for text in texts[split])
+    for one, other in (("train", "dev"), ("train", "test"), ("train", "shifted"), ("dev", "test"), ("dev", "shifted")):
+        assert not [(a, b) for a in texts[one] for b in texts[other] if nested(a, b)]
+
+
+def test_seeds_share_no_phrases(phrases: Skill) -> None:
+    blocks = [tuple(id(row) for row in phrases.rows("test", 20, seed)) for seed in range(3)]
+    assert len({row for block in blocks for row in block}) == 60
+    assert phrases.rows("test", 20, 1) == phrases.rows("test", 20, 1)
     assert phrases.lessons([{"sentence": "fine", "label": "1"}])[0][1] == " positive"
-    places = {split: {row["sentence"] for row in phrases.rows(split, 60, 0)} for split in SPLITS}
-    assert all("learned" in text for text in places["train"])
-    assert all("held" in text for split in SPLITS[1:] for text in places[split])
-    assert not places["dev"] & places["test"]
-    assert all(len(text.split()) > 12 for text in places["shifted"])
-    assert all(len(text.split()) <= 12 for split in SPLITS[:3] for text in places[split])
-    assert len(phrases.rows("train", 10_000, 0)) == len({row["sentence"] for row in phrases.rows("train", 10_000, 0)})
 
 
-def test_too_few_phrases(phrases: Skill) -> None:
+def test_what_is_taught_is_known_by_its_identity(phrases: Skill, tmp_path: Path) -> None:
+    again = sentiment(tmp_path / "learned.tsv", tmp_path / "held.tsv")
+    assert again.identity() == phrases.identity()
+    with open(tmp_path / "held.tsv", "a") as file:
+        file.write("something else\t1\n")
+    assert sentiment(tmp_path / "learned.tsv", tmp_path / "held.tsv").identity() != phrases.identity()
+    assert word_problems().identity() != word_problems()._replace(max_tokens=4).identity() != programs().identity()
+
+
+def test_phrases_that_will_not_do(phrases: Skill, tmp_path: Path) -> None:
     with pytest.raises(M3Error, match=r"phrases of more than 12 words for shifted, but 5000 are wanted"):
         phrases.rows("shifted", 5000, 0)
     with pytest.raises(M3Error, match="there is no data file"):
         sentiment("nowhere.tsv", "nowhere.tsv")
+    (tmp_path / "other.tsv").write_text("question\tanswer\na\tb\n")
+    with pytest.raises(M3Error, match="sentence"):
+        sentiment(tmp_path / "other.tsv", tmp_path / "held.tsv")
+
+
+@pytest.mark.parametrize("skill", COMPOSED, ids=named)
+def test_what_is_asked_in_one_split_is_asked_in_no_other(skill: Skill) -> None:
+    """Up to names and things; of programs, what returns the same."""
+
+    def key(row: Row) -> object:
+        if skill.task == "mbpp":
+            return row["code"].partition("return ")[2]
+        words = row["question"].split()
+        return [word for word in words if word[0].islower() or word[0].isdigit()], row["answer"]
+
+    asked = {split: [key(row) for row in skill.rows(split, 400, 0)] for split in SPLITS[:3]}
+    if skill.task == "mbpp":
+        assert not set(asked["train"]) & set(asked["test"])
+        assert not set(asked["dev"]) & set(asked["test"])
+    else:
+        things = set(_THINGS) | {f"{thing}." for thing in _THINGS} | {f"{thing}," for thing in _THINGS}
+        told = {
+            split: {(*(w for w in words if w not in things), answer) for words, answer in asked[split]}
+            for split in asked
+        }
+        assert not told["train"] & told["test"]
+        assert not told["dev"] & told["test"]
 
 
 def test_judges_remember(monkeypatch: pytest.MonkeyPatch) -> None:
