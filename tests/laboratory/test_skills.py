@@ -19,37 +19,14 @@ def named(skill: Skill) -> str:
     return skill.name
 
 
-WORDS = [
-    "a",
-    "dull",
-    "fine",
-    "plot",
-    "film",
-    "with",
-    "no",
-    "heart",
-    "and",
-    "much",
-    "noise",
-    "but",
-    "some",
-    "of",
-    "its",
-    "jokes",
-    "are",
-    "good",
-    "enough",
-    "to",
-    "watch",
-    "it",
-]
+TEXT = "a dull fine plot film with no heart and much noise but some of its jokes are good enough to watch it"
 
 
 @pytest.fixture
 def phrases(tmp_path: Path) -> Skill:
     """Parts of the same sentences on both sides, as in SST-2."""
     chance = random.Random(0)
-    sentences = [chance.choices(WORDS, k=20) for _ in range(60)]
+    sentences = [chance.choices(TEXT.split(), k=20) for _ in range(60)]
     for name, count in (("learned", 1500), ("held", 600)):
         rows = []
         for _ in range(count):
@@ -152,10 +129,10 @@ def test_what_is_asked_in_one_split_is_asked_in_no_other(skill: Skill) -> None:
         assert not set(asked["train"]) & set(asked["test"])
         assert not set(asked["dev"]) & set(asked["test"])
     else:
-        things = set(_THINGS) | {f"{thing}." for thing in _THINGS} | {f"{thing}," for thing in _THINGS}
+        things = {thing + mark for thing in _THINGS for mark in ("", ".", ",")}
         told = {
-            split: {(*(w for w in words if w not in things), answer) for words, answer in asked[split]}
-            for split in asked
+            split: {(*(word for word in words if word not in things), answer) for words, answer in some}
+            for split, some in asked.items()
         }
         assert not told["train"] & told["test"]
         assert not told["dev"] & told["test"]
