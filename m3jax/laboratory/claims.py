@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeAlias
 
 from m3jax.laboratory.experiments import DRAW, EQUAL, M3, METHODS, TUNED
 from m3jax.laboratory.outcomes import (
+    ROUNDING,
     Estimate,
     Group,
     Line,
@@ -37,13 +38,11 @@ IN_PART, NOT_HELD = "held in part", "did not hold"
 
 CLAIMS = (
     "M³ improves the merged model across tasks",
-    "M³ makes the merged model more robust, out of distribution and against adversaries",
+    "M³ makes the merged model more robust, out of distribution and under attack or perturbation",
     "M³ does more good than DARE, and the two together do more than either",
     "Beta's shape balances how efficiently ratios are explored against how diverse they are",
 )
-"""What the abstract of the paper says of its method."""
-
-_ROUNDING = 1e-9  # smaller differences are sums in another order
+"""What the abstract of the paper says of its method; where it says adversaries, what they do here."""
 
 
 # --- Comparisons --------------------------------------------------------------------------------------------------
@@ -79,9 +78,9 @@ def verdict_of(difference: Estimate | None) -> str:
     """
     if difference is None or difference.low is None or difference.high is None:
         return UNDECIDED
-    if difference.low > _ROUNDING:
+    if difference.low > ROUNDING:
         return HELD
-    return OPPOSITE if difference.high < -_ROUNDING else UNDECIDED
+    return OPPOSITE if difference.high < -ROUNDING else UNDECIDED
 
 
 def compared(name: str, measure: str, difference: Estimate | None, fair: bool = False) -> Comparison:
@@ -147,6 +146,7 @@ class Claim(NamedTuple):
         verdict: "held" where all comparisons held, "held in part" where some did, "did not hold", or "undecided".
         comparisons: Those that the verdict follows from.
         beside: Others, which explain but do not count.
+        whole: Whether it is held by all comparisons together or not at all.
     """
 
     number: int
@@ -154,13 +154,15 @@ class Claim(NamedTuple):
     verdict: str
     comparisons: tuple[Comparison, ...]
     beside: tuple[Comparison, ...]
+    whole: bool = False
 
 
-def verdict_on(comparisons: Sequence[Comparison]) -> str:
+def verdict_on(comparisons: Sequence[Comparison], whole: bool = False) -> str:
     """What comparisons say together: where the fair ones measured the opposite and none of them held, nothing held.
 
     Args:
         comparisons: At least one.
+        whole: Whether each of them alone says nothing for the claim.
     """
     said = [one.verdict for one in comparisons]
     fair = [one.verdict for one in comparisons if one.fair] or said
@@ -168,7 +170,7 @@ def verdict_on(comparisons: Sequence[Comparison]) -> str:
         return HELD
     if HELD not in fair and OPPOSITE in fair:
         return NOT_HELD
-    if HELD in said:
+    if HELD in said and not whole:
         return IN_PART
     return NOT_HELD if OPPOSITE in said else UNDECIDED
 
@@ -183,12 +185,18 @@ def claims_of(lines: Sequence[Line]) -> tuple[Claim, ...]:
     table = Table(found)
     stated = (_improves(table), _resists(table), _beats_dare(table), _balances(table, lines))
     return tuple(
-        Claim(number, text, verdict_on(counted), tuple(counted), tuple(beside))
-        for number, (text, (counted, beside)) in enumerate(zip(CLAIMS, stated, strict=True), 1)
+        Claim(number, text, verdict_on(one.counted, one.whole), tuple(one.counted), tuple(one.beside), one.whole)
+        for number, (text, one) in enumerate(zip(CLAIMS, stated, strict=True), 1)
     )
 
 
-_Stated: TypeAlias = tuple[list[Comparison], list[Comparison]]
+class _Stated(NamedTuple):
+    """What is measured on a claim; see `Claim`."""
+
+    counted: list[Comparison]
+    beside: list[Comparison]
+    whole: bool = False
+
 
 _NAMES = {M3: "best of M³'s draws", TUNED: "best of a grid", EQUAL: "equal weights", DRAW: "one draw of M³"}
 
@@ -204,7 +212,7 @@ def _improves(table: Table) -> _Stated:
         compared(f"{_less(M3, other)}, {method}", "test", table.arms(M3, other, method=method), other == TUNED)
         for other, method in itertools.product((EQUAL, TUNED), METHODS)
     ]
-    return counted, beside
+    return _Stated(counted, beside)
 
 
 def _resists(table: Table) -> _Stated:
@@ -214,26 +222,27 @@ def _resists(table: Table) -> _Stated:
             for other in (EQUAL, TUNED)
         ]
 
-    return [*against("shifted"), *against("pdr")], against("attacked")
+    return _Stated([*against("shifted"), *against("pdr")], against("attacked"))
 
 
 def _beats_dare(table: Table) -> _Stated:
-    nothing, dare, m3, both, tuned = (PLAIN, EQUAL), (DARE, EQUAL), (PLAIN, M3), (DARE, M3), (PLAIN, TUNED)
+    nothing, dare, m3 = (PLAIN, EQUAL), (DARE, EQUAL), (PLAIN, M3)
 
-    def of(name: str, more: Point, less: Point) -> Comparison:
-        return compared(name, "test", table.difference([(more, less)], "test"))
+    def of(name: str, more: Point, less: Point, fair: bool = False) -> Comparison:
+        return compared(name, "test", table.difference([(more, less)], "test"), fair)
 
-    counted = [
-        of("gain of M³ alone less gain of DARE alone", m3, dare),  # what both gain on cancels
-        of("M³ with DARE less M³ alone", both, m3),
-        of("M³ with DARE less DARE alone", both, dare),
+    counted = [  # both sides choose, so that choosing is not taken for drawing
+        of("M³ without DARE less a grid with DARE", m3, (DARE, TUNED), fair=True),
+        of("M³ with DARE less M³ without", (DARE, M3), m3, fair=True),
+        of("M³ with DARE less a grid with DARE", (DARE, M3), (DARE, TUNED), fair=True),
     ]
     beside = [
+        of("one draw of M³ without DARE less equal weights with DARE, where nobody examines", (PLAIN, DRAW), dare),
         of("gain of M³ alone", m3, nothing),
         of("gain of DARE alone", dare, nothing),
-        of("gain of the best of a grid less gain of DARE alone", tuned, dare),
+        of("gain of M³ alone less gain of DARE alone, which compares a choice with none", m3, dare),
     ]
-    return counted, beside
+    return _Stated(counted, beside)
 
 
 # --- The shape of Beta --------------------------------------------------------------------------------------------
@@ -259,33 +268,31 @@ def _extremes(scores: dict[float, dict[int, float]], seeds: Sequence[int]) -> tu
     return max(totals, key=totals.__getitem__), min(totals, key=totals.__getitem__)
 
 
-def _held_out(scores: dict[float, dict[int, float]], seeds: Sequence[int]) -> Estimate | None:
-    differences = []
-    for seed in seeds if len(seeds) > 1 else ():
-        best, worst = _extremes(scores, [other for other in seeds if other != seed])
-        differences.append(scores[best][seed] - scores[worst][seed])
-    return estimate(differences)
+def _contrast(scores: dict[float, dict[int, float]], seeds: Sequence[int], place: int, which: str) -> Comparison:
+    """The α's in the middle less one at the end, all of which are told before anything is measured."""
+    alphas = list(scores)
+    middle, end = alphas[1:-1], alphas[place] if alphas else 0.0
+    if not middle:
+        return compared(f"the α's in the middle, averaged, less the {which}", "test", None, fair=True)
+    told = ", ".join(f"{alpha:g}" for alpha in middle)
+    difference = estimate([mean(scores[alpha][seed] for alpha in middle) - scores[end][seed] for seed in seeds])
+    return compared(
+        f"the α's in the middle ({told}), averaged, less the {which} ({end:g})", "test", difference, fair=True
+    )
 
 
 def _balances(table: Table, lines: Sequence[Line]) -> _Stated:
     scores = _by_seed(lines) if len(shapes_of(lines)) > 1 else {}
     seeds = list(next(iter(scores.values()), {}))
-    counted = [
-        compared(
-            "the α that was best on all other seeds less the one that was worst there",
-            "test",
-            _held_out(scores, seeds),
-            fair=True,
-        )
-    ]
+    counted = [_contrast(scores, seeds, 0, "smallest"), _contrast(scores, seeds, -1, "largest")]
     beside = [compared(_less(M3, DRAW), "test", table.arms(M3, DRAW))]
     if seeds:
         best, worst = _extremes(scores, seeds)
         biased = estimate([scores[best][seed] - scores[worst][seed] for seed in seeds])
         name = f"the best α, {best:g}, less the worst, {worst:g}, picked after the fact, which biases this upwards"
-        beside.insert(0, compared(name, "test", biased))
+        beside.append(compared(name, "test", biased))
         beside.append(_narrows(lines, min(scores), max(scores)))
-    return counted, beside
+    return _Stated(counted, beside, whole=True)  # what rises towards one end is no balance
 
 
 def _narrows(lines: Sequence[Line], small: float, large: float) -> Comparison:

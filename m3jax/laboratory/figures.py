@@ -1,6 +1,9 @@
 """Pictures of what experiments found: scores over λ, robustness of the arms, and the shape of Beta."""
 
+import contextlib
+import io
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -54,9 +57,23 @@ def _finish(figure: "Figure", axes: "Sequence[Axes]", path: Path, first: Sequenc
     shown = {label: shown[label] for label in dict.fromkeys([*first, *shown]) if label in shown}
     if shown:
         figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=3, fontsize=9, frameon=False)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=144)
+    _write_whole(path, drawn.getvalue())
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    beside = path.with_name(path.name + ".part")
     try:
-        figure.savefig(path, dpi=144)
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise M3Error(f"cannot write {path}: {error.strerror}; give another directory") from error
 
 

@@ -5,11 +5,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from m3jax.errors import M3Error
-from m3jax.laboratory.claims import Claim, claims_of
+from m3jax.laboratory.claims import HELD, Claim, claims_of, verdict_of
 from m3jax.laboratory.experiments import AVERAGE, DRAW, EQUAL, M3, TASK_ARITHMETIC, TUNED, Job, Settings, jobs_of
+from m3jax.laboratory.models import BASE
 from m3jax.laboratory.outcomes import (
+    ROUNDING,
+    SHARES,
     Cell,
     Depth,
+    Estimate,
+    Group,
     Line,
     ModelCell,
     Outcome,
@@ -18,7 +23,9 @@ from m3jax.laboratory.outcomes import (
     depths_of,
     distinct,
     models_of,
+    outcome_of,
     outcomes,
+    over_seeds,
     shapes_of,
 )
 
@@ -40,6 +47,40 @@ class Cost(NamedTuple):
     evaluations: tuple[tuple[str, int, int], ...]
 
 
+class Alone(NamedTuple):
+    """What the base and the best expert scored on a group's skills, neither of them merged.
+
+    Attributes:
+        group: The experts.
+        measure: Of `SHARES`.
+        base: The base's mean over the group's skills.
+        expert: Which of the group's experts has the best mean over seeds, found after the fact; empty for none.
+        best: Its mean over the group's skills.
+    """
+
+    group: Group
+    measure: str
+    base: Estimate | None
+    expert: str
+    best: Estimate | None
+
+
+class Surpassed(NamedTuple):
+    """In how many merges the best of M³'s draws is above a model that is not merged, in test accuracy.
+
+    Attributes:
+        other: "base" or "best expert alone".
+        rows: Merges, by group, method and DARE, of which both were measured in one seed at least.
+        above: Those that are above it, by means over seeds.
+        surely: Those whose difference, paired by seed, has an interval above 0; None where none has an interval.
+    """
+
+    other: str
+    rows: int
+    above: int
+    surely: int | None
+
+
 class Findings(NamedTuple):
     """All that is reported.
 
@@ -50,6 +91,9 @@ class Findings(NamedTuple):
         models: What base and experts scored.
         cells: What every arm scored, by group, method and DARE.
         groups: The same over methods, with DARE and without.
+        alone: What base and best expert scored in the same, by group and measure.
+        surpassed: How often merges with M³ are above them.
+        adversaries: What each skill's adversary did.
         shapes: What each α gave.
         depths: What more draws gave.
         cost: What it cost.
@@ -63,6 +107,9 @@ class Findings(NamedTuple):
     models: tuple[ModelCell, ...]
     cells: tuple[Cell, ...]
     groups: tuple[Cell, ...]
+    alone: tuple[Alone, ...]
+    surpassed: tuple[Surpassed, ...]
+    adversaries: Mapping[str, str]
     shapes: tuple[Shape, ...]
     depths: tuple[Depth, ...]
     cost: Cost
@@ -98,6 +145,8 @@ def find(lines: Iterable[Line], about: Mapping[str, Any]) -> Findings:
     if not there:
         raise M3Error("the ledger holds no experiment, so there is nothing to report: run the laboratory first")
     found = outcomes(there)
+    unmerged = _unmerged(there, list(dict.fromkeys(one.group for one in found if one.kind == "merge")))
+    alone = _alone(unmerged)
     return Findings(
         about=about,
         seeds=tuple(sorted({line["seed"] for line in there})),
@@ -105,12 +154,72 @@ def find(lines: Iterable[Line], about: Mapping[str, Any]) -> Findings:
         models=tuple(models_of(there)),
         cells=tuple(cells_of(found)),
         groups=tuple(cells_of(found, whole=True)),
+        alone=alone,
+        surpassed=tuple(_surpassed(found, unmerged, alone)),
+        adversaries=_adversaries(there),
         shapes=tuple(shapes_of(there)),
         depths=tuple(depths_of(there)),
         cost=_cost(there),
         coinciding=_coinciding(found),
         claims=claims_of(there),
     )
+
+
+def _unmerged(lines: Sequence[Line], groups: Sequence[Group]) -> list[Outcome]:
+    """What the base and each group's experts scored on the group's skills, the model's name in place of an arm's."""
+    return [
+        outcome_of(
+            {**line, "group": group},
+            model,
+            {what: {skill: result[what][skill] for skill in group} for what in ("test", "shifted", "resistance")},
+        )
+        for line in distinct(lines, "models")
+        for group in groups
+        for model, result in line["models"].items()
+        if model in (BASE, *group) and result["test"].keys() >= set(group)
+    ]
+
+
+def _alone(unmerged: Sequence[Outcome]) -> tuple[Alone, ...]:
+    def scored(group: Group, measure: str) -> dict[str, Estimate]:
+        mine = [one for one in unmerged if one.group == group]
+        found = {
+            model: over_seeds((one.seed, one.score(measure)) for one in mine if one.arm == model)
+            for model in dict.fromkeys(one.arm for one in mine)
+        }
+        return {model: value for model, value in found.items() if value is not None}
+
+    def of(group: Group, measure: str) -> Alone:
+        scores = scored(group, measure)
+        expert = max((name for name in group if name in scores), key=lambda name: scores[name].mean, default="")
+        return Alone(group, measure, scores.get(BASE), expert, scores.get(expert))
+
+    return tuple(of(group, measure) for group in dict.fromkeys(one.group for one in unmerged) for measure in SHARES)
+
+
+def _surpassed(found: Sequence[Outcome], unmerged: Sequence[Outcome], alone: Sequence[Alone]) -> Iterator[Surpassed]:
+    """Of the base and of the best experts in test accuracy."""
+    scores = {(one.seed, one.group, one.arm): one.test for one in unmerged}
+    experts = {one.group: one.expert for one in alone if one.measure == "test"}
+    for other, names in (("base", dict.fromkeys(experts, BASE)), ("best expert alone", experts)):
+        rows: dict[tuple[Group, str, bool], list[tuple[int, float]]] = {}
+        for one in found:
+            score = scores.get((one.seed, one.group, names.get(one.group, "")))
+            if one.kind == "merge" and one.arm == M3 and one.test is not None and score is not None:
+                rows.setdefault((one.group, one.method, one.dare), []).append((one.seed, one.test - score))
+        gains = [gain for values in rows.values() if (gain := over_seeds(values)) is not None]
+        surely = [verdict_of(gain) == HELD for gain in gains if gain.low is not None]
+        above = sum(gain.mean > ROUNDING for gain in gains)
+        yield Surpassed(other, len(gains), above, sum(surely) if surely else None)
+
+
+def _adversaries(lines: Sequence[Line]) -> dict[str, str]:
+    return {
+        skill: one["adversary"]
+        for line in lines
+        for result in (*line.get("models", {}).values(), *line.get("arms", {}).values())
+        for skill, one in result.get("resistance", {}).items()
+    }
 
 
 def _missing(lines: Sequence[Line], about: Mapping[str, Any]) -> Iterator[str]:

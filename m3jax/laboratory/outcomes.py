@@ -17,6 +17,11 @@ Group: TypeAlias = tuple[str, ...]
 Line: TypeAlias = Mapping[str, Any]
 
 MEASURES = ("test", "shifted", "attacked", "pdr")
+SHARES = MEASURES[:3]
+"""Those that are shares of examples done right."""
+
+ROUNDING = 1e-9
+"""Smaller differences are sums in another order."""
 
 
 # --- Estimates ----------------------------------------------------------------------------------------------------
@@ -91,8 +96,9 @@ class Outcome(NamedTuple):
         arm: How the ratio was found.
         test: Mean accuracy over the group's skills; None where it was not measured, and so for the others.
         shifted: The same out of distribution.
-        attacked: The same under adversaries.
-        pdr: Performance drop rate over the group's skills; None also where nothing was right without adversaries.
+        attacked: The same under attack or perturbation.
+        pdr: Performance drop rate pooled over the group's skills, 1 − Σ attacked / Σ clean; None also where nothing was
+            right without adversaries.
     """
 
     kind: str
@@ -130,13 +136,20 @@ def outcomes(lines: Iterable[Line]) -> list[Outcome]:
         lines: The ledger.
     """
     return [
-        _outcome(line, arm, result)
+        outcome_of(line, arm, result)
         for line in distinct(lines, "merge", "alpha")
         for arm, result in line.get("arms", {}).items()
     ]
 
 
-def _outcome(line: Line, arm: str, result: Mapping[str, Any]) -> Outcome:
+def outcome_of(line: Line, arm: str, result: Mapping[str, Any]) -> Outcome:
+    """What one arm scored.
+
+    Args:
+        line: The experiment's.
+        arm: The arm.
+        result: Its scores on the group's skills.
+    """
     group = tuple(line["group"])
     resistance = result.get("resistance", {}).values()
     clean, attacked = (math.fsum(one[what] for one in resistance) for what in ("clean", "attacked"))
@@ -169,8 +182,8 @@ class Cell(NamedTuple):
         arm: How the ratio was found.
         test: Accuracy.
         shifted: Accuracy out of distribution.
-        attacked: Accuracy under adversaries.
-        pdr: Performance drop rate.
+        attacked: Accuracy under attack or perturbation.
+        pdr: Performance drop rate, pooled over the group's skills.
     """
 
     group: Group
@@ -210,6 +223,7 @@ class ModelCell(NamedTuple):
         test: Accuracy.
         shifted: Accuracy out of distribution.
         attacked: Accuracy under its adversary.
+        pdr: Performance drop rate; of the seeds in which something was right without the adversary.
         adversary: What that did.
     """
 
@@ -218,6 +232,7 @@ class ModelCell(NamedTuple):
     test: Estimate | None
     shifted: Estimate | None
     attacked: Estimate | None
+    pdr: Estimate | None
     adversary: str
 
 
@@ -239,10 +254,15 @@ def models_of(lines: Iterable[Line]) -> list[ModelCell]:
             over_seeds((seed, result["test"][skill]) for seed, result in some),
             over_seeds((seed, result["shifted"][skill]) for seed, result in some),
             over_seeds((seed, result["resistance"][skill]["attacked"]) for seed, result in some),
+            over_seeds((seed, _drop_rate(result["resistance"][skill])) for seed, result in some),
             some[0][1]["resistance"][skill]["adversary"],
         )
         for (model, skill), some in gathered.items()
     ]
+
+
+def _drop_rate(found: Mapping[str, Any]) -> float | None:
+    return 1 - found["attacked"] / found["clean"] if found["clean"] else None
 
 
 # --- The shape of Beta --------------------------------------------------------------------------------------------

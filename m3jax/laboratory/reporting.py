@@ -8,12 +8,14 @@ from typing import Any
 
 from m3jax.console import count_text, time_text
 from m3jax.errors import M3Error
+from m3jax.evaluation.attacks import ATTACKS
 from m3jax.evaluation.records import make_directory, write_whole
 from m3jax.laboratory import figures
-from m3jax.laboratory.claims import HELD, IN_PART, SPREAD, UNDECIDED, Claim, Comparison
+from m3jax.laboratory.claims import SPREAD
+from m3jax.laboratory.conclusions import claim_lines, verdict_text
 from m3jax.laboratory.experiments import DRAW, EQUAL, M3, METHODS, TUNED
-from m3jax.laboratory.findings import Findings, find
-from m3jax.laboratory.outcomes import Cell, Estimate, Group, Line
+from m3jax.laboratory.findings import Alone, Findings, find
+from m3jax.laboratory.outcomes import SHARES, Estimate, Group, Line
 
 PICTURES: Mapping[str, Callable[[Sequence[Line], Path], bool]] = MappingProxyType(
     {"curves.png": figures.save_curves, "robustness.png": figures.save_bars, "alphas.png": figures.save_alphas}
@@ -24,22 +26,14 @@ _ARMS = {EQUAL: "equal weights", TUNED: "best of a grid", DRAW: "one draw", M3: 
 _TABLES = {
     "test": "Test accuracy, %",
     "shifted": "Accuracy out of distribution, %",
-    "attacked": "Accuracy under adversaries, %",
+    "attacked": "Accuracy under attack or perturbation, %",
     "pdr": "Performance drop rate (PDR)",
-}
-_NOUNS = {
-    "test": "test accuracy",
-    "shifted": "accuracy out of distribution",
-    "attacked": "accuracy under adversaries",
-    "pdr": "−PDR",
-    SPREAD: "the standard deviation of λ",
 }
 _CAPTIONS = {
     "curves.png": "dev accuracy over λ",
     "robustness.png": "accuracy and drop rates",
     "alphas.png": "the shape of Beta, and the number of draws",
 }
-_SHARES = ("test", "shifted", "attacked")
 _NAMED = 12  # missing experiments that are told by name
 
 
@@ -51,7 +45,8 @@ def write_report(
     Args:
         lines: The ledger, whole or not.
         directory: Where; made if it is not there.
-        about: How it was made: "command", "settings", "models", "machine", "seconds", as far as they are known.
+        about: How it was made: "command", "settings", "models", "machine", "seconds" of the experiments, "held_out"
+            for what the examples of examinations are; as far as they are known.
         overwrite: Replace a report that is there.
 
     Raises:
@@ -78,7 +73,9 @@ def report_lines(found: Findings, pictures: Sequence[str] = ()) -> Iterator[str]
         pictures: The files that were drawn.
     """
     yield from ("# Mixup Model Merge (M³) measured on small models", "")
-    yield from table(["claim of the paper", "verdict"], ([f"{c.number}. {c.text}", _verdict(c)] for c in found.claims))
+    yield from table(
+        ["claim of the paper", "verdict"], ([f"{c.number}. {c.text}", verdict_text(c)] for c in found.claims)
+    )
     yield from ("", "## How it was made", "")
     yield from _about_lines(found)
     yield from _missing_lines(found.missing)
@@ -86,7 +83,7 @@ def report_lines(found: Findings, pictures: Sequence[str] = ()) -> Iterator[str]
     yield from _model_lines(found)
     for measure in _TABLES:
         yield from ("", f"## {_TABLES[measure]}", "")
-        yield from _cell_lines(found.cells, measure, len(found.seeds))
+        yield from _cell_lines(found, measure)
     yield from ("", "## The shape of Beta", "")
     yield from _shape_lines(found)
     yield from ("", "## Cost", "")
@@ -96,7 +93,7 @@ def report_lines(found: Findings, pictures: Sequence[str] = ()) -> Iterator[str]
         told = f"![{_CAPTIONS[name]}]({name})" if name in pictures else f"Nothing to draw: {_CAPTIONS[name]}."
         yield from (told, "")
     yield from ("## What follows for the paper's claims", "")
-    yield from _claim_lines(found)
+    yield from claim_lines(found)
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
@@ -127,8 +124,12 @@ def _about_lines(found: Findings) -> Iterator[str]:
     for name in ("settings", "models", "machine"):
         if about.get(name):
             yield from _told_lines(name, about[name])
-    if about.get("seconds") is not None:
-        yield f"- time: {time_text(about['seconds'])}"
+    if about.get("held_out"):
+        yield f"- held out: {about['held_out']}"
+    training = ((about.get("models") or {}).get("training") or {}).values()
+    spent = {"training": sum(one.get("seconds", 0) for one in training), "experiments": about.get("seconds")}
+    if any(spent.values()):
+        yield f"- time: {', '.join(f'{what} {time_text(seconds)}' for what, seconds in spent.items() if seconds)}"
 
 
 def _told_lines(name: str, value: Any, depth: int = 0) -> Iterator[str]:
@@ -168,35 +169,78 @@ def _model_lines(found: Findings) -> Iterator[str]:
     if not found.models:
         yield "Not measured."
         return
-    seeds = len(found.seeds)
+    seeds, measures = len(found.seeds), (*SHARES, "pdr")
     yield "Accuracy in %, ± half the width of the 95 % interval over seeds (Student's t), as in all tables."
     yield ""
     yield from table(
-        ["model", "skill", "test", "out of distribution", "under its adversary", "adversary"],
+        ["model", "skill", "test", "out of distribution", "under its adversary", "PDR", "adversary"],
         (
-            [one.model, one.skill, *(_entry(getattr(one, what), what, seeds) for what in _SHARES), one.adversary]
+            [one.model, one.skill, *(_entry(getattr(one, what), what, seeds) for what in measures), one.adversary]
             for one in found.models
         ),
     )
 
 
-def _cell_lines(cells: Sequence[Cell], measure: str, seeds: int) -> Iterator[str]:
-    """A row for each group, method and DARE, a column for each arm."""
-    if not cells:
+def _cell_lines(found: Findings, measure: str) -> Iterator[str]:
+    """A row for each group, method and DARE, a column for each arm and, where known, for base and best expert."""
+    if not found.cells:
         yield "Not measured."
         return
     values: dict[tuple[Group, str, bool | None], dict[str, Estimate | None]] = {}
-    for cell in cells:
+    for cell in found.cells:
         values.setdefault((cell.group, cell.method, cell.dare), {})[cell.arm] = getattr(cell, measure)
     groups, methods = [key[0] for key in values], list(METHODS)
     order = sorted(values, key=lambda key: (len(key[0]), groups.index(key[0]), methods.index(key[1]), bool(key[2])))
+    seeds = len(found.seeds)
+    alone = {one.group: _alone_entries(one, seeds) for one in found.alone if one.measure == measure}
     yield from table(
-        ["experts", "method", "DARE", *_ARMS.values()],
+        ["experts", "method", "DARE", *_ARMS.values(), *(("base", "best expert alone") if alone else ())],
         (
             [" + ".join(key[0]), key[1], "yes" if key[2] else "no"]
             + [_entry(values[key].get(arm), measure, seeds) for arm in _ARMS]
+            + (alone.get(key[0], ["–", "–"]) if alone else [])
             for key in order
         ),
+    )
+    if measure == "test" and alone:
+        yield from ("", _surpassed(found))
+    if measure == "pdr" and found.adversaries:
+        yield from ("", _adversaries(found.adversaries))
+
+
+def _alone_entries(one: Alone, seeds: int) -> list[str]:
+    expert = _entry(one.best, one.measure, seeds)
+    return [_entry(one.base, one.measure, seeds), f"{one.expert}: {expert}" if one.expert else expert]
+
+
+def _surpassed(found: Findings) -> str:
+    """In how many rows merging beats not merging."""
+    told = [
+        "Base and experts are not merged, and stand in each row of a group with their means over its skills. The best "
+        "expert is the group's with the best mean over seeds in the same table: it is chosen after the fact, which "
+        "favours it."
+    ]
+    for one in found.surpassed:
+        surely = "no row has an interval" if one.surely is None else f"the paired interval is above 0 in {one.surely}"
+        if one.rows:
+            told.append(
+                f"The best of M³'s draws is above the {one.other} in {one.above} of {count_text(one.rows, 'row')} by "
+                f"its mean; {surely}."
+            )
+    return " ".join(told)
+
+
+def _adversaries(adversaries: Mapping[str, str]) -> str:
+    """Which skills are attacked and which perturbed."""
+
+    def told(attacked: bool) -> str:
+        return ", ".join(f"{skill} ({what})" for skill, what in adversaries.items() if (what in ATTACKS) == attacked)
+
+    attacks = f"An attack on the prompt, which keeps the worst that it finds: {told(True) or 'no skill'}."
+    others = f"A perturbation of the input, whatever the model makes of it: {told(False) or 'no skill'}."
+    return (
+        f"{attacks} {others} The PDR of a group is pooled, 1 − Σ attacked / Σ clean over its skills, where the paper "
+        "gives it for each task; base and experts have it for each skill above."
     )
 
 
@@ -204,7 +248,7 @@ def _entry(value: Estimate | None, measure: str, seeds: int) -> str:
     """A mean ± half its interval, and the number of seeds where they are fewer than elsewhere."""
     if value is None:
         return "–"
-    scale, digits = (100, 1) if measure in _SHARES else (1, 3)
+    scale, digits = (100, 1) if measure in SHARES else (1, 3)
     half = "" if value.half is None else f" ± {scale * value.half:.{digits}f}"
     fewer = "" if value.seeds == seeds else f" ({count_text(value.seeds, 'seed')})"
     return f"{scale * value.mean:.{digits}f}{half}{fewer}"
@@ -262,85 +306,3 @@ def _cost_lines(found: Findings) -> Iterator[str]:
             f"1/n in one and 1 in the other. Here {same} of {both} such pairs of test scores are the same. Means over "
             "methods count these merges twice."
         )
-
-
-# --- Claims -------------------------------------------------------------------------------------------------------
-
-
-def _claim_lines(found: Findings) -> Iterator[str]:
-    yield (
-        "Each figure is a difference within one seed, whose arms share their examples, averaged over all merges that "
-        "it is about, then over seeds, with its 95 % interval by Student's t. Where the interval is above 0, it held; "
-        "below 0, the opposite was measured; else it is undecided. Of many such intervals about one in twenty misses. "
-        "−PDR is the drop rate turned round: above 0, less is lost."
-    )
-    for claim in found.claims:
-        yield from ("", f"### {claim.number}. {claim.text}: {claim.verdict}", "", _paragraph(claim))
-        if claim.beside:
-            yield from ("", "Beside that, and not counted:", "")
-            yield from (f"- {_sentence(one)}" for one in claim.beside)
-    yield from ("", "### How sure this is", "", _reach(found))
-
-
-def _paragraph(claim: Claim) -> str:
-    said = "Over all it is undecided." if claim.verdict == UNDECIDED else f"Over all it {_verdict(claim)}."
-    return " ".join([*(_sentence(one) for one in claim.comparisons), said])
-
-
-def _verdict(claim: Claim) -> str:
-    """The verdict, and which comparisons held where not all did."""
-    if claim.verdict != IN_PART:
-        return claim.verdict
-    same = len({one.measure for one in claim.comparisons}) == 1
-
-    def names(held: bool) -> str:
-        some = [one for one in claim.comparisons if (one.verdict == HELD) == held]
-        return "; ".join(one.name if same else f"{one.name} ({_NOUNS[one.measure]})" for one in some)
-
-    return f"{IN_PART}: {names(True)}. Not: {names(False)}"
-
-
-def _sentence(one: Comparison) -> str:
-    fair = " (at equal budget)" if one.fair else ""
-    return f"{one.name[0].upper()}{one.name[1:]}{fair}: {_difference(one)}."
-
-
-def _difference(one: Comparison) -> str:
-    value = one.difference
-    if value is None:
-        return f"not measured, so {one.verdict}"
-    scale, digits, unit = (100, 1, "points of") if one.measure in _SHARES else (1, 3, "in")
-    of = f"{_signed(scale * value.mean, digits)} {unit} {_NOUNS[one.measure]}"
-    if value.low is None or value.high is None:
-        return f"{of} (one seed, so no interval): {one.verdict}"
-    span = f"{_signed(scale * value.low, digits)} to {_signed(scale * value.high, digits)}"
-    return f"{of} (95 % interval {span}, {count_text(value.seeds, 'seed')}): {one.verdict}"
-
-
-def _signed(value: float, digits: int) -> str:
-    return f"{value:+.{digits}f}".replace("-", "−")
-
-
-def _reach(found: Findings) -> str:
-    seeds = count_text(len(found.seeds), "seed")
-    parameters = (found.about.get("models") or {}).get("parameters")
-    size = f"models of {parameters:,} parameters" if isinstance(parameters, int) else "tiny models"
-    return (
-        f"All intervals are over {seeds}, which vary the examples, the draws and DARE's masks. The models were trained "
-        f"once, so that nothing here says how it would be with others; and these are {size}, learning small skills, so "
-        "that nothing here says how it is with large ones. Equal weights cost no examination and the others do: only "
-        "comparisons at equal budget say what drawing does that choosing does not. In task arithmetic equal weights "
-        "sum to the number of experts and drawn ones to 1, so that part of that difference is one of scale."
-        + _uneven(found)
-    )
-
-
-def _uneven(found: Findings) -> str:
-    """Where budgets differ: a grid of three or more experts does not have any number of points."""
-    points = {(arm, experts): count for arm, experts, count in found.cost.evaluations}
-    told = [
-        f"{points[TUNED, experts]} points against {draws} draws for {experts} experts"
-        for (arm, experts), draws in points.items()
-        if arm == M3 and points.get((TUNED, experts), draws) < draws
-    ]
-    return f" The grid is smaller than its budget, which favours M³: {', '.join(told)}." if told else ""

@@ -1,11 +1,13 @@
 """Ledgers whose truth is known, made from a seed instead of models."""
 
+import itertools
 import random
 
 from m3jax.laboratory.experiments import DRAW, EQUAL, M3, TASK_ARITHMETIC, TUNED, Settings, best, jobs_of
 
 SKILLS = ("sentiment", "arithmetic", "programs")
-SETTINGS = Settings()
+SETTINGS = Settings(samples=8)
+ADVERSARIES = {"sentiment": "deepwordbug", "arithmetic": "typos", "programs": "paraphrase"}
 LEVEL = 0.6
 
 
@@ -39,8 +41,7 @@ def make_ledger(arms=None, *, dare=0.0, resistance=None, alphas=None, noise=0.01
             outcome = scored(job, M3, alphas.get(job.alpha, 0.0), best(drawn), chance)
             arm = {name: outcome[name] for name in ("weights", "test")}
             return {**told, "arms": {M3: arm}, "trials": {M3: drawn}, "seconds": seconds}
-        steps = how.samples - 1 if len(job.group) == 2 else 2 if how.samples >= 6 else 1
-        grid = [trial(job, one) for one in lattice(len(job.group), steps)]
+        grid = [trial(job, one) for one in lattice(len(job.group), how.samples)]
         even = (1.0 if job.method == TASK_ARITHMETIC else 1 / len(job.group),) * len(job.group)
         chosen = {EQUAL: even, TUNED: best(grid), DRAW: drawn[0]["weights"], M3: best(drawn)}
         outcomes = {arm: scored(job, arm, arms.get(arm, 0.0) + dare * job.dare, chosen[arm], chance) for arm in chosen}
@@ -54,7 +55,8 @@ def make_ledger(arms=None, *, dare=0.0, resistance=None, alphas=None, noise=0.01
             "test": {name: near(level) for name in job.group},
             "shifted": {name: near(level - 0.1) for name in job.group},
             "resistance": {
-                name: {"adversary": "typos", "clean": level, "attacked": near(level * kept)} for name in job.group
+                name: {"adversary": ADVERSARIES[name], "clean": level, "attacked": near(level * kept)}
+                for name in job.group
             },
         }
 
@@ -69,12 +71,11 @@ def weights(job, chance):
     return tuple(share / sum(shares) for share in shares)
 
 
-def lattice(count, steps):
-    if count == 1:
-        return [(1.0,)]
-    if count == 2:
-        return [(i / steps, 1 - i / steps) for i in range(steps + 1)]
-    return [(i / steps, j / steps, (steps - i - j) / steps) for i in range(steps + 1) for j in range(steps + 1 - i)]
+def lattice(count, points):
+    """As many ratios as there are draws, none of them an expert alone."""
+    cuts = itertools.combinations(range(1, points + count), count - 1)
+    inner = [tuple(b - a for a, b in itertools.pairwise((0, *cut, points + count))) for cut in cuts]
+    return [tuple(part / (points + count) for part in inner[len(inner) * i // points]) for i in range(points)]
 
 
 def dev(job, ratios):

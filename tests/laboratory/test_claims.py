@@ -97,7 +97,7 @@ def test_a_claim_needs_its_fair_comparison(paper, fair, verdict):
 
 def test_a_gain_is_found():
     keeps = {EQUAL: 0.6, TUNED: 0.7, M3: 0.8}
-    claims = claims_of(make_ledger(GOOD, dare=0.03, resistance=keeps, alphas={1.0: 0.3}))
+    claims = claims_of(make_ledger(GOOD, dare=0.02, resistance=keeps, alphas={1.0: 0.3}))
     assert [claim.verdict for claim in claims] == [HELD] * 4
     paper, fair, one = (comparison.difference for comparison in claims[0].comparisons)
     assert paper.mean == pytest.approx(0.1, abs=0.005)
@@ -107,8 +107,9 @@ def test_a_gain_is_found():
     drops = [one.difference.mean for one in claims[1].comparisons if one.measure == "pdr"]
     assert drops == pytest.approx([0.2, 0.1], abs=0.01)
     gains = [comparison.difference.mean for comparison in claims[2].comparisons]
-    assert gains == pytest.approx([0.1 - 0.03, 0.03, 0.1], abs=0.01)
-    assert [one.difference.mean for one in claims[2].beside] == pytest.approx([0.1, 0.03, 0.03], abs=0.01)
+    assert gains == pytest.approx([0.1 - 0.08, 0.02, 0.04], abs=0.005)
+    beside = [one.difference.mean for one in claims[2].beside]
+    assert beside == pytest.approx([0.05 - 0.02, 0.1, 0.02, 0.08], abs=0.005)
 
 
 def test_where_there_is_no_gain_none_is_found():
@@ -139,18 +140,69 @@ def test_less_than_the_grid_did_not_hold_though_more_than_equal_weights():
     assert claim.verdict == NOT_HELD
 
 
-def test_the_best_alpha_is_taken_from_other_seeds():
-    lines = make_ledger({M3: 0.0}, alphas={0.2: -0.1, 5.0: 0.1}, noise=0.0)
+def test_a_peak_in_the_middle_is_a_balance():
+    lines = make_ledger({M3: 0.0}, alphas={0.2: -0.1, 1.0: 0.15, 5.0: -0.2}, noise=0.0)
     claim = claims_of(lines)[3]
     assert claim.verdict == HELD
-    assert only(claim.comparisons).difference.mean == pytest.approx(0.2)
-    after_the_fact, draws, spread = claim.beside
-    assert "picked after the fact" in after_the_fact.name
-    assert after_the_fact.difference.mean == pytest.approx(0.2)
+    assert [one.name for one in claim.comparisons] == [
+        "the α's in the middle (0.5, 1, 2), averaged, less the smallest (0.2)",
+        "the α's in the middle (0.5, 1, 2), averaged, less the largest (5)",
+    ]
+    assert all(one.fair for one in claim.comparisons)
+    assert [one.difference.mean for one in claim.comparisons] == pytest.approx([0.15, 0.25])
+    draws, after_the_fact, spread = claim.beside
     assert draws.difference.mean == pytest.approx(0.0)
+    assert "picked after the fact" in after_the_fact.name
+    assert after_the_fact.difference.mean == pytest.approx(0.35)
     assert spread.verdict == HELD
-    chance = claims_of(make_ledger(noise=0.05))[3]
-    assert only(chance.comparisons).difference.mean < chance.beside[0].difference.mean
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_what_rises_to_an_extreme_is_no_balance(sign, noise):
+    lines = make_ledger(alphas={0.2: -0.1 * sign, 1.0: 0.1 * sign, 2.0: 0.2 * sign, 5.0: 0.3 * sign}, noise=noise)
+    claim = claims_of(lines)[3]
+    assert {one.verdict for one in claim.comparisons} == {HELD, OPPOSITE}
+    assert claim.verdict == NOT_HELD
+
+
+def test_what_rises_and_stays_is_not_decided():
+    claim = claims_of(make_ledger(alphas={0.2: -0.1}, noise=0.0))[3]
+    assert [one.verdict for one in claim.comparisons] == [HELD, UNDECIDED]
+    assert claim.verdict == UNDECIDED
+
+
+def test_alphas_decide_by_all_seeds():
+    """Student's t over seeds: one seed in five that says otherwise leaves it open."""
+    lines = make_ledger(alphas={0.2: -0.1, 5.0: -0.1}, noise=0.0)
+    other = make_ledger(alphas={0.2: 0.2, 5.0: 0.2}, noise=0.0)
+    mixed = [one if line["seed"] == 4 else line for line, one in zip(lines, other, strict=True)]
+    claim = claims_of(mixed)[3]
+    assert [one.difference.mean for one in claim.comparisons] == pytest.approx([0.04, 0.04])
+    assert claim.verdict == UNDECIDED
+
+
+@pytest.mark.parametrize("alphas", [(), (0.2,)])
+def test_two_alphas_have_no_middle(alphas):
+    claim = claims_of(make_ledger(GOOD, how=SETTINGS._replace(alphas=alphas)))[3]
+    assert all(one.difference is None for one in claim.comparisons)
+    assert claim.verdict == UNDECIDED
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_choosing_is_not_credited_to_mixing(noise):
+    """Grid and draws gain the same, DARE nothing: more than DARE, but not by being drawn."""
+    claim = claims_of(make_ledger({**GOOD, TUNED: 0.1}, noise=noise))[2]
+    assert claim.verdict not in (HELD, IN_PART)
+    assert all(one.fair for one in claim.comparisons)
+    unfair = {one.name: one.verdict for one in claim.beside}
+    assert unfair["gain of M³ alone less gain of DARE alone, which compares a choice with none"] == HELD
+
+
+def test_less_than_dare_did_not_hold():
+    claim = claims_of(make_ledger({**GOOD, TUNED: 0.2}))[2]
+    assert [one.verdict for one in claim.comparisons] == [OPPOSITE, UNDECIDED, OPPOSITE]
+    assert claim.verdict == NOT_HELD
 
 
 def test_shapes_and_depths():
@@ -180,7 +232,9 @@ def test_cells_are_scores_over_the_group():
     assert cell.pdr.mean == pytest.approx(0.1)
     whole = cells_of(outcomes(lines), whole=True)
     assert len(whole) == 4 * 4
-    assert len(models_of(lines)) == 4 * 3
+    models = models_of(lines)
+    assert len(models) == 4 * 3
+    assert [one.pdr.mean for one in models] == pytest.approx([0.2] * 12)
 
 
 def test_drop_rates_of_models_that_get_nothing_right_are_undefined():
@@ -210,8 +264,9 @@ def test_what_is_missing_is_not_compared():
     assert fewer.seeds == 4
     without_dare = claims_of(without(lines, kind="merge", dare=True))[2]
     assert all(one.difference is None for one in without_dare.comparisons)
+    assert without_dare.verdict == UNDECIDED
     without_alphas = claims_of(without(lines, kind="alpha"))[3]
-    assert only(without_alphas.comparisons).difference is None
+    assert all(one.difference is None for one in without_alphas.comparisons)
     assert claims_of([])[0].verdict == UNDECIDED
 
 
