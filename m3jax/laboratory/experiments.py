@@ -61,7 +61,7 @@ class Settings(NamedTuple):
         alphas: Others, tried on average merging.
         dev: Examples of each skill that ratios are chosen on.
         test: Examples of each skill that are reported, and as many out of distribution.
-        attacked: Examples of each skill that adversaries work on.
+        attacked: Examples of each skill that adversaries work on, which is what takes longest.
         points: Of the curve over λ.
     """
 
@@ -72,7 +72,7 @@ class Settings(NamedTuple):
     alphas: tuple[float, ...] = (0.2, 1.0, 2.0, 5.0)
     dev: int = 64
     test: int = 128
-    attacked: int = 64
+    attacked: int = 32
     points: int = 21
 
 
@@ -262,9 +262,9 @@ class _Bench:
         """As many ratios as the grid has, drawn as `m3jax explore` draws them."""
         return [drawn_weights(self.space, sample)[WHOLE_MODEL] for sample in range(len(self.grid()))]
 
-    def outcome(self, weights: Weights) -> dict[str, Any]:
-        """All that is reported of a merge."""
-        return {"weights": list(weights), **measure(self.lab, self.params(weights), self.papers, self.job)}
+    def outcome(self, weights: Weights, resists: bool) -> dict[str, Any]:
+        """What is reported of a merge, with its adversaries or without."""
+        return {"weights": list(weights), **measure(self.lab, self.params(weights), self.papers, self.job, resists)}
 
     def seconds(self) -> dict[str, float]:
         """Typical times of one merge and of examining it; the first of each is compiled, and does not count."""
@@ -283,7 +283,7 @@ def mean(scores: Mapping[str, float]) -> float:
     return sum(scores.values()) / len(scores)
 
 
-def measure(lab: Laboratory, params: Any, papers: Papers, job: Job) -> dict[str, Any]:
+def measure(lab: Laboratory, params: Any, papers: Papers, job: Job, resists: bool = True) -> dict[str, Any]:
     """What is reported of a model: its scores on test examples, out of distribution and under its adversaries.
 
     Args:
@@ -291,13 +291,17 @@ def measure(lab: Laboratory, params: Any, papers: Papers, job: Job) -> dict[str,
         params: The decoder's parameters.
         papers: The examinations.
         job: Whose skills are examined.
+        resists: Whether adversaries are let loose.
     """
     generator = lab.pupil.generator(params)
-    return {
+    scores: dict[str, Any] = {
         "test": {name: examine(papers.test[name], generator) for name in job.group},
         "shifted": {name: examine(papers.shifted[name], generator) for name in job.group},
-        "resistance": {name: resist(papers.attacked[name], generator, job.seed)._asdict() for name in job.group},
     }
+    if resists:
+        found = {name: resist(papers.attacked[name], generator, job.seed) for name in job.group}
+        scores["resistance"] = {name: one._asdict() for name, one in found.items()}
+    return scores
 
 
 def fixed_ratios(num_experts: int, samples: int) -> list[Weights]:
@@ -338,7 +342,8 @@ def best(trials: Sequence[Mapping[str, Any]]) -> Weights:
 def _merge(bench: _Bench) -> dict[str, Any]:
     tuned, drawn = bench.try_all(bench.grid()), bench.try_all(bench.draws())
     chosen = {EQUAL: equal_weights(bench.job), TUNED: best(tuned), DRAW: tuple(drawn[0]["weights"]), M3: best(drawn)}
-    outcomes = {weights: bench.outcome(weights) for weights in dict.fromkeys(chosen.values())}
+    resisting = {weights for arm, weights in chosen.items() if arm != DRAW}
+    outcomes = {weights: bench.outcome(weights, weights in resisting) for weights in dict.fromkeys(chosen.values())}
     return {"arms": {arm: outcomes[weights] for arm, weights in chosen.items()}, "trials": {TUNED: tuned, M3: drawn}}
 
 
