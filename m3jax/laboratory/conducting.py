@@ -49,7 +49,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
             Settings(seeds=2, samples=4, dev=32, test=64, attacked=32, points=11),
         ),
         "laptop": Setting(
-            Curriculum(Size(128, 4, 4, 800), 50_000, Course(1500, 32, 2e-3, whole=True), Course(1200, 32, 5e-4)),
+            Curriculum(Size(128, 4, 4, 800), 50_000, Course(2500, 32, 2e-3, whole=True), Course(1000, 32, 5e-4)),
             Settings(),
         ),
         "gpu": Setting(

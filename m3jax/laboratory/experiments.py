@@ -69,9 +69,9 @@ class Settings(NamedTuple):
     first: int = 0
     samples: int = 10
     alpha: float = 0.5
-    alphas: tuple[float, ...] = (0.2, 1.0, 2.0, 5.0)
-    dev: int = 64
-    test: int = 128
+    alphas: tuple[float, ...] = (0.2, 1.0, 5.0)
+    dev: int = 48
+    test: int = 96
     attacked: int = 32
     points: int = 21
 
