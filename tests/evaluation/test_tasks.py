@@ -151,13 +151,15 @@ def test_mbpp_verdicts_and_reasons() -> None:
         "def double(n): return 4",
         "def dbl(n): return 4",
         "Sorry, no.",
+        "def double(n) return 2 * n",
     ]
-    judged = task.judge(task.read(MBPP * 4), texts, Execution(workers=2))
-    assert [verdict.correct for verdict in judged] == [True, False, False, False]
-    assert [verdict.parsed is None for verdict in judged] == [False, False, False, True]
+    judged = task.judge(task.read(MBPP * 5), texts, Execution(workers=2))
+    assert [verdict.correct for verdict in judged] == [True, False, False, False, False]
+    assert [verdict.parsed is None for verdict in judged] == [False, False, False, True, True]
     assert judged[1].detail == "failed: AssertionError at: assert double(3) == 6"
     assert "NameError" in judged[2].detail
     assert judged[3].detail == "no program found"
+    assert judged[4].detail == "error: SyntaxError: what was found is no Python"
     with pytest.raises(M3Error, match="test_list must be a list of assert statements"):
         task.read([{"text": "x", "test_list": "assert 1"}])
 

@@ -105,23 +105,26 @@ def _mbpp_program(example: Example, text: str) -> str | None:
     return extract_code(text)
 
 
+_NO_PROGRAM = "no program found"
+_NO_PYTHON = "error: SyntaxError: what was found is no Python"  # so that no process need be started to say so
+
+
 def _judged_by_tests(program_of: Callable[[Example, str], str | None]) -> Judge:
     """Judge by running each example's tests against the program found in the completion."""
 
     def judge(examples: Sequence[Example], texts: Sequence[str], execution: Execution) -> list[Judgement]:
         sources = list(map(program_of, examples, texts))
-        run = [place for place, source in enumerate(sources) if source is not None]
+        judged = [Judgement(False, None, _NO_PROGRAM if source is None else _NO_PYTHON) for source in sources]
+        run = [place for place, source in enumerate(sources) if source is not None and is_python(source)]
         outcomes = run_programs(
             [Program(sources[place] or "", examples[place].extra["tests"]) for place in run],
             limits=execution.limits,
             allow_unsandboxed=execution.allow_unsandboxed,
             workers=execution.workers,
         )
-        judged = [Judgement(False, None, "no program found")] * len(examples)
         for place, outcome in zip(run, outcomes, strict=True):
-            parsed = sources[place] if is_python(sources[place] or "") else None
             detail = "" if outcome.passed else f"{outcome.reason}: {outcome.detail}"
-            judged[place] = Judgement(outcome.passed, parsed, detail)
+            judged[place] = Judgement(outcome.passed, sources[place], detail)
         return judged
 
     return judge
