@@ -94,6 +94,7 @@ def main(directory: Path, echo: Echo, setting: "Setting | None" = None) -> dict[
     written = write_recipes(directory / "recipes", lab.places)
     account["merges"] = _merges(written, directory / "merges", lab, papers, echo)
     account["exploration"], best = _explore(written[_EXPLORED], directory, lab, papers, echo)
+    _say_means(account, echo)
     account["replay"] = _replay(best, directory / "replayed", echo)
     account["seconds"] = time.perf_counter() - begun
     _say_next(directory, account["seconds"], echo)
@@ -213,7 +214,7 @@ def _explore(
     for left in ("best", "best.exploration"):
         shutil.rmtree(directory / left, ignore_errors=True)
     echo("")
-    echo(f"One draw may be a bad one. Drawing {SAMPLES}, each merged in memory and examined on other problems:")
+    echo(f"One draw may be a bad one. Drawing {SAMPLES}, each merged in memory; the best mean on other problems is:")
     found = explore(recipe, directory / "best", score=score, samples=SAMPLES)
     ratio = _ratio(found.merge)
     scores = _scores_of(lab, found.merge.directory, papers)
@@ -222,6 +223,23 @@ def _explore(
     _draw_curve(directory / PICTURE, lab, papers, trials)
     echo(f"  {count_text(lab.how.points, 'ratio')} and the draws among them: {directory / PICTURE}")
     return {**_told(found.merge, scores), "trials": trials, "picture": str(directory / PICTURE)}, found.merge
+
+
+def _say_means(account: Mapping[str, Any], echo: Echo) -> None:
+    """Whether merging was worth it, whatever came out."""
+    models = {name: _mean(scores) for name, scores in account["models"]["scores"].items()}
+    experts = {name: mean for name, mean in models.items() if name != "base"}
+    better = max(experts, key=experts.__getitem__)
+    merged = _mean(account["exploration"]["scores"])
+    verdict = "more" if merged > max(models.values()) else "no more"
+    echo(
+        f"  Mean of both skills: base {models['base']:.1%}, better expert ({better}) {experts[better]:.1%}, best merge"
+        f" {merged:.1%}: {verdict} than any model that went into it."
+    )
+
+
+def _mean(scores: Mapping[str, float]) -> float:
+    return sum(scores.values()) / len(scores)
 
 
 def _draw_curve(path: Path, lab: "Laboratory", papers: "Papers", trials: Sequence[Mapping[str, Any]]) -> None:

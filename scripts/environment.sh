@@ -1,4 +1,4 @@
-# The environments of scripts/demo and scripts/test; sourced by them, with $root set to the checkout.
+# The environments of scripts/demo, scripts/lab and scripts/test; sourced by them, with $root set to the checkout.
 
 # A Python that can run m3jax and make environments. A name that exists may still not run, so each is tried.
 find_python() {

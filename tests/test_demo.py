@@ -1,6 +1,7 @@
 """The demo: its whole run on models that learned next to nothing."""
 
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -41,6 +42,9 @@ def test_the_account(place: Path, told) -> None:
     text = "\n".join(lines)
     assert all(merge["digest"][:12] in text for merge in [*account["merges"], account["exploration"]])
     assert "the same" in text
+    assert re.search(
+        r"Mean of both skills: base \d+\.\d%, better expert \(\w+\) .* than any model that went into it", text
+    )
     assert "'" in lines[-1]  # a path with a space, quoted for the shell
 
 

@@ -202,15 +202,14 @@ def _from_hub(source: HubSet) -> list[Row]:
     except ImportError as error:
         raise M3Error(
             f"reading the data set {source.id} from the hub needs the datasets package; install it with {_INSTALL}, "
-            "or give a local file with --data"
+            "or give a local file"
         ) from error
     try:
         with quiet_hub():
             return [dict(row) for row in datasets.load_dataset(source.id, source.config, split=source.split)]
     except Exception as error:  # the hub client raises of every kind
         raise M3Error(
-            f"cannot load the split {source.split!r} of the data set {source.id}: {error}; "
-            "give a local file with --data"
+            f"cannot load the split {source.split!r} of the data set {source.id}: {error}; give a local file"
         ) from error
 
 

@@ -197,6 +197,11 @@ def _prepare_scores(
     return _Prepared(score, told, tuple(told), tuple(devs), config, tokenizer)
 
 
+def _largest_number(strategy: str, samples: int, optimize: Optimization | None) -> int | None:
+    """Of a sample; what is learned is one more. Halving has more samples than its budget, as most are cheap."""
+    return None if strategy == "halving" else samples - 1 + (optimize is not None)
+
+
 def _check_optimization(how: Optimization, recipe: Recipe, space: Space, has_devs: bool) -> None:
     check_count("--batch-size", how.batch_size)
     check_whole("--steps", how.steps)
@@ -291,7 +296,7 @@ def explore(
         else:
             how = evaluation or Evaluation()
             scores = _prepare_scores(ready, tasks or {}, how, space, mesh, apply_fn, tell)
-            check_select(select, scores.tasks)
+            check_select(select, scores.tasks, _largest_number(strategy, samples, optimize))
         if optimize is not None:
             _check_optimization(optimize, loaded, space, bool(scores.devs))
         identity = _identity(loaded, ready, scores.told, samples, select, strategy)

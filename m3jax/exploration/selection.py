@@ -43,11 +43,19 @@ def value(result: Result, select: str) -> float:
     return result.scores.get(select, result.mean)
 
 
-def check_select(select: str, tasks: Sequence[str]) -> None:
-    """Raise M3Error unless a choice can be made this way."""
+def check_select(select: str, tasks: Sequence[str], most: int | None = None) -> None:
+    """Raise M3Error unless a choice can be made this way.
+
+    Args:
+        select: How to choose.
+        tasks: The tasks' names.
+        most: The largest number that a sample will have, where it is known before.
+    """
     if select not in (MEAN, PARETO, *tasks) and not select.isdecimal():
         known = ", ".join((MEAN, PARETO, *tasks))
         raise M3Error(f"select is {select!r}, but must be one of {known}, or the number of a sample")
+    if select.isdecimal() and most is not None and int(select) > most:
+        raise M3Error(f"select: there is no sample {select}: the numbers go to {most}")
 
 
 def _dominates(one: Result, other: Result) -> bool:

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-import time
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -14,13 +14,13 @@ import jax
 from m3jax import __version__
 from m3jax.console import count_text, time_text
 from m3jax.decoder import DecoderConfig
-from m3jax.errors import saying_what_failed
+from m3jax.errors import M3Error, saying_what_failed
 from m3jax.evaluation import why_no_sandbox
 from m3jax.evaluation.models import open_model
 from m3jax.evaluation.tokens import load_tokenizer
 from m3jax.inspection import look_at
 from m3jax.laboratory.examining import ADVERSARIES, Pupil
-from m3jax.laboratory.experiments import Laboratory, Settings, check_settings, do, jobs_of, make_papers
+from m3jax.laboratory.experiments import Job, Laboratory, Settings, check_settings, do, jobs_of, make_papers
 from m3jax.laboratory.models import BASE, TRAINING, Curriculum, make_models
 from m3jax.laboratory.reporting import write_report
 from m3jax.laboratory.skills import Skill
@@ -45,7 +45,7 @@ class Setting(NamedTuple):
 SETTINGS: Mapping[str, Setting] = MappingProxyType(
     {
         "small": Setting(
-            Curriculum(Size(96, 2, 4, 600), 20_000, Course(1000, 32, 3e-3, whole=True), Course(400, 32, 8e-4)),
+            Curriculum(Size(96, 2, 4, 600), 20_000, Course(1500, 32, 3e-3, whole=True), Course(400, 32, 6e-4)),
             Settings(seeds=2, samples=4, dev=32, test=64, attacked=32, points=11),
         ),
         "laptop": Setting(
@@ -95,6 +95,8 @@ def conduct(directory: Path, skills: Sequence[Skill], setting: Setting, tell: Te
     make_papers(skills, setting.experiments, setting.experiments.first)  # what is lacking is said before training
     with saying_what_failed(directory):
         directory.mkdir(parents=True, exist_ok=True)
+        if any(directory.iterdir()) and not (directory / "models").is_dir():
+            raise M3Error(f"{directory}: holds something else than a laboratory: give a new or an empty directory")
     lab = open_laboratory(directory, skills, setting, tell)
     identity = {
         "settings": setting.experiments._asdict(),
@@ -123,14 +125,24 @@ def _do_all(lab: Laboratory, skills: Sequence[Skill], ledger: Ledger, tell: Tell
     done = {line["job"] for line in ledger.entries}
     left = [job for job in jobs if job.name not in done]
     tell(f"{count_text(len(left), 'experiment')} of {len(jobs)} to do")
-    begun = time.perf_counter()
+    spent: dict[tuple[str, int], list[float]] = {}
+    for line in ledger.entries:
+        spent.setdefault((line["kind"], len(line["group"])), []).append(line["seconds"]["job"])
     for number, job in enumerate(left):
         if number == 0 or job.seed != left[number - 1].seed:
             papers = make_papers(skills, lab.how, job.seed)
-        ledger.add(do(lab, job, papers))
-        spent = time.perf_counter() - begun
-        rest = spent / (number + 1) * (len(left) - number - 1)
-        tell(f"{len(jobs) - len(left) + number + 1} of {len(jobs)}: {job.name}; {time_text(rest)} left")
+        line = do(lab, job, papers)
+        ledger.add(line)
+        spent.setdefault((job.kind, len(job.group)), []).append(line["seconds"]["job"])
+        rest = _time_left(left[number + 1 :], spent)
+        tell(f"{len(jobs) - len(left) + number + 1} of {len(jobs)}: {job.name}; about {time_text(rest)} left")
+
+
+def _time_left(jobs: Sequence[Job], spent: Mapping[tuple[str, int], Sequence[float]]) -> float:
+    """By what jobs of the same kind took; of those of which none is done, by what all took."""
+    typical = {kind: statistics.median(seconds) for kind, seconds in spent.items()}
+    overall = statistics.fmean(typical.values())
+    return sum(typical.get((job.kind, len(job.group)), overall) for job in jobs)
 
 
 def _models(places: Mapping[str, Path]) -> dict[str, Any]:

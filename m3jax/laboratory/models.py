@@ -21,6 +21,7 @@ from m3jax.laboratory.training import Course, Size, Tell, Text, encode, make_con
 
 BASE = "base"
 TRAINING = "training.json"
+_FEWEST = 1000  # lessons of which anything can be learned
 _PRIMER = 20_000  # texts of each skill that the tokenizer learns from
 
 
@@ -55,7 +56,7 @@ def make_models(directory: Path, skills: Sequence[Skill], how: Curriculum, tell:
         The directories: "base", and the experts by their skills.
 
     Raises:
-        M3Error: The directory holds models that were made otherwise, or cannot be used; a skill has no lessons.
+        M3Error: The directory holds models that were made otherwise, or cannot be used; a skill has too few lessons.
     """
     places = {name: directory / name for name in (BASE, *(skill.name for skill in skills))}
     taught = {skill.name: skill.identity() for skill in skills}
@@ -63,8 +64,11 @@ def make_models(directory: Path, skills: Sequence[Skill], how: Curriculum, tell:
     if all(map(_is_whole, places.values())):
         return places
     lessons = {skill.name: skill.lessons(skill.rows("train", how.lessons, how.seed)) for skill in skills}
-    if empty := [name for name, some in lessons.items() if not some]:
-        raise M3Error(f"{empty[0]}: there are no lessons: give a larger file")
+    for name, some in lessons.items():
+        if len(some) < min(how.lessons, _FEWEST):
+            raise M3Error(
+                f"{name}: has {len(some)} lessons that are not held out, but {_FEWEST:,} are needed: give more"
+            )
     tokenizer = make_tokenizer([p + a for all_ in lessons.values() for p, a in all_[:_PRIMER]], how.size.vocabulary)
     texts = {name: encode(tokenizer, all_) for name, all_ in lessons.items()}
     entries = make_config(how.size._replace(vocabulary=len(tokenizer)))
