@@ -116,6 +116,8 @@ def test_the_output_may_not_be_a_file(tmp_path: Path) -> None:
     (tmp_path / "lab").touch()
     with pytest.raises(M3Error, match=r"lab: "):
         conduct(tmp_path / "lab", SKILLS, TINY, lambda _: None, "")
+    with pytest.raises(M3Error, match="holds something else than a laboratory"):
+        conduct(tmp_path, SKILLS, TINY, lambda _: None, "")
 
 
 @pytest.mark.parametrize("dare", [False, True])
