@@ -64,10 +64,11 @@ def make_models(directory: Path, skills: Sequence[Skill], how: Curriculum, tell:
     if all(map(_is_whole, places.values())):
         return places
     lessons = {skill.name: skill.lessons(skill.rows("train", how.lessons, how.seed)) for skill in skills}
+    needed = min(how.lessons, _FEWEST)
     for name, some in lessons.items():
-        if len(some) < min(how.lessons, _FEWEST):
+        if len(some) < needed:
             raise M3Error(
-                f"{name}: has {len(some)} lessons that are not held out, but {_FEWEST:,} are needed: give more"
+                f"{name}: has {len(some)} lessons that are not held out, but {needed:,} are needed: give more"
             )
     tokenizer = make_tokenizer([p + a for all_ in lessons.values() for p, a in all_[:_PRIMER]], how.size.vocabulary)
     texts = {name: encode(tokenizer, all_) for name, all_ in lessons.items()}

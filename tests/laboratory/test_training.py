@@ -88,7 +88,7 @@ def test_training_learns_and_models_are_kept(tmp_path: Path) -> None:
     with pytest.raises(M3Error, match="made otherwise"):
         make_models(tmp_path / "models", SKILLS, TINY._replace(seed=1), told.append)
     few = SKILLS[0]._replace(rows=lambda split, count, seed: SKILLS[0].rows(split, min(count, 50), seed))
-    with pytest.raises(M3Error, match="arithmetic: has 50 lessons that are not held out, but 1,000 are needed"):
+    with pytest.raises(M3Error, match="arithmetic: has 50 lessons that are not held out, but 200 are needed"):
         make_models(tmp_path / "few", [few], TINY, told.append)
     with pytest.raises(M3Error, match="something else"):
         make_models(tmp_path, SKILLS, TINY, told.append)
