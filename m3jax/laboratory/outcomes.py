@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from scipy.special import stdtrit
 
-from m3jax.laboratory.experiments import AVERAGE, M3
+from m3jax.laboratory.experiments import AVERAGE, DRAW, M3
 
 Group: TypeAlias = tuple[str, ...]
 Line: TypeAlias = Mapping[str, Any]
@@ -151,7 +151,8 @@ def outcome_of(line: Line, arm: str, result: Mapping[str, Any]) -> Outcome:
         result: Its scores on the group's skills.
     """
     group = tuple(line["group"])
-    resistance = result.get("resistance", {}).values()
+    # Adversaries are not let loose on single draws: where one has figures, it is another arm's choice too.
+    resistance = [] if arm == DRAW else list(result.get("resistance", {}).values())
     clean, attacked = (math.fsum(one[what] for one in resistance) for what in ("clean", "attacked"))
     return Outcome(
         *(line["kind"], line["seed"], group, line["method"], line["dare"], line["alpha"], arm),

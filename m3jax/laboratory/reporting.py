@@ -192,12 +192,13 @@ def _cell_lines(found: Findings, measure: str) -> Iterator[str]:
     groups, methods = [key[0] for key in values], list(METHODS)
     order = sorted(values, key=lambda key: (len(key[0]), groups.index(key[0]), methods.index(key[1]), bool(key[2])))
     seeds = len(found.seeds)
+    arms = [arm for arm in _ARMS if any(mine.get(arm) is not None for mine in values.values())]
     alone = {one.group: _alone_entries(one, seeds) for one in found.alone if one.measure == measure}
     yield from table(
-        ["experts", "method", "DARE", *_ARMS.values(), *(("base", "best expert alone") if alone else ())],
+        ["experts", "method", "DARE", *(_ARMS[arm] for arm in arms), *(("base", "best expert alone") if alone else ())],
         (
             [" + ".join(key[0]), key[1], "yes" if key[2] else "no"]
-            + [_entry(values[key].get(arm), measure, seeds) for arm in _ARMS]
+            + [_entry(values[key].get(arm), measure, seeds) for arm in arms]
             + (alone.get(key[0], ["–", "–"]) if alone else [])
             for key in order
         ),
