@@ -63,7 +63,7 @@ def test_every_method_meets_every_group() -> None:
     assert len(merges) == 2 * 4 * 3 * 2  # seeds, groups, methods, with and without DARE
     assert {job.seed for job in merges} == {7, 8}
     assert sum(job.kind == "curve" for job in jobs) == 3
-    assert sum(job.kind == "alpha" for job in jobs) == 2 * 3 * 4
+    assert sum(job.kind == "alpha" for job in jobs) == 2 * 3 * len(Settings().alphas)
     assert sum(job.kind == "models" for job in jobs) == 2
     assert {job.group for job in jobs_of(["a", "b"], Settings()) if job.kind == "merge"} == {("a", "b")}
 
