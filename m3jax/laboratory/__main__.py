@@ -20,6 +20,7 @@ import jax
 from m3jax.errors import M3Error
 from m3jax.laboratory.conducting import SETTINGS, conduct
 from m3jax.laboratory.skills import Skill, programs, sentiment, word_problems
+from m3jax.shell import reported, resumable
 
 
 def parse() -> argparse.Namespace:
@@ -55,7 +56,8 @@ def main() -> None:
     tell("reading phrases")
     skills = [_sentiment(arguments.train, arguments.held_out), word_problems(), programs()]
     command = shlex.join(["scripts/lab", *sys.argv[1:]])
-    report = conduct(arguments.out, skills, setting, tell, command)
+    with resumable(str(arguments.out), "models and experiments that are finished are kept, and not done again"):
+        report = conduct(arguments.out, skills, setting, tell, command)
     tell(f"report: {report / 'report.md'}")
 
 
@@ -72,13 +74,4 @@ def _sentiment(train: str | Path, held_out: str | Path) -> Skill:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except M3Error as error:
-        print(f"m3jax: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(
-            "m3jax: interrupted; models and experiments that are finished are kept, and not done again", file=sys.stderr
-        )
-        sys.exit(130)
+    sys.exit(reported(main, debug=os.environ.get("M3JAX_DEBUG", "0") not in ("", "0")))
