@@ -4,47 +4,47 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from m3jax.conversion import convert as convert
     from m3jax.errors import M3Error as M3Error
     from m3jax.evaluation.models import evaluate as evaluate
     from m3jax.evaluation.robustness import attack as attack
     from m3jax.exploration import explore as explore
-    from m3jax.loading import load as load
-    from m3jax.manifest import verify as verify
-    from m3jax.merging import merge as merge
     from m3jax.methods.dare import dare as dare
     from m3jax.methods.linear import linear as linear
     from m3jax.methods.linear import task_arithmetic as task_arithmetic
     from m3jax.methods.magnitude import magnitude as magnitude
+    from m3jax.methods.mixup import draw_weights as draw_weights
+    from m3jax.methods.mixup import mixup as mixup
     from m3jax.methods.slerp import slerp as slerp
     from m3jax.methods.ties import ties as ties
-    from m3jax.mixing import draw_weights as draw_weights
-    from m3jax.mixing import mixup as mixup
+    from m3jax.outputs.conversion import convert as convert
+    from m3jax.outputs.manifest import verify as verify
     from m3jax.recipe import load_recipe as load_recipe
-    from m3jax.streaming import merge_checkpoint as merge_checkpoint
-    from m3jax.streaming import replay as replay
+    from m3jax.streaming.merging import merge_checkpoint as merge_checkpoint
+    from m3jax.streaming.merging import replay as replay
+    from m3jax.trees.loading import load as load
+    from m3jax.trees.merging import merge as merge
 
 # Public names are imported when first used, so that commands that need no JAX start without it.
 _HOMES = {
     "M3Error": "errors",
-    "convert": "conversion",
+    "convert": "outputs.conversion",
     "attack": "evaluation.robustness",
     "dare": "methods.dare",
-    "draw_weights": "mixing",
+    "draw_weights": "methods.mixup",
     "evaluate": "evaluation.models",
     "explore": "exploration",
     "linear": "methods.linear",
-    "load": "loading",
+    "load": "trees.loading",
     "load_recipe": "recipe",
     "magnitude": "methods.magnitude",
-    "merge": "merging",
-    "merge_checkpoint": "streaming",
-    "mixup": "mixing",
-    "replay": "streaming",
+    "merge": "trees.merging",
+    "merge_checkpoint": "streaming.merging",
+    "mixup": "methods.mixup",
+    "replay": "streaming.merging",
     "slerp": "methods.slerp",
     "task_arithmetic": "methods.linear",
     "ties": "methods.ties",
-    "verify": "manifest",
+    "verify": "outputs.manifest",
 }
 __all__ = sorted(_HOMES)
 __version__ = "0.1.0"

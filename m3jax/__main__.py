@@ -1,6 +1,6 @@
 """`python -m m3jax`."""
 
-from m3jax.cli import run
+from m3jax.cli.commands import run
 
 if __name__ == "__main__":
     run()

@@ -20,7 +20,7 @@ from m3jax.checkpoints.protocol import DTYPES, Checkpoint
 from m3jax.decoder.config import DecoderConfig
 from m3jax.decoder.modeling import Params, abstract_params, fitting
 from m3jax.errors import M3Error
-from m3jax.trees import named_leaves
+from m3jax.trees.matching import named_leaves
 
 Shape: TypeAlias = tuple[int, ...]
 Path: TypeAlias = tuple[str | int, ...]

@@ -7,10 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from m3jax import bits, decoder
+from m3jax import decoder
+from m3jax.arithmetic import threefry
 from m3jax.checkpoints import digest_checkpoint, digest_tensor, locate_model, open_checkpoint
 from m3jax.checkpoints.protocol import DTYPES
-from m3jax.console import size_text
+from m3jax.cli.console import size_text
+from m3jax.cli.evaluation_display import Tell, compile_lines, progress_lines
+from m3jax.cluster.meshes import parse_mesh
 from m3jax.decoder import ApplyFn, DecoderConfig
 from m3jax.errors import M3Error
 from m3jax.evaluation import tokens
@@ -28,8 +31,6 @@ from m3jax.evaluation.protocol import (
 )
 from m3jax.evaluation.records import digest
 from m3jax.evaluation.runner import Summary, evaluate_named
-from m3jax.evaluation.telling import Tell, compile_lines, progress_lines
-from m3jax.meshes import parse_mesh
 
 
 class LanguageModel(NamedTuple):
@@ -227,8 +228,8 @@ def _keys(prompts: Sequence[str], settings: GenerationSettings) -> jax.Array | N
     """The key of each prompt's sample; none where nothing is drawn."""
     if not settings.temperature:
         return None
-    root = bits.root_key(settings.seed)
-    words = jax.numpy.stack([bits.fold_in_name(root, prompt) for prompt in prompts])
+    root = threefry.root_key(settings.seed)
+    words = jax.numpy.stack([threefry.fold_in_name(root, prompt) for prompt in prompts])
     return jax.vmap(jax.random.fold_in, (0, None))(jax.random.wrap_key_data(words, impl="threefry2x32"), settings.draw)
 
 

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from m3jax import bits
-from m3jax.console import count_text
+from m3jax.arithmetic import threefry
+from m3jax.cli.console import count_text
+from m3jax.cli.evaluation_display import Tell
 from m3jax.errors import M3Error
 from m3jax.evaluation import models
 from m3jax.evaluation.attacks import Sources, get_profile, make_attack, read_embeddings
@@ -23,7 +24,6 @@ from m3jax.evaluation.records import make_directory, write_whole
 from m3jax.evaluation.runner import check_code, find_source, read_rows
 from m3jax.evaluation.shifts import make_shift
 from m3jax.evaluation.tasks import Execution, get_task
-from m3jax.evaluation.telling import Tell
 
 DEFAULT_ATTACKS = ("deepwordbug", "textbugger", "stresstest", "checklist")  # those that need no further files
 BATCH_SIZE = 64
@@ -57,7 +57,7 @@ def make_plan(
         raise M3Error("there is nothing to try: name attacks with --attack, shifts with --shift, or both")
     shifted = tuple(make_shift(text) for text in dict.fromkeys(shifts))
     try:
-        words = bits.key_words(key)
+        words = threefry.key_words(key)
     except TypeError as error:
         raise M3Error(f"the key cannot be used: {error}") from error
     if words.shape != (2,):

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from m3jax.checkpoints.remote import is_url
+from m3jax.cli.evaluation_display import Tell
 from m3jax.decoder import ApplyFn, DecoderConfig, check_vocabulary
 from m3jax.errors import M3Error
 from m3jax.evaluation import tokens
 from m3jax.evaluation.checks import check_count, check_type, check_whole
 from m3jax.evaluation.records import digest
-from m3jax.evaluation.telling import Tell
 from m3jax.exploration import optimizing
 from m3jax.exploration.journal import Journal
 from m3jax.exploration.optimizing import Optimization
@@ -24,11 +24,11 @@ from m3jax.exploration.samples import Space, space_of
 from m3jax.exploration.scoring import Dev, Evaluation, Score, make_score, own_params, read_devs
 from m3jax.exploration.selection import MEAN, Result, check_select, choose, pareto_front, value
 from m3jax.exploration.strategies import ADAPTIVE, EXTENSIBLE, Trial, pursue, strategy_of
-from m3jax.mixing import GRANULARITIES
-from m3jax.preparing import DEFAULT_SHARD_SIZE, Ready, prepared
+from m3jax.methods.mixup import GRANULARITIES
 from m3jax.progress import Progress
 from m3jax.recipe import Mixup, Recipe, load_recipe
-from m3jax.streaming import MergeResult, merge_checkpoint
+from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, Ready, prepared
+from m3jax.streaming.merging import MergeResult, merge_checkpoint
 
 Watch = Callable[[Result, bool], None]
 """Called with each result, and whether an earlier run had it."""

@@ -14,21 +14,22 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from m3jax import decoder, pipeline
+from m3jax import decoder
+from m3jax.arithmetic.double import Double
 from m3jax.decoder import ApplyFn, DecoderConfig
 from m3jax.decoder.batching import length_bucket, pad
 from m3jax.decoder.params import match_tensors, nest
 from m3jax.decoder.running import Model, model_of
-from m3jax.double import Double
 from m3jax.errors import M3Error
 from m3jax.evaluation import tokens
 from m3jax.exploration.resident import Params, Resident, merge_arrays
 from m3jax.exploration.samples import Weights, weights_of
 from m3jax.exploration.scoring import Dev
-from m3jax.methods.types import Scalars
-from m3jax.mixing import GRANULARITIES
+from m3jax.methods import leaf as pipeline
+from m3jax.methods.base import Scalars
+from m3jax.methods.mixup import GRANULARITIES
 from m3jax.naming import block_group
-from m3jax.planning import WHOLE_MODEL
+from m3jax.streaming.plan import WHOLE_MODEL
 
 LOSSES = ("loss", "entropy")
 _SMALLEST = 1e-4  # a weight of 0 has no gradient under softmax: learning starts a little inside

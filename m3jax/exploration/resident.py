@@ -14,17 +14,18 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Bool
 
-from m3jax import bits, exact, loading, pipeline
-from m3jax.chunks import default_chunk_entries
+from m3jax.arithmetic import exact, threefry
+from m3jax.cluster.processes import ALONE
 from m3jax.errors import M3Error
 from m3jax.exploration.samples import Weights, weights_of
-from m3jax.measuring import MERGE, Findings, phases_of
-from m3jax.methods import slerp
-from m3jax.methods.types import Scalars
-from m3jax.passes import Circumstances, Passes
-from m3jax.planning import FLOATS, Plan, TensorPlan
-from m3jax.preparing import Ready
-from m3jax.processes import ALONE
+from m3jax.methods import leaf, slerp
+from m3jax.methods.base import Scalars
+from m3jax.streaming.findings import MERGE, Findings, phases_of
+from m3jax.streaming.jobs import Ready
+from m3jax.streaming.passes import Circumstances, Passes
+from m3jax.streaming.plan import FLOATS, Plan, TensorPlan
+from m3jax.streaming.reading import default_chunk_entries
+from m3jax.trees import loading
 
 Params: TypeAlias = dict[str, Array]
 """Merged arrays by tensor name."""
@@ -46,7 +47,7 @@ class Resident(NamedTuple):
     arrays: dict[str, tuple[Array, ...]]
     findings: Findings
     products: Mapping[str, slerp.InnerProducts]
-    root: bits.Words
+    root: threefry.Words
     merged: Callable[[Any, Any, Any], Params]
 
     def scalars(self, weights: Weights) -> dict[str, Scalars]:
@@ -94,9 +95,9 @@ def merge_arrays(
             merged[name] = sources[0]
             continue
         experts, base = (sources[1:], sources[0]) if tensor.has_base else (sources, None)
-        index = bits.flat_index(experts[0].shape)
+        index = threefry.flat_index(experts[0].shape)
         dtype = FLOATS[tensor.output.dtype]
-        merged[name] = pipeline.merged_leaf(tensor.pipeline, experts, base, scalars[name], index, zero, dtype)
+        merged[name] = leaf.merged_leaf(tensor.pipeline, experts, base, scalars[name], index, zero, dtype)
     return merged
 
 
@@ -204,4 +205,4 @@ def load_resident(ready: Ready, seed: int, mesh: Mesh | None = None) -> Resident
     findings = _measured(ready, seed)
     arrays = _load(ready, mesh)
     program = jax.jit(functools.partial(merge_arrays, ready.plan))
-    return Resident(ready.plan, arrays, findings, _products(ready.plan, arrays), bits.root_key(seed), program)
+    return Resident(ready.plan, arrays, findings, _products(ready.plan, arrays), threefry.root_key(seed), program)

@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from m3jax import bits
+from m3jax.arithmetic import threefry
 from m3jax.errors import M3Error
-from m3jax.mixing import draw_weights, weights_at
+from m3jax.methods.mixup import draw_weights, weights_at
 from m3jax.naming import block_group
-from m3jax.planning import WHOLE_MODEL, Plan
 from m3jax.recipe import Recipe
+from m3jax.streaming.plan import WHOLE_MODEL, Plan
 
 Weights = Mapping[str, tuple[float, ...]]
 """Merging weights by group of tensors, as a manifest records them; for slerp the one position t."""
@@ -31,7 +31,7 @@ class Space(NamedTuple):
     num_experts: int
     alpha: float | tuple[float, float]
     interpolates: bool
-    root: bits.Words
+    root: threefry.Words
 
     @property
     def dimensions(self) -> int:
@@ -54,7 +54,7 @@ def space_of(recipe: Recipe, plan: Plan) -> Space:
             "the recipe has no mixup, so there are no ratios to explore: add a line such as mixup: {alpha: 1}"
         )
     pipe = plan.pipeline
-    root = bits.root_key(recipe.seed)
+    root = threefry.root_key(recipe.seed)
     return Space(tuple(plan.weights), pipe.num_experts, recipe.mixup.alpha, pipe.method.interpolates, root)
 
 
@@ -70,11 +70,11 @@ def drawn(space: Space, sample: int) -> Weights:
         sample: The number of the draw.
 
     Example:
-        >>> space = Space(("model",), 2, 0.5, False, bits.root_key(0))
+        >>> space = Space(("model",), 2, 0.5, False, threefry.root_key(0))
         >>> sum(drawn(space, 3)["model"])
         1.0
     """
-    key = bits.sample_key(space.root, sample)
+    key = threefry.sample_key(space.root, sample)
     return {
         group: _stored(
             space, draw_weights(key, space.alpha, space.num_experts, None if group == WHOLE_MODEL else group)

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from jax.sharding import Mesh
 
-from m3jax import bits, decoder
+from m3jax import decoder
+from m3jax.arithmetic import threefry
+from m3jax.cli.evaluation_display import Tell
 from m3jax.decoder import ApplyFn, DecoderConfig
 from m3jax.errors import M3Error
 from m3jax.evaluation.models import LanguageModel, make_generator
@@ -19,7 +21,6 @@ from m3jax.evaluation.protocol import GenerationSettings, Overflow
 from m3jax.evaluation.records import digest
 from m3jax.evaluation.runner import check_code, evaluate_task, read_examples
 from m3jax.evaluation.tasks import Example, Task, get_task
-from m3jax.evaluation.telling import Tell
 from m3jax.exploration.resident import Params
 from m3jax.exploration.selection import MEAN, PARETO
 
@@ -59,7 +60,7 @@ class Dev(NamedTuple):
         return digest([self.task.name, self.template, self.settings._asdict(), told])
 
 
-def read_devs(tasks: Mapping[str, str | Path | None], how: Evaluation, root: bits.Words) -> list[Dev]:
+def read_devs(tasks: Mapping[str, str | Path | None], how: Evaluation, root: threefry.Words) -> list[Dev]:
     """The dev sets of some tasks, checked.
 
     Args:
@@ -85,12 +86,12 @@ def read_devs(tasks: Mapping[str, str | Path | None], how: Evaluation, root: bit
     return devs
 
 
-def _order(count: int, root: bits.Words, name: str) -> list[int]:
+def _order(count: int, root: threefry.Words, name: str) -> list[int]:
     """A seeded order, so that a part of a file that is sorted by label has all labels."""
-    key = bits.fold_in_name(bits.fold_in(root, bits.SUBSETS), name)
+    key = threefry.fold_in_name(threefry.fold_in(root, threefry.SUBSETS), name)
     numbers = np.arange(count, dtype=np.uint32)
     with np.errstate(over="ignore"):
-        high, low = bits.threefry2x32((key[0], key[1]), (np.zeros_like(numbers), numbers))
+        high, low = threefry.threefry2x32((key[0], key[1]), (np.zeros_like(numbers), numbers))
     return [int(i) for i in np.lexsort((low, high))]
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from m3jax import bits
+from m3jax.arithmetic import threefry
 from m3jax.errors import M3Error
 from m3jax.evaluation.checks import check_whole
 from m3jax.exploration.samples import Space, Weights, at_point, drawn, everywhere
@@ -55,7 +55,7 @@ def _quasi_random(space: Space, budget: int) -> Strategy:
             f"sobol: there are {space.dimensions} ratios to draw, but Sobol points have at most {qmc.Sobol.MAXDIM}: "
             "take the strategy draw, or mixup.granularity: layer"
         )
-    key = bits.fold_in(space.root, bits.SAMPLES)
+    key = threefry.fold_in(space.root, threefry.SAMPLES)
     generator = np.random.Generator(np.random.PCG64([int(word) for word in key]))
     points = qmc.Sobol(space.dimensions, scramble=True, rng=generator)
     # Asked for one by one, so that a larger budget goes on where a smaller one ended.
@@ -133,7 +133,7 @@ def _evolution(space: Space, budget: int) -> Strategy:
 
     dimensions = space.dimensions
     population = min(4 + int(3 * math.log(dimensions)), max(budget // 2, 2))
-    words = bits.fold_in(space.root, bits.SAMPLES)
+    words = threefry.fold_in(space.root, threefry.SAMPLES)
     key = jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
     with _as_evosax_computes():
         search = cma_es(population_size=population, solution=jnp.zeros(dimensions))

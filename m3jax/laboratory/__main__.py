@@ -17,10 +17,10 @@ from pathlib import Path
 
 import jax
 
+from m3jax.cli.shell import reported, resumable
 from m3jax.errors import M3Error
 from m3jax.laboratory.conducting import SETTINGS, conduct
 from m3jax.laboratory.skills import Skill, programs, sentiment, word_problems
-from m3jax.shell import reported, resumable
 
 
 def parse() -> argparse.Namespace:

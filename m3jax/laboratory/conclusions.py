@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from m3jax.console import count_text
+from m3jax.cli.console import count_text
 from m3jax.laboratory.claims import HELD, IN_PART, SPREAD, UNDECIDED, Claim, Comparison
 from m3jax.laboratory.experiments import M3, TUNED
 from m3jax.laboratory.findings import Findings

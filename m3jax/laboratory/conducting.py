@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import jax
 
 from m3jax import __version__
-from m3jax.console import count_text, time_text
+from m3jax.checkpoints.inspection import look_at
+from m3jax.cli.console import count_text, time_text
 from m3jax.decoder import DecoderConfig
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.evaluation import why_no_sandbox
 from m3jax.evaluation.models import open_model
 from m3jax.evaluation.tokens import load_tokenizer
-from m3jax.inspection import look_at
 from m3jax.laboratory.examining import ADVERSARIES, Pupil
 from m3jax.laboratory.experiments import Job, Laboratory, Settings, check_settings, do, jobs_of, make_papers
 from m3jax.laboratory.models import BASE, TRAINING, Curriculum, make_models

@@ -26,9 +26,9 @@ from m3jax.exploration.samples import drawn as drawn_weights
 from m3jax.laboratory.examining import Exam, Pupil, examine, make_exam, resist
 from m3jax.laboratory.models import BASE
 from m3jax.laboratory.skills import Skill
-from m3jax.planning import WHOLE_MODEL
-from m3jax.preparing import prepared
 from m3jax.recipe import load_recipe
+from m3jax.streaming.jobs import prepared
+from m3jax.streaming.plan import WHOLE_MODEL
 
 Group = tuple[str, ...]
 Weights = tuple[float, ...]

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from m3jax.console import count_text, time_text
+from m3jax.cli.console import count_text, time_text
 from m3jax.errors import M3Error
 from m3jax.evaluation.attacks import ATTACKS
 from m3jax.evaluation.records import make_directory, write_whole

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from m3jax.methods import dare, linear, magnitude, slerp, ties
-from m3jax.methods.types import Method, Sparsifier
+from m3jax.methods.base import Method, Sparsifier
 
 METHODS: dict[str, Callable[..., Method]] = {
     "linear": linear.linear,

@@ -6,13 +6,13 @@ References:
 
 import jax.numpy as jnp
 
-from m3jax import bits
+from m3jax.arithmetic import threefry
 from m3jax.errors import M3Error
-from m3jax.methods.types import TARGETS, Index, Scalars, Sparsifier, Values, plain_density
+from m3jax.methods.base import TARGETS, Index, Scalars, Sparsifier, Values, plain_density
 
 
 def _apply(values: Values, scalars: Scalars, index: Index) -> Values:
-    words = bits.mask_words(scalars.mask_keys, index, len(values))
+    words = threefry.mask_words(scalars.mask_keys, index, len(values))
     return tuple(
         jnp.where((word < scalars.keep_below[i]) | scalars.keep_all[i], value, 0.0)
         for i, (word, value) in enumerate(zip(words, values, strict=True))

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float
 
-from m3jax import double, exact
+from m3jax.arithmetic import double, exact
+from m3jax.arithmetic.exact import Zero
 from m3jax.errors import M3Error
-from m3jax.exact import Zero
-from m3jax.methods.types import Fold, Method, Scalar, Scalars, Values
+from m3jax.methods.base import Fold, Method, Scalar, Scalars, Values
 
 
 def fold_weights(fold: Fold, members: tuple[int, ...], normalize: bool) -> list[Scalar]:

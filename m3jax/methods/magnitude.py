@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, UInt16, UInt32
 
-from m3jax import exact
+from m3jax.arithmetic import exact
 from m3jax.errors import M3Error
-from m3jax.methods.types import SCOPES, TARGETS, Index, Scalars, Sparsifier, Values, plain_density
+from m3jax.methods.base import SCOPES, TARGETS, Index, Scalars, Sparsifier, Values, plain_density
 
 COARSE, FINE = 15, 0
 """Shifts of the two rounds that find any threshold: 2¹⁶ bins of 2¹⁵ values, then single values inside one bin."""

@@ -17,10 +17,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, UInt32
 
-from m3jax import exact
-from m3jax.exact import Zero
+from m3jax.arithmetic import exact
+from m3jax.arithmetic.exact import Zero
+from m3jax.methods.base import Fold, Method, Scalars, Values
 from m3jax.methods.linear import stack, weighted_sum
-from m3jax.methods.types import Fold, Method, Scalars, Values
 
 NEARLY_PARALLEL = 0.9995  # as in mergekit: beyond this cosine the arc is a line to float32
 _LIMB_BITS = 11

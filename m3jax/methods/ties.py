@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
-from m3jax import exact
+from m3jax.arithmetic import exact
+from m3jax.arithmetic.exact import Zero
 from m3jax.errors import M3Error
-from m3jax.exact import Zero
 from m3jax.methods import linear
-from m3jax.methods.types import Fold, Method, Scalars, Values, plain_density
+from m3jax.methods.base import Fold, Method, Scalars, Values, plain_density
 
 MAX_EXPERTS = 16
 _SELECTED_UP_TO = 4  # beyond this a gather from the table beats a tree of selects

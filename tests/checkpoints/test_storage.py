@@ -5,16 +5,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from object_store import SECRET, answering, cutting, google, nobody, point_at, store, write_model
+from support.object_store import SECRET, answering, cutting, google, nobody, point_at, store, write_model
 
 from m3jax.checkpoints import companions, locate_model, open_safetensors
+from m3jax.checkpoints.inspection import look_at
 from m3jax.checkpoints.locate import download_companions
 from m3jax.checkpoints.remote import RemotePath, as_path, file_system
 from m3jax.checkpoints.storage import RemoteSource
 from m3jax.errors import M3Error
-from m3jax.inspection import look_at
-from m3jax.modelcard import read_config
-from m3jax.streaming import merge_checkpoint
+from m3jax.outputs.companions import read_config
+from m3jax.streaming.merging import merge_checkpoint
 
 PIECE = 2**20
 

@@ -1,11 +1,10 @@
 import json
 
 import pytest
+from support.decoders import CONFIGS, LLAMA3, SIZES
 
 from m3jax import M3Error
 from m3jax.decoder import DecoderConfig, Rope
-
-from .models import CONFIGS, LLAMA3, SIZES
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -2,12 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.decoders import CONFIGS, weights
 
 from m3jax import M3Error
 from m3jax.decoder import DecoderConfig, bind, generate, length_bucket, params_from_tree
 from m3jax.decoder.sampling import nucleus
-
-from .models import CONFIGS, weights
 
 ENTRIES = CONFIGS["mistral"] | {"num_hidden_layers": 1}  # compiles in half the time of two
 CONFIG = DecoderConfig.from_dict(ENTRIES)

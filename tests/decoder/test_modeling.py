@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.decoders import BFLOAT16, CONFIGS, weights
 
 from m3jax.decoder import PADDING, DecoderConfig, bind, modeling, params_from_tree
-
-from .models import BFLOAT16, CONFIGS, weights
 
 
 def tiny(name, dtype=np.float32):

@@ -3,13 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from support.decoders import BFLOAT16, CONFIGS, weights
 
 import m3jax
 from m3jax import M3Error
 from m3jax.checkpoints import open_safetensors
 from m3jax.decoder import DecoderConfig, abstract_params, load_params, params_from_tree, random_params
-
-from .models import BFLOAT16, CONFIGS, weights
 
 
 def nested(flat):

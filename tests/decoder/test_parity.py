@@ -3,10 +3,9 @@
 import jax
 import numpy as np
 import pytest
+from support.decoders import LLAMA3
 
 from m3jax.decoder import DecoderConfig, bind, generate, load_params, log_likelihoods
-
-from .models import LLAMA3
 
 pytestmark = [
     pytest.mark.torch,

@@ -2,11 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.decoders import CONFIGS, weights
 
 from m3jax import M3Error
 from m3jax.decoder import DecoderConfig, bind, generate, log_likelihoods, params_from_tree
-
-from .models import CONFIGS, weights
 
 ENTRIES = CONFIGS["mistral"] | {"num_hidden_layers": 1}
 CONFIG = DecoderConfig.from_dict(ENTRIES)

@@ -3,12 +3,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from safetensors.numpy import save_file
+from support.decoders import CONFIGS, weights
 
 from m3jax import M3Error
 from m3jax.decoder import DecoderConfig, bind, generate, load_params, params_from_tree
 from m3jax.decoder.params import mesh_of
-
-from .models import CONFIGS, weights
 
 pytestmark = pytest.mark.slow
 

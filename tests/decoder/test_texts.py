@@ -3,6 +3,7 @@ import json
 
 import pytest
 import sentencepiece
+from support.decoders import CONFIGS
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
@@ -10,8 +11,6 @@ from tokenizers.processors import TemplateProcessing
 from m3jax import M3Error
 from m3jax.decoder import DecoderConfig, check_vocabulary, detokenizer, encode, prompt_room
 from m3jax.decoder.texts import fit_prompt
-
-from .models import CONFIGS
 
 transformers = pytest.importorskip("transformers")
 

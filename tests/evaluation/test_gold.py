@@ -1,12 +1,11 @@
 """Gold answers of the real test sets score 100 %, corrupted ones 0 %."""
 
 import pytest
+from support.evaluation import GOLD, corrupted, real_examples, real_file
 
 from m3jax.evaluation import Example, Execution, get_task, load_rows, why_no_sandbox
 from m3jax.evaluation.scorers import equivalent
 from m3jax.evaluation.tasks import Judgement
-
-from .support import GOLD, corrupted, real_examples, real_file
 
 SIZES = {"gsm8k": 1319, "math": 500, "humaneval": 164, "mbpp": 500, "sst2": 6735}
 

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from support.hostile import PROGRAMS
 
 from m3jax.evaluation import sandbox
 from m3jax.evaluation.sandbox import Limits, kernel, run_program
-
-from .hostile import PROGRAMS
 
 WALL_SECONDS = 0.6
 LIMITS = Limits(wall_seconds=WALL_SECONDS, memory_bytes=256 << 20)

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_models import build_models
+from support.tiny_models import build_models
 
 import m3jax
-from m3jax import cli
+from m3jax.cli import commands
 from m3jax.decoder import DecoderConfig, load_params
 from m3jax.errors import M3Error
 from m3jax.evaluation import GenerationSettings, models
@@ -101,11 +101,11 @@ def test_a_merge_in_memory_scores_like_the_one_on_disk(place, tmp_path):
 def test_the_command(place, tmp_path, capsys):
     arguments = ["evaluate", str(place / "expert-a"), "--task", "sst2", "--data", str(place / "rows.jsonl")]
     arguments += ["--max-tokens", "4", "--out", str(tmp_path / "run"), "--dtype", "float32"]
-    assert cli.main([*arguments, "--json"]) == 0
+    assert commands.main([*arguments, "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["examples"] == len(ROWS)
     assert len((tmp_path / "run" / "records.jsonl").read_text().splitlines()) == len(ROWS)
-    assert cli.main([*arguments, "--resume"]) == 0
+    assert commands.main([*arguments, "--resume"]) == 0
     assert "95 % interval" in capsys.readouterr().out
 
 
@@ -115,7 +115,7 @@ def test_what_needs_no_weights_is_said_before_they_are_loaded(place, tmp_path, c
 
     rows, out = str(place / "rows.jsonl"), str(tmp_path / "run")
     base = ["evaluate", str(place / "expert-a"), "--task", "sst2", "--max-tokens", "2", "--out", out, "--data"]
-    assert cli.main([*base, rows]) == 0
+    assert commands.main([*base, rows]) == 0
     monkeypatch.setattr(models.decoder, "load_params", never)
     (tmp_path / "other.jsonl").write_text('{"text": "x"}')
     (tmp_path / "file").touch()
@@ -130,19 +130,19 @@ def test_what_needs_no_weights_is_said_before_they_are_loaded(place, tmp_path, c
         (["evaluate", str(place / "expert-a"), "--task", "sst2", "--include-path", "x"], "--include-path is for"),
     ]:
         capsys.readouterr()
-        assert cli.main(arguments) == 2, arguments
+        assert commands.main(arguments) == 2, arguments
         assert sentence in capsys.readouterr().err
-    assert cli.main([*base, rows, "--resume"]) == 0  # a finished run is only shown
+    assert commands.main([*base, rows, "--resume"]) == 0  # a finished run is only shown
     assert "5 of 5 examples were done before" in capsys.readouterr().err
 
 
 def test_without_the_harness_no_weights_are_loaded(place, tmp_path, capsys, monkeypatch):
     for name in ("lm_eval", "lm_eval.api", "lm_eval.api.model"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert cli.main(["evaluate", str(place / "no-model"), "--harness", "arc_easy"]) == 2
+    assert commands.main(["evaluate", str(place / "no-model"), "--harness", "arc_easy"]) == 2
     assert "pip install 'm3jax[eval]'" in capsys.readouterr().err
     (tmp_path / "harness.json").touch()
-    assert cli.main(["evaluate", str(place / "no-model"), "--harness", "arc_easy", "--out", str(tmp_path)]) == 2
+    assert commands.main(["evaluate", str(place / "no-model"), "--harness", "arc_easy", "--out", str(tmp_path)]) == 2
     assert "harness.json is already there: give another output directory" in capsys.readouterr().err
 
 
@@ -159,10 +159,10 @@ def test_an_interruption_says_what_is_kept(place, tmp_path, capsys, monkeypatch)
     monkeypatch.setattr(models.decoder, "generate", interrupted)
     arguments = ["evaluate", str(place / "expert-a"), "--task", "sst2", "--data", str(place / "rows.jsonl")]
     arguments += ["--max-tokens", "2", "--batch-size", "2", "--out", str(tmp_path)]
-    assert cli.main(arguments) == 130
+    assert commands.main(arguments) == 130
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == f"m3jax: interrupted: 2 examples are in {tmp_path}, and the same command with --resume goes on."
-    assert cli.main([*arguments, "--resume", "--json"]) == 0
+    assert commands.main([*arguments, "--resume", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["examples"] == len(ROWS)
 
 
@@ -235,7 +235,7 @@ def test_draws_of_a_prompt_differ_and_are_each_the_same_again(model):
     ],
 )
 def test_wrong_options_are_said_in_one_sentence(place, capsys, arguments, sentence):
-    assert cli.main(["evaluate", str(place / "expert-a"), *arguments]) == 2
+    assert commands.main(["evaluate", str(place / "expert-a"), *arguments]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert sentence in said[-1]
 
@@ -294,12 +294,12 @@ def test_a_run_does_not_go_on_with_other_weights(place, tmp_path, capsys):
     shutil.copytree(place / "expert-a", here)
     arguments = ["evaluate", str(here), "--task", "sst2", "--data", str(place / "rows.jsonl"), "--max-tokens", "2"]
     arguments += ["--out", str(tmp_path / "run")]
-    assert cli.main(arguments) == 0
-    assert cli.main([*arguments, "--resume"]) == 0
-    assert cli.main([*arguments, "--resume", "--dtype", "float32"]) == 2
+    assert commands.main(arguments) == 0
+    assert commands.main([*arguments, "--resume"]) == 0
+    assert commands.main([*arguments, "--resume", "--dtype", "float32"]) == 2
     shutil.rmtree(here)
     shutil.copytree(place / "expert-b", here)
-    assert cli.main([*arguments, "--resume"]) == 2
+    assert commands.main([*arguments, "--resume"]) == 2
     capsys.readouterr()
 
 

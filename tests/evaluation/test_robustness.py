@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import build_models
+from support.evaluation import real_file
+from support.tiny_models import build_models
 
 import m3jax
-from evaluation.support import real_file
-from m3jax import cli
+from m3jax.cli import commands
 from m3jax.errors import M3Error
 from m3jax.evaluation import Completion, GenerationSettings, get_task, load_rows, models
 from m3jax.evaluation.attacks import trial
@@ -370,19 +370,19 @@ def test_the_command_and_its_report(place, tmp_path, capsys):
     arguments = ["attack", str(place / "expert-a"), "--task", "sst2", "--data", str(place / "rows.jsonl")]
     arguments += ["--attack", "stresstest", "--shift", "uppercase", "--max-tokens", "2", "--dtype", "float32"]
     arguments += ["--template", "none", "--limit", "4", "--out", str(tmp_path / "run")]
-    assert cli.main([*arguments, "--json"]) == 0
+    assert commands.main([*arguments, "--json"]) == 0
     outcome = json.loads(capsys.readouterr().out)
     assert outcome == json.loads((tmp_path / "run" / "attack.json").read_text())
     assert (outcome["examples"], outcome["prompt"], outcome["protected"]) == (4, PROMPT, list(NAMES))
     assert [one["attack"] for one in outcome["attacks"]] == ["stresstest"]
     assert (outcome["data"], outcome["limit"], outcome["complete"]) == (str(place / "rows.jsonl"), 4, True)
-    assert cli.main(arguments) == 2
+    assert commands.main(arguments) == 2
     assert "attack.json is already there" in capsys.readouterr().err
-    assert cli.main([*arguments, "--overwrite"]) == 0
+    assert commands.main([*arguments, "--overwrite"]) == 0
     said = capsys.readouterr()
     assert "PDR undefined, as nothing was right before" in said.out
     assert "loading" in said.err
-    assert cli.main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report")]) == 0
+    assert commands.main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report")]) == 0
     assert "| stresstest | 4 | 0.0% | undefined (clean accuracy is 0) |" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.md", "report.json", "report.png"}
 
@@ -403,17 +403,17 @@ def test_an_interruption_says_what_is_kept(place, tmp_path, capsys, monkeypatch)
         "2",
     ]
     arguments += ["--attack", "stresstest", "--shift", "typos", "--max-tokens", "2", "--template", "none"]
-    assert cli.main([*arguments, "--out", str(tmp_path)]) == 130
+    assert commands.main([*arguments, "--out", str(tmp_path)]) == 130
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == f"m3jax: interrupted: what is finished (1 of the attacks and shifts) is in {tmp_path}."
     kept = json.loads((tmp_path / "attack.json").read_text())
     assert ([one["attack"] for one in kept["attacks"]], kept["shifts"]) == (["stresstest"], [])
     assert kept["complete"] is False
-    assert cli.main(["report", str(tmp_path)]) == 0
+    assert commands.main(["report", str(tmp_path)]) == 0
     shown = capsys.readouterr().out
     assert f"| {place / 'expert-a'} (incomplete) | sst2 | stresstest |" in shown
     assert f"data `{place / 'rows.jsonl'}`, limit 2, 2 examples measured, incomplete: the attack was inter" in shown
-    assert cli.main(arguments) == 130
+    assert commands.main(arguments) == 130
     assert "nothing is kept; with --out DIR what is finished would be" in capsys.readouterr().err
 
 
@@ -438,7 +438,7 @@ def test_what_needs_no_weights_is_said_before_they_are_loaded(place, tmp_path, c
         ([*base[:2], "--task", "humaneval"], "--run-code"),
     ]:
         capsys.readouterr()
-        assert cli.main(arguments) == 2, arguments
+        assert commands.main(arguments) == 2, arguments
         assert sentence in capsys.readouterr().err, arguments
 
 
@@ -453,5 +453,5 @@ def test_the_training_script_makes_a_model_that_can_be_attacked(data, tmp_path, 
         subprocess.run([*base, *arguments], check=True, capture_output=True)
     command = ["attack", str(tmp_path / "b"), "--task", "sst2", "--data", str(data / "sst2_phrases_dev.tsv")]
     command += ["--template", "none", "--limit", "4", "--max-tokens", "2", "--attack", "stresstest", "--json"]
-    assert cli.main(command) == 0
+    assert commands.main(command) == 0
     assert json.loads(capsys.readouterr().out)["examples"] == 4

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from support.evaluation import GOLD, answering, real_examples, real_file
 
 from m3jax.errors import M3Error
 from m3jax.evaluation import (
@@ -25,8 +26,6 @@ from m3jax.evaluation import (
     why_no_sandbox,
 )
 from m3jax.evaluation import records as records_module
-
-from .support import GOLD, answering, real_examples, real_file
 
 QUESTIONS = [
     {"question": f"Question {number}: " + "word " * (number * 7 % 11), "answer": f"#### {number}"}

@@ -3,8 +3,8 @@
 import random
 
 import pytest
-from laboratory.ledgers import SETTINGS, make_ledger, without
 from scipy import stats
+from support.ledgers import SETTINGS, make_ledger, without
 
 from m3jax.laboratory.claims import (
     HELD,

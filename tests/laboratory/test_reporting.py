@@ -4,7 +4,7 @@ import json
 import struct
 
 import pytest
-from laboratory.ledgers import SETTINGS, SKILLS, make_ledger, without
+from support.ledgers import SETTINGS, SKILLS, make_ledger, without
 
 from m3jax.errors import M3Error
 from m3jax.laboratory.experiments import AVERAGE, DRAW, EQUAL, M3, TUNED

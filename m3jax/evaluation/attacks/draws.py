@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from m3jax import bits
+from m3jax.arithmetic import threefry
 
 _BLOCK = 1024
 
@@ -26,12 +26,12 @@ def stream(key: Any, name: str) -> Draw:
         >>> [draw(i, 6) for i in range(4)] == [stream(0, "deepwordbug")(i, 6) for i in range(4)]
         True
     """
-    words = bits.fold_in_name(bits.key_words(key), name)
+    words = threefry.fold_in_name(threefry.key_words(key), name)
 
     @functools.lru_cache(maxsize=64)
     def block(number: int) -> list[int]:
         counter = np.arange(_BLOCK, dtype=np.uint32) + np.uint32(number * _BLOCK)
-        high, _ = bits.threefry2x32((words[0], words[1]), (np.zeros(_BLOCK, np.uint32), counter))
+        high, _ = threefry.threefry2x32((words[0], words[1]), (np.zeros(_BLOCK, np.uint32), counter))
         drawn: list[int] = high.tolist()
         return drawn
 

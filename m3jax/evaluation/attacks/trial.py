@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from m3jax import bits
+from m3jax.arithmetic import threefry
+from m3jax.cli.evaluation_display import SECONDS_BETWEEN_LINES, Tell
 from m3jax.errors import M3Error
 from m3jax.evaluation.attacks.measure import Drop, measure_drop
 from m3jax.evaluation.attacks.profiles import Attack, Level
@@ -20,7 +21,6 @@ from m3jax.evaluation.protocol import GenerationSettings, Generator
 from m3jax.evaluation.shifts import Shift, shift_text
 from m3jax.evaluation.statistics import wilson_interval
 from m3jax.evaluation.tasks import Execution, Task
-from m3jax.evaluation.telling import SECONDS_BETWEEN_LINES, Tell
 
 
 class Attacked(NamedTuple):
@@ -233,7 +233,7 @@ def _make_bench(
         return judge(task, measured.examples, texts, generator, settings, execution)
 
     clean = verdicts([subject.prompt])[0]
-    seed = int(bits.fold_in_name(plan.key, "bootstrap")[0])
+    seed = int(threefry.fold_in_name(plan.key, "bootstrap")[0])
     return _Bench(measured, verdicts, searched, search, judged, clean, seed)
 
 

@@ -1,0 +1,167 @@
+"""What `m3jax evaluate` does: load a model, run a task or the harness's tasks, say what came out."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from m3jax.cli.evaluation_display import Tell, progress_lines
+from m3jax.errors import M3Error
+from m3jax.evaluation.harness import run_harness
+from m3jax.evaluation.harness_tasks import load_harness_tasks
+from m3jax.evaluation.options import Evaluation, check_evaluation
+from m3jax.evaluation.protocol import Overflow
+from m3jax.evaluation.records import count_records, make_directory, write_whole
+from m3jax.evaluation.runner import check_code, evaluate_task, read_examples
+from m3jax.evaluation.tasks import get_task
+
+if TYPE_CHECKING:
+    from m3jax.evaluation.models import StoredModel
+
+_HARNESS_FILE = "harness.json"
+
+
+class Wanted(NamedTuple):
+    """The options of the command, as its help describes them."""
+
+    task: str | None
+    data: str | None
+    harness: str | None
+    include_path: str | None
+    out: Path | None
+    resume: bool
+    how: Evaluation
+    dtype: str | None
+    mesh: str | None
+
+
+def check(wanted: Wanted) -> None:
+    """Raise M3Error for options that cannot be followed, before anything heavy is loaded."""
+    if (wanted.task is None) == (wanted.harness is None):
+        raise M3Error("give either --task NAME or --harness TASKS")
+    check_evaluation(wanted.how, wanted.dtype)
+    if wanted.task is not None:
+        _check_task(wanted.task, wanted)
+    else:
+        _check_harness(wanted)
+
+
+def _check_task(name: str, wanted: Wanted) -> None:
+    task = get_task(name)
+    if wanted.include_path is not None:
+        raise M3Error("--include-path is for --harness: leave it out")
+    if wanted.resume and wanted.out is None:
+        raise M3Error("--resume needs --out DIR, the directory of the run to go on with")
+    if task.judged_elsewhere and wanted.out is None:
+        raise M3Error(f"{name} is judged elsewhere, so its answers must be kept: give --out DIR")
+    check_code(task, wanted.how.run_code, wanted.how.execution)
+
+
+def _check_harness(wanted: Wanted) -> None:
+    how = wanted.how
+    idle: dict[str, object] = {"--data": wanted.data, "--template": how.template, "--max-tokens": how.max_tokens}
+    idle |= {"--resume": wanted.resume, "--run-code": how.run_code, "--overflow": how.overflow != "error"}
+    idle |= {"--allow-unsandboxed": how.allow_unsandboxed}
+    for option, given in idle.items():
+        if given:
+            raise M3Error(f"{option} has no meaning with --harness, whose tasks bring their own: leave it out")
+    if not _harness_names(wanted):
+        raise M3Error("--harness names no task: write such as --harness arc_easy,hellaswag")
+
+
+def run(name: str, wanted: Wanted, tell: Tell | None) -> dict[str, Any]:
+    """Load and evaluate; weights come last, when all else is known to be right.
+
+    Args:
+        name: The model.
+        wanted: What is asked for.
+        tell: Told in lines how far the work is.
+
+    Returns:
+        The summary, or the harness's results, as plain data.
+
+    Raises:
+        M3Error: The model, the data or the output directory cannot be used.
+    """
+    return _run_task(name, wanted, tell) if wanted.harness is None else _run_harness(name, wanted, tell)
+
+
+def _open(name: str, wanted: Wanted) -> "StoredModel":
+    from m3jax.evaluation import models  # JAX starts when all else is known to be right
+
+    return models.open_model(name, wanted.dtype, models.make_mesh(wanted.mesh) if wanted.mesh else None)
+
+
+def _run_task(name: str, wanted: Wanted, tell: Tell | None) -> dict[str, Any]:
+    task, how = get_task(cast(str, wanted.task)), wanted.how
+    overflow = cast(Overflow, how.overflow)
+    examples = read_examples(task, wanted.data)
+    from m3jax.evaluation import models
+
+    stored = _open(name, wanted)
+    try:
+        summary = evaluate_task(
+            task,
+            examples,
+            models.deferred(lambda: models.make_generator(stored.load(tell), overflow, tell, how.batch_size)),
+            out_dir=wanted.out,
+            model=name,
+            fingerprint=lambda: stored.fingerprint(overflow),
+            template=how.template,
+            tokenizer=stored.tokenizer,
+            settings=how.settings(task),
+            limit=how.limit,
+            batch_size=how.batch_size,
+            resume=wanted.resume,
+            run_code=how.run_code,
+            execution=how.execution,
+            progress=progress_lines(tell),
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_kept(wanted.out)) from None
+    return summary._asdict()
+
+
+def _kept(out: Path | None) -> str:
+    """What an interruption leaves."""
+    number = 0 if out is None else count_records(out)
+    if number:
+        return f"{number} examples are in {out}, and the same command with --resume goes on"
+    return "nothing is kept" + ("; with --out DIR it would be" if out is None else "")
+
+
+def _run_harness(name: str, wanted: Wanted, tell: Tell | None) -> dict[str, Any]:
+    if wanted.out is not None:
+        if (make_directory(wanted.out) / _HARNESS_FILE).exists():
+            raise M3Error(f"{wanted.out / _HARNESS_FILE} is already there: give another output directory")
+        write_whole(wanted.out / f"{_HARNESS_FILE}.tried", "")  # better now than when the work is done
+        (wanted.out / f"{_HARNESS_FILE}.tried").unlink()
+    tasks = load_harness_tasks(_harness_names(wanted), wanted.include_path, tell)
+    from m3jax.evaluation import models
+
+    model = _open(name, wanted).load(tell)
+    cuts: Counter[str] = Counter()
+    adapter = models.harness_model(model, cuts, wanted.how.batch_size, tell)
+    results = run_harness(adapter, tasks, limit=wanted.how.limit, tell=tell)
+    outcome = {"model": name, "harness": _plain(results.get("results", {})), "cut": dict(cuts)}
+    if wanted.out is not None:
+        write_whole(wanted.out / _HARNESS_FILE, json.dumps(outcome, indent=2) + "\n")
+    return outcome
+
+
+def _harness_names(wanted: Wanted) -> list[str]:
+    return [task.strip() for task in (wanted.harness or "").split(",") if task.strip()]
+
+
+def _plain(value: Any) -> Any:
+    """The harness's results as JSON can hold them: other numbers than finite ones, and objects, become their words."""
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if hasattr(value, "item"):  # numpy's numbers
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if value is None or isinstance(value, str | int | bool) else str(value)

@@ -1,0 +1,217 @@
+"""From the shell and back: how a command is started, speaks and ends."""
+
+import errno
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+import typer
+
+from m3jax.cluster.supervision import Rendezvous, work_together
+from m3jax.errors import M3Error
+
+BAD_INPUT = 2
+_FAILURE, _INTERRUPTED, _PIPE_CLOSED = 1, 130, 141
+_CANNOT_PRINT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+def main(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line.
+
+    Args:
+        app: The commands.
+        arguments: What follows `m3jax`; `None` takes it from the shell.
+
+    Returns:
+        The exit code: 0 done, 1 a failure of ours, 2 bad input or a difference found, 130 interrupted, 141 when
+        whoever read the output has gone.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given or os.environ.get("M3JAX_DEBUG", "0") not in ("", "0")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        _print_anything(getattr(sys, name))
+    return reported(lambda: _invoke(app, given), debug)
+
+
+def run(app: typer.Typer) -> NoReturn:
+    """Runs the command line of the shell, and ends the process.
+
+    Args:
+        app: The commands.
+    """
+    code = main(app)
+    if code == _INTERRUPTED:  # what JAX still computes would crash the interpreter as it is taken down
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def perform(work: Callable[[bool], None], where: Rendezvous | None, debug: bool) -> None:
+    """Do the work of a command here, or with other processes.
+
+    Args:
+        work: Told whether this process speaks.
+        where: Where the processes meet; None where this is the only one.
+        debug: Show the traceback of an error.
+    """
+    if where is None:
+        work(True)
+        return
+    status = work_together(work, where, lambda part, silent: reported(part, debug, silent))
+    if status:
+        raise typer.Exit(status)
+
+
+def reported(work: Callable[[], int | None], debug: bool, silent: bool = False) -> int:
+    """The exit code of some work, of which an error is said in a sentence.
+
+    Args:
+        work: Gives an exit code other than 0, if there is one.
+        debug: Show the traceback of an error.
+        silent: Leave the sentence to another process.
+    """
+    try:
+        code = work() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _abandon(sys.stdout)
+        return _PIPE_CLOSED
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exception(error)
+        sentence, code = _explain(error)
+        if not silent:
+            print(sentence, file=sys.stderr)
+        return code
+
+
+def _invoke(app: typer.Typer, arguments: list[str]) -> int:
+    """Runs a command without Typer's own ways of reporting errors."""
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("m3jax", arguments) as context:
+            command.invoke(context)
+    except typer.Exit as error:
+        return error.exit_code
+    return 0
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """What to say of an error, and the exit code."""
+    match error:
+        case M3Error():
+            return f"m3jax: {error}", BAD_INPUT
+        case KeyboardInterrupt():
+            return f"m3jax: interrupted{f': {error}' if error.args else ''}.", _INTERRUPTED
+        case MemoryError():
+            return "m3jax: out of memory; run with --debug to see where.", _FAILURE
+        case OSError() if error.filename is None and error.errno in _CANNOT_PRINT:
+            return f"m3jax: standard output: {error.strerror}: send it elsewhere; the work itself is done.", BAD_INPUT
+    # Typer hides its usage errors; their methods and exit code are the same in all its versions.
+    if hasattr(error, "format_message"):
+        return _usage(error), BAD_INPUT
+    words = " ".join(str(error).split())
+    return f"m3jax: unexpected {type(error).__name__}{f': {words}' if words else ''}; run with --debug.", _FAILURE
+
+
+def _usage(error: Any) -> str:
+    """The sentence for a command line that cannot be read; all of the help where nothing was asked."""
+    message: str = error.format_message()
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return message
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "m3jax"
+    return f"m3jax: {' '.join(message.split()).rstrip('.')}; see `{command} --help`."
+
+
+def _print_anything(stream: TextIO) -> None:
+    """Lets file names that are no text, or letters that the terminal lacks, be printed escaped."""
+    with suppress(AttributeError):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
+
+
+def _abandon(stream: TextIO) -> None:
+    """Points a stream whose reader has gone to nowhere, so that Python does not complain at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+# --- What commands say ------------------------------------------------------------------------------------------
+
+
+def silence_downloads(quiet: bool) -> None:
+    """Keeps the hub client's own progress bars away; it reads this when it is imported.
+
+    Args:
+        quiet: Whether to.
+    """
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
+@contextmanager
+def resumable(out: str, known: str | None = None) -> Iterator[None]:
+    """Says, when a merge is interrupted, what of its work is kept.
+
+    Args:
+        out: Where its output was to appear.
+        known: What is kept, where that is known; found from what there is if None.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if known is not None:
+            raise KeyboardInterrupt(known) from None
+        from m3jax.checkpoints.remote import is_url
+        from m3jax.outputs.local import partial_directory
+
+        if is_url(out):
+            kept = f"what has been sent to {out} is kept, and the same command resumes"
+        elif (partial := partial_directory(Path(out))).exists():
+            kept = f"what is finished is in {partial}, and the same command resumes"
+        else:
+            kept = "nothing is kept"
+        raise KeyboardInterrupt(kept) from None
+
+
+def print_notes(notes: Iterable[str], quiet: bool) -> None:
+    """Prints what a user should know, on standard error."""
+    for note in () if quiet else notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def print_progress(line: str) -> None:
+    """Prints how far the work is, on standard error."""
+    # In one piece: an interruption comes before a line or after it.
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
+
+
+def print_result(data: Callable[[], dict[str, Any]], lines: Callable[[], Iterable[str]], as_json: bool) -> None:
+    """Prints a result, as JSON or as lines; only what is wanted is made."""
+    if as_json:
+        print_json(data())
+    else:
+        print_lines(lines())
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Prints lines, on standard output."""
+    for line in lines:
+        print(line)
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """Prints JSON, on standard output."""
+    print(json.dumps(data, indent=2, allow_nan=False))

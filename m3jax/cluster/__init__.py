@@ -1,0 +1,1 @@
+"""Several processes at one merge, and the meshes of their devices."""

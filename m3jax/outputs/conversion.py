@@ -1,0 +1,274 @@
+"""convert(): the same tensors in another format, bit for bit, in memory that does not grow with the model."""
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from m3jax.checkpoints import (
+    Checkpoint,
+    FileFingerprint,
+    TensorDigest,
+    TensorInfo,
+    digest_checkpoint,
+    digest_tensor,
+    locate_model,
+    open_msgpack,
+    open_orbax,
+    open_safetensors,
+    parse_size,
+    write_msgpack,
+    write_orbax,
+    write_safetensors,
+)
+from m3jax.checkpoints.copying import pieces
+from m3jax.checkpoints.locate import named_companions
+from m3jax.checkpoints.opening import open_checkpoint
+from m3jax.checkpoints.protocol import Closing
+from m3jax.checkpoints.remote import is_url
+from m3jax.errors import M3Error, saying_what_failed
+from m3jax.outputs.local import Staging, check_free, replaced_with
+from m3jax.progress import Progress
+
+Format: TypeAlias = Literal["safetensors", "orbax", "msgpack"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+Report: TypeAlias = Callable[[Progress], None]
+
+_TOLD_PER_TENSOR = 2**11  # bytes of headers and indexes, generously
+
+
+class ConvertResult(NamedTuple):
+    """What a conversion did.
+
+    Attributes:
+        directory: Where the converted checkpoint is.
+        format: Its format.
+        tensors: Number of tensors.
+        bytes: Bytes of tensors.
+        digest: BLAKE3 of all tensors, whatever their format and files; as `m3jax.json` records for a merge.
+        files: Names of the other files that were carried over.
+        seconds: Wall time.
+    """
+
+    directory: Path
+    format: str
+    tensors: int
+    bytes: int
+    digest: str
+    files: tuple[str, ...]
+    seconds: float
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    to: Format = "safetensors",
+    *,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    progress: Report | None = None,
+) -> ConvertResult:
+    """Write a checkpoint in another format, with the same names, dtypes, shapes and bits.
+
+    Everything written is read back and compared before the output appears, whole, by a rename. Names and the layout
+    of weights stay as they are: a model of PyTorch does not become one of Flax by it.
+
+    Args:
+        src: A model directory, a weight file or a hub id, in any format.
+        dst: The directory to make; its parent exists. An Orbax checkpoint is this directory itself, as
+            `StandardCheckpointer().restore(dst)` expects it.
+        to: The format to write.
+        max_shard_size: Bytes of tensors per file at most, as a number or as in "5GB"; Orbax divides by itself.
+        overwrite: Replace `dst` if it exists.
+        progress: Called after every few megabytes.
+
+    Returns:
+        What was done. Configuration and tokenizer files beside the weights are carried over.
+
+    Raises:
+        M3Error: The source, the place or the disk is at fault, or the format cannot hold the tensors; the message
+            says what and how to mend it.
+
+    Example:
+        >>> import tempfile
+        >>> from m3jax.checkpoints import ShardWriter
+        >>> place = Path(tempfile.mkdtemp())
+        >>> with ShardWriter(place / "model.safetensors", [TensorInfo("w", (2,), "F32")]) as shard:
+        ...     shard.write("w", 0, np.float32([1, 2]))
+        ...     shard.finish()
+        >>> result = convert(place / "model.safetensors", place / "flax", to="msgpack")
+        >>> result.tensors, result.bytes, [path.name for path in result.directory.iterdir()]
+        (1, 8, ['flax_model.msgpack'])
+    """
+    begun = time.perf_counter()
+    out, size = Path(dst), parse_size(max_shard_size)
+    to = as_format(to)
+    if is_url(os.fspath(dst)):
+        raise M3Error(f"{os.fspath(dst)!r} is not on this disk: convert to a local directory, then upload it.")
+    check_free(out, overwrite)
+    place = locate_model(os.fspath(src)).path
+    if replaced_with(out, place) is not None:
+        raise M3Error(f"{out} is the model to convert, or holds it: choose another output.")
+    with saying_what_failed(out), open_checkpoint(place) as source:
+        total, digest, files = _convert(source, named_companions(place), out, to, size, overwrite, progress)
+        tensors = len(source.tensors)
+    return ConvertResult(out, to, tensors, total, digest, files, time.perf_counter() - begun)
+
+
+def as_format(name: str) -> Format:
+    """The format of a name.
+
+    Raises:
+        M3Error: There is none.
+    """
+    for known in FORMATS:
+        if name == known:
+            return known
+    raise M3Error(f"{name!r} is no format to convert to: choose {', '.join(FORMATS)}.")
+
+
+def _convert(
+    source: Checkpoint,
+    beside: Mapping[str, Path],
+    out: Path,
+    to: Format,
+    max_shard_size: int,
+    overwrite: bool,
+    progress: Report | None,
+) -> tuple[int, str, tuple[str, ...]]:
+    """The work between opening and closing; returns bytes, digest and the names of the files carried over."""
+    before = source.fingerprint()
+    total = sum(info.nbytes for info in source.tensors.values())
+    small = sum(file.stat().st_size for file in beside.values()) + _TOLD_PER_TENSOR * len(source.tensors)
+    with Staging(out, f"convert to {to}", total + small, overwrite) as staging:
+        watched = _Watched(source, _Stage("converting", total, progress))
+        _write(staging.path, watched, to, max_shard_size)
+        for name, file in beside.items():
+            (staging.path / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, staging.path / name)
+        digest = _verify(staging.path, to, watched, _Stage("verifying", total, progress))
+        if source.fingerprint() != before:
+            raise M3Error(f"{source.location} changed while it was being converted: convert again once it is at rest.")
+        staging.publish()
+    return total, digest, tuple(beside)
+
+
+# --- Writing ---------------------------------------------------------------------------------------------
+
+
+def _write(directory: Path, source: Checkpoint, to: Format, max_shard_size: int) -> None:
+    if to == "safetensors":
+        write_safetensors(directory, source, max_shard_size)
+    elif to == "msgpack":
+        write_msgpack(directory, source, max_shard_size)
+    else:
+        # Orbax makes its directory itself; what is in it has relative places and may be moved.
+        inner = directory / "orbax"
+        write_orbax(inner, source)
+        for entry in sorted(inner.iterdir()):
+            entry.rename(directory / entry.name)
+        inner.rmdir()
+
+
+def _open(directory: Path, to: Format) -> Checkpoint:
+    if to == "safetensors":
+        return open_safetensors(directory)
+    if to == "msgpack":
+        return open_msgpack(directory)
+    return open_orbax(directory)
+
+
+def _verify(directory: Path, to: Format, source: "_Watched", stage: "_Stage") -> str:
+    """Read back what was written; returns its digest, which is the source's too."""
+    digests = {}
+    with _open(directory, to) as written:
+        for name in source.tensors.keys() | written.tensors.keys():
+            if source.tensors.get(name) != written.tensors.get(name):
+                raise _differs(source, directory, name)
+        for name, info in source.tensors.items():
+            digest = TensorDigest()
+            for _, piece in pieces(written, name, 0, info.nbytes):
+                digest.update(piece)
+                stage.add(len(piece))
+            digests[name] = info.dtype, info.shape, digest.hexdigest()
+            if digest.hexdigest() != source.digest(name):
+                raise _differs(source, directory, name)
+    return digest_checkpoint(digests)
+
+
+def _differs(source: Checkpoint, directory: Path, name: str) -> M3Error:
+    return M3Error(
+        f"tensor {name!r} of {source.location} reads back otherwise from {directory}, so nothing was kept: check the"
+        " disk and the memory, and convert again."
+    )
+
+
+# --- Watching what is read -------------------------------------------------------------------------------
+
+
+class _Stage:
+    """Counts bytes and tells of them, from any thread."""
+
+    def __init__(self, name: str, total: int, report: Report | None) -> None:
+        self._name, self._total, self._report = name, total, report
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self._done = min(self._done + count, self._total)
+            done = self._done
+        if self._report is not None:
+            self._report(Progress(self._name, done, self._total))
+
+
+class _Running:
+    """The digest of a tensor as far as it was read in order."""
+
+    def __init__(self) -> None:
+        self.digest = TensorDigest()
+        self.reached = 0
+        self.lock = threading.Lock()
+
+
+class _Watched(Closing):
+    """A checkpoint that tells how much is read and digests on the way what is read in order."""
+
+    def __init__(self, checkpoint: Checkpoint, stage: _Stage) -> None:
+        self._checkpoint, self._stage = checkpoint, stage
+        self._running = {name: _Running() for name in checkpoint.tensors}
+        self.location = checkpoint.location
+        self.tensors: Mapping[str, TensorInfo] = checkpoint.tensors
+        self.metadata: Mapping[str, str] = checkpoint.metadata
+
+    def read_into(self, name: str, start: int, out: memoryview | npt.NDArray[np.uint8]) -> None:
+        self._checkpoint.read_into(name, start, out)
+        running = self._running[name]
+        with running.lock:
+            if start == running.reached:
+                running.digest.update(out)
+                running.reached += out.nbytes
+        self._stage.add(out.nbytes)
+
+    def digest(self, name: str) -> str:
+        """The digest of a tensor; reads it again if it was not read in order."""
+        running = self._running[name]
+        if running.reached == self.tensors[name].nbytes:
+            return running.digest.hexdigest()
+        return digest_tensor(self._checkpoint, name)
+
+    def files(self) -> tuple[Path, ...]:
+        return self._checkpoint.files()
+
+    def fingerprint(self) -> dict[str, FileFingerprint]:
+        return self._checkpoint.fingerprint()
+
+    def close(self) -> None:
+        self._checkpoint.close()

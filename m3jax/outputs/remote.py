@@ -1,0 +1,237 @@
+"""Outputs in S3 and Google Cloud Storage, which cannot rename: they appear whole by the order in which they are sent.
+
+Each finished weight file is sent and deleted here, so that the scratch space of a process is its largest file. What
+makes loaders take a prefix for a model (config.json, the index) is sent last. Until then journal objects, one for each
+process, tell what has arrived, so that an interrupted merge goes on where it was. Object stores keep no locks: nobody
+else may write there meanwhile.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from m3jax.checkpoints.remote import RemotePath, file_system, identity_of, saying
+from m3jax.checkpoints.shards import INDEX_FILE
+from m3jax.errors import M3Error
+from m3jax.outputs.local import check_space
+
+_JOURNAL = "m3jax-journal-{}.json"
+_JOURNALS = "m3jax-journal-*.json"
+_LAST = ("m3jax.json", INDEX_FILE, "config.json")  # in this order; without them no loader takes a prefix for a model
+_PART = 2**24  # bytes of a part of a large object
+_MOST_PARTS = 10_000
+
+
+class RemoteWorkplace:
+    """Where one of the processes that make a remote output works.
+
+    Attributes:
+        path: A directory here, for files until they are sent.
+        finished: What is done, by this process and by those before it.
+    """
+
+    def __init__(self, out: RemotePath, identity: str, finished: Sequence[Mapping[str, Any]], index: int) -> None:
+        """Join at work.
+
+        Args:
+            out: Where the output is to appear.
+            identity: Digest of everything that the output's bytes depend on.
+            finished: What was done before.
+            index: This process.
+        """
+        self.out = out
+        self.path = Path(tempfile.mkdtemp(prefix="m3jax-"))
+        self.finished = [dict(entry) for entry in finished]
+        self._identity = identity
+        self._journal = out / _JOURNAL.format(index)
+        self._own: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def holds(self, file: str) -> bool:
+        """Whether a finished weight file has arrived."""
+        return any(entry.get("shard") == file for entry in self.finished)
+
+    def record(self, entry: Mapping[str, Any]) -> None:
+        """Send the weight file that an entry tells of, if it does, and add the entry to the journal."""
+        told = dict(entry)
+        if "shard" in told:
+            local = self.path / told["shard"]
+            told["sent"] = _send(local, self.out / told["shard"])
+            local.unlink()
+        self.finished.append(told)
+        self._own.append(told)
+        self._write_journal()
+
+    def _write_journal(self) -> None:
+        text = json.dumps({"identity": self._identity, "entries": self._own})
+        with saying(self._journal):
+            file_system(self.out.scheme).pipe_file(str(self._journal.key), text.encode())
+
+
+class RemoteStaging(RemoteWorkplace):
+    """Process 0's workplace, which it also opens and publishes."""
+
+    def __init__(self, out: RemotePath, identity: str, largest: int, overwrite: bool) -> None:
+        """Open the place.
+
+        Args:
+            out: Where the output is to appear.
+            identity: Digest of everything that the output's bytes depend on.
+            largest: Bytes of the largest weight file.
+            overwrite: Replace a model that is there; it is none any more from here on.
+
+        Raises:
+            M3Error: Something is there that may not be replaced, the scratch space is too small, or the storage
+                cannot be reached or refuses.
+        """
+        found = _objects(out)
+        journals = {name: _read_journal(out / name) for name in found if fnmatchcase(name, _JOURNALS)}
+        _check_free(out, found, journals, overwrite)
+        ours = [told["entries"] for told in journals.values() if told["identity"] == identity]
+        arrived = [e for entries in ours for e in entries if "shard" not in e or _is_there(e, found)]
+        super().__init__(out, identity, arrived, 0)
+        try:
+            check_space(self.path, largest)
+            self._own = list(self.finished)
+            self._write_journal()
+            _abort_parts(out)
+            # Not before the journal is there, which tells that the rest is ours to replace.
+            _remove(out, [name for name in found if name in _LAST or name in journals.keys() - {self._journal.name}])
+        except BaseException:
+            shutil.rmtree(self.path, ignore_errors=True)
+            raise
+
+    def publish(self) -> None:
+        """Send the small files; with the last of them the output is there."""
+        small = {p.relative_to(self.path).as_posix(): p for p in sorted(self.path.rglob("*")) if p.is_file()}
+        weights = {entry["shard"]: entry for entry in self.finished if "shard" in entry}
+        found = _objects(self.out)
+        for name, entry in weights.items():
+            if not _is_there(entry, found):
+                raise M3Error(
+                    f"{self.out / name} is not as it was sent: see that nobody else writes there, then start again."
+                ) from OSError()
+        foreign = [n for n in found if n not in small and n not in weights and not fnmatchcase(n, _JOURNALS)]
+        _remove(self.out, foreign)
+        for name in sorted(small, key=lambda name: (1 + _LAST.index(name) if name in _LAST else 0, name)):
+            _send(small[name], self.out / name)
+        _remove(self.out, [name for name in found if fnmatchcase(name, _JOURNALS)])
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        if error is not None and not self.finished:
+            with suppress(M3Error):
+                _remove(self.out, [self._journal.name])
+
+
+def check_remote_free(out: RemotePath, overwrite: bool) -> None:
+    """Checks, before any work, that an output can be made.
+
+    Args:
+        out: Where it is to appear.
+        overwrite: Whether a model that is there may be replaced.
+
+    Raises:
+        M3Error: Something is there that may not be replaced, or the storage does not let us write there.
+    """
+    if len(out.key.parts) < 2:
+        raise M3Error(f"{out} is a whole bucket: write {out}/name for a place in it.")
+    found = _objects(out)
+    journals = {name: _read_journal(out / name) for name in found if fnmatchcase(name, _JOURNALS)}
+    _check_free(out, found, journals, overwrite)
+    if not journals:
+        probe = _JOURNAL.format("probe")
+        with saying(out / probe):
+            file_system(out.scheme).pipe_file(str((out / probe).key), b"{}")
+        _remove(out, [probe])
+
+
+def _check_free(
+    out: RemotePath, found: Mapping[str, Any], journals: Mapping[str, Mapping[str, Any]], overwrite: bool
+) -> None:
+    begun = {entry["shard"] for told in journals.values() for entry in told["entries"] if "shard" in entry}
+    others = [name for name in found if name not in begun and name not in journals]
+    if not others or (overwrite and any(name in _LAST or name.endswith(".safetensors") for name in others)):
+        return
+    if not overwrite:
+        raise M3Error(f"{out} exists already: choose another output, or pass --overwrite.")
+    raise M3Error(f"{out} holds no model, and only a model is overwritten: choose another output.")
+
+
+def _objects(out: RemotePath) -> dict[str, dict[str, Any]]:
+    """What the storage says of every object under a prefix, by name."""
+    with saying(out):
+        found = file_system(out.scheme).find(str(out.key), detail=True)
+    if str(out.key) in found:
+        raise M3Error(f"{out} is an object, not a place for a directory: choose another output.")
+    return {key.removeprefix(f"{out.key}/"): info for key, info in found.items() if info["type"] == "file"}
+
+
+def _read_journal(journal: RemotePath) -> dict[str, Any]:
+    """What a journal tells; one that is damaged tells nothing."""
+    try:
+        told = json.loads(journal.read_bytes())
+        return {"identity": str(told["identity"]), "entries": [dict(entry) for entry in told["entries"]]}
+    except (ValueError, KeyError, TypeError):
+        return {"identity": "", "entries": []}
+
+
+def _is_there(entry: Mapping[str, Any], found: Mapping[str, dict[str, Any]]) -> bool:
+    """Whether the weight file of a journal's entry is as it was sent."""
+    info = found.get(entry["shard"])
+    return info is not None and entry.get("sent") == _told(info)
+
+
+def _told(info: Mapping[str, Any]) -> list[Any]:
+    """What tells an object from another one under its name."""
+    tag, size, _ = identity_of(dict(info))
+    return [str(tag), size]
+
+
+def _send(local: Path, target: RemotePath) -> list[Any]:
+    """Send a file; returns what tells its object from another one."""
+    size = local.stat().st_size
+    part = max(_PART, -(-size // (_MOST_PARTS * 2**20)) * 2**20)
+    try:
+        with saying(target):
+            file_system(target.scheme).put_file(str(local), str(target.key), chunksize=part)
+    except BaseException:
+        _abort_parts(target)
+        raise
+    info = target.info()
+    if info is None or _told(info)[1] != size:
+        raise M3Error(f"{target} has not arrived in full: start again.") from OSError()
+    return _told(info)
+
+
+def _abort_parts(place: RemotePath) -> None:
+    """Delete the parts of unfinished objects there or below, which S3 keeps and charges for, where we may."""
+    if place.scheme != "s3":  # the other storage forgets them by itself
+        return
+    driver, (bucket, *parts) = file_system(place.scheme), place.key.parts
+    key = "/".join(parts)
+    with suppress(Exception):
+        for upload in driver.list_multipart_uploads(bucket):
+            if upload["Key"] == key or upload["Key"].startswith(key + "/"):
+                driver.abort_mpu(bucket, upload["Key"], upload["UploadId"])
+
+
+def _remove(out: RemotePath, names: Iterable[str]) -> None:
+    for name in names:
+        with saying(out / name), suppress(FileNotFoundError):
+            file_system(out.scheme).rm_file(str((out / name).key))

@@ -1,0 +1,266 @@
+"""What a merge will read, write and take, from the headers of its inputs alone."""
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from m3jax.checkpoints import DTYPES, sketch_model
+from m3jax.checkpoints.remote import RemotePath, as_path
+from m3jax.cli.console import count_text, safe_text, size_text, table, time_text
+from m3jax.recipe import load_recipe
+from m3jax.streaming.findings import Stage, applies, phases_of
+from m3jax.streaming.jobs import Ready, prepared
+from m3jax.streaming.plan import Plan, TensorPlan, divide
+from m3jax.streaming.reading import default_chunk_entries
+
+# Bytes read and written per second by a process of two cores, from the page cache: DARE and TIES on 1.1 B parameters in
+# docs/benchmarks/merge-2-cores.json, as docs/pods.md takes them (linear merging lies between them beside its start-up).
+_RATES = (1.3e9, 1.5e9)
+_RATES_TEXT = "1.3 to 1.5 GB/s per process of 2 cores"
+_RUNTIME_BYTES = 250_000_000  # Python, JAX and compiled programs: what the same merges took beside their buffers
+_RANKING_BYTES = 200_000_000  # of samples and counts, where magnitudes are ranked (docs/pods.md)
+_BUFFERS = 2  # chunks in flight per input, at the least: one that is computed, one that is read
+
+
+class InputEstimate(NamedTuple):
+    """One model.
+
+    Attributes:
+        name: As the recipe names it.
+        role: "expert", "base", or "template" for a base of which only config and tokenizer are used.
+        bytes: Of its tensors.
+        parameters: Entries of its tensors.
+    """
+
+    name: str
+    role: str
+    bytes: int
+    parameters: int
+
+
+class PassEstimate(NamedTuple):
+    """One reading of the inputs.
+
+    Attributes:
+        what: What is done in it.
+        bytes: Read.
+    """
+
+    what: str
+    bytes: int
+
+
+class TensorEstimate(NamedTuple):
+    """The tensors of one shape and dtype.
+
+    Attributes:
+        shape: Of each of them.
+        dtype: As it is written.
+        tensors: How many there are.
+        merged: Whether they are merged, not copied.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    tensors: int
+    merged: bool
+
+
+class Estimate(NamedTuple):
+    """A merge before it is made.
+
+    Attributes:
+        method: What is done, in the recipe's words.
+        inputs: The models.
+        tensors: What is written, by shape.
+        parameters: Entries written.
+        passes: The readings, the merge last.
+        bytes_read: All passes together.
+        bytes_written: Of weights.
+        files: Weight files.
+        disk_free: Where the output goes; None in object storage.
+        peak_memory: Bytes of one process, beside the page cache.
+        resident_memory: Bytes of all devices together that `m3jax explore` keeps: the inputs and one merge.
+        processes: How many share the work.
+        largest_share: Bytes that the busiest process writes.
+        seconds: From and to.
+    """
+
+    method: str
+    inputs: tuple[InputEstimate, ...]
+    tensors: tuple[TensorEstimate, ...]
+    parameters: int
+    passes: tuple[PassEstimate, ...]
+    bytes_read: int
+    bytes_written: int
+    files: int
+    disk_free: int | None
+    peak_memory: int
+    resident_memory: int
+    processes: int
+    largest_share: int
+    seconds: tuple[float, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            **self._asdict(),
+            "inputs": [entry._asdict() for entry in self.inputs],
+            "tensors": [entry._asdict() for entry in self.tensors],
+            "passes": [entry._asdict() for entry in self.passes],
+            "rates": list(_RATES),
+        }
+
+
+def _read_bytes(ready: Ready, tensor: TensorPlan) -> int:
+    """What one reading of a tensor reads of all its sources."""
+    infos = [ready.models[position].checkpoint.tensors[tensor.output.name] for position in tensor.sources]
+    return sum(info.nbytes for info in infos)
+
+
+def _needed(plan: Plan) -> list[Stage]:
+    """The readings that are made: where a sample brackets a threshold, one more pass settles it, not two."""
+    stages = [stage for phase in phases_of(plan) for stage in phase]
+    guessed = {stage.kind for stage in stages if stage.step == "guess"}
+    return [s for s in stages if s.step != "sample" and not (s.kind in guessed and s.step in ("coarse", "fine"))]
+
+
+def _passes(ready: Ready, stages: Sequence[Stage]) -> Iterator[PassEstimate]:
+    for stage in stages:
+        total = sum(_read_bytes(ready, tensor) for tensor in ready.plan.tensors if applies(stage, tensor))
+        yield PassEstimate(stage.label, total)
+
+
+def _tensors(plan: Plan) -> tuple[TensorEstimate, ...]:
+    counts: dict[tuple[Any, ...], int] = {}
+    for tensor in plan.tensors:
+        key = (tensor.output.shape, tensor.output.dtype, tensor.pipeline is not None)
+        counts[key] = counts.get(key, 0) + 1
+    return tuple(TensorEstimate(shape, dtype, count, merged) for (shape, dtype, merged), count in counts.items())
+
+
+def _buffers(ready: Ready) -> int:
+    """Bytes of the chunks in flight: those read ahead, and the results that are computed and written."""
+    merged = [tensor for tensor in ready.plan.tensors if tensor.pipeline is not None]
+    widths = [
+        DTYPES[ready.models[p].checkpoint.tensors[t.output.name].dtype].itemsize for t in merged for p in t.sources
+    ]
+    inputs, width = len(ready.models), max(widths, default=2)
+    return default_chunk_entries(inputs, width) * (width * inputs * _BUFFERS + 4)
+
+
+def estimate(ready: Ready, method: str, place: Path | None, processes: int = 1) -> Estimate:
+    """What a prepared merge will read, write and take.
+
+    Args:
+        ready: Of `streaming.prepared`.
+        method: What it is called.
+        place: A directory on the disk that the output goes to; None for object storage.
+        processes: How many share the work.
+    """
+    stages = _needed(ready.plan)
+    passes = tuple(_passes(ready, stages))
+    written = sum(tensor.output.nbytes for tensor in ready.plan.tensors)
+    read = sum(entry.bytes for entry in passes)
+    files = [sum(info.nbytes for info in infos) for _, infos in ready.shards]
+    owners = divide(files, processes)
+    largest = max(sum(size for size, owner in zip(files, owners, strict=True) if owner == p) for p in range(processes))
+    share = (read + written) * (largest / written if written else 0.0)
+    resident = sum(_read_bytes(ready, t) if t.pipeline is not None else t.output.nbytes for t in ready.plan.tensors)
+    return Estimate(
+        method,
+        tuple(
+            InputEstimate(
+                model.input.name,
+                model.role,
+                sum(info.nbytes for info in model.checkpoint.tensors.values()),
+                sum(info.size for info in model.checkpoint.tensors.values()),
+            )
+            for model in ready.models
+        ),
+        _tensors(ready.plan),
+        sum(tensor.output.size for tensor in ready.plan.tensors),
+        passes,
+        read,
+        written,
+        len(files),
+        None if place is None else shutil.disk_usage(place).free,
+        _RUNTIME_BYTES + _buffers(ready) + (_RANKING_BYTES if any(stage.step for stage in stages) else 0),
+        resident + written,
+        processes,
+        largest,
+        (share / _RATES[1], share / _RATES[0]),
+    )
+
+
+def estimate_recipe(
+    recipe: str,
+    out: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    seed: int | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | str | None = None,
+    processes: int = 1,
+) -> Estimate:
+    """What `m3jax merge` with the same arguments will read, write and take; no weights are read.
+
+    Args:
+        recipe: Its YAML file.
+        out: Where the output would go.
+        overrides: As in `load_recipe`.
+        seed: As in `load_recipe`.
+        overwrite: Let the output exist.
+        max_shard_size: Bytes per file at most.
+        processes: How many share the work.
+
+    Raises:
+        M3Error: The merge cannot be made, for the reason that it would give itself.
+
+    Example:
+        >>> estimate_recipe("recipe.yaml", "merged").bytes_read  # doctest: +SKIP
+    """
+    loaded = load_recipe(recipe, overrides, seed)
+    method: str = loaded.merge_method
+    method += f", {loaded.sparsify.method} before" if loaded.sparsify is not None else ""
+    method += ", drawn weights" if loaded.mixup is not None else ""
+    place = as_path(out)
+    options: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size}
+    with prepared(loaded, out, **options, locate=sketch_model) as ready:
+        return estimate(ready, method, None if isinstance(place, RemotePath) else place.absolute().parent, processes)
+
+
+def estimate_lines(found: Estimate, width: int | None = None) -> Iterator[str]:
+    """An estimate for people.
+
+    Args:
+        found: The estimate.
+        width: Of the terminal.
+    """
+    yield found.method
+    yield ""
+    models = [[safe_text(e.name), e.role, f"{e.parameters:,}", size_text(e.bytes)] for e in found.inputs]
+    yield from table(["model", "role", "parameters", "bytes"], models, width, left=2)
+    yield ""
+    shapes = [
+        [" × ".join(map(str, t.shape)) or "scalar", t.dtype, "merged" if t.merged else "copied", f"{t.tensors:,}"]
+        for t in found.tensors
+    ]
+    yield from table(["shape", "dtype", "is", "tensors"], shapes, width, left=3)
+    yield ""
+    count = sum(t.tensors for t in found.tensors)
+    passes = ", ".join(f"{entry.what} {size_text(entry.bytes)}" for entry in found.passes)
+    free = "" if found.disk_free is None else f" (free there: {size_text(found.disk_free)})"
+    low, high = (time_text(seconds) for seconds in found.seconds)
+    workers = "1 process" if found.processes == 1 else f"{found.processes} processes"
+    holds = f"{count_text(count, 'tensor')}, {count_text(found.parameters, 'parameter')}"
+    rows = [
+        ("reads", f"{size_text(found.bytes_read)}: {passes}"),
+        ("writes", f"{size_text(found.bytes_written)} in {count_text(found.files, 'file')}{free}: {holds}"),
+        ("memory", f"about {size_text(found.peak_memory)} per process, beside the page cache"),
+        ("explore", f"would keep {size_text(found.resident_memory)} on its devices, and what evaluation takes"),
+        ("time", f"about {low} to {high} by {workers}, at {_RATES_TEXT}, as measured; slower storage decides alone"),
+    ]
+    for name, said in rows:
+        yield f"{name:<9}{said}"

@@ -1,0 +1,247 @@
+"""A merge up to its first byte: inputs opened, compared and planned from their headers alone."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
+
+from m3jax.checkpoints import (
+    Checkpoint,
+    FileFingerprint,
+    ModelDirectory,
+    TensorInfo,
+    digest_file,
+    locate_model,
+    open_checkpoint,
+    parse_size,
+    plan_shards,
+)
+from m3jax.checkpoints.remote import RemotePath, as_path
+from m3jax.cluster.processes import ALONE, Processes, gather
+from m3jax.errors import M3Error, saying_what_failed
+from m3jax.outputs import companions as modelcard
+from m3jax.outputs import manifest
+from m3jax.outputs.local import check_free, replaced_with
+from m3jax.outputs.remote import check_remote_free
+from m3jax.progress import Progress
+from m3jax.recipe import Recipe
+from m3jax.streaming.plan import DrawnWeights, Input, Plan, make_plan
+
+DEFAULT_SHARD_SIZE = "5GB"
+
+
+class Job(NamedTuple):
+    """A merge as it was asked for.
+
+    Attributes:
+        recipe: What to merge.
+        out: Where the output is to appear.
+        overwrite: Replace what is there.
+        max_shard_size: Bytes of tensors per file at most.
+        chunk_entries: Entries per chunk; chosen if None.
+        mesh: Devices to use; all local ones if None.
+        allow_nonfinite: Let NaN and infinities pass.
+        progress: Called after every chunk.
+        recorded: The manifest that a replay follows.
+        sources: Where its models are now, by the names that it records.
+        chosen: Weights to use in place of draws.
+        locate: Finds the models; `sketch_model` where headers are all that is wanted of them.
+    """
+
+    recipe: Recipe
+    out: Path
+    overwrite: bool
+    max_shard_size: int
+    chunk_entries: int | None
+    mesh: Mesh | None
+    allow_nonfinite: bool
+    progress: Callable[[Progress], None] | None
+    recorded: Mapping[str, Any] | None = None
+    sources: Mapping[str, str] = MappingProxyType({})
+    chosen: DrawnWeights | None = None
+    locate: Callable[[str], ModelDirectory] = locate_model
+
+    @property
+    def expected(self) -> dict[str, str]:
+        """The digests that a replay must give."""
+        tensors = self.recorded["output"]["tensors"] if self.recorded is not None else {}
+        return {name: entry["digest"] for name, entry in tensors.items()}
+
+    @property
+    def recorded_inputs(self) -> list[Mapping[str, str]] | None:
+        """The digests that a replay's inputs must have, in the plan's order."""
+        return None if self.recorded is None else [record["tensors"] for record in self.recorded["inputs"]]
+
+
+class Model(NamedTuple):
+    """One opened input.
+
+    Attributes:
+        role: "expert", "base", or "template" for a base of which only config and tokenizer are used.
+        place: Where it is.
+        checkpoint: Its tensors.
+        input: What the plan knows of it.
+    """
+
+    role: str
+    place: ModelDirectory
+    checkpoint: Checkpoint
+    input: Input
+
+
+def _open_model(name: str, role: str, job: Job, stack: ExitStack) -> Model:
+    try:
+        place = job.locate(job.sources.get(name, name))
+    except M3Error as error:
+        if job.recorded is None:
+            raise
+        hint = f"if it has moved, --input {name}=HERE says where it is"
+        raise M3Error(f"{str(error).rstrip('.')}; {hint}") from error
+    checkpoint = stack.enter_context(open_checkpoint(place.path))
+    config = modelcard.read_config(place.path)
+    tied = config.get("tie_word_embeddings") if config else None
+    return Model(role, place._replace(name=name), checkpoint, Input(name, checkpoint.tensors, tied))
+
+
+def _open_models(job: Job, stack: ExitStack) -> list[Model]:
+    recipe = job.recipe
+    models = [_open_model(entry.model, "expert", job, stack) for entry in recipe.experts]
+    if recipe.base_model is not None and recipe.merge_method != "slerp":
+        role = "base" if recipe.uses_base else "template"
+        models.append(_open_model(recipe.base_model, role, job, stack))
+    return models
+
+
+class Ready(NamedTuple):
+    """A merge as it is prepared: nothing of it has been written yet.
+
+    Attributes:
+        models: The opened inputs, experts first, then the base if there is one.
+        plan: What happens to each tensor.
+        shards: The files to write, each with its tensors.
+        companions: The files that stand beside the weights, by name.
+        fingerprints: What tells each input's files from others, without reading weights.
+        identity: Digest of everything that the output's bytes depend on.
+    """
+
+    models: list[Model]
+    plan: Plan
+    shards: list[tuple[str, list[TensorInfo]]]
+    companions: dict[str, Path]
+    fingerprints: list[dict[str, FileFingerprint]]
+    identity: str
+
+
+def _identity(recipe: Recipe, plan: Plan, inputs: Any, rest: Any) -> str:
+    """Digest of everything that the output's bytes depend on."""
+    told = {
+        "bits": manifest.SCHEME,
+        "versions": manifest.versions(),
+        "recipe": recipe.resolved(),
+        "weights": {group: [w.hex() for w in map(float, ws)] for group, ws in plan.weights.items()},
+        "inputs": inputs,
+        "rest": rest,
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _check_agreement(processes: Processes, recipe: Recipe, ready: Ready, rest: Any) -> None:
+    """Raise M3Error unless all processes see the same, wherever each of them finds it."""
+    seen = [
+        [model.input.name, {file: [p["size"], p["header_blake3"]] for file, p in told.items()}]
+        for model, told in zip(ready.models, ready.fingerprints, strict=True)
+    ]
+    said = gather(processes, _identity(recipe, ready.plan, seen, rest))
+    odd = next((index for index, each in enumerate(said) if each != said[0]), None)
+    if odd is not None:
+        raise M3Error(
+            f"process {odd} has other models, another recipe or other versions of packages than process 0: "
+            "make them the same"
+        )
+
+
+def prepare(job: Job, processes: Processes, stack: ExitStack) -> Ready:
+    """Open the models and plan the merge.
+
+    Args:
+        job: What is asked for.
+        processes: Who works at it; all of them have to see the same.
+        stack: Keeps the models open.
+
+    Raises:
+        M3Error: The output place, the models or the recipe are at fault.
+    """
+    if processes.index == 0 and isinstance(job.out, RemotePath):
+        check_remote_free(job.out, job.overwrite)
+    elif processes.index == 0:
+        check_free(job.out, job.overwrite)
+    models = _open_models(job, stack)
+    _check_apart(job.out, models)
+    drawn: DrawnWeights | None = manifest.drawn_weights(job.recorded) if job.recorded is not None else job.chosen
+    base = models[-1].input if models[-1].role != "expert" else None
+    plan = make_plan(job.recipe, [m.input for m in models if m.role == "expert"], base, drawn)
+    companions = modelcard.gather(job.recipe, [m.place for m in models], plan.template)
+    shards = plan_shards([t.output for t in plan.tensors], job.max_shard_size)
+    _check_recorded(job.recorded, plan, models)
+    fingerprints = [m.checkpoint.fingerprint() for m in models]
+    beside = {name: digest_file(path) for name, path in companions.items()}
+    rest = [shards, job.expected, beside, job.allow_nonfinite]
+    inputs = [[m.input.name, str(m.place.path), told] for m, told in zip(models, fingerprints, strict=True)]
+    ready = Ready(models, plan, shards, companions, fingerprints, _identity(job.recipe, plan, inputs, rest))
+    _check_agreement(processes, job.recipe, ready, rest)
+    return ready
+
+
+def _check_apart(out: Path, models: Sequence[Model]) -> None:
+    """Refuse to replace a directory that a model is read from."""
+    for model in models:
+        target = replaced_with(out, model.place.path)
+        if target is not None:
+            raise M3Error(f"{target}: is one of the models, or holds {model.input.name}: choose another output")
+
+
+def _check_recorded(recorded: Mapping[str, Any] | None, plan: Plan, models: Sequence[Model]) -> None:
+    """Refuse early what a replay cannot reproduce: tensors that came, went or changed their shape."""
+    if recorded is None:
+        return
+    planned = {t.output.name: [t.output.dtype, list(t.output.shape)] for t in plan.tensors}
+    told = {name: [e["dtype"], e["shape"]] for name, e in recorded["output"]["tensors"].items()}
+    if len(recorded["inputs"]) != len(models) or planned != told:
+        name = next((n for n in {**planned, **told} if planned.get(n) != told.get(n)), "the list of models")
+        raise M3Error(f"{models[0].checkpoint.location}: {name} is not as the manifest records: restore the models")
+
+
+@contextmanager
+def prepared(
+    recipe: Recipe,
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    max_shard_size: int | str | None = None,
+    locate: Callable[[str], ModelDirectory] = locate_model,
+) -> Iterator[Ready]:
+    """A merge up to its first byte: inputs opened, shapes compared, everything planned from headers alone.
+
+    Args:
+        recipe: What to merge.
+        out: Where the output would go; it must be free.
+        overwrite: Let it exist.
+        max_shard_size: As in `merge_checkpoint`.
+        locate: Finds the models; `sketch_model` where headers are all that is wanted of them.
+
+    Yields:
+        The merge, with its inputs open.
+
+    Raises:
+        M3Error: What `merge_checkpoint` would raise before it reads weights.
+    """
+    size = parse_size(DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size)
+    job = Job(recipe, as_path(out), overwrite, size, None, None, False, None, locate=locate)
+    with saying_what_failed(job.out), ExitStack() as stack:
+        yield prepare(job, ALONE, stack)

@@ -1,0 +1,365 @@
+"""merge_checkpoint(): model directories in, a model directory out, in memory that does not grow with the model.
+
+Reading, computing and writing overlap: one thread per input reads ahead (`chunks`), this one dispatches jitted
+functions of flat chunks, one writes. The functions are those of the in-memory path (`pipeline`, `methods`).
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from m3jax.checkpoints import DTYPES, TensorInfo, parse_size, write_index
+from m3jax.checkpoints.remote import RemotePath, as_path
+from m3jax.cluster.processes import ALONE, Cluster, Processes, gather, share
+from m3jax.errors import M3Error, saying_what_failed
+from m3jax.outputs import companions as modelcard
+from m3jax.outputs import manifest
+from m3jax.outputs.local import Staging, Workplace
+from m3jax.outputs.remote import RemoteStaging, RemoteWorkplace
+from m3jax.progress import Progress
+from m3jax.recipe import Recipe, load_recipe
+from m3jax.streaming.findings import Stage, phases_of
+from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, Job, Model, Ready, prepare
+from m3jax.streaming.passes import Circumstances, Passes
+from m3jax.streaming.plan import DrawnWeights, Plan, TensorPlan, divide
+from m3jax.streaming.reading import Loaded, default_chunk_entries
+from m3jax.streaming.writing import Shards
+
+AnyWorkplace: TypeAlias = Workplace | RemoteWorkplace
+_TOLD_PER_TENSOR = 2**11  # bytes of journal and manifest, generously
+
+
+class MergeResult(NamedTuple):
+    """What a merge did.
+
+    Attributes:
+        directory: Where the merged model is.
+        digest: BLAKE3 of its weights, whatever their division into files.
+        manifest: The content of its m3jax.json.
+        seconds: Wall time.
+        bytes_read: Of weights, every pass counted.
+        bytes_written: Of weights.
+        resumed_shards: How many shards an earlier, interrupted run had finished.
+        notes: Sentences that a reader of the recipe should know.
+        process_reads: What each process has read of `bytes_read`.
+    """
+
+    directory: Path
+    digest: str
+    manifest: dict[str, Any]
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+    resumed_shards: int
+    notes: tuple[str, ...]
+    process_reads: tuple[int, ...]
+
+
+def _open_workplace(job: Job, ready: Ready, processes: Processes, stack: ExitStack) -> AnyWorkplace:
+    """The place to fill: process 0 makes it, the others join."""
+    if processes.index:
+        identity, finished = share(processes, None)
+        if isinstance(job.out, RemotePath):
+            return stack.enter_context(RemoteWorkplace(job.out, identity, finished, processes.index))
+        return Workplace(job.out, identity, finished, processes.index)
+    staging: Staging | RemoteStaging
+    if isinstance(job.out, RemotePath):
+        largest = max(sum(info.nbytes for info in infos) for _, infos in ready.shards)
+        staging = stack.enter_context(RemoteStaging(job.out, ready.identity, largest, job.overwrite))
+    else:
+        weights = sum(t.output.nbytes for t in ready.plan.tensors)
+        small = sum(path.stat().st_size for path in ready.companions.values())
+        space = weights + small + _TOLD_PER_TENSOR * len(ready.plan.tensors)
+        shared = processes.count > 1
+        staging = stack.enter_context(Staging(job.out, ready.identity, space, job.overwrite, shared))
+    share(processes, [ready.identity, staging.finished])
+    return staging
+
+
+def _merge(job: Job, processes: Processes) -> MergeResult:
+    begun = time.perf_counter()
+    with saying_what_failed(job.out), ExitStack() as stack:
+        ready = prepare(job, processes, stack)
+        workplace = _open_workplace(job, ready, processes, stack)
+        checkpoints = [m.checkpoint for m in ready.models]
+        entries = _chunk_size(job.chunk_entries, ready.plan, ready.models)
+        how = Circumstances(entries, _local_mesh(job.mesh), processes, job.allow_nonfinite, job.progress)
+        passes = Passes(ready.plan, checkpoints, job.recipe.seed, job.recorded_inputs, how)
+        finished = _finished(workplace, ready.shards)
+        written = _produce(passes, workplace, ready.shards, finished, job.expected)
+        if ready.fingerprints != [checkpoint.fingerprint() for checkpoint in checkpoints]:
+            raise M3Error(f"{job.out}: an input changed while it was being merged: merge again once it is at rest")
+        told = gather(processes, [_own_shards(workplace, finished), passes.bytes_read, written])
+        made = {file: entry for shards, _, _ in told for file, entry in shards.items()}
+        tensors = finished | {file: entry["tensors"] for file, entry in made.items()}
+        record = _record(job, ready, tensors)
+        if isinstance(workplace, Staging | RemoteStaging):
+            workplace.finished = [entry for entry in workplace.finished if entry.get("shard") not in made]
+            workplace.finished += made.values()
+            _publish(job, ready, workplace, record)
+        record = share(processes, record)  # which waits until the output is there
+    return MergeResult(
+        job.out,
+        record["output"]["digest"],
+        record,
+        time.perf_counter() - begun,
+        sum(read for _, read, _ in told),
+        sum(wrote for _, _, wrote in told),
+        len(finished),
+        (*job.recipe.notes(), *_idle(ready.shards, finished, processes.count), *_bare(ready.companions)),
+        tuple(read for _, read, _ in told),
+    )
+
+
+def _local_mesh(mesh: Mesh | None) -> Mesh | None:
+    """This process's devices on one axis, of a mesh or of all; None for one device."""
+    devices = jax.local_devices() if mesh is None else mesh.local_devices
+    if len(devices) == 1 and devices[0] == jax.local_devices()[0]:
+        return None
+    return jax.make_mesh((len(devices),), ("entries",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+@contextmanager
+def _together(distributed: bool) -> Iterator[Processes]:
+    """The processes that take part: all of JAX's, or this one."""
+    if not distributed:
+        yield ALONE
+        return
+    with Cluster() as cluster:
+        yield cluster
+
+
+def _finished(workplace: AnyWorkplace, shards: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """What an earlier run has told of the shards that it finished, by file."""
+    entries = {entry["shard"]: entry["tensors"] for entry in workplace.finished if "shard" in entry}
+    return {file: entries[file] for file, _ in shards if file in entries and workplace.holds(file)}
+
+
+def _own_shards(workplace: AnyWorkplace, finished: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of the shards that this process has finished, by file."""
+    entries = [entry for entry in workplace.finished if "shard" in entry]
+    return {entry["shard"]: entry for entry in entries if entry["shard"] not in finished}
+
+
+def _own(shards: Sequence[tuple[str, list[TensorInfo]]], processes: Processes) -> list[tuple[str, list[TensorInfo]]]:
+    """This process's share of some shards."""
+    owners = divide([sum(info.nbytes for info in infos) for _, infos in shards], processes.count)
+    return [shard for shard, owner in zip(shards, owners, strict=True) if owner == processes.index]
+
+
+def _idle(shards: Sequence[tuple[str, Any]], finished: Mapping[str, Any], count: int) -> Iterator[str]:
+    left = len(shards) - len(finished)
+    if not finished and left < count:
+        yield f"{count} processes shared {left} weight files: a smaller --max-shard-size gives all of them work"
+
+
+def _bare(companions: Mapping[str, Path]) -> Iterator[str]:
+    if "config.json" not in companions:
+        yield "the models have no config.json, so neither has the output: loaders of model directories want one"
+
+
+def _produce(
+    passes: Passes,
+    workplace: AnyWorkplace,
+    shards: Sequence[tuple[str, list[TensorInfo]]],
+    finished: Mapping[str, Any],
+    expected: Mapping[str, str],
+) -> int:
+    """Measure and merge this process's share of what is not finished; returns the bytes written."""
+    for tensors in finished.values():
+        for name, tensor in tensors.items():
+            passes.take_digests(name, {int(p): digest for p, digest in tensor["inputs"].items()})
+    left = [(file, infos) for file, infos in shards if file not in finished]
+    if not left:
+        return 0
+    processes = passes.how.processes
+    *measured, merging = phases_of(passes.plan)
+    _measure(passes, workplace, measured, _own(shards, processes))
+    own = _own(left, processes)
+    if not own:
+        return 0
+
+    def writer(release: Callable[[Loaded], None]) -> Shards:
+        return Shards(workplace, own, release, passes.input_digests, expected, passes.how.allow_nonfinite)
+
+    return passes.merge(merging, _tensors(passes.plan, own), writer)
+
+
+def _measure(
+    passes: Passes,
+    workplace: AnyWorkplace,
+    phases: Sequence[Sequence[Stage]],
+    own: Sequence[tuple[str, list[TensorInfo]]],
+) -> None:
+    """Measure what comes before merging, unless an earlier run has done so."""
+    found = next((entry for entry in workplace.finished if "findings" in entry), None)
+    if found is not None:
+        passes.findings.from_json(found["findings"])
+        for name, digests in found["digests"].items():
+            passes.take_digests(name, {int(p): digest for p, digest in digests.items()})
+        return
+    for phase in phases:
+        if not passes.findings.settled(phase[0]):
+            passes.measure(phase, _tensors(passes.plan, own))
+    if phases:
+        # Whoever merges a tensor, now or after an interruption, needs what was found of it.
+        for found_there in gather(passes.how.processes, passes.findings.to_json()):
+            passes.findings.from_json(found_there)
+        workplace.record({"findings": passes.findings.to_json(), "digests": passes.digests})
+
+
+def _tensors(plan: Plan, shards: Sequence[tuple[str, list[TensorInfo]]]) -> list[TensorPlan]:
+    by_name = {t.output.name: t for t in plan.tensors}
+    return [by_name[info.name] for _, infos in shards for info in infos]
+
+
+def _record(job: Job, ready: Ready, entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest, but for the digests of the small files."""
+    told = {name: tensor for tensors in entries.values() for name, tensor in tensors.items()}
+    output = {t.output.name: (t.output, told[t.output.name]["digest"]) for t in ready.plan.tensors}
+    records = []
+    for position, model in enumerate(ready.models):
+        infos = model.checkpoint.tensors
+        read = {n: told[n]["inputs"].get(str(position)) for n in infos if n in told}
+        digests = {name: (infos[name], digest) for name, digest in read.items() if digest is not None}
+        records.append(manifest.InputRecord(model.input.name, model.role, model.place.revision, digests))
+    return manifest.build(job.recipe, ready.plan.weights, records, output, {}, job.max_shard_size)
+
+
+def _publish(job: Job, ready: Ready, staging: Staging | RemoteStaging, record: dict[str, Any]) -> None:
+    """Write what stands beside the weights, complete `record`, and let the output appear."""
+    if len(ready.shards) > 1:
+        write_index(staging.path, ready.shards, sum(t.output.nbytes for t in ready.plan.tensors))
+    files = modelcard.write_companions(staging.path, ready.companions, job.recipe, ready.plan.weights)
+    record["output"]["files"] = dict(sorted(files.items()))
+    (staging.path / manifest.FILE_NAME).write_text(manifest.to_json(record), encoding="utf-8")
+    staging.publish()
+
+
+def merge_checkpoint(
+    recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any],
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    allow_nonfinite: bool = False,
+    chunk_entries: int | None = None,
+    mesh: Mesh | None = None,
+    distributed: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    weights: Mapping[str, Sequence[float]] | None = None,
+) -> MergeResult:
+    """Merge model directories into a model directory, out of core.
+
+    The output appears whole, by a rename, or not at all. It is made in `OUT.partial`, from which an interrupted merge
+    resumes when the same call is made again. The bytes of the weights do not depend on any of the keyword arguments but
+    `weights`.
+
+    Args:
+        recipe: A `Recipe`, its YAML file, or its content as a mapping.
+        out: The directory to make; its parent exists.
+        overwrite: Replace `out` if it exists.
+        max_shard_size: Bytes of tensors per file at most, as a number or as in "5GB".
+        allow_nonfinite: Merge inputs that hold NaN or infinities.
+        chunk_entries: Entries per chunk, a power of two of at least 65,536; memory grows with it, the bits do not
+            depend on it. By default as many as keep the buffers of all inputs within 160 MB, at most 2²¹.
+        mesh: Over whose local devices every chunk is spread; over all local devices by default.
+        distributed: Share the work with the other processes of `jax.distributed`, all of which make this call. `out`
+            is on storage that they share.
+        progress: Called after every chunk.
+        weights: Merging weights to use where the recipe's `mixup` would draw them, by group: "model", the blocks, or
+            the tensors. The manifest records them, so that a replay needs nothing else.
+
+    Returns:
+        What was done.
+
+    Raises:
+        M3Error: The recipe, an input or the output place is at fault; the message says what and how to mend it.
+    """
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    size = parse_size(max_shard_size)
+    job = Job(loaded, as_path(out), overwrite, size, chunk_entries, mesh, allow_nonfinite, progress)
+    job = job._replace(chosen=_chosen(loaded, weights))
+    with _together(distributed) as processes:
+        return _merge(job, processes)
+
+
+def _chosen(recipe: Recipe, weights: Mapping[str, Sequence[float]] | None) -> DrawnWeights | None:
+    """Weights given in place of draws, checked."""
+    if weights is None:
+        return None
+    if recipe.mixup is None:
+        raise M3Error("weights: are given in place of draws, but the recipe has no mixup: write them into the recipe")
+    try:
+        wrong = next((group for group, values in weights.items() if not all(map(math.isfinite, values))), None)
+    except (AttributeError, TypeError) as error:
+        raise M3Error("weights: are not numbers by group: give such as {'model': [0.5, 0.5]}") from error
+    if wrong is not None:
+        raise M3Error(f"weights: those of {wrong} are not all finite: give numbers")
+    if recipe.mixup.granularity == "model" and "model" not in weights:
+        raise M3Error("weights: none given for 'model', the one group of this recipe: give {'model': [...]}")
+    count = 1 if recipe.merge_method == "slerp" else len(recipe.experts)
+    odd = next((group for group, values in weights.items() if len(values) != count), None)
+    if odd is not None:
+        raise M3Error(f"weights: {len(weights[odd])} are given for {odd} where {count} are needed")
+    return {group: tuple(map(float, values)) for group, values in weights.items()}
+
+
+def _chunk_size(entries: int | None, plan: Plan, models: Sequence[Model]) -> int:
+    if entries is None:
+        merged = [t for t in plan.tensors if t.pipeline is not None]
+        infos = [models[p].checkpoint.tensors[t.output.name] for t in merged for p in t.sources]
+        return default_chunk_entries(len(models), max((DTYPES[i.dtype].itemsize for i in infos), default=2))
+    if not isinstance(entries, int) or entries < 2**16 or entries & (entries - 1):
+        raise M3Error(f"chunk entries are {entries!r}, but must be a power of two of at least 65536")
+    return entries
+
+
+def replay(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    sources: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | str | None = None,
+    chunk_entries: int | None = None,
+    mesh: Mesh | None = None,
+    distributed: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> MergeResult:
+    """Make a recorded merge again, with the weights that were drawn then, and check that the bytes are the same.
+
+    Args:
+        source: A manifest, or the model directory that holds one.
+        out: The directory to make.
+        sources: Where models are now, by the names that the manifest records.
+        overwrite: Replace `out` if it exists.
+        max_shard_size: Bytes per file at most; as recorded if None.
+        chunk_entries: As in `merge_checkpoint`.
+        mesh: As in `merge_checkpoint`.
+        distributed: As in `merge_checkpoint`.
+        progress: Called after every chunk.
+
+    Raises:
+        M3Error: The manifest is damaged, an input has changed since (the message names its file), or, on a machine
+            that computes something else, the bytes differ.
+    """
+    recorded = manifest.read(source)
+    recipe = Recipe.model_validate(recorded["recipe"])
+    recorded_size = recorded["output"]["max_shard_size"]
+    size = parse_size(recorded_size if max_shard_size is None else max_shard_size)
+    nonfinite = True  # the inputs' digests are checked, so they hold what was accepted then
+    named = [record["name"] for record in recorded["inputs"]]
+    for name in sources or {}:
+        if name not in named:
+            raise M3Error(f"{name}: is not a model of this manifest, which records {', '.join(sorted(named))}")
+    job = Job(recipe, as_path(out), overwrite, size, chunk_entries, mesh, nonfinite, progress, recorded, sources or {})
+    with _together(distributed) as processes:
+        return _merge(job, processes)

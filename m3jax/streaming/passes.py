@@ -1,0 +1,240 @@
+"""Going through the chunks of a merge: every pass reads ahead, dispatches jitted functions and absorbs or writes."""
+
+import functools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from m3jax.arithmetic import threefry
+from m3jax.checkpoints import DTYPES, Checkpoint, as_bytes
+from m3jax.cluster.processes import Processes
+from m3jax.errors import M3Error
+from m3jax.methods import leaf
+from m3jax.methods.base import Scalars
+from m3jax.methods.leaf import Pipeline
+from m3jax.progress import Progress
+from m3jax.streaming.findings import MERGE, Findings, Stage, applies, samples, scope_of, split
+from m3jax.streaming.plan import FLOATS, Plan, TensorPlan
+from m3jax.streaming.reading import ChunkReader, Loaded, Visit, visits
+from m3jax.streaming.writing import Shards
+
+_DISPATCHED = 2  # measurements under way before their counts are fetched
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def merge_chunk(
+    pipe: Pipeline, dtype: str, experts: Any, base: Any, scalars: Scalars, start: Any, zero: Any
+) -> jax.Array:
+    """The merged chunk; `start` is its first entry's flat index as two uint32."""
+    index = threefry.range_index(start[0], start[1], experts[0].shape[0])
+    return leaf.merged_leaf(pipe, experts, base, scalars, index, zero, dtype)
+
+
+class Circumstances(NamedTuple):
+    """How a merge is gone about; its bytes do not depend on it.
+
+    Attributes:
+        chunk_entries: Entries of the largest chunk.
+        mesh: Devices of this process over which every chunk is spread; None for one.
+        processes: Who works at it.
+        allow_nonfinite: Let NaN and infinities pass.
+        progress: Called after every chunk.
+    """
+
+    chunk_entries: int
+    mesh: Mesh | None
+    processes: Processes
+    allow_nonfinite: bool
+    progress: Callable[[Progress], None] | None
+
+
+class Passes:
+    """The passes of one process over its tensors: what was found and what was read so far."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        checkpoints: Sequence[Checkpoint],
+        seed: int,
+        recorded: Sequence[Mapping[str, str]] | None,
+        how: Circumstances,
+    ) -> None:
+        """Begin.
+
+        Args:
+            plan: What is to be done.
+            checkpoints: The inputs, in the plan's order.
+            seed: Of masks.
+            recorded: For a replay, each input's tensor digests as recorded.
+            how: The circumstances.
+        """
+        self.plan, self.how = plan, how
+        self.findings = Findings(plan)
+        self.digests: dict[str, dict[int, str]] = {}
+        self.bytes_read = 0
+        self._checkpoints = checkpoints
+        self._recorded = recorded
+        self._root = threefry.root_key(seed)
+        self._lock = threading.Lock()
+        spec = PartitionSpec("entries")  # type: ignore[no-untyped-call]
+        self._spread = None if how.mesh is None else NamedSharding(how.mesh, spec)
+        self._multiple = 1 if how.mesh is None else how.mesh.size
+
+    def _note_digest(self, position: int, name: str, digest: str) -> None:
+        """Record the digest of an input's tensor; refuse a replay whose input has changed."""
+        if self._recorded is not None and self._recorded[position].get(name, digest) != digest:
+            raise M3Error(
+                f"{self._checkpoints[position].location}: {name} is not what was merged: its bytes have changed since; "
+                "restore the file, or make a new merge with m3jax merge"
+            )
+        self.take_digests(name, {position: digest})
+
+    def take_digests(self, name: str, digests: Mapping[int, str]) -> None:
+        """Add digests of a tensor, by input."""
+        with self._lock:
+            self.digests.setdefault(name, {}).update(digests)
+
+    def input_digests(self, name: str) -> dict[str, str]:
+        """The digests of a tensor in the inputs that have been read, by position."""
+        with self._lock:
+            return {str(position): digest for position, digest in self.digests.get(name, {}).items()}
+
+    def _schedule(self, phase: Sequence[Stage], tensors: Sequence[TensorPlan]) -> Iterator[Visit]:
+        """Every chunk of a phase in order."""
+        entries, multiple = self.how.chunk_entries, self._multiple
+        if phase[0].step == "sample":
+            yield from samples(phase[0], self.plan.tensors, tensors, entries, multiple)
+            return
+        seen = set(self.digests)
+        for tensor in tensors:
+            for stage in phase:
+                if applies(stage, tensor):
+                    first_reading = tensor.output.name not in seen
+                    yield from visits(stage, tensor, entries, first_reading, multiple=multiple)
+                    seen.add(tensor.output.name)
+
+    def measure(self, phase: Sequence[Stage], tensors: Sequence[TensorPlan]) -> None:
+        """Do a phase that only measures: this process's tensors; of the whole model, what all processes found.
+
+        Args:
+            phase: One stage over the model, or several over each tensor.
+            tensors: This process's.
+        """
+        self._go_through(phase, tensors, None)
+        if phase[0].scope == "model":
+            self.findings.conclude_model(phase[0], self.how.processes)
+
+    def merge(
+        self,
+        phase: Sequence[Stage],
+        tensors: Sequence[TensorPlan],
+        write: Callable[[Callable[[Loaded], None]], Shards],
+    ) -> int:
+        """Do the last phase, which ends with merging; returns the bytes written.
+
+        Args:
+            phase: Its stages.
+            tensors: What this process merges, in the order of writing.
+            write: Makes the writer, from what gives a chunk's buffers back.
+        """
+        return self._go_through(phase, tensors, write)
+
+    def _go_through(
+        self,
+        phase: Sequence[Stage],
+        tensors: Sequence[TensorPlan],
+        write: Callable[[Callable[[Loaded], None]], Shards] | None,
+    ) -> int:
+        plan_visits = list(self._schedule(phase, tensors))
+        positions = sorted({p for v in plan_visits for p in v.plan.sources})
+        checkpoints = {p: self._checkpoints[p] for p in positions}
+        with ExitStack() as stack:
+            reader = ChunkReader(checkpoints, plan_visits, self._note_digest, self.how.allow_nonfinite)
+            stack.enter_context(reader)
+            shards = stack.enter_context(write(reader.release)) if write is not None else None
+            self._consume(reader, shards, plan_visits)
+        return shards.bytes_written if shards is not None else 0
+
+    def _consume(self, reader: ChunkReader, shards: Shards | None, plan_visits: Sequence[Visit]) -> None:
+        zero = np.uint32(0)
+        pending: deque[tuple[Loaded, Any]] = deque()
+        totals = self._bytes_by_label(plan_visits)
+        done = dict.fromkeys(totals, 0)
+        last: Visit | None = None
+        scalars: Scalars | None = None
+
+        def drain(limit: int) -> None:
+            while len(pending) > limit:
+                loaded, measured = pending.popleft()
+                self.findings.absorb(loaded.visit, measured)
+                reader.release(loaded)
+
+        def conclude() -> None:
+            if last is not None and last.stage != MERGE:
+                drain(0)
+                if last.stage.scope != "model":
+                    self.findings.conclude(last)
+
+        for loaded in map(self._spread_out, reader):
+            self.how.processes.check()
+            visit = loaded.visit
+            if last is not None and (last.stage, scope_of(last)) != (visit.stage, scope_of(visit)):
+                conclude()
+            if last is None or last.stage != visit.stage or last.plan is not visit.plan:
+                scalars = self.findings.scalars(visit.plan, self._root) if visit.plan.pipeline is not None else None
+            last = visit
+            start = np.array([visit.start >> 32, visit.start & 0xFFFFFFFF], np.uint32)
+            if visit.stage != MERGE and scalars is not None:
+                pending.append((loaded, self.findings.measure(loaded, scalars, start, zero)))
+                drain(_DISPATCHED)
+            elif shards is not None:
+                shards.submit(loaded, self._merged(loaded, scalars, start, zero))
+            step = self._bytes_of(visit)
+            self.bytes_read += step
+            done[visit.stage.label] += step
+            if self.how.progress is not None:
+                self.how.progress(Progress(visit.stage.label, done[visit.stage.label], totals[visit.stage.label]))
+        conclude()
+
+    def _spread_out(self, loaded: Loaded) -> Loaded:
+        """The chunk with its arrays on the mesh, if there is one and the chunk is not just copied."""
+        if self._spread is None or loaded.visit.plan.pipeline is None:
+            return loaded
+        return loaded._replace(arrays=tuple(jax.device_put(a, self._spread) for a in loaded.arrays))
+
+    def _bytes_of(self, visit: Visit) -> int:
+        infos = [self._checkpoints[p].tensors[visit.plan.output.name] for p in visit.plan.sources]
+        return visit.size * sum(DTYPES[info.dtype].itemsize for info in infos)
+
+    def _bytes_by_label(self, plan_visits: Sequence[Visit]) -> dict[str, int]:
+        totals: dict[str, int] = {}
+        for visit in plan_visits:
+            totals[visit.stage.label] = totals.get(visit.stage.label, 0) + self._bytes_of(visit)
+        return totals
+
+    def _merged(self, loaded: Loaded, scalars: Scalars | None, start: np.ndarray, zero: np.uint32) -> Any:
+        visit = loaded.visit
+        tensor = visit.plan
+        if tensor.pipeline is None or scalars is None:
+            self._check_equal(loaded)
+            return loaded.arrays[0]
+        experts, base = split(loaded)
+        return merge_chunk(tensor.pipeline, FLOATS[tensor.output.dtype], experts, base, scalars, start, zero)
+
+    def _check_equal(self, loaded: Loaded) -> None:
+        visit = loaded.visit
+        first = as_bytes(loaded.arrays[0][: visit.size])
+        for position, other in zip(visit.plan.sources[1:], loaded.arrays[1:], strict=True):
+            if as_bytes(other[: visit.size]) != first:
+                names = [self.plan.inputs[p].name for p in (visit.plan.sources[0], position)]
+                info = visit.plan.output
+                raise M3Error(
+                    f"{info.name}: is a buffer of {info.dtype}, which is copied, but differs between {names[0]} and "
+                    f"{names[1]}: exclude it to take that of {self.plan.inputs[self.plan.template].name}"
+                )

@@ -1,0 +1,352 @@
+"""The plan of a merge: what happens to each tensor, from a recipe and the tensors' names and shapes alone."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from m3jax.checkpoints import TensorInfo, natural_key
+from m3jax.errors import M3Error
+from m3jax.methods import METHODS, SPARSIFIERS
+from m3jax.methods.base import Method, Sparsifier
+from m3jax.methods.leaf import LeafSettings, Pipeline, check_pipeline
+from m3jax.methods.mixup import draw_position, draw_weights
+from m3jax.naming import block_group, block_of, layer_position
+from m3jax.recipe import Recipe
+
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_DTYPE_NAMES = {name: dtype for dtype, name in FLOATS.items()}
+WHOLE_MODEL = "model"
+"""The group of weights drawn once for the model."""
+
+DrawnWeights = Mapping[str, tuple[float, ...]]
+"""By group of tensors; for slerp the one position t."""
+
+
+class Input(NamedTuple):
+    """One model that is read.
+
+    Attributes:
+        name: As the recipe names it.
+        tensors: What it holds.
+        ties_embeddings: What its config says of its output embedding; None if it does not say.
+    """
+
+    name: str
+    tensors: Mapping[str, TensorInfo]
+    ties_embeddings: bool | None = None
+
+
+class TensorPlan(NamedTuple):
+    """What happens to one tensor.
+
+    Attributes:
+        output: The tensor to write.
+        sources: The inputs it is read from, by position; the base, if it is used, first.
+        pipeline: What is done; None if it is copied, from the first source, all sources being equal.
+        settings: Its numbers; None if it is copied.
+        trim: What TIES keeps of each expert in this tensor; empty where nothing is trimmed.
+    """
+
+    output: TensorInfo
+    sources: tuple[int, ...]
+    pipeline: Pipeline | None = None
+    settings: LeafSettings | None = None
+    trim: tuple[float, ...] = ()
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the first source is the base of task vectors."""
+        return self.pipeline is not None and len(self.sources) > self.pipeline.num_experts
+
+
+class Plan(NamedTuple):
+    """A whole merge, decided.
+
+    Attributes:
+        pipeline: What is done to tensors that are merged.
+        tensors: In the order of writing: the natural order of names.
+        weights: What was drawn, by group; empty where weights are given.
+        inputs: The models, experts first, then the base if there is one.
+        template: The position of the input whose config and tokenizer the output takes.
+    """
+
+    pipeline: Pipeline
+    tensors: tuple[TensorPlan, ...]
+    weights: DrawnWeights
+    inputs: tuple[Input, ...]
+    template: int
+
+
+def method_of(recipe: Recipe) -> Method:
+    """The merge method that a recipe asks for, with the parameters that hold for the whole merge."""
+    name = {"dare_linear": "task_arithmetic", "dare_ties": "ties"}.get(recipe.merge_method, recipe.merge_method)
+    if name == "slerp":
+        return METHODS["slerp"]()
+    if name != "ties":
+        return METHODS[name](normalize=recipe.flag("normalize"))
+    trims = "trim_density" if recipe.merge_method == "dare_ties" else "density"
+    density = recipe.parameters.get(trims, 1.0)
+    trims_some = density != 1.0 or any(trims in entry.parameters for entry in recipe.experts) or recipe.slices
+    return METHODS["ties"](
+        density=(density if isinstance(density, float) else 1.0) if trims_some else None,
+        normalize=recipe.flag("normalize"),
+        trim_scope=str(recipe.parameters["trim_scope"]),
+        sign_election=str(recipe.parameters["sign_election"]),
+    )
+
+
+def sparsifier_of(recipe: Recipe) -> Sparsifier | None:
+    """The sparsifier that a recipe asks for; its densities per tensor are in each tensor's settings."""
+    if recipe.merge_method.startswith("dare_"):
+        return SPARSIFIERS["dare"](1.0, rescale=recipe.flag("rescale", True))
+    if recipe.sparsify is None:
+        return None
+    options: dict[str, object] = {"target": recipe.sparsify.target, "rescale": bool(recipe.sparsify.rescale)}
+    if recipe.sparsify.method == "magnitude":
+        options["scope"] = recipe.sparsify.scope
+    return SPARSIFIERS[recipe.sparsify.method](1.0, **options)
+
+
+def _is_tied(model: Input, head: str) -> bool:
+    """Whether a model uses its input embedding for `head`: it has no such tensor, or its config says so."""
+    return head not in model.tensors or bool(model.ties_embeddings)
+
+
+def _check_prefixes(inputs: Sequence[Input]) -> None:
+    """Raise M3Error if all names of one model are those of another below a prefix, as Flax's `params`."""
+    first = inputs[0]
+    for model in inputs[1:]:
+        for long, short in ((model, first), (first, model)):
+            prefix = next(iter(long.tensors), "").partition(".")[0] + "."
+            if short.tensors.keys() == {name.removeprefix(prefix) for name in long.tensors if name.startswith(prefix)}:
+                raise M3Error(
+                    f"all names of {long.name} begin with {prefix!r} and those of {short.name} do not: "
+                    "save the tree below it, so that both have the same names"
+                )
+
+
+def _tied_heads(inputs: Sequence[Input]) -> set[str]:
+    """Output embeddings that some model lacks because they are tied; they must be tied in all of them."""
+    heads = {name for model in inputs for name in model.tensors if name.split(".")[-2:] == ["lm_head", "weight"]}
+    absent = {head for head in heads if any(head not in model.tensors for model in inputs)}
+    for head in absent:
+        tied = next(m for m in inputs if _is_tied(m, head))
+        untied = next((m for m in inputs if not _is_tied(m, head)), None)
+        if untied is not None:
+            raise M3Error(
+                f"{head}: {tied.name} uses its input embedding instead, but {untied.name} has one of its own: "
+                f"exclude the tensor or save {tied.name} with untied embeddings"
+            )
+    return absent
+
+
+def _check_names(inputs: Sequence[Input], excluded: set[str], tied: set[str]) -> None:
+    ignored = {*excluded, *tied}
+    for model in inputs[1:]:
+        first = inputs[0]
+        for have, lack in ((first, model), (model, first)):
+            missing = [name for name in have.tensors if name not in lack.tensors and name not in ignored]
+            if missing:
+                more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+                raise M3Error(
+                    f"{missing[0]}{more}: in {have.name} but not in {lack.name}: "
+                    "merge models of one architecture, or exclude the tensor"
+                )
+
+
+def _check_shapes(name: str, inputs: Sequence[Input]) -> None:
+    first = inputs[0].tensors[name]
+    for model in inputs[1:]:
+        other = model.tensors[name]
+        if other.shape == first.shape:
+            continue
+        said = f"{name}: is {list(first.shape)} in {inputs[0].name} but {list(other.shape)} in {model.name}"
+        if first.shape[1:] == other.shape[1:] and first.shape and other.shape:
+            more, fewer = (inputs[0], model) if first.shape[0] > other.shape[0] else (model, inputs[0])
+            rows = abs(first.shape[0] - other.shape[0])
+            raise M3Error(
+                f"{said}: {more.name} has {rows} more rows than {fewer.name}; resize one, or exclude the tensor"
+            )
+        raise M3Error(f"{said}: merge models of one architecture, or exclude the tensor")
+
+
+def _number(recipe: Recipe, name: str, tensor: str, expert: int | None, t: float, default: float) -> float:
+    value = recipe.parameter(name, tensor, expert, t)
+    return default if value is None else float(value)
+
+
+def _densities(recipe: Recipe, tensor: str, t: float, count: int) -> tuple[float, ...]:
+    """What the sparsifier keeps of each expert."""
+    if recipe.merge_method.startswith("dare_"):
+        return tuple(_number(recipe, "density", tensor, i, t, 1.0) for i in range(count))
+    return (recipe.sparsify_density(tensor, t),) * count
+
+
+def _trim(recipe: Recipe, method: Method, tensor: str, t: float, count: int) -> tuple[float, ...]:
+    if method.density is None:
+        return ()
+    name = "trim_density" if recipe.merge_method == "dare_ties" else "density"
+    return tuple(_number(recipe, name, tensor, i, t, 1.0) for i in range(count))
+
+
+def draw(recipe: Recipe, method: Method, count: int, names: Sequence[str]) -> DrawnWeights:
+    """The weights that a recipe's `mixup` draws, for every group of the named tensors."""
+    if recipe.mixup is None:
+        return {}
+    granularity, alpha = recipe.mixup.granularity, recipe.mixup.alpha
+    groups: dict[str, str | None] = {WHOLE_MODEL: None}
+    if granularity != "model":
+        groups = {group: group for group in (block_group(name, granularity) for name in names)}
+    if method.interpolates:
+        return {label: (draw_position(recipe.seed, alpha, group),) for label, group in groups.items()}
+    return {label: draw_weights(recipe.seed, alpha, count, group) for label, group in groups.items()}
+
+
+def _given_weights(recipe: Recipe, method: Method, name: str, t: float, count: int) -> tuple[float, ...]:
+    if method.interpolates:
+        return (_number(recipe, "t", name, None, t, 0.5),)
+    return tuple(_number(recipe, "weight", name, i, t, 1.0) for i in range(count))
+
+
+def _comparison(settings: Sequence[LeafSettings], rescaled: bool, count: int) -> list[float]:
+    """Each expert's largest 1/density over the tensors that a ranking spans."""
+    if not rescaled:
+        return [1.0] * count
+    return [max((1.0 / s.densities[i] for s in settings if s.densities[i]), default=1.0) for i in range(count)]
+
+
+def _check_ranking(plans: Sequence[TensorPlan], trim_scope: str) -> None:
+    if trim_scope == "model" and len({plan.trim for plan in plans}) > 1:
+        raise M3Error("trim_scope: model ranks the whole model at once, so its density cannot vary between tensors")
+
+
+def output_dtype(recipe: Recipe, info: TensorInfo) -> str:
+    """The safetensors dtype of a merged tensor."""
+    return _DTYPE_NAMES[recipe.output_dtype] if recipe.output_dtype else info.dtype
+
+
+def make_plan(recipe: Recipe, experts: Sequence[Input], base: Input | None, drawn: DrawnWeights | None = None) -> Plan:
+    """Decide what happens to every tensor.
+
+    Args:
+        recipe: What is asked for.
+        experts: The models to merge, in the recipe's order.
+        base: The base, if the recipe names one.
+        drawn: Weights drawn earlier, which a replay uses instead of drawing.
+
+    Raises:
+        M3Error: The models do not fit each other or the recipe.
+    """
+    count = len(experts)
+    pipeline = Pipeline(method_of(recipe), sparsifier_of(recipe), count)
+    check_pipeline(pipeline, base is not None)
+    inputs = (*experts, *([base] if base is not None else []))
+    template = len(inputs) - 1 if base is not None else 0
+    used = (*((template,) if pipeline.uses_base else ()), *range(count))
+    names = sorted({name for i in {template, *used} for name in inputs[i].tensors}, key=natural_key)
+    excluded = {name for name in names if recipe.excludes(name)}
+    for pattern in recipe.exclude:
+        if not any(re.search(pattern, name) for name in excluded):
+            raise M3Error(f"exclude: {pattern!r} matches no tensor of {inputs[template].name}: mend it or leave it out")
+    models = [inputs[i] for i in used]
+    _check_prefixes(models)
+    tied = _tied_heads(models) - excluded
+    _check_names(models, excluded, tied)
+    kept = [n for n in names if n not in tied and (n in inputs[template].tensors if n in excluded else True)]
+    kept = [n for n in kept if n in excluded or n in models[0].tensors]
+    floats = [n for n in kept if n not in excluded and all(m.tensors[n].dtype in FLOATS for m in models)]
+    blocks = [block[1] for block in map(block_of, names) if block]
+    layers = max(blocks, default=-1) + 1
+    if recipe.declared_layers is not None and recipe.declared_layers != layers:
+        raise M3Error(f"slices: cover {recipe.declared_layers} layers, but {inputs[0].name} has {layers}")
+    weights = drawn if drawn is not None else draw(recipe, pipeline.method, count, floats)
+    mergeable = set(floats)
+
+    plans = []
+    for name in kept:
+        if name in excluded:
+            plans.append(TensorPlan(inputs[template].tensors[name], (template,)))
+            continue
+        _check_shapes(name, models)
+        reference = (inputs[template] if template in used else inputs[0]).tensors[name]
+        if name not in mergeable:
+            if any(m.tensors[name].dtype != reference.dtype for m in models):
+                said = ", ".join(f"{m.tensors[name].dtype} in {m.name}" for m in models)
+                raise M3Error(f"{name}: is {said}: only BF16, F16 and F32 can be merged with each other")
+            plans.append(TensorPlan(reference, used))
+            continue
+        t = layer_position(name, layers)
+        settings = LeafSettings(
+            weights=_weights_of(recipe, pipeline.method, name, t, count, weights),
+            densities=_densities(recipe, name, t, count),
+            comparison=(1.0,) * count,
+            scale=_number(recipe, "lambda", name, None, t, 1.0),
+        )
+        sparse = pipeline if any(d != 1.0 for d in settings.densities) else _dense(pipeline)
+        output = TensorInfo(name, reference.shape, output_dtype(recipe, reference))
+        plans.append(TensorPlan(output, used, sparse, settings, _trim(recipe, pipeline.method, name, t, count)))
+    return Plan(pipeline, tuple(_comparable(pipeline, plans)), weights, inputs, template)
+
+
+def _weights_of(
+    recipe: Recipe, method: Method, name: str, t: float, count: int, drawn: DrawnWeights
+) -> tuple[float, ...]:
+    if recipe.mixup is None:
+        return _given_weights(recipe, method, name, t, count)
+    granularity = recipe.mixup.granularity
+    group = WHOLE_MODEL if granularity == "model" else block_group(name, granularity)
+    if group not in drawn or len(drawn[group]) != (1 if method.interpolates else count):
+        raise M3Error(f"weights: none recorded for {group}: the manifest does not belong to these models")
+    return drawn[group]
+
+
+def _dense(pipeline: Pipeline) -> Pipeline:
+    """The pipeline of a tensor of which everything is kept; the base stays if the sparsifier wanted it."""
+    if pipeline.sparsifier is None or pipeline.uses_base != pipeline.method.uses_base:
+        return pipeline
+    return pipeline._replace(sparsifier=None)
+
+
+def _comparable(pipeline: Pipeline, plans: Sequence[TensorPlan]) -> list[TensorPlan]:
+    """The plans with the factors that make magnitudes comparable over the model, where that is what is ranked."""
+    merged = [plan for plan in plans if plan.settings is not None]
+    _check_ranking(merged, pipeline.method.trim_scope if pipeline.method.density is not None else "tensor")
+    sparsifier = pipeline.sparsifier
+    rescaled = sparsifier is not None and sparsifier.rescale and sparsifier.target == "delta"
+    if pipeline.method.density is None or pipeline.method.trim_scope != "model":
+        return list(plans)
+    largest = _comparison([p.settings for p in merged if p.settings], rescaled, pipeline.num_experts)
+
+    def with_factors(plan: TensorPlan) -> TensorPlan:
+        if plan.settings is None or not rescaled:
+            return plan
+        factors = tuple(1.0 / d / most if d else 1.0 for d, most in zip(plan.settings.densities, largest, strict=True))
+        return plan._replace(settings=plan.settings._replace(comparison=factors))
+
+    return [with_factors(plan) for plan in plans]
+
+
+def total_entries(plans: Sequence[TensorPlan]) -> int:
+    """N of a ranking over these tensors."""
+    return sum(plan.output.size for plan in plans if plan.pipeline is not None)
+
+
+def divide(sizes: Sequence[int], count: int) -> list[int]:
+    """Who does which piece of work, so that all have about the same to do.
+
+    Args:
+        sizes: Of the pieces.
+        count: How many there are to do them.
+
+    Returns:
+        For each piece the number of its owner: the largest pieces first, each to whoever has least so far.
+
+    Example:
+        >>> divide([5, 5, 2, 1], 2)
+        [0, 1, 0, 1]
+    """
+    owners, loads = [0] * len(sizes), [0] * count
+    for piece in sorted(range(len(sizes)), key=lambda piece: (-sizes[piece], piece)):
+        owners[piece] = min(range(count), key=lambda owner: (loads[owner], owner))
+        loads[owners[piece]] += sizes[piece]
+    return owners

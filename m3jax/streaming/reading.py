@@ -1,0 +1,272 @@
+"""Reading ahead: the chunks of several checkpoints, in a given order, hashed and checked on the way."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+
+from m3jax.checkpoints import DTYPES, Checkpoint, TensorDigest
+from m3jax.errors import M3Error
+from m3jax.streaming.plan import TensorPlan
+
+_AHEAD = 2  # chunks that each input may be read ahead
+_IN_FLIGHT = 4  # chunks that may be computed or written while their buffers are still in use
+_ALIGNMENT = 64  # bytes: below this alignment XLA copies host arrays
+_POLL_SECONDS = 0.2
+_BUFFER_BYTES = 160_000_000
+_CACHED_BYTES = 2**20  # a piece that is read, hashed and checked while it is in the processor's cache
+
+# By dtype: an unsigned and a signed word, and the bits of infinity. NaN and infinity are the largest of their sign: as
+# signed words the positive ones, as unsigned words the negative ones.
+_WORDS = {
+    "BF16": (np.uint16, np.int16, 0x7F80),
+    "F16": (np.uint16, np.int16, 0x7C00),
+    "F32": (np.uint32, np.int32, 0x7F800000),
+}
+
+
+class Visit(NamedTuple):
+    """One chunk at one stage of a merge.
+
+    Attributes:
+        stage: Any label; the consumer knows what to do there.
+        plan: The tensor.
+        start: First entry.
+        size: Number of entries.
+        padded: Entries of the arrays handed out, at least `size`; what is beyond `size` is arbitrary.
+        first_reading: Whether the tensor is read for the first time, and so hashed and checked.
+        last: Whether it is the tensor's last chunk at this stage.
+    """
+
+    stage: Any
+    plan: TensorPlan
+    start: int
+    size: int
+    padded: int
+    first_reading: bool
+    last: bool
+
+
+def padded_size(size: int, chunk_entries: int, multiple: int = 1) -> int:
+    """The smallest of few sizes that holds `size` entries, so that few shapes are compiled.
+
+    Args:
+        size: At most `chunk_entries`.
+        chunk_entries: The largest of the sizes.
+        multiple: What the sizes are rounded up to multiples of, so that as many devices can share a chunk.
+    """
+    sizes = (2**12, 2**16, chunk_entries // 4, chunk_entries // 2, chunk_entries)
+    return -(-min(s for s in sizes if size <= s <= chunk_entries) // multiple) * multiple
+
+
+def visits(
+    stage: Any,
+    plan: TensorPlan,
+    chunk_entries: int,
+    first_reading: bool,
+    start: int = 0,
+    stop: int | None = None,
+    multiple: int = 1,
+) -> Iterator[Visit]:
+    """The chunks of one tensor (or of a part of it) at one stage; a tensor without entries has one empty chunk."""
+    stop = plan.output.size if stop is None else stop
+    if plan.pipeline is None:  # copied: wide entries take no more memory than bfloat16's
+        chunk_entries = chunk_entries * 2 // max(2, DTYPES[plan.output.dtype].itemsize)
+    for begin in range(start, max(stop, start + 1), chunk_entries):
+        size = min(chunk_entries, stop - begin)
+        padded = size if plan.pipeline is None else padded_size(size, chunk_entries, multiple)
+        yield Visit(stage, plan, begin, size, padded, first_reading, begin + size == stop)
+
+
+def _aligned_empty(nbytes: int) -> np.ndarray:
+    whole = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    skip = -whole.ctypes.data % _ALIGNMENT
+    return whole[skip : skip + nbytes]
+
+
+def check_finite(raw: np.ndarray, dtype: str, say: Callable[[], str]) -> None:
+    """Raise M3Error with the sentence `say` makes if little-endian floats (uint8[bytes]) hold a NaN or an infinity."""
+    if dtype not in _WORDS or not raw.size:
+        return
+    unsigned, signed, infinity = _WORDS[dtype]
+    sign = 1 << (8 * np.dtype(unsigned).itemsize - 1)
+    for start in range(0, raw.size, _CACHED_BYTES):
+        piece = raw[start : start + _CACHED_BYTES]
+        if piece.view(signed).max() >= infinity or piece.view(unsigned).max() >= sign | infinity:
+            raise M3Error(say())
+
+
+class Loaded(NamedTuple):
+    """A visit with what was read for it.
+
+    Attributes:
+        visit: The visit.
+        arrays: For each source of the visit's plan a flat array of `padded` entries in the tensor's dtype there, in
+            `buffers` or on devices.
+        buffers: The memory that the arrays were read into.
+    """
+
+    visit: Visit
+    arrays: tuple[Any, ...]
+    buffers: tuple[np.ndarray, ...]
+
+
+def default_chunk_entries(inputs: int, width: int) -> int:
+    """The largest chunk, up to 2²¹ entries, whose buffers for all inputs stay within 160 MB.
+
+    Args:
+        inputs: How many are read.
+        width: Bytes of an entry of the widest tensor that is merged.
+    """
+    entries = 2**21
+    while entries > 2**16 and inputs * width * entries * (_AHEAD + _IN_FLIGHT) > _BUFFER_BYTES:
+        entries //= 2
+    return entries
+
+
+class _Lane:
+    """One input's thread, its queue of read chunks and its pool of buffers."""
+
+    def __init__(self, checkpoint: Checkpoint, chunk_bytes: int) -> None:
+        self.checkpoint = checkpoint
+        self.ready: queue.Queue[np.ndarray | BaseException] = queue.Queue(_AHEAD)
+        self.free: queue.Queue[np.ndarray | None] = queue.Queue()
+        self.chunk_bytes = chunk_bytes
+        for _ in range(_AHEAD + _IN_FLIGHT):
+            self.free.put(None)  # allocated when first used
+
+
+class ChunkReader:
+    """Reads the chunks of a schedule with one thread per input, a few chunks ahead of its consumer.
+
+    Iterating gives `Loaded` chunks; the consumer calls `release` with each once nothing uses its arrays any more.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Mapping[int, Checkpoint],
+        schedule: Sequence[Visit],
+        on_digest: Callable[[int, str, str], None],
+        allow_nonfinite: bool,
+    ) -> None:
+        """Prepares the threads; entering the context starts them.
+
+        Args:
+            checkpoints: The inputs by position.
+            schedule: What to read, in order.
+            on_digest: Called with (input, tensor name, digest) when a tensor was read for the first time; may be
+                called from any thread and may raise.
+            allow_nonfinite: Let NaN and infinities pass.
+        """
+        sizes = dict.fromkeys(checkpoints, 1)
+        for visit in schedule:
+            for position in visit.plan.sources:
+                info = checkpoints[position].tensors[visit.plan.output.name]
+                sizes[position] = max(sizes[position], visit.padded * DTYPES[info.dtype].itemsize)
+        self._lanes = {position: _Lane(c, sizes[position]) for position, c in checkpoints.items()}
+        self._schedule = schedule
+        self._on_digest = on_digest
+        self._allow_nonfinite = allow_nonfinite
+        self._stop = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._run, args=(position,), name=f"reader-{position}", daemon=True)
+            for position in self._lanes
+        ]
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def __iter__(self) -> Iterator[Loaded]:
+        for visit in self._schedule:
+            buffers = tuple(self._take(self._lanes[position].ready) for position in visit.plan.sources)
+            for buffer in buffers:
+                if isinstance(buffer, BaseException):
+                    raise buffer
+            sources = zip(visit.plan.sources, buffers, strict=True)
+            yield Loaded(visit, tuple(self._typed(visit, position, buffer) for position, buffer in sources), buffers)
+
+    def release(self, loaded: Loaded) -> None:
+        """Give the buffers of a chunk back to be read into again."""
+        for position, buffer in zip(loaded.visit.plan.sources, loaded.buffers, strict=True):
+            self._lanes[position].free.put(buffer)
+
+    def _typed(self, visit: Visit, position: int, buffer: Any) -> np.ndarray:
+        info = self._lanes[position].checkpoint.tensors[visit.plan.output.name]
+        dtype = DTYPES[info.dtype]
+        typed: np.ndarray = buffer[: visit.padded * dtype.itemsize].view(dtype)
+        return typed
+
+    def _take(self, source: queue.Queue[Any]) -> Any:
+        while not self._stop.is_set():
+            try:
+                return source.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                continue
+        raise _Stopped
+
+    def _put(self, target: queue.Queue[Any], item: Any) -> None:
+        while not self._stop.is_set():
+            try:
+                return target.put(item, timeout=_POLL_SECONDS)
+            except queue.Full:
+                continue
+        raise _Stopped
+
+    def _run(self, position: int) -> None:
+        lane = self._lanes[position]
+        try:
+            digest = TensorDigest()
+            for visit in self._schedule:
+                if position not in visit.plan.sources:
+                    continue
+                buffer = self._take(lane.free)
+                buffer = _aligned_empty(lane.chunk_bytes) if buffer is None else buffer
+                self._read(position, visit, buffer, digest)
+                if visit.first_reading and visit.last:
+                    self._on_digest(position, visit.plan.output.name, digest.hexdigest())
+                    digest = TensorDigest()
+                self._put(lane.ready, buffer)
+        except _Stopped:
+            return
+        except BaseException as error:  # handed to the consumer, who raises it in its own thread
+            try:
+                self._put(lane.ready, error)
+            except _Stopped:
+                return
+
+    def _read(self, position: int, visit: Visit, buffer: np.ndarray, digest: TensorDigest) -> None:
+        checkpoint = self._lanes[position].checkpoint
+        info = checkpoint.tensors[visit.plan.output.name]
+        width = DTYPES[info.dtype].itemsize
+        raw = buffer[: visit.size * width]
+        for start in range(0, raw.size, _CACHED_BYTES):
+            piece = raw[start : start + _CACHED_BYTES]
+            checkpoint.read_into(info.name, visit.start * width + start, piece)
+            if not visit.first_reading:
+                continue
+            digest.update(piece)
+            if not self._allow_nonfinite and visit.plan.pipeline is not None:
+                check_finite(
+                    piece,
+                    info.dtype,
+                    lambda: (
+                        f"{info.name} of {checkpoint.location}: holds NaN or infinite entries: "
+                        "mend the model, or merge them as they are with --allow-nonfinite"
+                    ),
+                )
+
+
+class _Stopped(Exception):  # noqa: N818
+    """The reader was left; its threads end."""

@@ -1,0 +1,120 @@
+"""Writing merged chunks: shards filled, digested, finished and journalled by a thread of their own."""
+
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from m3jax.checkpoints import DTYPES, ShardWriter, TensorDigest, TensorInfo, as_bytes
+from m3jax.errors import M3Error
+from m3jax.outputs.local import Workplace
+from m3jax.outputs.remote import RemoteWorkplace
+from m3jax.streaming.plan import FLOATS
+from m3jax.streaming.reading import Loaded, check_finite
+
+
+class Shards:
+    """The thread that writes merged chunks, finishes shards and keeps the journal; entering the context starts it."""
+
+    def __init__(
+        self,
+        workplace: Workplace | RemoteWorkplace,
+        shards: Sequence[tuple[str, Sequence[TensorInfo]]],
+        release: Callable[[Loaded], None],
+        input_digests: Callable[[str], dict[str, str]],
+        expected: Mapping[str, str],
+        allow_nonfinite: bool,
+    ) -> None:
+        self._workplace = workplace
+        self._release = release
+        self._input_digests = input_digests
+        self._expected = expected
+        self._allow_nonfinite = allow_nonfinite
+        self._shard_of = {info.name: file for file, infos in shards for info in infos}
+        self._contents = {file: list(infos) for file, infos in shards}
+        self._left = {file: len(infos) for file, infos in shards}
+        self._digests: dict[str, tuple[TensorInfo, str]] = {}
+        self._writer: ShardWriter | None = None
+        self._digest = TensorDigest()
+        self._queue: queue.Queue[tuple[Loaded, Any] | None] = queue.Queue(2)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+        self.bytes_written = 0
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None and self._error is None:
+            self._error = error
+        self._queue.put(None)
+        self._thread.join()
+        if self._writer is not None:
+            self._writer.abort()
+        if error is None and self._error is not None:
+            raise self._error
+
+    def submit(self, loaded: Loaded, result: Any) -> None:
+        """Hand over a chunk; raises what went wrong with an earlier one."""
+        if self._error is not None:
+            raise self._error
+        self._queue.put((loaded, result))
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            if self._error is not None:
+                self._release(item[0])  # so that the readers, and whoever waits for them, come to an end
+                continue
+            try:
+                self._write(*item)
+            except BaseException as error:  # raised again in the thread that submits
+                self._error = error
+
+    def _write(self, loaded: Loaded, result: Any) -> None:
+        visit = loaded.visit
+        info = visit.plan.output
+        file = self._shard_of[info.name]
+        if self._writer is None:
+            self._writer = ShardWriter(self._workplace.path / file, self._contents[file])
+        merged = np.asarray(result)[: visit.size]
+        raw = as_bytes(merged)
+        if not self._allow_nonfinite and visit.plan.pipeline is not None:
+            check_finite(
+                np.frombuffer(raw, np.uint8),
+                info.dtype,
+                lambda: (
+                    f"{info.name}: merged entries overflow {FLOATS[info.dtype]}: take a wider dtype or smaller weights"
+                ),
+            )
+        self._writer.write(info.name, visit.start * DTYPES[info.dtype].itemsize, raw)
+        self._digest.update(raw)
+        self.bytes_written += len(raw)
+        del merged, raw
+        self._release(loaded)
+        if visit.last:
+            self._finish_tensor(info, file)
+
+    def _finish_tensor(self, info: TensorInfo, file: str) -> None:
+        digest = self._digest.hexdigest()
+        if self._expected.get(info.name, digest) != digest:
+            raise M3Error(
+                f"{info.name}: the replay gives other bytes than the manifest records: "
+                "run it with the versions that the manifest names"
+            )
+        self._digests[info.name] = (info, digest)
+        self._digest = TensorDigest()
+        self._left[file] -= 1
+        if self._left[file] == 0 and self._writer is not None:
+            self._writer.finish()
+            self._writer = None
+            tensors = {
+                i.name: {"digest": self._digests[i.name][1], "inputs": self._input_digests(i.name)}
+                for i in self._contents[file]
+            }
+            self._workplace.record({"shard": file, "tensors": tensors})

@@ -1,0 +1,221 @@
+"""Exploring with the decoder and real tasks, and the command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from jax.sharding import AxisType
+from support.tiny_models import TINY, build_models
+
+import m3jax
+from m3jax.arithmetic import threefry
+from m3jax.cli import commands
+from m3jax.errors import M3Error
+from m3jax.evaluation import GenerationSettings, get_task, runner
+from m3jax.evaluation.models import load_model
+from m3jax.evaluation.options import check_evaluation
+from m3jax.evaluation.tasks.base import Judgement
+from m3jax.exploration import Evaluation, Optimization, scoring
+
+ONE_BLOCK = TINY._replace(layers=1)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("models") / "models"
+    build_models(directory, ONE_BLOCK)
+    rows = [json.dumps({"sentence": f"a fine film {i}", "label": i % 2}) for i in range(8)]
+    (directory / "dev.jsonl").write_text("\n".join(rows))
+    recipe = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(directory / "base"),
+        "models": [str(directory / e) for e in ("expert-a", "expert-b")],
+        "sparsify": {"method": "dare", "density": 0.8},
+        "mixup": {"alpha": 1},
+        "dtype": "float32",
+        "seed": 3,
+    }
+    (directory / "recipe.yaml").write_text(json.dumps(recipe))
+    return directory
+
+
+@pytest.fixture
+def graded(monkeypatch):
+    """Random models say nothing that a task understands: here an answer is right if its letters add up to a 3-fold."""
+
+    def judge(examples, texts, execution):
+        return [Judgement(sum(map(ord, text)) % 3 == 0, text) for text in texts]
+
+    for module in (scoring, runner):
+        monkeypatch.setattr(module, "get_task", lambda name: get_task(name)._replace(judge=judge))
+
+
+OPTIONS = Evaluation(max_tokens=4, batch_size=4, template="none")
+MESH = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
+
+
+@pytest.mark.slow
+def test_samples_are_evaluated_as_the_merge_that_is_written(place, tmp_path, graded):
+    """By programs that are compiled once; as `m3jax.evaluate` does it."""
+    lines = []
+    data, recipe = {"sst2": place / "dev.jsonl"}, place / "recipe.yaml"
+    options = {"tasks": data, "samples": 5, "evaluation": OPTIONS}
+    found = m3jax.explore(recipe, tmp_path / "out", tell=lines.append, **options)
+    compiled = [line for line in lines if line.startswith("compiling")]
+    assert 0 < len(compiled) == len(set(compiled)) <= 2  # one reads prompts, one goes on: none per sample
+    assert len({result.scores["sst2"] for result in found.results}) > 1
+    assert found.choice.scores["sst2"] == max(result.scores["sst2"] for result in found.results)
+    model = load_model(str(tmp_path / "out"))
+    settings = GenerationSettings(4)
+    summary = m3jax.evaluate(
+        model.params, model.config, model.tokenizer, "sst2", data=data["sst2"], settings=settings, template="none"
+    )
+    assert summary.accuracy == found.choice.scores["sst2"]
+
+
+@pytest.mark.slow
+def test_the_decoder_on_eight_devices_chooses_as_on_one(place, tmp_path, graded):
+    options = {"tasks": {"sst2": place / "dev.jsonl"}, "samples": 5, "evaluation": OPTIONS}
+    one, eight = (
+        m3jax.explore(place / "recipe.yaml", tmp_path / name, mesh=mesh, **options)
+        for name, mesh in (("one", None), ("eight", MESH))
+    )
+    assert [result[:4] for result in one.results] == [result[:4] for result in eight.results]
+    assert one.choice[:4] == eight.choice[:4]
+    assert one.merge.digest == eight.merge.digest
+
+
+def test_parts_of_dev_data_are_seeded_nested_and_of_all_labels(place):
+    (dev,) = scoring.read_devs({"sst2": place / "dev.jsonl"}, OPTIONS, threefry.root_key(3))
+    (other,) = scoring.read_devs({"sst2": place / "dev.jsonl"}, OPTIONS, threefry.root_key(4))
+    parts = [dev.part(share) for share in (0.25, 0.5, 1.0)]
+    assert [len(part) for part in parts] == [2, 4, 8]
+    assert all(example in parts[1] for example in parts[0])
+    assert parts[2] == dev.examples
+    assert other.order != dev.order
+    assert sorted(dev.order) == list(range(8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["loss", "entropy"])
+@pytest.mark.parametrize("mesh", [None, MESH], ids=["one device", "eight"])
+def test_learning_goes_through_the_decoder(place, tmp_path, loss, mesh):
+    found = m3jax.explore(
+        place / "recipe.yaml",
+        tmp_path / "out",
+        tasks={"sst2": place / "dev.jsonl"},
+        samples=2,
+        evaluation=OPTIONS,
+        optimize=Optimization(loss, steps=12, learning_rate=0.1, granularity="tensor"),
+        mesh=mesh,
+        select="2",
+    )
+    assert found.losses[-1] < found.losses[0]
+    assert found.choice.optimized is not None
+    assert found.merge.manifest["recipe"]["mixup"]["granularity"] == "tensor"
+    assert len(found.merge.manifest["weights"]) == len(found.choice.weights) > 10
+    assert m3jax.replay(tmp_path / "out", tmp_path / "again").digest == found.merge.digest
+
+
+def command(place, out, *more):
+    tasks = ["--task", f"sst2={place / 'dev.jsonl'}", "--max-tokens", "4", "--batch-size", "4", "--template", "none"]
+    return ["explore", str(place / "recipe.yaml"), str(out), *tasks, "--samples", "4", *more]
+
+
+def test_the_command(place, tmp_path, capsys, graded):
+    assert commands.main(command(place, tmp_path / "out", "--strategy", "grid", "--json")) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert [sample["weights"]["model"][0] for sample in found["samples"]] == [0, 1 / 3, 2 / 3, 1]
+    assert found["choice"] in found["samples"]
+    lines = said.err.splitlines()
+    assert lines[0] == "loading the experts"
+    assert any(line.startswith("sample 3: 1.0000 0.0000: sst2 ") for line in lines)
+    assert "; 4 of 4 evaluations" in said.err
+    assert commands.main(["verify", str(tmp_path / "out"), "--quiet"]) == 0
+    journal = ["--journal", str(tmp_path / "out.exploration"), "--strategy", "grid", "--select", "0"]
+    assert commands.main(command(place, tmp_path / "first", *journal)) == 0
+    said = capsys.readouterr()
+    assert "(before); 4 of 4 evaluations" in said.err
+    assert "compiling" not in said.err
+    assert "loading" not in said.err
+    assert f"{tmp_path / 'first'}: sample 0, 4 evaluations in " in said.out
+    assert said.out.startswith("sample  weights        share    sst2    mean")
+
+
+def test_mistakes_are_said_before_weights_are_loaded(place, tmp_path, capsys, monkeypatch):
+    def never(*arguments):
+        raise AssertionError("loaded weights for nothing")
+
+    monkeypatch.setattr("m3jax.exploration.exploring.load_resident", never)
+    out = tmp_path / "out"
+    for arguments, sentence in [
+        (command(place, out, "--task", "sst2=x"), "names a task twice"),
+        (command(place, out, "--task", "cola="), "--task 'cola=' is no task"),
+        (command(place, out, "--task", "gsm8k=nowhere.jsonl"), "there is no data file nowhere.jsonl"),
+        (command(place, out, "--task", "alpaca_eval=x"), "alpaca_eval is judged elsewhere"),
+        (command(place, out, "--select", "speed"), "select is 'speed', but must be one of mean, pareto, sst2"),
+        (command(place, out, "--strategy", "all"), "strategy is 'all', but must be one of"),
+        (command(place, out, "--samples", "0"), "samples are 0"),
+        (command(place, out, "--granularity", "layer"), "--granularity is for --optimize"),
+        (command(place, out, "--optimize", "speed"), "--optimize is 'speed'"),
+        (command(place, out, "--limit", "0"), "--limit is 0"),
+        (command(place, out, "--template", "chat"), "this model's tokenizer has none"),
+        (command(place, out, "--overflow", "drop"), "--overflow is 'drop'"),
+        (command(place, out, "--set", "mixup.alpha=0"), "alpha"),
+        (command(place, tmp_path / "no" / "out"), "does not exist"),
+    ]:
+        capsys.readouterr()
+        assert commands.main(arguments) == 2, arguments
+        assert sentence in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"limit": "5"}, "--limit is '5', but must be a whole number"),
+        ({"max_tokens": 2.5}, "--max-tokens is 2.5, but must be a whole number"),
+        ({"batch_size": None}, "--batch-size is None, but must be a whole number"),
+        ({"overflow": None}, "--overflow is None, but must be one of"),
+        ({"template": 3}, "--template is 3, but must be one of"),
+    ],
+)
+def test_options_of_wrong_types_are_said(options, sentence):
+    with pytest.raises(M3Error, match=sentence):
+        check_evaluation(Evaluation(**options))
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on(place, tmp_path):
+    """Killed by the system between samples, and again: nothing is repeated, and the choice is the same."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+
+    def start(out):
+        arguments = [*command(place, out), "--set", "mixup.alpha=0.9", "--samples", "40", "--json"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "m3jax", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        )
+
+    whole = json.loads(start(tmp_path / "whole").communicate(timeout=200)[0])
+    journal = tmp_path / "out.exploration" / "journal.jsonl"
+    for lines in (3, 12):
+        running = start(tmp_path / "out")
+        while running.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < lines):
+            time.sleep(0.01)
+        running.send_signal(signal.SIGKILL)
+        running.communicate()
+        assert not (tmp_path / "out").exists()
+    before = journal.read_text().splitlines()
+    again = json.loads(start(tmp_path / "out").communicate(timeout=200)[0])
+    after = journal.read_text().splitlines()
+    assert after[: len(before) - 1] == before[:-1]
+    assert len(after) == 41
+    assert again["digest"] == whole["digest"]
+    assert again["choice"]["sample"] == whole["choice"]["sample"]
+    assert [s["scores"] for s in again["samples"]] == [s["scores"] for s in whole["samples"]]

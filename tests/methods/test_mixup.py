@@ -1,0 +1,69 @@
+"""Drawn ratios: their law, their bits, their bounds."""
+
+import jax
+import numpy as np
+import pytest
+from scipy import special, stats
+from support import oracle
+
+from m3jax import M3Error, draw_weights, mixup
+from m3jax.arithmetic import threefry
+from m3jax.methods import mixup as mixing
+
+SEEDS = 100_000
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.5, 1.0, 2.0, 5.0, (2.0, 5.0), (0.5, 3.0)])
+def test_ratios_of_100_000_seeds_follow_the_beta_law(alpha):
+    """Kolmogorov-Smirnov on float64 quantiles, of which the ratios are the float32 roundings.
+
+    The roundings themselves have an atom at 1 (1.6 % of the mass for α = 0.2), which a continuous test would see.
+    """
+    a, b = alpha if isinstance(alpha, tuple) else (alpha, alpha)
+    roots = np.stack([np.zeros(SEEDS, np.uint32), np.arange(SEEDS, dtype=np.uint32)])
+    uniforms = mixing.uniform(threefry.fold_in(roots, threefry.WEIGHTS), 0)
+    exact = special.betaincinv(a, b, uniforms)
+    assert stats.kstest(exact, stats.beta(a, b).cdf).pvalue > 1e-3
+    ratios = mixing.beta_quantile(uniforms, a, b)
+    assert ratios.dtype == np.float32
+    assert (ratios == exact.astype(np.float32)).all()
+    for seed in (0, 1, 77, SEEDS - 1):
+        assert draw_weights(seed, alpha) == (float(ratios[seed]), 1.0 - float(ratios[seed]))
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+@pytest.mark.parametrize("group", [None, "model.layers.3"])
+def test_weights_are_the_oracles(n, group):
+    for seed in (0, 5, 2**40):
+        assert list(draw_weights(seed, 0.5, n, group)) == oracle.draw(seed, 0.5, n, group)
+
+
+def test_dirichlet_margins():
+    """Each weight of a symmetric Dirichlet over n experts is Beta(α, (n − 1)α)."""
+    drawn = np.array([draw_weights(seed, 0.7, 3) for seed in range(2000)])
+    assert np.allclose(drawn.sum(1), 1)
+    for i in range(3):
+        assert stats.kstest(drawn[:, i], stats.beta(0.7, 1.4).cdf).pvalue > 1e-4
+
+
+def test_a_key_is_as_good_as_its_seed():
+    key = jax.random.key(9, impl="threefry2x32")
+    assert draw_weights(key, 0.5) == draw_weights(9, 0.5)
+
+
+def test_drawing_under_jit_says_what_to_do():
+    with pytest.raises(TypeError, match=r"draw_weights outside of jit"):
+        jax.jit(lambda k: draw_weights(k, 0.5)[0])(jax.random.key(0))
+
+
+@pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf"), (1, 2, 3), (1, -1)])
+def test_bad_alpha(alpha):
+    with pytest.raises(M3Error, match="alpha"):
+        mixup(alpha)
+
+
+def test_bad_granularity_and_pairs():
+    with pytest.raises(M3Error, match="granularity"):
+        mixup(0.5, "block")
+    with pytest.raises(M3Error, match="two shape parameters"):
+        draw_weights(0, (1.0, 2.0), 3)

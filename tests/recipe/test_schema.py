@@ -1,0 +1,638 @@
+"""Recipes: what they mean, what they refuse, and the sentence they refuse it with."""
+
+import doctest
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import m3jax.recipe.settings as recipe_settings
+from m3jax import naming, recipe
+from m3jax.errors import M3Error
+from m3jax.naming import block_of, layer_position
+from m3jax.recipe import ModelEntry, Recipe, dialect, load_recipe
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+UP = "model.layers.{}.mlp.up_proj.weight"
+QUERY = "model.layers.{}.self_attn.q_proj.weight"
+
+
+def merge(method: str = "linear", **keys: Any) -> dict[str, Any]:
+    """A small recipe that is right for its method."""
+    base = {} if method in ("linear", "slerp") else {"base_model": "base"}
+    ratio = {"parameters": {"t": 0.5}} if method == "slerp" else {}
+    return {"merge_method": method, "models": ["a", "b"], **base, **ratio, **keys}
+
+
+def source(model: str, first: int, end: int, **parameters: Any) -> dict[str, Any]:
+    return {"model": model, "layer_range": [first, end], "parameters": parameters}
+
+
+def names(entries: tuple[ModelEntry, ...]) -> list[str]:
+    return [entry.model for entry in entries]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_load_and_survive_resolution(path: Path):
+    loaded = load_recipe(path)
+    written = loaded.resolved()
+    assert Recipe.model_validate(written) == loaded
+    assert Recipe.model_validate(json.loads(json.dumps(written))) == loaded
+    assert Recipe.model_validate(yaml.safe_load(yaml.safe_dump(written))).resolved() == written
+
+
+def test_every_kind_of_config_is_there():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} >= {
+        "m3_linear",
+        "m3_task_arithmetic",
+        "m3_ties",
+        "m3_dare_ties",
+        "three_experts",
+        "layerwise",
+    }
+    methods = {load_recipe(path).merge_method for path in CONFIGS.glob("mergekit/*.yaml")}
+    assert methods == {"linear", "task_arithmetic", "ties", "dare_ties", "slerp"}
+
+
+@pytest.mark.parametrize("module", [naming, recipe, recipe_settings, dialect])
+def test_docstrings_are_true(module):
+    assert doctest.testmod(module).failed == 0
+
+
+# --- meaning --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "normalize", "rescale", "uses_base"),
+    [
+        ("linear", True, False, False),
+        ("task_arithmetic", False, False, True),
+        ("ties", True, False, True),
+        ("dare_linear", False, True, True),
+        ("dare_ties", False, True, True),
+        ("slerp", False, False, False),
+    ],
+)
+def test_defaults_of_each_method(method, normalize, rescale, uses_base):
+    made = load_recipe(merge(method))
+    assert made.flag("normalize") is normalize
+    assert made.flag("rescale") is rescale
+    assert made.uses_base is uses_base
+    assert made.parameter("weight", "x", 0, 0.0) == (None if method == "slerp" else 1.0)
+    assert made.parameter("lambda", "x", None, 0.0) == (None if method in ("linear", "slerp") else 1.0)
+
+
+def test_defaults_are_mergekits():
+    made = load_recipe(merge("dare_ties"))
+    settings = {name: made.parameter(name, "x", None, 0.0) for name in made.parameters}
+    assert settings["trim_density"] == 1.0
+    assert settings["trim_scope"] == "tensor"
+    assert settings["sign_election"] == "weighted"
+    assert load_recipe(merge("ties")).parameter("density", "x", 1, 0.0) == 1.0
+
+
+def test_flag_of_a_method_that_lacks_it_is_the_callers_default():
+    assert load_recipe(merge("slerp")).flag("normalize", True) is True
+
+
+def test_flags_accept_the_numbers_that_mergekit_writes():
+    assert load_recipe(merge("ties", parameters={"normalize": 0.0})).flag("normalize") is False
+    assert load_recipe(merge("task_arithmetic", parameters={"normalize": 1})).flag("normalize") is True
+
+
+def test_linear_needs_the_base_only_for_sparse_deltas():
+    sparse = {"method": "dare", "density": 0.5}
+    assert load_recipe(merge(base_model="base", sparsify=sparse)).uses_base
+    assert not load_recipe(merge(sparsify={**sparse, "target": "weights"})).uses_base
+
+
+def test_base_among_the_models():
+    listed = ["a", "base", "b"]
+    keys = {"base_model": "base", "models": listed}
+    assert names(load_recipe(merge("linear", **keys)).experts) == listed
+    assert names(load_recipe(merge("ties", **keys)).experts) == ["a", "b"]
+    assert names(load_recipe(merge("dare_linear", **keys)).experts) == ["a", "b"]
+
+
+@pytest.mark.parametrize("models", [["a", "base"], ["base", "a"], ["a"]])
+def test_slerp_starts_at_the_base(models):
+    assert names(load_recipe(merge("slerp", base_model="base", models=models)).experts) == ["base", "a"]
+
+
+def test_slerp_without_a_base_takes_the_models_in_order():
+    assert names(load_recipe(merge("slerp")).experts) == ["a", "b"]
+
+
+def test_nearer_settings_win_and_unmatched_filters_fall_through():
+    weight = [{"filter": "mlp", "value": 0.25}]
+    models = ["a", {"model": "b", "parameters": {"weight": weight}}]
+    made = load_recipe(merge(models=models, parameters={"weight": [{"filter": "attn", "value": 2}]}))
+    assert made.parameter("weight", UP.format(0), 1, 0.0) == 0.25
+    assert made.parameter("weight", QUERY.format(0), 1, 0.0) == 2.0
+    assert made.parameter("weight", UP.format(0), 0, 0.0) is None
+    assert made.parameter("weight", UP.format(0), None, 0.0) is None
+
+
+def test_first_matching_filter_wins():
+    weight = [{"filter": "q_proj", "value": [0, 1]}, {"filter": "*", "value": 3}, {"value": 4}]
+    made = load_recipe(merge(parameters={"weight": weight}))
+    assert made.parameter("weight", QUERY.format(1), 0, 0.5) == 0.5
+    assert made.parameter("weight", UP.format(1), 0, 0.5) == 3.0
+
+
+def test_filters_nest():
+    inner = [{"filter": "up", "value": 7}]
+    weight = [{"filter": "mlp", "value": inner}, {"value": 1}]
+    models = [{"model": "a", "parameters": {"weight": weight}}, "b"]
+    made = load_recipe(merge(models=models, parameters={"weight": 9}))
+    assert made.parameter("weight", UP.format(0), 0, 0.0) == 7.0
+    assert made.parameter("weight", "layers.0.mlp.down", 0, 0.0) == 9.0
+
+
+@pytest.mark.parametrize(
+    ("t", "value"), [(0.0, 0.0), (0.125, 0.25), (0.25, 0.5), (0.375, 0.4), (1.0, 1.0), (2.0, 1.0), (-1.0, 0.0)]
+)
+def test_gradients_are_piecewise_linear(t, value):
+    made = load_recipe(merge("slerp", parameters={"t": [0, 0.5, 0.3, 0.7, 1]}))
+    assert made.parameter("t", "x", None, t) == pytest.approx(value, abs=1e-15)
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=6))
+def test_gradients_pass_through_their_points(points):
+    made = load_recipe(merge(parameters={"weight": points, "normalize": False}))
+    last = max(1, len(points) - 1)
+    for i, point in enumerate(points):
+        assert made.parameter("weight", "x", 0, i / last) == pytest.approx(point, abs=1e-9)
+
+
+def test_numbers_may_be_text():
+    made = load_recipe(merge(mixup={"alpha": "1e-3"}, seed="12"))
+    assert made.mixup is not None
+    assert made.mixup.alpha == 0.001
+    assert made.seed == 12
+
+
+@pytest.mark.parametrize(
+    ("spelling", "dtype"),
+    [
+        ("bf16", "bfloat16"),
+        ("half", "float16"),
+        ("fp32", "float32"),
+        ("float", "float32"),
+        ("torch.float16", "float16"),
+    ],
+)
+def test_dtype_spellings(spelling, dtype):
+    assert load_recipe(merge(dtype=spelling)).output_dtype == dtype
+
+
+def test_out_dtype_wins():
+    assert load_recipe(merge(dtype="float32", out_dtype="bf16")).output_dtype == "bfloat16"
+    assert load_recipe(merge()).output_dtype is None
+
+
+def test_tokenizer_spellings():
+    assert load_recipe(merge(tokenizer={"source": "union"})).tokenizer_source == "union"
+    assert load_recipe(merge(tokenizer_source="a")).tokenizer_source == "a"
+
+
+def test_sparsify_defaults_and_filters():
+    density = [{"filter": "mlp", "value": [0.2, 0.4]}]
+    made = load_recipe(merge("ties", sparsify={"method": "dare", "density": density}))
+    assert made.sparsify is not None
+    assert made.sparsify.rescale is True
+    assert made.sparsify_density(UP.format(1), 0.5) == pytest.approx(0.3)
+    assert made.sparsify_density(QUERY.format(1), 0.5) == 1.0
+    assert load_recipe(merge()).sparsify_density("x", 0.0) == 1.0
+    magnitude = load_recipe(merge("ties", sparsify={"method": "magnitude", "density": 0.1})).sparsify
+    assert magnitude is not None
+    assert magnitude.rescale is False
+
+
+def test_excluded_tensors():
+    made = load_recipe(merge(exclude=["rotary", "^lm_head"]))
+    assert made.excludes("model.layers.0.rotary_emb.inv_freq")
+    assert made.excludes("lm_head.weight")
+    assert not made.excludes("model.lm_head.weight")
+
+
+def test_notes():
+    assert load_recipe(merge()).notes() == ()
+    assert [note.split()[0] for note in load_recipe(merge("dare_ties", parameters={"int8_mask": True})).notes()] == [
+        "int8_mask",
+        "rescale",
+    ]
+
+
+def test_slices_keep_their_parameters():
+    made = load_recipe(
+        {
+            "merge_method": "linear",
+            "slices": [
+                {"sources": [source("a", 0, 2), source("b", 0, 2, weight=[2, 4])], "parameters": {"weight": 5}},
+                {"sources": [source("b", 2, 5), source("a", 2, 5)], "parameters": {"weight": [0, 1]}},
+                {"sources": [source("a", 5, 6), source("b", 5, 6)]},
+            ],
+            "parameters": {"weight": [10, 20]},
+        }
+    )
+    assert names(made.experts) == ["a", "b"]
+    assert made.declared_layers == 6
+
+    def weights(name: str) -> tuple[Any, ...]:
+        return tuple(made.parameter("weight", name, i, layer_position(name, 6)) for i in (0, 1))
+
+    assert weights("model.embed_tokens.weight") == (5.0, 2.0)
+    assert weights(UP.format(0)) == (5.0, 2.0)
+    assert weights(UP.format(1)) == (5.0, 4.0)
+    assert weights(UP.format(3)) == (0.5, 0.5)  # gradients run over each slice anew
+    assert weights(UP.format(5)) == (20.0, 20.0)  # a slice of one layer stands at t = 1
+    assert weights("lm_head.weight") == (20.0, 20.0)
+    assert Recipe.model_validate(made.resolved()) == made
+
+
+def test_slices_slerp_example():
+    made = load_recipe(CONFIGS / "mergekit" / "slices_slerp.yaml")
+    t = [made.parameter("t", QUERY.format(i), None, layer_position(QUERY.format(i), 32)) for i in (0, 15, 16)]
+    assert t == pytest.approx([0.0, 0.4, 0.6])
+    assert made.parameter("t", UP.format(3), None, 0.1) == 0.25
+
+
+# --- where a tensor is ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        ("model.layers.3.mlp.up_proj.weight", ("model.layers.3", 3)),
+        ("transformer.h.10.ln_1.bias", ("transformer.h.10", 10)),
+        ("h.0", ("h.0", 0)),
+        ("encoder.block.1.layer.0.k.weight", ("encoder.block.1", 1)),
+        ("model.layers.2.blocks.7.w", ("model.layers.2", 2)),
+        ("model.my_layers.3.w", None),
+        ("model.layers.3b.w", None),
+        ("lm_head.weight", None),
+    ],
+)
+def test_block_of(name, block):
+    assert block_of(name) == block
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "t"),
+    [
+        ("model.embed_tokens.weight", 4, 0.0),
+        ("transformer.wte.weight", 4, 0.0),
+        ("wpe.weight", 4, 0.0),
+        ("model.layers.0.mlp.w", 4, 0.0),
+        ("model.layers.1.mlp.w", 3, 0.5),
+        ("model.layers.3.embed.w", 4, 1.0),
+        ("model.layers.9.mlp.w", 4, 1.0),
+        ("model.layers.0.mlp.w", 1, 1.0),
+        ("model.norm.weight", 4, 1.0),
+        ("lm_head.weight", 4, 1.0),
+        ("embed_out.weight", 4, 1.0),
+    ],
+)
+def test_layer_position(name, layers, t):
+    assert layer_position(name, layers) == t
+
+
+# --- the command line's overrides -----------------------------------------------------------------------------
+
+
+def test_overrides():
+    raw = merge("ties", parameters={"density": 0.9})
+    made = load_recipe(
+        raw,
+        ["parameters.density=0.3", "models.0.parameters.weight=[0, 1]", "sparsify.method=dare", "sparsify.density=.5"],
+        seed=2**64 - 1,
+    )
+    assert made.parameters["density"] == 0.3
+    assert made.models[0].parameters == {"weight": (0.0, 1.0)}
+    assert made.sparsify is not None
+    assert made.sparsify.density == 0.5
+    assert made.seed == 2**64 - 1
+    assert raw == merge("ties", parameters={"density": 0.9})
+
+
+def test_an_override_can_take_away():
+    assert load_recipe(merge(mixup={"alpha": 1}), ["mixup=null"]).mixup is None
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("mixup.alpha", "--set mixup.alpha: not of the form key=value"),
+        ("=3", "--set =3: not of the form key=value"),
+        ("mixup..alpha=3", "not of the form key=value"),
+        ("seed=[", "--set seed=[: line 1: not valid YAML"),
+        ("models.7.model=c", "models has no entry '7'; write a number from 0 to 1"),
+        ("models.first.model=c", "models has no entry 'first'"),
+        ("seed.x=1", "seed is 3 and has no 'x' inside; set seed itself"),
+        ("mixup.aplha=0.5", "mixup.aplha: unknown key; did you mean 'alpha'?"),
+        ("sede=1", "sede: unknown key; did you mean 'seed'?"),
+    ],
+)
+def test_wrong_overrides(override, sentence):
+    with pytest.raises(M3Error, match=re.escape(sentence)):
+        load_recipe(merge(seed=3), [override])
+
+
+# --- sentences ------------------------------------------------------------------------------------------------
+
+DARE = {"method": "dare", "density": 0.5}
+SLICE = {"sources": [source("a", 0, 2), source("b", 0, 2)]}
+
+WRONG = [
+    # keys
+    ({"models": ["a", "b"]}, "merge_method: missing; add it"),
+    ({"merge_method": "linear"}, "models: missing; add it"),
+    ({"merge_methd": "ties", "models": ["a"]}, "merge_methd: unknown key; did you mean 'merge_method'?"),
+    (merge(random_seed=1), "random_seed: unknown key; did you mean 'seed'?"),
+    (merge(zzz=1), "zzz: unknown key; known are name, merge_method"),
+    (
+        merge(models=["a", {"model": "b", "paramters": {}}]),
+        "models.1.paramters: unknown key; did you mean 'parameters'?",
+    ),
+    (merge(mixup={"alpha": 1, "granularty": "layer"}), "mixup.granularty: unknown key; did you mean 'granularity'?"),
+    (merge("ties", sparsify={**DARE, "densty": 1}), "sparsify.densty: unknown key; did you mean 'density'?"),
+    (merge(parameters={"wieght": 1}), "parameters.wieght: unknown parameter; did you mean 'weight'?"),
+    (
+        merge(models=["a", {"model": "b", "parameters": {"denisty": 1}}]),
+        "models.1.parameters.denisty: unknown parameter; did you mean 'density'?",
+    ),
+    (
+        merge(parameters={"weight": [{"filtr": "x", "value": 1}]}),
+        "parameters.weight.0.filtr: unknown key; did you mean",
+    ),
+    (
+        merge("ties", models=["a", {"model": "b", "parameters": {"normalize": True}}]),
+        "models.1.parameters.normalize: it is set for the whole merge; move it",
+    ),
+    (merge(modules={}), "modules: merging by module is not supported"),
+    (merge(tokenizer={"source": "union", "tokens": {}}), "tokenizer: only its source is supported"),
+    (merge(tokenizer={"source": "union"}, tokenizer_source="a"), "tokenizer: given together with tokenizer_source"),
+    (merge(tokenizer_source="base"), "tokenizer_source: 'base' needs a base_model"),
+    # methods
+    (merge("tise"), "merge_method: 'tise' is not here; did you mean 'ties'? available are linear, task_arithmetic"),
+    (merge("passthrough"), "merge_method: 'passthrough' is not here; available are linear"),
+    (merge("model_stock"), "available are linear, task_arithmetic, ties, dare_linear, dare_ties, slerp"),
+    # models
+    (merge(models="a"), "models: 'a' does not fit here; write a list"),
+    (merge(name=3), "name: 3 does not fit here; write text"),
+    ({**merge(), True: 1}, "True does not fit here; write keys that are text"),
+    (merge(models=["a", 7]), "models.1: 7 is not a model; write its path"),
+    (merge(models=["a", " "]), "models.1.model: ' ' does not fit here; write a name that is not empty"),
+    (merge(models=["a"]), "models: one expert only"),
+    (merge(models=[]), "models: no expert"),
+    (merge("ties", models=["a", "base"]), "models: one expert only"),
+    ({"merge_method": "ties", "models": ["a", "b"]}, "base_model: missing, and ties works on differences"),
+    (merge(sparsify=DARE), "base_model: missing, and linear works on differences"),
+    # numbers
+    (merge("ties", parameters={"density": 1.5}), "parameters.density: 1.5 is outside [0, 1]; write a number inside"),
+    (merge("ties", parameters={"density": [1, -0.1]}), "parameters.density.1: -0.1 is outside [0, 1]"),
+    (
+        merge("ties", models=["a", {"model": "b", "parameters": {"density": [{"filter": "mlp", "value": [0, 2]}]}}]),
+        "models.1.parameters.density.0.value.1: 2 is outside [0, 1]",
+    ),
+    (merge("ties", sparsify={**DARE, "density": 7}), "sparsify.density: 7 is outside [0, 1]"),
+    (merge("ties", sparsify={"method": "dare"}), "sparsify.density: missing; add it"),
+    (merge("slerp", parameters={"t": [0, 1.01]}), "parameters.t.1: 1.01 is outside [0, 1]"),
+    (merge(parameters={"weight": True}), "parameters.weight: True is not a number"),
+    (merge(parameters={"weight": "much"}), "parameters.weight: 'much' is not a number"),
+    (merge(parameters={"weight": [1, "x"]}), "parameters.weight.1: 'x' is not a number"),
+    (merge(parameters={"weight": []}), "parameters.weight: the list is empty"),
+    (merge(parameters={"weight": {"value": 1}}), "parameters.weight: a filter stands in a list"),
+    (merge(parameters={"weight": [{"value": 1}, 2]}), "parameters.weight.1: 2 stands among filters"),
+    (merge(parameters={"weight": [{"filter": "mlp"}]}), "parameters.weight.0: the filter has no value"),
+    (merge(parameters={"weight": [{"filter": 3, "value": 1}]}), "parameters.weight.0.filter: 3 is not text"),
+    (merge(parameters={"weight": float("nan")}), "parameters.weight: nan is not finite"),
+    (merge(parameters={"weight": [0, float("inf")]}), "parameters.weight.1: inf is not finite"),
+    (merge(parameters={"weight": "inf"}), "parameters.weight: inf is not finite"),
+    (merge(parameters={"weight": 10**400}), "parameters.weight: "),
+    (merge("ties", parameters={"lambda": float("-inf")}), "parameters.lambda: -inf is not finite"),
+    (merge(parameters=[1]), "parameters: [1] is not a mapping"),
+    (merge("ties", parameters={"normalize": 2}), "parameters.normalize: 2 is not true or false"),
+    (merge("ties", parameters={"normalize": [True]}), "parameters.normalize: [True] is not true or false"),
+    (merge("ties", parameters={"trim_scope": "layer"}), "parameters.trim_scope: 'layer' is not one of tensor, model"),
+    (merge("ties", parameters={"rescale": True}), "parameters.rescale: ties trims without rescaling; use sparsify"),
+    (
+        merge("ties", parameters={"trim_scope": "model", "density": [0, 1]}),
+        "parameters.density: trim_scope: model needs one number",
+    ),
+    (merge(models=[{"model": "a", "parameters": {"weight": -1}}, "b"]), "parameters.normalize: the weights sum to 0"),
+    (merge("ties", parameters={"weight": 0}), "parameters.normalize: the weights sum to 0"),
+    # mixup
+    (merge(mixup={"alpha": 0}), "mixup.alpha: 0 is not above 0"),
+    (merge(mixup={"alpha": -1.5}), "mixup.alpha: -1.5 is not above 0"),
+    (merge(mixup={"alpha": float("inf")}), "mixup.alpha: inf is not finite"),
+    (merge(mixup={"alpha": float("nan")}), "mixup.alpha: nan is not finite"),
+    (merge(mixup={"alpha": True}), "mixup.alpha: True is not a number"),
+    (merge(mixup={"alpha": [1, 0]}), "mixup.alpha.1: 0 is not above 0"),
+    (merge(mixup={"alpha": [1, 2, 3]}), "mixup.alpha: 3 shape parameters; write one number or a pair"),
+    (merge(mixup={"alpha": [1, 2]}, models=["a", "b", "c"]), "mixup.alpha: a pair is for two experts, not 3"),
+    (merge(mixup={}), "mixup.alpha: missing; add it"),
+    (merge(mixup=0.5), "mixup: 0.5 does not fit here; write 'key: value' lines"),
+    (merge(mixup={"alpha": 1, "granularity": "layers"}), "mixup.granularity: 'layers' is not one of 'model', 'layer'"),
+    (merge(mixup={"alpha": 1}, parameters={"weight": 1}), "parameters.weight: given, but mixup draws it"),
+    (
+        merge(mixup={"alpha": 1}, models=["a", {"model": "b", "parameters": {"weight": 1}}]),
+        "models.1.parameters.weight: given, but mixup draws it",
+    ),
+    (merge("slerp", mixup={"alpha": 1}), "parameters.t: given, but mixup draws it"),
+    # slerp
+    (merge("slerp", models=["a", "b", "c"]), "models: slerp joins two models"),
+    (merge("slerp", base_model="c"), "models: slerp joins two models, and base_model is one if given, not 3"),
+    (merge("slerp", parameters={}), "parameters.t: slerp needs it for every tensor"),
+    (
+        merge("slerp", parameters={"t": [{"filter": "mlp", "value": 1}]}),
+        "parameters.t: slerp needs it for every tensor",
+    ),
+    (merge("slerp", sparsify=DARE), "sparsify.target: slerp has no task vectors; write 'target: weights'"),
+    # sparsify
+    (merge("dare_ties", sparsify=DARE), "sparsify: dare_ties sparsifies already; remove this or use merge_method ties"),
+    (merge("ties", sparsify={**DARE, "scope": "model"}), "sparsify.scope: dare drops each entry by itself"),
+    (
+        merge("ties", sparsify={"method": "magnitude", "density": [0, 1], "scope": "model"}),
+        "sparsify.density: one threshold for the whole model needs one density",
+    ),
+    (merge("ties", sparsify={**DARE, "method": "random"}), "sparsify.method: 'random' is not one of 'dare'"),
+    (merge("ties", sparsify={**DARE, "rescale": 1}), "sparsify.rescale: 1 does not fit here; write true or false"),
+    # the rest
+    (merge(seed=-1), "seed: -1 is outside [0, 2^64)"),
+    (merge(seed=2**64), "seed: 18446744073709551616 is outside [0, 2^64)"),
+    (merge(seed=True), "seed: True is not a whole number"),
+    (merge(seed=0.5), "seed: 0.5 is not a whole number"),
+    (merge(dtype="float64"), "dtype: 'float64' is no output dtype; write bfloat16, float16 or float32"),
+    (merge(out_dtype=16), "out_dtype: 16 is no output dtype"),
+    (merge(exclude=["fine", "(a"]), "exclude.1: '(a' is no regular expression"),
+    (merge(exclude="rotary"), "exclude: 'rotary' does not fit here"),
+    # slices
+    (merge(slices=[SLICE]), "slices: given together with models"),
+    ({"merge_method": "linear", "slices": []}, "slices: not a list of slices with sources"),
+    (
+        {"merge_method": "linear", "slices": [{"sources": []}]},
+        "slices.0.sources: [] does not fit here; write a longer list",
+    ),
+    (
+        {"merge_method": "linear", "slices": [{"sources": [{"model": "a", "layer_rnage": [0, 2]}]}]},
+        "slices.0.sources.0.layer_rnage: unknown key; did you mean 'layer_range'?",
+    ),
+    ({"merge_method": "linear", "slices": [{**SLICE, "residual_weight": 1}]}, "slices.0.residual_weight: unknown key"),
+    (
+        {"merge_method": "linear", "slices": [{"sources": [{"model": 7, "layer_range": [0, 2]}]}]},
+        "slices.0.sources.0.model: 7 does not fit here; write text",
+    ),
+    (
+        {"merge_method": "linear", "slices": [{**SLICE, "parameters": {"normalize": True}}]},
+        "slices.0.parameters.normalize: it is set for the whole merge",
+    ),
+]
+
+
+@pytest.mark.parametrize(("raw", "sentence"), WRONG, ids=[sentence[:60] for _, sentence in WRONG])
+def test_wrong_recipes_are_refused_in_one_sentence(raw, sentence):
+    with pytest.raises(M3Error) as refusal:
+        load_recipe(raw)
+    assert str(refusal.value).startswith("recipe: ")
+    assert sentence in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert "pydantic" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        {"sources": [source("a", 3, 4), source("b", 3, 4)]},  # a gap
+        {"sources": [source("a", 1, 4), source("b", 1, 4)]},  # an overlap
+        {"sources": [source("a", 2, 4), source("b", 3, 5)]},  # different layers
+        {"sources": [source("a", 2, 4), source("c", 2, 4)]},  # another model
+        {"sources": [source("a", 2, 4)]},  # fewer models
+        {"sources": [source("a", 2, 2), source("b", 2, 2)]},  # no layers
+    ],
+)
+def test_stacked_slices_are_refused(second):
+    with pytest.raises(M3Error, match=r"recipe: slices\.1: the slices stack or shuffle layers"):
+        load_recipe({"merge_method": "linear", "slices": [SLICE, second]})
+
+
+@pytest.mark.parametrize("raw", [None, 3, "linear", ["linear"]])
+def test_a_recipe_is_a_mapping(raw):
+    with pytest.raises(M3Error, match="is not a mapping of keys to values"):
+        Recipe.model_validate(raw)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (b"", "None is not a mapping"),
+        (b"- a\n- b\n", "['a', 'b'] is not a mapping"),
+        (b"models: [a\nmerge_method: linear\n", "line 2: not valid YAML"),
+        (b"seed: 1\nmodels: [a, b]\nseed: 2\n", "line 3: not valid YAML: the key 'seed' is written twice"),
+        (b"name: !!python/object:os.system x\n", "line 1: not valid YAML"),
+        (b"seed: 1\n---\nseed: 2\n", "line 2: not valid YAML"),
+        (b"name: 2024-99-99\n", "not valid YAML: month must be in 1..12"),
+        (b"name: \xff\n", "cannot be read (it is not UTF-8 text)"),
+    ],
+)
+def test_wrong_files(tmp_path, text, sentence):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(text)
+    with pytest.raises(M3Error, match=re.escape(f"{path}: ")) as refusal:
+        load_recipe(path)
+    assert sentence in str(refusal.value)
+
+
+def test_missing_files(tmp_path):
+    with pytest.raises(M3Error, match=r"none\.yaml: no such recipe file; check the path"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(M3Error, match="cannot be read"):
+        load_recipe(tmp_path)
+
+
+# --- resolution -----------------------------------------------------------------------------------------------
+
+NUMBER = st.floats(0.0, 1.0) | st.integers(0, 1)
+PLAIN = NUMBER | st.lists(NUMBER, min_size=1, max_size=4)
+FILTERS = st.lists(
+    st.fixed_dictionaries({"value": PLAIN}, optional={"filter": st.none() | st.text(max_size=4)}),
+    min_size=1,
+    max_size=3,
+)
+SETTING = PLAIN | FILTERS
+EXPERT = st.fixed_dictionaries(
+    {"model": st.sampled_from("abc"), "parameters": st.dictionaries(st.sampled_from(["density", "weight"]), SETTING)}
+)
+RECIPE = st.fixed_dictionaries(
+    {
+        "merge_method": st.sampled_from(["ties", "dare_linear", "dare_ties"]),
+        "base_model": st.just("base"),
+        "models": st.lists(EXPERT, min_size=2, max_size=3),
+        "parameters": st.fixed_dictionaries(
+            {"normalize": st.just(False)}, optional={"lambda": SETTING, "weight": SETTING, "int8_mask": st.booleans()}
+        ),
+    },
+    optional={
+        "seed": st.integers(0, 2**64 - 1),
+        "dtype": st.sampled_from(["bf16", "float32", None]),
+        "exclude": st.lists(st.sampled_from([".*rotary.*", "^a$"])),
+        "name": st.text(),
+    },
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(RECIPE)
+def test_resolved_recipes_are_the_same_recipe(raw):
+    made = load_recipe(raw)
+    written = made.resolved()
+    again = Recipe.model_validate(json.loads(json.dumps(written)))
+    assert again == made
+    assert list(again.resolved()) == list(written)
+
+
+def test_resolved_writes_every_default():
+    written = load_recipe(merge("task_arithmetic", mixup={"alpha": 0.5})).resolved()
+    assert list(written) == [
+        "name",
+        "merge_method",
+        "base_model",
+        "models",
+        "sparsify",
+        "mixup",
+        "parameters",
+        "seed",
+        "dtype",
+        "out_dtype",
+        "tokenizer_source",
+        "chat_template",
+        "exclude",
+    ]
+    assert written["parameters"] == {"normalize": False, "lambda": 1.0}
+    assert written["mixup"] == {"alpha": 0.5, "granularity": "model"}
+
+
+def test_recipes_are_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        load_recipe(merge()).seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "unused"),
+    [
+        ("linear", {"density": 0.5, "lambda": 0.1}, "density, lambda"),
+        ("ties", {"t": 0.5}, "t"),
+        ("slerp", {"t": 0.5, "weight": 1, "normalize": True}, "normalize, weight"),
+    ],
+)
+def test_mergekits_idle_parameters_are_ignored_with_a_note(method, parameters, unused):
+    made = load_recipe(merge(method, parameters=parameters))
+    assert any(f"does not use {unused}, which is ignored" in note for note in made.notes())
+    for name in unused.split(", "):
+        assert made.parameter(name, UP.format(0), None, 0.5) is None

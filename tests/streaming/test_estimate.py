@@ -1,0 +1,138 @@
+"""m3jax merge --plan: what a merge would take, from headers alone."""
+
+import json
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from support import decoders as tiny
+
+import m3jax
+from m3jax.checkpoints import TensorInfo
+from m3jax.cli import commands
+from m3jax.streaming.estimate import estimate_recipe
+
+LLAMA_13B = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+}
+PARAMETERS = 13_015_864_320  # Llama 2 13B
+
+
+def make_sparse(directory):
+    """A checkpoint whose weights are a hole in a file: it has a size and takes no room."""
+    directory.mkdir()
+    header, offset = {}, 0
+    for name, shape in tiny.shapes(LLAMA_13B).items():
+        size = TensorInfo(name, shape, "BF16").nbytes
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + offset)
+    (directory / "config.json").write_text(json.dumps(LLAMA_13B))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("sparse")
+    for name in ("base", "lm", "math"):
+        make_sparse(directory / name)
+    return directory
+
+
+def write(place, name, **content):
+    models = {"models": [str(place / "lm"), str(place / "math")]}
+    (place / name).write_text(json.dumps({**models, **content}))
+    return str(place / name)
+
+
+TIES = {
+    "merge_method": "ties",
+    "parameters": {"density": 0.5, "trim_scope": "model", "sign_election": "unweighted"},
+    "mixup": {"alpha": 0.5},
+}
+
+
+def test_thirteen_billion_parameters_from_headers(place, tmp_path, capsys):
+    recipe = write(place, "ties.json", base_model=str(place / "base"), **TIES)
+    begun = time.perf_counter()
+    assert commands.main(["merge", recipe, str(tmp_path / "out"), "--plan", "--json"]) == 0
+    assert time.perf_counter() - begun < 20  # reading 78 GB takes longer
+    found = json.loads(capsys.readouterr().out)
+    one = 2 * PARAMETERS
+    assert found["parameters"] == PARAMETERS
+    assert [(e["role"], e["bytes"]) for e in found["inputs"]] == [("expert", one), ("expert", one), ("base", one)]
+    assert found["bytes_written"] == one
+    # a threshold from a sample, settled by one reading; signs; the merge
+    assert [entry["bytes"] for entry in found["passes"]] == [3 * one] * 3
+    assert found["bytes_read"] == 9 * one
+    assert found["files"] == 6
+    assert found["peak_memory"] < 1e9
+    assert found["resident_memory"] == 4 * one
+    assert found["seconds"] == [pytest.approx(10 * one / 1.5e9), pytest.approx(10 * one / 1.3e9)]
+    assert sum(entry["tensors"] for entry in found["tensors"]) == len(tiny.shapes(LLAMA_13B))
+    assert not list(tmp_path.iterdir())
+    assert commands.main(["merge", recipe, str(tmp_path / "out"), "--plan"]) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "5120 × 13824",
+        "reads    234.3 GB: ranking magnitudes 78.1 GB, counting signs 78.1 GB, merging 78.1 GB",
+        "writes   26.0 GB in 6 files (free there: ",
+        "time     about 2 min 54 s to 3 min 20 s by 1 process, at 1.3 to 1.5 GB/s per process of 2 cores, as measured",
+    ):
+        assert words in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_share_the_work(place, tmp_path, capsys):
+    recipe = write(place, "linear.json", merge_method="linear", mixup={"alpha": 0.5})
+    alone, four = (estimate_recipe(recipe, tmp_path / "out", max_shard_size="1GB", processes=count) for count in (1, 4))
+    assert alone.bytes_read == 4 * PARAMETERS
+    assert 0.24 < four.seconds[0] / alone.seconds[0] < 0.30
+    assert [entry.what for entry in alone.passes] == ["merging"]
+    arguments = ["merge", recipe, str(tmp_path / "out"), "--plan", "--num-processes", "4", "--max-shard-size", "1GB"]
+    assert commands.main(arguments) == 0
+    assert " by 4 processes, " in capsys.readouterr().out
+
+
+def test_a_plan_says_what_the_merge_would_refuse(place, tmp_path, capsys):
+    recipe = write(place, "linear.json", merge_method="linear", mixup={"alpha": 0.5})
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    assert commands.main(["merge", recipe, str(tmp_path / "out"), "--plan"]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert commands.main(["merge", recipe, str(tmp_path / "out"), "--plan", "--overwrite"]) == 0
+    assert commands.main(["merge", recipe, str(tmp_path / "no" / "out"), "--plan"]) == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+RECIPES = {
+    "linear": {"merge_method": "linear"},
+    "ties": {**TIES, "mixup": None},
+    "trimmed tensors": {"merge_method": "ties", "parameters": {"density": 0.5}},
+    "slerp": {"merge_method": "slerp", "parameters": {"t": 0.3}},
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_plan_reads_and_writes_what_the_merge_does(tmp_path, name):
+    """A small model has no sample: its thresholds take two readings, which the plan counts too."""
+    rng = np.random.default_rng(0)
+    for model in ("base", "lm", "math"):
+        (tmp_path / model).mkdir()
+        tensors = {f"layers.{i}.w": rng.standard_normal((64, 96)).astype(ml_dtypes.bfloat16) for i in range(3)}
+        save_file({**tensors, "steps": np.arange(4)}, tmp_path / model / "model.safetensors")
+    base = {} if name == "linear" else {"base_model": str(tmp_path / ("lm" if name == "slerp" else "base"))}
+    recipe = write(tmp_path, "recipe.json", **base, **{k: v for k, v in RECIPES[name].items() if v is not None})
+    planned = estimate_recipe(recipe, tmp_path / "out")
+    done = m3jax.merge_checkpoint(recipe, tmp_path / "out")
+    assert (planned.bytes_read, planned.bytes_written) == (done.bytes_read, done.bytes_written)

@@ -1,0 +1,132 @@
+"""Every jitted function of a merge lowers for CPU, CUDA, ROCm and TPU: no float64, nothing that one of them lacks."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from support.matrix import ALL, DTYPES, FAST, METHODS, SPARSIFIERS, few
+
+import m3jax
+from m3jax.arithmetic import threefry
+from m3jax.methods import leaf as pipeline
+from m3jax.methods import magnitude
+from m3jax.methods.leaf import LeafSettings, Pipeline
+from m3jax.streaming import findings, passes
+from m3jax.trees import arrays
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+NEUTRAL = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}  # known to the partitioner of every platform
+ZERO, SIZE, START = np.uint32(0), np.uint32(60), np.zeros(2, np.uint32)
+SHAPE = (16, 8)
+
+
+def lowered(function, *args):
+    """The StableHLO of a function for all platforms, checked for what one of them does not have."""
+    text = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*args).mlir_module()
+    assert not re.search(r"\bf64\b|xf64", text)
+    calls = set(re.findall(r'custom_call\s*@([\w.]+)|call_target_name = "([\w.]+)"', text))
+    assert {a or b for a, b in calls} <= NEUTRAL
+    return text
+
+
+def prepared(method, sparsifier, dtype, shape, n=2):
+    """A pipeline, n experts, a base where it is used, and the scalars of a leaf."""
+    pipe = Pipeline(METHODS[method][0], SPARSIFIERS[sparsifier][0], n)
+    leaf = jnp.zeros(shape, DTYPES[dtype])
+    density = 1.0 if pipe.sparsifier is None else pipe.sparsifier.density
+    settings = LeafSettings((0.5,) * n, (density,) * n, (1.0,) * n, pipe.method.scale)
+    scalars = pipeline.leaf_scalars(pipe, settings, threefry.pair_keys(threefry.root_key(0), "w", n))
+    return pipe, (leaf,) * n, leaf if pipe.uses_base else None, scalars
+
+
+EVERY = [(*case, dtype) for case in ALL for dtype in DTYPES]
+
+
+@pytest.mark.parametrize(("method", "sparsifier", "dtype"), few(EVERY, *((*case, "bfloat16") for case in FAST[3:6])))
+def test_merging_and_ranking_lower_everywhere(method, sparsifier, dtype):
+    pipe, experts, base, scalars = prepared(method, sparsifier, dtype, SHAPE)
+    whole = (experts, base, scalars, ZERO)
+    low = np.zeros(2, np.uint32)
+    lowered(functools.partial(arrays.merge_array, pipe, jnp.dtype(dtype), None), *whole)
+    pipe, experts, base, scalars = prepared(method, sparsifier, dtype, (64,))
+    chunk = (experts, base, scalars, START)
+    lowered(functools.partial(passes.merge_chunk, pipe, dtype), *chunk, ZERO)
+    stages = ["sparsify"] if pipe.sparsifier is not None and pipe.sparsifier.name == "magnitude" else []
+    for stage in [*stages, *(["trim"] if pipe.method.density is not None else [])]:
+        lowered(functools.partial(arrays._tally, pipe, stage, magnitude.COARSE), low, *whole)
+        lowered(functools.partial(arrays._count_below, pipe, stage), ZERO, low, *whole)
+        lowered(functools.partial(findings.magnitudes_chunk, pipe, stage), *chunk, ZERO)
+        lowered(functools.partial(findings.bins_chunk, pipe, stage, magnitude.FINE), *chunk, low, ZERO)
+        lowered(functools.partial(findings.tally_chunk, pipe, stage, magnitude.COARSE), *chunk, low, SIZE, ZERO)
+    if pipe.method.sign_election == "unweighted":
+        lowered(functools.partial(arrays._sign_counts, pipe), *whole)
+        lowered(functools.partial(findings.signs_chunk, pipe), *chunk, SIZE, ZERO)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_measurements_of_slerp_lower_everywhere(dtype):
+    experts = (jnp.zeros(SHAPE, DTYPES[dtype]),) * 2
+    chunk = tuple(x.reshape(-1) for x in experts)
+    largest = np.zeros(3, np.uint32)
+    lowered(arrays._largest, experts, ZERO)
+    lowered(arrays._integer_sums, experts, largest, ZERO)
+    lowered(findings.largest_chunk, chunk, SIZE, ZERO)
+    lowered(findings.sums_chunk, chunk, largest, SIZE, ZERO)
+
+
+def callers_jit(method, sparsifier):
+    made, sparse = METHODS[method][0], SPARSIFIERS[sparsifier][0]
+    return lambda e, b, w, k: m3jax.merge(
+        e, made, base=b, weights=w, sparsify=sparse, key=jax.random.wrap_key_data(k, impl="threefry2x32")
+    )
+
+
+def trees(dtype, n, put=lambda x: x):
+    tree = {"w": put(jnp.zeros((16, 8), DTYPES[dtype])), "b": jnp.zeros(16, DTYPES[dtype])}
+    return [tree] * n, tree
+
+
+IN_TURN = [(*case, list(DTYPES)[i % 3]) for i, case in enumerate(ALL)]
+
+
+@pytest.mark.parametrize("by_scatter", [True, False])
+@pytest.mark.parametrize(
+    ("method", "sparsifier", "dtype"),
+    few(
+        IN_TURN, ("linear", "none", "float32"), ("ties_paper", "dare", "float16"), ("ties_mergekit", "none", "float32")
+    ),
+)
+def test_merges_in_a_callers_jit_lower_everywhere(method, sparsifier, dtype, by_scatter, monkeypatch):
+    monkeypatch.setattr(arrays, "_counts_by_scatter", lambda _: by_scatter)
+    text = lowered(callers_jit(method, sparsifier), *trees(dtype, 2), jnp.ones(2), jnp.zeros(2, jnp.uint32))
+    assert "callback" not in text
+
+
+def test_only_slerp_calls_back_in_a_callers_jit():
+    experts, _ = trees("bfloat16", 2)
+    text = jax.jit(lambda e: m3jax.merge(e, m3jax.slerp(), weights=0.3)).lower(experts).as_text()
+    assert "callback" in text
+
+
+COLLECTIVES = ("all-reduce", "all-gather", "collective-permute", "all-to-all", "reduce-scatter")
+ELEMENTWISE = [
+    (m, s)
+    for m, s in ALL
+    if not s.startswith("magnitude") and (m in ("linear", "ties_untrimmed_sum") or m.startswith("task_arithmetic"))
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "sparsifier"), few(ELEMENTWISE, ("linear", "dare"), ("ties_untrimmed_sum", "dare_weights"))
+)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_elementwise_merges_of_sharded_inputs_exchange_nothing(method, sparsifier, kind):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+    place = NamedSharding(mesh, PartitionSpec("x", "y"))
+    args = *trees("bfloat16", 2, lambda x: jax.device_put(x, place)), jnp.ones(2), jnp.zeros(2, jnp.uint32)
+    text = jax.jit(callers_jit(method, sparsifier)).lower(*args).compile().as_text()
+    assert not [word for word in COLLECTIVES if word in text]

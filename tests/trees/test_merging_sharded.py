@@ -1,0 +1,168 @@
+"""Meshes with Auto and Explicit axes: the oracle's bits, the template's sharding, nothing exchanged in vain."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from support import oracle
+from support.matrix import DTYPES, METHODS, SPARSIFIERS, few, models, same
+
+import m3jax
+from m3jax.trees import arrays
+
+WEIGHTS = [0.3, 0.45]
+SHAPES = {"cube": (8, 16, 4), "matrix": (40, 16), "vector": (4104,), "scalar": ()}
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+MESHES = {
+    "line": ((8,), ("x",), (("x",), (None, "x"))),
+    "plane": ((4, 2), ("x", "y"), (("x", "y"), ("y", "x"), (None, ("x", "y")))),
+    "cube": ((2, 2, 2), ("x", "y", "z"), (("x", "y", "z"), (("x", "z"), None, "y"), (None, "z"), ())),
+}
+PLACES = [(mesh, place) for mesh, (_, _, specs) in MESHES.items() for place in range(len(specs))]
+KINDS = ("auto", "explicit", "mixed")
+CASES = [(m, s) for m in METHODS for s in ("none", "dare", "magnitude_model", "magnitude_weights")] + [
+    ("slerp", "none")
+]
+FAST = [
+    ("linear", "none", "cube", 0, "explicit"),
+    ("linear", "none", "plane", 0, "mixed"),
+    ("task_arithmetic", "dare", "plane", 1, "explicit"),
+    ("ties_mergekit", "magnitude_model", "cube", 1, "explicit"),
+]
+# Every method, on the places and the kinds of axes in turn; and one method that does everything on each of them.
+ALL = [(*case, *PLACES[i % len(PLACES)], KINDS[i % len(KINDS)]) for i, case in enumerate(CASES)]
+ALL = list(dict.fromkeys(FAST + ALL + [("ties_paper", "dare", *place, kind) for place in PLACES for kind in KINDS]))
+
+
+def mesh_of(name, kind="auto"):
+    shape, names, _ = MESHES[name]
+    kinds = {"auto": [AUTO], "explicit": [EXPLICIT], "mixed": [EXPLICIT, AUTO]}[kind]
+    return jax.make_mesh(shape, names, axis_types=tuple(kinds[i % len(kinds)] for i in range(len(shape))))
+
+
+def put(tree, mesh, spec):
+    """Leaves of the tree on a mesh, as far as the spec fits them."""
+
+    def place(leaf):
+        fits = [axis for axis, _ in zip(spec, leaf.shape, strict=False)]
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*fits)))
+
+    return {name: place(leaf) for name, leaf in tree.items()}
+
+
+def call_and_oracle(method, sparsifier):
+    """A function (experts, base) → merged, the models it takes, and what it must give."""
+    base, experts = models(DTYPES["bfloat16"], 2, SHAPES)
+    if method == "slerp":
+        call = functools.partial(m3jax.merge, method=m3jax.slerp(), weights=0.25)
+        return lambda e, b: call(e, base=b), experts, base, oracle.merge(experts, method="slerp", weights=0.25)
+    made, _, told = METHODS[method]
+    sparse, _, told_sparse = SPARSIFIERS[sparsifier]
+    call = functools.partial(m3jax.merge, method=made, weights=WEIGHTS, sparsify=sparse, key=5)
+    want = oracle.merge(experts, base, weights=WEIGHTS, seed=5, **(told | told_sparse))
+    return lambda e, b: call(e, base=b), experts, base, want
+
+
+@pytest.mark.parametrize(("method", "sparsifier", "mesh", "place", "kind"), few(ALL, *FAST))
+def test_no_kind_of_mesh_changes_a_bit(method, sparsifier, mesh, place, kind):
+    call, experts, base, want = call_and_oracle(method, sparsifier)
+    devices = mesh_of(mesh, kind)
+    there = [put(e, devices, MESHES[mesh][2][place]) for e in experts]
+    here = put(base, devices, MESHES[mesh][2][place])
+    eager = call(there, here)
+    assert same(eager, want) == (True, [])
+    for name, leaf in eager.items():
+        assert leaf.sharding.is_equivalent_to(here[name].sharding, leaf.ndim), name
+    traced = jax.jit(call)(there, here)
+    assert same(traced, want) == (True, [])
+    if kind == "explicit":
+        assert all(jax.typeof(leaf) == jax.typeof(here[name]) for name, leaf in traced.items())
+    if kind == "explicit" and place == 0:
+        with jax.set_mesh(devices):
+            assert same(jax.jit(call)(there, here), want) == (True, [])
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    few(
+        [(m, k) for m in ("linear", "ties_paper") for k in ("auto", "explicit")],
+        ("linear", "auto"),
+        ("linear", "explicit"),
+    ),
+)
+def test_where_shardings_differ_the_output_follows_the_template(method, kind):
+    call, experts, base, want = call_and_oracle(method, "dare")
+    plane, cube = mesh_of("plane", kind), mesh_of("cube", kind)
+    here = put(base, plane, ("y", "x"))
+    there = [put(experts[0], plane, (None, ("x", "y"))), put(experts[1], cube, ("z", "y"))]
+    alone = jax.tree.map(lambda x: jax.device_put(x, jax.devices()[3]), experts[1])
+    for others in (there, [there[0], alone], experts):
+        merged = call(others, here)
+        assert same(merged, want) == (True, [])
+        for name, leaf in merged.items():
+            assert leaf.sharding.is_equivalent_to(here[name].sharding, leaf.ndim), name
+    if kind == "explicit":
+        same_mesh = [there[0], put(experts[1], plane, ("x",))]
+        traced = jax.jit(call)(same_mesh, here)
+        assert same(traced, want) == (True, [])
+        assert all(jax.typeof(leaf) == jax.typeof(here[name]) for name, leaf in traced.items())
+
+
+def test_a_template_on_the_host_leaves_the_experts_sharding():
+    call, experts, base, want = call_and_oracle("task_arithmetic", "none")
+    there = [put(e, mesh_of("plane"), ("x", "y")) for e in experts]
+    merged = call(there, base)
+    assert same(merged, want) == (True, [])
+    assert merged["matrix"].sharding.is_equivalent_to(there[0]["matrix"].sharding, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_gradients_and_batches_on_a_mesh(kind):
+    _, experts, base, _ = call_and_oracle("linear", "none")
+    experts, base = [{"matrix": e["matrix"]} for e in experts], {"matrix": base["matrix"]}
+    mesh = mesh_of("plane", kind)
+    there, here = [put(e, mesh, ("x", "y")) for e in experts], put(base, mesh, ("x", "y"))
+
+    @jax.jit
+    def merged(w, experts, base):
+        return m3jax.merge(experts, m3jax.ties(0.4), base=base, weights=w, dtype="float32")
+
+    batch = jnp.array([[0.3, 0.45], [0.75, 0.25]], jnp.float32)
+    stacked = jax.vmap(merged, in_axes=(0, None, None))(batch, there, here)
+    for i in range(2):
+        assert same({k: v[i] for k, v in stacked.items()}, merged(batch[i], experts, base)) == (True, [])
+    slope = jax.jit(jax.grad(lambda w, e, b: merged(w, e, b)["matrix"].sum()))
+    want = slope(batch[0], experts, base)
+    with jax.set_mesh(mesh):
+        assert np.allclose(slope(batch[0], there, here), want, rtol=1e-3, atol=1e-3)
+
+
+COLLECTIVES = ("all-reduce", "all-gather", "collective-permute", "all-to-all", "reduce-scatter")
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_masks_are_made_where_they_are_used(kind):
+    """No device works on more than its part, and none talks to another."""
+    call, experts, base, _ = call_and_oracle("task_arithmetic", "dare")
+    place = functools.partial(put, mesh=mesh_of("plane", kind), spec=("x", "y"))
+    cube = [{"cube": place(e)["cube"]} for e in (*experts, base)]
+    text = jax.jit(call).lower(cube[:2], cube[2]).compile().as_text()
+    assert "[2,8,4]" in text
+    assert "[8,16,4]" not in text
+    assert not [word for word in COLLECTIVES if word in text]
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize("by_scatter", [True, False])
+def test_rankings_exchange_counts_and_no_parameters(kind, by_scatter, monkeypatch):
+    monkeypatch.setattr(arrays, "_counts_by_scatter", lambda _: by_scatter)
+    call, experts, base, _ = call_and_oracle("ties_paper", "dare")
+    place = functools.partial(put, mesh=mesh_of("plane", kind), spec=(None, ("x", "y")))
+    leaf = [{"matrix": place(e)["matrix"]} for e in (*experts, base)]
+    text = jax.jit(lambda e, b: call(e, b)).lower(leaf[:2], leaf[2]).compile().as_text()
+    assert "all-reduce" in text
+    assert not [word for word in COLLECTIVES[1:] if word in text]
