@@ -26,7 +26,7 @@ from m3jax.exploration.selection import MEAN, Result, check_select, choose, pare
 from m3jax.exploration.strategies import ADAPTIVE, EXTENSIBLE, Trial, pursue, strategy_of
 from m3jax.methods.mixup import GRANULARITIES
 from m3jax.progress import Progress
-from m3jax.recipe import Mixup, Recipe, load_recipe
+from m3jax.recipe import MixupSettings, Recipe, load_recipe
 from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, Ready, prepared
 from m3jax.streaming.merging import MergeResult, merge_checkpoint
 
@@ -205,7 +205,7 @@ def _largest_number(strategy: str, samples: int, optimize: Optimization | None) 
 def _check_optimization(how: Optimization, recipe: Recipe, space: Space, has_devs: bool) -> None:
     check_count("--batch-size", how.batch_size)
     check_whole("--steps", how.steps)
-    optimizing.check_optimization(how, space.interpolates)
+    optimizing.check_optimization(how, space.position)
     assert recipe.mixup is not None
     order = GRANULARITIES.index
     if how.granularity is not None and order(how.granularity) < order(recipe.mixup.granularity):
@@ -369,4 +369,4 @@ def _search(
 def _with_granularity(recipe: Recipe, granularity: str) -> Recipe:
     """The recipe whose weights have this granularity."""
     assert recipe.mixup is not None
-    return recipe.model_copy(update={"mixup": Mixup(alpha=recipe.mixup.alpha, granularity=granularity)})
+    return recipe.model_copy(update={"mixup": MixupSettings(alpha=recipe.mixup.alpha, granularity=granularity)})

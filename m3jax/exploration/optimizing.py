@@ -25,8 +25,7 @@ from m3jax.evaluation import tokens
 from m3jax.exploration.resident import Params, Resident, merge_arrays
 from m3jax.exploration.samples import Weights, weights_of
 from m3jax.exploration.scoring import Dev
-from m3jax.methods import leaf as pipeline
-from m3jax.methods.base import Scalars
+from m3jax.methods.leaf import LeafScalars
 from m3jax.methods.mixup import GRANULARITIES
 from m3jax.naming import block_group
 from m3jax.streaming.plan import WHOLE_MODEL
@@ -69,9 +68,9 @@ class Learned(NamedTuple):
     losses: tuple[float, ...]
 
 
-def check_optimization(how: Optimization, interpolates: bool) -> None:
+def check_optimization(how: Optimization, position: bool) -> None:
     """Raise M3Error for settings that cannot be followed."""
-    if interpolates:
+    if position:
         raise M3Error("--optimize learns weights of sums, and slerp has none: take linear, task_arithmetic or ties")
     if how.loss not in LOSSES:
         raise M3Error(f"--optimize is {how.loss!r}, but must be one of {', '.join(LOSSES)}")
@@ -88,8 +87,8 @@ def _groups(resident: Resident, granularity: str) -> dict[str, str]:
 
 
 def _traced_scalars(
-    resident: Resident, known: Mapping[str, Scalars], group_of: Mapping[str, str], weights: Mapping[str, Array]
-) -> dict[str, Scalars]:
+    resident: Resident, known: Mapping[str, LeafScalars], group_of: Mapping[str, str], weights: Mapping[str, Array]
+) -> dict[str, LeafScalars]:
     """The scalars of a merge whose weights are traced: what they fold into is folded in the trace."""
     found = {}
     for tensor in resident.plan.tensors:
@@ -97,8 +96,8 @@ def _traced_scalars(
             continue
         name = tensor.output.name
         own = tuple(Double.of(w) for w in weights[group_of[name]])
-        folded = pipeline.leaf_scalars(tensor.pipeline, tensor.settings._replace(weights=own), None)
-        found[name] = known[name]._replace(coefficients=folded.coefficients, election=folded.election)
+        method = tensor.pipeline.method
+        found[name] = known[name]._replace(method=method.fold(method.options, tensor.settings._replace(weights=own)))
     return found
 
 

@@ -5,6 +5,7 @@ files; the program takes them as run-time arguments, so that a sample costs no c
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -18,12 +19,11 @@ from m3jax.arithmetic import exact, threefry
 from m3jax.cluster.processes import ALONE
 from m3jax.errors import M3Error
 from m3jax.exploration.samples import Weights, weights_of
-from m3jax.methods import leaf, slerp
-from m3jax.methods.base import Scalars
-from m3jax.streaming.findings import MERGE, Findings, phases_of
+from m3jax.methods.leaf import LeafScalars, merged_leaf
+from m3jax.streaming.findings import MERGE, Findings, in_rows, phases_of
 from m3jax.streaming.jobs import Ready
 from m3jax.streaming.passes import Circumstances, Passes
-from m3jax.streaming.plan import FLOATS, Plan, TensorPlan
+from m3jax.streaming.plan import FLOATS, MergePlan, TensorPlan, row_size
 from m3jax.streaming.reading import default_chunk_entries
 from m3jax.trees import loading
 
@@ -37,20 +37,18 @@ class Resident(NamedTuple):
     Attributes:
         plan: What happens to each tensor.
         arrays: The inputs' arrays of each tensor, in the order of its sources; of copied ones the first.
-        findings: Thresholds and signs, which no weights enter.
-        products: For slerp, each tensor's inner products.
+        findings: What was measured, which no weights enter.
         root: uint32[2], the recipe's root key.
         merged: The compiled program, from arrays, scalars and a zero to merged arrays.
     """
 
-    plan: Plan
+    plan: MergePlan
     arrays: dict[str, tuple[Array, ...]]
     findings: Findings
-    products: Mapping[str, slerp.InnerProducts]
     root: threefry.Words
     merged: Callable[[Any, Any, Any], Params]
 
-    def scalars(self, weights: Weights) -> dict[str, Scalars]:
+    def scalars(self, weights: Weights) -> dict[str, LeafScalars]:
         """The run-time scalars of a merge with these weights, on the host.
 
         Args:
@@ -60,12 +58,9 @@ class Resident(NamedTuple):
         for tensor in self.plan.tensors:
             if tensor.settings is None:
                 continue
-            name, own = tensor.output.name, weights_of(weights, tensor.output.name)
-            scalars = self.findings.scalars(tensor._replace(settings=tensor.settings._replace(weights=own)), self.root)
-            if name in self.products:
-                coefficients = np.asarray(slerp.arc_coefficients(self.products[name], own[0]))
-                scalars = scalars._replace(coefficients=coefficients)
-            found[name] = scalars
+            own = weights_of(weights, tensor.output.name)
+            told = tensor._replace(settings=tensor.settings._replace(weights=own))
+            found[tensor.output.name] = self.findings.scalars(told, self.root)
         return found
 
     def merge(self, weights: Weights) -> Params:
@@ -78,7 +73,7 @@ class Resident(NamedTuple):
 
 
 def merge_arrays(
-    plan: Plan, arrays: Mapping[str, tuple[Array, ...]], scalars: Mapping[str, Scalars], zero: exact.Zero
+    plan: MergePlan, arrays: Mapping[str, tuple[Array, ...]], scalars: Mapping[str, LeafScalars], zero: exact.Zero
 ) -> Params:
     """Every tensor of a plan merged; pure, for use under jit.
 
@@ -95,9 +90,12 @@ def merge_arrays(
             merged[name] = sources[0]
             continue
         experts, base = (sources[1:], sources[0]) if tensor.has_base else (sources, None)
-        index = threefry.flat_index(experts[0].shape)
-        dtype = FLOATS[tensor.output.dtype]
-        merged[name] = leaf.merged_leaf(tensor.pipeline, experts, base, scalars[name], index, zero, dtype)
+        shape = experts[0].shape
+        rows = (math.prod(shape[:-1]), row_size(tensor)) if tensor.pipeline.rows else shape
+        experts, base = in_rows(rows, experts), in_rows(rows, base)
+        index, dtype = threefry.flat_index(rows), FLOATS[tensor.output.dtype]
+        array = merged_leaf(tensor.pipeline, experts, base, scalars[name], index, zero, dtype)
+        merged[name] = array.reshape(shape)
     return merged
 
 
@@ -114,7 +112,7 @@ def _load(ready: Ready, mesh: Mesh | None) -> dict[str, tuple[Array, ...]]:
     """The arrays of every tensor; copied ones must be equal in all sources, of which one is kept."""
     used = sorted({position for tensor in ready.plan.tensors for position in tensor.sources})
     loaded = {
-        position: loading.load(ready.models[position].place.path, lambda name, shape: _spread(mesh, shape), flat=True)
+        position: loading.load_checkpoint(ready.models[position].checkpoint, lambda name, shape: _spread(mesh, shape))
         for position in used
     }
     arrays = {}
@@ -156,39 +154,14 @@ def _check_equal(ready: Ready, tensor: TensorPlan, sources: Sequence[Array]) -> 
 
 
 def _measured(ready: Ready, root_seed: int) -> Findings:
-    """Thresholds and signs, by the passes that `m3jax merge` makes."""
+    """What the method must know of more than one entry, by the passes that `m3jax merge` makes."""
     how = Circumstances(default_chunk_entries(len(ready.models), 4), None, ALONE, False, None)
     passes = Passes(ready.plan, [model.checkpoint for model in ready.models], root_seed, None, how)
     for phase in phases_of(ready.plan):
-        stages = [stage for stage in phase if stage != MERGE and stage.kind not in ("largest", "sums")]
-        if stages and not passes.findings.settled(stages[0]):
-            passes.measure(stages, ready.plan.tensors)
+        steps = [step for step in phase if step != MERGE]
+        if steps and not passes.findings.settled(steps[0]):
+            passes.measure(steps, ready.plan.tensors)
     return passes.findings
-
-
-@jax.jit
-def _largest(experts: tuple[Array, ...], zero: Any) -> Array:
-    return slerp.largest(tuple(exact.widen(x) for x in experts), zero)
-
-
-@jax.jit
-def _sums(experts: tuple[Array, ...], largest: Array, zero: Any) -> Array:
-    return slerp.integer_sums(tuple(exact.widen(x) for x in experts), largest, zero)
-
-
-def _products(plan: Plan, arrays: Mapping[str, tuple[Array, ...]]) -> dict[str, slerp.InnerProducts]:
-    """Slerp's inner products, measured once for all positions."""
-    found: dict[str, slerp.InnerProducts] = {}
-    if not plan.pipeline.method.interpolates:
-        return found
-    zero = np.uint32(0)
-    for tensor in plan.tensors:
-        if tensor.pipeline is not None:
-            experts = arrays[tensor.output.name]
-            largest = _largest(experts, zero)
-            sums = slerp.to_integers(np.asarray(_sums(experts, largest, zero)))
-            found[tensor.output.name] = slerp.inner_products(np.asarray(largest), sums)
-    return found
 
 
 def load_resident(ready: Ready, seed: int, mesh: Mesh | None = None) -> Resident:
@@ -205,4 +178,4 @@ def load_resident(ready: Ready, seed: int, mesh: Mesh | None = None) -> Resident
     findings = _measured(ready, seed)
     arrays = _load(ready, mesh)
     program = jax.jit(functools.partial(merge_arrays, ready.plan))
-    return Resident(ready.plan, arrays, findings, _products(ready.plan, arrays), threefry.root_key(seed), program)
+    return Resident(ready.plan, arrays, findings, threefry.root_key(seed), program)

@@ -10,7 +10,7 @@ from m3jax.errors import M3Error
 from m3jax.methods.mixup import draw_weights, weights_at
 from m3jax.naming import block_group
 from m3jax.recipe import Recipe
-from m3jax.streaming.plan import WHOLE_MODEL, Plan
+from m3jax.streaming.plan import WHOLE_MODEL, MergePlan
 
 Weights = Mapping[str, tuple[float, ...]]
 """Merging weights by group of tensors, as a manifest records them; for slerp the one position t."""
@@ -23,14 +23,14 @@ class Space(NamedTuple):
         groups: The groups that have weights of their own; `WHOLE_MODEL` alone where one draw serves the model.
         num_experts: Weights per group.
         alpha: Of the Beta or Dirichlet that independent draws follow.
-        interpolates: The method takes a position t for its weights.
+        position: The method takes a position t for its weights.
         root: uint32[2], the recipe's root key.
     """
 
     groups: tuple[str, ...]
     num_experts: int
     alpha: float | tuple[float, float]
-    interpolates: bool
+    position: bool
     root: threefry.Words
 
     @property
@@ -39,7 +39,7 @@ class Space(NamedTuple):
         return len(self.groups) * (self.num_experts - 1)
 
 
-def space_of(recipe: Recipe, plan: Plan) -> Space:
+def space_of(recipe: Recipe, plan: MergePlan) -> Space:
     """The space of a recipe's draws.
 
     Args:
@@ -55,11 +55,11 @@ def space_of(recipe: Recipe, plan: Plan) -> Space:
         )
     pipe = plan.pipeline
     root = threefry.root_key(recipe.seed)
-    return Space(tuple(plan.weights), pipe.num_experts, recipe.mixup.alpha, pipe.method.interpolates, root)
+    return Space(tuple(plan.weights), pipe.num_experts, recipe.mixup.alpha, pipe.method.weighting == "position", root)
 
 
 def _stored(space: Space, weights: tuple[float, ...]) -> tuple[float, ...]:
-    return weights[:1] if space.interpolates else weights
+    return weights[:1] if space.position else weights
 
 
 def drawn(space: Space, sample: int) -> Weights:

@@ -1,14 +1,15 @@
-"""What every merge method is made of: plain data and pure functions of leaves.
+"""What merge methods and sparsifiers are made of: plain data and pure functions of leaves.
 
-A leaf is one parameter array, or one flat chunk of it: methods are elementwise once the few scalars that depend on
-more than one entry are known, so they cannot tell the difference.
+A leaf is one parameter array, or one chunk of it. What a method must know of more than one entry it asks for by
+`Measure`s; once these are concluded it works on entries alone, or on whole rows where it says so, so that it cannot
+tell an array from a chunk, one device from many, or memory from disk.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, Int32, UInt32
+from jaxtyping import Array, Bool, Float, UInt32
 
 from m3jax.arithmetic.exact import Zero
 from m3jax.errors import M3Error
@@ -17,55 +18,150 @@ TARGETS = ("delta", "weights")
 SCOPES = ("tensor", "model")
 
 Values = tuple[Float[Array, "..."], ...]
-"""One float32 array per expert, all of one shape."""
+"""One float32 array per expert, all of one shape; rows lie along the last axis."""
 
 Index = tuple[UInt32[Array, "..."], UInt32[Array, "..."]]
 """High and low word of each entry's flat row-major index in its whole tensor."""
 
+Words = tuple[Any, Any]
+"""High and low uint32 words of counts that may pass 2³²."""
+
 Scalar = Any
 """A host float, or a traced scalar (`m3jax.arithmetic.double.Double`)."""
 
+Numbers = Mapping[str, tuple[float, ...]]
+"""Parameters that may differ between tensors, by name: one number per expert."""
 
-class Scalars(NamedTuple):
-    """The run-time scalars of one leaf; what a method does not use stays at its neutral value.
-
-    Attributes:
-        coefficients: What each expert is multiplied with: [n], or [2ⁿ, n] indexed by which experts agree (TIES).
-        election: Factor of each expert in the election of a sign; None for ones.
-        comparison: Factor that makes an expert's magnitudes comparable between tensors; None for ones.
-        enlarge: 1/density where it cannot be folded into a coefficient (sparsified raw weights).
-        mask_keys: Threefry keys of the leaf's mask streams.
-        keep_below: DARE keeps an entry whose word is below this.
-        keep_all: DARE keeps every entry of this expert.
-        drop_below: The magnitude sparsifier keeps bits of |δ| at least this large.
-        trim_below: TIES keeps bits of |δ̃| at least this large.
-        tie_sign: The sign elected where the sum is exactly zero: −1, 0 or 1.
-    """
-
-    coefficients: Float[Any, "..."]
-    election: Float[Any, " n"] | None
-    comparison: Float[Any, " n"] | None
-    enlarge: Float[Any, " n"]
-    mask_keys: UInt32[Any, "pairs 2"]
-    keep_below: UInt32[Any, " n"]
-    keep_all: Any
-    drop_below: UInt32[Any, " n"]
-    trim_below: UInt32[Any, " n"]
-    tie_sign: Int32[Any, ""]
+Density = float | tuple[float, ...]
+"""One share of entries for all experts, or one for each."""
 
 
-class Fold(NamedTuple):
-    """What the coefficients of a leaf are folded from: host floats, or traced scalars for the weights.
+class Settings(NamedTuple):
+    """The numbers of one leaf, which recipes may give per tensor.
 
     Attributes:
-        weights: One per expert.
-        densities: What each expert's coefficient is divided by; 0 drops the expert.
-        scale: λ of task arithmetic and TIES.
+        weights: One per expert, or the one position t; host floats or traced scalars.
+        scale: λ.
+        sparsifier: The sparsifier's parameters.
+        method: The method's parameters.
+        comparison: Factors that make an expert's magnitudes comparable between tensors (1 unless what they are
+            divided by varies).
+        divisors: What each expert's coefficient is divided by, for a sparsifier that rescales; 0 drops the expert.
     """
 
     weights: Sequence[Scalar]
-    densities: Sequence[float]
     scale: Scalar
+    sparsifier: Numbers
+    method: Numbers
+    comparison: tuple[float, ...]
+    divisors: tuple[float, ...]
+
+
+class Known(NamedTuple):
+    """What is known of a leaf when its entries are worked on.
+
+    Attributes:
+        scalars: What `fold` gave.
+        found: What the measures concluded, by name; a measure that had nothing to do is absent.
+        entries: Where they lie in their tensor, by index.
+        mask_keys: uint32[pairs, 2], Threefry keys of the leaf's mask streams; None without a random sparsifier.
+        zero: A run-time zero, see `exact.fence`.
+    """
+
+    scalars: Any
+    found: Mapping[str, Any]
+    entries: Index
+    mask_keys: UInt32[Any, "pairs 2"] | None
+    zero: Zero
+
+
+class Place(NamedTuple):
+    """Where a measure counts, which decides by which rounds it does so; the result does not depend on it.
+
+    Attributes:
+        streamed: Chunk by chunk from files, not over arrays in memory.
+        platform: JAX's name of the devices: "cpu", "gpu", "tpu".
+        entries: How many are counted, of a model-wide measure; else 0.
+    """
+
+    streamed: bool
+    platform: str
+    entries: int
+
+
+class Extent(NamedTuple):
+    """How much one conclusion of a measure is about.
+
+    Attributes:
+        entries: In its scope, of each expert.
+        rows: Under scope "row", the leading axes of the leaf; else ().
+        experts: How many there are.
+    """
+
+    entries: int
+    rows: tuple[int, ...]
+    experts: int
+
+
+class Round(NamedTuple):
+    """One going-over of everything that a measure's scope holds.
+
+    Attributes:
+        name: Tells the rounds of a measure apart.
+        counts: Pure function (options, values, known, state, valid) → a uint32 array; those of parts reduce in any
+            order. `valid` says which entries count, None for all. Under scope "row" the leading axes are the rows,
+            and nothing is reduced between chunks. With `finish` or "gather", a list of arrays with an entry for each
+            entry of a chunk.
+        reduction: "sum"; "max"; or "gather", of streamed samples, whose total is the list joined.
+        finish: (arrays cut to the chunk's size) → counts, in numpy, for what is counted faster on the host.
+        repeats: How often the round is gone through; the state knows how far it is.
+        sampled: Only about 2²² entries spread over the scope are read.
+        fallback: Needed only where what came before has not settled the measure.
+    """
+
+    name: str
+    counts: Callable[[Any, Values, Known, Any, Bool[Array, "..."] | None], Any]
+    reduction: str = "sum"
+    finish: Callable[[Sequence[np.ndarray]], Any] | None = None
+    repeats: int = 1
+    sampled: bool = False
+    fallback: bool = False
+
+
+class Measure(NamedTuple):
+    """How a method or sparsifier learns more than one entry; no weight enters, so that many merges share what is found.
+
+    Drivers carry counts: they go through the rounds, reduce what is counted over chunks, devices and processes, and
+    let the state advance. All functions take the owner's `options` first.
+
+    Attributes:
+        name: What `Known.found` calls its conclusion.
+        label: What it does, for people: "ranking magnitudes".
+        scope: "row", "tensor" or "model": over what one conclusion holds.
+        needed: (options, numbers) → whether a leaf with these parameters needs it.
+        begin: (options, numbers, extent) → the state before the first round, a pytree of host arrays, of the structure
+            that all later states have.
+        rounds: Place → the rounds.
+        advance: (options, round's name, state, totals) → the state after a round, in numpy where the totals are
+            there, else traced. Totals of a sum are `Words`.
+        conclude: (options, state, settings) → scalars, a pytree of the method's own. Under scope "row", arrays whose
+            leading axes are the rows.
+        settled: (options, state) → whether fallback rounds can be left out.
+        values: "given": what the sparsifier gets; "sparse": what the method combines.
+        uniform: The parameters that must be the same in all that a scope "model" holds.
+    """
+
+    name: str
+    label: str
+    scope: str
+    needed: Callable[[Any, Numbers], bool]
+    begin: Callable[[Any, Numbers, Extent], Any]
+    rounds: Callable[[Place], tuple[Round, ...]]
+    advance: Callable[[Any, str, Any, Any], Any]
+    conclude: Callable[[Any, Any, Settings], Any]
+    settled: Callable[[Any, Any], bool] = lambda options, state: False
+    values: str = "sparse"
+    uniform: tuple[str, ...] = ()
 
 
 class Method(NamedTuple):
@@ -73,51 +169,75 @@ class Method(NamedTuple):
 
     Attributes:
         name: As in recipes.
-        fold: `Fold` → the float32 coefficients, folded in float64 and rounded once.
-        combine: Pure elementwise function (values, scalars, zero) → float32 array, before the base is added.
+        fold: (options, settings) → scalars (a pytree), folded in float64 and rounded once to float32.
+        combine: Pure function (options, values, known) → float32 array, before the base is added.
+        measures: What it must know of more than one entry, in order; a later one sees what an earlier one found.
+        options: Its own hyper-parameters, hashable: equal methods share compiled programs.
+        parameters: Those that may differ between tensors, each a number or one per expert.
         uses_base: Works on task vectors, so it needs a base.
-        normalize: Divide by the sum of the weights.
         scale: λ, applied after normalisation.
-        density: Share of entries that trimming keeps, one number or one per expert; None for methods that never trim.
-        trim_scope: "model" or "tensor": over what the magnitudes are ranked.
-        sign_election: "unweighted", "weighted", or None for methods that elect no sign.
-        interpolates: Takes a position t between two experts for its weights and needs their inner products (slerp).
+        weighting: "each": one weight per expert; "position": one position t between two experts; "none".
+        experts: The fewest and the most that it can merge; None for any number.
+        sparsifies: Whether a sparsifier may go before it.
+        rows: Needs whole rows: chunks are cut between them.
+        check: (options, numbers) → raises M3Error for parameters that cannot be.
     """
 
     name: str
-    fold: Callable[["Method", Fold], Any]
-    combine: Callable[["Method", Values, Scalars, Zero], Float[Array, "..."]]
+    fold: Callable[[Any, Settings], Any]
+    combine: Callable[[Any, Values, Known], Float[Array, "..."]]
+    measures: tuple[Measure, ...] = ()
+    options: Any = None
+    parameters: tuple[tuple[str, Density], ...] = ()
     uses_base: bool = False
-    normalize: bool = False
     scale: float = 1.0
-    density: float | tuple[float, ...] | None = None
-    trim_scope: str = "tensor"
-    sign_election: str | None = None
-    interpolates: bool = False
+    weighting: str = "each"
+    experts: tuple[int, int | None] = (1, None)
+    sparsifies: bool = True
+    rows: bool = False
+    check: Callable[[Any, Numbers], None] | None = None
 
 
 class Sparsifier(NamedTuple):
     """A way to drop entries of each expert before they are combined.
 
     Attributes:
-        name: "dare" or "magnitude".
-        apply: Pure elementwise function (values, scalars, index) → values with dropped entries made zero.
-        density: Share of entries kept, one number or one per expert.
+        name: As in recipes.
+        apply: Pure function (options, values, known) → values with dropped entries made zero.
+        fold: (options, numbers, shape of the leaf) → scalars (a pytree of host arrays).
+        measures: As a method's, of what it is given.
+        options: Its own hyper-parameters, hashable.
+        parameters: Those that may differ between tensors, each a number or one per expert. A `density` of 1 for every
+            expert keeps all: the sparsifier is then left out.
         target: "delta" (task vectors) or "weights" (the raw parameters).
-        rescale: Divide what is kept by the density.
-        scope: For "magnitude": "tensor" or "model".
+        rescale: What is kept is divided by the `density`; folded into the method's coefficients where it can be.
+        random: Draws masks, and so needs a key.
+        rows: Needs whole rows.
+        check: (options, numbers) → raises M3Error for parameters that cannot be.
     """
 
     name: str
-    apply: Callable[[Values, Scalars, Index], Values]
-    density: float | tuple[float, ...]
+    apply: Callable[[Any, Values, Known], Values]
+    fold: Callable[[Any, Numbers, tuple[int, ...]], Any]
+    measures: tuple[Measure, ...] = ()
+    options: Any = None
+    parameters: tuple[tuple[str, Density], ...] = ()
     target: str = "delta"
-    rescale: bool = True
-    scope: str = "tensor"
+    rescale: bool = False
+    random: bool = False
+    rows: bool = False
+    check: Callable[[Any, Numbers], None] | None = None
 
 
-Density = float | tuple[float, ...]
-"""One share of entries for all experts, or one for each."""
+def checked_target(name: str, target: str) -> str:
+    """A sparsifier's target.
+
+    Raises:
+        M3Error: It is neither "delta" nor "weights".
+    """
+    if target not in TARGETS:
+        raise M3Error(f"{name}: target is {target!r}, but must be 'delta' or 'weights'")
+    return target
 
 
 def plain_density(where: str, density: float | Sequence[float]) -> Density:
@@ -134,14 +254,14 @@ def plain_density(where: str, density: float | Sequence[float]) -> Density:
     return numbers[0] if isinstance(density, int | float | np.number) else numbers
 
 
-def per_expert(value: float | Sequence[float], num_experts: int) -> tuple[float, ...]:
+def per_expert(name: str, value: float | Sequence[float], num_experts: int) -> tuple[float, ...]:
     """One number per expert, of one number or of a sequence of them.
 
     Raises:
         M3Error: The sequence has another length.
     """
-    if isinstance(value, int | float | np.floating):
+    if isinstance(value, int | float | np.number):
         return (float(value),) * num_experts
     if len(value) != num_experts:
-        raise M3Error(f"density: {len(value)} are given, but there are {num_experts} experts")
+        raise M3Error(f"{name}: {len(value)} are given, but there are {num_experts} experts")
     return tuple(float(v) for v in value)

@@ -4,22 +4,43 @@ References:
     Yu et al., Language models are super Mario: Absorbing abilities from homologous models as a free lunch, 2024.
 """
 
+from typing import Any, NamedTuple
+
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, UInt32
 
 from m3jax.arithmetic import threefry
-from m3jax.errors import M3Error
-from m3jax.methods.base import TARGETS, Index, Scalars, Sparsifier, Values, plain_density
+from m3jax.methods.base import Density, Known, Numbers, Sparsifier, Values, checked_target, plain_density
 
 
-def _apply(values: Values, scalars: Scalars, index: Index) -> Values:
-    words = threefry.mask_words(scalars.mask_keys, index, len(values))
+class Keep(NamedTuple):
+    """Which words of a mask's stream keep an entry.
+
+    Attributes:
+        below: A word below this one does.
+        everything: Every word does.
+    """
+
+    below: UInt32[Any, " n"]
+    everything: Bool[Any, " n"]
+
+
+def _fold(options: None, numbers: Numbers, shape: tuple[int, ...]) -> Keep:
+    keep = [threefry.keep_threshold(density) for density in numbers["density"]]
+    return Keep(np.array([k & 0xFFFFFFFF for k in keep], np.uint32), np.array([k == 2**32 for k in keep]))
+
+
+def _apply(options: None, values: Values, known: Known) -> Values:
+    assert known.mask_keys is not None  # a random sparsifier has them
+    words = threefry.mask_words(known.mask_keys, known.entries, len(values))
     return tuple(
-        jnp.where((word < scalars.keep_below[i]) | scalars.keep_all[i], value, 0.0)
+        jnp.where((word < known.scalars.below[i]) | known.scalars.everything[i], value, 0.0)
         for i, (word, value) in enumerate(zip(words, values, strict=True))
     )
 
 
-def dare(density: float | tuple[float, ...], target: str = "delta", rescale: bool = True) -> Sparsifier:
+def dare(density: Density, target: str = "delta", rescale: bool = True) -> Sparsifier:
     """Drop each entry with probability 1 − density, and divide the rest by the density.
 
     Args:
@@ -31,12 +52,18 @@ def dare(density: float | tuple[float, ...], target: str = "delta", rescale: boo
         M3Error: The density or the target is out of range.
 
     Example:
-        >>> dare(0.2).density
-        0.2
+        >>> dare(0.2).parameters
+        (('density', 0.2),)
 
     References:
         Yu et al., Language models are super Mario, 2024.
     """
-    if target not in TARGETS:
-        raise M3Error(f"dare: target is {target!r}, but must be 'delta' or 'weights'")
-    return Sparsifier("dare", _apply, plain_density("dare", density), target, rescale)
+    return Sparsifier(
+        "dare",
+        _apply,
+        _fold,
+        parameters=(("density", plain_density("dare", density)),),
+        target=checked_target("dare", target),
+        rescale=rescale,
+        random=True,
+    )

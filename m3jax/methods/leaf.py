@@ -1,21 +1,34 @@
 """One leaf's way through a merge: widen, subtract the base, sparsify, combine, add the base, narrow.
 
-Pure functions that both paths share: whole arrays in memory (`merging`) and flat chunks out of core (`streaming`).
+Pure functions that all drivers share: whole arrays in memory (`trees`), chunks out of core (`streaming`), and experts
+that stay in memory while many merges are tried (`exploration`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, UInt32
 from numpy.typing import DTypeLike
 
-from m3jax.arithmetic import exact, threefry
+from m3jax.arithmetic import exact
 from m3jax.arithmetic.exact import Zero
 from m3jax.errors import M3Error
-from m3jax.methods import linear, ties
-from m3jax.methods.base import Fold, Index, Method, Scalar, Scalars, Sparsifier, Values
+from m3jax.methods.base import (
+    Extent,
+    Index,
+    Known,
+    Measure,
+    Method,
+    Numbers,
+    Place,
+    Round,
+    Settings,
+    Sparsifier,
+    Values,
+    per_expert,
+)
 
 
 class Pipeline(NamedTuple):
@@ -24,7 +37,7 @@ class Pipeline(NamedTuple):
     Attributes:
         method: How experts are combined.
         sparsifier: What is dropped before, if anything.
-        num_experts: n ≥ 2.
+        num_experts: n ≥ 1.
     """
 
     method: Method
@@ -36,72 +49,212 @@ class Pipeline(NamedTuple):
         """Whether experts become task vectors: for the method, or because the sparsifier works on them."""
         return self.method.uses_base or (self.sparsifier is not None and self.sparsifier.target == "delta")
 
+    @property
+    def rows(self) -> bool:
+        """Whether entries must come in whole rows."""
+        measured = any(stage.measure.scope == "row" for stage in self.stages)
+        return measured or self.method.rows or (self.sparsifier is not None and self.sparsifier.rows)
 
-class LeafSettings(NamedTuple):
-    """The numbers of one leaf, which recipes may give per tensor.
+    @property
+    def random(self) -> bool:
+        """Whether masks are drawn, for which a key is needed."""
+        return self.sparsifier is not None and self.sparsifier.random
+
+    @property
+    def num_weights(self) -> int:
+        """How many weights a leaf takes."""
+        return {"each": self.num_experts, "position": 1, "none": 0}[self.method.weighting]
+
+    @property
+    def stages(self) -> tuple["Stage", ...]:
+        """The measures in the order in which they are concluded: the sparsifier's, then the method's."""
+        own = () if self.sparsifier is None else self.sparsifier.measures
+        return (
+            *(Stage("sparsifier", number, measure) for number, measure in enumerate(own)),
+            *(Stage("method", number, measure) for number, measure in enumerate(self.method.measures)),
+        )
+
+
+class Stage(NamedTuple):
+    """A measure of a pipeline.
 
     Attributes:
-        weights: One per expert; host floats or traced scalars.
-        densities: What the sparsifier keeps of each expert.
-        comparison: Factors that make magnitudes comparable between tensors (1 unless DARE's density varies).
-        scale: λ.
+        owner: Whose it is, "sparsifier" or "method".
+        number: Which of the owner's measures.
+        measure: The measure.
     """
 
-    weights: Sequence[Scalar]
-    densities: tuple[float, ...]
-    comparison: tuple[float, ...]
-    scale: Scalar
+    owner: str
+    number: int
+    measure: Measure
+
+    @property
+    def key(self) -> str:
+        """What tells it from the pipeline's other measures."""
+        return f"{self.owner}.{self.measure.name}"
+
+    def numbers(self, settings: Settings) -> Numbers:
+        """The owner's parameters of a leaf."""
+        return settings.sparsifier if self.owner == "sparsifier" else settings.method
+
+    def options(self, pipeline: Pipeline) -> Any:
+        """The owner's options."""
+        owner = pipeline.sparsifier if self.owner == "sparsifier" else pipeline.method
+        return None if owner is None else owner.options
+
+    def needed(self, pipeline: Pipeline, settings: Settings) -> bool:
+        """Whether a leaf needs it."""
+        return self.measure.needed(self.options(pipeline), self.numbers(settings))
+
+    def begin(self, pipeline: Pipeline, settings: Settings, extent: Extent) -> Any:
+        """The state before the first round."""
+        return self.measure.begin(self.options(pipeline), self.numbers(settings), extent)
+
+    def round(self, place: Place, name: str) -> Round:
+        """One of its rounds."""
+        return next(each for each in self.measure.rounds(place) if each.name == name)
+
+
+class LeafScalars(NamedTuple):
+    """The run-time scalars of one leaf.
+
+    Attributes:
+        sparsifier: What the sparsifier folded.
+        method: What the method folded.
+        found: What was concluded so far, by owner and measure.
+        mask_keys: Threefry keys of the leaf's mask streams, or None.
+        enlarge: 1/density of each expert where it cannot be folded into a coefficient (sparsified raw weights).
+    """
+
+    sparsifier: Any
+    method: Any
+    found: Mapping[str, Mapping[str, Any]]
+    mask_keys: UInt32[Any, "pairs 2"] | None
+    enlarge: Float[Any, " n"] | None
 
 
 def check_pipeline(pipeline: Pipeline, has_base: bool) -> None:
     """Raise M3Error where a merge cannot be what was asked for."""
     method, sparsifier, n = pipeline
-    if n < 2:
-        raise M3Error(f"{method.name}: there is only {n} expert, but a merge needs at least two")
-    if method.interpolates and n != 2:
-        raise M3Error(f"{method.name}: interpolates between exactly two experts, but there are {n}")
-    if method.interpolates and sparsifier is not None:
+    fewest, most = method.experts
+    if n < fewest or (most is not None and n > most):
+        wanted = f"{fewest}" if fewest == most else f"at least {fewest}" if n < fewest else f"at most {most}"
+        raise M3Error(f"{method.name}: merges {wanted} experts, but there {'is' if n == 1 else 'are'} {n}")
+    if sparsifier is not None and not method.sparsifies:
         raise M3Error(f"{method.name}: cannot be combined with {sparsifier.name}: take linear or task_arithmetic")
     if pipeline.uses_base and not has_base:
         reason = method.name if method.uses_base else f"{sparsifier.name if sparsifier else ''} on task vectors"
         raise M3Error(f"{reason}: needs a base model to take task vectors from, but none is given")
 
 
-def leaf_scalars(pipeline: Pipeline, settings: LeafSettings, mask_keys: Any) -> Scalars:
-    """The scalars of a leaf, with thresholds at their neutral values.
+# --- the numbers of a leaf ----------------------------------------------------------------------------------------
+
+
+def numbers_of(owner: Method | Sparsifier | None, num_experts: int) -> dict[str, tuple[float, ...]]:
+    """The parameters that an owner was made with, one number per expert."""
+    parameters = () if owner is None else owner.parameters
+    return {name: per_expert(name, value, num_experts) for name, value in parameters}
+
+
+def settings_of(
+    pipeline: Pipeline,
+    weights: Sequence[Any],
+    scale: Any,
+    sparsifier: Numbers | None = None,
+    method: Numbers | None = None,
+) -> Settings:
+    """The numbers of one leaf, checked.
+
+    Args:
+        pipeline: What is done.
+        weights: `pipeline.num_weights` of them.
+        scale: λ.
+        sparsifier: The sparsifier's parameters; by default those that it was made with.
+        method: The method's, likewise.
+
+    Raises:
+        M3Error: A parameter is out of range.
+    """
+    n = pipeline.num_experts
+    own = numbers_of(pipeline.sparsifier, n) if sparsifier is None else sparsifier
+    others = numbers_of(pipeline.method, n) if method is None else method
+    for owner, numbers in ((pipeline.sparsifier, own), (pipeline.method, others)):
+        if owner is not None and owner.check is not None:
+            owner.check(owner.options, numbers)
+    folded = pipeline.sparsifier is not None and pipeline.sparsifier.rescale and pipeline.sparsifier.target == "delta"
+    ones = (1.0,) * n
+    return Settings(weights, scale, own, others, ones, own["density"] if folded else ones)
+
+
+def keeps_all(settings: Settings) -> bool:
+    """Whether the sparsifier drops nothing of a leaf."""
+    return all(density >= 1.0 for density in settings.sparsifier.get("density", (0.0,)))
+
+
+def without_idle_sparsifier(pipeline: Pipeline, settings: Settings) -> Pipeline:
+    """The pipeline of a leaf of which everything is kept; the base stays if the sparsifier wanted it."""
+    idle = keeps_all(settings) and pipeline.uses_base == pipeline.method.uses_base
+    return pipeline._replace(sparsifier=None) if pipeline.sparsifier is not None and idle else pipeline
+
+
+def comparable(pipeline: Pipeline, leaves: Sequence[Settings]) -> list[Settings]:
+    """Settings with the factors that make magnitudes comparable over the model, where that is what is measured.
+
+    Magnitudes are ranked before what is kept is divided by its density; where densities differ between leaves, each
+    expert's are scaled so that they compare as the divided ones would.
+    """
+    spans = any(stage.owner == "method" and stage.measure.scope == "model" for stage in pipeline.stages)
+    if not spans or all(divisor == 1.0 for settings in leaves for divisor in settings.divisors):
+        return list(leaves)
+    experts = range(pipeline.num_experts)
+    largest = [max((1.0 / s.divisors[i] for s in leaves if s.divisors[i]), default=1.0) for i in experts]
+
+    def factors(settings: Settings) -> tuple[float, ...]:
+        return tuple(1.0 / d / most if d else 1.0 for d, most in zip(settings.divisors, largest, strict=True))
+
+    return [settings._replace(comparison=factors(settings)) for settings in leaves]
+
+
+def leaf_scalars(
+    pipeline: Pipeline, settings: Settings, shape: tuple[int, ...], mask_keys: UInt32[Any, "pairs 2"] | None
+) -> LeafScalars:
+    """The scalars of a leaf before anything is measured.
 
     Args:
         pipeline: What is done.
         settings: The leaf's numbers.
-        mask_keys: What `bits.pair_keys` gave for the leaf; None where nothing is masked.
+        shape: Of the whole leaf.
+        mask_keys: What `threefry.pair_keys` gave for the leaf, where masks are drawn.
     """
-    n, sparsifier = pipeline.num_experts, pipeline.sparsifier
-    rescaled = sparsifier is not None and sparsifier.rescale
-    folded = rescaled and sparsifier is not None and sparsifier.target == "delta"
-    divisors = settings.densities if folded else (1.0,) * n
-    inverse = [1.0 / d if d else 0.0 for d in divisors]
-    largest = max(inverse) or 1.0
-    votes = settings.weights if pipeline.method.sign_election == "weighted" else (1.0,) * n
-    keep = [threefry.keep_threshold(d) for d in settings.densities]
-    return Scalars(
-        coefficients=pipeline.method.fold(pipeline.method, Fold(settings.weights, divisors, settings.scale)),
-        election=_unless_ones([v * (i / largest) for v, i in zip(votes, inverse, strict=True)]),
-        comparison=_unless_ones(settings.comparison),
-        enlarge=np.array([1.0 / d if d and rescaled and not folded else 1.0 for d in settings.densities], np.float32),
-        mask_keys=np.zeros(((n + 1) // 2, 2), np.uint32) if mask_keys is None else mask_keys,
-        keep_below=np.array([k & 0xFFFFFFFF for k in keep], np.uint32),
-        keep_all=np.array([k == 2**32 for k in keep]),
-        drop_below=np.zeros(n, np.uint32),
-        trim_below=np.zeros(n, np.uint32),
-        tie_sign=np.int32(1),
-    )
+    return scalars_from(pipeline, settings, shape, mask_keys, pipeline.method.fold(pipeline.method.options, settings))
 
 
-def _unless_ones(factors: Sequence[Scalar]) -> Float[Any, " n"] | None:
-    """Factors as float32, or None where multiplying by them would change nothing."""
-    if all(isinstance(f, float) and f == 1.0 for f in factors):
-        return None
-    return linear.stack(list(factors))
+def scalars_from(
+    pipeline: Pipeline, settings: Settings, shape: tuple[int, ...], mask_keys: Any, folded: Any
+) -> LeafScalars:
+    """`leaf_scalars` with what the method has folded for this leaf and others of the same settings."""
+    sparsifier = pipeline.sparsifier
+    own, enlarge = None, None
+    if sparsifier is not None:
+        own = sparsifier.fold(sparsifier.options, settings.sparsifier, shape)
+        if sparsifier.rescale and sparsifier.target == "weights":
+            enlarge = np.array([1.0 / d if d else 1.0 for d in settings.sparsifier["density"]], np.float32)
+    return LeafScalars(own, folded, {"sparsifier": {}, "method": {}}, mask_keys, enlarge)
+
+
+def with_found(pipeline: Pipeline, scalars: LeafScalars, stage: Stage, state: Any, settings: Settings) -> LeafScalars:
+    """The scalars with what a measure concludes from its last state."""
+    concluded = stage.measure.conclude(stage.options(pipeline), state, settings)
+    own = {**scalars.found[stage.owner], stage.measure.name: concluded}
+    return scalars._replace(found={**scalars.found, stage.owner: own})
+
+
+# --- the entries of a leaf ----------------------------------------------------------------------------------------
+
+
+def _known(owner: str, scalars: LeafScalars, index: Index, zero: Zero) -> Known:
+    folded = scalars.sparsifier if owner == "sparsifier" else scalars.method
+    return Known(folded, scalars.found[owner], index, scalars.mask_keys, zero)
 
 
 def _task_vectors(pipeline: Pipeline, experts: Values, base: Array | None) -> Values:
@@ -110,55 +263,70 @@ def _task_vectors(pipeline: Pipeline, experts: Values, base: Array | None) -> Va
     return tuple(exact.subtract(expert, base) for expert in experts)
 
 
-def _widen(experts: Sequence[Array], base: Array | None) -> tuple[Values, Array | None]:
-    return tuple(exact.widen(x) for x in experts), None if base is None else exact.widen(base)
-
-
-def ranked_by_sparsifier(pipeline: Pipeline, experts: Sequence[Array], base: Array | None) -> Values:
-    """The values whose magnitudes the magnitude sparsifier ranks."""
-    wide, wide_base = _widen(experts, base)
+def _given_values(pipeline: Pipeline, experts: Sequence[Array], base: Array | None) -> Values:
+    """What the sparsifier gets, in float32."""
+    wide = tuple(exact.widen(x) for x in experts)
     if pipeline.sparsifier is not None and pipeline.sparsifier.target == "weights":
         return wide
-    return _task_vectors(pipeline, wide, wide_base)
+    return _task_vectors(pipeline, wide, None if base is None else exact.widen(base))
 
 
-def sparse_values(
-    pipeline: Pipeline,
-    experts: Sequence[Array],
-    base: Array | None,
-    scalars: Scalars,
-    index: Index,
-    zero: Zero,
+def _sparse_values(
+    pipeline: Pipeline, experts: Sequence[Array], base: Array | None, scalars: LeafScalars, index: Index, zero: Zero
 ) -> Values:
     """What the method combines: δ̃ of every expert, in float32."""
-    wide, wide_base = _widen(experts, base)
-    sparsifier = pipeline.sparsifier
+    values, sparsifier = _given_values(pipeline, experts, base), pipeline.sparsifier
     if sparsifier is None:
-        return _task_vectors(pipeline, wide, wide_base)
-    if sparsifier.target == "weights":
-        kept = sparsifier.apply(wide, scalars, index)
-        enlarged = tuple(exact.multiply(scalars.enlarge[i], v, zero) for i, v in enumerate(kept))
-        return _task_vectors(pipeline, enlarged, wide_base)
-    return sparsifier.apply(_task_vectors(pipeline, wide, wide_base), scalars, index)
+        return values
+    kept = sparsifier.apply(sparsifier.options, values, _known("sparsifier", scalars, index, zero))
+    if sparsifier.target == "delta":
+        return kept
+    if scalars.enlarge is not None:
+        factors = scalars.enlarge
+        kept = tuple(exact.multiply(factors[i], v, zero) for i, v in enumerate(kept))
+    return _task_vectors(pipeline, kept, None if base is None else exact.widen(base))
 
 
-def ranked_by_trim(
+def counted(
     pipeline: Pipeline,
+    stage: Stage,
+    step: Round,
     experts: Sequence[Array],
     base: Array | None,
-    scalars: Scalars,
+    scalars: LeafScalars,
+    state: Any,
     index: Index,
     zero: Zero,
-) -> Values:
-    """The values whose magnitudes TIES ranks."""
-    return ties.comparable(sparse_values(pipeline, experts, base, scalars, index, zero), scalars, zero)
+    valid: Bool[Array, "..."] | None = None,
+) -> Any:
+    """What a round of a measure counts of a leaf or a chunk.
+
+    Args:
+        pipeline: What is done.
+        stage: The measure.
+        step: Its round.
+        experts: One array per expert.
+        base: The base's array, where it is used.
+        scalars: With what was concluded before.
+        state: The measure's.
+        index: As for `merged_leaf`.
+        zero: As for `merged_leaf`.
+        valid: Which entries count; all when None.
+    """
+    given = stage.measure.values == "given"
+    values = (
+        _given_values(pipeline, experts, base)
+        if given
+        else _sparse_values(pipeline, experts, base, scalars, index, zero)
+    )
+    return step.counts(stage.options(pipeline), values, _known(stage.owner, scalars, index, zero), state, valid)
 
 
 def merged_leaf(
     pipeline: Pipeline,
     experts: Sequence[Array],
     base: Array | None,
-    scalars: Scalars,
+    scalars: LeafScalars,
     index: Index,
     zero: Zero,
     dtype: DTypeLike,
@@ -167,15 +335,17 @@ def merged_leaf(
 
     Args:
         pipeline: What is done.
-        experts: One array per expert: float32, bfloat16 or float16, of one shape.
+        experts: One array per expert: float32, bfloat16 or float16, of one shape; rows along the last axis, where
+            the pipeline needs rows.
         base: The base's array, for methods and sparsifiers that take task vectors.
-        scalars: Of `leaf_scalars`, with the thresholds found.
+        scalars: With everything concluded.
         index: Flat index of each entry in its tensor.
         zero: A run-time zero, see `exact.fence`.
         dtype: Of the result.
     """
-    values = sparse_values(pipeline, experts, base, scalars, index, zero)
-    merged = pipeline.method.combine(pipeline.method, values, scalars, zero)
+    method = pipeline.method
+    values = _sparse_values(pipeline, experts, base, scalars, index, zero)
+    merged = method.combine(method.options, values, _known("method", scalars, index, zero))
     if pipeline.uses_base and base is not None:
         merged = exact.add(merged, exact.widen(base))
     return exact.narrow(jnp.asarray(merged), dtype)

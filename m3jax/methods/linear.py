@@ -5,7 +5,8 @@ References:
 """
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float
@@ -13,27 +14,37 @@ from jaxtyping import Array, Float
 from m3jax.arithmetic import double, exact
 from m3jax.arithmetic.exact import Zero
 from m3jax.errors import M3Error
-from m3jax.methods.base import Fold, Method, Scalar, Scalars, Values
+from m3jax.methods.base import Known, Method, Scalar, Settings, Values
 
 
-def fold_weights(fold: Fold, members: tuple[int, ...], normalize: bool) -> list[Scalar]:
+class Sum(NamedTuple):
+    """Options of a weighted sum.
+
+    Attributes:
+        normalize: Divide by the sum of the weights.
+    """
+
+    normalize: bool
+
+
+def fold_weights(settings: Settings, members: tuple[int, ...], normalize: bool) -> list[Scalar]:
     """Coefficient of each expert when `members` are those that count; 0 for the others.
 
     Where the weights of the members sum to exactly 0 they are taken as they are.
     """
-    total: Scalar = functools.reduce(lambda a, b: a + b, [fold.weights[i] for i in members], 0.0)
+    total: Scalar = functools.reduce(lambda a, b: a + b, [settings.weights[i] for i in members], 0.0)
 
     def coefficient(expert: int) -> Scalar:
-        density = fold.densities[expert]
-        if expert not in members or density == 0:
-            return fold.weights[expert] * 0.0
-        value = fold.weights[expert] * fold.scale / density
+        divisor = settings.divisors[expert]
+        if expert not in members or divisor == 0:
+            return settings.weights[expert] * 0.0
+        value = settings.weights[expert] * settings.scale / divisor
         return value / double.or_one(total) if normalize else value
 
-    return [coefficient(i) for i in range(len(fold.weights))]
+    return [coefficient(i) for i in range(len(settings.weights))]
 
 
-def stack(rows: list[Scalar]) -> Float[Any, " n"]:
+def stack(rows: Sequence[Scalar]) -> Float[Any, " n"]:
     """Scalars rounded to float32 and stacked, on the host if all of them are there."""
     rounded = [double.to_float32(row) for row in rows]
     if all(isinstance(row, np.floating) for row in rounded):
@@ -43,11 +54,17 @@ def stack(rows: list[Scalar]) -> Float[Any, " n"]:
     return jnp.stack([jnp.asarray(row, jnp.float32) for row in rounded])
 
 
-def _fold(method: Method, fold: Fold) -> Float[Any, " n"]:
-    if method.normalize and all(isinstance(w, float) for w in fold.weights) and sum(fold.weights) == 0.0:
-        weights = ", ".join(f"{w:g}" for w in fold.weights)
-        raise M3Error(f"weights: {weights} sum to 0, so they cannot be normalised: change them or set normalize: false")
-    return stack(fold_weights(fold, tuple(range(len(fold.weights))), method.normalize))
+def fold_sum(options: Sum, settings: Settings) -> Float[Any, " n"]:
+    """The coefficient of each expert.
+
+    Raises:
+        M3Error: The weights sum to 0 and are to be normalised.
+    """
+    weights = settings.weights
+    if options.normalize and all(isinstance(w, float) for w in weights) and sum(weights) == 0.0:
+        said = ", ".join(f"{w:g}" for w in weights)
+        raise M3Error(f"weights: {said} sum to 0, so they cannot be normalised: change them or set normalize: false")
+    return stack(fold_weights(settings, tuple(range(len(weights))), options.normalize))
 
 
 def weighted_sum(coefficients: Float[Array, " n"], values: Values, zero: Zero) -> Float[Array, "..."]:
@@ -56,8 +73,9 @@ def weighted_sum(coefficients: Float[Array, " n"], values: Values, zero: Zero) -
     return functools.reduce(exact.add, terms)
 
 
-def _combine(method: Method, values: Values, scalars: Scalars, zero: Zero) -> Float[Array, "..."]:
-    return weighted_sum(scalars.coefficients, values, zero)
+def combine_sum(options: Sum, values: Values, known: Known) -> Float[Array, "..."]:
+    """Σ cᵢ·vᵢ with the coefficients that were folded."""
+    return weighted_sum(known.scalars, values, known.zero)
 
 
 def linear(normalize: bool = True, scale: float = 1.0) -> Method:
@@ -71,7 +89,7 @@ def linear(normalize: bool = True, scale: float = 1.0) -> Method:
         >>> linear().name
         'linear'
     """
-    return Method("linear", _fold, _combine, normalize=normalize, scale=scale)
+    return Method("linear", fold_sum, combine_sum, options=Sum(normalize), scale=scale)
 
 
 def task_arithmetic(normalize: bool = False, scale: float = 1.0) -> Method:
@@ -84,4 +102,4 @@ def task_arithmetic(normalize: bool = False, scale: float = 1.0) -> Method:
     References:
         Ilharco et al., Editing models with task arithmetic, 2023.
     """
-    return Method("task_arithmetic", _fold, _combine, uses_base=True, normalize=normalize, scale=scale)
+    return Method("task_arithmetic", fold_sum, combine_sum, options=Sum(normalize), uses_base=True, scale=scale)

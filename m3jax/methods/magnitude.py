@@ -1,225 +1,77 @@
-"""Dropping the smallest entries, and finding the threshold below which they lie, exactly.
+"""Dropping the smallest entries."""
 
-|x| of float32 as an integer orders like |x|, so the k-th smallest magnitude is found from histograms of integers: one
-of coarse bins, then one of single values inside the bin that holds it. A sample can suggest where to look first, but
-only counts of everything decide. Counts add up in any order, over chunks, devices and hosts.
-"""
-
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, UInt16, UInt32
 
 from m3jax.arithmetic import exact
 from m3jax.errors import M3Error
-from m3jax.methods.base import SCOPES, TARGETS, Index, Scalars, Sparsifier, Values, plain_density
-
-COARSE, FINE = 15, 0
-"""Shifts of the two rounds that find any threshold: 2¹⁶ bins of 2¹⁵ values, then single values inside one bin."""
-
-STEPS = 11
-"""Steps of three bits that find any threshold by counting: ten for the upper 30 bits, one for the last."""
-
-BINS = 2**16
-_DIGITS = 8
-_IN_BRACKET = BINS - 2  # the first bin counts what is below the bracket, the last what is above
-
-Count = tuple[UInt32[Any, "..."], UInt32[Any, "..."]]
-"""High and low word of counts that may pass 2³²."""
+from m3jax.methods.base import (
+    SCOPES,
+    Density,
+    Known,
+    Numbers,
+    Sparsifier,
+    Values,
+    checked_target,
+    plain_density,
+)
+from m3jax.methods.measures import rank_magnitudes
 
 
-class Search(NamedTuple):
-    """A search for the rank-th smallest magnitude of each expert.
-
-    Attributes:
-        low: uint32[n], the smallest magnitude of the bracket that is searched next; at the end, the threshold.
-        rank: k as two uint32[n] words; 0 keeps all.
-    """
-
-    low: UInt32[Any, " n"]
-    rank: Count
+def dropped_below(options: object, numbers: Numbers, size: int) -> list[tuple[int]]:
+    """The rank of each expert's smallest entry that is kept, ⌊N·(1 − density)⌋; of density 0 none is."""
+    return [(int(size * (1.0 - density)) if density else size + 1,) for density in numbers["density"]]
 
 
-def start(size: int, densities: tuple[float, ...]) -> Search:
-    """A search for the threshold that keeps `density` of `size` entries, per expert: rank ⌊N·(1 − density)⌋."""
-    ranks = [int(size * (1.0 - density)) for density in densities]
-    high = np.array([rank >> 32 for rank in ranks], np.uint32)
-    low = np.array([rank & 0xFFFFFFFF for rank in ranks], np.uint32)
-    return Search(np.zeros(len(ranks), np.uint32), (high, low))
+def drops_some(options: object, numbers: Numbers) -> bool:
+    """Whether any expert's density is below 1."""
+    return min(numbers["density"]) < 1.0
 
 
-def bins(values: Values, low: UInt32[Array, " n"], shift: int) -> list[UInt16[Array, "..."]]:
-    """The bin of every magnitude: 0 below the bracket, 1, 2, … inside it, 65535 above.
-
-    Args:
-        values: One float32 array per expert.
-        low: Where each expert's bracket begins.
-        shift: A bin holds 2^shift magnitudes.
-    """
-    found = []
-    for expert, value in enumerate(values):
-        bits = exact.magnitude_bits(value)
-        inside = jnp.minimum((bits - low[expert]) >> np.uint32(shift), np.uint32(_IN_BRACKET)) + np.uint32(1)
-        found.append(jnp.where(bits < low[expert], np.uint32(0), inside).astype(jnp.uint16))
-    return found
+def _everywhere(options: object, numbers: Numbers) -> bool:
+    return True  # what is ranked over the model is counted in every tensor
 
 
-def tally(binned: Sequence[UInt16[Array, "..."]], valid: Bool[Array, "..."] | None = None) -> UInt32[Array, "n 65536"]:
-    """How many magnitudes fall into each bin, for arrays of fewer than 2³² entries.
-
-    Args:
-        binned: What `bins` gave.
-        valid: Which entries count; all when None.
-    """
-    rows = []
-    for row in binned:
-        bucket = row.astype(jnp.int32)
-        bucket = bucket if valid is None else jnp.where(valid, bucket, BINS)
-        # Not ravelled: a scatter of a whole array is counted where its parts lie, whatever axis is sharded.
-        rows.append(jnp.zeros(BINS, jnp.uint32).at[bucket].add(np.uint32(1), mode="drop"))
-    return jnp.stack(rows)
+_MEASURES = {
+    scope: (
+        rank_magnitudes("threshold", scope, dropped_below, drops_some if scope == "tensor" else _everywhere, "given"),
+    )
+    for scope in SCOPES
+}
 
 
-def tally_sparse(binned: Sequence[np.ndarray]) -> np.ndarray:
-    """`tally` on the host, fast where few magnitudes fall inside the bracket."""
-    counts = np.zeros((len(binned), BINS), np.uint32)
-    for row, bucket in zip(counts, binned, strict=True):
-        row += np.bincount(bucket[(bucket - np.uint16(1)) < _IN_BRACKET], minlength=BINS).astype(np.uint32)
-        row[0] = np.count_nonzero(bucket == 0)
-        row[-1] = bucket.size - np.count_nonzero(bucket != BINS - 1)
-    return counts
+def _fold(options: None, numbers: Numbers, shape: tuple[int, ...]) -> None:
+    return None
 
 
-def _bins_before(counts: Count, rank: Count) -> UInt32[Any, " n"]:
-    """For each expert, how many bins end before the rank-th magnitude."""
-    if isinstance(counts[0], np.ndarray):
-        totals = (counts[0].astype(np.uint64) << np.uint64(32)) + counts[1]
-        ranks = (np.asarray(rank[0]).astype(np.uint64) << np.uint64(32)) + rank[1]
-        return (np.cumsum(totals, axis=-1) < ranks[:, None]).sum(-1, dtype=np.uint32)
-    half, sixteen = np.uint32(0xFFFF), np.uint32(16)
-    pieces = jnp.stack([counts[1] & half, counts[1] >> sixteen, counts[0]])  # sums of 2¹⁶ of them fit 32 bits
-    place = jnp.arange(BINS, dtype=jnp.uint32)
-
-    def halve(step: Array, found: Array) -> Array:
-        middle = found + (np.uint32(BINS // 2) >> step.astype(jnp.uint32))
-        low, carry, high = jnp.sum(
-            jnp.where(place[None, None, :] < middle[None, :, None], pieces, 0), axis=-1, dtype=jnp.uint32
-        )
-        carry = carry + (low >> sixteen)
-        high, low = high + (carry >> sixteen), (carry << sixteen) | (low & half)
-        before = (high < rank[0]) | ((high == rank[0]) & (low < rank[1]))
-        return jnp.where(before, middle, found)
-
-    return jax.lax.fori_loop(0, 16, halve, jnp.zeros(counts[0].shape[0], jnp.uint32))
-
-
-def advance(search: Search, counts: Count, shift: int) -> tuple[Search, Bool[Any, " n"]]:
-    """The search narrowed to the bin that holds the rank-th magnitude; on the host if the counts are there.
-
-    Args:
-        search: The search before.
-        counts: Tallies over everything searched, two words of uint32[n, 65536].
-        shift: That of the bins.
-
-    Returns:
-        The search with `low` at the bin's first magnitude, and for which experts the rank lay inside the bracket.
-    """
-    xp: Any = np if isinstance(counts[0], np.ndarray) else jnp
-    found = _bins_before(counts, search.rank)
-    keeps_all = (search.rank[0] | search.rank[1]) == 0
-    narrowed = search.low + ((found - np.uint32(1)) << np.uint32(shift))
-    inside = keeps_all | ((found > 0) & (found <= _IN_BRACKET))
-    return Search(xp.where(keeps_all, np.uint32(0), narrowed), search.rank), inside
-
-
-def count_below(values: Values, low: UInt32[Array, " n"], shift: UInt32[Array, ""]) -> UInt32[Array, "n 7"]:
-    """How many magnitudes lie below low + j·2^shift for j = 1 … 7, for arrays of fewer than 2³² entries.
-
-    Seven sums that fuse with whatever makes the values: on accelerators these cost one reading of the inputs, where
-    a tally's scatter waits for its most frequent bin.
-
-    Args:
-        values: One float32 array per expert.
-        low: Where each expert's bracket begins.
-        shift: log₂ of the distance between bounds.
-    """
-    rows = []
-    for expert, value in enumerate(values):
-        bits = exact.magnitude_bits(value)
-        bounds = [low[expert] + (np.uint32(j) << shift) for j in range(1, _DIGITS)]
-        rows.append(jnp.stack([jnp.sum(bits < bound, dtype=jnp.uint32) for bound in bounds]))
-    return jnp.stack(rows)
-
-
-def digit_shift(step: Any) -> Any:
-    """The shift of a step of a search by `count_below`: 28, 25, …, 1, 0."""
-    shift = 28 - 3 * step
-    return np.uint32(max(shift, 0)) if isinstance(step, int) else jnp.maximum(shift, 0).astype(jnp.uint32)
-
-
-def advance_digit(search: Search, counts: Count, shift: UInt32[Any, ""]) -> Search:
-    """The search narrowed to the eighth of its bracket that holds the rank-th magnitude; `low` ends as the threshold.
-
-    Args:
-        search: The search before.
-        counts: Sums of `count_below` over everything searched, two words of uint32[n, 7].
-        shift: That of the counts.
-    """
-    high, low = (word[:, None] for word in search.rank)
-    before = (counts[0] < high) | ((counts[0] == high) & (counts[1] < low))
-    return search._replace(low=search.low + (before.sum(-1).astype(np.uint32) << shift))
-
-
-def guess(search: Search, size: int, samples: Sequence[np.ndarray]) -> Search:
-    """The search with brackets around the thresholds that samples suggest; a guess costs time if wrong, never bits.
-
-    Args:
-        search: The search.
-        size: N, how many entries it ranks.
-        samples: Magnitudes (uint32) of some entries of each expert.
-    """
-    lows = []
-    for high, low, sample in zip(*search.rank, samples, strict=True):
-        place = min(((int(high) << 32) + int(low)) * sample.size // max(size, 1), sample.size - 1)
-        lows.append(max(int(np.partition(sample, place)[place]) - _IN_BRACKET // 2, 0))
-    return search._replace(low=np.array(lows, np.uint32))
-
-
-def add_counts(total: Count, counts: UInt32[Any, "..."]) -> Count:
-    """`total` with uint32 counts added, with carry."""
-    low = total[1] + counts
-    return total[0] + (low < counts).astype(np.uint32), low
-
-
-def _apply(values: Values, scalars: Scalars, index: Index) -> Values:
+def _apply(options: None, values: Values, known: Known) -> Values:
+    threshold = known.found.get("threshold")
+    if threshold is None:
+        return values
     return tuple(
-        jnp.where(exact.magnitude_bits(value) >= scalars.drop_below[i], value, 0.0) for i, value in enumerate(values)
+        jnp.where(exact.magnitude_bits(value) >= threshold[i, 0], value, 0.0) for i, value in enumerate(values)
     )
 
 
-def magnitude(
-    density: float | tuple[float, ...], target: str = "delta", rescale: bool = False, scope: str = "tensor"
-) -> Sparsifier:
-    """Keep the entries of largest magnitude: those not below the ⌊N·(1 − density)⌋-th smallest.
+def magnitude(density: Density, target: str = "delta", rescale: bool = False, scope: str = "tensor") -> Sparsifier:
+    """Keep the largest entries: those of magnitude at least the ⌊N·(1 − density)⌋-th smallest; ties are kept.
 
     Args:
-        density: Share of entries to keep, in [0, 1]; one number or one per expert.
+        density: Share of entries to keep, in [0, 1]; one number or one per expert. 0 keeps nothing.
         target: Sparsify the "delta" (task vector) or the raw "weights".
         rescale: Divide what is kept by the density.
-        scope: N counts one "tensor" or the whole "model".
+        scope: N entries of each "tensor", or of the whole "model".
 
     Raises:
         M3Error: An argument is out of range.
-
-    Example:
-        >>> magnitude(0.5, scope="model").scope
-        'model'
     """
-    if target not in TARGETS:
-        raise M3Error(f"magnitude: target is {target!r}, but must be 'delta' or 'weights'")
     if scope not in SCOPES:
         raise M3Error(f"magnitude: scope is {scope!r}, but must be 'tensor' or 'model'")
-    return Sparsifier("magnitude", _apply, plain_density("magnitude", density), target, rescale, scope)
+    return Sparsifier(
+        "magnitude",
+        _apply,
+        _fold,
+        measures=_MEASURES[scope],
+        parameters=(("density", plain_density("magnitude", density)),),
+        target=checked_target("magnitude", target),
+        rescale=rescale,
+    )

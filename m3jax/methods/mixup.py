@@ -149,3 +149,25 @@ def draw_position(key: Any, alpha: float | tuple[float, float], group: str | Non
         group: As for `draw_weights`.
     """
     return draw_weights(key, alpha, 2, group)[0]
+
+
+def draw(
+    weighting: str, key: Any, alpha: float | tuple[float, float], num_experts: int, group: str | None
+) -> tuple[float, ...]:
+    """What M³ draws for a method.
+
+    Args:
+        weighting: As `Method.weighting`.
+        key: As for `draw_weights`.
+        alpha: As for `draw_weights`.
+        num_experts: How many are merged.
+        group: As for `draw_weights`.
+
+    Raises:
+        M3Error: The method takes no weights.
+    """
+    if weighting == "none":
+        raise M3Error("mixup: draws weights, but this method takes none: leave mixup out or take another method")
+    if weighting == "position":
+        return (draw_position(key, alpha, group),)
+    return draw_weights(key, alpha, num_experts, group)

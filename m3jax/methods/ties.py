@@ -6,31 +6,96 @@ References:
 
 import functools
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from m3jax.arithmetic import exact
-from m3jax.arithmetic.exact import Zero
 from m3jax.errors import M3Error
 from m3jax.methods import linear
-from m3jax.methods.base import Fold, Method, Scalars, Values, plain_density
+from m3jax.methods.base import (
+    SCOPES,
+    Density,
+    Extent,
+    Known,
+    Measure,
+    Method,
+    Numbers,
+    Place,
+    Round,
+    Scalar,
+    Settings,
+    Values,
+    Words,
+    plain_density,
+)
+from m3jax.methods.magnitude import dropped_below, drops_some
+from m3jax.methods.measures import rank_magnitudes
 
 MAX_EXPERTS = 16
 _SELECTED_UP_TO = 4  # beyond this a gather from the table beats a tree of selects
 
 
-def _fold(method: Method, fold: Fold) -> Float[Any, "..."]:
-    n = len(fold.weights)
-    if not method.normalize:
-        return linear.stack(linear.fold_weights(fold, tuple(range(n)), False))
+class Election(NamedTuple):
+    """Options of an election.
+
+    Attributes:
+        normalize: Divide by the sum of the weights of those that agree.
+        weighted: Elect by the weighted sum.
+    """
+
+    normalize: bool
+    weighted: bool
+
+
+class Coefficients(NamedTuple):
+    """What a leaf's numbers fold into.
+
+    Attributes:
+        table: What each expert is multiplied with: [n], or [2ⁿ, n] indexed by which experts agree.
+        votes: Factor of each expert in the election; None for ones.
+        comparison: Factor that makes an expert's magnitudes comparable between tensors; None for ones.
+    """
+
+    table: Float[Any, "..."]
+    votes: Float[Any, " n"] | None
+    comparison: Float[Any, " n"] | None
+
+
+def _unless_ones(factors: list[Scalar]) -> Float[Any, " n"] | None:
+    """Factors as float32, or None where multiplying by them would change nothing."""
+    if all(isinstance(f, float) and f == 1.0 for f in factors):
+        return None
+    return linear.stack(factors)
+
+
+def _fold_table(options: Election, settings: Settings) -> Float[Any, "..."]:
+    n = len(settings.weights)
+    if not options.normalize:
+        return linear.stack(linear.fold_weights(settings, tuple(range(n)), False))
     if n > MAX_EXPERTS:
         raise M3Error(f"ties: normalised over {n} experts, but at most {MAX_EXPERTS} can be: set normalize: false")
     subsets = [tuple(i for i in range(n) if mask >> i & 1) for mask in range(2**n)]
-    rows = [linear.fold_weights(fold, subset, bool(subset)) for subset in subsets]
+    rows = [linear.fold_weights(settings, subset, bool(subset)) for subset in subsets]
     return linear.stack(list(itertools.chain.from_iterable(rows))).reshape(2**n, n)
+
+
+def fold_election(options: Election, settings: Settings) -> Coefficients:
+    """The coefficients of a leaf whose experts elect a sign.
+
+    Raises:
+        M3Error: There are too many experts for a table, or a coefficient is beyond float32.
+    """
+    inverse = [1.0 / d if d else 0.0 for d in settings.divisors]
+    largest = max(inverse) or 1.0
+    votes = settings.weights if options.weighted else (1.0,) * len(inverse)
+    return Coefficients(
+        _fold_table(options, settings),
+        _unless_ones([v * (i / largest) for v, i in zip(votes, inverse, strict=True)]),
+        _unless_ones(list(settings.comparison)),
+    )
 
 
 def _lookup(table: Float[Array, "subsets n"], agree: list[Bool[Array, "..."]]) -> list[Float[Array, "..."]]:
@@ -47,69 +112,97 @@ def _lookup(table: Float[Array, "subsets n"], agree: list[Bool[Array, "..."]]) -
     return columns
 
 
-def trim(values: Values, scalars: Scalars, zero: Zero) -> Values:
-    """Values whose comparable magnitude reaches the expert's threshold; zero elsewhere."""
-    return tuple(
-        jnp.where(exact.magnitude_bits(v) >= scalars.trim_below[i], value, 0.0)
-        for i, (value, v) in enumerate(zip(values, comparable(values, scalars, zero), strict=True))
-    )
-
-
-def comparable(values: Values, scalars: Scalars, zero: Zero) -> Values:
-    """Values whose magnitudes may be ranked over more than one tensor."""
-    return _scaled(values, scalars.comparison, zero)
-
-
-def _scaled(values: Values, factors: Float[Array, " n"] | None, zero: Zero) -> Values:
+def _scaled(values: Values, factors: Float[Array, " n"] | None, zero: exact.Zero) -> Values:
     if factors is None:
         return values
     return tuple(exact.multiply(factors[i], v, zero) for i, v in enumerate(values))
+
+
+def _comparable(values: Values, known: Known) -> Values:
+    """Values whose magnitudes may be ranked over more than one tensor."""
+    return _scaled(values, known.scalars.comparison, known.zero)
+
+
+def _trim(values: Values, known: Known) -> Values:
+    """Values whose comparable magnitude reaches the expert's threshold; zero elsewhere."""
+    threshold = known.found.get("trim")
+    if threshold is None:
+        return values
+    return tuple(
+        jnp.where(exact.magnitude_bits(v) >= threshold[i, 0], value, 0.0)
+        for i, (value, v) in enumerate(zip(values, _comparable(values, known), strict=True))
+    )
 
 
 def _sign(x: Float[Array, "..."]) -> Int32[Array, "..."]:
     return (x > 0).astype(jnp.int32) - (x < 0).astype(jnp.int32)
 
 
-def _votes(trimmed: Values, scalars: Scalars, zero: Zero) -> tuple[Values, Float[Array, "..."]]:
-    votes = _scaled(trimmed, scalars.election, zero)
+def _votes(trimmed: Values, known: Known) -> tuple[Values, Float[Array, "..."]]:
+    votes = _scaled(trimmed, known.scalars.votes, known.zero)
     return votes, functools.reduce(exact.add, votes)
 
 
-def sign_counts(values: Values, scalars: Scalars, zero: Zero) -> tuple[Bool[Array, "..."], ...]:
-    """Where the elected sum of the trimmed values is positive, and where negative."""
-    _, total = _votes(trim(values, scalars, zero), scalars, zero)
-    return total > 0, total < 0
-
-
-def majority(counts: tuple[UInt32[Array, "2"], UInt32[Array, "2"]]) -> Int32[Array, ""]:
-    """The sign that more entries elected: −1, 0 or 1.
-
-    Args:
-        counts: High and low words of how many elected + and how many −.
-    """
-    high, low = counts
-    more = (high[0] > high[1]) | ((high[0] == high[1]) & (low[0] > low[1]))
-    fewer = (high[0] < high[1]) | ((high[0] == high[1]) & (low[0] < low[1]))
-    return more.astype(np.int32) - fewer.astype(np.int32)
-
-
-def _combine(method: Method, values: Values, scalars: Scalars, zero: Zero) -> Float[Array, "..."]:
-    trimmed = values if method.density is None else trim(values, scalars, zero)
-    votes, total = _votes(trimmed, scalars, zero)
-    elected = jnp.where(total == 0, scalars.tie_sign, _sign(total))
+def combine_election(options: Election, values: Values, known: Known) -> Float[Array, "..."]:
+    """The weighted sum of the trimmed values that have the elected sign."""
+    trimmed = _trim(values, known)
+    votes, total = _votes(trimmed, known)
+    elected = jnp.where(total == 0, known.found.get("majority", np.int32(1)), _sign(total))
     agree = [(_sign(vote) == elected) & (vote != 0) for vote in votes]
-    if method.normalize:
-        coefficients = _lookup(scalars.coefficients, agree)
-    else:
-        coefficients = [scalars.coefficients[i] for i in range(len(values))]
+    table = known.scalars.table
+    coefficients = _lookup(table, agree) if options.normalize else [table[i] for i in range(len(values))]
     terms = [
-        jnp.where(a, exact.multiply(c, v, zero), 0.0) for a, c, v in zip(agree, coefficients, trimmed, strict=True)
+        jnp.where(a, exact.multiply(c, v, known.zero), 0.0)
+        for a, c, v in zip(agree, coefficients, trimmed, strict=True)
     ]
     return functools.reduce(exact.add, terms)
 
 
+# --- the majority's sign ------------------------------------------------------------------------------------------
+
+
+def _count_signs(
+    options: Election, values: Values, known: Known, state: Words, valid: Bool[Array, "..."] | None
+) -> UInt32[Array, "2"]:
+    """How many entries elect + and how many −."""
+    _, total = _votes(_trim(values, known), known)
+    signs = (total > 0, total < 0)
+    return jnp.stack([jnp.sum(s if valid is None else s & valid, dtype=jnp.uint32) for s in signs])
+
+
+def _majority(options: Election, state: Words, settings: Settings) -> Int32[Any, ""]:
+    """The sign that more entries elected: −1, 0 or 1."""
+    high, low = state
+    more = (high[0] > high[1]) | ((high[0] == high[1]) & (low[0] > low[1]))
+    fewer = (high[0] < high[1]) | ((high[0] == high[1]) & (low[0] < low[1]))
+    sign: Int32[Any, ""] = more.astype(np.int32) - fewer.astype(np.int32)
+    return sign
+
+
+def _begin_majority(options: Election, numbers: Numbers, extent: Extent) -> Words:
+    return np.zeros(2, np.uint32), np.zeros(2, np.uint32)
+
+
+def _majority_rounds(place: Place) -> tuple[Round, ...]:
+    return (Round("signs", _count_signs),)
+
+
+def _keep_totals(options: Election, name: str, state: Words, totals: Words) -> Words:
+    return totals
+
+
+def _always(options: Election, numbers: Numbers) -> bool:
+    return True
+
+
+_MAJORITY = Measure(
+    "majority", "counting signs", "model", _always, _begin_majority, _majority_rounds, _keep_totals, _majority
+)
+_TRIM = {scope: rank_magnitudes("trim", scope, dropped_below, drops_some, prepare=_comparable) for scope in SCOPES}
+
+
 def ties(
-    density: float | tuple[float, ...] | None = 0.5,
+    density: Density | None = 0.5,
     scale: float = 1.0,
     normalize: bool = True,
     trim_scope: str = "tensor",
@@ -131,18 +224,18 @@ def ties(
     References:
         Yadav et al., TIES-Merging, 2023.
     """
-    if trim_scope not in ("model", "tensor"):
+    if trim_scope not in SCOPES:
         raise M3Error(f"ties: trim_scope is {trim_scope!r}, but must be 'model' or 'tensor'")
     if sign_election not in ("weighted", "unweighted"):
         raise M3Error(f"ties: sign_election is {sign_election!r}, but must be 'weighted' or 'unweighted'")
+    weighted = sign_election == "weighted"
     return Method(
         "ties",
-        _fold,
-        _combine,
+        fold_election,
+        combine_election,
+        measures=(_TRIM[trim_scope], *(() if weighted else (_MAJORITY,))),
+        options=Election(normalize, weighted),
+        parameters=(("density", 1.0 if density is None else plain_density("ties", density)),),
         uses_base=True,
-        normalize=normalize,
         scale=scale,
-        density=None if density is None else plain_density("ties", density),
-        trim_scope=trim_scope,
-        sign_election=sign_election,
     )

@@ -1,11 +1,11 @@
 """The recipe: what to merge and how, in a superset of mergekit's YAML."""
 
-from m3jax.recipe.schema import Mixup, ModelEntry, Recipe, Slice, Source, Sparsify, load_recipe
+from m3jax.recipe.schema import MixupSettings, ModelEntry, Recipe, Slice, Source, Sparsify, load_recipe
 from m3jax.recipe.settings import Filtered, Setting
 
 __all__ = [
     "Filtered",
-    "Mixup",
+    "MixupSettings",
     "ModelEntry",
     "Recipe",
     "Setting",

@@ -3,16 +3,16 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from m3jax.recipe.blocks import weight_parameters
 from m3jax.recipe.settings import (
-    MERGEKITS,
-    PER_MODEL,
-    PER_SLICE,
     Place,
     RecipeError,
     Setting,
     covers,
-    known_parameters,
+    mergekits,
     nearest,
+    parameters_of,
+    users_of,
 )
 
 if TYPE_CHECKING:
@@ -48,14 +48,21 @@ def check_slices(recipe: "Recipe") -> None:
 
 def check_names(recipe: "Recipe") -> None:
     """Each parameter is one that the method has, at a level where it can vary."""
-    known = known_parameters(recipe.merge_method)
+    known = parameters_of(recipe.row)
     for place, block in _blocks(recipe):
-        here = PER_MODEL if "sources" in place or "models" in place else PER_SLICE
-        for name in block:
-            if name not in known and name not in MERGEKITS:
-                raise RecipeError(f"{recipe.merge_method} does not use it; {nearest(name, known)}", *place, name)
-            if place != ("parameters",) and name not in here:
+        levels = ("expert",) if "sources" in place or "models" in place else ("expert", "tensor")
+        for name, value in block.items():
+            if name not in known:
+                if mergekits(name):
+                    continue  # which lets a method ignore what others use
+                users = ", ".join(users_of(name))
+                mend = nearest(name, known)
+                raise RecipeError(f"{recipe.merge_method} does not use it, {users} do; {mend}", *place, name)
+            parameter = known[name]
+            if place != ("parameters",) and parameter.level not in levels:
                 raise RecipeError("it is set for the whole merge; move it to the recipe's parameters", *place, name)
+            if parameter.only and value != parameter.default:
+                raise RecipeError(parameter.only.format(method=recipe.merge_method), *place, name)
 
 
 def check_base(recipe: "Recipe") -> None:
@@ -67,72 +74,81 @@ def check_base(recipe: "Recipe") -> None:
 
 
 def check_experts(recipe: "Recipe") -> None:
-    """There are enough experts to merge."""
-    count = len(recipe.experts)
-    if recipe.merge_method == "slerp" and count != 2:
-        raise RecipeError(f"slerp joins two models, and base_model is one if given, not {count}", "models")
-    if count < 2:
-        found = "one expert only" if count else "no expert"
+    """There are as many experts as the method merges."""
+    count, (fewest, most) = len(recipe.experts), recipe.row.experts
+    if fewest == most and count != fewest:
+        base = ", and base_model is one if given," if recipe.row.base == "first" else ""
+        raise RecipeError(f"{recipe.merge_method} merges {fewest} models{base} not {count}", "models")
+    if count < fewest:
+        found = f"{count} expert{'' if count == 1 else 's'}" if count else "no expert"
+        wanted = "one or more" if fewest == 1 else f"{fewest} or more"
         raise RecipeError(
-            f"{found}, and a merge needs two or more (base_model is not one of them); add a model", "models"
+            f"{found}, and {recipe.merge_method} needs {wanted} (base_model is not one of them); add a model", "models"
         )
+    if most is not None and count > most:
+        raise RecipeError(f"{recipe.merge_method} merges at most {most}, not {count}; remove some", "models")
 
 
 def check_mixup(recipe: "Recipe") -> None:
     """What is drawn is not also given."""
     if recipe.mixup is None:
         return
+    if recipe.row.weighting == "none":
+        raise RecipeError(f"draws weights, and {recipe.merge_method} takes none; remove it", "mixup")
+    if len(recipe.experts) < 2:
+        raise RecipeError("draws how experts share, and there is one only; remove it or add a model", "mixup")
     if isinstance(recipe.mixup.alpha, tuple) and len(recipe.experts) != 2:
         raise RecipeError(f"a pair is for two experts, not {len(recipe.experts)}; write one number", "mixup", "alpha")
-    drawn = "t" if recipe.merge_method == "slerp" else "weight"
     for place, block in _blocks(recipe):
-        if drawn in block:
-            raise RecipeError("given, but mixup draws it; remove this or mixup", *place, drawn)
+        for drawn in weight_parameters(recipe.row):
+            if drawn in block:
+                raise RecipeError("given, but mixup draws it; remove this or mixup", *place, drawn)
 
 
-def check_slerp(recipe: "Recipe") -> None:
-    """Slerp has its t for every tensor, given or drawn."""
-    if recipe.merge_method != "slerp" or recipe.mixup is not None:
-        return
-    in_slices = recipe.slices and all(_covers_t(part.parameters) for part in recipe.slices)
-    if not in_slices and not _covers_t(recipe.parameters):
-        raise RecipeError(
-            "slerp needs it for every tensor; write a number, or end the filters with one", "parameters", "t"
-        )
+def check_given(recipe: "Recipe") -> None:
+    """What has no default is there for every tensor, given or drawn."""
+    drawn = weight_parameters(recipe.row) if recipe.mixup is not None else []
+    for parameter in recipe.row.parameters:
+        name = parameter.name
+        if parameter.default is not None or name in drawn:
+            continue
+        in_slices = recipe.slices and all(_covers(name, part.parameters) for part in recipe.slices)
+        if not in_slices and not _covers(name, recipe.parameters):
+            raise RecipeError(
+                f"{recipe.merge_method} needs it for every tensor; write a number, or end the filters with one",
+                "parameters",
+                name,
+            )
 
 
-def _covers_t(block: dict[str, Setting]) -> bool:
-    return "t" in block and covers(block["t"])
+def _covers(name: str, block: dict[str, Setting]) -> bool:
+    return name in block and covers(block[name])
 
 
 def check_sparsify(recipe: "Recipe") -> None:
     """There is one sparsification, and something for it to act on."""
     if recipe.sparsify is None:
         return
-    if recipe.merge_method.startswith("dare_"):
-        plainer = {"dare_linear": "task_arithmetic", "dare_ties": "ties"}[recipe.merge_method]
+    if recipe.row.sparsifier is not None:
+        mend = f"remove this or use merge_method {recipe.row.without}" if recipe.row.without else "remove this"
+        raise RecipeError(f"{recipe.merge_method} sparsifies already; {mend}", "sparsify")
+    if not recipe.row.sparsifies:
         raise RecipeError(
-            f"{recipe.merge_method} sparsifies already; remove this or use merge_method {plainer}", "sparsify"
+            f"{recipe.merge_method} cannot be combined with one; remove this, or use linear or task_arithmetic",
+            "sparsify",
         )
-    if recipe.merge_method == "slerp" and recipe.sparsify.target == "delta":
-        raise RecipeError("slerp has no task vectors; write 'target: weights'", "sparsify", "target")
 
 
-def check_trim(recipe: "Recipe") -> None:
-    """A model-wide trim has one density per model."""
-    trim = {"ties": "density", "dare_ties": "trim_density"}.get(recipe.merge_method)
-    if trim == "density" and recipe.flag("rescale"):
-        raise RecipeError(
-            "ties trims without rescaling; use sparsify with method magnitude and rescale: true instead",
-            "parameters",
-            "rescale",
-        )
-    if recipe.parameters.get("trim_scope") != "model":
-        return
-    for place, block in _blocks(recipe):
-        by_layer = place[0] == "slices" and len(recipe.slices or ()) > 1
-        if trim in block and (by_layer or not isinstance(block[trim], float)):
-            raise RecipeError("trim_scope: model needs one number for the whole model; write one", *place, trim)
+def check_whole(recipe: "Recipe") -> None:
+    """What one measurement of the whole model depends on is one number for each model."""
+    for name, parameter in parameters_of(recipe.row).items():
+        if parameter.whole is None or recipe.parameters.get(parameter.whole[0]) != parameter.whole[1]:
+            continue
+        for place, block in _blocks(recipe):
+            by_layer = place[0] == "slices" and len(recipe.slices or ()) > 1
+            if name in block and (by_layer or not isinstance(block[name], float)):
+                said = ": ".join(parameter.whole)
+                raise RecipeError(f"{said} needs one number for the whole model; write one", *place, name)
 
 
 def check_normalizer(recipe: "Recipe") -> None:
@@ -159,8 +175,8 @@ CHECKS = (
     check_base,
     check_experts,
     check_mixup,
-    check_slerp,
+    check_given,
     check_sparsify,
-    check_trim,
+    check_whole,
     check_normalizer,
 )

@@ -19,41 +19,41 @@ from pydantic import (
     ModelWrapValidatorHandler,
     PlainSerializer,
     PlainValidator,
-    StrictBool,
     StrictInt,
     StringConstraints,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
 from m3jax.errors import M3Error
+from m3jax.methods.catalogue import MethodRow, SparsifierRow, arguments
 from m3jax.naming import block_of, position
+from m3jax.recipe.blocks import read_blocks, read_sparsify, weight_parameters
 from m3jax.recipe.checks import CHECKS
 from m3jax.recipe.dialect import from_dialect, read_yaml, with_override
 from m3jax.recipe.settings import (
-    DEFAULTS,
     Place,
     RecipeError,
     Setting,
+    defaults_of,
     dotted,
     evaluate,
-    known_parameters,
     nearest,
+    parameters_of,
     plain,
     plain_parameters,
-    read_parameters,
-    read_share_setting,
 )
-from m3jax.recipe.values import MergeMethod, OutputDtype, read_alpha, read_dtype, read_method, read_regex, read_seed
+from m3jax.recipe.values import OutputDtype, read_alpha, read_dtype, read_method, read_regex, read_seed, read_sparsifier
 
 Name: TypeAlias = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Regex: TypeAlias = Annotated[str, AfterValidator(read_regex)]
 Dtype: TypeAlias = Annotated[OutputDtype | None, PlainValidator(read_dtype)]
 Parameters: TypeAlias = Annotated[
     dict[str, Setting],
-    PlainValidator(read_parameters),
+    PlainValidator(dict),  # read before the schema, by what the method's row says
     PlainSerializer(plain_parameters, return_type=dict[str, Any]),
 ]
 
@@ -62,6 +62,10 @@ class _Strict(BaseModel):
     """Frozen, and no key that is not known."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+def _method_name(raw: object) -> str:
+    return read_method(raw).name
 
 
 class ModelEntry(_Strict):
@@ -99,33 +103,48 @@ class Slice(_Strict):
 
 
 class Sparsify(_Strict):
-    """What is done to each expert before they are combined.
+    """What is done to each expert before they are combined; in YAML its parameters stand beside `method`.
 
     References:
       Yu et al., Language Models are Super Mario (DARE), 2024, arXiv 2311.03099.
     """
 
-    method: Literal["dare", "magnitude"]
-    density: Annotated[Setting, PlainValidator(read_share_setting), PlainSerializer(plain, return_type=Any)]
+    method: str
     target: Literal["delta", "weights"] = "delta"
-    rescale: StrictBool | None = Field(default=None, validate_default=True)
-    scope: Literal["tensor", "model"] = "tensor"
+    parameters: Parameters = {}
 
-    @field_validator("rescale")
+    @model_validator(mode="before")
     @classmethod
-    def _default_rescale(cls, given: bool | None, info: ValidationInfo) -> bool:
-        return info.data.get("method") == "dare" if given is None else given
+    def _from_flat(cls, raw: object) -> object:
+        return read_sparsify(raw) if isinstance(raw, Mapping) else raw
 
-    @model_validator(mode="after")
-    def _check_scope(self) -> Self:
-        if self.scope == "model" and self.method == "dare":
-            raise RecipeError("dare drops each entry by itself and has no scope; remove the key", "scope")
-        if self.scope == "model" and not isinstance(self.density, float):
-            raise RecipeError("one threshold for the whole model needs one density; write one number", "density")
-        return self
+    @model_serializer
+    def _flat(self) -> dict[str, Any]:
+        return {"method": self.method, "target": self.target, **plain_parameters(self.parameters)}
+
+    @property
+    def row(self) -> SparsifierRow:
+        """Its row of the catalogue."""
+        return read_sparsifier(self.method)
+
+    def numbers(self, tensor_name: str, t: float, count: int) -> dict[str, tuple[float, ...]]:
+        """What its parameters are for one tensor, by the factory's arguments: the same for every expert.
+
+        Args:
+          tensor_name: the tensor's full name.
+          t: the tensor's position in the model.
+          count: how many experts there are.
+        """
+        defaults = {parameter.name: parameter.default for parameter in self.row.parameters}
+        found = {}
+        for argument, name in arguments(self.row.parameters, "sparsifier", "leaf").items():
+            value = evaluate(self.parameters[name], tensor_name, t)
+            missing = 1.0 if defaults[name] is None else defaults[name]
+            found[argument] = (float(missing if value is None else value),) * count  # type: ignore[arg-type]
+        return found
 
 
-class Mixup(_Strict):
+class MixupSettings(_Strict):
     """M³: the weights are drawn from Beta(α, α), or Dirichlet(α, …, α) for more than two experts.
 
     References:
@@ -151,12 +170,12 @@ class Recipe(_Strict):
     """
 
     name: str | None = None
-    merge_method: Annotated[MergeMethod, BeforeValidator(read_method)]
+    merge_method: Annotated[str, BeforeValidator(_method_name)]
     base_model: Name | None = None
     models: tuple[ModelEntry, ...]
     slices: tuple[Slice, ...] | None = None
     sparsify: Sparsify | None = None
-    mixup: Mixup | None = None
+    mixup: MixupSettings | None = None
     parameters: Parameters = Field(default={}, validate_default=True)
     seed: Annotated[int, PlainValidator(read_seed)] = 0
     dtype: Dtype = None
@@ -168,16 +187,20 @@ class Recipe(_Strict):
     @field_validator("parameters")
     @classmethod
     def _fill_defaults(cls, given: dict[str, Setting], info: ValidationInfo) -> dict[str, Setting]:
-        defaults = dict(DEFAULTS.get(info.data.get("merge_method", ""), {}))
+        if "merge_method" not in info.data:
+            return given  # and the method is what the user reads of
+        row = read_method(info.data["merge_method"])
+        defaults = defaults_of(row)
         if info.data.get("mixup") is not None:
-            defaults.pop("weight", None)  # drawn, not given
+            for name in weight_parameters(row):
+                defaults.pop(name, None)  # drawn, not given
         return {**defaults, **given}
 
     @model_validator(mode="wrap")
     @classmethod
     def _check(cls, raw: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         try:
-            recipe = handler(raw if isinstance(raw, cls) else from_dialect(raw))
+            recipe = handler(raw if isinstance(raw, cls) else read_blocks(from_dialect(raw)))
             for check in CHECKS:
                 check(recipe)
         except ValidationError as error:
@@ -192,26 +215,38 @@ class Recipe(_Strict):
         return self.out_dtype or self.dtype
 
     @property
+    def row(self) -> MethodRow:
+        """The method's row of the catalogue."""
+        return read_method(self.merge_method)
+
+    @property
     def experts(self) -> tuple[ModelEntry, ...]:
         """The models to be merged, in order.
 
-        Methods on task vectors drop the base where it stands among the models; slerp puts it first (t = 0);
-        to linear merging it is a model like any other.
+        Methods on task vectors drop the base where it stands among the models; those that interpolate put it first;
+        to averages it is a model like any other.
         """
-        if self.merge_method == "linear" or self.base_model is None:
+        if self.row.base == "expert" or self.base_model is None:
             return self.models
         others = tuple(entry for entry in self.models if entry.model != self.base_model)
-        if self.merge_method != "slerp":
+        if self.row.base == "task_vectors":
             return others
         base = (entry for entry in self.models if entry.model == self.base_model)
         return (next(base, ModelEntry(model=self.base_model)), *others)
 
     @property
+    def base_role(self) -> str | None:
+        """What the base is read for: "base", or "template" where only its configuration and tokenizer are used."""
+        if self.base_model is None or self.row.base == "first":
+            return None
+        return "base" if self.uses_base else "template"
+
+    @property
     def uses_base(self) -> bool:
         """Whether the merge works on differences from the base model."""
-        if self.merge_method == "linear":
+        if self.row.base == "expert":
             return self.sparsify is not None and self.sparsify.target == "delta"
-        return self.merge_method != "slerp"
+        return self.row.base == "task_vectors"
 
     @property
     def declared_layers(self) -> int | None:
@@ -235,7 +270,7 @@ class Recipe(_Strict):
         Returns:
           The value, or None where no level has one.
         """
-        if name not in known_parameters(self.merge_method):
+        if name not in parameters_of(self.row):
             return None
         part, t = self._slice_at(tensor_name, t)
         expert = None if expert_index is None else self.experts[expert_index]
@@ -256,13 +291,29 @@ class Recipe(_Strict):
         Returns:
           What the recipe says, or else the method's own default.
         """
-        known = name in known_parameters(self.merge_method)
-        return bool(self.parameters.get(name, default)) if known else default
+        return bool(self.parameters.get(name, default)) if name in parameters_of(self.row) else default
 
-    def sparsify_density(self, tensor_name: str, t: float) -> float:
-        """The share of a tensor's entries that `sparsify` keeps; 1 where it says nothing."""
-        value = None if self.sparsify is None else evaluate(self.sparsify.density, tensor_name, t)
-        return 1.0 if value is None else float(value)
+    def numbers(self, sets: str, tensor_name: str, t: float) -> dict[str, tuple[float, ...]]:
+        """What the parameters that may differ between tensors are for one tensor, one number per expert.
+
+        Args:
+          sets: whose they are: "method", "sparsifier", "weights" or "scale".
+          tensor_name: the tensor's full name.
+          t: the tensor's position in the model.
+
+        Returns:
+          By the argument that each sets; weights and the scale under their parameter's name.
+        """
+        found = {}
+        for parameter in self.row.parameters:
+            whose, _, argument = parameter.sets.partition(".")
+            if whose != sets or parameter.level == "merge":
+                continue
+            each = range(len(self.experts)) if parameter.level == "expert" else [None] * len(self.experts)
+            default = 0.5 if parameter.default is None else float(parameter.default)
+            values = [self.parameter(parameter.name, tensor_name, expert, t) for expert in each]
+            found[argument or parameter.name] = tuple(default if v is None else float(v) for v in values)
+        return found
 
     def excludes(self, tensor_name: str) -> bool:
         """Whether some `exclude` pattern is found in a tensor's name."""
@@ -283,14 +334,10 @@ class Recipe(_Strict):
         notes = []
         if "int8_mask" in self.parameters:
             notes.append("int8_mask is ignored: the exact arithmetic never stores a mask, so it saves nothing.")
-        unused = {name for block in self._blocks() for name in block} - {*known_parameters(self.merge_method)}
+        unused = {name for block in self._blocks() for name in block} - {*parameters_of(self.row)}
         if unused:
             notes.append(f"{self.merge_method} does not use {', '.join(sorted(unused))}, which is ignored.")
-        if self.merge_method.startswith("dare_") and self.flag("rescale"):
-            notes.append(
-                "rescale divides the kept entries by the density, as DARE's paper does; mergekit 0.1 and"
-                " later match the L1 norm of each tensor."
-            )
+        notes += [parameter.note for parameter in self.row.parameters if parameter.note and self.flag(parameter.name)]
         return tuple(notes)
 
     def _blocks(self) -> Iterator[dict[str, Setting]]:
@@ -366,7 +413,7 @@ _SCHEMAS: dict[Place, type[BaseModel]] = {
     ("slices",): Slice,
     ("slices", "sources"): Source,
     ("sparsify",): Sparsify,
-    ("mixup",): Mixup,
+    ("mixup",): MixupSettings,
 }
 
 

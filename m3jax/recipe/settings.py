@@ -1,11 +1,15 @@
 """Parameter settings: one number, a gradient over layers, or values chosen by tensor name."""
 
 import difflib
+import functools
 import math
 import reprlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
+
+from m3jax.methods import catalogue
+from m3jax.methods.catalogue import MethodRow, Parameter
 
 Place: TypeAlias = tuple[str | int, ...]
 
@@ -154,16 +158,6 @@ def _read_filter(raw: object, place: Place, low: float, high: float) -> Filtered
     return Filtered(pattern, _read_numbers(raw["value"], (*place, "value"), low, high))
 
 
-def read_number_setting(raw: object, place: Place = ()) -> Setting:
-    """Reads a setting of finite numbers."""
-    return _read_numbers(raw, place, -math.inf, math.inf)
-
-
-def read_share_setting(raw: object, place: Place = ()) -> Setting:
-    """Reads a setting of numbers in [0, 1]."""
-    return _read_numbers(raw, place, 0.0, 1.0)
-
-
 def _read_flag(raw: object, place: Place) -> Setting:
     # 0 and 1 too: mergekit writes `normalize: 1.0` into the files it saves
     if isinstance(raw, bool | int | float) and raw in (0, 1):
@@ -171,31 +165,57 @@ def _read_flag(raw: object, place: Place) -> Setting:
     raise RecipeError(f"{reprlib.repr(raw)} is not true or false; it is one switch for the whole merge", *place)
 
 
-def _one_of(*choices: str) -> Callable[[object, Place], Setting]:
-    def read(raw: object, place: Place) -> Setting:
-        if raw not in choices:
-            raise RecipeError(f"{reprlib.repr(raw)} is not one of {', '.join(choices)}; write one of them", *place)
-        return str(raw)
-
-    return read
+def _read_choice(raw: object, place: Place, choices: Sequence[str]) -> Setting:
+    if raw not in choices:
+        raise RecipeError(f"{reprlib.repr(raw)} is not one of {', '.join(choices)}; write one of them", *place)
+    return str(raw)
 
 
-READERS: dict[str, Callable[[object, Place], Setting]] = {
-    "weight": read_number_setting,
-    "density": read_share_setting,
-    "trim_density": read_share_setting,
-    "t": read_share_setting,
-    "lambda": read_number_setting,
-    "normalize": _read_flag,
-    "rescale": _read_flag,
-    "trim_scope": _one_of("tensor", "model"),
-    "sign_election": _one_of("weighted", "unweighted"),
-    "int8_mask": _read_flag,
-}
+def read_setting(raw: object, place: Place, parameter: Parameter) -> Setting:
+    """Reads what a recipe says of one parameter.
+
+    Args:
+      raw: what is written there.
+      place: where it is written.
+      parameter: the catalogue's.
+
+    Raises:
+      RecipeError: it is not what the parameter stands for.
+    """
+    if parameter.kind == "flag":
+        return _read_flag(raw, place)
+    if parameter.kind == "choice":
+        return _read_choice(raw, place, parameter.choices)
+    if parameter.level == "merge":
+        return number(raw, place, parameter.low, parameter.high)
+    return _read_numbers(raw, place, parameter.low, parameter.high)
 
 
-def read_parameters(raw: object) -> dict[str, Setting]:
-    """Reads a block of parameters, whatever the method.
+def parameters_of(method: MethodRow) -> dict[str, Parameter]:
+    """The parameters that a recipe of a method may have, by name."""
+    return {parameter.name: parameter for parameter in (*method.parameters, catalogue.IGNORED)}
+
+
+@functools.cache
+def _all_parameters() -> dict[str, Parameter]:
+    """The parameters of all of our methods; where some share a name, the one that reads most."""
+    rows = [parameter for row in catalogue.METHODS for parameter in row.parameters]
+    return {parameter.name: parameter for parameter in (catalogue.IGNORED, *rows)}
+
+
+def mergekits(name: str) -> bool:
+    """Whether a parameter is one of mergekit's, which lets methods ignore what only others use."""
+    parameter = _all_parameters().get(name)
+    return parameter is not None and parameter.mergekit
+
+
+def users_of(name: str) -> list[str]:
+    """Our methods that have a parameter."""
+    return [row.name for row in catalogue.METHODS if name in {parameter.name for parameter in row.parameters}]
+
+
+def read_parameters(raw: object, method: MethodRow, place: Place = ()) -> dict[str, Setting]:
+    """Reads a block of parameters; those of other methods too, so that later checks can say whose they are.
 
     Raises:
       RecipeError: the block is no mapping, a name is unknown, or a value is not what the name stands for.
@@ -203,34 +223,17 @@ def read_parameters(raw: object) -> dict[str, Setting]:
     if raw is None:
         return {}
     if not isinstance(raw, Mapping):
-        raise RecipeError(f"{reprlib.repr(raw)} is not a mapping; write 'name: value' lines")
+        raise RecipeError(f"{reprlib.repr(raw)} is not a mapping; write 'name: value' lines", *place)
+    known = {**_all_parameters(), **parameters_of(method)}
     for name in raw:
-        if name not in READERS:
-            raise RecipeError(f"unknown parameter; {nearest(str(name), READERS)}", str(name))
-    return {name: READERS[name](value, (name,)) for name, value in raw.items() if value is not None}
+        if name not in known:
+            raise RecipeError(f"unknown parameter; {nearest(str(name), known)}", *place, str(name))
+    return {name: read_setting(value, (*place, name), known[name]) for name, value in raw.items() if value is not None}
 
 
-_GLOBAL: dict[str, Setting] = {"weight": 1.0, "normalize": False, "lambda": 1.0}
-_ELECTION: dict[str, Setting] = {"trim_scope": "tensor", "sign_election": "weighted"}
-
-# Each method's parameters and what they are when nobody says; `t` has no default, as in mergekit.
-DEFAULTS: dict[str, dict[str, Setting]] = {
-    "linear": {"weight": 1.0, "normalize": True},
-    "task_arithmetic": _GLOBAL,
-    "ties": {**_GLOBAL, "normalize": True, "density": 1.0, "rescale": False, **_ELECTION},
-    "dare_linear": {**_GLOBAL, "density": 1.0, "rescale": True},
-    "dare_ties": {**_GLOBAL, "density": 1.0, "rescale": True, "trim_density": 1.0, **_ELECTION},
-    "slerp": {},
-}
-# mergekit lets a method ignore what only others use, so files with such lines run here too, with a note.
-MERGEKITS = ("weight", "density", "t", "lambda", "normalize", "rescale", "int8_mask")
-PER_MODEL = ("weight", "density", "trim_density")
-PER_SLICE = (*PER_MODEL, "lambda", "t")
-
-
-def known_parameters(method: str) -> tuple[str, ...]:
-    """The names that a method's `parameters` may have."""
-    return (*DEFAULTS[method], *(("t",) if method == "slerp" else ()), "int8_mask")
+def defaults_of(method: MethodRow) -> dict[str, Setting]:
+    """What a method's parameters are when nobody says; those without a default must be given."""
+    return {parameter.name: parameter.default for parameter in method.parameters if parameter.default is not None}
 
 
 def dotted(place: Sequence[str | int]) -> str:

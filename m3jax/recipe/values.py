@@ -2,22 +2,45 @@
 
 import re
 import reprlib
-from typing import Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
 
+from m3jax.errors import M3Error
+from m3jax.methods import catalogue
+from m3jax.methods.catalogue import MethodRow, SparsifierRow
 from m3jax.recipe.settings import Place, RecipeError, nearest, number
 
-MergeMethod = Literal["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp"]
-METHODS: tuple[str, ...] = get_args(MergeMethod)
+Row = TypeVar("Row", MethodRow, SparsifierRow)
 OutputDtype = Literal["bfloat16", "float16", "float32"]
 
 
-def read_method(raw: object) -> object:
-    """Reads the name of a merge method."""
-    if raw in METHODS:
-        return raw
-    close = nearest(str(raw), METHODS)
+def _row(name: object, known: Sequence[str], find: Callable[[str], Row]) -> Row:
+    if name in known:
+        try:
+            return find(str(name))
+        except M3Error as error:
+            raise RecipeError(str(error)) from None
+    close = nearest(str(name), known)
     suggestion = f"{close} " if close.startswith("did") else ""
-    raise RecipeError(f"{reprlib.repr(raw)} is not here; {suggestion}available are {', '.join(METHODS)}")
+    raise RecipeError(f"{reprlib.repr(name)} is not here; {suggestion}available are {', '.join(known)}")
+
+
+def read_method(raw: object) -> MethodRow:
+    """The row of a merge method.
+
+    Raises:
+      RecipeError: there is none of this name, or the package that brings it is at fault.
+    """
+    return _row(raw, catalogue.names(), catalogue.method_row)
+
+
+def read_sparsifier(raw: object) -> SparsifierRow:
+    """The row of a sparsifier.
+
+    Raises:
+      RecipeError: there is none of this name.
+    """
+    return _row(raw, [row.name for row in catalogue.SPARSIFIERS], catalogue.sparsifier_row)
 
 
 _DTYPES: dict[str, OutputDtype] = {

@@ -10,9 +10,9 @@ from m3jax.checkpoints import DTYPES, sketch_model
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.cli.console import count_text, safe_text, size_text, table, time_text
 from m3jax.recipe import load_recipe
-from m3jax.streaming.findings import Stage, applies, phases_of
+from m3jax.streaming.findings import Step, applies, phases_of
 from m3jax.streaming.jobs import Ready, prepared
-from m3jax.streaming.plan import Plan, TensorPlan, divide
+from m3jax.streaming.plan import MergePlan, TensorPlan, divide
 from m3jax.streaming.reading import default_chunk_entries
 
 # Bytes read and written per second by a process of two cores, from the page cache: DARE and TIES on 1.1 B parameters in
@@ -120,20 +120,19 @@ def _read_bytes(ready: Ready, tensor: TensorPlan) -> int:
     return sum(info.nbytes for info in infos)
 
 
-def _needed(plan: Plan) -> list[Stage]:
+def _needed(plan: MergePlan) -> list[Step]:
     """The readings that are made: where a sample brackets a threshold, one more pass settles it, not two."""
-    stages = [stage for phase in phases_of(plan) for stage in phase]
-    guessed = {stage.kind for stage in stages if stage.step == "guess"}
-    return [s for s in stages if s.step != "sample" and not (s.kind in guessed and s.step in ("coarse", "fine"))]
+    steps = [step for phase in phases_of(plan) for step in phase]
+    return [step for step in steps if not step.sampled and not step.fallback]
 
 
-def _passes(ready: Ready, stages: Sequence[Stage]) -> Iterator[PassEstimate]:
+def _passes(ready: Ready, stages: Sequence[Step]) -> Iterator[PassEstimate]:
     for stage in stages:
         total = sum(_read_bytes(ready, tensor) for tensor in ready.plan.tensors if applies(stage, tensor))
         yield PassEstimate(stage.label, total)
 
 
-def _tensors(plan: Plan) -> tuple[TensorEstimate, ...]:
+def _tensors(plan: MergePlan) -> tuple[TensorEstimate, ...]:
     counts: dict[tuple[Any, ...], int] = {}
     for tensor in plan.tensors:
         key = (tensor.output.shape, tensor.output.dtype, tensor.pipeline is not None)
@@ -187,7 +186,7 @@ def estimate(ready: Ready, method: str, place: Path | None, processes: int = 1) 
         written,
         len(files),
         None if place is None else shutil.disk_usage(place).free,
-        _RUNTIME_BYTES + _buffers(ready) + (_RANKING_BYTES if any(stage.step for stage in stages) else 0),
+        _RUNTIME_BYTES + _buffers(ready) + (_RANKING_BYTES if any(stage.stage for stage in stages) else 0),
         resident + written,
         processes,
         largest,

@@ -1,10 +1,12 @@
-"""What a merge must know of more than one entry: thresholds, majority signs and angles, measured chunk by chunk.
+"""What a merge must know of more than one entry, measured chunk by chunk: the passes, and what they found.
 
-Each measurement is a pass over a tensor or over the model whose results add up in any order.
+Each measure of the pipeline is a few rounds over a tensor or over the model whose counts reduce in any order. Nothing
+here knows what is counted.
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,50 +14,38 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from m3jax.arithmetic import exact, threefry
-from m3jax.cluster.processes import Buffer, Processes, add_up
-from m3jax.methods import leaf, magnitude, slerp, ties
-from m3jax.methods.base import Scalars, Values
-from m3jax.methods.leaf import Pipeline
-from m3jax.streaming.plan import Plan, TensorPlan, total_entries
+from m3jax.arithmetic import threefry
+from m3jax.cluster.processes import Buffer, Processes
+from m3jax.methods.base import Extent, Place, Round
+from m3jax.methods.leaf import LeafScalars, Pipeline, Stage, counted, leaf_scalars, with_found
+from m3jax.streaming.plan import MergePlan, TensorPlan, row_size, total_entries
 from m3jax.streaming.reading import Loaded, Visit, visits
 
 
-class Stage(NamedTuple):
+class Step(NamedTuple):
     """A pass over a tensor or over the model.
 
     Attributes:
-        kind: "sparsify", "trim" (rankings), "signs", "largest", "sums" (slerp), or "merge".
-        scope: "tensor" or "model": over what its result holds.
-        step: Of a ranking: "sample", "guess", "coarse" or "fine".
+        stage: The measure that it belongs to, by key; "" for the merge.
+        round: Which round of it.
+        turn: Which going-through of the round.
+        scope: "row", "tensor" or "model": over what its result holds.
+        label: What it does, for people.
+        sampled: It reads a sample.
+        fallback: It is left out where the measure is settled.
     """
 
-    kind: str
+    stage: str
+    round: str = ""
+    turn: int = 0
     scope: str = "tensor"
-    step: str = ""
-
-    @property
-    def label(self) -> str:
-        """What the stage does, for people."""
-        return _LABELS[self.kind]
-
-    @property
-    def shift(self) -> int:
-        """The shift of a ranking's bins."""
-        return magnitude.COARSE if self.step == "coarse" else magnitude.FINE
+    label: str = "merging"
+    sampled: bool = False
+    fallback: bool = False
 
 
-_LABELS = {
-    "sparsify": "ranking magnitudes",
-    "trim": "ranking magnitudes",
-    "signs": "counting signs",
-    "largest": "measuring angles",
-    "sums": "measuring angles",
-    "merge": "merging",
-}
-MERGE = Stage("merge")
+MERGE = Step("")
 
-_WORTH_SAMPLING = 2**24  # entries from which a sample's cost is small against the pass that it saves
 _SAMPLED = 2**22  # entries of a sample: enough that its quantile falls inside a bracket around the model's
 _SAMPLE_BLOCK = 2**12
 
@@ -63,301 +53,357 @@ _SAMPLE_BLOCK = 2**12
 # --- jitted functions of chunks -----------------------------------------------------------------------------------
 
 
-def _ranked(pipe: Pipeline, kind: str, experts: Any, base: Any, scalars: Scalars, start: Any, zero: Any) -> Values:
-    if kind == "sparsify":
-        return leaf.ranked_by_sparsifier(pipe, experts, base)
-    index = threefry.range_index(start[0], start[1], experts[0].shape[0])
-    return leaf.ranked_by_trim(pipe, experts, base, scalars, index, zero)
+def in_rows(shape: tuple[int, ...], arrays: Any) -> Any:
+    """Flat chunks of whole rows as [rows, row] where the pipeline needs rows, else as they are.
+
+    Args:
+        shape: Of the chunk; see `chunk_shape`.
+        arrays: A pytree of flat arrays.
+    """
+    return jax.tree.map(lambda x: x.reshape(shape), arrays)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def magnitudes_chunk(
-    pipe: Pipeline, kind: str, experts: Any, base: Any, scalars: Scalars, start: Any, zero: Any
-) -> list[jax.Array]:
-    """The ranked magnitudes of a chunk as integers, one array per expert."""
-    return [exact.magnitude_bits(v) for v in _ranked(pipe, kind, experts, base, scalars, start, zero)]
+def chunk_shape(tensor: TensorPlan, padded: int) -> tuple[int, ...]:
+    """The shape in which a chunk of a tensor is worked on.
+
+    Args:
+        tensor: Its plan.
+        padded: Entries of the chunk's arrays.
+    """
+    if tensor.pipeline is None or not tensor.pipeline.rows:
+        return (padded,)
+    row = row_size(tensor)
+    return padded // row, row
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def bins_chunk(
-    pipe: Pipeline, kind: str, shift: int, experts: Any, base: Any, scalars: Scalars, start: Any, low: Any, zero: Any
-) -> list[jax.Array]:
-    """The bin of every magnitude of a chunk, one array per expert."""
-    return magnitude.bins(_ranked(pipe, kind, experts, base, scalars, start, zero), low, shift)
+def _index(start: Any, shape: tuple[int, ...]) -> Any:
+    return in_rows(shape, threefry.range_index(start[0], start[1], math.prod(shape)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def tally_chunk(
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def count_chunk(
     pipe: Pipeline,
-    kind: str,
-    shift: int,
+    key: str,
+    name: str,
+    place: Place,
+    shape: tuple[int, ...],
     experts: Any,
     base: Any,
-    scalars: Scalars,
+    scalars: LeafScalars,
+    state: Any,
     start: Any,
-    low: Any,
     size: Any,
     zero: Any,
-) -> jax.Array:
-    """How many magnitudes of a chunk's first `size` entries fall into each bin."""
-    valid = lax.iota(jnp.uint32, experts[0].shape[0]) < size
-    return magnitude.tally(magnitude.bins(_ranked(pipe, kind, experts, base, scalars, start, zero), low, shift), valid)
+) -> Any:
+    """What a round of a measure counts of a chunk's first `size` entries."""
+    stage = stage_of(pipe, key)
+    step = stage.round(place, name)
+    valid = in_rows(shape, lax.iota(jnp.uint32, math.prod(shape)) < size)
+    experts, base = in_rows(shape, experts), in_rows(shape, base)
+    return counted(pipe, stage, step, experts, base, scalars, state, _index(start, shape), zero, valid)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def signs_chunk(
-    pipe: Pipeline, experts: Any, base: Any, scalars: Scalars, start: Any, size: Any, zero: Any
-) -> jax.Array:
-    """By how many more entries of a chunk elect + than −, as int32 (chunks are shorter than 2³¹)."""
-    padded = experts[0].shape[0]
-    index = threefry.range_index(start[0], start[1], padded)
-    values = leaf.sparse_values(pipe, experts, base, scalars, index, zero)
-    positive, negative = ties.sign_counts(values, scalars, zero)
-    signs = positive.astype(jnp.int32) - negative.astype(jnp.int32)
-    return jnp.sum(jnp.where(lax.iota(jnp.uint32, padded) < size, signs, 0))
-
-
-@jax.jit
-def largest_chunk(experts: Any, size: Any, zero: Any) -> jax.Array:
-    """`slerp.largest` of a chunk."""
-    valid = lax.iota(jnp.uint32, experts[0].shape[0]) < size
-    return slerp.largest(tuple(exact.widen(x) for x in experts), zero, valid)
-
-
-@jax.jit
-def sums_chunk(experts: Any, largest: Any, size: Any, zero: Any) -> jax.Array:
-    """`slerp.integer_sums` of a chunk."""
-    valid = lax.iota(jnp.uint32, experts[0].shape[0]) < size
-    return slerp.integer_sums(tuple(exact.widen(x) for x in experts), largest, zero, valid)
+def stage_of(pipe: Pipeline, key: str) -> Stage:
+    """A pipeline's measure of a key."""
+    return next(stage for stage in pipe.stages if stage.key == key)
 
 
 # --- passes -------------------------------------------------------------------------------------------------------
 
 
-def _ranking(kind: str, scope: str, plan: Plan) -> list[Stage]:
-    steps = ["coarse", "fine"]
-    if scope == "model" and total_entries(plan.tensors) >= _WORTH_SAMPLING:
-        steps = ["sample", "guess", *steps]
-    return [Stage(kind, scope, step) for step in steps]
+def place_of(plan: MergePlan) -> Place:
+    """Where the measures of a merge count."""
+    return Place(True, jax.default_backend(), total_entries(plan.tensors))
 
 
-def phases_of(plan: Plan) -> list[list[Stage]]:
+def _steps(stage: Stage, place: Place) -> Iterator[Step]:
+    measure = stage.measure
+    there = place if measure.scope == "model" else place._replace(entries=0)
+    for each in measure.rounds(there):
+        for turn in range(each.repeats):
+            yield Step(stage.key, each.name, turn, measure.scope, measure.label, each.sampled, each.fallback)
+
+
+def phases_of(plan: MergePlan) -> list[list[Step]]:
     """The passes: each phase goes over all tensors before the next; the last one ends with the merge."""
-    pipe, merged = plan.pipeline, [t for t in plan.tensors if t.settings is not None]
-    stages: list[Stage] = []
-    sparsifier = pipe.sparsifier
-    if sparsifier is not None and sparsifier.name == "magnitude":
-        stages += _ranking("sparsify", sparsifier.scope, plan)
-    if any(t.trim and min(t.trim) < 1 for t in merged):
-        stages += _ranking("trim", pipe.method.trim_scope, plan)
-    if pipe.method.sign_election == "unweighted":
-        stages.append(Stage("signs", "model"))
-    if pipe.method.interpolates:
-        stages += [Stage("largest"), Stage("sums")]
-    phases: list[list[Stage]] = []
-    for stage in [*stages, MERGE]:
-        if stage.scope == "model" or not phases or phases[-1][-1].scope == "model":
-            phases.append([stage])
+    merged = [tensor for tensor in plan.tensors if tensor.settings is not None]
+    phases: list[list[Step]] = []
+    steps: list[Step] = []
+    for stage in plan.pipeline.stages:
+        if any(_needs(stage, tensor) for tensor in merged):
+            steps += _steps(stage, place_of(plan))
+    for step in [*steps, MERGE]:
+        if step.scope == "model" or not phases or phases[-1][-1].scope == "model":
+            phases.append([step])
         else:
-            phases[-1].append(stage)
+            phases[-1].append(step)
     return phases
 
 
-def applies(stage: Stage, tensor: TensorPlan) -> bool:
-    """Whether a stage has anything to do for a tensor."""
-    if stage == MERGE:
-        return True
-    if tensor.settings is None or (stage.kind == "trim" and min(tensor.trim, default=1.0) == 1.0):
+def _needs(stage: Stage, tensor: TensorPlan) -> bool:
+    if tensor.settings is None or tensor.pipeline is None:
         return False
-    return stage.kind != "sparsify" or stage.scope == "model" or min(tensor.settings.densities) < 1.0
+    if stage.owner == "sparsifier" and tensor.pipeline.sparsifier is None:
+        return False
+    return stage.needed(tensor.pipeline, tensor.settings)
+
+
+def applies(step: Step, tensor: TensorPlan) -> bool:
+    """Whether a pass has anything to do for a tensor."""
+    if step == MERGE:
+        return True
+    if tensor.settings is None or tensor.pipeline is None:
+        return False
+    stage = next((stage for stage in tensor.pipeline.stages if stage.key == step.stage), None)
+    return stage is not None and _needs(stage, tensor)
 
 
 def samples(
-    stage: Stage, model: Sequence[TensorPlan], tensors: Sequence[TensorPlan], chunk_entries: int, multiple: int = 1
+    step: Step, model: Sequence[TensorPlan], tensors: Sequence[TensorPlan], chunk_entries: int, multiple: int = 1
 ) -> Iterator[Visit]:
     """Blocks spread evenly over tensors, about 2²² entries of the model, whatever its size.
 
     Args:
-        stage: The ranking.
+        step: The pass.
         model: All tensors.
         tensors: Those to sample.
         chunk_entries: As in `visits`.
         multiple: As in `visits`.
     """
-    stride = max(_SAMPLE_BLOCK, total_entries([t for t in model if applies(stage, t)]) // _SAMPLED * _SAMPLE_BLOCK)
+    stride = max(_SAMPLE_BLOCK, total_entries([t for t in model if applies(step, t)]) // _SAMPLED * _SAMPLE_BLOCK)
     due = 0
-    for tensor in [t for t in tensors if applies(stage, t)]:
+    for tensor in [t for t in tensors if applies(step, t)]:
         while due < tensor.output.size:
             stop = min(due + _SAMPLE_BLOCK, tensor.output.size)
-            (visit,) = visits(stage, tensor, chunk_entries, False, due, stop, multiple)
+            (visit,) = visits(step, tensor, chunk_entries, False, due, stop, multiple)
             yield visit
             due += stride
         due -= tensor.output.size
 
 
+_Scope = tuple[str, str | None]
+"""A measure's key, and a tensor's name or None for the whole model."""
+
+
 class Findings:
-    """Thresholds, signs and angles found so far, by stage and tensor (None: of the whole model)."""
+    """The states of all measures so far, by measure and scope."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: MergePlan) -> None:
         self._plan = plan
-        self.thresholds: dict[tuple[str, str | None], np.ndarray] = {}
-        self.tie_sign = 1
-        self._totals: dict[tuple[Stage, str | None], Any] = {}
-        self._searches: dict[tuple[str, str | None], magnitude.Search] = {}
-        self._largest: dict[str, np.ndarray] = {}
-        self._arcs: dict[str, np.ndarray] = {}
+        self._place = place_of(plan)
+        self._states: dict[_Scope, tuple[bool, Any]] = {}  # whether it is over, and the state
+        self._totals: dict[_Scope, Any] = {}
 
-    def scalars(self, tensor: TensorPlan, root: np.ndarray) -> Scalars:
+    def scalars(self, tensor: TensorPlan, root: np.ndarray) -> LeafScalars:
         """The scalars of a tensor as far as they are known."""
         if tensor.pipeline is None or tensor.settings is None:
             raise ValueError(f"{tensor.output.name} is copied and has no scalars")
-        name, pipe = tensor.output.name, tensor.pipeline
-        masked = pipe.sparsifier is not None and pipe.sparsifier.name == "dare"
-        keys = threefry.pair_keys(root, name, pipe.num_experts) if masked else None
-        scalars = leaf.leaf_scalars(pipe, tensor.settings, keys)
-        for kind, field in (("sparsify", "drop_below"), ("trim", "trim_below")):
-            found = self.thresholds.get((kind, None), self.thresholds.get((kind, name)))
-            if found is not None:
-                scalars = scalars._replace(**{field: found})
-        if name in self._arcs:
-            scalars = scalars._replace(coefficients=self._arcs[name])
-        return scalars._replace(tie_sign=np.int32(self.tie_sign))
+        pipe, name = tensor.pipeline, tensor.output.name
+        keys = threefry.pair_keys(root, name, pipe.num_experts) if pipe.random else None
+        scalars = leaf_scalars(pipe, tensor.settings, tensor.output.shape, keys)
+        for stage in pipe.stages:
+            state = self._states.get((stage.key, self._scope(stage, tensor)))
+            if state is not None and state[0] and _needs(stage, tensor):
+                scalars = with_found(pipe, scalars, stage, state[1], tensor.settings)
+        return scalars
 
-    def measure(self, loaded: Loaded, scalars: Scalars, start: np.ndarray, zero: np.uint32) -> Any:
+    def rows(self, scalars: LeafScalars, visit: Visit) -> LeafScalars:
+        """The scalars of a tensor with what was found by row cut to a chunk's rows.
+
+        Args:
+            scalars: Of the tensor.
+            visit: The chunk, whose padded rows may reach beyond the last.
+        """
+        found = {owner: dict(own) for owner, own in scalars.found.items()}
+        for stage in visit.plan.pipeline.stages if visit.plan.pipeline is not None else ():
+            own = found[stage.owner]
+            if stage.measure.scope == "row" and stage.measure.name in own:
+                own[stage.measure.name] = _cut(own[stage.measure.name], *_rows_of(visit))
+        return scalars._replace(found=found)
+
+    @staticmethod
+    def _scope(stage: Stage, tensor: TensorPlan) -> str | None:
+        return None if stage.measure.scope == "model" else tensor.output.name
+
+    def _state(self, stage: Stage, tensor: TensorPlan) -> Any:
+        """The state of a measure: as it is, or as it begins."""
+        scope = self._scope(stage, tensor)
+        if (stage.key, scope) not in self._states:
+            self._states[stage.key, scope] = (False, self._begin(stage, tensor))
+        return self._states[stage.key, scope][1]
+
+    def _begin(self, stage: Stage, tensor: TensorPlan) -> Any:
+        if tensor.settings is None:
+            raise ValueError(f"{tensor.output.name} is copied and not measured")
+        spans = stage.measure.scope == "model"
+        entries = total_entries(self._plan.tensors) if spans else tensor.output.size
+        rows = (math.prod(tensor.output.shape[:-1]),) if stage.measure.scope == "row" else ()
+        extent = Extent(entries, rows, self._plan.pipeline.num_experts)
+        return stage.begin(self._plan.pipeline, tensor.settings, extent)
+
+    def measure(self, loaded: Loaded, scalars: LeafScalars, start: np.ndarray, zero: np.uint32) -> Any:
         """Dispatch the measurement of a chunk."""
         visit = loaded.visit
-        stage, tensor = visit.stage, visit.plan
+        step, tensor = visit.stage, visit.plan
         experts, base = split(loaded)
         if tensor.pipeline is None:
             raise ValueError(f"{tensor.output.name} is copied and not measured")
+        stage, shape = stage_of(tensor.pipeline, step.stage), chunk_shape(tensor, visit.padded)
+        state = self._state(stage, tensor)
+        if stage.measure.scope == "row":
+            state = _cut(state, *_rows_of(visit))
+        if len(shape) == 2:
+            scalars = self.rows(scalars, visit)
+        there = self._there(stage)
         size = np.uint32(visit.size)
-        if stage.kind == "signs":
-            return signs_chunk(tensor.pipeline, experts, base, scalars, start, size, zero)
-        if stage.kind == "largest":
-            return largest_chunk(experts, size, zero)
-        if stage.kind == "sums":
-            return sums_chunk(experts, self._largest[tensor.output.name], size, zero)
-        low = self._search(stage, tensor).low
-        if stage.step == "sample":
-            return magnitudes_chunk(tensor.pipeline, stage.kind, experts, base, scalars, start, zero)
-        if self._sparse_on_host(stage):
-            return bins_chunk(tensor.pipeline, stage.kind, stage.shift, experts, base, scalars, start, low, zero)
-        return tally_chunk(tensor.pipeline, stage.kind, stage.shift, experts, base, scalars, start, low, size, zero)
+        return count_chunk(
+            tensor.pipeline, stage.key, step.round, there, shape, experts, base, scalars, state, start, size, zero
+        )
 
-    @staticmethod
-    def _sparse_on_host(stage: Stage) -> bool:
-        """Whether bins are counted by numpy: on a CPU that is faster where few are inside the bracket."""
-        return stage.step in ("guess", "fine") and jax.default_backend() == "cpu"
+    def _there(self, stage: Stage) -> Place:
+        return self._place if stage.measure.scope == "model" else self._place._replace(entries=0)
+
+    def _round(self, step: Step) -> tuple[Stage, Round]:
+        stage = stage_of(self._plan.pipeline, step.stage)
+        return stage, stage.round(self._there(stage), step.round)
 
     def absorb(self, visit: Visit, measured: Any) -> None:
         """Add a chunk's measurement to the totals of its scope."""
-        stage, scope = visit.stage, scope_of(visit)
-        before = self._totals.get((stage, scope))
-        if stage.step == "sample":
-            rows = [np.asarray(row)[: visit.size] for row in measured]
-            self._totals[stage, scope] = [[row] for row in rows] if before is None else _appended(before, rows)
+        stage, each = self._round(visit.stage)
+        place = (stage.key, scope_of(visit))
+        if each.reduction == "gather":
+            parts = np.stack([np.asarray(row)[: visit.size] for row in measured])
+            self._totals.setdefault(place, []).append(parts)
             return
-        if self._sparse_on_host(stage):
-            measured = magnitude.tally_sparse([np.asarray(row)[: visit.size] for row in measured])
+        if each.finish is not None:
+            measured = each.finish([np.asarray(row)[: visit.size] for row in measured])
         counts = np.asarray(measured)
-        if stage.kind == "largest":
-            total: Any = counts if before is None else np.maximum(before, counts)
-        elif stage.kind == "sums":
-            total = slerp.to_integers(counts) + (0 if before is None else before)
-        else:
-            total = counts.astype(np.int64) + (0 if before is None else before)
-        self._totals[stage, scope] = total
+        if stage.measure.scope == "row":
+            self._totals.setdefault(place, []).append(counts[: visit.size // row_size(visit.plan)])
+            return
+        before = self._totals.get(place)
+        wide = counts.astype(np.int64)
+        self._totals[place] = wide if before is None else _REDUCED[each.reduction](before, wide)
 
-    def conclude_model(self, stage: Stage, processes: Processes) -> None:
-        """Draw the conclusion of a model-wide measurement from what all processes have counted."""
-        tensor = next((t for t in self._plan.tensors if applies(stage, t)), None)
+    def conclude_model(self, step: Step, processes: Processes) -> None:
+        """Let a model-wide measure go on from what all processes have counted."""
+        tensor = next((t for t in self._plan.tensors if applies(step, t)), None)
         if tensor is None:
             return
-        total, experts = self._totals.pop((stage, None), None), self._plan.pipeline.num_experts
-        if stage.step == "sample":
-            self._bracket(stage, tensor, total, processes)
-            return
-        shape = () if stage.kind == "signs" else (experts, magnitude.BINS)
-        counted = add_up(processes, np.zeros(shape, np.int64) if total is None else total)
-        if stage.kind == "signs":
-            self.tie_sign = int(np.sign(counted))
-        else:
-            self._narrow(stage, None, tensor, counted)
+        stage, each = self._round(step)
+        total = self._totals.pop((stage.key, None), None)
+        if each.reduction == "gather" and total is not None:
+            total = np.concatenate(total, axis=1).astype(np.int64)
+        state = self._state(stage, tensor)
+        template = _leaves(state)
+
+        def conclude(given: Sequence[Buffer]) -> Buffer:
+            parts = [part for part in map(_from_bytes, given) if part is not None]
+            after = state
+            if parts:
+                after = self._after(stage, step, state, functools.reduce(_REDUCED[each.reduction], parts))
+            return b"".join(
+                np.asarray(leaf, old.dtype).tobytes() for leaf, old in zip(_leaves(after), template, strict=True)
+            )
+
+        said = memoryview(processes.exchange(_to_bytes(total), conclude))
+        leaves, at = [], 0
+        for old in template:
+            leaves.append(np.frombuffer(said[at : at + old.nbytes], old.dtype).reshape(old.shape))
+            at += old.nbytes
+        self._keep(stage, step, None, jax.tree.unflatten(jax.tree.structure(state), leaves))
 
     def conclude(self, visit: Visit) -> None:
-        """Draw the conclusion from the totals of the tensor that `visit` was the last of."""
-        stage, tensor = visit.stage, visit.plan
-        name = tensor.output.name
-        total = self._totals.pop((stage, name))
-        if stage.kind == "largest":
-            self._largest[name] = total
-        elif stage.kind == "sums":
-            products = slerp.inner_products(self._largest.pop(name), total)
-            (position,) = tensor.settings.weights if tensor.settings else (0.5,)
-            self._arcs[name] = np.asarray(slerp.arc_coefficients(products, position))
-        else:
-            self._narrow(stage, name, tensor, total)
+        """Let a measure go on from the totals of the tensor that `visit` was the last of."""
+        stage, _ = self._round(visit.stage)
+        name = visit.plan.output.name
+        total = self._totals.pop((stage.key, name))
+        total = np.concatenate(total).astype(np.int64) if stage.measure.scope == "row" else total
+        state = self._after(stage, visit.stage, self._state(stage, visit.plan), total)
+        self._keep(stage, visit.stage, name, state)
 
-    def _bracket(
-        self, stage: Stage, tensor: TensorPlan, total: list[list[np.ndarray]] | None, processes: Processes
-    ) -> None:
-        """Take from samples of all processes where a model-wide ranking looks first."""
-        search, size = self._search(stage, tensor), self._ranked_entries(None, tensor)
-        experts = self._plan.pipeline.num_experts
+    def _after(self, stage: Stage, step: Step, state: Any, total: np.ndarray) -> Any:
+        """The state after a round, from its total as int64."""
+        _, each = self._round(step)
+        given: Any = _words(total) if each.reduction == "sum" else total.astype(np.uint32)
+        return stage.measure.advance(stage.options(self._plan.pipeline), step.round, state, given)
 
-        def guess(given: Sequence[Buffer]) -> Buffer:
-            samples = [np.frombuffer(rows, np.dtype("<u4")).reshape(experts, -1) for rows in given]
-            whole = samples[0] if len(samples) == 1 else np.concatenate(samples, axis=1)
-            return bytes(magnitude.guess(search, size, list(whole)).low.astype("<u4").tobytes())
+    def _keep(self, stage: Stage, step: Step, scope: str | None, state: Any) -> None:
+        """Keep the state that a step left, and whether it is the measure's last."""
+        steps = list(_steps(stage, self._there(stage)))
+        later = steps[next(i for i, each in enumerate(steps) if each == step) + 1 :]
+        settled = stage.measure.settled(stage.options(self._plan.pipeline), state)
+        over = not later or (settled and all(each.fallback for each in later))
+        self._states[stage.key, scope] = (over, jax.tree.map(np.asarray, state))
 
-        rows = np.zeros((experts, 0), np.uint32) if total is None else np.stack([np.concatenate(row) for row in total])
-        low = np.frombuffer(processes.exchange(rows.astype("<u4", copy=False).data, guess), np.dtype("<u4"))
-        self._searches[stage.kind, None] = search._replace(low=low.astype(np.uint32))
+    def settled(self, step: Step) -> bool:
+        """Whether a model-wide measure is over before this pass of it."""
+        state = self._states.get((step.stage, None))
+        return step.scope == "model" and state is not None and state[0]
 
-    def _narrow(self, stage: Stage, scope: str | None, tensor: TensorPlan, total: Any) -> None:
-        """Take one step of a ranking."""
-        search = self._search(stage, tensor)
-        narrowed, inside = magnitude.advance(search, _words(total), stage.shift)
-        if stage.step == "guess" and not np.all(inside):
-            del self._searches[stage.kind, scope]  # the bracket missed: coarse and fine find what it did not
-            return
-        self._searches[stage.kind, scope] = narrowed
-        if stage.step != "coarse":
-            self.thresholds[stage.kind, scope] = np.asarray(self._searches.pop((stage.kind, scope)).low)
+    def states(self) -> dict[tuple[str, str | None], Any]:
+        """The last states of all measures that are over."""
+        return {place: state for place, (over, state) in self._states.items() if over}
 
-    def settled(self, stage: Stage) -> bool:
-        """Whether a model-wide ranking is over before this step of it."""
-        return stage.scope == "model" and (stage.kind, None) in self.thresholds
-
-    def _ranked_entries(self, scope: str | None, tensor: TensorPlan) -> int:
-        return total_entries(self._plan.tensors if scope is None else [tensor])
-
-    def _search(self, stage: Stage, tensor: TensorPlan) -> magnitude.Search:
-        scope = None if stage.scope == "model" else tensor.output.name
-        if (stage.kind, scope) not in self._searches:
-            kept = tensor.trim if stage.kind == "trim" else tensor.settings.densities if tensor.settings else ()
-            size = self._ranked_entries(scope, tensor)
-            self._searches[stage.kind, scope] = magnitude.start(size, tuple(kept))
-        return self._searches[stage.kind, scope]
-
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> list[Any]:
         """What the merging phase needs of the phases before it."""
-        found = [[kind, scope, value.tolist()] for (kind, scope), value in self.thresholds.items()]
-        return {"thresholds": found, "tie_sign": self.tie_sign}
+        return [
+            [key, scope, [[array.dtype.name, list(array.shape), array.ravel().tolist()] for array in _leaves(state)]]
+            for (key, scope), state in self.states().items()
+        ]
 
-    def from_json(self, found: Mapping[str, Any]) -> None:
-        """Take over what `to_json` gave in an earlier run."""
-        for kind, scope, value in found["thresholds"]:
-            self.thresholds[kind, scope] = np.array(value, np.uint32)
-        self.tie_sign = int(found["tie_sign"])
+    def from_json(self, found: Sequence[Any]) -> None:
+        """Take over what `to_json` gave in an earlier run or another process."""
+        by_name = {tensor.output.name: tensor for tensor in self._plan.tensors}
+        for key, scope, leaves in found:
+            stage = stage_of(self._plan.pipeline, key)
+            tensor = by_name[scope] if scope is not None else next(t for t in by_name.values() if _needs(stage, t))
+            arrays = [np.array(flat, dtype).reshape(shape) for dtype, shape, flat in leaves]
+            structure = jax.tree.structure(self._begin(stage, tensor))
+            self._states[key, scope] = (True, jax.tree.unflatten(structure, arrays))
 
 
-def _appended(before: list[list[np.ndarray]], rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-    return [[*parts, row] for parts, row in zip(before, rows, strict=True)]
+def _leaves(state: Any) -> list[np.ndarray]:
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
-def _words(total: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return (total >> 32).astype(np.uint32), (total & 0xFFFFFFFF).astype(np.uint32)
+_REDUCED: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "sum": np.add,
+    "max": np.maximum,
+    "gather": lambda one, other: np.concatenate([one, other], axis=1),
+}
+
+
+def _to_bytes(total: np.ndarray | None) -> bytes:
+    """Counts with their shape; nothing where nothing was counted."""
+    if total is None:
+        return b""
+    shape = np.array([total.ndim, *total.shape], "<i8")
+    return shape.tobytes() + np.ascontiguousarray(total, "<i8").tobytes()
+
+
+def _from_bytes(said: Buffer) -> np.ndarray | None:
+    numbers = np.frombuffer(said, "<i8")
+    if not numbers.size:
+        return None
+    axes = int(numbers[0])
+    return numbers[1 + axes :].reshape(numbers[1 : 1 + axes])
+
+
+def _words(total: Any) -> tuple[Any, Any]:
+    high = jax.tree.map(lambda array: (array >> 32).astype(np.uint32), total)
+    return high, jax.tree.map(lambda array: (array & 0xFFFFFFFF).astype(np.uint32), total)
+
+
+def _rows_of(visit: Visit) -> tuple[int, int]:
+    """A chunk's first row, and how many rows its arrays have."""
+    row = row_size(visit.plan)
+    return visit.start // row, visit.padded // row
+
+
+def _cut(found: Any, start: int, count: int) -> Any:
+    """Rows from `start` on of arrays whose first axis is the tensor's rows, filled up with its last one."""
+    return jax.tree.map(lambda array: np.take(array, np.arange(start, start + count), axis=0, mode="clip"), found)
 
 
 def scope_of(visit: Visit) -> str | None:

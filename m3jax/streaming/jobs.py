@@ -31,12 +31,12 @@ from m3jax.outputs.local import check_free, replaced_with
 from m3jax.outputs.remote import check_remote_free
 from m3jax.progress import Progress
 from m3jax.recipe import Recipe
-from m3jax.streaming.plan import DrawnWeights, Input, Plan, make_plan
+from m3jax.streaming.plan import DrawnWeights, Input, MergePlan, make_plan
 
 DEFAULT_SHARD_SIZE = "5GB"
 
 
-class Job(NamedTuple):
+class MergeJob(NamedTuple):
     """A merge as it was asked for.
 
     Attributes:
@@ -79,7 +79,7 @@ class Job(NamedTuple):
         return None if self.recorded is None else [record["tensors"] for record in self.recorded["inputs"]]
 
 
-class Model(NamedTuple):
+class OpenedModel(NamedTuple):
     """One opened input.
 
     Attributes:
@@ -95,7 +95,7 @@ class Model(NamedTuple):
     input: Input
 
 
-def _open_model(name: str, role: str, job: Job, stack: ExitStack) -> Model:
+def _open_model(name: str, role: str, job: MergeJob, stack: ExitStack) -> OpenedModel:
     try:
         place = job.locate(job.sources.get(name, name))
     except M3Error as error:
@@ -106,14 +106,14 @@ def _open_model(name: str, role: str, job: Job, stack: ExitStack) -> Model:
     checkpoint = stack.enter_context(open_checkpoint(place.path))
     config = modelcard.read_config(place.path)
     tied = config.get("tie_word_embeddings") if config else None
-    return Model(role, place._replace(name=name), checkpoint, Input(name, checkpoint.tensors, tied))
+    return OpenedModel(role, place._replace(name=name), checkpoint, Input(name, checkpoint.tensors, tied))
 
 
-def _open_models(job: Job, stack: ExitStack) -> list[Model]:
+def _open_models(job: MergeJob, stack: ExitStack) -> list[OpenedModel]:
     recipe = job.recipe
     models = [_open_model(entry.model, "expert", job, stack) for entry in recipe.experts]
-    if recipe.base_model is not None and recipe.merge_method != "slerp":
-        role = "base" if recipe.uses_base else "template"
+    role = recipe.base_role
+    if recipe.base_model is not None and role is not None:
         models.append(_open_model(recipe.base_model, role, job, stack))
     return models
 
@@ -130,15 +130,15 @@ class Ready(NamedTuple):
         identity: Digest of everything that the output's bytes depend on.
     """
 
-    models: list[Model]
-    plan: Plan
+    models: list[OpenedModel]
+    plan: MergePlan
     shards: list[tuple[str, list[TensorInfo]]]
     companions: dict[str, Path]
     fingerprints: list[dict[str, FileFingerprint]]
     identity: str
 
 
-def _identity(recipe: Recipe, plan: Plan, inputs: Any, rest: Any) -> str:
+def _identity(recipe: Recipe, plan: MergePlan, inputs: Any, rest: Any) -> str:
     """Digest of everything that the output's bytes depend on."""
     told = {
         "bits": manifest.SCHEME,
@@ -166,7 +166,7 @@ def _check_agreement(processes: Processes, recipe: Recipe, ready: Ready, rest: A
         )
 
 
-def prepare(job: Job, processes: Processes, stack: ExitStack) -> Ready:
+def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     """Open the models and plan the merge.
 
     Args:
@@ -198,7 +198,7 @@ def prepare(job: Job, processes: Processes, stack: ExitStack) -> Ready:
     return ready
 
 
-def _check_apart(out: Path, models: Sequence[Model]) -> None:
+def _check_apart(out: Path, models: Sequence[OpenedModel]) -> None:
     """Refuse to replace a directory that a model is read from."""
     for model in models:
         target = replaced_with(out, model.place.path)
@@ -206,7 +206,7 @@ def _check_apart(out: Path, models: Sequence[Model]) -> None:
             raise M3Error(f"{target}: is one of the models, or holds {model.input.name}: choose another output")
 
 
-def _check_recorded(recorded: Mapping[str, Any] | None, plan: Plan, models: Sequence[Model]) -> None:
+def _check_recorded(recorded: Mapping[str, Any] | None, plan: MergePlan, models: Sequence[OpenedModel]) -> None:
     """Refuse early what a replay cannot reproduce: tensors that came, went or changed their shape."""
     if recorded is None:
         return
@@ -242,6 +242,6 @@ def prepared(
         M3Error: What `merge_checkpoint` would raise before it reads weights.
     """
     size = parse_size(DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size)
-    job = Job(recipe, as_path(out), overwrite, size, None, None, False, None, locate=locate)
+    job = MergeJob(recipe, as_path(out), overwrite, size, None, None, False, None, locate=locate)
     with saying_what_failed(job.out), ExitStack() as stack:
         yield prepare(job, ALONE, stack)

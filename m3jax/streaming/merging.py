@@ -25,10 +25,10 @@ from m3jax.outputs.local import Staging, Workplace
 from m3jax.outputs.remote import RemoteStaging, RemoteWorkplace
 from m3jax.progress import Progress
 from m3jax.recipe import Recipe, load_recipe
-from m3jax.streaming.findings import Stage, phases_of
-from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, Job, Model, Ready, prepare
+from m3jax.streaming.findings import Step, phases_of
+from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, MergeJob, OpenedModel, Ready, prepare
 from m3jax.streaming.passes import Circumstances, Passes
-from m3jax.streaming.plan import DrawnWeights, Plan, TensorPlan, divide
+from m3jax.streaming.plan import DrawnWeights, MergePlan, TensorPlan, divide
 from m3jax.streaming.reading import Loaded, default_chunk_entries
 from m3jax.streaming.writing import Shards
 
@@ -62,7 +62,7 @@ class MergeResult(NamedTuple):
     process_reads: tuple[int, ...]
 
 
-def _open_workplace(job: Job, ready: Ready, processes: Processes, stack: ExitStack) -> AnyWorkplace:
+def _open_workplace(job: MergeJob, ready: Ready, processes: Processes, stack: ExitStack) -> AnyWorkplace:
     """The place to fill: process 0 makes it, the others join."""
     if processes.index:
         identity, finished = share(processes, None)
@@ -83,7 +83,7 @@ def _open_workplace(job: Job, ready: Ready, processes: Processes, stack: ExitSta
     return staging
 
 
-def _merge(job: Job, processes: Processes) -> MergeResult:
+def _merge(job: MergeJob, processes: Processes) -> MergeResult:
     begun = time.perf_counter()
     with saying_what_failed(job.out), ExitStack() as stack:
         ready = prepare(job, processes, stack)
@@ -195,7 +195,7 @@ def _produce(
 def _measure(
     passes: Passes,
     workplace: AnyWorkplace,
-    phases: Sequence[Sequence[Stage]],
+    phases: Sequence[Sequence[Step]],
     own: Sequence[tuple[str, list[TensorInfo]]],
 ) -> None:
     """Measure what comes before merging, unless an earlier run has done so."""
@@ -215,12 +215,12 @@ def _measure(
         workplace.record({"findings": passes.findings.to_json(), "digests": passes.digests})
 
 
-def _tensors(plan: Plan, shards: Sequence[tuple[str, list[TensorInfo]]]) -> list[TensorPlan]:
+def _tensors(plan: MergePlan, shards: Sequence[tuple[str, list[TensorInfo]]]) -> list[TensorPlan]:
     by_name = {t.output.name: t for t in plan.tensors}
     return [by_name[info.name] for _, infos in shards for info in infos]
 
 
-def _record(job: Job, ready: Ready, entries: Mapping[str, Any]) -> dict[str, Any]:
+def _record(job: MergeJob, ready: Ready, entries: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest, but for the digests of the small files."""
     told = {name: tensor for tensors in entries.values() for name, tensor in tensors.items()}
     output = {t.output.name: (t.output, told[t.output.name]["digest"]) for t in ready.plan.tensors}
@@ -233,7 +233,7 @@ def _record(job: Job, ready: Ready, entries: Mapping[str, Any]) -> dict[str, Any
     return manifest.build(job.recipe, ready.plan.weights, records, output, {}, job.max_shard_size)
 
 
-def _publish(job: Job, ready: Ready, staging: Staging | RemoteStaging, record: dict[str, Any]) -> None:
+def _publish(job: MergeJob, ready: Ready, staging: Staging | RemoteStaging, record: dict[str, Any]) -> None:
     """Write what stands beside the weights, complete `record`, and let the output appear."""
     if len(ready.shards) > 1:
         write_index(staging.path, ready.shards, sum(t.output.nbytes for t in ready.plan.tensors))
@@ -285,7 +285,7 @@ def merge_checkpoint(
     """
     loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     size = parse_size(max_shard_size)
-    job = Job(loaded, as_path(out), overwrite, size, chunk_entries, mesh, allow_nonfinite, progress)
+    job = MergeJob(loaded, as_path(out), overwrite, size, chunk_entries, mesh, allow_nonfinite, progress)
     job = job._replace(chosen=_chosen(loaded, weights))
     with _together(distributed) as processes:
         return _merge(job, processes)
@@ -305,14 +305,14 @@ def _chosen(recipe: Recipe, weights: Mapping[str, Sequence[float]] | None) -> Dr
         raise M3Error(f"weights: those of {wrong} are not all finite: give numbers")
     if recipe.mixup.granularity == "model" and "model" not in weights:
         raise M3Error("weights: none given for 'model', the one group of this recipe: give {'model': [...]}")
-    count = 1 if recipe.merge_method == "slerp" else len(recipe.experts)
+    count = {"each": len(recipe.experts), "position": 1, "none": 0}[recipe.row.weighting]
     odd = next((group for group, values in weights.items() if len(values) != count), None)
     if odd is not None:
         raise M3Error(f"weights: {len(weights[odd])} are given for {odd} where {count} are needed")
     return {group: tuple(map(float, values)) for group, values in weights.items()}
 
 
-def _chunk_size(entries: int | None, plan: Plan, models: Sequence[Model]) -> int:
+def _chunk_size(entries: int | None, plan: MergePlan, models: Sequence[OpenedModel]) -> int:
     if entries is None:
         merged = [t for t in plan.tensors if t.pipeline is not None]
         infos = [models[p].checkpoint.tensors[t.output.name] for t in merged for p in t.sources]
@@ -360,6 +360,8 @@ def replay(
     for name in sources or {}:
         if name not in named:
             raise M3Error(f"{name}: is not a model of this manifest, which records {', '.join(sorted(named))}")
-    job = Job(recipe, as_path(out), overwrite, size, chunk_entries, mesh, nonfinite, progress, recorded, sources or {})
+    job = MergeJob(
+        recipe, as_path(out), overwrite, size, chunk_entries, mesh, nonfinite, progress, recorded, sources or {}
+    )
     with _together(distributed) as processes:
         return _merge(job, processes)

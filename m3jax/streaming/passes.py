@@ -15,25 +15,32 @@ from m3jax.arithmetic import threefry
 from m3jax.checkpoints import DTYPES, Checkpoint, as_bytes
 from m3jax.cluster.processes import Processes
 from m3jax.errors import M3Error
-from m3jax.methods import leaf
-from m3jax.methods.base import Scalars
-from m3jax.methods.leaf import Pipeline
+from m3jax.methods.leaf import LeafScalars, Pipeline, merged_leaf
 from m3jax.progress import Progress
-from m3jax.streaming.findings import MERGE, Findings, Stage, applies, samples, scope_of, split
-from m3jax.streaming.plan import FLOATS, Plan, TensorPlan
+from m3jax.streaming.findings import MERGE, Findings, Step, applies, chunk_shape, in_rows, samples, scope_of, split
+from m3jax.streaming.plan import FLOATS, MergePlan, TensorPlan
 from m3jax.streaming.reading import ChunkReader, Loaded, Visit, visits
 from m3jax.streaming.writing import Shards
 
 _DISPATCHED = 2  # measurements under way before their counts are fetched
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def merge_chunk(
-    pipe: Pipeline, dtype: str, experts: Any, base: Any, scalars: Scalars, start: Any, zero: Any
+    pipe: Pipeline,
+    dtype: str,
+    shape: tuple[int, ...],
+    experts: Any,
+    base: Any,
+    scalars: LeafScalars,
+    start: Any,
+    zero: Any,
 ) -> jax.Array:
-    """The merged chunk; `start` is its first entry's flat index as two uint32."""
-    index = threefry.range_index(start[0], start[1], experts[0].shape[0])
-    return leaf.merged_leaf(pipe, experts, base, scalars, index, zero, dtype)
+    """The merged chunk, flat; `start` is its first entry's flat index as two uint32."""
+    size = experts[0].shape[0]
+    index = in_rows(shape, threefry.range_index(start[0], start[1], size))
+    merged = merged_leaf(pipe, in_rows(shape, experts), in_rows(shape, base), scalars, index, zero, dtype)
+    return merged.reshape(size)
 
 
 class Circumstances(NamedTuple):
@@ -59,7 +66,7 @@ class Passes:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: MergePlan,
         checkpoints: Sequence[Checkpoint],
         seed: int,
         recorded: Sequence[Mapping[str, str]] | None,
@@ -105,10 +112,10 @@ class Passes:
         with self._lock:
             return {str(position): digest for position, digest in self.digests.get(name, {}).items()}
 
-    def _schedule(self, phase: Sequence[Stage], tensors: Sequence[TensorPlan]) -> Iterator[Visit]:
+    def _schedule(self, phase: Sequence[Step], tensors: Sequence[TensorPlan]) -> Iterator[Visit]:
         """Every chunk of a phase in order."""
         entries, multiple = self.how.chunk_entries, self._multiple
-        if phase[0].step == "sample":
+        if phase[0].sampled:
             yield from samples(phase[0], self.plan.tensors, tensors, entries, multiple)
             return
         seen = set(self.digests)
@@ -119,7 +126,7 @@ class Passes:
                     yield from visits(stage, tensor, entries, first_reading, multiple=multiple)
                     seen.add(tensor.output.name)
 
-    def measure(self, phase: Sequence[Stage], tensors: Sequence[TensorPlan]) -> None:
+    def measure(self, phase: Sequence[Step], tensors: Sequence[TensorPlan]) -> None:
         """Do a phase that only measures: this process's tensors; of the whole model, what all processes found.
 
         Args:
@@ -132,7 +139,7 @@ class Passes:
 
     def merge(
         self,
-        phase: Sequence[Stage],
+        phase: Sequence[Step],
         tensors: Sequence[TensorPlan],
         write: Callable[[Callable[[Loaded], None]], Shards],
     ) -> int:
@@ -147,7 +154,7 @@ class Passes:
 
     def _go_through(
         self,
-        phase: Sequence[Stage],
+        phase: Sequence[Step],
         tensors: Sequence[TensorPlan],
         write: Callable[[Callable[[Loaded], None]], Shards] | None,
     ) -> int:
@@ -167,7 +174,7 @@ class Passes:
         totals = self._bytes_by_label(plan_visits)
         done = dict.fromkeys(totals, 0)
         last: Visit | None = None
-        scalars: Scalars | None = None
+        scalars: LeafScalars | None = None
 
         def drain(limit: int) -> None:
             while len(pending) > limit:
@@ -218,14 +225,17 @@ class Passes:
             totals[visit.stage.label] = totals.get(visit.stage.label, 0) + self._bytes_of(visit)
         return totals
 
-    def _merged(self, loaded: Loaded, scalars: Scalars | None, start: np.ndarray, zero: np.uint32) -> Any:
+    def _merged(self, loaded: Loaded, scalars: LeafScalars | None, start: np.ndarray, zero: np.uint32) -> Any:
         visit = loaded.visit
         tensor = visit.plan
         if tensor.pipeline is None or scalars is None:
             self._check_equal(loaded)
             return loaded.arrays[0]
         experts, base = split(loaded)
-        return merge_chunk(tensor.pipeline, FLOATS[tensor.output.dtype], experts, base, scalars, start, zero)
+        shape = chunk_shape(tensor, visit.padded)
+        if len(shape) == 2:
+            scalars = self.findings.rows(scalars, visit)
+        return merge_chunk(tensor.pipeline, FLOATS[tensor.output.dtype], shape, experts, base, scalars, start, zero)
 
     def _check_equal(self, loaded: Loaded) -> None:
         visit = loaded.visit

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from m3jax.checkpoints import TensorInfo, natural_key
 from m3jax.errors import M3Error
-from m3jax.methods import METHODS, SPARSIFIERS
-from m3jax.methods.base import Method, Sparsifier
-from m3jax.methods.leaf import LeafSettings, Pipeline, check_pipeline
-from m3jax.methods.mixup import draw_position, draw_weights
+from m3jax.methods import catalogue
+from m3jax.methods.base import Method, Settings, Sparsifier
+from m3jax.methods.leaf import Pipeline, check_pipeline, comparable, settings_of, without_idle_sparsifier
+from m3jax.methods.mixup import draw
 from m3jax.naming import block_group, block_of, layer_position
 from m3jax.recipe import Recipe
 
@@ -44,14 +44,12 @@ class TensorPlan(NamedTuple):
         sources: The inputs it is read from, by position; the base, if it is used, first.
         pipeline: What is done; None if it is copied, from the first source, all sources being equal.
         settings: Its numbers; None if it is copied.
-        trim: What TIES keeps of each expert in this tensor; empty where nothing is trimmed.
     """
 
     output: TensorInfo
     sources: tuple[int, ...]
     pipeline: Pipeline | None = None
-    settings: LeafSettings | None = None
-    trim: tuple[float, ...] = ()
+    settings: Settings | None = None
 
     @property
     def has_base(self) -> bool:
@@ -59,7 +57,7 @@ class TensorPlan(NamedTuple):
         return self.pipeline is not None and len(self.sources) > self.pipeline.num_experts
 
 
-class Plan(NamedTuple):
+class MergePlan(NamedTuple):
     """A whole merge, decided.
 
     Attributes:
@@ -79,32 +77,17 @@ class Plan(NamedTuple):
 
 def method_of(recipe: Recipe) -> Method:
     """The merge method that a recipe asks for, with the parameters that hold for the whole merge."""
-    name = {"dare_linear": "task_arithmetic", "dare_ties": "ties"}.get(recipe.merge_method, recipe.merge_method)
-    if name == "slerp":
-        return METHODS["slerp"]()
-    if name != "ties":
-        return METHODS[name](normalize=recipe.flag("normalize"))
-    trims = "trim_density" if recipe.merge_method == "dare_ties" else "density"
-    density = recipe.parameters.get(trims, 1.0)
-    trims_some = density != 1.0 or any(trims in entry.parameters for entry in recipe.experts) or recipe.slices
-    return METHODS["ties"](
-        density=(density if isinstance(density, float) else 1.0) if trims_some else None,
-        normalize=recipe.flag("normalize"),
-        trim_scope=str(recipe.parameters["trim_scope"]),
-        sign_election=str(recipe.parameters["sign_election"]),
-    )
+    return catalogue.make_method(recipe.row, recipe.parameters)
 
 
 def sparsifier_of(recipe: Recipe) -> Sparsifier | None:
-    """The sparsifier that a recipe asks for; its densities per tensor are in each tensor's settings."""
-    if recipe.merge_method.startswith("dare_"):
-        return SPARSIFIERS["dare"](1.0, rescale=recipe.flag("rescale", True))
+    """The sparsifier that a recipe asks for; its parameters per tensor are in each tensor's settings."""
+    if recipe.row.sparsifier is not None:
+        return catalogue.make_sparsifier(recipe.row.sparsifier, recipe.row.parameters, recipe.parameters)
     if recipe.sparsify is None:
         return None
-    options: dict[str, object] = {"target": recipe.sparsify.target, "rescale": bool(recipe.sparsify.rescale)}
-    if recipe.sparsify.method == "magnitude":
-        options["scope"] = recipe.sparsify.scope
-    return SPARSIFIERS[recipe.sparsify.method](1.0, **options)
+    row, asked = recipe.sparsify.row, recipe.sparsify
+    return catalogue.make_sparsifier(row.sparsifier, row.parameters, asked.parameters, asked.target)
 
 
 def _is_tied(model: Input, head: str) -> bool:
@@ -170,26 +153,7 @@ def _check_shapes(name: str, inputs: Sequence[Input]) -> None:
         raise M3Error(f"{said}: merge models of one architecture, or exclude the tensor")
 
 
-def _number(recipe: Recipe, name: str, tensor: str, expert: int | None, t: float, default: float) -> float:
-    value = recipe.parameter(name, tensor, expert, t)
-    return default if value is None else float(value)
-
-
-def _densities(recipe: Recipe, tensor: str, t: float, count: int) -> tuple[float, ...]:
-    """What the sparsifier keeps of each expert."""
-    if recipe.merge_method.startswith("dare_"):
-        return tuple(_number(recipe, "density", tensor, i, t, 1.0) for i in range(count))
-    return (recipe.sparsify_density(tensor, t),) * count
-
-
-def _trim(recipe: Recipe, method: Method, tensor: str, t: float, count: int) -> tuple[float, ...]:
-    if method.density is None:
-        return ()
-    name = "trim_density" if recipe.merge_method == "dare_ties" else "density"
-    return tuple(_number(recipe, name, tensor, i, t, 1.0) for i in range(count))
-
-
-def draw(recipe: Recipe, method: Method, count: int, names: Sequence[str]) -> DrawnWeights:
+def draws_of(recipe: Recipe, method: Method, names: Sequence[str]) -> DrawnWeights:
     """The weights that a recipe's `mixup` draws, for every group of the named tensors."""
     if recipe.mixup is None:
         return {}
@@ -197,27 +161,42 @@ def draw(recipe: Recipe, method: Method, count: int, names: Sequence[str]) -> Dr
     groups: dict[str, str | None] = {WHOLE_MODEL: None}
     if granularity != "model":
         groups = {group: group for group in (block_group(name, granularity) for name in names)}
-    if method.interpolates:
-        return {label: (draw_position(recipe.seed, alpha, group),) for label, group in groups.items()}
-    return {label: draw_weights(recipe.seed, alpha, count, group) for label, group in groups.items()}
+    count = len(recipe.experts)
+    return {label: draw(method.weighting, recipe.seed, alpha, count, group) for label, group in groups.items()}
 
 
-def _given_weights(recipe: Recipe, method: Method, name: str, t: float, count: int) -> tuple[float, ...]:
-    if method.interpolates:
-        return (_number(recipe, "t", name, None, t, 0.5),)
-    return tuple(_number(recipe, "weight", name, i, t, 1.0) for i in range(count))
+def _settings(recipe: Recipe, pipeline: Pipeline, name: str, t: float, drawn: DrawnWeights) -> Settings:
+    """The numbers of one tensor."""
+    sparsifier = (
+        recipe.numbers("sparsifier", name, t)
+        if recipe.sparsify is None
+        else recipe.sparsify.numbers(name, t, pipeline.num_experts)
+    )
+    (scale,) = {values[0] for values in recipe.numbers("scale", name, t).values()} or {1.0}
+    weights = _weights_of(recipe, pipeline, name, t, drawn)
+    return settings_of(pipeline, weights, scale, sparsifier, recipe.numbers("method", name, t))
 
 
-def _comparison(settings: Sequence[LeafSettings], rescaled: bool, count: int) -> list[float]:
-    """Each expert's largest 1/density over the tensors that a ranking spans."""
-    if not rescaled:
-        return [1.0] * count
-    return [max((1.0 / s.densities[i] for s in settings if s.densities[i]), default=1.0) for i in range(count)]
+def _weights_of(recipe: Recipe, pipeline: Pipeline, name: str, t: float, drawn: DrawnWeights) -> tuple[float, ...]:
+    if recipe.mixup is None:
+        (given,) = recipe.numbers("weights", name, t).values() or ((),)
+        return given[: pipeline.num_weights]
+    granularity = recipe.mixup.granularity
+    group = WHOLE_MODEL if granularity == "model" else block_group(name, granularity)
+    if group not in drawn or len(drawn[group]) != pipeline.num_weights:
+        raise M3Error(f"weights: none recorded for {group}: the manifest does not belong to these models")
+    return drawn[group]
 
 
-def _check_ranking(plans: Sequence[TensorPlan], trim_scope: str) -> None:
-    if trim_scope == "model" and len({plan.trim for plan in plans}) > 1:
-        raise M3Error("trim_scope: model ranks the whole model at once, so its density cannot vary between tensors")
+def _check_rankings(pipeline: Pipeline, plans: Sequence[TensorPlan]) -> None:
+    """Raise M3Error where one measurement of the whole model would need several numbers."""
+    settings = [plan.settings for plan in plans if plan.settings is not None]
+    for stage in pipeline.stages:
+        if stage.measure.scope != "model":
+            continue
+        for name in stage.measure.uniform if settings else ():
+            if len({stage.numbers(each)[name] for each in settings}) > 1:
+                raise M3Error(f"{name}: is measured over the whole model at once, so it cannot vary between tensors")
 
 
 def output_dtype(recipe: Recipe, info: TensorInfo) -> str:
@@ -225,7 +204,9 @@ def output_dtype(recipe: Recipe, info: TensorInfo) -> str:
     return _DTYPE_NAMES[recipe.output_dtype] if recipe.output_dtype else info.dtype
 
 
-def make_plan(recipe: Recipe, experts: Sequence[Input], base: Input | None, drawn: DrawnWeights | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe, experts: Sequence[Input], base: Input | None, drawn: DrawnWeights | None = None
+) -> MergePlan:
     """Decide what happens to every tensor.
 
     Args:
@@ -259,7 +240,7 @@ def make_plan(recipe: Recipe, experts: Sequence[Input], base: Input | None, draw
     layers = max(blocks, default=-1) + 1
     if recipe.declared_layers is not None and recipe.declared_layers != layers:
         raise M3Error(f"slices: cover {recipe.declared_layers} layers, but {inputs[0].name} has {layers}")
-    weights = drawn if drawn is not None else draw(recipe, pipeline.method, count, floats)
+    weights = drawn if drawn is not None else draws_of(recipe, pipeline.method, floats)
     mergeable = set(floats)
 
     plans = []
@@ -276,54 +257,24 @@ def make_plan(recipe: Recipe, experts: Sequence[Input], base: Input | None, draw
             plans.append(TensorPlan(reference, used))
             continue
         t = layer_position(name, layers)
-        settings = LeafSettings(
-            weights=_weights_of(recipe, pipeline.method, name, t, count, weights),
-            densities=_densities(recipe, name, t, count),
-            comparison=(1.0,) * count,
-            scale=_number(recipe, "lambda", name, None, t, 1.0),
-        )
-        sparse = pipeline if any(d != 1.0 for d in settings.densities) else _dense(pipeline)
+        settings = _settings(recipe, pipeline, name, t, weights)
+        sparse = without_idle_sparsifier(pipeline, settings)
         output = TensorInfo(name, reference.shape, output_dtype(recipe, reference))
-        plans.append(TensorPlan(output, used, sparse, settings, _trim(recipe, pipeline.method, name, t, count)))
-    return Plan(pipeline, tuple(_comparable(pipeline, plans)), weights, inputs, template)
-
-
-def _weights_of(
-    recipe: Recipe, method: Method, name: str, t: float, count: int, drawn: DrawnWeights
-) -> tuple[float, ...]:
-    if recipe.mixup is None:
-        return _given_weights(recipe, method, name, t, count)
-    granularity = recipe.mixup.granularity
-    group = WHOLE_MODEL if granularity == "model" else block_group(name, granularity)
-    if group not in drawn or len(drawn[group]) != (1 if method.interpolates else count):
-        raise M3Error(f"weights: none recorded for {group}: the manifest does not belong to these models")
-    return drawn[group]
-
-
-def _dense(pipeline: Pipeline) -> Pipeline:
-    """The pipeline of a tensor of which everything is kept; the base stays if the sparsifier wanted it."""
-    if pipeline.sparsifier is None or pipeline.uses_base != pipeline.method.uses_base:
-        return pipeline
-    return pipeline._replace(sparsifier=None)
+        plans.append(TensorPlan(output, used, sparse, settings))
+    return MergePlan(pipeline, tuple(_comparable(pipeline, plans)), weights, inputs, template)
 
 
 def _comparable(pipeline: Pipeline, plans: Sequence[TensorPlan]) -> list[TensorPlan]:
-    """The plans with the factors that make magnitudes comparable over the model, where that is what is ranked."""
-    merged = [plan for plan in plans if plan.settings is not None]
-    _check_ranking(merged, pipeline.method.trim_scope if pipeline.method.density is not None else "tensor")
-    sparsifier = pipeline.sparsifier
-    rescaled = sparsifier is not None and sparsifier.rescale and sparsifier.target == "delta"
-    if pipeline.method.density is None or pipeline.method.trim_scope != "model":
-        return list(plans)
-    largest = _comparison([p.settings for p in merged if p.settings], rescaled, pipeline.num_experts)
+    """The plans with the factors that make magnitudes comparable over the model, where that is what is measured."""
+    _check_rankings(pipeline, plans)
+    scaled = iter(comparable(pipeline, [plan.settings for plan in plans if plan.settings is not None]))
+    return [plan if plan.settings is None else plan._replace(settings=next(scaled)) for plan in plans]
 
-    def with_factors(plan: TensorPlan) -> TensorPlan:
-        if plan.settings is None or not rescaled:
-            return plan
-        factors = tuple(1.0 / d / most if d else 1.0 for d, most in zip(plan.settings.densities, largest, strict=True))
-        return plan._replace(settings=plan.settings._replace(comparison=factors))
 
-    return [with_factors(plan) for plan in plans]
+def row_size(plan: TensorPlan) -> int:
+    """Entries of a row, along the tensor's last axis; at least 1."""
+    shape = plan.output.shape
+    return max(shape[-1], 1) if shape else 1
 
 
 def total_entries(plans: Sequence[TensorPlan]) -> int:

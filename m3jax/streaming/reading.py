@@ -10,7 +10,7 @@ import numpy as np
 
 from m3jax.checkpoints import DTYPES, Checkpoint, TensorDigest
 from m3jax.errors import M3Error
-from m3jax.streaming.plan import TensorPlan
+from m3jax.streaming.plan import TensorPlan, row_size
 
 _AHEAD = 2  # chunks that each input may be read ahead
 _IN_FLIGHT = 4  # chunks that may be computed or written while their buffers are still in use
@@ -62,6 +62,17 @@ def padded_size(size: int, chunk_entries: int, multiple: int = 1) -> int:
     return -(-min(s for s in sizes if size <= s <= chunk_entries) // multiple) * multiple
 
 
+def padded_rows(rows: int, most: int, multiple: int = 1) -> int:
+    """`padded_size` in rows: a power of two, or as many as a chunk has.
+
+    Args:
+        rows: At most `most`.
+        most: Of a chunk.
+        multiple: What they are rounded up to a multiple of.
+    """
+    return -(-min(1 << max(rows - 1, 0).bit_length(), most) // multiple) * multiple
+
+
 def visits(
     stage: Any,
     plan: TensorPlan,
@@ -75,9 +86,17 @@ def visits(
     stop = plan.output.size if stop is None else stop
     if plan.pipeline is None:  # copied: wide entries take no more memory than bfloat16's
         chunk_entries = chunk_entries * 2 // max(2, DTYPES[plan.output.dtype].itemsize)
+    row = row_size(plan) if plan.pipeline is not None and plan.pipeline.rows else None
+    if row is not None:  # whole rows, however long they are
+        chunk_entries = max(chunk_entries // row, 1) * row
     for begin in range(start, max(stop, start + 1), chunk_entries):
         size = min(chunk_entries, stop - begin)
-        padded = size if plan.pipeline is None else padded_size(size, chunk_entries, multiple)
+        if plan.pipeline is None:
+            padded = size
+        elif row is not None:
+            padded = padded_rows(size // row, chunk_entries // row, multiple) * row
+        else:
+            padded = padded_size(size, chunk_entries, multiple)
         yield Visit(stage, plan, begin, size, padded, first_reading, begin + size == stop)
 
 

@@ -4,7 +4,7 @@ The jitted functions here see whole arrays, on one device or on many, under mesh
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -12,23 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int32, UInt32
+from jaxtyping import Array
 from numpy.typing import DTypeLike
 
 from m3jax.arithmetic import exact, threefry
-from m3jax.arithmetic.double import Double
+from m3jax.arithmetic.ranking import add_counts
 from m3jax.errors import M3Error
-from m3jax.methods import leaf as pipeline
-from m3jax.methods import magnitude, slerp, ties
-from m3jax.methods.base import Scalars, per_expert
-from m3jax.methods.leaf import LeafSettings, Pipeline
+from m3jax.methods.base import Extent, Place, Round, Settings, Words
+from m3jax.methods.leaf import LeafScalars, Pipeline, Stage, counted, merged_leaf, with_found
 from m3jax.trees.matching import is_traced
 
 _EVERYWHERE = PartitionSpec()  # type: ignore[no-untyped-call]
 _AHEAD = 4  # counts dispatched before the first is waited for
 
 
-class Leaf(NamedTuple):
+class Column(NamedTuple):
     """One parameter of all models, and the scalars found for it so far.
 
     Attributes:
@@ -44,8 +42,8 @@ class Leaf(NamedTuple):
     experts: tuple[Array, ...]
     base: Array | None
     template: Array
-    settings: LeafSettings
-    scalars: Scalars
+    settings: Settings
+    scalars: LeafScalars
 
 
 # --- shardings ----------------------------------------------------------------------------------------------------
@@ -81,7 +79,7 @@ def _on_any_mesh(function: Callable[..., Array], spec: PartitionSpec, *operands:
     return result
 
 
-def home_of(leaf: Leaf) -> Any:
+def home_of(leaf: Column) -> Any:
     """The sharding that the leaf's merged array gets: the template's, or else the first that someone chose.
 
     Args:
@@ -98,7 +96,7 @@ def home_of(leaf: Leaf) -> Any:
     return chosen[0].sharding if chosen else None
 
 
-def brought(leaf: Leaf) -> tuple[tuple[Array, ...], Array | None]:
+def brought(leaf: Column) -> tuple[tuple[Array, ...], Array | None]:
     """The leaf's arrays on the mesh of its merged array; those that are there stay as they lie.
 
     Args:
@@ -141,8 +139,10 @@ def merge_array(
     """
 
     def merged(experts: Any, base: Any, scalars: Any, zero: Any) -> Array:
+        shape = experts[0].shape
+        experts, base = _in_rows(pipe, experts), None if base is None else _in_rows(pipe, base)
         index = threefry.flat_index(experts[0].shape)
-        return pipeline.merged_leaf(pipe, experts, base, scalars, index, zero, dtype)
+        return merged_leaf(pipe, experts, base, scalars, index, zero, dtype).reshape(shape)
 
     if not isinstance(home, NamedSharding):
         return merged(experts, base, scalars, zero)
@@ -165,58 +165,45 @@ def settled(array: Array, home: Any) -> Array:
     return moved
 
 
-def _ranked(pipe: Pipeline, stage: str, experts: Any, base: Any, scalars: Any, zero: exact.Zero) -> tuple[Array, ...]:
-    """The values whose magnitudes a stage ranks."""
-    if stage == "sparsify":
-        return pipeline.ranked_by_sparsifier(pipe, experts, base)
-    index = threefry.flat_index(experts[0].shape)
-    return pipeline.ranked_by_trim(pipe, experts, base, scalars, index, zero)
+def _in_rows(pipe: Pipeline, arrays: Any) -> Any:
+    """Arrays that have a last axis, where the pipeline needs rows."""
+    return jax.tree.map(lambda x: x.reshape(1) if pipe.rows and x.ndim == 0 else x, arrays)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _tally(
-    pipe: Pipeline, stage: str, shift: int, low: Any, experts: Any, base: Any, scalars: Any, zero: exact.Zero
-) -> UInt32[Array, "n 65536"]:
-    def tallied(low: Any, *operands: Any) -> Array:
-        return magnitude.tally(magnitude.bins(_ranked(pipe, stage, *operands), low, shift))
-
-    return _on_any_mesh(tallied, _EVERYWHERE, low, experts, base, scalars, zero)
+def _stage(pipe: Pipeline, key: str) -> Stage:
+    return next(stage for stage in pipe.stages if stage.key == key)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _count_below(
-    pipe: Pipeline, stage: str, shift: Any, low: Any, experts: Any, base: Any, scalars: Any, zero: exact.Zero
-) -> UInt32[Array, "n 7"]:
-    def counted(low: Any, shift: Any, *operands: Any) -> Array:
-        return magnitude.count_below(_ranked(pipe, stage, *operands), low, shift)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _count(
+    pipe: Pipeline,
+    key: str,
+    name: str,
+    place: Place,
+    experts: Any,
+    base: Any,
+    scalars: Any,
+    state: Any,
+    zero: exact.Zero,
+) -> Any:
+    """What a round of a measure counts of a whole array."""
+    stage = _stage(pipe, key)
+    step = stage.round(place, name)
 
-    return _on_any_mesh(counted, _EVERYWHERE, low, shift, experts, base, scalars, zero)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _sign_counts(pipe: Pipeline, experts: Any, base: Any, scalars: Any, zero: exact.Zero) -> UInt32[Array, "2"]:
-    def counted(experts: Any, base: Any, scalars: Any, zero: Any) -> Array:
+    def counts(experts: Any, base: Any, scalars: Any, state: Any, zero: Any) -> Any:
+        experts, base = _in_rows(pipe, experts), None if base is None else _in_rows(pipe, base)
         index = threefry.flat_index(experts[0].shape)
-        values = pipeline.sparse_values(pipe, experts, base, scalars, index, zero)
-        return jnp.stack([jnp.sum(where, dtype=jnp.uint32) for where in ties.sign_counts(values, scalars, zero)])
+        return counted(pipe, stage, step, experts, base, scalars, state, index, zero)
 
-    return _on_any_mesh(counted, _EVERYWHERE, experts, base, scalars, zero)
-
-
-@jax.jit
-def _largest(experts: Any, zero: exact.Zero) -> UInt32[Array, "3"]:
-    def found(experts: Any, zero: Any) -> Array:
-        return slerp.largest(tuple(exact.widen(x) for x in experts), zero)
-
-    return _on_any_mesh(found, _EVERYWHERE, experts, zero)
+    return _on_any_mesh(counts, _EVERYWHERE, experts, base, scalars, state, zero)
 
 
-@jax.jit
-def _integer_sums(experts: Any, largest: Any, zero: exact.Zero) -> UInt32[Array, "2 3 limbs"]:
-    def summed(experts: Any, largest: Any, zero: Any) -> Array:
-        return slerp.integer_sums(tuple(exact.widen(x) for x in experts), largest, zero)
+# --- scalars that depend on more than one entry -------------------------------------------------------------------
 
-    return _on_any_mesh(summed, _EVERYWHERE, experts, largest, zero)
+
+def _check_countable(leaf: Column) -> None:
+    if leaf.experts[0].size >= 2**32:
+        raise M3Error(f"{leaf.name}: has {leaf.experts[0].size} entries, too many to count in memory: use m3jax merge")
 
 
 def _at_hand(counts: Array) -> Any:
@@ -224,101 +211,66 @@ def _at_hand(counts: Array) -> Any:
     return counts if is_traced(counts) else np.asarray(counts)
 
 
-# --- scalars that depend on more than one entry -------------------------------------------------------------------
+def _added(total: Words | None, counts: Any) -> Words:
+    zeros = np.zeros(counts.shape, np.uint32)
+    return add_counts((zeros, zeros) if total is None else total, counts)
 
 
-def _check_countable(leaf: Leaf) -> None:
-    if leaf.experts[0].size >= 2**32:
-        raise M3Error(f"{leaf.name}: has {leaf.experts[0].size} entries, too many to rank in memory: use m3jax merge")
+def _largest(total: Any, counts: Any) -> Any:
+    return counts if total is None else (jnp if is_traced(total, counts) else np).maximum(total, counts)
 
 
-def _counted(group: list[Leaf], empty: tuple[int, ...], count: Callable[..., Array]) -> magnitude.Count:
-    """Counts of every leaf of a group, added up; a few are under way at a time, so that a device need not wait."""
-    total: Any = (np.zeros(empty, np.uint32),) * 2
-    under_way: list[Array] = []
+def _ahead(group: list[Column], count: Callable[[Column], Any]) -> Iterator[Any]:
+    """Counts of every leaf of a group in order; a few are under way at a time, so that a device need not wait."""
+    under_way: list[Any] = []
     for leaf in group:
         _check_countable(leaf)
-        experts, base = brought(leaf)
-        under_way.append(count(experts, base, leaf.scalars))
+        under_way.append(count(leaf))
         if len(under_way) > _AHEAD:
-            total = magnitude.add_counts(total, _at_hand(under_way.pop(0)))
-    for counts in under_way:
-        total = magnitude.add_counts(total, _at_hand(counts))
-    return total  # type: ignore[no-any-return]
+            yield _at_hand(under_way.pop(0))
+    yield from map(_at_hand, under_way)
 
 
-def _counts_by_scatter(array: Any) -> bool:
-    """Whether magnitudes are tallied into bins: two readings with a scatter, good on CPUs, or else eleven without."""
+def _totals(pipe: Pipeline, stage: Stage, step: Round, place: Place, group: list[Column], state: Any, zero: Any) -> Any:
+    def count(leaf: Column) -> Any:
+        experts, base = brought(leaf)
+        return _count(pipe, stage.key, step.name, place, experts, base, leaf.scalars, state, zero)
+
+    reduce = _largest if step.reduction == "max" else _added
+    total: Any = None
+    for counts in _ahead(group, count):
+        total = reduce(total, counts)
+    return total
+
+
+def _platform_of(array: Any) -> str:
     if isinstance(array, jax.Array) and not is_traced(array):
-        return all(device.platform == "cpu" for device in array.devices())
-    return jax.default_backend() == "cpu"
+        platforms = {device.platform for device in array.devices()}
+        return "cpu" if platforms == {"cpu"} else (platforms - {"cpu"}).pop()
+    return jax.default_backend()
 
 
-def _threshold(
-    pipe: Pipeline, stage: str, group: list[Leaf], densities: tuple[float, ...], zero: exact.Zero
-) -> UInt32[Any, " n"]:
-    """Bits of each expert's smallest kept magnitude over a group of leaves."""
-    search = magnitude.start(sum(leaf.experts[0].size for leaf in group), densities)
-    if not _counts_by_scatter(group[0].experts[0]):
-        return _threshold_by_counting(pipe, stage, group, search, zero)
-    for shift in (magnitude.COARSE, magnitude.FINE):
-        tally = functools.partial(_tally, pipe, stage, shift, search.low)
-        total = _counted(group, (pipe.num_experts, magnitude.BINS), functools.partial(tally, zero=zero))
-        search, _ = magnitude.advance(search, total, shift)
-    return search.low
+def _state(pipe: Pipeline, stage: Stage, group: list[Column], zero: exact.Zero) -> Any:
+    """The last state of a measure over a group of leaves."""
+    rows = group[0].experts[0].shape[:-1] if stage.measure.scope == "row" else ()
+    entries = sum(leaf.experts[0].size for leaf in group)
+    state = stage.begin(pipe, group[0].settings, Extent(entries, rows, pipe.num_experts))
+    place = Place(False, _platform_of(group[0].experts[0]), 0)
+    for step in stage.measure.rounds(place):
+
+        def go(state: Any, step: Round = step) -> Any:
+            totals = _totals(pipe, stage, step, place, group, state, zero)
+            return stage.measure.advance(stage.options(pipe), step.name, state, totals)
+
+        if step.repeats > 1 and zero is None:  # traced: one loop keeps the program as small as one step
+            state = lax.fori_loop(0, step.repeats, lambda _, now: go(now), jax.tree.map(jnp.asarray, state))
+            continue
+        for _ in range(step.repeats):
+            state = go(state)
+    return state
 
 
-def _threshold_by_counting(
-    pipe: Pipeline, stage: str, group: list[Leaf], search: magnitude.Search, zero: exact.Zero
-) -> UInt32[Any, " n"]:
-    def narrow(step: Any, search: magnitude.Search) -> magnitude.Search:
-        shift = magnitude.digit_shift(step)
-        count = functools.partial(_count_below, pipe, stage, shift, search.low, zero=zero)
-        return magnitude.advance_digit(search, _counted(group, (pipe.num_experts, 7), count), shift)
-
-    if zero is None:  # traced: one loop keeps the program as small as one step
-        return lax.fori_loop(0, magnitude.STEPS, narrow, jax.tree.map(jnp.asarray, search)).low
-    for step in range(magnitude.STEPS):
-        search = narrow(step, search)
-    return search.low
-
-
-def _with_thresholds(pipe: Pipeline, leaves: list[Leaf], zero: exact.Zero) -> list[Leaf]:
-    """Leaves with the thresholds of the magnitude sparsifier and of TIES's trim."""
-    stages: list[tuple[str, str, str, float | tuple[float, ...]]] = []
-    if pipe.sparsifier is not None and pipe.sparsifier.name == "magnitude":
-        stages.append(("sparsify", "drop_below", pipe.sparsifier.scope, pipe.sparsifier.density))
-    if pipe.method.density is not None:
-        stages.append(("trim", "trim_below", pipe.method.trim_scope, pipe.method.density))
-    for stage, field, scope, density in stages:
-        densities = per_expert(density, pipe.num_experts)
-        groups = [leaves] if scope == "model" else [[leaf] for leaf in leaves]
-        found = []
-        for group in groups:
-            below = _threshold(pipe, stage, group, densities, zero)
-            found += [leaf._replace(scalars=leaf.scalars._replace(**{field: below})) for leaf in group]
-        leaves = found
-    return leaves
-
-
-def _majority_sign(pipe: Pipeline, leaves: list[Leaf], zero: exact.Zero) -> Int32[Array, ""]:
-    return ties.majority(_counted(leaves, (2,), functools.partial(_sign_counts, pipe, zero=zero)))
-
-
-def _arc_coefficients(leaf: Leaf, zero: exact.Zero) -> Any:
-    """Slerp's two coefficients: on the host, or by a callback to it where values are traced."""
-    experts, _ = brought(leaf)
-    largest = _largest(experts, zero)
-    sums = _integer_sums(experts, largest, zero)
-    (position,) = leaf.settings.weights
-    if isinstance(position, Double):
-        return slerp.traced_coefficients(largest, sums, position.high)
-    if is_traced(largest):
-        return slerp.traced_coefficients(largest, sums, jnp.float32(position))
-    return slerp.coefficients(np.asarray(largest), np.asarray(sums), position)[0]
-
-
-def measured(pipe: Pipeline, leaves: list[Leaf], zero: exact.Zero) -> list[Leaf]:
+def measured(pipe: Pipeline, leaves: list[Column], zero: exact.Zero) -> list[Column]:
     """Leaves with the scalars that depend on their entries.
 
     Args:
@@ -327,17 +279,19 @@ def measured(pipe: Pipeline, leaves: list[Leaf], zero: exact.Zero) -> list[Leaf]
         zero: A run-time zero, or None inside a trace.
 
     Returns:
-        The leaves with thresholds, the majority's sign and slerp's coefficients, as far as the method needs them.
+        The leaves with everything concluded that the sparsifier and the method measure.
 
     Raises:
         M3Error: A leaf has too many entries to be counted in 32 bits.
     """
-    leaves = _with_thresholds(pipe, leaves, zero)
-    if pipe.method.sign_election == "unweighted":
-        sign = _majority_sign(pipe, leaves, zero)
-        leaves = [leaf._replace(scalars=leaf.scalars._replace(tie_sign=sign)) for leaf in leaves]
-    if pipe.method.interpolates:
-        leaves = [
-            leaf._replace(scalars=leaf.scalars._replace(coefficients=_arc_coefficients(leaf, zero))) for leaf in leaves
-        ]
+    for stage in pipe.stages:
+        needed = [leaf for leaf in leaves if stage.needed(pipe, leaf.settings)]
+        together = needed and stage.measure.scope == "model"
+        concluded = {}
+        for group in [leaves] if together else [[leaf] for leaf in needed]:
+            state = _state(pipe, stage, group, zero)
+            for leaf in group:
+                scalars = with_found(pipe, leaf.scalars, stage, state, leaf.settings)
+                concluded[leaf.name] = leaf._replace(scalars=scalars)
+        leaves = [concluded.get(leaf.name, leaf) for leaf in leaves]
     return leaves

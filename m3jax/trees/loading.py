@@ -24,12 +24,12 @@ _RUN = 64 << 10  # bytes: shorter parts of rows cost more to read one by one tha
 
 Box: TypeAlias = tuple[tuple[int, int], ...]
 Array: TypeAlias = npt.NDArray[Any]
-Place: TypeAlias = Callable[[str, tuple[int, ...]], Sharding | None]
+Placement: TypeAlias = Callable[[str, tuple[int, ...]], Sharding | None]
 
 
 def load(
     path: str | os.PathLike[str],
-    sharding: Sharding | Place | PyTree = None,
+    sharding: Sharding | Placement | PyTree = None,
     *,
     dtype: DTypeLike | None = None,
     flat: bool = False,
@@ -67,10 +67,25 @@ def load(
     with open_checkpoint(locate_model(os.fspath(path)).path) as checkpoint:
         if not flat:
             check_tree(checkpoint.tensors, f"{checkpoint.location}, which flat=True loads,")
-        arrays = {
-            name: _load(checkpoint, info, place(name, info.shape), wanted) for name, info in checkpoint.tensors.items()
-        }
+        arrays = _load_all(checkpoint, place, wanted)
     return arrays if flat else _nested(arrays)
+
+
+def load_checkpoint(checkpoint: Checkpoint, sharding: Any = None) -> dict[str, jax.Array]:
+    """The tensors of an opened checkpoint, or of a view of one, as `load` with flat=True gives those of a path.
+
+    Args:
+        checkpoint: Open.
+        sharding: As for `load`.
+
+    Raises:
+        M3Error: As `load`.
+    """
+    return _load_all(checkpoint, _as_function(sharding), None)
+
+
+def _load_all(checkpoint: Checkpoint, place: Placement, dtype: np.dtype[Any] | None) -> dict[str, jax.Array]:
+    return {name: _load(checkpoint, info, place(name, info.shape), dtype) for name, info in checkpoint.tensors.items()}
 
 
 def _checked(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -82,12 +97,12 @@ def _checked(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return dtype
 
 
-def _as_function(sharding: Any) -> Place:
+def _as_function(sharding: Any) -> Placement:
     """Where each tensor goes, from all that `load` takes."""
     if sharding is None or isinstance(sharding, Sharding):
         return lambda name, shape: sharding
     if callable(sharding):
-        place: Place = sharding
+        place: Placement = sharding
         return place
     leaves = named_leaves(sharding)
 

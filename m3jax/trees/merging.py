@@ -13,14 +13,13 @@ from numpy.typing import DTypeLike
 from m3jax.arithmetic import threefry
 from m3jax.arithmetic.double import Double
 from m3jax.errors import M3Error
-from m3jax.methods import leaf as pipeline
 from m3jax.methods import linear
-from m3jax.methods.base import Method, Scalars, Sparsifier, per_expert
-from m3jax.methods.leaf import LeafSettings, Pipeline
-from m3jax.methods.mixup import Mixup, draw_position, draw_weights
+from m3jax.methods.base import Method, Settings, Sparsifier
+from m3jax.methods.leaf import LeafScalars, Pipeline, check_pipeline, scalars_from, settings_of
+from m3jax.methods.mixup import Mixup, draw
 from m3jax.naming import block_group
 from m3jax.trees import arrays, matching
-from m3jax.trees.arrays import Leaf
+from m3jax.trees.arrays import Column
 from m3jax.trees.matching import is_traced
 from m3jax.trees.matching import leaf_name as leaf_name
 from m3jax.trees.matching import named_leaves as named_leaves
@@ -53,9 +52,11 @@ def _group(weights: Weights, name: str) -> str | None:
 
 
 def _group_weights(pipe: Pipeline, weights: Weights, key: Any, group: str | None) -> tuple[Any, ...]:
-    count = 1 if pipe.method.interpolates else pipe.num_experts
+    method, count = pipe.method, pipe.num_weights
+    if weights is not None and not count:
+        raise M3Error(f"{method.name}: takes no weights, but some are given: leave them out")
     if weights is None:
-        return (0.5,) if pipe.method.interpolates else (1.0,) * count
+        return (0.5,) if method.weighting == "position" else (1.0,) * count
     if isinstance(weights, Mixup):
         if key is None:
             raise M3Error("mixup: weights are drawn from a key, but none is given: pass key=jax.random.key(seed)")
@@ -64,9 +65,7 @@ def _group_weights(pipe: Pipeline, weights: Weights, key: Any, group: str | None
                 "mixup: weights are drawn on the host, but the key is traced: before jit or vmap, draw them with "
                 "weights = numpy.array([m3jax.draw_weights(k, alpha) for k in keys]), and map merge over weights"
             )
-        if pipe.method.interpolates:
-            return (draw_position(key, weights.alpha, group),)
-        return draw_weights(key, weights.alpha, count, group)
+        return draw(method.weighting, key, weights.alpha, count, group)
     if isinstance(weights, Mapping):
         if group is None or group not in weights:
             raise M3Error(f"weights: none given for {group}")
@@ -74,33 +73,35 @@ def _group_weights(pipe: Pipeline, weights: Weights, key: Any, group: str | None
     return _as_scalars(weights, count, "merge")
 
 
-def _leaves_to_merge(
+def _columns_to_merge(
     pipe: Pipeline, columns: Mapping[str, list[Any]], has_base: bool, weights: Weights, key: Any
-) -> list[Leaf]:
+) -> list[Column]:
     """The parameters, with the scalars that are known before any entry is looked at."""
-    sparsifier = pipe.sparsifier
-    masked = sparsifier is not None and sparsifier.name == "dare"
-    densities = per_expert(sparsifier.density if sparsifier is not None else 1.0, pipe.num_experts)
     root = None if key is None else threefry.key_words(key)
 
     @functools.cache
-    def common(group: str | None) -> tuple[LeafSettings, Scalars]:
+    def shared(group: str | None) -> tuple[Settings, Any]:
         """What the leaves of a group share: traced weights are folded once for all of them."""
-        shared = _group_weights(pipe, weights, key, group)
-        settings = LeafSettings(shared, densities, (1.0,) * pipe.num_experts, pipe.method.scale)
-        return settings, pipeline.leaf_scalars(pipe, settings, None)
+        settings = settings_of(pipe, _group_weights(pipe, weights, key, group), pipe.method.scale)
+        return settings, pipe.method.fold(pipe.method.options, settings)
+
+    @functools.cache
+    def scalars_of(group: str | None, shape: tuple[int, ...]) -> LeafScalars:
+        settings, folded = shared(group)
+        return scalars_from(pipe, settings, shape, None, folded)
 
     leaves = []
     for name, column in columns.items():
-        settings, scalars = common(_group(weights, name))
-        if masked:
+        group, experts = _group(weights, name), tuple(column[-pipe.num_experts :])
+        scalars = scalars_of(group, np.shape(experts[0]))
+        if pipe.random:
             scalars = scalars._replace(mask_keys=threefry.pair_keys(root, name, pipe.num_experts))
         own_base = column[0] if has_base and pipe.uses_base else None
-        leaves.append(Leaf(name, tuple(column[-pipe.num_experts :]), own_base, column[0], settings, scalars))
+        leaves.append(Column(name, experts, own_base, column[0], shared(group)[0], scalars))
     return leaves
 
 
-def _last_uses(leaves: list[Leaf], kept: Sequence[Any]) -> list[list[jax.Array]]:
+def _last_uses(leaves: list[Column], kept: Sequence[Any]) -> list[list[jax.Array]]:
     """For each leaf, the experts' arrays that no later leaf and nothing of `kept` needs."""
     seen = {id(array) for array in kept}
     uses: list[list[jax.Array]] = []
@@ -130,7 +131,7 @@ def merge(
     weights and keys gives a batch of merges. Slerp in a trace calls back to the host for its angles.
 
     Args:
-        experts: n ≥ 2 trees of float32, bfloat16 or float16 arrays: dicts (nested or flat), linen variables, Flax
+        experts: n ≥ 1 trees of float32, bfloat16 or float16 arrays: dicts (nested or flat), linen variables, Flax
             states and modules, dataclasses, any pytree. Leaves are matched by name, their path joined by dots. Other
             dtypes (integer buffers) are copied when equal.
         method: Of `m3jax.methods`; default `linear()`, the average.
@@ -165,9 +166,9 @@ def merge(
     """
     method = linear.linear() if method is None else method
     pipe = Pipeline(method, sparsify, len(experts))
-    pipeline.check_pipeline(pipe, base is not None)
-    if sparsify is not None and sparsify.name == "dare" and key is None:
-        raise M3Error("dare: masks are drawn from a key, but none is given: pass key=jax.random.key(seed)")
+    check_pipeline(pipe, base is not None)
+    if sparsify is not None and sparsify.random and key is None:
+        raise M3Error(f"{sparsify.name}: masks are drawn from a key, but none is given: pass key=jax.random.key(seed)")
     models, labels = list(experts), [f"expert {i}" for i in range(len(experts))]
     if base is not None:
         models, labels = [base, *models], ["the base", *labels]
@@ -179,7 +180,7 @@ def merge(
     in_trace = is_traced(columns, weights, key, jnp.zeros((), jnp.uint32))
     zero: Any = None if in_trace else np.uint32(0)
 
-    leaves = arrays.measured(pipe, _leaves_to_merge(pipe, columns, base is not None, weights, key), zero)
+    leaves = arrays.measured(pipe, _columns_to_merge(pipe, columns, base is not None, weights, key), zero)
     kept = [leaf for name, leaf in template.items() if base is not None or name not in columns]
     doomed = _last_uses(leaves, kept) if donate and not in_trace else [[]] * len(leaves)
     merged = dict(template)

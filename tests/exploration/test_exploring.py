@@ -15,12 +15,11 @@ import m3jax
 from m3jax.arithmetic import threefry
 from m3jax.cli import exploration_display
 from m3jax.errors import M3Error
-from m3jax.exploration import exploring
+from m3jax.exploration import exploring, resident
 from m3jax.exploration.journal import Journal
 from m3jax.exploration.samples import Space, drawn
 from m3jax.exploration.selection import Result, choose, pareto_front
 from m3jax.exploration.strategies import STRATEGIES, strategy_of
-from m3jax.methods import leaf
 from m3jax.methods.mixup import draw_weights
 from m3jax.recipe import load_recipe
 
@@ -252,8 +251,8 @@ def test_32_samples_are_one_compilation(place, tmp_path, monkeypatch):
         if name == "/jax/core/compile/backend_compile_duration":
             compiled.append((len(seen), fun_name))
 
-    merged_leaf = leaf.merged_leaf
-    monkeypatch.setattr(leaf, "merged_leaf", lambda *a: traced.append(1) or merged_leaf(*a))
+    merged_leaf = resident.merged_leaf
+    monkeypatch.setattr(resident, "merged_leaf", lambda *a: traced.append(1) or merged_leaf(*a))
     near, seen = closeness(place), []
 
     def score(params, share):

@@ -41,8 +41,8 @@ def test_a_recipe_is_what_its_name_says(name):
     assert recipe.mixup is None or (recipe.mixup.alpha, recipe.mixup.granularity) == (0.5, "model")
     assert (recipe.sparsify is not None) == dare
     if recipe.sparsify is not None:
-        assert (recipe.sparsify.method, recipe.sparsify.density) == ("dare", 0.8)
-        assert (recipe.sparsify.target, recipe.sparsify.rescale) == ("delta", True)
+        assert (recipe.sparsify.method, recipe.sparsify.parameters["density"]) == ("dare", 0.8)
+        assert (recipe.sparsify.target, recipe.sparsify.parameters["rescale"]) == ("delta", True)
     if method == "ties":
         wanted = {
             "density": 0.5,

@@ -205,13 +205,17 @@ def test_sparsify_defaults_and_filters():
     density = [{"filter": "mlp", "value": [0.2, 0.4]}]
     made = load_recipe(merge("ties", sparsify={"method": "dare", "density": density}))
     assert made.sparsify is not None
-    assert made.sparsify.rescale is True
-    assert made.sparsify_density(UP.format(1), 0.5) == pytest.approx(0.3)
-    assert made.sparsify_density(QUERY.format(1), 0.5) == 1.0
-    assert load_recipe(merge()).sparsify_density("x", 0.0) == 1.0
+    assert made.sparsify.parameters["rescale"] is True
+    assert made.sparsify.numbers(UP.format(1), 0.5, 2) == {"density": (pytest.approx(0.3),) * 2}
+    assert made.sparsify.numbers(QUERY.format(1), 0.5, 2) == {"density": (1.0, 1.0)}
     magnitude = load_recipe(merge("ties", sparsify={"method": "magnitude", "density": 0.1})).sparsify
     assert magnitude is not None
-    assert magnitude.rescale is False
+    assert magnitude.parameters["rescale"] is False
+
+
+def test_manifests_that_name_a_scope_where_there_is_none_still_load():
+    written = {"method": "dare", "density": 0.5, "target": "delta", "rescale": True, "scope": "tensor"}
+    assert load_recipe(merge("ties", sparsify=written)) == load_recipe(merge("ties", sparsify=DARE))
 
 
 def test_excluded_tensors():
@@ -316,7 +320,7 @@ def test_overrides():
     assert made.parameters["density"] == 0.3
     assert made.models[0].parameters == {"weight": (0.0, 1.0)}
     assert made.sparsify is not None
-    assert made.sparsify.density == 0.5
+    assert made.sparsify.parameters["density"] == 0.5
     assert made.seed == 2**64 - 1
     assert raw == merge("ties", parameters={"density": 0.9})
 
@@ -389,9 +393,9 @@ WRONG = [
     ({**merge(), True: 1}, "True does not fit here; write keys that are text"),
     (merge(models=["a", 7]), "models.1: 7 is not a model; write its path"),
     (merge(models=["a", " "]), "models.1.model: ' ' does not fit here; write a name that is not empty"),
-    (merge(models=["a"]), "models: one expert only"),
     (merge(models=[]), "models: no expert"),
-    (merge("ties", models=["a", "base"]), "models: one expert only"),
+    (merge("ties", models=["base"]), "models: no expert, and ties needs one or more"),
+    (merge(models=["a"], mixup={"alpha": 1}), "mixup: draws how experts share, and there is one only"),
     ({"merge_method": "ties", "models": ["a", "b"]}, "base_model: missing, and ties works on differences"),
     (merge(sparsify=DARE), "base_model: missing, and linear works on differences"),
     # numbers
@@ -447,23 +451,23 @@ WRONG = [
     ),
     (merge("slerp", mixup={"alpha": 1}), "parameters.t: given, but mixup draws it"),
     # slerp
-    (merge("slerp", models=["a", "b", "c"]), "models: slerp joins two models"),
-    (merge("slerp", base_model="c"), "models: slerp joins two models, and base_model is one if given, not 3"),
+    (merge("slerp", models=["a", "b", "c"]), "models: slerp merges 2 models"),
+    (merge("slerp", base_model="c"), "models: slerp merges 2 models, and base_model is one if given, not 3"),
     (merge("slerp", parameters={}), "parameters.t: slerp needs it for every tensor"),
     (
         merge("slerp", parameters={"t": [{"filter": "mlp", "value": 1}]}),
         "parameters.t: slerp needs it for every tensor",
     ),
-    (merge("slerp", sparsify=DARE), "sparsify.target: slerp has no task vectors; write 'target: weights'"),
+    (merge("slerp", sparsify=DARE), "sparsify: slerp cannot be combined with one; remove this"),
     # sparsify
     (merge("dare_ties", sparsify=DARE), "sparsify: dare_ties sparsifies already; remove this or use merge_method ties"),
-    (merge("ties", sparsify={**DARE, "scope": "model"}), "sparsify.scope: dare drops each entry by itself"),
+    (merge("ties", sparsify={**DARE, "scope": "model"}), "sparsify.scope: dare has no scope, which is for magnitude; remove the key"),
     (
         merge("ties", sparsify={"method": "magnitude", "density": [0, 1], "scope": "model"}),
         "sparsify.density: one threshold for the whole model needs one density",
     ),
-    (merge("ties", sparsify={**DARE, "method": "random"}), "sparsify.method: 'random' is not one of 'dare'"),
-    (merge("ties", sparsify={**DARE, "rescale": 1}), "sparsify.rescale: 1 does not fit here; write true or false"),
+    (merge("ties", sparsify={**DARE, "method": "random"}), "sparsify.method: 'random' is not here; available are dare, magnitude"),
+    (merge("ties", sparsify={**DARE, "rescale": 2}), "sparsify.rescale: 2 is not true or false"),
     # the rest
     (merge(seed=-1), "seed: -1 is outside [0, 2^64)"),
     (merge(seed=2**64), "seed: 18446744073709551616 is outside [0, 2^64)"),

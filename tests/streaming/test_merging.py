@@ -150,16 +150,16 @@ def test_gradients_and_filters(tmp_path):
 
 def test_model_wide_thresholds_by_sampling_are_exact(tmp_path, monkeypatch):
     """The guess from a sample, and the way back when it misses, give the bytes of the full search."""
-    from m3jax.methods import magnitude
-    from m3jax.streaming import findings
+    from m3jax.arithmetic import ranking
+    from m3jax.methods import measures
 
     _, keys, told = METHODS["ties_paper"]
-    monkeypatch.setattr(findings, "_WORTH_SAMPLING", 1)
+    monkeypatch.setattr(measures, "_WORTH_SAMPLING", 1)
     for name in ("hit", "miss"):
         (tmp_path / name).mkdir()
     check(tmp_path / "hit" / "in", tmp_path / "hit", told, keys)
     monkeypatch.setattr(
-        magnitude, "guess", lambda search, size, samples: search._replace(low=np.full(2, 0x7F000000, np.uint32))
+        ranking, "guess", lambda search, samples: search._replace(low=np.full(2, 0x7F000000, np.uint32))
     )
     check(tmp_path / "miss" / "in", tmp_path / "miss", told, keys)
 

@@ -12,16 +12,15 @@ from support.matrix import ALL, DTYPES, FAST, METHODS, SPARSIFIERS, few
 
 import m3jax
 from m3jax.arithmetic import threefry
-from m3jax.methods import leaf as pipeline
-from m3jax.methods import magnitude
-from m3jax.methods.leaf import LeafSettings, Pipeline
+from m3jax.methods.base import Extent, Place
+from m3jax.methods.leaf import Pipeline, leaf_scalars, settings_of, with_found
 from m3jax.streaming import findings, passes
 from m3jax.trees import arrays
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 NEUTRAL = {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}  # known to the partitioner of every platform
 ZERO, SIZE, START = np.uint32(0), np.uint32(60), np.zeros(2, np.uint32)
-SHAPE = (16, 8)
+SHAPE, SIZE_OF_ALL = (16, 8), 128
 
 
 def lowered(function, *args):
@@ -34,48 +33,39 @@ def lowered(function, *args):
 
 
 def prepared(method, sparsifier, dtype, shape, n=2):
-    """A pipeline, n experts, a base where it is used, and the scalars of a leaf."""
+    """A pipeline, n experts, a base where it is used, the scalars of a leaf, and its settings."""
     pipe = Pipeline(METHODS[method][0], SPARSIFIERS[sparsifier][0], n)
     leaf = jnp.zeros(shape, DTYPES[dtype])
-    density = 1.0 if pipe.sparsifier is None else pipe.sparsifier.density
-    settings = LeafSettings((0.5,) * n, (density,) * n, (1.0,) * n, pipe.method.scale)
-    scalars = pipeline.leaf_scalars(pipe, settings, threefry.pair_keys(threefry.root_key(0), "w", n))
-    return pipe, (leaf,) * n, leaf if pipe.uses_base else None, scalars
+    settings = settings_of(pipe, (0.5,) * pipe.num_weights, pipe.method.scale)
+    keys = threefry.pair_keys(threefry.root_key(0), "w", n) if pipe.random else None
+    scalars = leaf_scalars(pipe, settings, SHAPE, keys)
+    return pipe, (leaf,) * n, leaf if pipe.uses_base else None, scalars, settings
 
 
 EVERY = [(*case, dtype) for case in ALL for dtype in DTYPES]
 
 
 @pytest.mark.parametrize(("method", "sparsifier", "dtype"), few(EVERY, *((*case, "bfloat16") for case in FAST[3:6])))
-def test_merging_and_ranking_lower_everywhere(method, sparsifier, dtype):
-    pipe, experts, base, scalars = prepared(method, sparsifier, dtype, SHAPE)
-    whole = (experts, base, scalars, ZERO)
-    low = np.zeros(2, np.uint32)
-    lowered(functools.partial(arrays.merge_array, pipe, jnp.dtype(dtype), None), *whole)
-    pipe, experts, base, scalars = prepared(method, sparsifier, dtype, (64,))
-    chunk = (experts, base, scalars, START)
-    lowered(functools.partial(passes.merge_chunk, pipe, dtype), *chunk, ZERO)
-    stages = ["sparsify"] if pipe.sparsifier is not None and pipe.sparsifier.name == "magnitude" else []
-    for stage in [*stages, *(["trim"] if pipe.method.density is not None else [])]:
-        lowered(functools.partial(arrays._tally, pipe, stage, magnitude.COARSE), low, *whole)
-        lowered(functools.partial(arrays._count_below, pipe, stage), ZERO, low, *whole)
-        lowered(functools.partial(findings.magnitudes_chunk, pipe, stage), *chunk, ZERO)
-        lowered(functools.partial(findings.bins_chunk, pipe, stage, magnitude.FINE), *chunk, low, ZERO)
-        lowered(functools.partial(findings.tally_chunk, pipe, stage, magnitude.COARSE), *chunk, low, SIZE, ZERO)
-    if pipe.method.sign_election == "unweighted":
-        lowered(functools.partial(arrays._sign_counts, pipe), *whole)
-        lowered(functools.partial(findings.signs_chunk, pipe), *chunk, SIZE, ZERO)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_measurements_of_slerp_lower_everywhere(dtype):
-    experts = (jnp.zeros(SHAPE, DTYPES[dtype]),) * 2
-    chunk = tuple(x.reshape(-1) for x in experts)
-    largest = np.zeros(3, np.uint32)
-    lowered(arrays._largest, experts, ZERO)
-    lowered(arrays._integer_sums, experts, largest, ZERO)
-    lowered(findings.largest_chunk, chunk, SIZE, ZERO)
-    lowered(findings.sums_chunk, chunk, largest, SIZE, ZERO)
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_merging_and_measuring_lower_everywhere(method, sparsifier, dtype, platform):
+    pipe, experts, base, scalars, settings = prepared(method, sparsifier, dtype, SHAPE)
+    _, flat, flat_base, _, _ = prepared(method, sparsifier, dtype, (SIZE_OF_ALL,))
+    shape = SHAPE if pipe.rows else (SIZE_OF_ALL,)
+    for stage in pipe.stages:
+        rows = {"row": SHAPE[:1]}.get(stage.measure.scope, ())
+        state = stage.begin(pipe, settings, Extent(SIZE_OF_ALL, rows, len(experts)))
+        for streamed in (False, True):
+            place = Place(streamed, platform, 2**40)
+            for each in stage.measure.rounds(place):
+                static = (pipe, stage.key, each.name, place)
+                if streamed:
+                    count = functools.partial(findings.count_chunk, *static, shape)
+                    lowered(count, flat, flat_base, scalars, state, START, SIZE, ZERO)
+                else:
+                    lowered(functools.partial(arrays._count, *static), experts, base, scalars, state, ZERO)
+        scalars = with_found(pipe, scalars, stage, state, settings)
+    lowered(functools.partial(arrays.merge_array, pipe, jnp.dtype(dtype), None), experts, base, scalars, ZERO)
+    lowered(functools.partial(passes.merge_chunk, pipe, dtype, shape), flat, flat_base, scalars, START, ZERO)
 
 
 def callers_jit(method, sparsifier):
@@ -101,7 +91,7 @@ IN_TURN = [(*case, list(DTYPES)[i % 3]) for i, case in enumerate(ALL)]
     ),
 )
 def test_merges_in_a_callers_jit_lower_everywhere(method, sparsifier, dtype, by_scatter, monkeypatch):
-    monkeypatch.setattr(arrays, "_counts_by_scatter", lambda _: by_scatter)
+    monkeypatch.setattr(arrays, "_platform_of", lambda _: "cpu" if by_scatter else "gpu")
     text = lowered(callers_jit(method, sparsifier), *trees(dtype, 2), jnp.ones(2), jnp.zeros(2, jnp.uint32))
     assert "callback" not in text
 

@@ -159,7 +159,7 @@ def test_masks_are_made_where_they_are_used(kind):
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
 @pytest.mark.parametrize("by_scatter", [True, False])
 def test_rankings_exchange_counts_and_no_parameters(kind, by_scatter, monkeypatch):
-    monkeypatch.setattr(arrays, "_counts_by_scatter", lambda _: by_scatter)
+    monkeypatch.setattr(arrays, "_platform_of", lambda _: "cpu" if by_scatter else "gpu")
     call, experts, base, _ = call_and_oracle("ties_paper", "dare")
     place = functools.partial(put, mesh=mesh_of("plane", kind), spec=(None, ("x", "y")))
     leaf = [{"matrix": place(e)["matrix"]} for e in (*experts, base)]

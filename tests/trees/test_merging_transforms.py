@@ -12,7 +12,7 @@ from support.matrix import ALL, DTYPES, METHODS, SPARSIFIERS, few, models, same
 
 import m3jax
 from m3jax import M3Error
-from m3jax.methods import magnitude
+from m3jax.arithmetic import ranking
 from m3jax.trees import arrays
 
 SHAPES = {"layers.0.w": (12, 8), "layers.1.w": (12, 8)}
@@ -221,8 +221,8 @@ def test_a_program_of_constants_is_fenced_too(monkeypatch):
 )
 @pytest.mark.parametrize("how", ["eager", "jit"])
 def test_thresholds_found_by_counting_are_the_oracles(method, sparsifier, how, monkeypatch):
-    monkeypatch.setattr(arrays, "_counts_by_scatter", lambda _: False)
-    monkeypatch.setattr(arrays, "_tally", None)
+    monkeypatch.setattr(arrays, "_platform_of", lambda _: "gpu")
+    monkeypatch.setattr(ranking, "tally", None)
     base, experts = models(DTYPES["bfloat16"], 2)
     (made, _, told), (sparse, _, told_sparse) = METHODS[method], SPARSIFIERS[sparsifier]
     call = functools.partial(m3jax.merge, method=made, weights=[0.3, 0.45], sparsify=sparse, key=5)
@@ -233,7 +233,7 @@ def test_thresholds_found_by_counting_are_the_oracles(method, sparsifier, how, m
 
 @pytest.mark.parametrize("by_scatter", [True, False])
 def test_counts_of_many_leaves_are_all_added_up(by_scatter, monkeypatch):
-    monkeypatch.setattr(arrays, "_counts_by_scatter", lambda _: by_scatter)
+    monkeypatch.setattr(arrays, "_platform_of", lambda _: "cpu" if by_scatter else "gpu")
     base, experts = models(DTYPES["bfloat16"], 2, {f"w{i}": (7,) for i in range(11)})
     made, _, told = METHODS["ties_paper"]
     assert same(m3jax.merge(experts, made, base=base), oracle.merge(experts, base, **told)) == (True, [])
@@ -253,7 +253,7 @@ def test_counting_is_batched_and_differentiated_as_tallying_is(monkeypatch):
         )
 
     tallied = slopes()
-    monkeypatch.setattr(arrays, "_counts_by_scatter", lambda _: False)
+    monkeypatch.setattr(arrays, "_platform_of", lambda _: "gpu")
     jax.tree.map(np.testing.assert_array_equal, slopes(), tallied)
 
 
@@ -263,12 +263,13 @@ def test_counting_finds_what_sorting_finds(density):
     words = rng.integers(0, 2**31, 5000, dtype=np.uint32)
     words[:40] = np.arange(40) % 4  # the least magnitudes
     words[40:60] = 0x7FFFFFFF  # and the largest: NaNs
-    search = magnitude.start(words.size, (density,))
-    for step in range(magnitude.STEPS):
-        shift = magnitude.digit_shift(step)
-        below = np.array([[(words < int(search.low[0]) + (j << int(shift))).sum() for j in range(1, 8)]], np.uint32)
-        counted = magnitude.count_below((jnp.asarray(words.view(np.float32)),), jnp.asarray(search.low), shift)
-        assert np.asarray(counted).tolist() == below.tolist()
-        search = magnitude.advance_digit(search, (np.zeros_like(below), below), shift)
     rank = int(words.size * (1 - density))
+    search = ranking.start(words.size, [rank])
+    for _ in range(ranking.STEPS):
+        shift = ranking.digit_shift(search.step)
+        below = np.array([[(words < int(search.low[0]) + (j << int(shift))).sum() for j in range(1, 8)]], np.uint32)
+        counted = ranking.count_below((jnp.asarray(words.view(np.float32)),), jnp.asarray(search.low), shift)
+        assert np.asarray(counted).tolist() == below.tolist()
+        search = ranking.advance_digit(search, (np.zeros_like(below), below))
+    assert search.found
     assert int(search.low[0]) == (0 if rank == 0 else np.sort(words)[rank - 1])

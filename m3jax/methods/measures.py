@@ -1,0 +1,242 @@
+"""The measures that methods are built from: magnitudes of ranks, and inner products.
+
+Each is a factory of `Measure`s. What differs between methods is given as functions that take the owner's options.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, UInt32
+
+from m3jax.arithmetic import exact, ranking, sums
+from m3jax.arithmetic.ranking import Search
+from m3jax.methods.base import Extent, Known, Measure, Numbers, Place, Round, Settings, Values, Words
+
+_WORTH_SAMPLING = 2**24  # entries from which a sample's cost is small against the pass that it saves
+NOTHING = 0xFFFFFFFF
+"""A threshold above every magnitude."""
+
+Ranks = Callable[[Any, Numbers, int], Sequence[Sequence[int]]]
+"""(options, numbers, size) → for each expert the same number of ranks; the smallest magnitude has rank 1."""
+
+
+# --- magnitudes of ranks ------------------------------------------------------------------------------------------
+
+
+def _ranked(prepare: Any, values: Values, known: Known, state: Search) -> list[Array]:
+    """One array of values for each rank that is searched: each expert's as often as it has ranks."""
+    prepared = values if prepare is None else prepare(values, known)
+    copies = state.low.shape[0] // len(prepared)
+    return [value for value in prepared for _ in range(copies)]
+
+
+def _tally(prepare: Any, shift: int, options: Any, values: Values, known: Known, state: Search, valid: Any) -> Array:
+    return ranking.tally(ranking.bins(_ranked(prepare, values, known, state), state.low, shift), valid)
+
+
+def _bins(
+    prepare: Any, shift: int, options: Any, values: Values, known: Known, state: Search, valid: Any
+) -> list[Array]:
+    return list(ranking.bins(_ranked(prepare, values, known, state), state.low, shift))
+
+
+def _below(prepare: Any, options: Any, values: Values, known: Known, state: Search, valid: Any) -> Array:
+    return ranking.count_below(
+        _ranked(prepare, values, known, state), state.low, ranking.digit_shift(state.step), valid
+    )
+
+
+def _magnitudes(prepare: Any, options: Any, values: Values, known: Known, state: Search, valid: Any) -> list[Array]:
+    return [exact.magnitude_bits(value) for value in _ranked(prepare, values, known, state)]
+
+
+def _ranking_rounds(prepare: Any, place: Place) -> tuple[Round, ...]:
+    bound = functools.partial
+    on_cpu = place.platform == "cpu"
+    if not place.streamed and not on_cpu:  # counting costs eleven readings of memory, and no scatter
+        return (Round("digit", bound(_below, prepare), repeats=ranking.STEPS),)
+    coarse = Round("coarse", bound(_tally, prepare, ranking.COARSE))
+    fine = Round("fine", bound(_tally, prepare, ranking.FINE))
+    if place.streamed and on_cpu:  # numpy counts faster where few magnitudes are inside the bracket
+        fine = Round("fine", bound(_bins, prepare, ranking.FINE), finish=ranking.tally_sparse)
+    if not place.streamed or place.entries < _WORTH_SAMPLING:
+        return coarse, fine
+    return (
+        Round("sample", bound(_magnitudes, prepare), "gather", sampled=True),
+        fine._replace(name="guess"),
+        coarse._replace(fallback=True),
+        fine._replace(fallback=True),
+    )
+
+
+def _advance_ranking(options: Any, name: str, state: Search, totals: Any) -> Search:
+    if name == "digit":
+        return ranking.advance_digit(state, totals)
+    if name == "sample":
+        return ranking.guess(state, list(totals)) if totals[0].size else state
+    shift = ranking.COARSE if name == "coarse" else ranking.FINE
+    narrowed, inside = ranking.advance(state, totals, shift)
+    if name == "guess" and not np.all(inside):
+        return state._replace(low=np.zeros_like(state.low))  # the bracket missed: coarse and fine begin anew
+    return narrowed._replace(found=np.bool_(name != "coarse"))
+
+
+def _ranking_settled(options: Any, state: Search) -> bool:
+    return bool(state.found)
+
+
+def _begin_ranking(ranks: "Ranks", options: Any, numbers: Numbers, extent: Extent) -> Search:
+    wanted = ranks(options, numbers, extent.entries)
+    return ranking.start(extent.entries, [rank for own in wanted for rank in own])
+
+
+def _thresholds(options: Any, state: Search, settings: Settings) -> UInt32[Any, "n ranks"]:
+    """What was found, with ranks beyond the last one above every magnitude."""
+    xp: Any = np if isinstance(state.low, np.ndarray) else jnp
+    (high, low), (size_high, size_low) = state.rank, state.size
+    beyond = (high > size_high) | ((high == size_high) & (low > size_low))
+    found: Array = xp.where(beyond, np.uint32(NOTHING), state.low).reshape(len(settings.comparison), -1)
+    return found
+
+
+def rank_magnitudes(
+    name: str,
+    scope: str,
+    ranks: Ranks,
+    needed: Callable[[Any, Numbers], bool],
+    values: str = "sparse",
+    prepare: Callable[[Values, Known], Values] | None = None,
+    uniform: tuple[str, ...] = ("density",),
+) -> Measure:
+    """The magnitudes that have certain ranks among all of a tensor or of the model, exactly.
+
+    Args:
+        name: What `Known.found` calls it: uint32[n, ranks], bits of magnitudes.
+        scope: "tensor" or "model".
+        ranks: Which; rank 0 gives a threshold below every magnitude, one above the size a threshold above all.
+        needed: As `Measure.needed`.
+        values: As `Measure.values`.
+        prepare: What is done to the values before their magnitudes are ranked.
+        uniform: The parameters that the ranks depend on.
+    """
+    return Measure(
+        name=name,
+        label="ranking magnitudes",
+        scope=scope,
+        needed=needed,
+        begin=functools.partial(_begin_ranking, ranks),
+        rounds=functools.partial(_ranking_rounds, prepare),
+        advance=_advance_ranking,
+        conclude=_thresholds,
+        settled=_ranking_settled,
+        values=values,
+        uniform=uniform,
+    )
+
+
+# --- inner products -----------------------------------------------------------------------------------------------
+
+
+def _always(options: Any, numbers: Numbers) -> bool:
+    return True
+
+
+class Products(NamedTuple):
+    """Inner products as they are counted.
+
+    Attributes:
+        largest: uint32[*rows, pairs], see `sums.largest`.
+        sums: Words of [*rows, 2, pairs, limbs], see `sums.integer_sums`.
+    """
+
+    largest: UInt32[Any, "*rows pairs"]
+    sums: Words
+
+
+def _begin_products(options: Any, numbers: Numbers, extent: Extent) -> Products:
+    pairs = len(sums.pairs_of(extent.experts))
+    limbs = np.zeros((*extent.rows, 2, pairs, sums.LIMBS), np.uint32)
+    return Products(np.zeros((*extent.rows, pairs), np.uint32), (limbs, limbs))
+
+
+def _largest(
+    by_row: bool, options: Any, values: Values, known: Known, state: Any, valid: Bool[Array, "..."] | None
+) -> Array:
+    return sums.largest(values, known.zero, valid, by_row)
+
+
+def _integer_sums(
+    by_row: bool, options: Any, values: Values, known: Known, state: Any, valid: Bool[Array, "..."] | None
+) -> Array:
+    return sums.integer_sums(values, state.largest, known.zero, valid, by_row)
+
+
+def _product_rounds(by_row: bool, place: Place) -> tuple[Round, ...]:
+    bound = functools.partial
+    return Round("largest", bound(_largest, by_row), "max"), Round("sums", bound(_integer_sums, by_row))
+
+
+def _advance_products(options: Any, name: str, state: Products, totals: Any) -> Products:
+    return state._replace(largest=totals) if name == "largest" else state._replace(sums=totals)
+
+
+def _widened(totals: Words) -> np.ndarray:
+    """Two words as one integer."""
+    return (np.asarray(totals[0]).astype(np.int64) << 32) + np.asarray(totals[1]).astype(np.int64)
+
+
+def products_of(state: Products) -> np.ndarray:
+    """Inner products of a state that is known on the host.
+
+    Returns:
+        float64[*rows, pairs], as `sums.inner_products`.
+    """
+    return sums.inner_products(np.asarray(state.largest), _widened(state.sums))
+
+
+def measure_products(
+    name: str, scope: str, conclude: Callable[[Any, Any, Settings], Any], values: str = "sparse"
+) -> Measure:
+    """The inner products of all experts' vectors, exact and independent of order.
+
+    Args:
+        name: What `Known.found` calls what is concluded.
+        scope: "tensor", or "row" for those of each row.
+        conclude: (options, state, settings) → scalars. On the host `products_of(state)` gives the products; in a
+            trace `on_host` calls it back.
+        values: As `Measure.values`.
+    """
+    by_row = scope == "row"
+    return Measure(
+        name=name,
+        label="measuring angles",
+        scope=scope,
+        needed=_always,
+        begin=_begin_products,
+        rounds=functools.partial(_product_rounds, by_row),
+        advance=_advance_products,
+        conclude=conclude,
+        values=values,
+    )
+
+
+def on_host(function: Callable[..., Any], shapes: Sequence[tuple[int, ...]], *operands: Any) -> Any:
+    """`function(*operands)` in numpy: at once where the operands are known, else by a callback from the program.
+
+    Args:
+        function: From numpy arrays to a list of float32 arrays.
+        shapes: Of each of them.
+        operands: Pytrees of arrays.
+    """
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(operands)):
+        return function(*jax.tree.map(np.asarray, operands))
+
+    def called(*given: Any) -> Any:
+        return function(*jax.tree.map(np.asarray, given))
+
+    result = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]  # type: ignore[no-untyped-call]
+    return jax.pure_callback(called, result, *operands, vmap_method="sequential")
