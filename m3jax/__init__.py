@@ -8,12 +8,15 @@ if TYPE_CHECKING:
     from m3jax.evaluation.models import evaluate as evaluate
     from m3jax.evaluation.robustness import attack as attack
     from m3jax.exploration import explore as explore
+    from m3jax.methods.breadcrumbs import breadcrumbs as breadcrumbs
     from m3jax.methods.dare import dare as dare
+    from m3jax.methods.della import della as della
     from m3jax.methods.linear import linear as linear
     from m3jax.methods.linear import task_arithmetic as task_arithmetic
     from m3jax.methods.magnitude import magnitude as magnitude
     from m3jax.methods.mixup import draw_weights as draw_weights
     from m3jax.methods.mixup import mixup as mixup
+    from m3jax.methods.model_stock import model_stock as model_stock
     from m3jax.methods.slerp import slerp as slerp
     from m3jax.methods.ties import ties as ties
     from m3jax.outputs.conversion import convert as convert
@@ -29,6 +32,9 @@ _HOMES = {
     "M3Error": "errors",
     "convert": "outputs.conversion",
     "attack": "evaluation.robustness",
+    "breadcrumbs": "methods.breadcrumbs",
+    "della": "methods.della",
+    "model_stock": "methods.model_stock",
     "dare": "methods.dare",
     "draw_weights": "methods.mixup",
     "evaluate": "evaluation.models",

@@ -246,12 +246,21 @@ def plain_density(where: str, density: float | Sequence[float]) -> Density:
     Raises:
         M3Error: One is not in [0, 1].
     """
-    values = [density] if isinstance(density, int | float | np.number) else list(density)
-    for value in values:
-        if not 0 <= value <= 1:
-            raise M3Error(f"{where}: density is {value:g}, but must lie between 0 and 1")
-    numbers = tuple(float(value) for value in values)
-    return numbers[0] if isinstance(density, int | float | np.number) else numbers
+    return checked_share(where, "density", density)
+
+
+def checked_share(where: str, name: str, value: float | Sequence[float]) -> Density:
+    """A share or several, of any parameter, as hashable numbers.
+
+    Raises:
+        M3Error: One is not in [0, 1].
+    """
+    values = [value] if isinstance(value, int | float | np.number) else list(value)
+    for each in values:
+        if not 0 <= each <= 1:
+            raise M3Error(f"{where}: {name} is {each:g}, but must lie between 0 and 1")
+    numbers = tuple(float(each) for each in values)
+    return numbers[0] if isinstance(value, int | float | np.number) else numbers
 
 
 def per_expert(name: str, value: float | Sequence[float], num_experts: int) -> tuple[float, ...]:

@@ -159,6 +159,20 @@ def _trimmed(name: str, mergekit: bool = True) -> Parameter:
 
 
 _SPARSE = _DENSITY._replace(sets="sparsifier.density")
+_SHARE = Parameter("", "", "", None, low=0.0, high=1.0, level="expert")
+_GAMMA = _SHARE._replace(
+    name="gamma", sets="sparsifier.gamma", help="share of the largest entries that are dropped", default=0.01
+)
+_EPSILON = _SHARE._replace(
+    name="epsilon", sets="sparsifier.epsilon", help="how far the probabilities reach around the density", default=0.15
+)
+_KEPT_AS_IS = _RESCALE._replace(default=False, note="", help="divide what is kept by the density")
+_RESCALE_DELLA = _RESCALE._replace(
+    note="rescale divides each kept entry by its probability, as DELLA's paper does; mergekit matches the L1 norm of"
+    " each tensor."
+)
+_BREADCRUMBS_PAPER = "Davari & Belilovsky, Model Breadcrumbs, 2023, arXiv 2312.06795"
+_DELLA_PAPER = "Deep et al., DELLA-Merging, 2024, arXiv 2406.11617"
 _LINEAR, _TASKS = "m3jax.methods.linear:linear", "m3jax.methods.linear:task_arithmetic"
 _TIES = "m3jax.methods.ties:ties"
 
@@ -226,6 +240,57 @@ METHODS: tuple[MethodRow, ...] = (
         without="ties",
     ),
     MethodRow(
+        "breadcrumbs",
+        _TASKS,
+        "drop the largest and the smallest entries, then a weighted sum of task vectors",
+        "p + λ·Σ wᵢ·breadcrumbs(δᵢ)",
+        _BREADCRUMBS_PAPER,
+        (_WEIGHT, _normalize(False), _LAMBDA, _SPARSE, _GAMMA, _KEPT_AS_IS),
+        sparsifier="m3jax.methods.breadcrumbs:breadcrumbs",
+        without="task_arithmetic",
+    ),
+    MethodRow(
+        "breadcrumbs_ties",
+        _TIES,
+        "drop the largest and the smallest entries, then elect a sign as TIES",
+        "p + λ·Σ wᵢ·breadcrumbs(δᵢ) over the experts i of the elected sign (/ Σ wᵢ of these)",
+        _BREADCRUMBS_PAPER,
+        (_WEIGHT, _normalize(False), _LAMBDA, _SPARSE, _GAMMA, _KEPT_AS_IS, _SIGN_ELECTION),
+        sparsifier="m3jax.methods.breadcrumbs:breadcrumbs",
+        without="ties",
+    ),
+    MethodRow(
+        "della_linear",
+        _TASKS,
+        "drop entries at random, small ones more likely, then a weighted sum of task vectors",
+        "p + λ·Σ wᵢ·della(δᵢ)",
+        _DELLA_PAPER,
+        (_WEIGHT, _normalize(False), _LAMBDA, _SPARSE, _EPSILON, _RESCALE_DELLA),
+        sparsifier="m3jax.methods.della:della",
+        without="task_arithmetic",
+    ),
+    MethodRow(
+        "della",
+        _TIES,
+        "drop entries at random, small ones more likely, then elect a sign as TIES",
+        "p + λ·Σ wᵢ·della(δᵢ) over the experts i of the elected sign (/ Σ wᵢ of these)",
+        _DELLA_PAPER,
+        (_WEIGHT, _normalize(True), _LAMBDA, _SPARSE, _EPSILON, _RESCALE_DELLA, _SIGN_ELECTION),
+        sparsifier="m3jax.methods.della:della",
+        without="ties",
+    ),
+    MethodRow(
+        "model_stock",
+        "m3jax.methods.model_stock:model_stock",
+        "between the base and the average, as far as the angle between task vectors says",
+        "p + t·(mean(xᵢ) − p), t = n·cosθ / (1 + (n−1)·cosθ)",
+        "Jang et al., Model Stock, 2024, arXiv 2403.19522",
+        (Parameter("filter_wise", "method.filter_wise", "one angle for each row, not each tensor", False, "flag"),),
+        experts=(2, None),
+        weighting="none",
+        sparsifies=False,
+    ),
+    MethodRow(
         "slerp",
         "m3jax.methods.slerp:slerp",
         "along the arc between two models, tensor by tensor",
@@ -271,6 +336,20 @@ SPARSIFIERS: tuple[SparsifierRow, ...] = (
             _RESCALE._replace(default=False, note="", help="divide what is kept by the density"),
             _SCOPED,
         ),
+    ),
+    SparsifierRow(
+        "breadcrumbs",
+        "m3jax.methods.breadcrumbs:breadcrumbs",
+        "drop the largest entries and the smallest",
+        _BREADCRUMBS_PAPER,
+        (_SPARSE._replace(default=None), _GAMMA, _KEPT_AS_IS),
+    ),
+    SparsifierRow(
+        "della",
+        "m3jax.methods.della:della",
+        "drop entries at random, the smaller ones of a row more likely",
+        _DELLA_PAPER,
+        (_SPARSE._replace(default=None), _EPSILON, _RESCALE_DELLA._replace(note="")),
     ),
 )
 

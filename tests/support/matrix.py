@@ -72,6 +72,33 @@ SPARSIFIERS = {
         {"sparsify": {"method": "magnitude", "density": 0.6, "target": "weights"}},
         {"sparsify": "magnitude", "keep": 0.6, "target": "weights"},
     ),
+    "breadcrumbs": (
+        m3jax.breadcrumbs(0.6, 0.1),
+        {"sparsify": {"method": "breadcrumbs", "density": 0.6, "gamma": 0.1}},
+        {"sparsify": "breadcrumbs", "keep": 0.6, "gamma": 0.1},
+    ),
+    "della": (
+        m3jax.della(0.5, 0.2),
+        {"sparsify": {"method": "della", "density": 0.5, "epsilon": 0.2}},
+        {"sparsify": "della", "keep": 0.5, "epsilon": 0.2},
+    ),
+    "della_weights": (
+        m3jax.della(0.7, 0.1, target="weights", rescale=False),
+        {"sparsify": {"method": "della", "density": 0.7, "epsilon": 0.1, "target": "weights", "rescale": False}},
+        {"sparsify": "della", "keep": 0.7, "epsilon": 0.1, "target": "weights", "rescale": False},
+    ),
+}
+
+# Methods that have no weight for each expert and no sparsifier; with the weights that they get.
+ALONE = {
+    "slerp": (m3jax.slerp(), {"merge_method": "slerp", "parameters": {"t": 0.3}}, {"method": "slerp"}, 0.3),
+    "model_stock": (m3jax.model_stock(), {"merge_method": "model_stock"}, {"method": "model_stock"}, None),
+    "model_stock_rows": (
+        m3jax.model_stock(filter_wise=True),
+        {"merge_method": "model_stock", "parameters": {"filter_wise": True}},
+        {"method": "model_stock", "by_row": True},
+        None,
+    ),
 }
 
 
@@ -90,6 +117,8 @@ FAST = [
     ("ties_mergekit", "magnitude_model"),
     ("ties_untrimmed_sum", "magnitude"),
     ("ties_paper", "magnitude_weights"),
+    ("task_arithmetic", "breadcrumbs"),
+    ("ties_mergekit", "della"),
 ]
 ALL = [(method, sparsifier) for method in METHODS for sparsifier in SPARSIFIERS]
 

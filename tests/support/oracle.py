@@ -66,17 +66,61 @@ def root(seed):
     return seed >> 32, seed & 0xFFFFFFFF
 
 
-def masks(seed, name, densities, shape):
+def words(seed, name, n, shape):
     key = fold_in(root(seed), 1)
     for word in name_words(name):
         key = fold_in(key, word)
     e = np.arange(math.prod(shape), dtype=np.uint64)
-    keep = []
-    for j in range((len(densities) + 1) // 2):
-        words = threefry(fold_in(key, j), ((e >> np.uint64(32)).astype(U32), e.astype(U32)))
-        for word, density in zip(words, densities[2 * j : 2 * j + 2], strict=False):
-            keep.append((word.astype(np.uint64) < np.uint64(math.floor(density * 2**32))).reshape(shape))
-    return keep
+    index = (e >> np.uint64(32)).astype(U32), e.astype(U32)
+    drawn = [word for j in range((n + 1) // 2) for word in threefry(fold_in(key, j), index)]
+    return [word.astype(np.uint64).reshape(shape) for word in drawn[:n]]
+
+
+def masks(seed, name, densities, shape):
+    drawn = words(seed, name, len(densities), shape)
+    return [w < np.uint64(math.floor(d * 2**32)) for w, d in zip(drawn, densities, strict=True)]
+
+
+def breadcrumbs(x, density, gamma):
+    """Which entries are left when the ⌊γN⌋ largest and then the smallest are dropped; all that tie are kept."""
+    if density == 1:
+        return np.full(x.shape, True)
+    size, ordered = x.size, np.sort(np.abs(x), axis=None)
+    kept = math.floor(density * size)
+    largest = min(math.floor(gamma * size), size - kept)
+    if kept == 0:
+        return np.full(x.shape, False)
+    return (np.abs(x) >= ordered[size - largest - kept]) & (np.abs(x) <= ordered[size - largest - 1])
+
+
+def della(x, word, density, epsilon, rescale):
+    """Each entry of each row kept with a probability that its rank gives, and divided by it."""
+    if density == 1:
+        return x
+    out = np.zeros(x.shape, F32)
+    for where in np.ndindex(x.shape[:-1]):
+        row, last = np.abs(x[where]), 2 * (x.shape[-1] - 1) if x.ndim else 0
+        for j, magnitude in enumerate(row):
+            rank = int((row < magnitude).sum()) + int((row <= magnitude).sum()) - 1
+            low, high = density - epsilon, density + epsilon
+            p = low + (high - low) * rank / last if last else density
+            if int(word[where][j]) < math.floor(p * 2**32):
+                out[where][j] = flush(x[where][j] * F32(1 / p)) if rescale else x[where][j]
+    return out
+
+
+def stock(deltas, scale=1.0):
+    """λ·t/n of Model Stock for one tensor or one row."""
+    n = len(deltas)
+    lengths = [math.sqrt(inner(d, d)) for d in deltas]
+    cosines = []
+    for i in range(n):
+        for j in range(i + 1, n):
+            norms = lengths[i] * lengths[j]
+            cosines.append(min(1.0, max(-1.0, inner(deltas[i], deltas[j]) / norms)) if norms > 0 else 0.0)
+    cosine = sum(cosines) / len(cosines)
+    divisor = 1.0 + (n - 1) * cosine
+    return scale * (n * cosine / divisor if divisor else 0.0) / n
 
 
 def draw(seed, alpha, n, group=None):
@@ -126,13 +170,16 @@ def merge(
     election="weighted",
     sparsify=None,  # None | "dare" | "magnitude"
     keep=None,  # the sparsifier's density: a number or one per expert
+    gamma=0.01,
+    epsilon=0.15,
+    by_row=False,
     target="delta",
     rescale=None,
     scope="tensor",
 ):
     n, names = len(experts), list(experts[0])
     normalize = (method in ("linear", "ties")) if normalize is None else normalize
-    rescale = (sparsify == "dare") if rescale is None else rescale
+    rescale = (sparsify in ("dare", "della")) if rescale is None else rescale
     keep = [1.0] * n if keep is None else list(keep) if isinstance(keep, tuple | list) else [keep] * n
     trim = [density] * n if not isinstance(density, tuple | list) else list(density)
     weights = (
@@ -140,8 +187,8 @@ def merge(
         if isinstance(weights, dict)
         else {name: weights if weights is not None else [1.0] * n for name in names}
     )
-    takes_deltas = method in ("task_arithmetic", "ties") or (sparsify and target == "delta")
-    folded = [d if sparsify and rescale and target == "delta" else 1.0 for d in keep]
+    takes_deltas = method in ("task_arithmetic", "ties", "model_stock") or (sparsify and target == "delta")
+    folded = [d if sparsify and sparsify != "della" and rescale and target == "delta" else 1.0 for d in keep]
 
     def raw(name, i):
         x = wide(experts[i][name])
@@ -152,13 +199,20 @@ def merge(
         for name in names:
             for i, mask in enumerate(masks(seed, name, keep, np.shape(experts[0][name]))):
                 values[name, i] = np.where(mask, values[name, i], F32(0))
+    for name in names if sparsify == "breadcrumbs" else ():
+        for i in range(n):
+            values[name, i] = np.where(breadcrumbs(values[name, i], keep[i], gamma), values[name, i], F32(0))
+    for name in names if sparsify == "della" else ():
+        for i, word in enumerate(words(seed, name, n, np.shape(experts[0][name]))):
+            x = np.atleast_1d(values[name, i])
+            values[name, i] = della(x, np.atleast_1d(word), keep[i], epsilon, rescale).reshape(values[name, i].shape)
     if sparsify == "magnitude":
         for group in [names] if scope == "model" else [[name] for name in names]:
             for i in range(n):
                 least = kth_smallest_magnitude([values[name, i] for name in group], keep[i])
                 for name in group:
                     values[name, i] = np.where(np.abs(values[name, i]) >= least, values[name, i], F32(0))
-    if sparsify and target == "weights":
+    if sparsify and sparsify != "della" and target == "weights":
         for name, i in values:
             values[name, i] = flush(values[name, i] * scalar(1 / keep[i] if rescale and keep[i] else 1.0))
     if takes_deltas and target == "weights":
@@ -201,6 +255,18 @@ def merge(
                     math.sin((1 - t) * math.acos(cosine)) / math.sin(math.acos(cosine)),
                     math.sin(t * math.acos(cosine)) / math.sin(math.acos(cosine)),
                 ]
+        if method == "model_stock":
+            deltas = [values[name, i] for i in range(n)]
+            rows = [[np.atleast_1d(d)[r] for d in deltas] for r in np.ndindex(np.atleast_1d(deltas[0]).shape[:-1])]
+            factors = [scalar(stock(row, scale)) for row in rows] if by_row else [scalar(stock(deltas, scale))]
+            factor = np.reshape(factors, (*np.shape(deltas[0])[:-1], 1) if by_row else ()).astype(F32)
+            total = None
+            for delta in deltas:
+                term = flush(factor * delta).reshape(delta.shape)
+                total = term if total is None else flush(total + term)
+            total = flush(total + wide(base[name]))
+            merged[name] = narrow(total, out or np.asarray(base[name]).dtype.name)
+            continue
         total = None
         agree = [
             (np.sign(votes[name, i]) == elected[name]) & (votes[name, i] != 0)

@@ -106,7 +106,8 @@ COLLECTIVES = ("all-reduce", "all-gather", "collective-permute", "all-to-all", "
 ELEMENTWISE = [
     (m, s)
     for m, s in ALL
-    if not s.startswith("magnitude") and (m in ("linear", "ties_untrimmed_sum") or m.startswith("task_arithmetic"))
+    if not s.startswith(("magnitude", "breadcrumbs", "della"))
+    and (m in ("linear", "ties_untrimmed_sum") or m.startswith("task_arithmetic"))
 ]
 
 

@@ -23,7 +23,7 @@ MESHES = {
 }
 PLACES = [(mesh, place) for mesh, (_, _, specs) in MESHES.items() for place in range(len(specs))]
 KINDS = ("auto", "explicit", "mixed")
-CASES = [(m, s) for m in METHODS for s in ("none", "dare", "magnitude_model", "magnitude_weights")] + [
+CASES = [(m, s) for m in METHODS for s in ("none", "dare", "magnitude_model", "della", "breadcrumbs")] + [
     ("slerp", "none")
 ]
 FAST = [

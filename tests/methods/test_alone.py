@@ -1,0 +1,116 @@
+"""Methods without a weight for each expert: the oracle's bits in memory, on meshes, out of core and replayed."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from support import oracle
+from support.directories import WIDE, read, recipe, write_models
+from support.matrix import ALONE, DTYPES, few, models, same
+
+import m3jax
+from m3jax.cluster.meshes import parse_mesh
+
+EVERY = [(method, dtype) for method in ALONE for dtype in DTYPES]
+
+
+def most(method):
+    """How many experts a method is tried with."""
+    return 2 if method == "slerp" else 3
+
+
+@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize(
+    ("method", "dtype"), few(EVERY, *((method, dtype) for method in ALONE for dtype in ("bfloat16", "float32")))
+)
+def test_merges_are_the_oracles(method, dtype, how):
+    made, _, told, weights = ALONE[method]
+    base, experts = models(DTYPES[dtype], most(method))
+    want = oracle.merge(experts, base, weights=weights, **told)
+
+    def call(experts, base):
+        return m3jax.merge(experts, made, base=base, weights=weights)
+
+    assert same((jax.jit(call) if how == "jit" else call)(experts, base), want) == (True, [])
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [("x", None), (None, "x"), ("x", "y")], ids=str)
+@pytest.mark.parametrize("method", ALONE)
+def test_no_sharding_changes_a_bit(method, spec, kind):
+    made, _, told, weights = ALONE[method]
+    base, experts = models(DTYPES["bfloat16"], most(method))
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+
+    def put(tree):
+        places = {name: PartitionSpec(*spec[: leaf.ndim]) for name, leaf in tree.items()}
+        return {name: jax.device_put(leaf, NamedSharding(mesh, places[name])) for name, leaf in tree.items()}
+
+    want = oracle.merge(experts, base, weights=weights, **told)
+    there, here = [put(e) for e in experts], put(base)
+    assert same(m3jax.merge(there, made, base=here, weights=weights), want) == (True, [])
+    traced = jax.jit(lambda e, b: m3jax.merge(e, made, base=b, weights=weights))
+    assert same(traced(there, here), want) == (True, [])
+
+
+@pytest.mark.parametrize("chunk", [2**16, 2**17])
+@pytest.mark.parametrize("mesh", ["x=1", "x=8"])
+@pytest.mark.parametrize("method", ALONE)
+def test_out_of_core_and_replayed_are_the_oracles(tmp_path, method, mesh, chunk):
+    _, keys, told, weights = ALONE[method]
+    base, experts = write_models(tmp_path / "in", n=most(method), shapes=WIDE)
+    asked = recipe(tmp_path / "in", most(method), **keys)
+    if method == "slerp":
+        del asked["base_model"]
+    m3jax.merge_checkpoint(asked, tmp_path / "out", chunk_entries=chunk, mesh=parse_mesh(mesh))
+    want = oracle.merge(experts, base, weights=weights, **told)
+    assert same(read(tmp_path / "out"), want) == (True, [])
+    m3jax.replay(tmp_path / "out", tmp_path / "again", chunk_entries=2**18)
+    assert same(read(tmp_path / "again"), want) == (True, [])
+
+
+def test_model_stock_is_the_formula_in_float64():
+    rng = np.random.default_rng(0)
+    base = {"w": rng.standard_normal((12, 20)).astype(np.float32)}
+    shared = rng.standard_normal((12, 20)) * 0.1
+    experts = [{"w": (base["w"] + shared + rng.standard_normal((12, 20)) * 0.1).astype(np.float32)} for _ in range(3)]
+    deltas = [e["w"].astype(np.float64) - base["w"] for e in experts]
+    for by_row in (False, True):
+        axes = -1 if by_row else None
+        norms = [np.sqrt((d**2).sum(axes, keepdims=True)) for d in deltas]
+        pairs = [(i, j) for i in range(3) for j in range(i + 1, 3)]
+        cosine = sum((deltas[i] * deltas[j]).sum(axes, keepdims=True) / norms[i] / norms[j] for i, j in pairs) / 3
+        t = 3 * cosine / (1 + 2 * cosine)
+        want = t * sum(e["w"].astype(np.float64) for e in experts) / 3 + (1 - t) * base["w"]
+        got = m3jax.merge(experts, m3jax.model_stock(filter_wise=by_row), base=base)["w"]
+        np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-7)
+
+
+def test_model_stock_of_orthogonal_and_of_equal_experts():
+    base = {"w": np.zeros((2, 4), np.float32)}
+    a, b = (np.zeros((2, 4), np.float32) for _ in range(2))
+    a[0], b[1] = 1.0, 1.0
+    orthogonal = m3jax.merge([{"w": a}, {"w": b}], m3jax.model_stock(), base=base)
+    assert np.asarray(orthogonal["w"]).tolist() == base["w"].tolist()  # t = 0: the base
+    same_twice = m3jax.merge([{"w": a}, {"w": a}], m3jax.model_stock(), base=base)
+    assert np.asarray(same_twice["w"]).tolist() == a.tolist()  # t = 1: the average
+    opposite = m3jax.merge([{"w": a}, {"w": -a}], m3jax.model_stock(), base=base)
+    assert np.asarray(opposite["w"]).tolist() == base["w"].tolist()  # 1 + cosθ = 0: t counts as 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"experts": 1}, "model_stock: merges at least 2 experts, but there is 1"),
+        ({"weights": [0.5, 0.5]}, "model_stock: takes no weights"),
+        ({"weights": m3jax.mixup(0.5), "key": 0}, "model_stock: takes no weights"),
+        ({"sparsify": m3jax.dare(0.5), "key": 0}, "model_stock: cannot be combined with dare"),
+        ({"base": None}, "model_stock: needs a base model"),
+    ],
+)
+def test_misuse_of_model_stock_is_said(arguments, sentence):
+    base, experts = models(DTYPES["float32"], 2)
+    given = {"base": base, **arguments}
+    experts = experts[: given.pop("experts", 2)]
+    with pytest.raises(m3jax.M3Error, match=sentence):
+        m3jax.merge(experts, m3jax.model_stock(), **given)

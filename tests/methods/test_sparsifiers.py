@@ -1,0 +1,90 @@
+"""Breadcrumbs and DELLA: what they keep, in float64, at their edges, and what they refuse."""
+
+import numpy as np
+import pytest
+
+import m3jax
+from m3jax.recipe import load_recipe
+
+
+def merged(delta, sparsify, seed=0):
+    """What a sparsifier leaves of one task vector."""
+    base = {"w": np.zeros_like(delta)}
+    return np.asarray(m3jax.merge([{"w": delta}], m3jax.task_arithmetic(), base=base, sparsify=sparsify, key=seed)["w"])
+
+
+def test_breadcrumbs_keeps_the_middle():
+    rng = np.random.default_rng(0)
+    delta = rng.permutation(np.arange(1, 101)).astype(np.float32) * np.where(rng.random(100) < 0.5, -1, 1)
+    left = merged(delta.astype(np.float32).reshape(10, 10), m3jax.breadcrumbs(0.3, 0.05))
+    assert sorted(np.abs(left[left != 0])) == list(range(66, 96))  # ⌊0.05·100⌋ largest gone, then down to ⌊0.3·100⌋
+    rescaled = merged(delta.astype(np.float32), m3jax.breadcrumbs(0.5, 0.05, rescale=True))
+    assert np.abs(rescaled).max() == 190.0
+
+
+def test_breadcrumbs_drops_fewer_of_the_largest_where_too_little_would_be_left():
+    delta = np.arange(1, 11, dtype=np.float32)
+    assert merged(delta, m3jax.breadcrumbs(0.9, 0.5)).tolist() == [*range(1, 10), 0]
+    assert merged(delta, m3jax.breadcrumbs(1.0, 0.5)).tolist() == delta.tolist()
+    assert merged(delta, m3jax.breadcrumbs(0.0, 0.5)).tolist() == [0] * 10
+    assert merged(delta, m3jax.breadcrumbs(0.5, 0.0)).tolist() == [0] * 5 + [6, 7, 8, 9, 10]
+
+
+def test_breadcrumbs_keeps_all_that_tie():
+    delta = np.array([1, 2, 2, 2, 3, 9], np.float32)
+    assert merged(delta, m3jax.breadcrumbs(0.5, 0.2)).tolist() == [0, 2, 2, 2, 3, 0]
+
+
+@pytest.mark.parametrize("density", [0.0, 0.4])
+def test_density_0_keeps_nothing(density):
+    """Of one expert, whatever the sparsifier; the other is merged as it is asked for."""
+    delta = np.arange(1, 9, dtype=np.float32)
+    for sparsifier in (m3jax.dare, m3jax.magnitude, m3jax.breadcrumbs, m3jax.della):
+        left = merged(delta, sparsifier(density))
+        assert (np.count_nonzero(left) == 0) == (density == 0.0) or sparsifier is m3jax.della
+
+
+@pytest.mark.parametrize(("density", "epsilon"), [(0.5, 0.3), (0.8, 0.15), (0.3, 0.05)])
+def test_della_keeps_by_rank_at_the_right_rates(density, epsilon):
+    rows, columns = 400, 500
+    delta = np.random.default_rng(1).standard_normal((rows, columns)).astype(np.float32)
+    kept = merged(delta, m3jax.della(density, epsilon), seed=3) != 0
+    order = np.argsort(np.argsort(np.abs(delta), axis=1), axis=1)
+    for quintile in range(5):
+        inside = order // (columns // 5) == quintile
+        ranks = np.arange(quintile * columns // 5, (quintile + 1) * columns // 5)
+        want = (density - epsilon + 2 * epsilon * ranks / (columns - 1)).mean()
+        sigma = np.sqrt(want * (1 - want) / inside.sum())
+        assert abs(kept[inside].mean() - want) < 5 * sigma, quintile
+    assert abs(kept.mean() - density) < 5 * np.sqrt(density * (1 - density) / delta.size)
+
+
+def test_della_keeps_the_expectation():
+    delta = np.random.default_rng(2).standard_normal((64, 64)).astype(np.float32)
+    mean = np.mean([merged(delta, m3jax.della(0.6, 0.2), seed=s) for s in range(200)], axis=0)
+    assert abs((mean / delta).mean() - 1) < 0.01
+
+
+def test_della_of_equal_magnitudes_is_one_probability():
+    delta = np.ones((50, 2000), np.float32)
+    left = merged(delta, m3jax.della(0.5, 0.4))
+    assert set(np.unique(left)) == {0.0, 2.0}
+    assert abs((left != 0).mean() - 0.5) < 0.01
+
+
+def test_della_refuses_probabilities_that_are_none():
+    sentence = r"della: density 0\.9 with epsilon 0\.15 keeps entries with probabilities from 0\.75 to 1\.05"
+    with pytest.raises(m3jax.M3Error, match=sentence):
+        merged(np.ones(4, np.float32), m3jax.della(0.9))
+    with pytest.raises(m3jax.M3Error, match=r"take an epsilon below 0\.1"):
+        merged(np.ones(4, np.float32), m3jax.della(0.1, 0.2))
+    assert merged(np.ones(4, np.float32), m3jax.della(1.0, 0.5)).tolist() == [1.0] * 4
+
+
+def test_one_expert_is_a_legal_merge():
+    base, expert = {"w": np.ones(3, np.float32)}, {"w": np.full(3, 3.0, np.float32)}
+    assert np.asarray(m3jax.merge([expert])["w"]).tolist() == [3.0] * 3
+    scaled = m3jax.merge([expert], m3jax.task_arithmetic(scale=0.5), base=base)
+    assert np.asarray(scaled["w"]).tolist() == [2.0] * 3
+    assert np.asarray(m3jax.merge([expert], m3jax.ties(1.0), base=base)["w"]).tolist() == [3.0] * 3
+    assert len(load_recipe({"merge_method": "ties", "base_model": "b", "models": ["a"]}).experts) == 1
