@@ -7,6 +7,7 @@ from reprlib import repr as brief  # what a file says may be long or deep withou
 from types import MappingProxyType
 from typing import NamedTuple
 
+from m3jax.checkpoints.formats import INDEX_ENDING, Format
 from m3jax.checkpoints.headers import parse_json
 from m3jax.checkpoints.protocol import FileFingerprint, RemoteFingerprint, natural_key
 from m3jax.checkpoints.remote import Identity, RemotePath, changed
@@ -16,21 +17,20 @@ from m3jax.errors import M3Error
 # --- Indexes ---------------------------------------------------------------------------------------------
 
 
-def find_index(source: Path, single_file: str, index_file: str) -> Path | None:
+def find_index(source: Path, format: Format) -> Path | None:
     """The index to follow, if it is an index that says where the weights are.
 
     Args:
         source: An index, or a model directory or a weight file.
-        single_file: The name under which a directory has all weights in one file.
-        index_file: The name of an index in a directory.
+        format: Whose names a directory's files have.
 
     Returns:
         The index; None where there is none, or where a single file has the weights.
     """
-    if source.name.endswith(".index.json"):
+    if source.name.endswith(INDEX_ENDING):
         return source
-    has_index = is_file(source / index_file) and not is_file(source / single_file)
-    return source / index_file if has_index else None
+    index = source / format.index_file
+    return index if is_file(index) and not is_file(source / format.single_file) else None
 
 
 def read_index(index: Path) -> dict[str, str]:

@@ -20,7 +20,6 @@ from m3jax.checkpoints.storage import open_source, unreadable
 from m3jax.errors import M3Error
 
 LFS_POINTER = b"version https://git-lfs"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")  # endings of weights that only unpickling would open
 _MAX_HEADER = 100_000_000  # the limit of the reference implementation
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m3jax.checkpoints import DTYPES, Checkpoint, TensorInfo, locate_model, sketch_model
-from m3jax.checkpoints.opening import open_checkpoint
+from m3jax.checkpoints.opening import open_checkpoint, recognise
 from m3jax.checkpoints.storage import is_dir
 from m3jax.errors import M3Error
 from m3jax.progress import Progress
@@ -70,7 +70,7 @@ class Overview(NamedTuple):
     Attributes:
         location: Where it is.
         revision: The hub's commit; `None` for a local path.
-        format: The format of its weights: `safetensors`, `msgpack` or `orbax`.
+        format: The name of the format of its weights, such as `safetensors`.
         model: What config.json says; `None` where there is none that can be read.
         metadata: The texts that the weight files carry.
         files: The weight files.
@@ -130,7 +130,8 @@ def look_at(name: str, pattern: str | None = None) -> Overview:
         M3Error: There is no checkpoint of that name, or no tensor is wanted.
     """
     found = sketch_model(name)
-    with open_checkpoint(found.path) as checkpoint:
+    format = recognise(found.path)
+    with format.open(found.path) as checkpoint:
         tensors = _select(checkpoint, pattern)
         if not tensors and checkpoint.tensors:
             raise _nothing_matches(pattern, checkpoint)
@@ -138,7 +139,7 @@ def look_at(name: str, pattern: str | None = None) -> Overview:
         return Overview(
             location=name,
             revision=found.revision,
-            format=type(checkpoint).__module__.rpartition(".")[2],  # each format's reader is a module of its name
+            format=format.name,
             model=_read_facts(found.path),
             metadata=checkpoint.metadata,
             files=files,

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from m3jax.checkpoints.formats import PUBLISHED
 from m3jax.checkpoints.remote import RemotePath, absent, as_path, is_url
 from m3jax.checkpoints.storage import is_dir, list_names
 from m3jax.errors import M3Error, saying_what_failed
@@ -21,7 +22,6 @@ _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[^@\s]
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 _SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer.model.*", "*.tiktoken"]
-_DOWNLOADED = ["*.safetensors", *_SMALL]
 
 _COMPANIONS = (
     "config.json",
@@ -159,11 +159,13 @@ def _fetch(repo: str, revision: str | None) -> Path:
     """The directory of a hub model, downloaded where it is not yet in the cache."""
     from huggingface_hub import snapshot_download  # imports an HTTP client: only when a hub id is asked for
 
-    snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=_DOWNLOADED))
-    if any(snapshot.glob("*.safetensors")):
-        return snapshot
-    # Not at once: most models that have them have the same weights as safetensors too.
-    return Path(snapshot_download(repo, revision=revision, allow_patterns=[*_DOWNLOADED, "*.msgpack"]))
+    patterns: list[str] = []
+    for format in PUBLISHED:  # not all at once: most models have the same weights in several formats
+        patterns += [f"*{ending}" for ending in format.endings]
+        snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=[*patterns, *_SMALL]))
+        if any(file for pattern in patterns for file in snapshot.glob(pattern)):
+            break
+    return snapshot
 
 
 @contextmanager

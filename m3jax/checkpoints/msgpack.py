@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from m3jax.checkpoints.files import Seen, WeightFiles, find_index, joined_metadata, read_index
+from m3jax.checkpoints.formats import MSGPACK
 from m3jax.checkpoints.msgpack_tree import Place, Structure, read_structure
-from m3jax.checkpoints.msgpack_writer import INDEX_FILE, SINGLE_FILE, write_msgpack
+from m3jax.checkpoints.msgpack_writer import write_msgpack
 from m3jax.checkpoints.protocol import (
     Checkpoint,
     Closing,
@@ -28,7 +29,7 @@ from m3jax.checkpoints.remote import as_path
 from m3jax.checkpoints.storage import is_dir, is_file, list_names
 from m3jax.errors import M3Error
 
-__all__ = ["MsgpackCheckpoint", "open_msgpack", "write_msgpack"]
+__all__ = ["MsgpackCheckpoint", "is_msgpack", "open_msgpack", "write_msgpack"]
 
 
 class MsgpackCheckpoint(Closing):
@@ -99,6 +100,23 @@ def _look(path: Path) -> Seen:
     return Seen(structure.identity, structure.digest)
 
 
+def is_msgpack(path: Path) -> bool:
+    """Whether a path whose name does not tell is of this format.
+
+    Args:
+        path: A file, which then begins with a map of msgpack and not with a header of safetensors; or a directory,
+            which then has steps of `flax.training.checkpoints`.
+    """
+    if path.is_dir():
+        return any(name.startswith("checkpoint_") and (path / name).is_file() for name in list_names(path))
+    try:
+        with open(path, "rb") as opened:
+            head = opened.read(9)
+    except (OSError, ValueError):
+        return False
+    return head[:1] >= b"\x80" and (head[0] < 0x90 or head[0] in (0xDE, 0xDF)) and head[8:] != b"{"
+
+
 def open_msgpack(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens the msgpack weights of Flax at a path; reads their structure only.
 
@@ -126,7 +144,7 @@ def open_msgpack(path: str | os.PathLike[str]) -> Checkpoint:
         TensorInfo(name='dense.kernel', shape=(2, 3), dtype='F32') {'step': '7'}
     """
     source = as_path(path)
-    index = find_index(source, SINGLE_FILE, INDEX_FILE)
+    index = find_index(source, MSGPACK)
     if index is None:
         root, file = (source, _choose(source)) if is_dir(source) else (source.parent, source.name)
         return MsgpackCheckpoint(str(path), root, {file: read_structure(root / file)})
@@ -152,13 +170,13 @@ def _check_index(index: Path, weight_map: Mapping[str, str], structures: Mapping
 def _choose(directory: Path) -> str:
     """The file of a directory that has no index to follow."""
     names = sorted((name for name in list_names(directory) if not name.startswith(".")), key=natural_key)
-    if SINGLE_FILE in names:
-        return SINGLE_FILE
-    files = [name for name in names if name.endswith(".msgpack")]
+    if MSGPACK.single_file in names:
+        return MSGPACK.single_file
+    files = [name for name in names if name.endswith(MSGPACK.endings)]
     if len(files) > 1:
         raise M3Error(
-            f"{directory} holds {len(files)} .msgpack files and no {INDEX_FILE} that joins them: give one file's path"
-            " or download the index."
+            f"{directory} holds {len(files)} .msgpack files and no {MSGPACK.index_file} that joins them: give one"
+            " file's path or download the index."
         )
     return files[0] if files else _latest(directory, names)
 
@@ -167,5 +185,7 @@ def _latest(directory: Path, names: Sequence[str]) -> str:
     """The last checkpoint of `flax.training.checkpoints`; those that are directories are Orbax's."""
     steps = [name for name in names if re.fullmatch(r"checkpoint_[0-9.]+", name) and is_file(directory / name)]
     if not steps:
-        raise M3Error(f"{directory} holds no {SINGLE_FILE} and no checkpoint_… file of Flax: give the one that does.")
+        raise M3Error(
+            f"{directory} holds no {MSGPACK.single_file} and no checkpoint_… file of Flax: give the one that does."
+        )
     return steps[-1]

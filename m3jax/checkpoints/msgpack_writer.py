@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
 
 from m3jax.checkpoints.copying import pieces
+from m3jax.checkpoints.formats import MSGPACK
 from m3jax.checkpoints.msgpack_tree import ARRAY, CHUNKED, MAX_DEPTH, MAX_NAME
 from m3jax.checkpoints.protocol import DTYPES, Checkpoint, TensorInfo
 from m3jax.checkpoints.shards import appearing, plan_shards
 from m3jax.errors import M3Error, mend
 
-SINGLE_FILE = "flax_model.msgpack"
-INDEX_FILE = "flax_model.msgpack.index.json"
 _CHUNK = 2**30  # bytes, as in flax.serialization: msgpack's limit is 2³² and was once half of that
 
 Tree: TypeAlias = dict[str, "Tree | TensorInfo"]
@@ -63,7 +62,7 @@ def write_msgpack(path: Path, source: Checkpoint, max_shard_size: int) -> None:
                         out.write(piece)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(info.nbytes for info in tensors)}, "weight_map": weight_map}
-        with _written(path / INDEX_FILE) as out:
+        with _written(path / MSGPACK.index_file) as out:
             out.write(f"{json.dumps(index, indent=2, sort_keys=True)}\n".encode())
 
 
@@ -71,7 +70,7 @@ def _shards(tensors: list[TensorInfo], max_shard_size: int) -> list[tuple[str, l
     """File names, as transformers 4 gave them, with their tensors."""
     shards = plan_shards(tensors, max_shard_size)
     if len(shards) == 1:
-        return [(SINGLE_FILE, tensors)]
+        return [(MSGPACK.single_file, tensors)]
     return [(file.replace("model", "flax_model").replace("safetensors", "msgpack"), infos) for file, infos in shards]
 
 

@@ -1,19 +1,13 @@
 """One door to checkpoints of every format."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
-from m3jax.checkpoints.headers import PICKLES
-from m3jax.checkpoints.msgpack import open_msgpack
-from m3jax.checkpoints.orbax import is_orbax, open_orbax
+from m3jax.checkpoints.formats import FORMATS, Format
 from m3jax.checkpoints.protocol import Checkpoint
 from m3jax.checkpoints.remote import RemotePath, as_path
-from m3jax.checkpoints.safetensors import open_safetensors
 from m3jax.checkpoints.storage import list_names
 from m3jax.errors import M3Error
-
-_INDEX = ".index.json"
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -41,45 +35,53 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         MsgpackCheckpoint
     """
     source = as_path(path)
-    if isinstance(source, RemotePath):
-        return open_safetensors(source)  # the one format that is read from afar
-    opener = _opener_of_directory(source) if source.is_dir() else _opener_of_file(source)
-    return opener(source)
+    return recognise(source).open(source)
 
 
-def _opener_of_file(file: Path) -> Callable[[Path], Checkpoint]:
-    name = file.name.removesuffix(_INDEX)
-    if name.endswith(".safetensors") or file.suffix in PICKLES:
-        return open_safetensors
-    if name.endswith(".msgpack") or _starts_as_msgpack(file):
-        return open_msgpack
-    return open_safetensors  # whose sentences say what is wrong with the file
+def recognise(path: Path) -> Format:
+    """The format of the weights at a path.
+
+    Args:
+        path: A file or a directory, here or in remote storage.
+
+    Returns:
+        The format that names tell of, else the one that the content resembles; for a file that tells nothing the first,
+        whose reader says what is wrong with it.
+
+    Raises:
+        M3Error: A directory holds no weights, or remote ones are of a format that is read from a disk only.
+    """
+    if isinstance(path, RemotePath):
+        return _of_remote(path)
+    if path.is_dir():
+        return _of_directory(path)
+    named = _named(path.name)
+    return named or next((format for format in FORMATS if _resembles(format, path)), FORMATS[0])
 
 
-def _starts_as_msgpack(file: Path) -> bool:
-    """Whether a file without a telling name begins with a map of msgpack and not with a header of safetensors."""
-    try:
-        with open(file, "rb") as opened:
-            head = opened.read(9)
-    except (OSError, ValueError):
-        return False
-    return head[:1] >= b"\x80" and (head[0] < 0x90 or head[0] in (0xDE, 0xDF)) and head[8:] != b"{"
+def _named(file: str) -> Format | None:
+    return next((format for format in FORMATS if format.names(file)), None)
 
 
-def _opener_of_directory(directory: Path) -> Callable[[Path], Checkpoint]:
+def _resembles(format: Format, path: Path) -> bool:
+    return format.resembles is not None and format.resembles(path)
+
+
+def _of_remote(path: RemotePath) -> Format:
+    """The format that a name tells of, because a look inside takes its time."""
+    format = _named(path.name) or next(format for format in FORMATS if format.remote)
+    if not format.remote:
+        raise M3Error(f"{path} is {format.name}, which is read from this disk only: download it first.")
+    return format
+
+
+def _of_directory(directory: Path) -> Format:
     names = [name for name in list_names(directory) if not name.startswith(".")]
-    weights = [name.removesuffix(_INDEX) for name in names]
-    if any(name.endswith(".safetensors") for name in weights):
-        return open_safetensors
-    if any(name.endswith(".msgpack") for name in weights):
-        return open_msgpack
-    if is_orbax(directory):
-        return open_orbax
-    if any(name.startswith("checkpoint_") and (directory / name).is_file() for name in names):
-        return open_msgpack
-    if any(name.endswith(PICKLES) for name in names):
-        return open_safetensors  # which says why pickles are not opened
-    raise M3Error(
-        f"{directory} holds no weights: looked for *.safetensors, *.msgpack, Flax's checkpoint_… and Orbax's _METADATA,"
-        " manifest.ocdbt, checkpoint, zarr arrays and steps; give the directory that has them."
-    )
+    for format in FORMATS:
+        if not format.yields and any(map(format.names, names)):
+            return format
+    for format in FORMATS:
+        if _resembles(format, directory):
+            return format
+    traces = ", ".join(format.traces for format in FORMATS if format.traces)
+    raise M3Error(f"{directory} holds no weights: looked for {traces}; give the directory that has them.")

@@ -80,6 +80,24 @@ def write_orbax(path: Path, source: Checkpoint) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def fill_with_orbax(directory: Path, source: Checkpoint, max_shard_size: int) -> None:
+    """Writes a checkpoint as `write_orbax` does, into a directory that exists and may hold other files.
+
+    Args:
+        directory: What is to be restored from.
+        source: Any open checkpoint.
+        max_shard_size: Ignored: Orbax divides by itself.
+
+    Raises:
+        M3Error: As `write_orbax`.
+    """
+    inner = directory / "orbax"  # what is in it has relative places and may be moved
+    write_orbax(inner, source)
+    for entry in sorted(inner.iterdir()):
+        entry.rename(directory / entry.name)
+    inner.rmdir()
+
+
 @contextmanager
 def _saying_what_failed(path: Path) -> Iterator[None]:
     try:

@@ -13,7 +13,9 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from m3jax.checkpoints.files import Seen, WeightFiles, find_index, joined_metadata, read_index
-from m3jax.checkpoints.headers import PICKLES, Header, read_header, read_raw_header
+from m3jax.checkpoints.formats import PICKLE, SAFETENSORS
+from m3jax.checkpoints.headers import Header, read_header, read_raw_header
+from m3jax.checkpoints.pickles import pickles_among, refused
 from m3jax.checkpoints.protocol import (
     Checkpoint,
     Closing,
@@ -24,7 +26,6 @@ from m3jax.checkpoints.protocol import (
     room_for,
 )
 from m3jax.checkpoints.remote import RemotePath, as_path
-from m3jax.checkpoints.shards import INDEX_FILE, SINGLE_FILE
 from m3jax.checkpoints.storage import is_dir, is_file, list_names
 from m3jax.errors import M3Error
 
@@ -131,7 +132,7 @@ def open_safetensors(path: str | os.PathLike[str]) -> Checkpoint:
         M3Error: There are no such weights, or a file is damaged or does not agree with the others.
     """
     source = as_path(path)
-    index = find_index(source, SINGLE_FILE, INDEX_FILE)
+    index = find_index(source, SAFETENSORS)
     if index is not None:
         weight_map = read_index(index)
         root, files = index.parent, sorted(set(weight_map.values()), key=natural_key)
@@ -160,33 +161,25 @@ def _check_index(index: Path, weight_map: Mapping[str, str], headers: Mapping[st
 
 def _lone_file(path: Path) -> tuple[Path, list[str]]:
     """The directory and the name of a weight file that was named itself."""
-    if path.suffix in PICKLES:
-        raise _pickled(path)
+    if PICKLE.names(path.name):
+        raise refused(path)
     return path.parent, [path.name]
 
 
 def _list_weights(directory: Path) -> list[str]:
     """The weight files of a directory that has no index to follow."""
-    if is_file(directory / SINGLE_FILE):
-        return [SINGLE_FILE]
+    if is_file(directory / SAFETENSORS.single_file):
+        return [SAFETENSORS.single_file]
     names = sorted(list_names(directory), key=natural_key)
     # Names that start with a dot are other systems' side files.
-    files = [name for name in names if name.endswith(".safetensors") and not name.startswith(".")]
-    pickles = [name for name in names if name.endswith(PICKLES)]
+    files = [name for name in names if name.endswith(SAFETENSORS.endings) and not name.startswith(".")]
+    pickles = pickles_among(names)
     if pickles and not files:
-        raise _pickled(directory / pickles[0])
+        raise refused(directory / pickles[0])
     if not files:
         raise M3Error(f"{directory} holds no .safetensors files: give the directory that does.")
     _check_numbering(directory, files)
     return files
-
-
-def _pickled(path: Path) -> M3Error:
-    """The sentence for weights that only unpickling, which runs code, would open."""
-    return M3Error(
-        f"{path} is pickled, and pickles are never opened because they run code: load the model once in"
-        " transformers and convert it with `model.save_pretrained(directory, safe_serialization=True)`."
-    )
 
 
 def _check_numbering(directory: Path, files: Sequence[str]) -> None:
@@ -211,6 +204,6 @@ def _check_disjoint(root: Path, headers: Mapping[str, Header]) -> None:
             if name in holders:
                 raise M3Error(
                     f"{root} has tensor {name!r} both in {holders[name]!r} and in {file!r}, and no"
-                    f" {INDEX_FILE} to choose: give one file's path instead."
+                    f" {SAFETENSORS.index_file} to choose: give one file's path instead."
                 )
             holders[name] = file

@@ -12,11 +12,9 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, BinaryIO, Self
 
+from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.protocol import DTYPES, BytesLike, TensorInfo, as_bytes
 from m3jax.errors import M3Error, mend
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
@@ -259,7 +257,7 @@ def plan_shards(tensors: Sequence[TensorInfo], max_shard_size: int) -> list[tupl
         shards[-1].append(info)
         filled += info.nbytes
     if len(shards) == 1:
-        return [(SINGLE_FILE, shards[0])]
+        return [(SAFETENSORS.single_file, shards[0])]
     total = len(shards)
     return [(f"model-{k:05d}-of-{total:05d}.safetensors", shard) for k, shard in enumerate(shards, start=1)]
 
@@ -277,7 +275,7 @@ def write_index(directory: Path, shards: Sequence[tuple[str, Sequence[TensorInfo
     """
     weight_map = {info.name: file for file, infos in shards for info in infos}
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    path = directory / INDEX_FILE
+    path = directory / SAFETENSORS.index_file
     try:
         with appearing(path) as file:
             file.write(f"{json.dumps(index, indent=2, sort_keys=True)}\n".encode())

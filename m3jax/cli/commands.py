@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from m3jax.checkpoints import formats
 from m3jax.cli import console, options, shell
 from m3jax.cluster.supervision import Rendezvous
 from m3jax.errors import M3Error
@@ -223,8 +224,8 @@ def convert(
     ],
     out: Annotated[str, typer.Argument(metavar="DST", help="The directory to make.", show_default=False)],
     to: Annotated[
-        str, typer.Option("--to", metavar="safetensors|orbax|msgpack", help="The format to write.")
-    ] = "safetensors",
+        str, typer.Option("--to", metavar="|".join(formats.WRITTEN), help="The format to write.")
+    ] = formats.SAFETENSORS.name,
     max_shard_size: options.MaxShardSize = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
     as_json: options.Json = False,
@@ -237,7 +238,7 @@ def convert(
 
     with console.progress_reporter(quiet) as progress:
         result = conversion.convert(
-            source, out, conversion.as_format(to), max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
+            source, out, to, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
         )
     if as_json or not quiet:
         shell.print_result(lambda: console.convert_json(result), lambda: console.convert_lines(result), as_json)

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from m3jax.checkpoints import ModelDirectory, digest_file
+from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.locate import named_companions
 from m3jax.errors import M3Error
 from m3jax.methods.mixup import draw_weights
@@ -119,7 +120,7 @@ def write_companions(
         written.append(_CHAT_TEMPLATE)
     (directory / "README.md").write_text(card(recipe, weights), encoding="utf-8")
     written.append("README.md")
-    if (index := directory / "model.safetensors.index.json").is_file():
+    if (index := directory / SAFETENSORS.index_file).is_file():
         written.append(index.name)
     return {name: digest_file(directory / name) for name in sorted(set(written))}
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,15 +19,10 @@ from m3jax.checkpoints import (
     digest_checkpoint,
     digest_tensor,
     locate_model,
-    open_msgpack,
-    open_orbax,
-    open_safetensors,
     parse_size,
-    write_msgpack,
-    write_orbax,
-    write_safetensors,
 )
 from m3jax.checkpoints.copying import pieces
+from m3jax.checkpoints.formats import SAFETENSORS, Format, written
 from m3jax.checkpoints.locate import named_companions
 from m3jax.checkpoints.opening import open_checkpoint
 from m3jax.checkpoints.protocol import Closing
@@ -35,9 +30,6 @@ from m3jax.checkpoints.remote import is_url
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs.local import Staging, check_free, replaced_with
 from m3jax.progress import Progress
-
-Format: TypeAlias = Literal["safetensors", "orbax", "msgpack"]
-FORMATS: tuple[Format, ...] = get_args(Format)
 
 Report: TypeAlias = Callable[[Progress], None]
 
@@ -69,7 +61,7 @@ class ConvertResult(NamedTuple):
 def convert(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
-    to: Format = "safetensors",
+    to: str = SAFETENSORS.name,
     *,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
@@ -84,7 +76,7 @@ def convert(
         src: A model directory, a weight file or a hub id, in any format.
         dst: The directory to make; its parent exists. An Orbax checkpoint is this directory itself, as
             `StandardCheckpointer().restore(dst)` expects it.
-        to: The format to write.
+        to: The format to write: safetensors, orbax or msgpack.
         max_shard_size: Bytes of tensors per file at most, as a number or as in "5GB"; Orbax divides by itself.
         overwrite: Replace `dst` if it exists.
         progress: Called after every few megabytes.
@@ -109,7 +101,7 @@ def convert(
     """
     begun = time.perf_counter()
     out, size = Path(dst), parse_size(max_shard_size)
-    to = as_format(to)
+    format = written(to)
     if is_url(os.fspath(dst)):
         raise M3Error(f"{os.fspath(dst)!r} is not on this disk: convert to a local directory, then upload it.")
     check_free(out, overwrite)
@@ -117,21 +109,9 @@ def convert(
     if replaced_with(out, place) is not None:
         raise M3Error(f"{out} is the model to convert, or holds it: choose another output.")
     with saying_what_failed(out), open_checkpoint(place) as source:
-        total, digest, files = _convert(source, named_companions(place), out, to, size, overwrite, progress)
+        total, digest, files = _convert(source, named_companions(place), out, format, size, overwrite, progress)
         tensors = len(source.tensors)
-    return ConvertResult(out, to, tensors, total, digest, files, time.perf_counter() - begun)
-
-
-def as_format(name: str) -> Format:
-    """The format of a name.
-
-    Raises:
-        M3Error: There is none.
-    """
-    for known in FORMATS:
-        if name == known:
-            return known
-    raise M3Error(f"{name!r} is no format to convert to: choose {', '.join(FORMATS)}.")
+    return ConvertResult(out, format.name, tensors, total, digest, files, time.perf_counter() - begun)
 
 
 def _convert(
@@ -147,9 +127,10 @@ def _convert(
     before = source.fingerprint()
     total = sum(info.nbytes for info in source.tensors.values())
     small = sum(file.stat().st_size for file in beside.values()) + _TOLD_PER_TENSOR * len(source.tensors)
-    with Staging(out, f"convert to {to}", total + small, overwrite) as staging:
+    with Staging(out, f"convert to {to.name}", total + small, overwrite) as staging:
         watched = _Watched(source, _Stage("converting", total, progress))
-        _write(staging.path, watched, to, max_shard_size)
+        assert to.write is not None  # `written` gives no other
+        to.write(staging.path, watched, max_shard_size)
         for name, file in beside.items():
             (staging.path / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, staging.path / name)
@@ -160,41 +141,19 @@ def _convert(
     return total, digest, tuple(beside)
 
 
-# --- Writing ---------------------------------------------------------------------------------------------
-
-
-def _write(directory: Path, source: Checkpoint, to: Format, max_shard_size: int) -> None:
-    if to == "safetensors":
-        write_safetensors(directory, source, max_shard_size)
-    elif to == "msgpack":
-        write_msgpack(directory, source, max_shard_size)
-    else:
-        # Orbax makes its directory itself; what is in it has relative places and may be moved.
-        inner = directory / "orbax"
-        write_orbax(inner, source)
-        for entry in sorted(inner.iterdir()):
-            entry.rename(directory / entry.name)
-        inner.rmdir()
-
-
-def _open(directory: Path, to: Format) -> Checkpoint:
-    if to == "safetensors":
-        return open_safetensors(directory)
-    if to == "msgpack":
-        return open_msgpack(directory)
-    return open_orbax(directory)
+# --- Verifying -------------------------------------------------------------------------------------------
 
 
 def _verify(directory: Path, to: Format, source: "_Watched", stage: "_Stage") -> str:
     """Read back what was written; returns its digest, which is the source's too."""
     digests = {}
-    with _open(directory, to) as written:
-        for name in source.tensors.keys() | written.tensors.keys():
-            if source.tensors.get(name) != written.tensors.get(name):
+    with to.open(directory) as copy:
+        for name in source.tensors.keys() | copy.tensors.keys():
+            if source.tensors.get(name) != copy.tensors.get(name):
                 raise _differs(source, directory, name)
         for name, info in source.tensors.items():
             digest = TensorDigest()
-            for _, piece in pieces(written, name, 0, info.nbytes):
+            for _, piece in pieces(copy, name, 0, info.nbytes):
                 digest.update(piece)
                 stage.add(len(piece))
             digests[name] = info.dtype, info.shape, digest.hexdigest()

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.errors import M3Error
 
@@ -159,7 +160,7 @@ class Staging(Workplace):
         self._published = False
         try:
             self.finished = self._resume(identity)
-            written = sum(f.stat().st_size for f in self.path.glob("*.safetensors"))
+            written = sum(f.stat().st_size for f in self.path.iterdir() if f.name.endswith(SAFETENSORS.endings))
             check_space(self.out, space_needed - written)
         except BaseException as error:
             self.__exit__(type(error), error, None)
@@ -272,6 +273,6 @@ def _sync(path: Path) -> None:
 def _sync_files(directory: Path) -> None:
     """Sync every small file and the directory; weight files were synced when they were finished."""
     for path in sorted(directory.rglob("*")):
-        if path.is_file() and path.suffix != ".safetensors":
+        if path.is_file() and not path.name.endswith(SAFETENSORS.endings):
             _sync(path)
     _sync(directory)

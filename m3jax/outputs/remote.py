@@ -16,14 +16,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.remote import RemotePath, file_system, identity_of, saying
-from m3jax.checkpoints.shards import INDEX_FILE
 from m3jax.errors import M3Error
 from m3jax.outputs.local import check_space
 
 _JOURNAL = "m3jax-journal-{}.json"
 _JOURNALS = "m3jax-journal-*.json"
-_LAST = ("m3jax.json", INDEX_FILE, "config.json")  # in this order; without them no loader takes a prefix for a model
+_LAST = (
+    "m3jax.json",
+    SAFETENSORS.index_file,
+    "config.json",
+)  # in this order; without them no loader takes a prefix for a model
 _PART = 2**24  # bytes of a part of a large object
 _MOST_PARTS = 10_000
 
@@ -166,7 +170,7 @@ def _check_free(
 ) -> None:
     begun = {entry["shard"] for told in journals.values() for entry in told["entries"] if "shard" in entry}
     others = [name for name in found if name not in begun and name not in journals]
-    if not others or (overwrite and any(name in _LAST or name.endswith(".safetensors") for name in others)):
+    if not others or (overwrite and any(name in _LAST or name.endswith(SAFETENSORS.endings) for name in others)):
         return
     if not overwrite:
         raise M3Error(f"{out} exists already: choose another output, or pass --overwrite.")

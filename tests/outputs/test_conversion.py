@@ -29,6 +29,7 @@ from m3jax.checkpoints import (
     plan_shards,
     write_index,
 )
+from m3jax.checkpoints.formats import SAFETENSORS, WRITTEN, written
 from m3jax.checkpoints.opening import open_checkpoint
 from m3jax.cli.commands import main
 from m3jax.errors import M3Error
@@ -243,14 +244,12 @@ def test_overwriting(tmp_path: Path, model: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
-@pytest.mark.parametrize("to", ["safetensors", "msgpack", "orbax"])
+@pytest.mark.parametrize("to", WRITTEN)
 def test_a_bit_that_flips_on_the_disk_is_noticed(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, to: Any
 ) -> None:
-    right = conversion._open
-
-    def flipping(directory: Path, to: Any) -> Any:
-        opened = right(directory, to)
+    def flipping(directory: Path) -> Any:
+        opened = written(to).open(directory)
         read_into = opened.read_into
 
         def flipped(name: str, start: int, out: Any) -> None:
@@ -261,13 +260,15 @@ def test_a_bit_that_flips_on_the_disk_is_noticed(
         monkeypatch.setattr(opened, "read_into", flipped)
         return opened
 
-    monkeypatch.setattr(conversion, "_open", flipping)
+    monkeypatch.setattr(conversion, "written", lambda name: written(name)._replace(open=flipping))
     refused("'special' of .* reads back otherwise", model, tmp_path / "out", to)
 
 
 def test_a_tensor_that_is_lost_is_noticed(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = save(tmp_path / "other", {"special": np.ones(5, np.float32)})
-    monkeypatch.setattr(conversion, "_open", lambda *_: open_safetensors(other))
+    monkeypatch.setattr(
+        conversion, "written", lambda name: SAFETENSORS._replace(open=lambda _: open_safetensors(other))
+    )
     refused("reads back otherwise", model, tmp_path / "out")
 
 

@@ -1,0 +1,95 @@
+"""The registry: every row is whole, and what reads, writes and names formats follows it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from m3jax.checkpoints import ShardWriter, TensorInfo, open_checkpoint, open_safetensors
+from m3jax.checkpoints.formats import FORMATS, MSGPACK, ORBAX, PICKLE, SAFETENSORS, WRITTEN, Format, written
+from m3jax.checkpoints.opening import recognise
+from m3jax.checkpoints.remote import as_path
+from m3jax.cli.commands import main
+from m3jax.errors import M3Error
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A model of two tensors, 16 bytes each."""
+    infos = [TensorInfo(name, (4,), "F32") for name in ("a.x", "a.y")]
+    with ShardWriter(tmp_path / "source.safetensors", infos) as shard:
+        for info in infos:
+            shard.write(info.name, 0, np.arange(4, dtype=np.float32))
+        shard.finish()
+    return tmp_path / "source.safetensors"
+
+
+def test_rows_are_told_apart() -> None:
+    names = [format.name for format in FORMATS]
+    endings = [ending for format in FORMATS for ending in format.endings]
+    assert len(set(names)) == len(names)
+    assert len(set(endings)) == len(endings)
+    for format in FORMATS:
+        for file in (format.single_file, format.index_file):
+            assert not file or [row for row in FORMATS if row.names(file)] == [format]
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=lambda row: row.name)
+def test_what_a_row_names_is_there(format: Format, tmp_path: Path) -> None:
+    assert format.resembles is None or format.resembles(tmp_path) is False
+    with pytest.raises(M3Error):
+        format.open(tmp_path / f"absent{''.join(format.endings[:1])}")
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("limit", [10**9, 16])
+def test_what_is_written_is_recognised(source: Path, tmp_path: Path, name: str, limit: int) -> None:
+    out, format = tmp_path / "out", written(name)
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    with open_safetensors(source) as checkpoint:
+        assert format.write is not None
+        format.write(out, checkpoint, limit)
+    assert recognise(out) is format
+    files = {path.name for path in out.iterdir()}
+    assert (format.single_file in files) == (format.divides and limit > 16)
+    assert (format.index_file in files) == (format.divides and limit == 16)
+    with open_checkpoint(out) as checkpoint:
+        assert list(checkpoint.tensors) == ["a.x", "a.y"]
+
+
+def test_what_is_not_written_is_named() -> None:
+    for name in (PICKLE.name, "torch", ""):
+        with pytest.raises(M3Error, match="is no format to convert to: choose safetensors, orbax, msgpack"):
+            written(name)
+
+
+@pytest.mark.parametrize(
+    ("url", "format"),
+    [
+        ("s3://bucket/model", SAFETENSORS),
+        ("gs://bucket/model.safetensors.index.json", SAFETENSORS),
+        ("s3://bucket/pytorch_model.bin", PICKLE),
+        ("s3://bucket/flax_model.msgpack", MSGPACK),
+    ],
+)
+def test_remote_paths_are_known_by_name(url: str, format: Format) -> None:
+    if format.remote:
+        assert recognise(as_path(url)) is format
+        return
+    with pytest.raises(M3Error, match="is msgpack, which is read from this disk only: download it first"):
+        recognise(as_path(url))
+
+
+def test_a_pickle_is_taken_from_no_directory_that_holds_something_else(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").touch()
+    assert recognise(tmp_path) is PICKLE
+    (tmp_path / "checkpoint_3").write_bytes(b"\x80")
+    assert recognise(tmp_path) is MSGPACK
+    (tmp_path / "_METADATA").touch()
+    assert recognise(tmp_path) is ORBAX
+
+
+def test_the_command_line_offers_what_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "--help"]) == 0
+    assert "|".join(WRITTEN) in capsys.readouterr().out
