@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.checkpoint_suite import write_file
 
-from m3jax.checkpoints import ShardWriter, TensorInfo, open_checkpoint, open_safetensors
+from m3jax.checkpoints import open_checkpoint, open_safetensors
 from m3jax.checkpoints.formats import FORMATS, MSGPACK, ORBAX, PICKLE, SAFETENSORS, WRITTEN, Format, written
 from m3jax.checkpoints.opening import recognise
 from m3jax.checkpoints.remote import as_path
@@ -16,12 +17,7 @@ from m3jax.errors import M3Error
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """A model of two tensors, 16 bytes each."""
-    infos = [TensorInfo(name, (4,), "F32") for name in ("a.x", "a.y")]
-    with ShardWriter(tmp_path / "source.safetensors", infos) as shard:
-        for info in infos:
-            shard.write(info.name, 0, np.arange(4, dtype=np.float32))
-        shard.finish()
-    return tmp_path / "source.safetensors"
+    return write_file(tmp_path / "source.safetensors", dict.fromkeys(("a.x", "a.y"), np.arange(4, dtype=np.float32)))
 
 
 def test_rows_are_told_apart() -> None:

@@ -2,7 +2,6 @@ import json
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +17,9 @@ from flax.training import checkpoints as flax_checkpoints
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from support.checkpoint_suite import arrays_of_every_dtype, read, write_file
 
-from m3jax.checkpoints import DTYPES, ShardWriter, TensorInfo, open_orbax, open_safetensors, write_orbax
+from m3jax.checkpoints import open_orbax, open_safetensors, write_orbax
 from m3jax.checkpoints.orbax import boxes
 from m3jax.checkpoints.orbax_writer import _chunk_shape
 from m3jax.errors import M3Error
@@ -73,13 +73,6 @@ WRITERS = {
     "v1": by_version_1,
     "flax": by_flax,
 }
-
-
-def read(checkpoint, name: str) -> np.ndarray:
-    info = checkpoint.tensors[name]
-    out = np.empty(info.nbytes, np.uint8)
-    checkpoint.read_into(name, 0, out)
-    return out.view(DTYPES[info.dtype]).reshape(info.shape)
 
 
 def flat(tree) -> dict[str, np.ndarray]:
@@ -211,24 +204,6 @@ def test_any_range_of_bytes(chunked, data) -> None:
     assert out.tobytes() == values.tobytes()[start:stop]
 
 
-def test_several_threads(chunked) -> None:
-    checkpoint, values = chunked
-
-    def fetch(start: int) -> bytes:
-        out = bytearray(10)
-        checkpoint.read_into("w", start, memoryview(out))
-        return bytes(out)
-
-    with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(fetch, range(400))) == [values.tobytes()[start : start + 10] for start in range(400)]
-
-
-@pytest.mark.parametrize(("start", "size"), [(-1, 1), (419, 2), (421, 0)])
-def test_ranges_outside(chunked, start, size) -> None:
-    with pytest.raises(ValueError, match="are not all inside"):
-        chunked[0].read_into("w", start, np.empty(size, np.uint8))
-
-
 @pytest.mark.parametrize("chunk", [[64, 4096], [16, 1024], [1, 4096], [64, 64]])
 def test_a_chunk_is_decoded_once(tmp_path, monkeypatch, chunk) -> None:
     monkeypatch.setattr("m3jax.checkpoints.orbax._CACHE", 1 << 16)
@@ -258,18 +233,6 @@ def test_a_long_range_comes_in_pieces(chunked, monkeypatch) -> None:
 def bytes_read_by_tensorstore() -> int:
     (metric,) = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
     return sum(value["value"] for value in metric["values"])
-
-
-def test_closed(saved) -> None:
-    checkpoint = open_orbax(saved)
-    checkpoint.close()
-    with pytest.raises(ValueError, match="is closed"):
-        checkpoint.read_into("step", 0, np.empty(8, np.uint8))
-
-
-def test_an_absent_tensor(saved) -> None:
-    with open_orbax(saved) as checkpoint, pytest.raises(M3Error, match="has no tensor 'w'"):
-        checkpoint.read_into("w", 0, np.empty(1, np.uint8))
 
 
 # --- Which files -----------------------------------------------------------------------------------------
@@ -441,26 +404,15 @@ def test_entries_of_less_than_a_byte(tmp_path) -> None:
 
 
 def source_of(directory: Path, arrays: dict[str, np.ndarray], **metadata: str) -> Path:
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    infos = [TensorInfo(name, array.shape, names[array.dtype]) for name, array in arrays.items()]
     directory.mkdir(exist_ok=True)
-    with ShardWriter(directory / "model.safetensors", infos, metadata) as shard:
-        for name, array in arrays.items():
-            shard.write(name, 0, array)
-        shard.finish()
+    write_file(directory / "model.safetensors", arrays, metadata=metadata)
     return directory
 
 
 @pytest.fixture(scope="module")
 def every_dtype():
     """Random bits, so that every NaN has to survive."""
-    rng = np.random.default_rng(0)
-    arrays = {"F32.zeros": np.zeros((2, 3), np.float32)}
-    for name, dtype in DTYPES.items():
-        for shape in [(), (0,), (3, 0, 2), (5,), (3, 7)]:
-            raw = rng.integers(0, 2 if name == "BOOL" else 256, (*shape, dtype.itemsize), np.uint8)
-            arrays[f"{name}.x{'x'.join(map(str, shape))}"] = raw.reshape(-1).view(dtype).reshape(shape)
-    return arrays
+    return {"F32.zeros": np.zeros((2, 3), np.float32), **arrays_of_every_dtype()}
 
 
 def restore_standard(path: Path):

@@ -3,7 +3,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from m3jax.checkpoints import DTYPES, Checkpoint, ShardWriter, TensorInfo, as_bytes, natural_key, open_safetensors
+from m3jax.checkpoints import DTYPES, TensorInfo, as_bytes, natural_key
 
 
 def test_sizes_of_scalars_and_of_nothing() -> None:
@@ -56,10 +56,3 @@ def test_bytes_are_not_copied_without_need() -> None:
     array = np.zeros(4, np.float32)
     as_bytes(array)[0] = 1
     assert array[0] != 0
-
-
-def test_a_reader_is_a_checkpoint(tmp_path) -> None:
-    with ShardWriter(tmp_path / "model.safetensors", []) as shard:
-        shard.finish()
-    with open_safetensors(tmp_path) as checkpoint:
-        assert isinstance(checkpoint, Checkpoint)

@@ -1,6 +1,5 @@
 """Views: the bytes of other checkpoints under other names."""
 
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,30 +9,23 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.checkpoint_suite import Arrays, write_file
+from support.checkpoint_suite import read as read_array
 
-from m3jax.checkpoints import Checkpoint, ShardWriter, TensorInfo, digest_tensor, natural_key, open_safetensors
+from m3jax.checkpoints import Checkpoint, TensorInfo, digest_tensor, natural_key, open_safetensors
 from m3jax.checkpoints.formats import WRITTEN, written
-from m3jax.checkpoints.protocol import DTYPE_NAMES
 from m3jax.checkpoints.views import prefix_view, renamed, selected, stacked_layers, stored_at, wrapper
 from m3jax.errors import M3Error
 
-Arrays = Mapping[str, np.ndarray]
-
 
 def save(path: Path, arrays: Arrays) -> Path:
-    infos = [TensorInfo(name, array.shape, DTYPE_NAMES[array.dtype.name]) for name, array in arrays.items()]
     path.mkdir()
-    with ShardWriter(path / "model.safetensors", infos, {"from": path.name}) as shard:
-        for name, array in arrays.items():
-            shard.write(name, 0, array)
-        shard.finish()
+    write_file(path / "model.safetensors", arrays, metadata={"from": path.name})
     return path
 
 
 def read(checkpoint: Checkpoint, name: str) -> bytes:
-    out = np.empty(checkpoint.tensors[name].nbytes, np.uint8)
-    checkpoint.read_into(name, 0, out)
-    return out.tobytes()
+    return read_array(checkpoint, name).tobytes()
 
 
 def layered(layers: int, seed: int, width: int = 4, stack: str = "model.layers") -> dict[str, np.ndarray]:

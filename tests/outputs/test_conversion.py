@@ -17,9 +17,9 @@ from flax import serialization
 from flax.traverse_util import flatten_dict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.checkpoint_suite import info_of, random_array, read
 
 from m3jax.checkpoints import (
-    DTYPES,
     ShardWriter,
     TensorInfo,
     digest_checkpoint,
@@ -37,20 +37,13 @@ from m3jax.outputs import conversion, local
 from m3jax.outputs.conversion import ConvertResult, convert
 from m3jax.progress import Progress
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 COMPANIONS = {"config.json": '{"model_type": "llama"}', "additional_chat_templates/tool.jinja": "{{ x }}"}
-
-
-def random_array(dtype: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Random bytes, so that every bit pattern (NaNs too) has to survive."""
-    raw = rng.integers(0, 2 if dtype == "BOOL" else 256, (*shape, DTYPES[dtype].itemsize), np.uint8)
-    return raw.reshape(-1).view(DTYPES[dtype]).reshape(shape)
 
 
 def save(directory: Path, arrays: dict[str, np.ndarray], max_shard_size: int = 10**9) -> Path:
     """Writes a model directory."""
     directory.mkdir()
-    infos = [TensorInfo(name, array.shape, NAMES[array.dtype]) for name, array in arrays.items()]
+    infos = [info_of(*item) for item in arrays.items()]
     shards = plan_shards(infos, max_shard_size)
     for file, tensors in shards:
         with ShardWriter(directory / file, tensors) as shard:
@@ -88,9 +81,7 @@ def contents(path: Path) -> dict[str, tuple[TensorInfo, bytes]]:
     found = {}
     with open_checkpoint(path) as checkpoint:
         for name, info in checkpoint.tensors.items():
-            raw = np.empty(info.nbytes, np.uint8)
-            checkpoint.read_into(name, 0, raw)
-            found[name] = info, raw.tobytes()
+            found[name] = info, read(checkpoint, name).tobytes()
     return found
 
 
