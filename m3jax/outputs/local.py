@@ -16,9 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.errors import M3Error
+from m3jax.outputs.journal import Entry, Journal, Journalled, finished_in, is_weights
 
 _JOURNAL = "m3jax-journal.jsonl"
 _JOURNALS = "m3jax-journal*.jsonl"
@@ -78,13 +78,8 @@ def check_space(place: Path, needed: int) -> None:
         ) from OSError(errno.ENOSPC, "No space left on device")
 
 
-class Workplace:
-    """A directory in which an output is made, for one of the processes that fill it.
-
-    Attributes:
-        path: The directory.
-        finished: What is done, by this process and by those before it.
-    """
+class Workplace(Journalled):
+    """A directory in which an output is made, for one of the processes that fill it."""
 
     def __init__(self, out: Path, identity: str, finished: Sequence[Mapping[str, Any]], index: int) -> None:
         """Join at work in a directory that process 0 has opened.
@@ -98,19 +93,19 @@ class Workplace:
         Raises:
             M3Error: The directory is not there.
         """
-        self.path = partial_directory(out)
-        self.finished = [dict(entry) for entry in finished]
+        super().__init__(partial_directory(out), finished)
         self._journal = self.path / f"m3jax-journal-{index}.jsonl"
         if not _appears(self.path / _JOURNAL):
             raise M3Error(
                 f"{out}: process {index} does not see the directory that process 0 made: "
                 "the output must be on storage that all processes share"
             )
-        self._begin([{"identity": identity}])
+        self._begin(Journal(identity, []))
 
-    def _begin(self, lines: Sequence[Mapping[str, Any]]) -> None:
+    def _begin(self, journal: Journal) -> None:
         """Write the journal anew: a line that a crash cut would otherwise swallow the next one."""
         whole = self._journal.with_name(self._journal.name + ".tmp")
+        lines = [{"identity": journal.identity}, *journal.entries]
         whole.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
         whole.replace(self._journal)
 
@@ -118,13 +113,13 @@ class Workplace:
         """Whether a finished weight file is still there."""
         return (self.path / file).is_file()
 
-    def record(self, entry: Mapping[str, Any]) -> None:
-        """Add an entry to the journal, safely on the disk before returning."""
+    def _store(self, entry: Entry) -> Entry:
+        """Add an entry to the journal; the weight file that it tells of is on the disk."""
         with open(self._journal, "a", encoding="utf-8") as journal:
             journal.write(json.dumps(entry) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
-        self.finished.append(dict(entry))
+        return entry
 
 
 class Staging(Workplace):
@@ -150,9 +145,8 @@ class Staging(Workplace):
         Raises:
             M3Error: Another merge is at work there, something else is there, or the disk is too small.
         """
+        Journalled.__init__(self, partial_directory(out), [])
         self.out = out
-        self.path = partial_directory(out)
-        self.finished: list[dict[str, Any]] = []
         self._journal = self.path / _JOURNAL
         self._overwrite = overwrite
         self._shared = shared
@@ -160,7 +154,7 @@ class Staging(Workplace):
         self._published = False
         try:
             self.finished = self._resume(identity)
-            written = sum(f.stat().st_size for f in self.path.iterdir() if f.name.endswith(SAFETENSORS.endings))
+            written = sum(f.stat().st_size for f in self.path.iterdir() if is_weights(f.name))
             check_space(self.out, space_needed - written)
         except BaseException as error:
             self.__exit__(type(error), error, None)
@@ -184,13 +178,10 @@ class Staging(Workplace):
                     return lock
             os.close(lock)
 
-    def _resume(self, identity: str) -> list[dict[str, Any]]:
-        """The entries of all journals after their first lines, if they are this merge's."""
-        journals = [_read_lines(path) for path in sorted(self.path.glob(_JOURNALS))]
-        ours = [lines for lines in journals if lines and lines[0].get("identity") == identity]
-        finished = [entry for lines in ours for entry in lines[1:]]
-        own = _read_lines(self._journal)
-        if not own or own[0].get("identity") != identity:
+    def _resume(self, identity: str) -> list[Entry]:
+        """What all journals tell, if they are this merge's."""
+        finished = finished_in(map(_read_journal, sorted(self.path.glob(_JOURNALS))), identity)
+        if _read_journal(self._journal).identity != identity:
             if not _is_ours(self.path):
                 raise M3Error(f"{self.path}: holds something else than an unfinished merge: move it away")
             for entry in self.path.iterdir():
@@ -198,7 +189,7 @@ class Staging(Workplace):
             finished = []
         for unfinished in self.path.glob("*.tmp"):
             unfinished.unlink()
-        self._begin([{"identity": identity}, *finished])
+        self._begin(Journal(identity, finished))
         for journal in self.path.glob(_JOURNALS):
             if journal != self._journal:
                 journal.unlink()
@@ -251,14 +242,15 @@ def _appears(path: Path) -> bool:
     return True
 
 
-def _read_lines(journal: Path) -> list[dict[str, Any]]:
-    """The journal's whole lines; a last line cut by a crash is left out."""
-    lines: list[dict[str, Any]] = []
+def _read_journal(journal: Path) -> Journal:
+    """What a journal's whole lines tell, the first its identity; a last line cut by a crash is left out."""
+    lines: list[Any] = []
     with suppress(OSError, ValueError):
         for line in journal.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):
                 lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict)]
+    first, *entries = [line for line in lines if isinstance(line, dict)] or [{}]
+    return Journal(str(first.get("identity", "")), entries)
 
 
 def _sync(path: Path) -> None:
@@ -273,6 +265,6 @@ def _sync(path: Path) -> None:
 def _sync_files(directory: Path) -> None:
     """Sync every small file and the directory; weight files were synced when they were finished."""
     for path in sorted(directory.rglob("*")):
-        if path.is_file() and not path.name.endswith(SAFETENSORS.endings):
+        if path.is_file() and not is_weights(path.name):
             _sync(path)
     _sync(directory)

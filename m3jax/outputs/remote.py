@@ -16,29 +16,28 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.remote import RemotePath, file_system, identity_of, saying
 from m3jax.errors import M3Error
+from m3jax.outputs.journal import (
+    Entry,
+    Journal,
+    Journalled,
+    finished_in,
+    in_order,
+    is_weights,
+    makes_a_model,
+    weights_in,
+)
 from m3jax.outputs.local import check_space
 
 _JOURNAL = "m3jax-journal-{}.json"
 _JOURNALS = "m3jax-journal-*.json"
-_LAST = (
-    "m3jax.json",
-    SAFETENSORS.index_file,
-    "config.json",
-)  # in this order; without them no loader takes a prefix for a model
 _PART = 2**24  # bytes of a part of a large object
 _MOST_PARTS = 10_000
 
 
-class RemoteWorkplace:
-    """Where one of the processes that make a remote output works.
-
-    Attributes:
-        path: A directory here, for files until they are sent.
-        finished: What is done, by this process and by those before it.
-    """
+class RemoteWorkplace(Journalled):
+    """Where one of the processes that make a remote output works: a directory here, for files until they are sent."""
 
     def __init__(self, out: RemotePath, identity: str, finished: Sequence[Mapping[str, Any]], index: int) -> None:
         """Join at work.
@@ -49,12 +48,10 @@ class RemoteWorkplace:
             finished: What was done before.
             index: This process.
         """
+        super().__init__(Path(tempfile.mkdtemp(prefix="m3jax-")), finished)
         self.out = out
-        self.path = Path(tempfile.mkdtemp(prefix="m3jax-"))
-        self.finished = [dict(entry) for entry in finished]
-        self._identity = identity
         self._journal = out / _JOURNAL.format(index)
-        self._own: list[dict[str, Any]] = []
+        self._own = Journal(identity, [])
 
     def __enter__(self) -> Self:
         return self
@@ -66,21 +63,20 @@ class RemoteWorkplace:
 
     def holds(self, file: str) -> bool:
         """Whether a finished weight file has arrived."""
-        return any(entry.get("shard") == file for entry in self.finished)
+        return file in weights_in(self.finished)
 
-    def record(self, entry: Mapping[str, Any]) -> None:
-        """Send the weight file that an entry tells of, if it does, and add the entry to the journal."""
-        told = dict(entry)
-        if "shard" in told:
-            local = self.path / told["shard"]
-            told["sent"] = _send(local, self.out / told["shard"])
+    def _store(self, entry: Entry) -> Entry:
+        """Send the weight file that an entry tells of, if it does, and the journal with the entry."""
+        if "shard" in entry:
+            local = self.path / entry["shard"]
+            entry = {**entry, "sent": _send(local, self.out / entry["shard"])}
             local.unlink()
-        self.finished.append(told)
-        self._own.append(told)
+        self._own.entries.append(entry)
         self._write_journal()
+        return entry
 
     def _write_journal(self) -> None:
-        text = json.dumps({"identity": self._identity, "entries": self._own})
+        text = json.dumps(self._own._asdict())
         with saying(self._journal):
             file_system(self.out.scheme).pipe_file(str(self._journal.key), text.encode())
 
@@ -104,16 +100,17 @@ class RemoteStaging(RemoteWorkplace):
         found = _objects(out)
         journals = {name: _read_journal(out / name) for name in found if fnmatchcase(name, _JOURNALS)}
         _check_free(out, found, journals, overwrite)
-        ours = [told["entries"] for told in journals.values() if told["identity"] == identity]
-        arrived = [e for entries in ours for e in entries if "shard" not in e or _is_there(e, found)]
+        told = finished_in(journals.values(), identity)
+        arrived = [entry for entry in told if "shard" not in entry or _is_there(entry, found)]
         super().__init__(out, identity, arrived, 0)
         try:
             check_space(self.path, largest)
-            self._own = list(self.finished)
+            self._own.entries.extend(self.finished)
             self._write_journal()
             _abort_parts(out)
             # Not before the journal is there, which tells that the rest is ours to replace.
-            _remove(out, [name for name in found if name in _LAST or name in journals.keys() - {self._journal.name}])
+            others = journals.keys() - {self._journal.name}
+            _remove(out, [name for name in found if makes_a_model(name) or name in others])
         except BaseException:
             shutil.rmtree(self.path, ignore_errors=True)
             raise
@@ -121,7 +118,7 @@ class RemoteStaging(RemoteWorkplace):
     def publish(self) -> None:
         """Send the small files; with the last of them the output is there."""
         small = {p.relative_to(self.path).as_posix(): p for p in sorted(self.path.rglob("*")) if p.is_file()}
-        weights = {entry["shard"]: entry for entry in self.finished if "shard" in entry}
+        weights = weights_in(self.finished)
         found = _objects(self.out)
         for name, entry in weights.items():
             if not _is_there(entry, found):
@@ -130,7 +127,7 @@ class RemoteStaging(RemoteWorkplace):
                 ) from OSError()
         foreign = [n for n in found if n not in small and n not in weights and not fnmatchcase(n, _JOURNALS)]
         _remove(self.out, foreign)
-        for name in sorted(small, key=lambda name: (1 + _LAST.index(name) if name in _LAST else 0, name)):
+        for name in in_order(small):
             _send(small[name], self.out / name)
         _remove(self.out, [name for name in found if fnmatchcase(name, _JOURNALS)])
 
@@ -165,12 +162,10 @@ def check_remote_free(out: RemotePath, overwrite: bool) -> None:
         _remove(out, [probe])
 
 
-def _check_free(
-    out: RemotePath, found: Mapping[str, Any], journals: Mapping[str, Mapping[str, Any]], overwrite: bool
-) -> None:
-    begun = {entry["shard"] for told in journals.values() for entry in told["entries"] if "shard" in entry}
+def _check_free(out: RemotePath, found: Mapping[str, Any], journals: Mapping[str, Journal], overwrite: bool) -> None:
+    begun = weights_in(entry for journal in journals.values() for entry in journal.entries)
     others = [name for name in found if name not in begun and name not in journals]
-    if not others or (overwrite and any(name in _LAST or name.endswith(SAFETENSORS.endings) for name in others)):
+    if not others or (overwrite and any(makes_a_model(name) or is_weights(name) for name in others)):
         return
     if not overwrite:
         raise M3Error(f"{out} exists already: choose another output, or pass --overwrite.")
@@ -186,13 +181,13 @@ def _objects(out: RemotePath) -> dict[str, dict[str, Any]]:
     return {key.removeprefix(f"{out.key}/"): info for key, info in found.items() if info["type"] == "file"}
 
 
-def _read_journal(journal: RemotePath) -> dict[str, Any]:
+def _read_journal(journal: RemotePath) -> Journal:
     """What a journal tells; one that is damaged tells nothing."""
     try:
         told = json.loads(journal.read_bytes())
-        return {"identity": str(told["identity"]), "entries": [dict(entry) for entry in told["entries"]]}
+        return Journal(str(told["identity"]), [dict(entry) for entry in told["entries"]])
     except (ValueError, KeyError, TypeError):
-        return {"identity": "", "entries": []}
+        return Journal("", [])
 
 
 def _is_there(entry: Mapping[str, Any], found: Mapping[str, dict[str, Any]]) -> bool:

@@ -10,8 +10,7 @@ import numpy as np
 
 from m3jax.checkpoints import DTYPES, ShardWriter, TensorDigest, TensorInfo, as_bytes
 from m3jax.errors import M3Error
-from m3jax.outputs.local import Workplace
-from m3jax.outputs.remote import RemoteWorkplace
+from m3jax.outputs.journal import Journalled
 from m3jax.streaming.plan import FLOATS
 from m3jax.streaming.reading import Loaded, check_finite
 
@@ -21,7 +20,7 @@ class Shards:
 
     def __init__(
         self,
-        workplace: Workplace | RemoteWorkplace,
+        workplace: Journalled,
         shards: Sequence[tuple[str, Sequence[TensorInfo]]],
         release: Callable[[Loaded], None],
         input_digests: Callable[[str], dict[str, str]],

@@ -1,0 +1,91 @@
+"""What the places in which an output is made have in common, here and in remote storage.
+
+A journal tells which weight files are finished and what was measured, so that an interrupted merge goes on where it
+was; it is a merge's own by the identity that it begins with. Loaders take a directory for a model by a few small files,
+which appear last.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from m3jax.checkpoints.formats import SAFETENSORS
+
+Entry: TypeAlias = dict[str, Any]
+"""What is finished: a weight file, named by the key `shard`, or something else."""
+
+_LAST = ("m3jax.json", SAFETENSORS.index_file, "config.json")
+
+
+class Journal(NamedTuple):
+    """What one process has told.
+
+    Attributes:
+        identity: Digest of everything that the output's bytes depend on; empty where the journal is damaged.
+        entries: What it has finished.
+    """
+
+    identity: str
+    entries: list[Entry]
+
+
+def finished_in(journals: Iterable[Journal], identity: str) -> list[Entry]:
+    """What all journals of a merge tell, whatever lies there of others."""
+    return [entry for journal in journals if journal.identity == identity for entry in journal.entries]
+
+
+def weights_in(entries: Iterable[Entry]) -> dict[str, Entry]:
+    """The entries of weight files, by the files' names."""
+    return {entry["shard"]: entry for entry in entries if "shard" in entry}
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file's name is that of weights, which are safely stored as soon as they are finished."""
+    return name.endswith(SAFETENSORS.endings)
+
+
+def makes_a_model(name: str) -> bool:
+    """Whether loaders take a place for a model by a file of this name."""
+    return name in _LAST
+
+
+def in_order(names: Collection[str]) -> list[str]:
+    """Names of small files in the order in which they are to appear.
+
+    Example:
+        >>> in_order(["config.json", "tokenizer.json", "m3jax.json", "README.md"])
+        ['README.md', 'tokenizer.json', 'm3jax.json', 'config.json']
+    """
+    return sorted(names, key=lambda name: (1 + _LAST.index(name) if name in _LAST else 0, name))
+
+
+class Journalled(ABC):
+    """Where one of the processes that make an output works.
+
+    Attributes:
+        path: A directory here, in which files are made.
+        finished: What is done, by this process and by those before it.
+    """
+
+    def __init__(self, path: Path, finished: Sequence[Mapping[str, Any]]) -> None:
+        """Begins where others have left off.
+
+        Args:
+            path: The directory.
+            finished: What was done before.
+        """
+        self.path = path
+        self.finished: list[Entry] = [dict(entry) for entry in finished]
+
+    @abstractmethod
+    def holds(self, file: str) -> bool:
+        """Whether a finished weight file is still there."""
+
+    def record(self, entry: Mapping[str, Any]) -> None:
+        """Adds an entry to the journal; what it tells of is safely stored before this returns."""
+        self.finished.append(self._store(dict(entry)))
+
+    @abstractmethod
+    def _store(self, entry: Entry) -> Entry:
+        """Stores an entry, and before it the weight file that it tells of; returns what is to be known of it."""
