@@ -12,7 +12,9 @@ from m3jax.errors import M3Error
 _PIECE = 1 << 22  # bytes: many enough for the disk, few enough for the caches
 
 
-def pieces(source: Checkpoint, name: str, start: int, stop: int) -> Iterator[tuple[int, memoryview]]:
+def pieces(
+    source: Checkpoint, name: str, start: int, stop: int, size: int | None = None
+) -> Iterator[tuple[int, memoryview]]:
     """The bytes of a tensor in order, a few megabytes at a time.
 
     Args:
@@ -20,12 +22,14 @@ def pieces(source: Checkpoint, name: str, start: int, stop: int) -> Iterator[tup
         name: One of its tensors.
         start: The first byte wanted.
         stop: The one after the last.
+        size: Bytes of a piece; as many as suit the disk and the caches if None.
 
     Yields:
         Where a piece starts in the tensor, and its bytes, which are good until the next piece.
     """
-    buffer = np.empty(min(_PIECE, stop - start), np.uint8)
-    for at in range(start, stop, _PIECE):
+    size = _PIECE if size is None else size
+    buffer = np.empty(min(size, stop - start), np.uint8)
+    for at in range(start, stop, size):
         piece = buffer[: stop - at]
         source.read_into(name, at, piece)
         yield at, piece.data

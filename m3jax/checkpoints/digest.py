@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 from blake3 import blake3
 
+from m3jax.checkpoints.copying import pieces
 from m3jax.checkpoints.protocol import BytesLike, Checkpoint, as_bytes
 from m3jax.errors import M3Error
 
@@ -17,6 +17,7 @@ class TensorDigest:
     """Digest of one tensor's bytes, fed piece by piece in row-major order.
 
     Example:
+        >>> import numpy as np
         >>> digest = TensorDigest()
         >>> digest.update(np.zeros(3, np.float32))
         >>> digest.update(np.zeros(5, np.float32))
@@ -56,12 +57,8 @@ def digest_tensor(checkpoint: Checkpoint, name: str, block: int = 1 << 24) -> st
     Raises:
         M3Error: The bytes cannot be read.
     """
-    total = checkpoint.tensors[name].nbytes
-    buffer = np.empty(min(block, total), np.uint8)
     digest = TensorDigest()
-    for start in range(0, total, block):
-        piece = buffer[: total - start]
-        checkpoint.read_into(name, start, piece)
+    for _, piece in pieces(checkpoint, name, 0, checkpoint.tensors[name].nbytes, block):
         digest.update(piece)
     return digest.hexdigest()
 

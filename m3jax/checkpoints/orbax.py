@@ -1,6 +1,7 @@
 """Orbax checkpoints, read byte range by byte range.
 
-TensorStore reads the arrays, without Orbax and so without JAX.
+TensorStore reads the arrays, as it does for Orbax. Orbax's own handlers restore whole arrays, or boxes of them onto
+devices, and import JAX; here ranges of bytes are read, and `inspect` and `convert` start without JAX.
 """
 
 import os
@@ -77,6 +78,8 @@ def _band(shape: Sequence[int], chunk: Sequence[int]) -> int:
 
 def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
     """The few boxes that hold a range of an array's entries in row-major order, in that order.
+
+    TensorStore has no flat view of an array, so that a range has to be cut into boxes here.
 
     Args:
         shape: Of the array, which has entries.

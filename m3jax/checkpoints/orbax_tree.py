@@ -2,8 +2,8 @@
 
 What Orbax calls an item is a set of zarr arrays, one for each leaf, under the leaf's path of keys joined with ".", in
 an OCDBT database or in one directory each. `_METADATA` lists the leaves; early versions kept the tree, and leaves they
-thought small, in a msgpack file `checkpoint`. Orbax's own interface describes neither those early files nor leaves
-inside msgpack, and it imports JAX, so the files are read here.
+thought small, in a msgpack file `checkpoint`. Orbax's own interface (`PyTreeCheckpointHandler.metadata`, `path.step`)
+describes neither those early files nor leaves inside msgpack, and it imports JAX, so the files are read here.
 """
 
 import json

@@ -1,7 +1,8 @@
 """Writing Orbax checkpoints, piece by piece.
 
-The files are laid out as Orbax lays them out, because its own writer holds a copy of every array at once and takes
-none that is empty.
+TensorStore, by which Orbax writes too, makes the arrays; the three small files beside them are laid out as Orbax lays
+them out. Its own handlers cannot do it: they take whole arrays, hold a copy of all at once, refuse those that are
+empty, and import JAX, without which `convert` runs. The tests restore what is written here with them.
 """
 
 import json
@@ -167,7 +168,10 @@ def _boxes_of(source: Checkpoint, name: str, chunk: Sequence[int]) -> Iterator[t
 
 
 def _chunk_shape(shape: Sequence[int], width: int) -> list[int]:
-    """The largest box of at most 16 MiB whose entries follow each other in the array."""
+    """The largest box of at most 16 MiB whose entries follow each other in the array.
+
+    What TensorStore itself chooses for so many entries is as square as can be, of which no row can be read alone.
+    """
     chunk = [max(size, 1) for size in shape]
     for axis, size in enumerate(chunk):
         row = prod(chunk[axis + 1 :]) * width

@@ -458,6 +458,17 @@ def test_every_bit_comes_back(every_dtype, written, restore) -> None:
         assert restored[name].tobytes() == array.tobytes(), name
 
 
+def test_orbax_describes_what_we_wrote(every_dtype, written) -> None:
+    assert ocp.utils.is_checkpoint_finalized(written)
+    with ocp.StandardCheckpointer() as checkpointer:
+        told = checkpointer.metadata(written)
+    leaves = jax.tree_util.tree_flatten_with_path(told.item_metadata.tree)[0]
+    described = {".".join(key.key for key in path): (leaf.shape, leaf.dtype) for path, leaf in leaves}
+    assert described == {name: (array.shape, array.dtype) for name, array in every_dtype.items()}
+    assert told.custom_metadata == {}
+    assert told.init_timestamp_nsecs <= told.commit_timestamp_nsecs
+
+
 def test_restored_into_shardings(tmp_path) -> None:
     w = np.arange(64, dtype=np.float32).reshape(8, 8)
     with open_safetensors(source_of(tmp_path / "source", {"a.w": w})) as source:
