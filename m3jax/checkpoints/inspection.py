@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m3jax.checkpoints import DTYPES, Checkpoint, TensorInfo, locate_model, sketch_model
+from m3jax.checkpoints.copying import pieces
 from m3jax.checkpoints.opening import open_checkpoint, recognise
 from m3jax.checkpoints.storage import is_dir
 from m3jax.errors import M3Error
@@ -428,18 +429,16 @@ def _sizes(info: TensorInfo) -> str:
 def _pieces(first: Checkpoint, second: Checkpoint, x: TensorInfo, y: TensorInfo) -> Iterator[tuple[int, Difference]]:
     """How a tensor differs, piece by piece, with the bytes that each piece took."""
     measure = _measure_floats if _is_float(x.dtype) else _measure_others
-    for start in range(0, x.size, _PIECE):
-        count = min(_PIECE, x.size - start)
-        a, b = _read(first, x, start, count), _read(second, y, start, count)
-        blocks = (slice(at, at + _BLOCK) for at in range(0, count, _BLOCK))
+    for a, b in zip(_values(first, x), _values(second, y), strict=True):
+        blocks = (slice(at, at + _BLOCK) for at in range(0, a.size, _BLOCK))
         yield a.nbytes + b.nbytes, reduce(_joined, (measure(a[block], b[block]) for block in blocks))
 
 
-def _read(checkpoint: Checkpoint, info: TensorInfo, start: int, count: int) -> npt.NDArray[Any]:
+def _values(checkpoint: Checkpoint, info: TensorInfo) -> Iterator[npt.NDArray[Any]]:
+    """A tensor's entries in order, a piece at a time, each good until the next."""
     dtype = DTYPES[info.dtype]
-    raw = np.empty(count * dtype.itemsize, np.uint8)
-    checkpoint.read_into(info.name, start * dtype.itemsize, raw)
-    return raw.view(dtype)
+    for _, piece in pieces(checkpoint, info.name, 0, info.nbytes, _PIECE * dtype.itemsize):
+        yield np.frombuffer(piece, dtype)
 
 
 def _measure_others(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> Difference:

@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from m3jax.checkpoints.formats import FORMATS, Format
+from m3jax.checkpoints import formats
+from m3jax.checkpoints.formats import Format
 from m3jax.checkpoints.protocol import Checkpoint
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.checkpoints.storage import list_names
@@ -56,11 +57,11 @@ def recognise(path: Path) -> Format:
     if path.is_dir():
         return _of_directory(path)
     named = _named(path.name)
-    return named or next((format for format in FORMATS if _resembles(format, path)), FORMATS[0])
+    return named or next((format for format in formats.FORMATS if _resembles(format, path)), formats.FORMATS[0])
 
 
 def _named(file: str) -> Format | None:
-    return next((format for format in FORMATS if format.names(file)), None)
+    return next((format for format in formats.FORMATS if format.names(file)), None)
 
 
 def _resembles(format: Format, path: Path) -> bool:
@@ -69,7 +70,7 @@ def _resembles(format: Format, path: Path) -> bool:
 
 def _of_remote(path: RemotePath) -> Format:
     """The format that a name tells of, because a look inside takes its time."""
-    format = _named(path.name) or next(format for format in FORMATS if format.remote)
+    format = _named(path.name) or next(format for format in formats.FORMATS if format.remote)
     if not format.remote:
         raise M3Error(f"{path} is {format.name}, which is read from this disk only: download it first.")
     return format
@@ -77,11 +78,11 @@ def _of_remote(path: RemotePath) -> Format:
 
 def _of_directory(directory: Path) -> Format:
     names = [name for name in list_names(directory) if not name.startswith(".")]
-    for format in FORMATS:
+    for format in formats.FORMATS:
         if not format.yields and any(map(format.names, names)):
             return format
-    for format in FORMATS:
+    for format in formats.FORMATS:
         if _resembles(format, directory):
             return format
-    traces = ", ".join(format.traces for format in FORMATS if format.traces)
+    traces = ", ".join(format.traces for format in formats.FORMATS if format.traces)
     raise M3Error(f"{directory} holds no weights: looked for {traces}; give the directory that has them.")

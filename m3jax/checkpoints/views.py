@@ -73,7 +73,9 @@ class View(Closing):
         metadata: The texts of all that is viewed, the first checkpoint first.
     """
 
-    def __init__(self, location: str, places: Mapping[str, tuple[Checkpoint, str]], viewed: Sequence[Checkpoint]):
+    def __init__(
+        self, location: str, places: Mapping[str, tuple[Checkpoint, str]], viewed: Sequence[Checkpoint]
+    ) -> None:
         """Opens nothing: what is viewed is open.
 
         Args:

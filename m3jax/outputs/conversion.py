@@ -76,7 +76,7 @@ def convert(
         src: A model directory, a weight file or a hub id, in any format.
         dst: The directory to make; its parent exists. An Orbax checkpoint is this directory itself, as
             `StandardCheckpointer().restore(dst)` expects it.
-        to: The format to write: safetensors, orbax or msgpack.
+        to: The name of the format to write, one of `formats.WRITTEN`: safetensors, orbax or msgpack.
         max_shard_size: Bytes of tensors per file at most, as a number or as in "5GB"; Orbax divides by itself.
         overwrite: Replace `dst` if it exists.
         progress: Called after every few megabytes.

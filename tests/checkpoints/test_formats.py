@@ -1,17 +1,22 @@
 """The registry: every row is whole, and what reads, writes and names formats follows it."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from support.checkpoint_suite import write_file
+from support.checkpoint_suite import info_of, read, write_file
 
-from m3jax.checkpoints import open_checkpoint, open_safetensors
+from m3jax.checkpoints import Checkpoint, FileFingerprint, formats, open_checkpoint, open_safetensors
 from m3jax.checkpoints.formats import FORMATS, MSGPACK, ORBAX, PICKLE, SAFETENSORS, WRITTEN, Format, written
+from m3jax.checkpoints.inspection import look_at
 from m3jax.checkpoints.opening import recognise
+from m3jax.checkpoints.protocol import Closing, in_natural_order, room_for
 from m3jax.checkpoints.remote import as_path
+from m3jax.checkpoints.views import stored_at
 from m3jax.cli.commands import main
 from m3jax.errors import M3Error
+from m3jax.outputs.conversion import convert
 
 
 @pytest.fixture
@@ -84,6 +89,48 @@ def test_a_pickle_is_taken_from_no_directory_that_holds_something_else(tmp_path:
     assert recognise(tmp_path) is MSGPACK
     (tmp_path / "_METADATA").touch()
     assert recognise(tmp_path) is ORBAX
+
+
+class Archive(Closing):
+    """The arrays of one of numpy's archives, as a package from outside could read them."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path) as archive:
+            self._arrays = {name: archive[name] for name in archive.files}
+        self.location, self._path, self.metadata = str(path), path, {}
+        self.tensors = in_natural_order({name: info_of(name, array) for name, array in self._arrays.items()})
+
+    def read_into(self, name: str, start: int, out: Any) -> None:
+        view = room_for(self, name, start, out)
+        view[:] = self._arrays[name].tobytes()[start : start + len(view)]
+
+    def files(self) -> tuple[Path, ...]:
+        return (self._path,)
+
+    def fingerprint(self) -> dict[str, FileFingerprint]:
+        return {}
+
+    def close(self) -> None:
+        self._arrays.clear()
+
+
+def test_a_row_is_all_that_a_format_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = Format("archive", "*.npz", Archive, endings=(".npz",))
+    monkeypatch.setattr(formats, "FORMATS", (*FORMATS, row))
+    np.savez(tmp_path / "weights.npz", w=np.arange(6, dtype=np.float32).reshape(2, 3))
+    with open_checkpoint(tmp_path / "weights.npz") as checkpoint:
+        assert isinstance(checkpoint, Checkpoint)
+        assert stored_at(checkpoint, "w") == (str(tmp_path / "weights.npz"), "w")
+        assert read(checkpoint, "w").tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert look_at(str(tmp_path / "weights.npz")).format == "archive"
+    result = convert(tmp_path / "weights.npz", tmp_path / "out")
+    assert (result.tensors, result.bytes) == (1, 24)
+    assert recognise(tmp_path) is row
+    (tmp_path / "weights.npz").unlink()
+    with pytest.raises(M3Error, match=r"looked for \*\.safetensors, .*, \*\.npz; give the directory"):
+        recognise(tmp_path)
+    with pytest.raises(M3Error, match="'archive' is no format to convert to"):
+        written("archive")
 
 
 def test_the_command_line_offers_what_is_written(capsys: pytest.CaptureFixture[str]) -> None:
