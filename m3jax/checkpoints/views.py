@@ -21,7 +21,7 @@ Run: TypeAlias = tuple[Checkpoint, int, int]
 """Blocks of a checkpoint: it, the first block, and the one after the last."""
 
 WRAPPER = "params"
-"""The key under which Flax keeps parameters, if several look like a wrapper."""
+"""The key under which Flax keeps parameters, beside which a train state has other trees."""
 
 
 class Stored(NamedTuple):
@@ -187,16 +187,17 @@ def renamed(checkpoint: Checkpoint, names: Mapping[str, str] | Callable[[str], s
 def prefix_view(checkpoint: Checkpoint, *others: Iterable[str]) -> Checkpoint:
     """A checkpoint without the wrapper around its tree that others have not, such as Flax's `params`.
 
-    A wrapper is the beginning of names, up to a dot, without which the names below it are those of another model, or
-    all among them, or all of them: one may have a head that the other lacks. Where optimizer states mirror the
-    parameters, `params` is taken, else what is least deep. Names that do not begin with it stay as they are.
+    A wrapper is the beginning, up to a dot, of all names, or of those below a key `params`, without which they are the
+    names of another model, or all among them, or have all of them: one may have a head that the other lacks. The names
+    beside `params` stay as they are. A part of a model, as the language model of one that also sees, is no wrapper:
+    without its name it would be another model's.
 
     Args:
         checkpoint: An open checkpoint, which the view closes.
         others: The names of the tensors of each model that it is to fit.
 
     Returns:
-        The view; the checkpoint itself where it has no wrapper, or several beginnings could be it.
+        The view; the checkpoint itself where it has no wrapper, or two that are equally deep.
 
     Raises:
         M3Error: A name below the wrapper is also one beside it.
@@ -228,20 +229,20 @@ def wrapper(names: Collection[str], *others: Iterable[str]) -> str:
 
 
 def _wrapper(names: set[str], below: Mapping[str, set[str]], other: set[str]) -> str:
-    fitting = [prefix for prefix, inside in below.items() if inside <= other or inside >= other]
+    fitting = [
+        prefix
+        for prefix, inside in below.items()
+        if (len(inside) == len(names) or prefix.split(".")[-2] == WRAPPER) and (inside <= other or inside >= other)
+    ]
     # Where one model lacks a few tensors more than one beginning may fit: the one with most in common is meant.
     most = max((len(below[prefix] & other) for prefix in fitting), default=0)
     if most <= len(names & other):
         return ""
+    # Optimizer states mirror the parameters, deeper in the tree.
     likely = [prefix for prefix in fitting if len(below[prefix] & other) == most]
-
-    def rank(prefix: str) -> tuple[bool, int]:
-        keys = prefix.split(".")[:-1]
-        return keys[-1] != WRAPPER, len(keys)
-
-    likely.sort(key=rank)
-    alone = len(likely) == 1 or (len(likely) > 1 and rank(likely[0]) != rank(likely[1]))
-    return likely[0] if alone else ""
+    least = min(prefix.count(".") for prefix in likely)
+    shallow = [prefix for prefix in likely if prefix.count(".") == least]
+    return shallow[0] if len(shallow) == 1 else ""
 
 
 # --- Other blocks ----------------------------------------------------------------------------------------
