@@ -61,7 +61,10 @@ _STATISTICS = re.compile(r"(?:^|\.)running_(?:mean|var)$|(?:^|\.)batch_stats\.")
 _BUFFER = re.compile(
     r"(?:^|\.)(?:inv_freq|original_inv_freq|[\w]*_inv_freq|position_ids|token_type_ids|masked_bias|num_batches_tracked|"
     r"relative_position_index|relative_coords_table|cos_cached|sin_cached|cos_cache|sin_cache|freqs_cis|"
-    r"causal_mask|attn_mask|embed_positions\.(?:_float_tensor|weights)|bert_position_ids|mel_filters|n_averaged)$"
+    r"causal_mask|attn_mask|embed_positions\.(?:_float_tensor|weights)|bert_position_ids|mel_filters|n_averaged|"
+    r"slope_rate|query_decay|key_decay|diagonal_decay|inv_timescales|dft_mat_hidden|dft_mat_seq|token_ordering|"
+    r"pos_idx_to_embed|af2_to_esm|summary_idxs|n(?:um)?_points_scale|attn_mask_probs|empty_weight|inited|cluster_size|"
+    r"cluster_usage|embed_avg|embed_sum|latent_mean|latent_std|latent_stats_num_updates|(?:input|output)_(?:min|max))$"
 )
 _CAUSAL_MASK = re.compile(r"(?:^|\.)(?:attn|attention|self_attn|crossattention)(?:\.attention)?\.bias$")
 _INTEGERS = frozenset({"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})
