@@ -13,7 +13,7 @@ from m3jax.anatomy.kinds import kind_of, quantised
 from m3jax.anatomy.layouts import is_scanned, layout_of, scan_axis
 from m3jax.anatomy.stacks import Evidence, Stack, Stacks, find_stacks
 from m3jax.anatomy.towers import Placing, name_towers, place_towers, tower_of
-from m3jax.anatomy.types import OUTSIDE_BLOCKS, Anatomy, Kind, Overrides, Part, Tower, position
+from m3jax.anatomy.types import KINDS, OUTSIDE_BLOCKS, Anatomy, Kind, Overrides, Part, Tower, position
 from m3jax.anatomy.vocabulary import Words, find_words
 from m3jax.checkpoints.protocol import TensorInfo
 from m3jax.errors import M3Error
@@ -152,6 +152,8 @@ def _matching(pattern: str, key: str, names: Sequence[str]) -> list[str]:
 def _kinds(tensors: Mapping[str, TensorInfo], schemes: Mapping[str, str], overrides: Overrides) -> dict[str, Kind]:
     kinds = {name: kind_of(info, tensors, schemes) for name, info in tensors.items()}
     for pattern, kind in overrides.kinds.items():
+        if kind not in KINDS:
+            raise M3Error(f"anatomy: kinds: {kind!r} is no kind of tensor: choose one of {', '.join(KINDS)}.")
         kinds |= dict.fromkeys(_matching(pattern, "kinds", list(tensors)), kind)
     return kinds
 

@@ -148,7 +148,7 @@ def find_stacks(
         if axis == -1:
             continue
         if axis is not None:
-            place = place or Place(name.rpartition(".")[0] or name, "", "", 0, False, name.rpartition(".")[2], False)
+            place = place or _beside(name)
             stacks[name] = Stack(place, axis, shape[axis], cycles.get(place.stored, 1))
         elif place is not None and _without_collection(place.stored) in settled:
             axis, count = settled[_without_collection(place.stored)]
@@ -158,6 +158,12 @@ def find_stacks(
             else:
                 stacks[name] = Stack(place, own, count, cycles.get(_without_collection(place.stored), 1))
     return Stacks(stacks, doubts)
+
+
+def _beside(name: str) -> Place:
+    """Where a leaf stands that only the recipe says to be stacked: its parent is the list."""
+    parent, _, leaf = name.rpartition(".")
+    return Place(parent or name, "", parent or name, 0, False, leaf, False)
 
 
 def _without_collection(path: str) -> str:

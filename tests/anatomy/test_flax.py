@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from anatomy.trees import by_block, infos, of_tree
 from flax import linen, nnx
 from flax.training.train_state import TrainState
 
-from anatomy.trees import by_block, infos, of_tree
 from m3jax.anatomy import Overrides, anatomy_of, block_name, block_position, canonical_names, group_of
 from m3jax.checkpoints import open_checkpoint
 
@@ -231,7 +231,7 @@ OUTER = {
 
 
 def maxtext(lists, prefix="params."):
-    """A tree with the leaves of a block below each path; `(path, count, axis)` stacks them, `(path, None, 0)` does not."""
+    """A tree with the leaves of a block below each path; `(path, count, axis)` stacks them, `(path, None, 0)` not."""
     shapes = dict(OUTER)
     for path, count, axis in lists:
         for leaf, shape in LEAVES.items():
@@ -349,7 +349,7 @@ def test_two_towers_each_stacked_to_its_own_depth():
 )
 def test_spellings(spelling, group):
     names = [f"params.{spelling.replace('3', str(i))}.dense.kernel" for i in range(4)]
-    found = anatomy_of(infos({name: (4, 4) for name in names}))
+    found = anatomy_of(infos(dict.fromkeys(names, (4, 4))))
     assert [part.block for part in found.parts.values()] == [0, 1, 2, 3]
     assert group_of(found, names[3], "layer") == group
     assert found.towers["model"].depth == 4

@@ -30,6 +30,7 @@ UNNAMED = {
     "poolformer",
     "funnel",
 }
+PARALLEL = re.compile(r"^transformer\.(attentions|ffns|layer_norm\d+)\.")  # XLM's lists of sublayers
 LEARNED_BUFFERS = re.compile(r"final_logits_bias$|e_score_correction_bias$")
 
 
@@ -66,16 +67,17 @@ def test_names_alone_tell_the_same_blocks(written):
 
 
 def test_every_tensor_with_a_number_of_a_block_is_of_that_block(written):
-    row, model, config, tensors, metadata = written
+    row, _, config, tensors, metadata = written
     found = anatomy_of(tensors, config, metadata)
-    # Modules that hold parameters of a block, as the model itself has them, told apart by their own classes.
     for name, part in found.parts.items():
-        assert part.canonical == name
-        assert part.stack_axis is None
-        if part.block is not None:
-            assert group_of(found, name, "layer") == part.groups[0]
-            assert re.search(r"\d+$", part.groups[0])
-            assert part.doubt is None
+        assert (part.canonical, part.stack_axis, part.doubt) == (name, None, None)
+        assert group_of(found, name, "tensor") == name
+        assert len(part.groups) == (part.block is not None)
+        if not PARALLEL.search(name):
+            assert all(name.startswith(f"{group}.") for group in part.groups)
+    # No two blocks are one group, and no block is two.
+    grouped = {(part.tower, part.block): part.groups for part in found.parts.values() if part.block is not None}
+    assert len(set(grouped.values())) == len(grouped) == sum(row.towers.values())
     if row.name not in UNNAMED:
         assert {name: naming.block_of(name) for name in tensors} == {
             name: None if part.block is None else (part.groups[0], part.block) for name, part in found.parts.items()
