@@ -1,90 +1,24 @@
 """Flax trees: every layout tells its blocks, and one model gives the same tensors of blocks in each of them."""
 
-import jax
-import jax.numpy as jnp
-import optax
 import pytest
+from anatomy.flax_layouts import (
+    DEPTH,
+    LAYOUTS,
+    gemma,
+    kauldron,
+    linen_variables,
+    maxtext,
+    maxtext_cycle,
+    nnx_tensors,
+    nnx_with_optimizer,
+    renamed,
+    train_state,
+    two_towers,
+)
 from anatomy.trees import by_block, infos, of_tree
-from flax import linen, nnx
-from flax.training.train_state import TrainState
 
 from m3jax.anatomy import Overrides, anatomy_of, block_name, block_position, canonical_names, group_of
 from m3jax.checkpoints import open_checkpoint
-
-WIDTH, DEPTH, WORDS = 8, 3, 40
-
-
-# --- Models ------------------------------------------------------------------------------------------------
-
-
-class Block(linen.Module):
-    boxed: bool = False
-
-    @linen.compact
-    def __call__(self, x, _):
-        init = linen.initializers.lecun_normal()
-        init = linen.with_partitioning(init, (None, None)) if self.boxed else init
-        x = linen.LayerNorm(name="norm")(x)
-        x = linen.Dense(12, kernel_init=init, name="up")(x)
-        x = linen.BatchNorm(use_running_average=True, name="bn")(x)
-        return linen.Dense(WIDTH, name="down")(x), None
-
-
-class Model(linen.Module):
-    axis: int | None = None
-    boxed: bool = False
-
-    @linen.compact
-    def __call__(self, tokens):
-        x = linen.Embed(WORDS, WIDTH, name="embed")(tokens)
-        if self.axis is None:
-            for i in range(DEPTH):
-                x, _ = Block(self.boxed, name=f"layers_{i}")(x, None)
-        else:
-            scanned = linen.scan(
-                Block,
-                variable_axes={"params": self.axis, "batch_stats": 0},
-                split_rngs={"params": True},
-                length=DEPTH,
-                metadata_params={linen.PARTITION_NAME: "layers"},
-            )
-            x, _ = scanned(self.boxed, name="layers")(x, None)
-        return linen.Dense(WORDS, name="head")(linen.LayerNorm(name="final")(x))
-
-
-def linen_variables(axis=None, boxed=False):
-    model = Model(axis, boxed)
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))
-
-
-class NnxBlock(nnx.Module):
-    def __init__(self, rngs):
-        self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.up = nnx.Linear(WIDTH, 12, rngs=rngs)
-        self.bn = nnx.BatchNorm(12, rngs=rngs)
-        self.drop = nnx.Dropout(0.1, rngs=rngs)
-        self.down = nnx.Linear(12, WIDTH, rngs=rngs)
-
-
-class NnxModel(nnx.Module):
-    def __init__(self, rngs, stacked):
-        self.embed = nnx.Embed(WORDS, WIDTH, rngs=rngs)
-        if stacked:
-            create = nnx.split_rngs(splits=DEPTH)(nnx.vmap(NnxBlock, in_axes=0, out_axes=0))
-            self.layers = create(rngs)
-        else:
-            self.layers = nnx.List([NnxBlock(rngs) for _ in range(DEPTH)])
-        self.final = nnx.LayerNorm(WIDTH, rngs=rngs)
-        self.head = nnx.Linear(WIDTH, WORDS, rngs=rngs)
-
-
-def nnx_tensors(stacked, box=True):
-    state = nnx.state(NnxModel(nnx.Rngs(0), stacked))
-    flat = {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(state)}
-    found = {}
-    for name, leaf in flat.items():
-        found |= of_tree({name: {"value": leaf} if box else leaf})
-    return found
 
 
 def told(tensors, **more):
@@ -170,12 +104,7 @@ def test_nnx(stacked, box):
 
 @pytest.mark.parametrize("axis", [None, 0, 1])
 def test_train_state_of_flax(axis):
-    def create():
-        variables = Model(axis).init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
-        return TrainState.create(apply_fn=None, params=variables["params"], tx=optax.adamw(1e-3))
-
-    state = jax.eval_shape(create)
-    tensors = of_tree({"params": state.params, "opt_state": state.opt_state, "step": jnp.zeros((), jnp.int32)})
+    tensors = train_state(axis)
     found = anatomy_of(tensors, DEPTH_CONFIG)
     assert by_block(found, tensors) == EXPECTED
     assert found.parts["step"].kind == "step"
@@ -183,14 +112,7 @@ def test_train_state_of_flax(axis):
 
 
 def test_optimizer_of_nnx():
-    model = NnxModel(nnx.Rngs(0), stacked=False)
-    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
-    flat = {".".join(map(str, p)): leaf.get_value() for p, leaf in nnx.to_flat_state(nnx.state(optimizer))}
-    tensors = {}
-    for name, info in nnx_tensors(stacked=False, box=True).items():
-        tensors[f"model.{name}"] = info._replace(name=f"model.{name}")
-    for name, leaf in flat.items():
-        tensors |= of_tree({"optimizer": {name: {"value": leaf}}})
+    tensors = nnx_with_optimizer()
     found = anatomy_of(tensors)
     assert parameters(by_block(found, tensors)) == EXPECTED
     kinds = {name: part.kind for name, part in found.parts.items() if name.startswith("optimizer")}
@@ -200,44 +122,23 @@ def test_optimizer_of_nnx():
 
 
 def test_train_state_of_kauldron():
-    variables = of_tree(linen_variables())
-    tensors = {}
-    for name, info in variables.items():
-        stored = name if name.startswith("params.") else f"collections.{name}"
-        tensors[stored] = info._replace(name=stored)
-        for moment in ("mu", "nu"):
-            tensors[f"opt_state.0.{moment}.{name}"] = info._replace(name=f"opt_state.0.{moment}.{name}")
-    tensors |= infos({"step": (), "opt_state.0.count": ()}, "I32") | infos({"training_time_hours": ()})
+    tensors = kauldron()
     found = anatomy_of(tensors)
     assert parameters(by_block(found, tensors)) == EXPECTED
     assert {part.kind for n, part in found.parts.items() if n.startswith("opt_state")} == {"optimizer"}
     assert [found.parts[name].kind for name in ("step", "training_time_hours")] == ["step", "step"]
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_told_without_doubt(layout):
+    tensors = LAYOUTS[layout]()
+    found = anatomy_of(tensors)
+    assert told(tensors)
+    assert found.notes == ()
+    assert found.embedding is not None
+
+
 # --- MaxText -----------------------------------------------------------------------------------------------
-
-LEAVES = {
-    "mlp.wi_0.kernel": (8, 12),
-    "mlp.wo.kernel": (12, 8),
-    "pre_self_attention_layer_norm.scale": (8,),
-    "self_attention.query.kernel": (8, 2, 4),
-    "self_attention.out.kernel": (2, 4, 8),
-}
-OUTER = {
-    "decoder.decoder_norm.scale": (8,),
-    "token_embedder.embedding": (40, 8),
-    "decoder.logits_dense.kernel": (8, 40),
-}
-
-
-def maxtext(lists, prefix="params."):
-    """A tree with the leaves of a block below each path; `(path, count, axis)` stacks them, `(path, None, 0)` not."""
-    shapes = dict(OUTER)
-    for path, count, axis in lists:
-        for leaf, shape in LEAVES.items():
-            stacked = shape if count is None else (*shape[:axis], count, *shape[axis:])
-            shapes[f"decoder.{path}.{leaf}"] = stacked
-    return infos({f"{prefix}{name}": shape for name, shape in shapes.items()})
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -257,13 +158,11 @@ def test_maxtext_scanned_is_maxtext_unscanned(axis, more):
 @pytest.mark.parametrize("container", ["layers", "scanned_blocks"])
 @pytest.mark.parametrize("left", [0, 2])
 def test_maxtext_repeats_a_cycle_of_unlike_blocks(axis, container, left):
-    cycle = [(f"{container}.layers_{j}", 4, axis) for j in range(3)]
-    cycle += [(f"layers_remainder.layers_{j}", None, 0) for j in range(left)]
+    cycle = maxtext_cycle(axis, container, left)
     unscanned = told(maxtext([(f"layers_{i}", None, 0) for i in range(12 + left)]))
-    assert told(maxtext(cycle)) == unscanned
-    assert told(maxtext(cycle), config={"num_hidden_layers": 12 + left}) == unscanned
-    tensors = maxtext(cycle)
-    found = anatomy_of(tensors)
+    assert told(cycle) == unscanned
+    assert told(cycle, config={"num_hidden_layers": 12 + left}) == unscanned
+    found = anatomy_of(cycle)
     name = f"params.decoder.{container}.layers_2.mlp.wo.kernel"
     assert found.parts[name].blocks == (2, 5, 8, 11)
     assert block_name(name, found.parts[name], 8) == "decoder.layers.8.mlp.wo.kernel"
@@ -287,41 +186,19 @@ def test_lists_in_lists_that_do_not_stack():
 
 # --- Gemma and other towers -----------------------------------------------------------------------------------
 
-GEMMA = {
-    "attn.attn_vec_einsum.w": (2, 4, 8),
-    "attn.q_einsum.w": (2, 8, 4),
-    "mlp.gating_einsum": (2, 8, 12),
-    "mlp.linear": (12, 8),
-    "pre_attention_norm.scale": (8,),
-}
-
-
-def gemma(spelled, stacked=None, join="."):
-    shapes = {"transformer.embedder.input_embedding": (40, 8), "transformer.final_norm.scale": (8,)}
-    for path in spelled:
-        for leaf, shape in GEMMA.items():
-            shapes[f"transformer.{path}.{leaf}"] = shape if stacked is None else (stacked, *shape)
-    if join == "/":
-        return infos({"/".join(name.split(".")[:-1]) + "." + name.split(".")[-1]: s for name, s in shapes.items()})
-    return infos(shapes)
-
 
 def test_gemma_nested_flat_and_stacked_agree():
     nested = told(gemma([f"layer_{i}" for i in range(12)]))
     assert nested["layers.7.mlp.linear"] == ((12, 8), "layers.7", 7)
     assert told(gemma([f"layer_{i}" for i in range(12)], join="/")) == nested
     assert told(gemma([f"stacked_layers.attention_type_{j}" for j in range(6)], stacked=2)) == nested
-    bare = {n.removeprefix("transformer."): i for n, i in gemma([f"layer_{i}" for i in range(12)]).items()}
-    assert told({name: info._replace(name=name) for name, info in bare.items()}) == nested
+    bare = renamed(gemma([f"layer_{i}" for i in range(12)]), lambda name: name.removeprefix("transformer."))
+    assert told(bare) == nested
     assert anatomy_of(gemma(["layer_0"])).family == "gemma"
 
 
 def test_two_towers_each_stacked_to_its_own_depth():
-    tensors = {}
-    for tower, depth in (("llm.layers", 4), ("img.Transformer.encoderblock", 5)):
-        tensors |= infos({f"params.{tower}.{leaf}": (depth, *shape) for leaf, shape in GEMMA.items()})
-    tensors |= infos({"params.llm.embedder.input_embedding": (40, 8), "params.img.embedding.kernel": (4, 4, 3, 8)})
-    found = anatomy_of(tensors)
+    found = anatomy_of(two_towers())
     assert {tower.name: tower.depth for tower in found.towers.values()} == {"text": 4, "vision": 5}
     assert (
         group_of(found, "params.img.Transformer.encoderblock.mlp.linear", "layer", 4)
