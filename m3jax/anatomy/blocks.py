@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from m3jax.anatomy.canonical import split_collection
 from m3jax.anatomy.families import SUBLAYERS, Family
 
 
@@ -71,7 +72,8 @@ def find_blocks(names: Iterable[str], family: Family, override: re.Pattern[str] 
     lists = family.parallel or _parallel_lists(names)
     spots: dict[str, Spot] = {}
     for name in names:
-        spot = _staged(name) or _parallel(name, lists) or _plain(name)
+        path = split_collection(name)[1]
+        spot = _staged(path) or _parallel(path, lists) or _plain(path)
         if spot is not None:
             spots[name] = spot
     towers = {spot.tower for spot in spots.values() if spot.segment and spot.tower not in _lists_of(spots)}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from m3jax.anatomy.aliases import find_aliases, read_ties
 from m3jax.anatomy.blocks import Spot, find_blocks, segment_offsets
-from m3jax.anatomy.canonical import canonical_names, is_flax_tree
+from m3jax.anatomy.canonical import canonical_names, is_flax_tree, split_collection
 from m3jax.anatomy.families import Family, depth_of, family_of, vocabulary_size
 from m3jax.anatomy.kinds import kind_of, quantised
 from m3jax.anatomy.layouts import is_scanned, layout_of, scan_axis
@@ -245,6 +245,7 @@ class _Layout:
         place = stack.place
         tower = self.placing.names[place.tower]
         offset = self.offsets[place.tower, place.segment]
+        collection = split_collection(part.canonical)[0]
         local = [stack.local(index) for index in range(stack.length)]
         stem = place.tower if place.cyclic else place.stored.replace("stacked_layers", "layers")
         groups = tuple(f"{stem}.{number}" for number in local)
@@ -253,7 +254,7 @@ class _Layout:
             tower=tower,
             stack_axis=stack.axis,
             blocks=blocks,
-            block_names=tuple(f"{group}.{place.rest}" for group in groups),
+            block_names=tuple(f"{collection}{group}.{place.rest}" for group in groups),
             groups=groups,
             position=self._position(tower, blocks[0]) if blocks else 1.0,
         )
@@ -264,7 +265,8 @@ class _Layout:
         group, canonical = spot.group, part.canonical
         if spot.segment == _REMAINDER:  # what a cycle left over is called as if no cycle had been stacked
             group = f"{spot.tower}.{block}"
-            canonical = group + name[len(spot.group) :]
+            collection, path = split_collection(name)
+            canonical = collection + group + path[len(spot.group) :]
         return part._replace(
             canonical=canonical, tower=tower, block=block, groups=(group,), position=self._position(tower, block)
         )

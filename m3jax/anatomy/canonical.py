@@ -9,6 +9,8 @@ from m3jax.anatomy.kinds import is_training_state
 _WRAPPERS = frozenset({"params", "param", "model_params", "train_state", "state", "target", "items", "default"})
 _ROOTS_OF_STATE = frozenset({"optimizer", "opt_state", "optimizer_state", "step", "rngs", "nnx_aux"})
 _COLLECTIONS = frozenset({"batch_stats", "collections"})  # linen keeps statistics beside the parameters
+_NESTED = ("collections", "batch_stats")  # Kauldron's
+_STATISTICS = "batch_stats."
 _BOX = "value"
 _BOX_SIBLINGS = frozenset({"names", "mesh", "rules", "sharding", "sharding_names", "sharding_rules", "raw_value"})
 _NUMBERED = re.compile(r"^([a-z]\w*?(?:layers?|blocks?)|layers?|blocks?|h|encoderblock|decoderblock)_(\d{1,9})$")
@@ -51,10 +53,21 @@ def canonical_names(names: Iterable[str]) -> Mapping[str, str]:
     model = [name for name in stored if not is_training_state(name)]
     inner = _unwrapped([canonical[name] for name in model], set(paths.values()), any(paths[n] in boxed for n in model))
     canonical |= dict(zip(model, inner, strict=True))
+    canonical = {name: path[1:] if path[:2] == _NESTED else path for name, path in canonical.items()}
     spelled = {name: ".".join(_spelled(path)) for name, path in canonical.items()}
     # Two trees under one roof may meet in one name: such names stay as they are stored.
     met = Counter(spelled.values())
     return {name: name if met[new] > 1 else new for name, new in spelled.items()}
+
+
+def split_collection(name: str) -> tuple[str, str]:
+    """A canonical name as linen's collection that it stands in, and the path of its module.
+
+    Example:
+        >>> split_collection("batch_stats.layers.0.bn.mean"), split_collection("layers.0.bn.scale")
+        (('batch_stats.', 'layers.0.bn.mean'), ('', 'layers.0.bn.scale'))
+    """
+    return (_STATISTICS, name.removeprefix(_STATISTICS)) if name.startswith(_STATISTICS) else ("", name)
 
 
 def _boxed(paths: Iterable[tuple[str, ...]]) -> set[tuple[str, ...]]:

@@ -5,6 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from m3jax.anatomy.canonical import split_collection
+
 Shape = tuple[int, ...]
 
 
@@ -124,7 +126,7 @@ def find_stacks(
         evidence: What metadata and config say.
         fixed: Axes that the recipe gives, by canonical name; -1 says that a leaf stacks nothing.
     """
-    places = {name: place_of(name) for name in (*leading, *following)}
+    places = {name: place_of(split_collection(name)[1]) for name in (*leading, *following)}
     lists: dict[str, list[str]] = defaultdict(list)
     for name in leading:
         place = places[name]
@@ -150,13 +152,13 @@ def find_stacks(
         if axis is not None:
             place = place or _beside(name)
             stacks[name] = Stack(place, axis, shape[axis], cycles.get(place.stored, 1))
-        elif place is not None and _without_collection(place.stored) in settled:
-            axis, count = settled[_without_collection(place.stored)]
+        elif place is not None and place.stored in settled:
+            axis, count = settled[place.stored]
             own = next((a for a in (axis, 0) if len(shape) > a and shape[a] == count), None)
             if own is None:
                 doubts[name] = _doubt(place.stored, f"{name} has no axis of {count} blocks")
             else:
-                stacks[name] = Stack(place, own, count, cycles.get(_without_collection(place.stored), 1))
+                stacks[name] = Stack(place, own, count, cycles.get(place.stored, 1))
     return Stacks(stacks, doubts)
 
 
@@ -164,10 +166,6 @@ def _beside(name: str) -> Place:
     """Where a leaf stands that only the recipe says to be stacked: its parent is the list."""
     parent, _, leaf = name.rpartition(".")
     return Place(parent or name, "", parent or name, 0, False, leaf, False)
-
-
-def _without_collection(path: str) -> str:
-    return re.sub(r"^(?:collections\.)?batch_stats\.", "", path)
 
 
 def _cycles(places: Mapping[str, Place | None]) -> Mapping[str, int]:

@@ -75,7 +75,10 @@ def test_linens_statistics_go_with_their_block(axis):
     blocks = by_block(found, tensors)
     assert parameters(blocks) == EXPECTED
     statistics = {name: value for name, value in blocks.items() if name not in EXPECTED}
-    assert {(shape, block) for shape, _, block in statistics.values()} == {((12,), i) for i in range(DEPTH)}
+    assert statistics == {
+        f"batch_stats.layers.{i}.bn.{name}": ((12,), f"layers.{i}", i) for i in range(DEPTH) for name in ("mean", "var")
+    }
+    assert list(found.towers) == ["model"]
     assert {part.kind for name, part in found.parts.items() if "batch_stats" in name} == {"statistics"}
 
 
@@ -136,6 +139,7 @@ def test_every_layout_is_told_without_doubt(layout):
     assert told(tensors)
     assert found.notes == ()
     assert found.embedding is not None
+    assert list(found.towers) == (["text", "vision"] if "two" in layout else ["model"])
 
 
 # --- MaxText -----------------------------------------------------------------------------------------------
