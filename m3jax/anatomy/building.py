@@ -67,7 +67,7 @@ def anatomy_of(
     shapes = {names[name]: info.shape for name, info in tensors.items()}
     model = [name for name in tensors if kinds[name] not in _NUMBERLESS]
 
-    stacks = _find_stacks(tensors, names, kinds, facts, flax)
+    stacks = _find_stacks(tensors, names, kinds, facts)
     stacked = {name: stacks.stacks[names[name]] for name in model if names[name] in stacks.stacks}
     pattern = _compiled(overrides.blocks, "blocks") if overrides.blocks is not None else None
     loose = [name for name in model if name not in stacked]
@@ -111,6 +111,9 @@ def anatomy_of(
             f"nothing says whether {stored[words.heads[0]]} is {stored[words.embeddings[0]]}: "
             "say so by `anatomy: {tied: true}` or `{tied: false}`"
         )
+    if tied and words.heads and words.embeddings and not aliases.candidates:
+        head, embedding = stored[words.heads[0]], stored[words.embeddings[0]]
+        notes.append(f"{head} and {embedding} are to be tied but differ in shape: they count as two tensors")
     notes += _shared_layers(family, facts.config, layout)
     return Anatomy(
         parts=MappingProxyType(parts),
@@ -169,7 +172,6 @@ def _find_stacks(
     names: Mapping[str, str],
     kinds: Mapping[str, Kind],
     facts: _Facts,
-    flax: bool,
 ) -> Stacks:
     fixed = {}
     for pattern, axis in facts.overrides.stacked.items():
@@ -180,11 +182,11 @@ def _find_stacks(
                     f"anatomy: stacked: {pattern!r} gives axis {axis}, but {name} has {rank} axes: correct the axis."
                 )
             fixed[names[name]] = axis
-    flax = flax and facts.overrides.blocks is None
+    by_shape = facts.overrides.blocks is None
     leading: dict[str, tuple[int, ...]] = {}
     following: dict[str, tuple[int, ...]] = {}
     for name, info in tensors.items():
-        if kinds[name] in _NUMBERLESS or not (flax or names[name] in fixed):
+        if kinds[name] in _NUMBERLESS or not (by_shape or names[name] in fixed):
             continue
         (leading if kinds[name] == "parameter" else following)[names[name]] = info.shape
     if not leading:  # a tree of adapters alone

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from m3jax.anatomy.kinds import is_training_state
 
@@ -17,14 +17,18 @@ _NUMBERED = re.compile(r"^([a-z]\w*?(?:layers?|blocks?)|layers?|blocks?|h|encode
 _PLURALS = {"layer": "layers", "block": "blocks"}
 
 
-def is_flax_tree(names: Iterable[str]) -> bool:
-    """Whether names are of a Flax tree: PyTorch calls a matrix `weight`, Flax never does.
+def is_flax_tree(names: Collection[str]) -> bool:
+    """Whether names are of a Flax tree: PyTorch calls a matrix `weight`, Flax `kernel`, and only NNX boxes a `value`.
+
+    Some modules of Flax call a norm's scale `weight`, so that the more frequent of the two decides.
 
     Example:
         >>> is_flax_tree(["layers_0.mlp.kernel"]), is_flax_tree(["model.layers.0.mlp.up_proj.weight"])
         (True, False)
     """
-    return not any(name == "weight" or name.endswith((".weight", "/weight")) for name in names)
+    ends = Counter(name.replace("/", ".").rpartition(".")[2] for name in names)
+    boxed = any(name.endswith((".weight.value", ".kernel.value")) for name in names)
+    return boxed or ends["kernel"] + ends["embedding"] >= ends["weight"]
 
 
 def canonical_names(names: Iterable[str]) -> Mapping[str, str]:

@@ -256,3 +256,4 @@ HEAD = re.compile(
     r"output_layer|unembed|unembedding_projection|logits_dense|logits|embed_tokens_head)(?:\.(?:weight|bias|kernel|w|embedding))?$"
     r"|^(?:model\.)?(?:head|output|decoder)\.(?:weight|bias|kernel|w)$|(?:^|\.)final_logits_bias$"
 )
+CERTAIN_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|logits_dense|unembed)\.(?:weight|kernel|w)$")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from m3jax.anatomy.families import FLAX_EMBEDDING, HEAD, INPUT_EMBEDDING, NO_WORDS, Family
+from m3jax.anatomy.families import CERTAIN_HEAD, FLAX_EMBEDDING, HEAD, INPUT_EMBEDDING, NO_WORDS, Family
 
 Shape = tuple[int, ...]
 
@@ -40,7 +40,7 @@ def find_words(shapes: Mapping[str, Shape], family: Family, flax: bool, size: in
     for name, shape in shapes.items():
         if name in axes or not HEAD.search(name):
             continue
-        axis = _token_axis(shape, sizes, flax)
+        axis = _token_axis(name, shape, sizes, flax)
         if axis is not None:
             axes[name] = axis
             if len(shape) == 2 and min(shape) > 1 and (flax or axis == 0):
@@ -67,12 +67,10 @@ def _rank(name: str) -> int:
     return 2 if "encoder." in name else 1
 
 
-def _token_axis(shape: Shape, sizes: Iterable[int], flax: bool) -> int | None:
-    sizes = set(sizes)
-    if not shape:
-        return None
+def _token_axis(name: str, shape: Shape, sizes: Iterable[int], flax: bool) -> int | None:
     order = range(len(shape) - 1, -1, -1) if flax else range(len(shape))
-    if sizes:
-        return next((axis for axis in order if shape[axis] in sizes), None)
-    # Without an embedding and a size, a matrix that is called a head is laid out as its software lays heads out.
-    return (len(shape) - 1 if flax else 0) if len(shape) == 2 else None
+    found = next((axis for axis in order if shape[axis] in set(sizes)), None)
+    # A head that is padded to another size, or whose embedding is not stored, is laid out as its software does it.
+    if found is None and len(shape) == 2 and CERTAIN_HEAD.search(name):
+        return len(shape) - 1 if flax else 0
+    return found

@@ -172,6 +172,37 @@ def test_a_small_tower_does_not_move_the_language_model():
     assert found.parts["vision_tower.vision_model.encoder.layers.1.mlp.fc1.weight"].position == 1 / 3
 
 
+@pytest.mark.parametrize(
+    "paths",
+    [
+        {"language_model.model.layers": "text", "vision_tower.vision_model.encoder.layers": "vision"},
+        {"model.language_model.layers": "text", "model.vision_tower.vision_model.encoder.layers": "vision"},
+        {"model.language_model.layers": "text", "model.visual.blocks": "vision"},
+        {"model.layers": "text", "visual.blocks": "vision"},
+        {"model.layers": "text", "model.vision_tower.vision_tower.vision_model.encoder.layers": "vision"},
+        {"thinker.model.layers": "text", "thinker.visual.blocks": "vision", "thinker.audio_tower.layers": "audio"},
+        {"model.layers": "text", "mtp.layers": "mtp"},
+        {"encoder.block": "encoder", "decoder.block": "decoder"},
+        {"model.encoder.layers": "encoder", "model.decoder.layers": "decoder"},
+        {
+            "language_model.encoder.block": "encoder",
+            "language_model.decoder.block": "decoder",
+            "qformer.encoder.layer": "qformer",
+            "vision_model.encoder.layers": "vision",
+        },
+        {
+            "model.vision_model.transformer.layers": "vision transformer",
+            "model.vision_model.global.layers": "vision global",
+        },
+    ],
+)
+def test_names_of_towers(paths):
+    tensors = infos({f"{path}.{i}.mlp.weight": (4, 4) for path in paths for i in range(3)})
+    found = anatomy_of(tensors)
+    assert {found.parts[f"{path}.2.mlp.weight"].tower: path for path in paths} == {n: p for p, n in paths.items()}
+    assert all(tower.depth == 3 for tower in found.towers.values())
+
+
 def test_stages_are_one_tower_and_what_joins_them_is_in_no_block():
     names = [f"swin.encoder.layers.{s}.blocks.{b}.attn.weight" for s, n in enumerate((2, 3)) for b in range(n)]
     joint = "swin.encoder.layers.0.downsample.reduction.weight"
@@ -289,6 +320,9 @@ def test_t5_stores_its_embedding_up_to_four_times():
 def test_a_copy_of_another_shape_is_no_alias():
     found = anatomy_of(infos({**LLAMA, "lm_head.weight": (48, 8)}), {"model_type": "gemma", "vocab_size": 40})
     assert found.parts["lm_head.weight"].alias_of is None
+    assert found.notes == (
+        "lm_head.weight and model.embed_tokens.weight are to be tied but differ in shape: they count as two tensors",
+    )
 
 
 def test_biases_of_berts_head_are_one():

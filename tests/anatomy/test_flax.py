@@ -317,6 +317,14 @@ def test_canonical_names_are_injective_and_keep_what_is_no_wrapper():
     assert canonical_names(torch) == {name: name for name in torch}
 
 
+def test_a_norm_that_calls_its_scale_weight_does_not_make_a_tree_torchs():
+    memory = {"layers_0.up.kernel": (4, 8), "layers_0.down.kernel": (8, 4), "layers_0.norm.weight": (4,)}
+    disk = {f"params.{name}.value": shape for name, shape in memory.items()}
+    assert told(infos(memory)) == told(infos(disk)) == told(infos({f"params.{n}": s for n, s in memory.items()}))
+    only = {"layers.0.up.weight": (4, 8)}
+    assert told(infos(only)) == told(infos({f"{name}.value": shape for name, shape in only.items()}))
+
+
 # --- Checkpoints that trainers wrote ---------------------------------------------------------------------------
 
 
