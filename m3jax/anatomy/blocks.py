@@ -39,7 +39,7 @@ class Numbered(NamedTuple):
 
 _LISTS = (
     r"layers|layer|h|blocks|block|encoderblock|decoderblock|encoder_layers|decoder_layers|transformer_layers|"
-    r"transformer_blocks|resblocks|albert_layer_groups|dense_layers|moe_layers|gated_cross_attn_layers"
+    r"transformer_blocks|resblocks|albert_layer_groups|dense_layers|moe_layers|gated_cross_attn_layers|self_attends|conformer"
 )
 _BLOCK = re.compile(rf"(?:^|\.)({_LISTS})\.(\d{{1,9}})(?=\.|$)")
 _CAMEL = re.compile(r"(?:^|\.)([A-Z]\w*(?:Block|Layer))_(\d{1,9})(?=\.|$)")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from m3jax.anatomy.aliases import find_aliases, read_ties
 from m3jax.anatomy.blocks import Spot, find_blocks, segment_offsets
 from m3jax.anatomy.canonical import canonical_names, is_flax_tree, split_collection
-from m3jax.anatomy.families import Family, depth_of, family_of, vocabulary_size
+from m3jax.anatomy.families import Family, depth_of, family_of, subconfig, vocabulary_size
 from m3jax.anatomy.kinds import kind_of, quantised
 from m3jax.anatomy.layouts import is_scanned, layout_of, scan_axis
 from m3jax.anatomy.stacks import Evidence, Stack, Stacks, find_stacks
@@ -62,6 +62,8 @@ def anatomy_of(
     flax = is_flax_tree(tensors)
     model_type = facts.config.get("model_type")
     family = family_of(model_type if isinstance(model_type, str) else None)
+    text = family_of((subconfig(facts.config, "text") or {}).get("model_type"))
+    family = family._replace(words=family.words or text.words)
     schemes = quantised(tensors)
     kinds = _kinds(tensors, schemes, overrides)
     shapes = {names[name]: info.shape for name, info in tensors.items()}
@@ -77,7 +79,8 @@ def anatomy_of(
     if pattern is not None and not spots:
         raise M3Error(f"anatomy: blocks: {overrides.blocks!r} is found in no tensor's name: correct the pattern.")
     between = {name: numbered.between[names[name]] for name in loose if names[name] in numbered.between}
-    layout = _Layout.of(spots, stacked, facts.config)
+    adapters = bool(model) and all(kinds[name] == "adapter" for name in model)
+    layout = _Layout.of(spots, stacked, facts.config, partial=adapters)
 
     outside = {names[n]: tensors[n].shape for n in loose if n not in spots and kinds[n] in {"parameter", "quantised"}}
     words = find_words(outside, family, flax, vocabulary_size(facts.config))
@@ -216,7 +219,9 @@ class _Layout:
         self.notes: list[str] = []
 
     @classmethod
-    def of(cls, spots: Mapping[str, Spot], stacked: Mapping[str, Stack], config: Mapping[str, Any]) -> "_Layout":
+    def of(
+        cls, spots: Mapping[str, Spot], stacked: Mapping[str, Stack], config: Mapping[str, Any], partial: bool
+    ) -> "_Layout":
         layout = cls()
         everything = [*spots.values(), *(_last_spot(stack) for stack in stacked.values())]
         layout.offsets = segment_offsets(everything)
@@ -232,16 +237,25 @@ class _Layout:
         with_stacks = {stack.place.tower for stack in stacked.values()}
         for path, count in counts.items():
             name = layout.placing.names[path]
-            depth = depth_of(config, name)
-            if depth is not None and depth < count and name != "mtp":
-                layout.notes.append(f"{path} has {count} blocks, of which config.json counts {depth}")
-            elif depth is not None and depth > count:
-                layout.notes.append(f"{path} has {count} blocks, where config.json says {depth}")
-            layout.towers[name] = Tower(name, depth or count, path in with_stacks)
+            told = depth_of(config, name)
+            beyond = config.get("num_nextn_predict_layers")  # DeepSeek's blocks of another head, numbered on
+            if told is None or told == count:
+                depth = count
+            elif partial or count - told == beyond:
+                depth = told
+            else:
+                depth = count
+                layout.notes.append(f"{path} has {count} blocks, not the {told} of config.json: those stored count")
+            layout.towers[name] = Tower(name, depth, path in with_stacks)
         return layout
 
     def _position(self, tower: str, block: int) -> float:
         return position(block, self.towers[tower].depth)
+
+    def _end(self, path: str, stage: str) -> int:
+        """The last block up to the end of a stage, which itself may have none."""
+        ends = (last for (tower, segment), last in self.last.items() if tower == path and int(segment) <= int(stage))
+        return max(ends, default=0)
 
     def stacked_part(self, part: Part, stack: Stack) -> Part:
         place = stack.place
@@ -276,7 +290,7 @@ class _Layout:
     def outer_part(self, part: Part, between: tuple[str, str] | None, words: Words) -> Part:
         if between is not None:
             own = self.placing.names[between[0]]
-            return part._replace(tower=own, position=self._position(own, self.last[between]))
+            return part._replace(tower=own, position=self._position(own, self._end(*between)))
         name = part.canonical
         before = _BEFORE.search(name) or (_INPUT.search(name) and not _OUTPUT.search(name)) or name in words.embeddings
         if name in words.heads:

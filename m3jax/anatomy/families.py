@@ -110,6 +110,7 @@ _PECULIAR: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "xlstm": {"words": _EMBEDDINGS, "depth": ("num_blocks", "num_hidden_layers")},
         "rwkv": {"words": _EMBEDDINGS},
         "nemotron_h": {"words": _EMBEDDINGS},
+        "cpmant": {"words": r"(?:^|\.)input_embedding\.weight$"},
         "ctrl": {"words": r"(?:^|\.)transformer\.w\.weight$"},
         **{
             name: {"always_shared": True}

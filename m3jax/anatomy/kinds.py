@@ -64,7 +64,8 @@ _BUFFER = re.compile(
     r"causal_mask|attn_mask|embed_positions\.(?:_float_tensor|weights)|bert_position_ids|mel_filters|n_averaged|"
     r"slope_rate|query_decay|key_decay|diagonal_decay|inv_timescales|dft_mat_hidden|dft_mat_seq|token_ordering|"
     r"pos_idx_to_embed|af2_to_esm|summary_idxs|n(?:um)?_points_scale|attn_mask_probs|empty_weight|inited|cluster_size|"
-    r"cluster_usage|embed_avg|embed_sum|latent_mean|latent_std|latent_stats_num_updates|(?:input|output)_(?:min|max))$"
+    r"act_fn\.(?:beta|eps)|norm_mean|norm_std|global_mean|global_invstd|initialized|shared_(?:image_)?embedding\.positional_embedding|"
+    r"(?:weight|bias)_integer|(?:act|fc|weight)_scaling_factor|cluster_usage|embed_avg|embed_sum|latent_mean|latent_std|latent_stats_num_updates|(?:input|output)_(?:min|max))$"
 )
 _CAUSAL_MASK = re.compile(r"(?:^|\.)(?:attn|attention|self_attn|crossattention)(?:\.attention)?\.bias$")
 _INTEGERS = frozenset({"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"})

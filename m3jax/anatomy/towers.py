@@ -31,20 +31,22 @@ def name_towers(paths: Iterable[str]) -> Mapping[str, str]:
     if len(paths) == 1:
         return {paths[0]: "model"}
     roles = {path: _role(path) for path in paths}
-    names = {path: role or "text" for path, role in roles.items()}
-    for role in set(names.values()):
-        same = [path for path in paths if names[path] == role]
-        if len(same) < 2:
-            continue
-        for path in same:
-            sides = _SIDE.findall(path)
-            side = sides[-1].lower() if sides else ""
-            if side and sum(_SIDE.findall(other)[-1:] == sides[-1:] for other in same) == 1:
-                names[path] = side if role == "text" else f"{role} {side}"
-            else:
-                names[path] = f"{role} {_own_component(path, same)}"
+    unknown = [path for path in paths if roles[path] is None]
+    if len(unknown) == 1 and "text" not in roles.values():
+        roles[unknown[0]] = "text"  # beside eyes and ears, what has no name is the language model
+    names = {}
+    for path, role in roles.items():
+        same = [other for other in paths if roles[other] == role]
+        own = role if role is not None and len(same) == 1 else _side(path, same) or _own_component(path, same)
+        names[path] = own if role in {None, "text", own} else f"{role} {own}"
     counts = list(names.values())
     return {path: name if counts.count(name) == 1 else path for path, name in names.items()}
+
+
+def _side(path: str, others: Sequence[str]) -> str | None:
+    """ "encoder" or "decoder", where a path says so and no other does."""
+    side = _SIDE.findall(path)[-1:]
+    return side[0].lower() if side and sum(_SIDE.findall(other)[-1:] == side for other in others) == 1 else None
 
 
 def _own_component(path: str, others: Sequence[str]) -> str:

@@ -1,5 +1,8 @@
 """Kinds, quantised weights, ties, depths, what a recipe says, and groups, by names and shapes alone."""
 
+import subprocess
+import sys
+
 import pytest
 from anatomy.trees import infos
 
@@ -145,21 +148,35 @@ def test_position(index, count, where):
     assert position(index, count) == where
 
 
-def test_a_block_beyond_the_configurations_depth_keeps_its_group_and_is_said():
+def test_blocks_of_another_head_do_not_count_and_keep_their_group():
     tensors = infos({f"model.layers.{i}.mlp.up_proj.weight": (4, 4) for i in range(4)})
     found = anatomy_of(tensors, {"model_type": "deepseek_v3", "num_hidden_layers": 3, "num_nextn_predict_layers": 1})
     assert found.towers["model"].depth == 3
     assert found.parts["model.layers.2.mlp.up_proj.weight"].position == 1.0
     assert found.parts["model.layers.3.mlp.up_proj.weight"].position == 1.0
     assert group_of(found, "model.layers.3.mlp.up_proj.weight", "layer") == "model.layers.3"
-    assert found.notes == ("model.layers has 4 blocks, of which config.json counts 3",)
+    assert found.notes == ()
+
+
+@pytest.mark.parametrize("told", [3, 5])
+def test_a_depth_that_is_not_what_is_stored_is_said(told):
+    tensors = infos({f"model.layers.{i}.mlp.up_proj.weight": (4, 4) for i in range(4)})
+    found = anatomy_of(tensors, {"model_type": "llama", "num_hidden_layers": told})
+    assert found.towers["model"].depth == 4
+    assert found.notes == (f"model.layers has 4 blocks, not the {told} of config.json: those stored count",)
 
 
 def test_adapters_on_some_blocks_stand_where_the_configuration_says():
     name = "base_model.model.model.layers.2.self_attn.q_proj.lora_A.weight"
     found = anatomy_of(infos({name: (2, 8)}), {"model_type": "llama", "num_hidden_layers": 5})
+    assert found.towers["model"].depth == 5
     assert found.parts[name].position == 0.5
-    assert found.notes == ("base_model.model.model.layers has 3 blocks, where config.json says 5",)
+
+
+def test_a_stage_without_blocks_stands_where_the_stage_before_it_ends():
+    shapes = {f"encoder.stages.{s}.layers.{b}.weight": (4, 4) for s in (0, 2) for b in range(2)}
+    found = anatomy_of(infos({**shapes, "encoder.stages.1.weight": (4, 4), "encoder.stages.3.weight": (4, 4)}))
+    assert [found.parts[f"encoder.stages.{stage}.weight"].position for stage in (1, 3)] == [1 / 3, 1.0]
 
 
 def test_a_small_tower_does_not_move_the_language_model():
@@ -183,6 +200,10 @@ def test_a_small_tower_does_not_move_the_language_model():
         {"thinker.model.layers": "text", "thinker.visual.blocks": "vision", "thinker.audio_tower.layers": "audio"},
         {"model.layers": "text", "mtp.layers": "mtp"},
         {"encoder.block": "encoder", "decoder.block": "decoder"},
+        {"encoder.encoder.layer": "encoder", "decoder.transformer.h": "decoder"},
+        {"encoder.vit.encoder.layer": "vision", "decoder.bert.encoder.layer": "text"},
+        {"model.backbone.layers": "backbone", "model.encoder.layers": "encoder", "model.decoder.layers": "decoder"},
+        {"language_model.model.layers": "text", "encoder.layers": "encoder"},
         {"model.encoder.layers": "encoder", "model.decoder.layers": "decoder"},
         {
             "language_model.encoder.block": "encoder",
@@ -386,6 +407,11 @@ def test_summary_adds_up():
     plain = found.to_json()
     assert plain["towers"][0]["name"] == "model"
     assert plain["kinds"]["step"] == {"tensors": 1, "entries": 1}
+
+
+def test_anatomy_needs_no_jax():
+    code = "import sys, m3jax.anatomy; sys.exit('jax' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_nothing_is_something():
