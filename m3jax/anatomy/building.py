@@ -48,7 +48,7 @@ def anatomy_of(
         The anatomy.
 
     Raises:
-        M3Error: An override matches no tensor, names no axis or no kind, or is no regular expression.
+        M3Error: An override matches no tensor, names no kind or an axis that cannot be, or is no regular expression.
 
     Example:
         >>> names = ["wte.weight", "h.0.mlp.weight", "h.1.mlp.weight", "lm_head.weight"]
@@ -69,7 +69,7 @@ def anatomy_of(
     shapes = {names[name]: info.shape for name, info in tensors.items()}
     model = [name for name in tensors if kinds[name] not in _NUMBERLESS]
 
-    stacks = _find_stacks(tensors, names, kinds, facts)
+    stacks = _find_stacks(tensors, names, kinds, facts, flax)
     stacked = {name: stacks.stacks[names[name]] for name in model if names[name] in stacks.stacks}
     pattern = _compiled(overrides.blocks, "blocks") if overrides.blocks is not None else None
     loose = [name for name in model if name not in stacked]
@@ -175,6 +175,7 @@ def _find_stacks(
     names: Mapping[str, str],
     kinds: Mapping[str, Kind],
     facts: _Facts,
+    flax: bool,
 ) -> Stacks:
     fixed = {}
     for pattern, axis in facts.overrides.stacked.items():
@@ -194,7 +195,11 @@ def _find_stacks(
         (leading if kinds[name] == "parameter" else following)[names[name]] = info.shape
     if not leading:  # a tree of adapters alone
         leading, following = following, leading
-    evidence = Evidence(scan_axis(facts.metadata), is_scanned(facts.metadata), _known_depth(facts))
+    numbered: dict[str, int] = {}
+    for spot in find_blocks(leading if flax else (), Family()).spots.values():
+        if not spot.segment:
+            numbered[spot.tower] = max(numbered.get(spot.tower, 0), spot.number + 1)
+    evidence = Evidence(scan_axis(facts.metadata), is_scanned(facts.metadata), _known_depth(facts), numbered)
     return find_stacks(leading, following, evidence, fixed)
 
 

@@ -3,9 +3,11 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 from m3jax.anatomy.canonical import split_collection
+from m3jax.errors import M3Error
 
 Shape = tuple[int, ...]
 
@@ -59,11 +61,13 @@ class Evidence(NamedTuple):
         axis: The axis that metadata says; None if it says none.
         scanned: Whether metadata says that blocks are stacked; None if it does not say.
         depth: The depth that config.json or metadata says of the one tower; None if it does not say or there are more.
+        numbered: How many blocks of a tower are stored one by one beside stacked leaves, by the tower's path.
     """
 
     axis: int | None = None
     scanned: bool | None = None
     depth: int | None = None
+    numbered: Mapping[str, int] = MappingProxyType({})
 
 
 _LISTS = (
@@ -139,7 +143,8 @@ def find_stacks(
     for stored, names in lists.items():
         first = places[names[0]]
         assert first is not None
-        found = _axis({name: leading[name] for name in names}, first, cycles.get(stored, 1), evidence)
+        known = evidence._replace(depth=evidence.depth or evidence.numbered.get(first.tower))
+        found = _axis({name: leading[name] for name in names}, first, cycles.get(stored, 1), known)
         if isinstance(found, str):
             doubts |= dict.fromkeys(names, found)
         elif found is not None:
@@ -159,7 +164,19 @@ def find_stacks(
                 doubts[name] = _doubt(place.stored, f"{name} has no axis of {count} blocks")
             else:
                 stacks[name] = Stack(place, own, count, cycles.get(place.stored, 1))
+    _check_fixed({name: stack for name, stack in stacks.items() if name in fixed})
     return Stacks(stacks, doubts)
+
+
+def _check_fixed(stacks: Mapping[str, Stack]) -> None:
+    """Refuses axes of a recipe along which leaves of one list stack different numbers of blocks."""
+    first: dict[str, tuple[str, int]] = {}
+    for name, stack in stacks.items():
+        other, length = first.setdefault(stack.place.stored, (name, stack.length))
+        if length != stack.length:
+            raise M3Error(
+                f"anatomy: stacked: {other} stacks {length} blocks but {name} {stack.length}: correct the axis of one."
+            )
 
 
 def _beside(name: str) -> Place:

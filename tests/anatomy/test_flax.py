@@ -19,6 +19,7 @@ from anatomy.trees import by_block, infos, of_tree
 
 from m3jax.anatomy import Overrides, anatomy_of, block_name, block_position, canonical_names, group_of
 from m3jax.checkpoints import open_checkpoint
+from m3jax.errors import M3Error
 
 
 def told(tensors, **more):
@@ -183,6 +184,15 @@ def test_maxtext_dense_blocks_come_before_moe_blocks():
     assert told(maxtext([("dense_layers", 2, 1), ("moe_layers", 3, 1)]), config={"num_hidden_layers": 5}) == expected
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_half_stacked_is_unstacked(axis):
+    unscanned = maxtext([(f"layers_{i}", None, 0) for i in range(5)])
+    leaf = "mlp.wi_0.kernel"
+    half = {name: info for name, info in unscanned.items() if not name.endswith(leaf)}
+    half |= infos({f"params.decoder.layers.{leaf}": (5, 8, 12) if axis == 0 else (8, 5, 12)})
+    assert told(half) == told(unscanned)
+
+
 def test_lists_in_lists_that_do_not_stack():
     found = told(maxtext([(f"layers.layers_{i}", None, 0) for i in range(4)]))
     assert found["decoder.layers.layers.2.mlp.wo.kernel"] == ((12, 8), "decoder.layers.layers.2", 2)
@@ -284,6 +294,12 @@ def test_the_recipe_outranks_metadata_and_config():
     none = anatomy_of(infos(AMBIGUOUS), overrides=Overrides(stacked={r"^layers\.": -1}))
     assert none.parts["layers.a.scale"].stack_axis is None
     assert none.notes == ()
+
+
+def test_axes_of_a_recipe_that_contradict_each_other_are_refused():
+    overrides = Overrides(stacked={r"^layers\.a": 0, r"^layers\.b": 1})
+    with pytest.raises(M3Error, match=r"layers\.a\.scale stacks 5 blocks but layers\.b\.scale 4"):
+        anatomy_of(infos(AMBIGUOUS), overrides=overrides)
 
 
 def test_metadata_that_says_unscanned_is_believed():
