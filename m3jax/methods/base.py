@@ -180,6 +180,7 @@ class Method(NamedTuple):
         experts: The fewest and the most that it can merge; None for any number.
         sparsifies: Whether a sparsifier may go before it.
         rows: Needs whole rows: chunks are cut between them.
+        copies: At scale 1 the result is the first expert, bit for bit.
         check: (options, numbers) → raises M3Error for parameters that cannot be.
     """
 
@@ -195,6 +196,7 @@ class Method(NamedTuple):
     experts: tuple[int, int | None] = (1, None)
     sparsifies: bool = True
     rows: bool = False
+    copies: bool = False
     check: Callable[[Any, Numbers], None] | None = None
 
 

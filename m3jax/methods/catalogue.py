@@ -291,6 +291,18 @@ METHODS: tuple[MethodRow, ...] = (
         sparsifies=False,
     ),
     MethodRow(
+        "passthrough",
+        "m3jax.methods.passthrough:passthrough",
+        "the tensors of one model, as for stacking layers with slices",
+        "scale·x",
+        "mergekit, Goddard et al., 2024, arXiv 2403.13257",
+        (Parameter("scale", "scale", "factor of the tensor", 1.0, level="expert"),),
+        base="expert",
+        experts=(1, 1),
+        weighting="none",
+        sparsifies=False,
+    ),
+    MethodRow(
         "slerp",
         "m3jax.methods.slerp:slerp",
         "along the arc between two models, tensor by tensor",

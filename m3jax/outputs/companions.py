@@ -12,6 +12,7 @@ from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.locate import named_companions
 from m3jax.errors import M3Error
 from m3jax.methods.mixup import draw_weights
+from m3jax.outputs.layers import with_layers
 from m3jax.recipe import Recipe
 
 _CONFIG = "config.json"
@@ -81,19 +82,26 @@ def _check_same_tokenizers(models: Sequence[ModelDirectory]) -> None:
             )
 
 
-def _merged_config(path: Path, dtype: str | None) -> str:
-    """The template's config with the dtype that was written, under the key that it uses."""
+def _merged_config(path: Path, dtype: str | None, picked: Sequence[int] | None) -> str:
+    """The template's config with the dtype and the layers that were written, under the keys that it uses."""
     text = path.read_text(encoding="utf-8")
     config = json.loads(text)
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-    if dtype is None or all(config.get(key) == dtype for key in keys):
+    written = config if dtype is None else {**config, **dict.fromkeys(keys, dtype)}
+    if picked is not None:
+        written = with_layers(written, picked)
+    if written == config:
         return text
-    config.update(dict.fromkeys(keys, dtype))
+    config = written
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
 
 
 def write_companions(
-    directory: Path, files: Mapping[str, Path], recipe: Recipe, weights: Mapping[str, Sequence[float]]
+    directory: Path,
+    files: Mapping[str, Path],
+    recipe: Recipe,
+    weights: Mapping[str, Sequence[float]],
+    picked: Sequence[int] | None = None,
 ) -> dict[str, str]:
     """Write everything but weights and manifest.
 
@@ -102,6 +110,7 @@ def write_companions(
         files: What `gather` chose.
         recipe: The recipe, for dtype, chat template and card.
         weights: Of the experts, by group, for the card.
+        picked: See `layers.with_layers`; None where layers are as they were.
 
     Returns:
         The digest of each file written, by name.
@@ -111,7 +120,7 @@ def write_companions(
         target = directory / name
         target.parent.mkdir(exist_ok=True)
         if name == _CONFIG:
-            target.write_text(_merged_config(path, recipe.output_dtype), encoding="utf-8")
+            target.write_text(_merged_config(path, recipe.output_dtype, picked), encoding="utf-8")
         else:
             target.write_bytes(path.read_bytes())
         written.append(name)

@@ -31,19 +31,24 @@ def _blocks(recipe: "Recipe") -> Iterator[tuple[Place, dict[str, Setting]]]:
 
 
 def check_slices(recipe: "Recipe") -> None:
-    """The slices tile whole models: the same ones, the same layers of each, in order, without gaps."""
-    end = 0
+    """Every slice has layers, as many of each of its sources, and as many sources as the others."""
     for i, part in enumerate(recipe.slices or ()):
-        same = sorted(source.model for source in part.sources) == sorted(e.model for e in recipe.models)
-        first, last = part.layers
-        if not same or first != end or last <= first or any(s.layer_range != part.layers for s in part.sources):
+        for j, source in enumerate(part.sources):
+            first, last = source.layer_range
+            if first < 0 or last <= first:
+                place = ("slices", i, "sources", j, "layer_range")
+                raise RecipeError(
+                    f"[{first}, {last}] holds no layers; write the first and the one after the last", *place
+                )
+        lengths = {last - first for first, last in (source.layer_range for source in part.sources)}
+        if len(lengths) > 1:
+            said = ", ".join(f"{s.model} {list(s.layer_range)}" for s in part.sources)
+            raise RecipeError(f"the sources have runs of different lengths ({said}); make them equal", "slices", i)
+        if recipe.stacks and len(part.sources) != len(recipe.slices[0].sources):  # type: ignore[index]
+            counts = len(part.sources), len(recipe.slices[0].sources)  # type: ignore[index]
             raise RecipeError(
-                "the slices stack or shuffle layers, which is not merging; give every slice the same models"
-                " with one layer_range for all of them, one slice after the other from layer 0",
-                "slices",
-                i,
+                f"has {counts[0]} sources where the first slice has {counts[1]}; give all slices as many", "slices", i
             )
-        end = last
 
 
 def check_names(recipe: "Recipe") -> None:
@@ -77,8 +82,10 @@ def check_experts(recipe: "Recipe") -> None:
     """There are as many experts as the method merges."""
     count, (fewest, most) = len(recipe.experts), recipe.row.experts
     if fewest == most and count != fewest:
-        base = ", and base_model is one if given," if recipe.row.base == "first" else ""
-        raise RecipeError(f"{recipe.merge_method} merges {fewest} models{base} not {count}", "models")
+        base = ", and base_model is one if given," if recipe.row.base == "first" else ","
+        raise RecipeError(
+            f"{recipe.merge_method} merges {fewest} model{'' if fewest == 1 else 's'}{base} not {count}", "models"
+        )
     if count < fewest:
         found = f"{count} expert{'' if count == 1 else 's'}" if count else "no expert"
         wanted = "one or more" if fewest == 1 else f"{fewest} or more"

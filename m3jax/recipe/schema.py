@@ -249,9 +249,54 @@ class Recipe(_Strict):
         return self.row.base == "task_vectors"
 
     @property
+    def stacks(self) -> bool:
+        """Whether `slices` stack layers into another model, and do not only give runs of layers other parameters."""
+        if not self.slices:
+            return False
+        same = sorted(source.model for source in self.slices[0].sources)
+        ends = [0, *(part.layers[1] for part in self.slices)]
+        return not all(
+            sorted(source.model for source in part.sources) == same
+            and part.layers[0] == end
+            and all(source.layer_range == part.layers for source in part.sources)
+            for part, end in zip(self.slices, ends, strict=False)
+        )
+
+    def _sources(self, part: Slice) -> tuple[Source, ...]:
+        """The sources of a slice that are experts, in their order."""
+        if self.row.base == "expert" or self.base_model is None:
+            return part.sources
+        others = tuple(source for source in part.sources if source.model != self.base_model)
+        if self.row.base == "task_vectors":
+            return others
+        return (*(source for source in part.sources if source.model == self.base_model), *others)
+
+    def stacked_experts(self) -> list[list[Source]]:
+        """For each expert of stacked layers, the source of each slice."""
+        return [list(column) for column in zip(*map(self._sources, self.slices or ()), strict=True)]
+
+    def stacked_base(self) -> list[tuple[int, int]]:
+        """The layers of the base that stand below each slice: those that it is a source of, or those of the others.
+
+        Raises:
+          M3Error: the sources of a slice give different layers, and the base is none of them.
+        """
+        found = []
+        for number, part in enumerate(self.slices or ()):
+            own = [source.layer_range for source in part.sources if source.model == self.base_model]
+            ranges = own or list({source.layer_range for source in part.sources})
+            if len(ranges) > 1:
+                raise M3Error(
+                    f"slices.{number}: the sources give different layers, so which of the base belong to them cannot "
+                    "be told; add the base as a source with its layer_range"
+                )
+            found.append(ranges[0])
+        return found
+
+    @property
     def declared_layers(self) -> int | None:
         """How many layers `slices` says the models have; None without slices."""
-        return self.slices[-1].layers[1] if self.slices else None
+        return sum(last - first for first, last in (part.layers for part in self.slices)) if self.slices else None
 
     def parameter(self, name: str, tensor_name: str, expert_index: int | None, t: float) -> float | bool | str | None:
         """One parameter's value for one tensor.
@@ -354,9 +399,20 @@ class Recipe(_Strict):
         block = block_of(tensor_name)
         if block is None:
             return self.slices[0 if t < 0.5 else -1], t
-        part = next((part for part in self.slices if block[1] < part.layers[1]), self.slices[-1])
-        first, end = part.layers
-        return part, position(block[1] - first, end - first)
+        first = 0
+        for part in self.slices:
+            count = part.layers[1] - part.layers[0]
+            if block[1] < first + count:
+                break
+            first += count
+        return part, position(block[1] - first, count)
+
+    def _own(self, expert: ModelEntry, part: Slice) -> list[Source]:
+        """The sources of a slice that stand for an expert."""
+        if self.stacks:
+            place = next((i for i, entry in enumerate(self.experts) if entry is expert), 0)
+            return [self._sources(part)[place]]
+        return [source for source in part.sources if source.model == expert.model]
 
     def levels(self, expert: ModelEntry | None, part: Slice | None) -> Iterator[dict[str, Setting]]:
         """The blocks of parameters that a tensor's setting is looked up in, the first to decide first."""
@@ -364,7 +420,7 @@ class Recipe(_Strict):
             yield expert.parameters
         if part is not None:
             if expert is not None:
-                yield from (source.parameters for source in part.sources if source.model == expert.model)
+                yield from (source.parameters for source in self._own(expert, part))
             yield part.parameters
         yield self.parameters
 

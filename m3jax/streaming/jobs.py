@@ -23,10 +23,11 @@ from m3jax.checkpoints import (
     plan_shards,
 )
 from m3jax.checkpoints.remote import RemotePath, as_path
+from m3jax.checkpoints.views import prefix_view, selected, stacked_layers
 from m3jax.cluster.processes import ALONE, Processes, gather
 from m3jax.errors import M3Error, saying_what_failed
-from m3jax.outputs import companions as modelcard
-from m3jax.outputs import manifest
+from m3jax.naming import block_of
+from m3jax.outputs import companions, manifest
 from m3jax.outputs.local import check_free, replaced_with
 from m3jax.outputs.remote import check_remote_free
 from m3jax.progress import Progress
@@ -73,11 +74,6 @@ class MergeJob(NamedTuple):
         tensors = self.recorded["output"]["tensors"] if self.recorded is not None else {}
         return {name: entry["digest"] for name, entry in tensors.items()}
 
-    @property
-    def recorded_inputs(self) -> list[Mapping[str, str]] | None:
-        """The digests that a replay's inputs must have, in the plan's order."""
-        return None if self.recorded is None else [record["tensors"] for record in self.recorded["inputs"]]
-
 
 class OpenedModel(NamedTuple):
     """One opened input.
@@ -104,38 +100,82 @@ def _open_model(name: str, role: str, job: MergeJob, stack: ExitStack) -> Opened
         hint = f"if it has moved, --input {name}=HERE says where it is"
         raise M3Error(f"{str(error).rstrip('.')}; {hint}") from error
     checkpoint = stack.enter_context(open_checkpoint(place.path))
-    config = modelcard.read_config(place.path)
+    return _opened(role, place._replace(name=name), checkpoint)
+
+
+def _opened(role: str, place: ModelDirectory, checkpoint: Checkpoint) -> OpenedModel:
+    config = companions.read_config(place.path)
     tied = config.get("tie_word_embeddings") if config else None
-    return OpenedModel(role, place._replace(name=name), checkpoint, Input(name, checkpoint.tensors, tied))
+    return OpenedModel(role, place, checkpoint, Input(place.name, checkpoint.tensors, tied))
 
 
-def _open_models(job: MergeJob, stack: ExitStack) -> list[OpenedModel]:
-    recipe = job.recipe
+def _open_models(job: MergeJob, stack: ExitStack) -> tuple[list[OpenedModel], list[OpenedModel]]:
+    """The inputs of the plan, and the models that are read for them: the same, but where layers are stacked."""
+    recipe, role = job.recipe, job.recipe.base_role
+    if recipe.stacks:
+        return _stack_models(job, role, {}, stack)
     models = [_open_model(entry.model, "expert", job, stack) for entry in recipe.experts]
-    role = recipe.base_role
+    if recipe.declared_layers not in (None, _depth(models[0].checkpoint)):  # the first layers of a longer model
+        return _stack_models(job, role, {model.place.name: model for model in models}, stack)
     if recipe.base_model is not None and role is not None:
         models.append(_open_model(recipe.base_model, role, job, stack))
-    return models
+    names = [list(model.checkpoint.tensors) for model in models]
+    seen = [
+        _opened(model.role, model.place, prefix_view(model.checkpoint, *(names[:i] + names[i + 1 :])))
+        for i, model in enumerate(models)
+    ]
+    return seen, models
+
+
+def _depth(checkpoint: Checkpoint) -> int:
+    """How many layers a model has."""
+    return 1 + max((block[1] for block in map(block_of, checkpoint.tensors) if block), default=-1)
+
+
+def _stack_models(
+    job: MergeJob, role: str | None, opened: dict[str, OpenedModel], stack: ExitStack
+) -> tuple[list[OpenedModel], list[OpenedModel]]:
+    """The inputs of a merge whose slices stack layers: each a view of the models that its layers come from."""
+    recipe = job.recipe
+    columns = recipe.stacked_experts()
+    for column in columns:
+        for source in column:
+            if source.model not in opened:
+                opened[source.model] = _open_model(source.model, "expert", job, stack)
+    models = []
+    for column in columns:
+        runs = [(opened[source.model].checkpoint, *source.layer_range) for source in column]
+        models.append(_opened("expert", opened[column[0].model].place, stacked_layers(runs)))
+    if recipe.base_model is not None and role is not None:
+        base = opened.get(recipe.base_model) or _open_model(recipe.base_model, role, job, stack)
+        opened[recipe.base_model] = base
+        models.append(_opened(role, base.place, selected(base.checkpoint, *recipe.stacked_base())))
+    return models, list(opened.values())
 
 
 class Ready(NamedTuple):
     """A merge as it is prepared: nothing of it has been written yet.
 
     Attributes:
-        models: The opened inputs, experts first, then the base if there is one.
+        models: The inputs of the plan, experts first, then the base if there is one; views, where they are seen
+            otherwise than they are stored.
+        sources: The models that are read for them.
         plan: What happens to each tensor.
         shards: The files to write, each with its tensors.
         companions: The files that stand beside the weights, by name.
         fingerprints: What tells each input's files from others, without reading weights.
         identity: Digest of everything that the output's bytes depend on.
+        picked: Where layers are stacked, for each which layer of the template it is taken to be; else None.
     """
 
     models: list[OpenedModel]
+    sources: list[OpenedModel]
     plan: MergePlan
     shards: list[tuple[str, list[TensorInfo]]]
     companions: dict[str, Path]
     fingerprints: list[dict[str, FileFingerprint]]
     identity: str
+    picked: list[int] | None
 
 
 def _identity(recipe: Recipe, plan: MergePlan, inputs: Any, rest: Any) -> str:
@@ -181,21 +221,45 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
         check_remote_free(job.out, job.overwrite)
     elif processes.index == 0:
         check_free(job.out, job.overwrite)
-    models = _open_models(job, stack)
-    _check_apart(job.out, models)
+    models, sources = _open_models(job, stack)
+    stacked = bool(job.recipe.slices) and [m.checkpoint for m in models] != [m.checkpoint for m in sources]
+    _check_apart(job.out, sources)
     drawn: DrawnWeights | None = manifest.drawn_weights(job.recorded) if job.recorded is not None else job.chosen
     base = models[-1].input if models[-1].role != "expert" else None
     plan = make_plan(job.recipe, [m.input for m in models if m.role == "expert"], base, drawn)
-    companions = modelcard.gather(job.recipe, [m.place for m in models], plan.template)
+    beside_weights = companions.gather(job.recipe, [m.place for m in models], plan.template)
     shards = plan_shards([t.output for t in plan.tensors], job.max_shard_size)
-    _check_recorded(job.recorded, plan, models)
+    _check_recorded(job.recorded, plan, sources)
     fingerprints = [m.checkpoint.fingerprint() for m in models]
-    beside = {name: digest_file(path) for name, path in companions.items()}
+    beside = {name: digest_file(path) for name, path in beside_weights.items()}
     rest = [shards, job.expected, beside, job.allow_nonfinite]
     inputs = [[m.input.name, str(m.place.path), told] for m, told in zip(models, fingerprints, strict=True)]
-    ready = Ready(models, plan, shards, companions, fingerprints, _identity(job.recipe, plan, inputs, rest))
+    identity = _identity(job.recipe, plan, inputs, rest)
+    picked = _picked(job.recipe, plan.template == len(models) - 1 and base is not None) if stacked else None
+    ready = Ready(models, sources, plan, shards, beside_weights, fingerprints, identity, picked)
     _check_agreement(processes, job.recipe, ready, rest)
     return ready
+
+
+def _picked(recipe: Recipe, from_base: bool) -> list[int]:
+    """For each layer of stacked ones, which layer of the model that gives the configuration it is taken to be."""
+    own = [source.layer_range for source in recipe.stacked_experts()[0]]
+    return [layer for first, last in (recipe.stacked_base() if from_base else own) for layer in range(first, last)]
+
+
+def recorded_digests(ready: Ready, recorded: Mapping[str, Any] | None) -> dict[str, dict[str, str]] | None:
+    """The digests that a replay's inputs must have: of stored tensors, by where they are.
+
+    Args:
+        ready: The merge.
+        recorded: The manifest that it follows, if any.
+    """
+    if recorded is None:
+        return None
+    found: dict[str, dict[str, str]] = {}
+    for source, record in zip(ready.sources, recorded["inputs"], strict=True):
+        found.setdefault(source.checkpoint.location, {}).update(record["tensors"])
+    return found
 
 
 def _check_apart(out: Path, models: Sequence[OpenedModel]) -> None:

@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh
 
 from m3jax.checkpoints import DTYPES, TensorInfo, parse_size, write_index
 from m3jax.checkpoints.remote import RemotePath, as_path
+from m3jax.checkpoints.views import stored_at
 from m3jax.cluster.processes import ALONE, Cluster, Processes, gather, share
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs import companions as modelcard
@@ -26,7 +27,7 @@ from m3jax.outputs.remote import RemoteStaging, RemoteWorkplace
 from m3jax.progress import Progress
 from m3jax.recipe import Recipe, load_recipe
 from m3jax.streaming.findings import Step, phases_of
-from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, MergeJob, OpenedModel, Ready, prepare
+from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, MergeJob, OpenedModel, Ready, prepare, recorded_digests
 from m3jax.streaming.passes import Circumstances, Passes
 from m3jax.streaming.plan import DrawnWeights, MergePlan, TensorPlan, divide
 from m3jax.streaming.reading import Loaded, default_chunk_entries
@@ -91,7 +92,7 @@ def _merge(job: MergeJob, processes: Processes) -> MergeResult:
         checkpoints = [m.checkpoint for m in ready.models]
         entries = _chunk_size(job.chunk_entries, ready.plan, ready.models)
         how = Circumstances(entries, _local_mesh(job.mesh), processes, job.allow_nonfinite, job.progress)
-        passes = Passes(ready.plan, checkpoints, job.recipe.seed, job.recorded_inputs, how)
+        passes = Passes(ready.plan, checkpoints, job.recipe.seed, recorded_digests(ready, job.recorded), how)
         finished = _finished(workplace, ready.shards)
         written = _produce(passes, workplace, ready.shards, finished, job.expected)
         if ready.fingerprints != [checkpoint.fingerprint() for checkpoint in checkpoints]:
@@ -224,20 +225,32 @@ def _record(job: MergeJob, ready: Ready, entries: Mapping[str, Any]) -> dict[str
     """The manifest, but for the digests of the small files."""
     told = {name: tensor for tensors in entries.values() for name, tensor in tensors.items()}
     output = {t.output.name: (t.output, told[t.output.name]["digest"]) for t in ready.plan.tensors}
-    records = []
+    read: list[dict[str, Any]] = [{} for _ in ready.sources]
     for position, model in enumerate(ready.models):
-        infos = model.checkpoint.tensors
-        read = {n: told[n]["inputs"].get(str(position)) for n in infos if n in told}
-        digests = {name: (infos[name], digest) for name, digest in read.items() if digest is not None}
-        records.append(manifest.InputRecord(model.input.name, model.role, model.place.revision, digests))
+        for name in model.checkpoint.tensors:
+            digest = told[name]["inputs"].get(str(position)) if name in told else None
+            if digest is not None:
+                stored = stored_at(model.checkpoint, name)
+                source = _source_at(ready, position, stored.location)
+                read[source][stored.name] = ready.sources[source].checkpoint.tensors[stored.name], digest
+    records = [
+        manifest.InputRecord(source.input.name, source.role, source.place.revision, digests)
+        for source, digests in zip(ready.sources, read, strict=True)
+    ]
     return manifest.build(job.recipe, ready.plan.weights, records, output, {}, job.max_shard_size)
+
+
+def _source_at(ready: Ready, position: int, location: str) -> int:
+    """Which of the models that are read is at a location; that of an input's own position, if two are there."""
+    there = [i for i, source in enumerate(ready.sources) if source.checkpoint.location == location]
+    return position if position in there else there[0]
 
 
 def _publish(job: MergeJob, ready: Ready, staging: Staging | RemoteStaging, record: dict[str, Any]) -> None:
     """Write what stands beside the weights, complete `record`, and let the output appear."""
     if len(ready.shards) > 1:
         write_index(staging.path, ready.shards, sum(t.output.nbytes for t in ready.plan.tensors))
-    files = modelcard.write_companions(staging.path, ready.companions, job.recipe, ready.plan.weights)
+    files = modelcard.write_companions(staging.path, ready.companions, job.recipe, ready.plan.weights, ready.picked)
     record["output"]["files"] = dict(sorted(files.items()))
     (staging.path / manifest.FILE_NAME).write_text(manifest.to_json(record), encoding="utf-8")
     staging.publish()

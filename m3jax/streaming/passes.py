@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m3jax.arithmetic import threefry
 from m3jax.checkpoints import DTYPES, Checkpoint, as_bytes
+from m3jax.checkpoints.views import stored_at
 from m3jax.cluster.processes import Processes
 from m3jax.errors import M3Error
 from m3jax.methods.leaf import LeafScalars, Pipeline, merged_leaf
@@ -69,7 +70,7 @@ class Passes:
         plan: MergePlan,
         checkpoints: Sequence[Checkpoint],
         seed: int,
-        recorded: Sequence[Mapping[str, str]] | None,
+        recorded: Mapping[str, Mapping[str, str]] | None,
         how: Circumstances,
     ) -> None:
         """Begin.
@@ -78,7 +79,7 @@ class Passes:
             plan: What is to be done.
             checkpoints: The inputs, in the plan's order.
             seed: Of masks.
-            recorded: For a replay, each input's tensor digests as recorded.
+            recorded: For a replay, the digests of stored tensors as recorded, by location.
             how: The circumstances.
         """
         self.plan, self.how = plan, how
@@ -95,9 +96,10 @@ class Passes:
 
     def _note_digest(self, position: int, name: str, digest: str) -> None:
         """Record the digest of an input's tensor; refuse a replay whose input has changed."""
-        if self._recorded is not None and self._recorded[position].get(name, digest) != digest:
+        stored = stored_at(self._checkpoints[position], name)
+        if self._recorded is not None and self._recorded[stored.location].get(stored.name, digest) != digest:
             raise M3Error(
-                f"{self._checkpoints[position].location}: {name} is not what was merged: its bytes have changed since; "
+                f"{stored.location}: {stored.name} is not what was merged: its bytes have changed since; "
                 "restore the file, or make a new merge with m3jax merge"
             )
         self.take_digests(name, {position: digest})

@@ -95,19 +95,6 @@ def _is_tied(model: Input, head: str) -> bool:
     return head not in model.tensors or bool(model.ties_embeddings)
 
 
-def _check_prefixes(inputs: Sequence[Input]) -> None:
-    """Raise M3Error if all names of one model are those of another below a prefix, as Flax's `params`."""
-    first = inputs[0]
-    for model in inputs[1:]:
-        for long, short in ((model, first), (first, model)):
-            prefix = next(iter(long.tensors), "").partition(".")[0] + "."
-            if short.tensors.keys() == {name.removeprefix(prefix) for name in long.tensors if name.startswith(prefix)}:
-                raise M3Error(
-                    f"all names of {long.name} begin with {prefix!r} and those of {short.name} do not: "
-                    "save the tree below it, so that both have the same names"
-                )
-
-
 def _tied_heads(inputs: Sequence[Input]) -> set[str]:
     """Output embeddings that some model lacks because they are tied; they must be tied in all of them."""
     heads = {name for model in inputs for name in model.tensors if name.split(".")[-2:] == ["lm_head", "weight"]}
@@ -230,7 +217,6 @@ def make_plan(
         if not any(re.search(pattern, name) for name in excluded):
             raise M3Error(f"exclude: {pattern!r} matches no tensor of {inputs[template].name}: mend it or leave it out")
     models = [inputs[i] for i in used]
-    _check_prefixes(models)
     tied = _tied_heads(models) - excluded
     _check_names(models, excluded, tied)
     kept = [n for n in names if n not in tied and (n in inputs[template].tensors if n in excluded else True)]
@@ -258,6 +244,9 @@ def make_plan(
             continue
         t = layer_position(name, layers)
         settings = _settings(recipe, pipeline, name, t, weights)
+        if pipeline.method.copies and settings.scale == 1.0 and output_dtype(recipe, reference) == reference.dtype:
+            plans.append(TensorPlan(reference, used))
+            continue
         sparse = without_idle_sparsifier(pipeline, settings)
         output = TensorInfo(name, reference.shape, output_dtype(recipe, reference))
         plans.append(TensorPlan(output, used, sparse, settings))

@@ -175,6 +175,8 @@ def merge(
     by_name, chosen = matching.match(models, labels, only)
     template = by_name[0]
     merged_names = [name for name in template if name in chosen and matching.is_parameter(template[name])]
+    if method.copies and method.scale == 1.0 and dtype is None:
+        merged_names = []  # the template is the one expert
     columns = {name: [tree[name] for tree in by_name] for name in merged_names}
     # Under a jit whose arguments are none of the merge's, a zero would be a constant of the program, and no fence.
     in_trace = is_traced(columns, weights, key, jnp.zeros((), jnp.uint32))

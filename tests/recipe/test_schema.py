@@ -385,7 +385,8 @@ WRONG = [
     (merge(tokenizer_source="base"), "tokenizer_source: 'base' needs a base_model"),
     # methods
     (merge("tise"), "merge_method: 'tise' is not here; did you mean 'ties'? available are linear, task_arithmetic"),
-    (merge("passthrough"), "merge_method: 'passthrough' is not here; available are linear"),
+    (merge("passtrough"), "merge_method: 'passtrough' is not here; did you mean 'passthrough'?"),
+    (merge("passthrough"), "models: passthrough merges 1 model, not 2"),
     # models
     (merge(models="a"), "models: 'a' does not fit here; write a list"),
     (merge(name=3), "name: 3 does not fit here; write text"),
@@ -509,20 +510,27 @@ def test_wrong_recipes_are_refused_in_one_sentence(raw, sentence):
     assert "pydantic" not in str(refusal.value)
 
 
-@pytest.mark.parametrize(
-    "second",
-    [
-        {"sources": [source("a", 3, 4), source("b", 3, 4)]},  # a gap
-        {"sources": [source("a", 1, 4), source("b", 1, 4)]},  # an overlap
-        {"sources": [source("a", 2, 4), source("b", 3, 5)]},  # different layers
-        {"sources": [source("a", 2, 4), source("c", 2, 4)]},  # another model
-        {"sources": [source("a", 2, 4)]},  # fewer models
-        {"sources": [source("a", 2, 2), source("b", 2, 2)]},  # no layers
-    ],
-)
-def test_stacked_slices_are_refused(second):
-    with pytest.raises(M3Error, match=r"recipe: slices\.1: the slices stack or shuffle layers"):
-        load_recipe({"merge_method": "linear", "slices": [SLICE, second]})
+STACKED = [
+    ([source("a", 3, 4), source("b", 3, 4)], None),  # a gap
+    ([source("a", 1, 4), source("b", 1, 4)], None),  # an overlap
+    ([source("a", 2, 4), source("b", 3, 5)], None),  # different layers
+    ([source("a", 2, 4), source("c", 2, 4)], None),  # another model
+    ([source("a", 2, 4)], "has 1 sources where the first slice has 2"),
+    ([source("a", 2, 2), source("b", 2, 2)], r"layer_range: \[2, 2\] holds no layers"),
+    ([source("a", 2, 4), source("b", 2, 3)], r"runs of different lengths \(a \[2, 4\], b \[2, 3\]\)"),
+]
+
+
+@pytest.mark.parametrize(("sources", "sentence"), STACKED)
+def test_slices_that_stack_layers(sources, sentence):
+    raw = {"merge_method": "linear", "slices": [SLICE, {"sources": sources}]}
+    if sentence is not None:
+        with pytest.raises(M3Error, match=rf"recipe: slices\.1.*{sentence}"):
+            load_recipe(raw)
+        return
+    made = load_recipe(raw)
+    assert made.stacks
+    assert made.declared_layers == 2 + sources[0]["layer_range"][1] - sources[0]["layer_range"][0]
 
 
 @pytest.mark.parametrize("raw", [None, 3, "linear", ["linear"]])

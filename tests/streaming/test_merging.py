@@ -694,17 +694,6 @@ def test_every_pattern_of_nan_and_infinity_is_seen(dtype):
     assert [is_refused(patterns[i]) for i in rows] == [not np.isfinite(values[i]) for i in rows]
 
 
-def test_models_below_a_prefix_are_told_apart_from_tied_ones(tmp_path):
-    write_models(tmp_path, shapes={"model.w": (4, 4), "lm_head.weight": (4, 4)})
-    tensors = {f"params.{name}": value for name, value in read(tmp_path / "expert-1").items()}
-    write(tmp_path / "prefixed", tensors)
-    told = recipe(tmp_path, merge_method="task_arithmetic") | {
-        "models": [str(tmp_path / "expert-0"), str(tmp_path / "prefixed")]
-    }
-    with pytest.raises(M3Error, match=r"all names of .*prefixed begin with 'params\.' and those of .*base do not"):
-        m3jax.merge_checkpoint(told, tmp_path / "out")
-
-
 def test_a_replay_says_how_to_name_a_model_that_has_moved(tmp_path):
     write_models(tmp_path, shapes={"w": (4, 4)})
     m3jax.merge_checkpoint(recipe(tmp_path, merge_method="task_arithmetic"), tmp_path / "out")
