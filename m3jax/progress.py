@@ -1,6 +1,15 @@
 """What long work tells whoever watches it."""
 
-from typing import NamedTuple
+import time
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+from m3jax.text import time_text
+
+SECONDS_BETWEEN_LINES = 3.0
+
+Tell: TypeAlias = Callable[[str], None]
+"""Is given one line of text at a time."""
 
 
 class Progress(NamedTuple):
@@ -15,3 +24,31 @@ class Progress(NamedTuple):
     stage: str
     done: int
     total: int
+
+
+def progress_lines(tell: Tell | None, what: str = "examples") -> Callable[[int, int], None] | None:
+    """What a run reports, as lines with rate and time left, a few seconds apart.
+
+    Args:
+        tell: Told the lines; nothing is reported without it.
+        what: What is counted.
+    """
+    if tell is None:
+        return None
+    say, state = tell, {"begun": time.monotonic(), "said": time.monotonic(), "first": -1.0}
+
+    def report(done: int, total: int) -> None:
+        now = time.monotonic()
+        if state["first"] < 0:
+            state.update(first=done, begun=now)  # what an earlier run did counts in no rate
+            if done:
+                say(f"{done} of {total} {what} were done before")
+        fresh, spent = done - state["first"], now - state["begun"]
+        if not fresh or (now - state["said"] < SECONDS_BETWEEN_LINES and done < total):
+            return
+        state["said"] = now
+        rate = fresh / max(spent, 1e-6)
+        left = f", {time_text((total - done) / rate)} left" if done < total else f" in {time_text(spent)}"
+        say(f"{done} of {total} {what}, {rate:.2f}/s{left}")
+
+    return report

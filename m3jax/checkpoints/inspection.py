@@ -21,6 +21,7 @@ from m3jax.checkpoints.opening import open_checkpoint, recognise
 from m3jax.checkpoints.storage import is_dir
 from m3jax.errors import M3Error
 from m3jax.progress import Progress
+from m3jax.text import shape_text
 
 _PIECE = 1 << 18  # entries read at a time
 _BLOCK = 1 << 13  # entries measured at a time: their float64 stays in the nearest cache
@@ -409,9 +410,18 @@ def _compare(
         total=total,
         only_a=tuple(name for name in ours if name not in theirs),
         only_b=tuple(name for name in theirs if name not in ours),
-        shapes=tuple(Mismatch(x.name, _sizes(x), _sizes(y)) for x, y in shared if x.shape != y.shape),
+        shapes=tuple(
+            Mismatch(x.name, shape_text(x.shape), shape_text(y.shape)) for x, y in shared if x.shape != y.shape
+        ),
         dtypes=tuple(Mismatch(x.name, x.dtype, y.dtype) for x, y in shared if x.dtype != y.dtype),
     )
+
+
+def _mismatches(
+    shared: Iterable[tuple[TensorInfo, TensorInfo]], text: Callable[[TensorInfo], str]
+) -> tuple[Mismatch, ...]:
+    """The tensors that are described differently."""
+    return tuple(Mismatch(x.name, text(x), text(y)) for x, y in shared if text(x) != text(y))
 
 
 def _is_float(dtype: str) -> bool:
@@ -420,10 +430,6 @@ def _is_float(dtype: str) -> bool:
 
 def _is_comparable(x: TensorInfo, y: TensorInfo) -> bool:
     return x.shape == y.shape and (x.dtype == y.dtype or (_is_float(x.dtype) and _is_float(y.dtype)))
-
-
-def _sizes(info: TensorInfo) -> str:
-    return " × ".join(map(str, info.shape)) or "scalar"
 
 
 def _pieces(first: Checkpoint, second: Checkpoint, x: TensorInfo, y: TensorInfo) -> Iterator[tuple[int, Difference]]:

@@ -4,19 +4,33 @@ What a command needs is imported inside it, so that `--help` and `inspect` start
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeAlias
 
 import typer
 
 from m3jax.checkpoints import formats
-from m3jax.cli import console, options, shell
-from m3jax.cluster.supervision import Rendezvous
+from m3jax.cli import options, shell, terminal
+from m3jax.cli.displays.checkpoints import comparison_lines, overview_lines
+from m3jax.cli.displays.evaluation import attack_lines, evaluation_lines
+from m3jax.cli.displays.exploration import exploration_json, exploration_lines, reporter
+from m3jax.cli.displays.merges import (
+    convert_json,
+    convert_lines,
+    estimate_lines,
+    merge_json,
+    merge_lines,
+    verification_json,
+    verification_lines,
+)
 from m3jax.errors import M3Error
 
 if TYPE_CHECKING:
     from m3jax.streaming.merging import MergeResult
+
+_Start: TypeAlias = "tuple[Sequence[str], Callable[..., MergeResult]]"
+"""Notes on what was read, and the function that does it."""
 
 app = typer.Typer(
     name="m3jax",
@@ -48,12 +62,19 @@ def _options(
     pass
 
 
-@app.command()
+def _command(work: Callable[..., None]) -> Callable[..., None]:
+    return app.command()(options.grouped(work))
+
+
+# --- Merges ------------------------------------------------------------------------------------------------------
+
+
+@_command
 def merge(
+    *,
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file.", show_default=False)],
     out: options.Out,
-    seed: options.Seed = None,
-    overrides: options.Overrides = None,
+    changes: options.Changes,
     max_shard_size: options.MaxShardSize = "5GB",
     overwrite: options.Overwrite = False,
     allow_nonfinite: Annotated[
@@ -63,59 +84,41 @@ def merge(
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what the merge would read, write and take; read no weights.")
     ] = False,
-    mesh: options.MergeMesh = None,
-    distributed: options.Distributed = False,
-    coordinator: options.Coordinator = None,
-    num_processes: options.NumProcesses = None,
-    process_id: options.ProcessId = None,
-    heartbeat_timeout: options.Heartbeat = options.HEARTBEAT_SECONDS,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
+    machines: options.Machines,
+    speech: options.Speech,
 ) -> None:
     """Merge models as a recipe says.
 
     An interrupted merge keeps its finished files; the same command resumes it.
     """
     if plan:
-        from m3jax.streaming.estimate import estimate_lines, estimate_recipe
+        from m3jax.streaming.estimate import estimate_recipe
 
-        estimate = estimate_recipe(recipe, out, overrides or (), seed, overwrite, max_shard_size, num_processes or 1)
-        shell.print_result(estimate.to_json, lambda: estimate_lines(estimate, console.terminal_width()), as_json)
+        processes = machines.num_processes or 1
+        given = changes.overrides or ()
+        estimate = estimate_recipe(recipe, out, given, changes.seed, overwrite, max_shard_size, processes)
+        width = terminal.width()
+        shell.print_result(estimate.to_json, lambda: estimate_lines(estimate, width), speech.as_json)
         return
-    where = Rendezvous.of(distributed, coordinator, num_processes, process_id, heartbeat_timeout)
 
-    def work(speaks: bool) -> None:
-        still = quiet or not speaks
-        with shell.resumable(out):
-            from m3jax.recipe import load_recipe
+    def prepare() -> _Start:
+        from m3jax.recipe import load_recipe
 
-            loaded = load_recipe(recipe, overrides or (), seed)
-            shell.print_notes(loaded.notes(), still)
-            shell.silence_downloads(still)
-            from m3jax.cluster.meshes import local_mesh  # after the recipe: a mistake in it shows before JAX starts
+        loaded = load_recipe(recipe, changes.overrides or (), changes.seed)
+
+        def start(**how: Any) -> "MergeResult":
             from m3jax.streaming.merging import merge_checkpoint
 
-            with console.progress_reporter(still) as progress:
-                result = merge_checkpoint(
-                    loaded,
-                    out,
-                    overwrite=overwrite,
-                    max_shard_size=max_shard_size,
-                    allow_nonfinite=allow_nonfinite,
-                    chunk_entries=chunk_entries,
-                    mesh=local_mesh(mesh),
-                    distributed=distributed,
-                    progress=progress,
-                )
-        shell.print_notes((note for note in result.notes if note not in loaded.notes()), still)
-        _print_merge(result, as_json and speaks, still)
+            return merge_checkpoint(loaded, out, allow_nonfinite=allow_nonfinite, chunk_entries=chunk_entries, **how)
 
-    shell.perform(work, where, debug)
+        return loaded.notes(), start
+
+    _merge(prepare, out, machines, speech, overwrite=overwrite, max_shard_size=max_shard_size)
 
 
-@app.command()
+@_command
 def replay(
+    *,
     manifest: Annotated[
         str, typer.Argument(metavar="MANIFEST", help="An m3jax.json, or the directory it is in.", show_default=False)
     ],
@@ -126,50 +129,60 @@ def replay(
         typer.Option(metavar="SIZE", help="Largest weight file.  [default: as recorded]", show_default=False),
     ] = None,
     overwrite: options.Overwrite = False,
-    mesh: options.MergeMesh = None,
-    distributed: options.Distributed = False,
-    coordinator: options.Coordinator = None,
-    num_processes: options.NumProcesses = None,
-    process_id: options.ProcessId = None,
-    heartbeat_timeout: options.Heartbeat = options.HEARTBEAT_SECONDS,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
+    machines: options.Machines,
+    speech: options.Speech,
 ) -> None:
     """Do a merge again from its manifest, bit for bit."""
-    where = Rendezvous.of(distributed, coordinator, num_processes, process_id, heartbeat_timeout)
 
-    def work(speaks: bool) -> None:
-        still = quiet or not speaks
-        with shell.resumable(out):
-            sources = options.read_sources(inputs or ())
-            shell.silence_downloads(still)
-            from m3jax.cluster.meshes import local_mesh
+    def prepare() -> _Start:
+        sources = options.read_sources(inputs or ())
+
+        def start(**how: Any) -> "MergeResult":
             from m3jax.streaming.merging import replay as replay_manifest
 
-            with console.progress_reporter(still) as progress:
-                result = replay_manifest(
-                    manifest,
-                    out,
-                    sources=sources,
-                    overwrite=overwrite,
-                    max_shard_size=max_shard_size,
-                    mesh=local_mesh(mesh),
-                    distributed=distributed,
-                    progress=progress,
-                )
-        shell.print_notes(result.notes, still)
-        _print_merge(result, as_json and speaks, still)
+            return replay_manifest(manifest, out, sources=sources, **how)
 
-    shell.perform(work, where, debug)
+        return (), start
+
+    _merge(prepare, out, machines, speech, overwrite=overwrite, max_shard_size=max_shard_size)
 
 
-@app.command()
+def _merge(
+    prepare: Callable[[], _Start], out: str, machines: options.Machines, speech: options.Speech, **where: Any
+) -> None:
+    """What merging and replaying share.
+
+    Args:
+        prepare: Reads what is asked for, before JAX starts, so that a mistake in it shows at once.
+        out: Where the merge goes.
+        machines: What it runs on.
+        speech: What is said of it.
+        **where: What both functions take for the output.
+    """
+
+    def work(speaks: bool) -> None:
+        still = speech.quiet or not speaks
+        with shell.resumable(out):
+            notes, start = prepare()
+            shell.print_notes(notes, still)
+            shell.silence_downloads(still)
+            from m3jax.cluster.meshes import local_mesh
+
+            with terminal.progress_reporter(still) as progress:
+                mesh = local_mesh(machines.mesh)
+                result = start(mesh=mesh, distributed=machines.distributed, progress=progress, **where)
+        shell.print_notes((note for note in result.notes if note not in notes), still)
+        as_json = speech.as_json and speaks
+        shell.print_result(lambda: merge_json(result), lambda: merge_lines(result), as_json, still)
+
+    shell.perform(work, machines.rendezvous(), speech.debug)
+
+
+@_command
 def verify(
+    *,
     directory: Annotated[str, typer.Argument(metavar="DIR", help="A directory that m3jax made.", show_default=False)],
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
+    speech: options.Speech,
 ) -> None:
     """Check a model directory against its manifest.
 
@@ -177,18 +190,20 @@ def verify(
     """
     from m3jax.outputs.manifest import verify as verify_directory
 
-    with console.progress_reporter(quiet) as progress:
+    with terminal.progress_reporter(speech.quiet) as progress:
         found = verify_directory(directory, progress=progress)
-    if as_json:
-        shell.print_json(console.verification_json(found))
-    elif found.differences or not quiet:
-        shell.print_lines(console.verification_lines(found))
+    still = speech.quiet and not found.differences
+    shell.print_result(lambda: verification_json(found), lambda: verification_lines(found), speech.as_json, still)
     if found.differences:
         raise typer.Exit(shell.BAD_INPUT)
 
 
-@app.command()
+# --- Checkpoints -------------------------------------------------------------------------------------------------
+
+
+@_command
 def inspect(
+    *,
     path: Annotated[
         str, typer.Argument(metavar="PATH", help="A model directory, weight file or hub id.", show_default=False)
     ],
@@ -204,21 +219,19 @@ def inspect(
     """Show what a checkpoint holds, or how two of them differ."""
     from m3jax.checkpoints import inspection
 
+    width = terminal.width()
     if other is None:
         overview = inspection.look_at(path, pattern)
-        shell.print_result(
-            overview.to_json, lambda: console.overview_lines(overview, console.terminal_width()), as_json
-        )
+        shell.print_result(overview.to_json, lambda: overview_lines(overview, width), as_json)
         return
-    with console.progress_reporter() as progress:
+    with terminal.progress_reporter() as progress:
         comparison = inspection.compare(path, other, pattern, progress)
-    shell.print_result(
-        comparison.to_json, lambda: console.comparison_lines(comparison, console.terminal_width()), as_json
-    )
+    shell.print_result(comparison.to_json, lambda: comparison_lines(comparison, width), as_json)
 
 
-@app.command()
+@_command
 def convert(
+    *,
     source: Annotated[
         str, typer.Argument(metavar="SRC", help="A model directory, weight file or hub id.", show_default=False)
     ],
@@ -228,24 +241,25 @@ def convert(
     ] = formats.SAFETENSORS.name,
     max_shard_size: options.MaxShardSize = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
+    speech: options.Speech,
 ) -> None:
     """Write a checkpoint in another format, bit for bit."""
-    shell.silence_downloads(quiet)
+    shell.silence_downloads(speech.quiet)
     from m3jax.outputs import conversion
 
-    with console.progress_reporter(quiet) as progress:
+    with terminal.progress_reporter(speech.quiet) as progress:
         result = conversion.convert(
             source, out, to, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
         )
-    if as_json or not quiet:
-        shell.print_result(lambda: console.convert_json(result), lambda: console.convert_lines(result), as_json)
+    shell.print_result(lambda: convert_json(result), lambda: convert_lines(result), speech.as_json, speech.quiet)
 
 
-@app.command()
+# --- Evaluation --------------------------------------------------------------------------------------------------
+
+
+@_command
 def evaluate(
+    *,
     model: options.Model,
     task: Annotated[
         str | None, typer.Option("--task", metavar="NAME", help="gsm8k, math, humaneval, mbpp, sst2, ….")
@@ -268,37 +282,33 @@ def evaluate(
     overflow: options.Overflow = "error",
     dtype: options.Dtype = None,
     mesh: options.DecoderMesh = None,
-    run_code: options.RunCode = False,
-    allow_unsandboxed: options.AllowUnsandboxed = False,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
+    programs: options.Programs,
+    speech: options.Speech,
 ) -> None:
     """Score a model on a task."""
-    from m3jax.cli import evaluation
-    from m3jax.cli.evaluation_display import outcome_lines
+    from m3jax.evaluation import stored
     from m3jax.evaluation.options import Evaluation
 
-    wanted = evaluation.Wanted(
+    wanted = stored.EvaluateOptions(
         task=task,
         data=data,
         harness=harness,
         include_path=include_path,
         out=out,
         resume=resume,
-        how=Evaluation(limit, batch_size, max_tokens, template, overflow, run_code, allow_unsandboxed),
+        how=Evaluation(limit, batch_size, max_tokens, template, overflow, *programs),
         dtype=dtype,
         mesh=mesh,
     )
-    evaluation.check(wanted)
-    shell.silence_downloads(quiet)
-    outcome = evaluation.run(model, wanted, None if quiet else shell.print_progress)
-    if as_json or not quiet:
-        shell.print_result(lambda: outcome, lambda: outcome_lines(outcome), as_json)
+    stored.check(wanted)
+    shell.silence_downloads(speech.quiet)
+    outcome = stored.run(model, wanted, None if speech.quiet else shell.print_progress)
+    shell.print_result(lambda: outcome, lambda: evaluation_lines(outcome), speech.as_json, speech.quiet)
 
 
-@app.command()
+@_command
 def attack(
+    *,
     model: options.Model,
     task: Annotated[str, typer.Option("--task", metavar="NAME", help="sst2, cola, gsm8k, ….", show_default=False)],
     data: options.Data = None,
@@ -323,18 +333,15 @@ def attack(
     overflow: options.AttackOverflow = "error",
     dtype: options.Dtype = None,
     mesh: options.DecoderMesh = None,
-    run_code: options.RunCode = False,
-    allow_unsandboxed: options.AllowUnsandboxed = False,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
+    programs: options.Programs,
+    speech: options.Speech,
 ) -> None:
     """Attack the prompt of a model, and shift its inputs."""
-    shell.silence_downloads(quiet)
+    shell.silence_downloads(speech.quiet)
     from m3jax.evaluation import robustness
     from m3jax.evaluation.options import Evaluation
 
-    wanted = robustness.Wanted(
+    wanted = robustness.AttackOptions(
         task=task,
         data=data,
         attacks=robustness.DEFAULT_ATTACKS if attacks is None else options.names(attacks),
@@ -349,17 +356,17 @@ def attack(
         embeddings=embeddings,
         out=out,
         overwrite=overwrite,
-        how=Evaluation(limit, batch_size, max_tokens, template, overflow, run_code, allow_unsandboxed),
+        how=Evaluation(limit, batch_size, max_tokens, template, overflow, *programs),
         dtype=dtype,
         mesh=mesh,
     )
-    outcome = robustness.run(model, wanted, None if quiet else shell.print_progress)
-    if as_json or not quiet:
-        shell.print_result(lambda: outcome, lambda: robustness.outcome_lines(outcome), as_json)
+    outcome = robustness.run(model, wanted, None if speech.quiet else shell.print_progress)
+    shell.print_result(lambda: outcome, lambda: attack_lines(outcome), speech.as_json, speech.quiet)
 
 
-@app.command()
+@_command
 def report(
+    *,
     directories: Annotated[
         list[Path],
         typer.Argument(metavar="DIR…", help="Output directories of evaluate and attack.", show_default=False),
@@ -381,8 +388,12 @@ def report(
     shell.print_result(found.to_json, lambda: reporting.table_lines(found), as_json)
 
 
-@app.command()
+# --- Exploration -------------------------------------------------------------------------------------------------
+
+
+@_command
 def explore(
+    *,
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file with mixup.", show_default=False)],
     out: options.Out,
     tasks: options.Tasks,
@@ -394,21 +405,17 @@ def explore(
     steps: options.Steps = 100,
     learning_rate: options.LearningRate = 0.05,
     journal: options.Journal = None,
-    seed: options.Seed = None,
-    overrides: options.Overrides = None,
+    changes: options.Changes,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Use the first N examples of each task only.")] = None,
     batch_size: options.BatchSize = 8,
     max_tokens: options.MaxTokens = None,
     template: options.Template = None,
     overflow: options.Overflow = "error",
     mesh: options.DecoderMesh = None,
-    run_code: options.RunCode = False,
-    allow_unsandboxed: options.AllowUnsandboxed = False,
+    programs: options.Programs,
     max_shard_size: options.MaxShardSize = "5GB",
     overwrite: options.Overwrite = False,
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
+    speech: options.Speech,
 ) -> None:
     """Try many merging ratios and write the best merge.
 
@@ -416,20 +423,19 @@ def explore(
     """
     from m3jax.recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides or (), seed)
+    loaded = load_recipe(recipe, changes.overrides or (), changes.seed)
     wanted = options.read_tasks(tasks)
     if granularity is not None and optimize is None:
         raise M3Error("--granularity is for --optimize: add it, or write mixup.granularity into the recipe")
-    shell.print_notes(loaded.notes(), quiet)
-    shell.silence_downloads(quiet)
+    shell.print_notes(loaded.notes(), speech.quiet)
+    shell.silence_downloads(speech.quiet)
     from m3jax import exploration
-    from m3jax.cli import exploration_display
     from m3jax.evaluation.models import make_mesh
 
-    how = exploration.Evaluation(limit, batch_size, max_tokens, template, overflow, run_code, allow_unsandboxed)
+    how = exploration.Evaluation(limit, batch_size, max_tokens, template, overflow, *programs)
     learned = exploration.Optimization(optimize, steps, learning_rate, granularity, batch_size) if optimize else None
     kept = "finished samples are kept, and the same command goes on"
-    with shell.resumable(out, kept), exploration_display.reporter(samples, quiet) as (watch, tell):
+    with shell.resumable(out, kept), reporter(samples, speech.quiet) as (watch, tell):
         found = exploration.explore(
             loaded,
             out,
@@ -446,37 +452,31 @@ def explore(
             watch=watch,
             tell=tell,
         )
-    if as_json or not quiet:
-        width = console.terminal_width()
-        shell.print_result(
-            lambda: exploration_display.exploration_json(found),
-            lambda: exploration_display.exploration_lines(found, width),
-            as_json,
-        )
+    width = terminal.width()
+    shell.print_result(
+        lambda: exploration_json(found), lambda: exploration_lines(found, width), speech.as_json, speech.quiet
+    )
 
 
-@app.command()
+@_command
 def demo(
+    *,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to work.")] = Path("m3jax-demo"),
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    debug: options.Debug = False,
+    speech: options.Speech,
 ) -> None:
     """Train two small experts, merge their skills and show what came of it."""
     from m3jax.laboratory.demo import main as run_demo
 
     def echo(line: str) -> None:
-        if not quiet:
-            print(line, file=sys.stderr if as_json else sys.stdout, flush=True)
+        if not speech.quiet:
+            print(line, file=sys.stderr if speech.as_json else sys.stdout, flush=True)
 
     outcome = run_demo(directory, echo)
-    if as_json:
+    if speech.as_json:
         shell.print_json(outcome)
 
 
-def _print_merge(result: "MergeResult", as_json: bool, quiet: bool) -> None:
-    if as_json or not quiet:
-        shell.print_result(lambda: console.merge_json(result), lambda: console.merge_lines(result), as_json)
+# --- The program -------------------------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

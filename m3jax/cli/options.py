@@ -1,13 +1,15 @@
-"""The options of the commands, and how those are read that hold more than one thing."""
+"""The options of the commands, alone and in groups, and how those are read that hold more than one thing."""
 
-from collections.abc import Sequence
-from typing import Annotated
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from m3jax.cluster.supervision import Rendezvous
 from m3jax.errors import M3Error
 
-HEARTBEAT_SECONDS = 30  # of silence after which a process counts as dead
+_HEARTBEAT_SECONDS = 30  # of silence after which a process counts as dead
 
 # --- What is said, and where it goes ------------------------------------------------------------------------------
 
@@ -134,6 +136,85 @@ Journal = Annotated[
     str | None,
     typer.Option(metavar="DIR", help="Where samples are kept.  [default: OUT.exploration]", show_default=False),
 ]
+
+# --- Groups -------------------------------------------------------------------------------------------------------
+
+
+class Speech(NamedTuple):
+    """What a command says."""
+
+    as_json: Json = False
+    quiet: Quiet = False
+    debug: Debug = False
+
+
+class Changes(NamedTuple):
+    """What a command changes in a recipe."""
+
+    seed: Seed = None
+    overrides: Overrides = None
+
+
+class Machines(NamedTuple):
+    """What a merge runs on."""
+
+    mesh: MergeMesh = None
+    distributed: Distributed = False
+    coordinator: Coordinator = None
+    num_processes: NumProcesses = None
+    process_id: ProcessId = None
+    heartbeat_timeout: Heartbeat = _HEARTBEAT_SECONDS
+
+    def rendezvous(self) -> Rendezvous | None:
+        """Where the processes meet; None where this is the only one."""
+        return Rendezvous.of(
+            self.distributed, self.coordinator, self.num_processes, self.process_id, self.heartbeat_timeout
+        )
+
+
+class Programs(NamedTuple):
+    """What becomes of programs that a model wrote."""
+
+    run_code: RunCode = False
+    allow_unsandboxed: AllowUnsandboxed = False
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """A command as Typer reads it: in the place of a parameter that is a group stand the options of the group.
+
+    Args:
+        command: Its parameters are keyword-only, so that a group needs no default.
+    """
+    signature = inspect.signature(command)
+    groups = {name: one.annotation for name, one in signature.parameters.items() if _is_group(one.annotation)}
+    flat = [
+        option
+        for name, one in signature.parameters.items()
+        for option in (_options_of(groups[name]) if name in groups else [one])
+    ]
+
+    def work(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field: given.pop(field) for field in group._fields})
+        command(**given)
+
+    work.__name__, work.__doc__ = command.__name__, command.__doc__
+    work.__signature__ = signature.replace(parameters=flat)  # type: ignore[attr-defined]
+    work.__annotations__ = {option.name: option.annotation for option in flat}
+    return work
+
+
+def _is_group(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, tuple) and hasattr(annotation, "_fields")
+
+
+def _options_of(group: Any) -> list[inspect.Parameter]:
+    defaults = group._field_defaults
+    return [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=kind, default=defaults[name])
+        for name, kind in inspect.get_annotations(group).items()
+    ]
+
 
 # --- Options that hold more than one thing ------------------------------------------------------------------------
 

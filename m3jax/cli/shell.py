@@ -32,12 +32,11 @@ def main(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
         whoever read the output has gone.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given or os.environ.get("M3JAX_DEBUG", "0") not in ("", "0")
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         _print_anything(getattr(sys, name))
-    return reported(lambda: _invoke(app, given), debug)
+    return reported(lambda: _invoke(app, given), wants_debug(given))
 
 
 def run(app: typer.Typer) -> NoReturn:
@@ -53,6 +52,11 @@ def run(app: typer.Typer) -> NoReturn:
                 stream.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def wants_debug(arguments: Sequence[str] = ()) -> bool:
+    """Whether tracebacks are to be shown: by an argument, or by the environment."""
+    return "--debug" in arguments or os.environ.get("M3JAX_DEBUG", "0") not in ("", "0")
 
 
 def perform(work: Callable[[bool], None], where: Rendezvous | None, debug: bool) -> None:
@@ -198,18 +202,15 @@ def print_progress(line: str) -> None:
     sys.stderr.flush()
 
 
-def print_result(data: Callable[[], dict[str, Any]], lines: Callable[[], Iterable[str]], as_json: bool) -> None:
-    """Prints a result, as JSON or as lines; only what is wanted is made."""
+def print_result(
+    data: Callable[[], dict[str, Any]], lines: Callable[[], Iterable[str]], as_json: bool, quiet: bool = False
+) -> None:
+    """Prints a result on standard output, as JSON, or as lines unless `quiet`; only what is wanted is made."""
     if as_json:
         print_json(data())
-    else:
-        print_lines(lines())
-
-
-def print_lines(lines: Iterable[str]) -> None:
-    """Prints lines, on standard output."""
-    for line in lines:
-        print(line)
+    elif not quiet:
+        for line in lines():
+            print(line)
 
 
 def print_json(data: dict[str, Any]) -> None:

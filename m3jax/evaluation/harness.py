@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from m3jax.cli.evaluation_display import Tell, progress_lines
 from m3jax.errors import M3Error
 from m3jax.evaluation.harness_tasks import HarnessTasks, harness_class, load_harness_tasks, said, surroundings
 from m3jax.evaluation.protocol import GenerationSettings, Generator, Pair, Scorer
+from m3jax.progress import Tell, progress_lines
 
 _T = TypeVar("_T")
 

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from m3jax.cli.evaluation_display import Tell
 from m3jax.errors import M3Error
 from m3jax.evaluation.checks import did_you_mean
 from m3jax.evaluation.data import quiet_hub
 from m3jax.evaluation.tasks import TASKS
+from m3jax.progress import Tell
 
 # The harness's own: some tasks shuffle as they are loaded.
 _RANDOM_SEED, _NUMPY_SEED = 0, 1234

@@ -11,8 +11,6 @@ from m3jax import decoder
 from m3jax.arithmetic import threefry
 from m3jax.checkpoints import digest_checkpoint, digest_tensor, locate_model, open_checkpoint
 from m3jax.checkpoints.protocol import DTYPES
-from m3jax.cli.console import size_text
-from m3jax.cli.evaluation_display import Tell, compile_lines, progress_lines
 from m3jax.cluster.meshes import parse_mesh
 from m3jax.decoder import ApplyFn, DecoderConfig
 from m3jax.errors import M3Error
@@ -31,6 +29,8 @@ from m3jax.evaluation.protocol import (
 )
 from m3jax.evaluation.records import digest
 from m3jax.evaluation.runner import Summary, evaluate_named
+from m3jax.progress import Tell, progress_lines
+from m3jax.text import size_text
 
 
 class LanguageModel(NamedTuple):
@@ -149,6 +149,19 @@ def make_mesh(axes: str) -> jax.sharding.Mesh:
     return parse_mesh(axes, names=("fsdp", "tp"))
 
 
+def _compile_lines(tell: Tell | None) -> Callable[[decoder.Progress], None] | None:
+    """What a decoder reports, as lines about what it compiles; nothing without someone to tell."""
+    if tell is None:
+        return None
+    say = tell
+
+    def watch(event: decoder.Progress) -> None:
+        if event.event == "compile":
+            say(f"compiling {event.stage} for {event.batch} x {event.length} tokens")
+
+    return watch
+
+
 def make_generator(
     model: LanguageModel,
     overflow: Overflow = "error",
@@ -190,7 +203,7 @@ def make_generator(
             stop_strings=settings.stop,
             detokenize=decode,
             batch_size=batch_size,
-            progress=compile_lines(tell),
+            progress=_compile_lines(tell),
             apply_fn=model.apply_fn,
         )
         for i, one in zip(kept, written, strict=True):
@@ -282,7 +295,7 @@ def make_scorer(
             [parts[i] for i in scored],
             batch_size=batch_size,
             overflow="error" if overflow == "error" else "truncate_left",
-            progress=compile_lines(tell),
+            progress=_compile_lines(tell),
             apply_fn=model.apply_fn,
         )
         for i, score in zip(scored, scores, strict=True):

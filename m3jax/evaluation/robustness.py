@@ -1,4 +1,4 @@
-"""How robust a model is: attacks on its prompt and shifts of its inputs, from Python and from the command line."""
+"""How robust a model is: attacks on its prompt and shifts of its inputs, of models in memory and of stored ones."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,8 +9,6 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from m3jax.arithmetic import threefry
-from m3jax.cli.console import count_text
-from m3jax.cli.evaluation_display import Tell
 from m3jax.errors import M3Error
 from m3jax.evaluation import models
 from m3jax.evaluation.attacks import Sources, get_profile, make_attack, read_embeddings
@@ -24,6 +22,7 @@ from m3jax.evaluation.records import make_directory, write_whole
 from m3jax.evaluation.runner import check_code, find_source, read_rows
 from m3jax.evaluation.shifts import make_shift
 from m3jax.evaluation.tasks import Execution, get_task
+from m3jax.progress import Tell
 
 DEFAULT_ATTACKS = ("deepwordbug", "textbugger", "stresstest", "checklist")  # those that need no further files
 BATCH_SIZE = 64
@@ -164,8 +163,8 @@ def attack(
 # --- The command -------------------------------------------------------------------------------------------------
 
 
-class Wanted(NamedTuple):
-    """The options of the command, as its help describes them."""
+class AttackOptions(NamedTuple):
+    """The options of `m3jax attack`, as its help describes them."""
 
     task: str
     data: str | None
@@ -186,13 +185,13 @@ class Wanted(NamedTuple):
     mesh: str | None
 
 
-def _check(wanted: Wanted) -> None:
+def _check(wanted: AttackOptions) -> None:
     check_evaluation(wanted.how, wanted.dtype, _OVERFLOWS)
     if wanted.out is not None and (wanted.out / FILE).exists() and not wanted.overwrite:
         raise M3Error(f"{wanted.out / FILE} is already there: give another output directory, or --overwrite")
 
 
-def run(name: str, wanted: Wanted, tell: Tell | None) -> dict[str, Any]:
+def run(name: str, wanted: AttackOptions, tell: Tell | None) -> dict[str, Any]:
     """Load a model and attack it; weights come last, when all else is known to be right.
 
     Args:
@@ -253,27 +252,3 @@ def _keeping(out: Path | None) -> Iterator[Callable[[Robustness], None]]:
         nothing = "nothing is kept" + ("; with --out DIR what is finished would be" if out is None else "")
         finished = f"what is finished ({written} of the attacks and shifts) is in {out}"
         raise KeyboardInterrupt(finished if written else nothing) from None
-
-
-def outcome_lines(outcome: dict[str, Any]) -> Iterator[str]:
-    """The outcome of `run`: each attacked prompt below the original."""
-    low, high = outcome["interval"]
-    yield f"{outcome['task']}: {outcome['accuracy']:.1%} clean, 95 % interval {low:.1%} to {high:.1%}"
-    yield f"prompt         {outcome['prompt']!r}"
-    for one in outcome["attacks"]:
-        ended = ", budget spent" if one["exhausted"] else ""
-        if not one["candidates"] and one["drop"]["clean"] > 0 and not one["exhausted"]:
-            ended += ", nothing tried: no word has a candidate"
-        yield f"{one['attack']:<14} {_drop_text(one['drop'])}; {count_text(one['queries'], 'prompt')} scored{ended}"
-        if one["prompt"] != outcome["prompt"]:
-            yield f"{'':<14} {one['prompt']!r}"
-    for one in outcome["shifts"]:
-        yield f"{one['shift']:<14} {_drop_text(one['drop'])}; {count_text(one['changed'], 'example')} changed"
-
-
-def _drop_text(drop: dict[str, Any]) -> str:
-    said = f"{drop['attacked']:.1%} right"
-    if drop["pdr"] is None:
-        return f"{said}, PDR undefined, as nothing was right before"
-    low, high = drop["interval"]
-    return f"{said}, PDR {drop['pdr']:.3f} (95 % interval {low:.3f} to {high:.3f})"

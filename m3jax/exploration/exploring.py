@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from m3jax.checkpoints.remote import is_url
-from m3jax.cli.evaluation_display import Tell
 from m3jax.decoder import ApplyFn, DecoderConfig, check_vocabulary
 from m3jax.errors import M3Error
 from m3jax.evaluation import tokens
@@ -25,7 +24,7 @@ from m3jax.exploration.scoring import Dev, Evaluation, Score, make_score, own_pa
 from m3jax.exploration.selection import MEAN, Result, check_select, choose, pareto_front, value
 from m3jax.exploration.strategies import ADAPTIVE, EXTENSIBLE, Trial, pursue, strategy_of
 from m3jax.methods.mixup import GRANULARITIES
-from m3jax.progress import Progress
+from m3jax.progress import Progress, Tell
 from m3jax.recipe import MixupSettings, Recipe, load_recipe
 from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, Ready, prepared
 from m3jax.streaming.merging import MergeResult, merge_checkpoint

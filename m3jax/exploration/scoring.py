@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 
 from m3jax import decoder
 from m3jax.arithmetic import threefry
-from m3jax.cli.evaluation_display import Tell
 from m3jax.decoder import ApplyFn, DecoderConfig
 from m3jax.errors import M3Error
 from m3jax.evaluation.models import LanguageModel, make_generator
@@ -23,6 +22,7 @@ from m3jax.evaluation.runner import check_code, evaluate_task, read_examples
 from m3jax.evaluation.tasks import Example, Task, get_task
 from m3jax.exploration.resident import Params
 from m3jax.exploration.selection import MEAN, PARETO
+from m3jax.progress import Tell
 
 Score = Callable[[Params, float], Mapping[str, float]]
 """From merged arrays by tensor name and a share of the dev examples to scores by task, larger being better."""

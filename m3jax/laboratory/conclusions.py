@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 
-from m3jax.cli.console import count_text
 from m3jax.laboratory.claims import HELD, IN_PART, SPREAD, UNDECIDED, Claim, Comparison
 from m3jax.laboratory.experiments import M3, TUNED
 from m3jax.laboratory.findings import Findings
 from m3jax.laboratory.outcomes import SHARES
+from m3jax.text import count_text
 
 _NOUNS = {
     "test": "test accuracy",

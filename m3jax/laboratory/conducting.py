@@ -13,7 +13,6 @@ import jax
 
 from m3jax import __version__
 from m3jax.checkpoints.inspection import look_at
-from m3jax.cli.console import count_text, time_text
 from m3jax.decoder import DecoderConfig
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.evaluation import why_no_sandbox
@@ -24,8 +23,10 @@ from m3jax.laboratory.experiments import Job, Laboratory, Settings, check_settin
 from m3jax.laboratory.models import BASE, TRAINING, Curriculum, make_models
 from m3jax.laboratory.reporting import write_report
 from m3jax.laboratory.skills import Skill
-from m3jax.laboratory.training import Course, Size, Tell
+from m3jax.laboratory.training import Course, Size
 from m3jax.ledger import Ledger
+from m3jax.progress import Tell
+from m3jax.text import count_text, time_text
 
 LEDGER = "experiments.jsonl"
 

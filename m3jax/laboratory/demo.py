@@ -5,21 +5,21 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import yaml
 
-from m3jax.cli.console import count_text, time_text
 from m3jax.errors import M3Error
+from m3jax.progress import Tell
+from m3jax.text import count_text, time_text
 
 if TYPE_CHECKING:  # JAX and matplotlib are imported where they are first needed
     from m3jax.laboratory import Laboratory, Setting
     from m3jax.laboratory.experiments import Papers
     from m3jax.streaming.merging import MergeResult
 
-Echo: TypeAlias = Callable[[str], None]
 Scores: TypeAlias = dict[str, float]
 
 ALPHA, SEED, SAMPLES = 1.0, 7, 12
@@ -63,7 +63,7 @@ def write_recipes(directory: Path, places: Mapping[str, Path]) -> dict[str, Path
     return written
 
 
-def main(directory: Path, echo: Echo, setting: "Setting | None" = None) -> dict[str, Any]:
+def main(directory: Path, echo: Tell, setting: "Setting | None" = None) -> dict[str, Any]:
     """Trains models, merges them, explores the ratio, and tells what came of it.
 
     Args:
@@ -142,7 +142,7 @@ def _cells(scores: Scores) -> str:
     return "  ".join(f"{scores[skill]:>{max(len(skill), 6)}.1%}" for skill in scores)
 
 
-def _models(lab: "Laboratory", papers: "Papers", echo: Echo) -> dict[str, Any]:
+def _models(lab: "Laboratory", papers: "Papers", echo: Tell) -> dict[str, Any]:
     from m3jax.checkpoints import inspection
 
     seen = inspection.look_at(str(lab.places["base"]))
@@ -165,7 +165,7 @@ def _models(lab: "Laboratory", papers: "Papers", echo: Echo) -> dict[str, Any]:
 
 
 def _merges(
-    recipes: Mapping[str, Path], out: Path, lab: "Laboratory", papers: "Papers", echo: Echo
+    recipes: Mapping[str, Path], out: Path, lab: "Laboratory", papers: "Papers", echo: Tell
 ) -> list[dict[str, Any]]:
     from m3jax.streaming.merging import merge_checkpoint
 
@@ -202,7 +202,7 @@ def _told(result: "MergeResult", scores: Scores) -> dict[str, Any]:
 
 
 def _explore(
-    recipe: Path, directory: Path, lab: "Laboratory", papers: "Papers", echo: Echo
+    recipe: Path, directory: Path, lab: "Laboratory", papers: "Papers", echo: Tell
 ) -> tuple[dict[str, Any], "MergeResult"]:
     """Draws many ratios, keeps the best on dev examples, and draws its curve."""
     from m3jax import decoder
@@ -225,7 +225,7 @@ def _explore(
     return {**_told(found.merge, scores), "trials": trials, "picture": str(directory / PICTURE)}, found.merge
 
 
-def _say_means(account: Mapping[str, Any], echo: Echo) -> None:
+def _say_means(account: Mapping[str, Any], echo: Tell) -> None:
     """Whether merging was worth it, whatever came out."""
     models = {name: _mean(scores) for name, scores in account["models"]["scores"].items()}
     experts = {name: mean for name, mean in models.items() if name != "base"}
@@ -256,7 +256,7 @@ def _draw_curve(path: Path, lab: "Laboratory", papers: "Papers", trials: Sequenc
 # --- Again -------------------------------------------------------------------------------------------------------
 
 
-def _replay(original: "MergeResult", out: Path, echo: Echo) -> dict[str, Any]:
+def _replay(original: "MergeResult", out: Path, echo: Tell) -> dict[str, Any]:
     """Makes a merge again from its manifest alone, and reads back what was written."""
     from m3jax.outputs.manifest import verify
     from m3jax.streaming.merging import replay
@@ -279,7 +279,7 @@ def _replay(original: "MergeResult", out: Path, echo: Echo) -> dict[str, Any]:
     }
 
 
-def _say_next(directory: Path, seconds: float, echo: Echo) -> None:
+def _say_next(directory: Path, seconds: float, echo: Tell) -> None:
     def path(*parts: str) -> str:
         return shlex.quote(str(directory.joinpath(*parts)))
 

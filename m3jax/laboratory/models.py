@@ -17,7 +17,8 @@ from m3jax.decoder import DecoderConfig
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.evaluation.records import write_whole
 from m3jax.laboratory.skills import Skill
-from m3jax.laboratory.training import Course, Size, Tell, Text, encode, make_config, make_tokenizer, train
+from m3jax.laboratory.training import Course, Size, Text, encode, make_config, make_tokenizer, train
+from m3jax.progress import Tell
 
 BASE = "base"
 TRAINING = "training.json"

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from m3jax.cli.console import count_text, time_text
 from m3jax.errors import M3Error
 from m3jax.evaluation.attacks import ATTACKS
 from m3jax.evaluation.records import make_directory, write_whole
@@ -16,6 +15,7 @@ from m3jax.laboratory.conclusions import claim_lines, verdict_text
 from m3jax.laboratory.experiments import DRAW, EQUAL, M3, METHODS, TUNED
 from m3jax.laboratory.findings import Alone, Findings, find
 from m3jax.laboratory.outcomes import SHARES, Estimate, Group, Line
+from m3jax.text import count_text, time_text
 
 PICTURES: Mapping[str, Callable[[Sequence[Line], Path], bool]] = MappingProxyType(
     {"curves.png": figures.save_curves, "robustness.png": figures.save_bars, "alphas.png": figures.save_alphas}

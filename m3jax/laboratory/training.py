@@ -2,8 +2,8 @@
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from m3jax import decoder
 from m3jax.decoder import DecoderConfig, bind
 from m3jax.evaluation.tokens import import_transformers
+from m3jax.progress import Tell
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 _LENGTHS = (32, 48, 64, 96, 128)  # texts of like length go together, so that little is padding
-
-Tell: TypeAlias = Callable[[str], None]
 
 
 class Size(NamedTuple):

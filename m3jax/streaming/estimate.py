@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from m3jax.checkpoints import DTYPES, sketch_model
 from m3jax.checkpoints.remote import RemotePath, as_path
-from m3jax.cli.console import count_text, safe_text, size_text, table, time_text
 from m3jax.recipe import load_recipe
 from m3jax.streaming.findings import Step, applies, phases_of
 from m3jax.streaming.jobs import Ready, prepared
@@ -18,7 +17,7 @@ from m3jax.streaming.reading import default_chunk_entries
 # Bytes read and written per second by a process of two cores, from the page cache: DARE and TIES on 1.1 B parameters in
 # docs/benchmarks/merge-2-cores.json, as docs/pods.md takes them (linear merging lies between them beside its start-up).
 _RATES = (1.3e9, 1.5e9)
-_RATES_TEXT = "1.3 to 1.5 GB/s per process of 2 cores"
+RATES_TEXT = "1.3 to 1.5 GB/s per process of 2 cores"
 _RUNTIME_BYTES = 250_000_000  # Python, JAX and compiled programs: what the same merges took beside their buffers
 _RANKING_BYTES = 200_000_000  # of samples and counts, where magnitudes are ranked (docs/pods.md)
 _BUFFERS = 2  # chunks in flight per input, at the least: one that is computed, one that is read
@@ -228,38 +227,3 @@ def estimate_recipe(
     options: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size}
     with prepared(loaded, out, **options, locate=sketch_model) as ready:
         return estimate(ready, method, None if isinstance(place, RemotePath) else place.absolute().parent, processes)
-
-
-def estimate_lines(found: Estimate, width: int | None = None) -> Iterator[str]:
-    """An estimate for people.
-
-    Args:
-        found: The estimate.
-        width: Of the terminal.
-    """
-    yield found.method
-    yield ""
-    models = [[safe_text(e.name), e.role, f"{e.parameters:,}", size_text(e.bytes)] for e in found.inputs]
-    yield from table(["model", "role", "parameters", "bytes"], models, width, left=2)
-    yield ""
-    shapes = [
-        [" × ".join(map(str, t.shape)) or "scalar", t.dtype, "merged" if t.merged else "copied", f"{t.tensors:,}"]
-        for t in found.tensors
-    ]
-    yield from table(["shape", "dtype", "is", "tensors"], shapes, width, left=3)
-    yield ""
-    count = sum(t.tensors for t in found.tensors)
-    passes = ", ".join(f"{entry.what} {size_text(entry.bytes)}" for entry in found.passes)
-    free = "" if found.disk_free is None else f" (free there: {size_text(found.disk_free)})"
-    low, high = (time_text(seconds) for seconds in found.seconds)
-    workers = "1 process" if found.processes == 1 else f"{found.processes} processes"
-    holds = f"{count_text(count, 'tensor')}, {count_text(found.parameters, 'parameter')}"
-    rows = [
-        ("reads", f"{size_text(found.bytes_read)}: {passes}"),
-        ("writes", f"{size_text(found.bytes_written)} in {count_text(found.files, 'file')}{free}: {holds}"),
-        ("memory", f"about {size_text(found.peak_memory)} per process, beside the page cache"),
-        ("explore", f"would keep {size_text(found.resident_memory)} on its devices, and what evaluation takes"),
-        ("time", f"about {low} to {high} by {workers}, at {_RATES_TEXT}, as measured; slower storage decides alone"),
-    ]
-    for name, said in rows:
-        yield f"{name:<9}{said}"

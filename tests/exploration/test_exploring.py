@@ -1,6 +1,5 @@
 """Many ratios: the same samples anywhere, one compilation, resumable, and the bits of the merge that is written."""
 
-import io
 import itertools
 import json
 
@@ -13,7 +12,6 @@ from support import decoders as tiny
 
 import m3jax
 from m3jax.arithmetic import threefry
-from m3jax.cli import exploration_display
 from m3jax.errors import M3Error
 from m3jax.exploration import exploring, resident
 from m3jax.exploration.journal import Journal
@@ -280,32 +278,6 @@ def test_inputs_that_are_not_finite_are_refused_before_any_sample(tmp_path):
     recipe = load_recipe({"merge_method": "linear", "models": models, "mixup": {"alpha": 1}})
     with pytest.raises(M3Error, match=r"w: holds NaN or infinities in .*two"):
         m3jax.explore(recipe, tmp_path / "out", score=lambda params, share: {"s": 1.0}, samples=1)
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_results_are_shown_as_they_come(monkeypatch):
-    """A live table on a terminal, lines elsewhere, nothing when quiet."""
-    results = [result(0, x=0.25, y=0.5), result(1, x=0.75, y=0.5)._replace(optimized=0)]
-    for stream, words in [
-        (Terminal(), ["sample", "1 from 0", "0.7500", "0.6250", "2 of 4 evaluations", "learning"]),
-        (
-            io.StringIO(),
-            ["sample 1 from 0: 0.5000 0.5000: x 0.7500, y 0.5000; 2 of 4 evaluations, ", " left", "learning"],
-        ),
-    ]:
-        monkeypatch.setattr("sys.stderr", stream)
-        with exploration_display.reporter(4, quiet=False) as (watch, tell):
-            for one in results:
-                watch(one, False)
-            tell("learning")
-        for word in words:
-            assert word in stream.getvalue()
-    with exploration_display.reporter(4, quiet=True) as shown:
-        assert shown == (None, None)
 
 
 def test_a_killed_exploration_goes_on(place, tmp_path):

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from m3jax.arithmetic import threefry
-from m3jax.cli.evaluation_display import SECONDS_BETWEEN_LINES, Tell
 from m3jax.errors import M3Error
 from m3jax.evaluation.attacks.measure import Drop, measure_drop
 from m3jax.evaluation.attacks.profiles import Attack, Level
@@ -21,6 +20,7 @@ from m3jax.evaluation.protocol import GenerationSettings, Generator
 from m3jax.evaluation.shifts import Shift, shift_text
 from m3jax.evaluation.statistics import wilson_interval
 from m3jax.evaluation.tasks import Execution, Task
+from m3jax.progress import SECONDS_BETWEEN_LINES, Tell
 
 
 class Attacked(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
-from m3jax.cli.console import count_text, table, time_text
+from m3jax.text import count_text, table, time_text
 
 if TYPE_CHECKING:  # so that --help starts without JAX
     from m3jax.exploration.exploring import Exploration, Watch

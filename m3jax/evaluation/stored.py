@@ -1,4 +1,4 @@
-"""What `m3jax evaluate` does: load a model, run a task or the harness's tasks, say what came out."""
+"""Stored models on a task, or on the harness's tasks: what `m3jax evaluate` does, from its options to plain data."""
 
 import json
 import math
@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from m3jax.cli.evaluation_display import Tell, progress_lines
 from m3jax.errors import M3Error
 from m3jax.evaluation.harness import run_harness
 from m3jax.evaluation.harness_tasks import load_harness_tasks
@@ -15,6 +14,7 @@ from m3jax.evaluation.protocol import Overflow
 from m3jax.evaluation.records import count_records, make_directory, write_whole
 from m3jax.evaluation.runner import check_code, evaluate_task, read_examples
 from m3jax.evaluation.tasks import get_task
+from m3jax.progress import Tell, progress_lines
 
 if TYPE_CHECKING:
     from m3jax.evaluation.models import StoredModel
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _HARNESS_FILE = "harness.json"
 
 
-class Wanted(NamedTuple):
-    """The options of the command, as its help describes them."""
+class EvaluateOptions(NamedTuple):
+    """The options of `m3jax evaluate`, as its help describes them."""
 
     task: str | None
     data: str | None
@@ -36,7 +36,7 @@ class Wanted(NamedTuple):
     mesh: str | None
 
 
-def check(wanted: Wanted) -> None:
+def check(wanted: EvaluateOptions) -> None:
     """Raise M3Error for options that cannot be followed, before anything heavy is loaded."""
     if (wanted.task is None) == (wanted.harness is None):
         raise M3Error("give either --task NAME or --harness TASKS")
@@ -47,7 +47,7 @@ def check(wanted: Wanted) -> None:
         _check_harness(wanted)
 
 
-def _check_task(name: str, wanted: Wanted) -> None:
+def _check_task(name: str, wanted: EvaluateOptions) -> None:
     task = get_task(name)
     if wanted.include_path is not None:
         raise M3Error("--include-path is for --harness: leave it out")
@@ -58,7 +58,7 @@ def _check_task(name: str, wanted: Wanted) -> None:
     check_code(task, wanted.how.run_code, wanted.how.execution)
 
 
-def _check_harness(wanted: Wanted) -> None:
+def _check_harness(wanted: EvaluateOptions) -> None:
     how = wanted.how
     idle: dict[str, object] = {"--data": wanted.data, "--template": how.template, "--max-tokens": how.max_tokens}
     idle |= {"--resume": wanted.resume, "--run-code": how.run_code, "--overflow": how.overflow != "error"}
@@ -70,7 +70,7 @@ def _check_harness(wanted: Wanted) -> None:
         raise M3Error("--harness names no task: write such as --harness arc_easy,hellaswag")
 
 
-def run(name: str, wanted: Wanted, tell: Tell | None) -> dict[str, Any]:
+def run(name: str, wanted: EvaluateOptions, tell: Tell | None) -> dict[str, Any]:
     """Load and evaluate; weights come last, when all else is known to be right.
 
     Args:
@@ -87,13 +87,13 @@ def run(name: str, wanted: Wanted, tell: Tell | None) -> dict[str, Any]:
     return _run_task(name, wanted, tell) if wanted.harness is None else _run_harness(name, wanted, tell)
 
 
-def _open(name: str, wanted: Wanted) -> "StoredModel":
+def _open(name: str, wanted: EvaluateOptions) -> "StoredModel":
     from m3jax.evaluation import models  # JAX starts when all else is known to be right
 
     return models.open_model(name, wanted.dtype, models.make_mesh(wanted.mesh) if wanted.mesh else None)
 
 
-def _run_task(name: str, wanted: Wanted, tell: Tell | None) -> dict[str, Any]:
+def _run_task(name: str, wanted: EvaluateOptions, tell: Tell | None) -> dict[str, Any]:
     task, how = get_task(cast(str, wanted.task)), wanted.how
     overflow = cast(Overflow, how.overflow)
     examples = read_examples(task, wanted.data)
@@ -131,7 +131,7 @@ def _kept(out: Path | None) -> str:
     return "nothing is kept" + ("; with --out DIR it would be" if out is None else "")
 
 
-def _run_harness(name: str, wanted: Wanted, tell: Tell | None) -> dict[str, Any]:
+def _run_harness(name: str, wanted: EvaluateOptions, tell: Tell | None) -> dict[str, Any]:
     if wanted.out is not None:
         if (make_directory(wanted.out) / _HARNESS_FILE).exists():
             raise M3Error(f"{wanted.out / _HARNESS_FILE} is already there: give another output directory")
@@ -150,7 +150,7 @@ def _run_harness(name: str, wanted: Wanted, tell: Tell | None) -> dict[str, Any]
     return outcome
 
 
-def _harness_names(wanted: Wanted) -> list[str]:
+def _harness_names(wanted: EvaluateOptions) -> list[str]:
     return [task.strip() for task in (wanted.harness or "").split(",") if task.strip()]
 
 

@@ -1,0 +1,144 @@
+"""What commands say of a merge: what it would take, what was made, whether it is as recorded, and of conversions."""
+
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from m3jax.text import count_text, safe_text, shape_text, size_text, table, time_text
+
+if TYPE_CHECKING:  # JAX and numpy take longer to import than --help may take
+    from m3jax.outputs.conversion import ConvertResult
+    from m3jax.outputs.manifest import Verification
+    from m3jax.streaming.estimate import Estimate
+    from m3jax.streaming.merging import MergeResult
+
+_SHOWN_GROUPS = 4
+
+
+# --- Merges ------------------------------------------------------------------------------------------------------
+
+
+def merge_lines(result: "MergeResult") -> Iterator[str]:
+    """A finished merge: where it is, what it took, what was drawn, and how to have it again."""
+    moved = result.bytes_read + result.bytes_written
+    rate = f", {size_text(moved / result.seconds)}/s" if result.seconds > 0 else ""
+    resumed = f", {count_text(result.resumed_shards, 'shard')} kept from before" if result.resumed_shards else ""
+    place = shlex.quote(str(result.directory))
+    yield f"merged   {place}"
+    yield (
+        f"took     {time_text(result.seconds)}: {size_text(result.bytes_read)} read,"
+        f" {size_text(result.bytes_written)} written{rate}{resumed}"
+    )
+    for index, line in enumerate(_weights(result.manifest)):
+        yield f"{'' if index else 'weights':<7}  {line}"
+    yield f"digest   {result.digest}"
+    yield f"replay   m3jax replay {place} NEW_DIRECTORY"
+
+
+def _weights(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """The weights drawn: one line for each expert where there is one group, else for each of the first groups."""
+    groups: Mapping[str, Mapping[str, Any]] = manifest.get("weights", {})
+    if len(groups) == 1:
+        (group,) = groups.values()
+        names = _expert_names(manifest.get("recipe", {}), len(group["decimal"]))
+        rows = zip(group["decimal"], names, strict=True)
+        yield from (f"{_decimal(weight)}  {safe_text(name)}" for weight, name in rows)
+        return
+    for name, group in list(groups.items())[:_SHOWN_GROUPS]:
+        yield f"{'  '.join(map(_decimal, group['decimal']))}  {safe_text(name)}"
+    if len(groups) > _SHOWN_GROUPS:
+        yield f"… and {len(groups) - _SHOWN_GROUPS:,} more groups, in the manifest"
+
+
+def _decimal(weight: object) -> str:
+    return f"{float(str(weight)):.6f}"
+
+
+def _expert_names(recipe: Mapping[str, Any], count: int) -> list[str]:
+    """The experts' names as the recipe lists them, with or without a base among them."""
+    models = [str(entry["model"]) for entry in recipe.get("models", ())]
+    others = [model for model in models if model != recipe.get("base_model")]
+    numbered = [f"expert {index}" for index in range(count)]
+    return next((names for names in (models, others) if len(names) == count), numbered)
+
+
+def merge_json(result: "MergeResult") -> dict[str, Any]:
+    """A finished merge as plain data; the whole manifest is in the directory."""
+    return {
+        **result._asdict(),
+        "directory": str(result.directory),
+        "manifest": str(result.directory / "m3jax.json"),
+        "seed": result.manifest.get("seed"),
+        "weights": result.manifest.get("weights", {}),
+    }
+
+
+def verification_lines(found: "Verification") -> Iterator[str]:
+    """A directory compared with its manifest."""
+    checked = f"{count_text(found.tensors, 'tensor')} and {count_text(found.files, 'other file')}"
+    yield from map(safe_text, found.differences)
+    if found.differences:
+        yield f"{found.directory}: not as recorded, {count_text(len(found.differences), 'difference')} in {checked}"
+    else:
+        yield f"{found.directory}: as recorded, {checked}"
+    yield f"digest   {found.digest}"
+
+
+def verification_json(found: "Verification") -> dict[str, Any]:
+    """The same as plain data for JSON."""
+    return {**found._asdict(), "directory": str(found.directory), "as_recorded": not found.differences}
+
+
+# --- Estimates ---------------------------------------------------------------------------------------------------
+
+
+def estimate_lines(found: "Estimate", width: int | None = None) -> Iterator[str]:
+    """An estimate for people.
+
+    Args:
+        found: The estimate.
+        width: Of the terminal.
+    """
+    from m3jax.streaming.estimate import RATES_TEXT  # JAX is there by now, as the estimate is
+
+    yield found.method
+    yield ""
+    models = [[safe_text(e.name), e.role, f"{e.parameters:,}", size_text(e.bytes)] for e in found.inputs]
+    yield from table(["model", "role", "parameters", "bytes"], models, width, left=2)
+    yield ""
+    shapes = [
+        [shape_text(t.shape), t.dtype, "merged" if t.merged else "copied", f"{t.tensors:,}"] for t in found.tensors
+    ]
+    yield from table(["shape", "dtype", "is", "tensors"], shapes, width, left=3)
+    yield ""
+    count = sum(t.tensors for t in found.tensors)
+    passes = ", ".join(f"{entry.what} {size_text(entry.bytes)}" for entry in found.passes)
+    free = "" if found.disk_free is None else f" (free there: {size_text(found.disk_free)})"
+    low, high = (time_text(seconds) for seconds in found.seconds)
+    workers = "1 process" if found.processes == 1 else f"{found.processes} processes"
+    holds = f"{count_text(count, 'tensor')}, {count_text(found.parameters, 'parameter')}"
+    rows = [
+        ("reads", f"{size_text(found.bytes_read)}: {passes}"),
+        ("writes", f"{size_text(found.bytes_written)} in {count_text(found.files, 'file')}{free}: {holds}"),
+        ("memory", f"about {size_text(found.peak_memory)} per process, beside the page cache"),
+        ("explore", f"would keep {size_text(found.resident_memory)} on its devices, and what evaluation takes"),
+        ("time", f"about {low} to {high} by {workers}, at {RATES_TEXT}, as measured; slower storage decides alone"),
+    ]
+    for name, said in rows:
+        yield f"{name:<9}{said}"
+
+
+# --- Conversions -----------------------------------------------------------------------------------------
+
+
+def convert_lines(result: "ConvertResult") -> Iterator[str]:
+    """A finished conversion in a line."""
+    yield (
+        f"converted {count_text(result.tensors, 'tensor')}, {size_text(result.bytes)}, to {result.format} in"
+        f" {shlex.quote(str(result.directory))} in {time_text(result.seconds)}: digest {result.digest}"
+    )
+
+
+def convert_json(result: "ConvertResult") -> dict[str, Any]:
+    """The same as plain data for JSON."""
+    return {**result._asdict(), "directory": str(result.directory)}

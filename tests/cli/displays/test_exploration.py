@@ -1,0 +1,34 @@
+"""What is said of an exploration while it goes on."""
+
+import io
+
+import pytest
+from support.terminals import Terminal
+
+from m3jax.cli.displays.exploration import reporter
+from m3jax.exploration.selection import Result
+
+
+def result(sample: int, **scores: float) -> Result:
+    return Result(sample, {"model": (0.5, 0.5)}, 1.0, scores, 0.0, "model")
+
+
+def test_results_are_shown_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A live table on a terminal, lines elsewhere, nothing when quiet."""
+    results = [result(0, x=0.25, y=0.5), result(1, x=0.75, y=0.5)._replace(optimized=0)]
+    for stream, words in [
+        (Terminal(), ["sample", "1 from 0", "0.7500", "0.6250", "2 of 4 evaluations", "learning"]),
+        (
+            io.StringIO(),
+            ["sample 1 from 0: 0.5000 0.5000: x 0.7500, y 0.5000; 2 of 4 evaluations, ", " left", "learning"],
+        ),
+    ]:
+        monkeypatch.setattr("sys.stderr", stream)
+        with reporter(4, quiet=False) as (watch, tell):
+            for one in results:
+                watch(one, False)
+            tell("learning")
+        for word in words:
+            assert word in stream.getvalue()
+    with reporter(4, quiet=True) as shown:
+        assert shown == (None, None)
