@@ -277,11 +277,9 @@ def evaluate(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Do the first N examples only.")] = None,
     batch_size: options.BatchSize = 8,
-    max_tokens: options.MaxTokens = None,
-    template: options.Template = None,
+    answers: options.Answers,
     overflow: options.Overflow = "error",
-    dtype: options.Dtype = None,
-    mesh: options.DecoderMesh = None,
+    weights: options.Weights,
     programs: options.Programs,
     speech: options.Speech,
 ) -> None:
@@ -296,13 +294,13 @@ def evaluate(
         include_path=include_path,
         out=out,
         resume=resume,
-        how=Evaluation(limit, batch_size, max_tokens, template, overflow, *programs),
-        dtype=dtype,
-        mesh=mesh,
+        how=Evaluation(limit, batch_size, *answers, overflow, *programs),
+        dtype=weights.dtype,
+        mesh=weights.mesh,
     )
     stored.check(wanted)
     shell.silence_downloads(speech.quiet)
-    outcome = stored.run(model, wanted, None if speech.quiet else shell.print_progress)
+    outcome = stored.run(model, wanted, shell.teller(speech.quiet))
     shell.print_result(lambda: outcome, lambda: evaluation_lines(outcome), speech.as_json, speech.quiet)
 
 
@@ -328,11 +326,9 @@ def attack(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an attack.json that is there.")] = False,
     batch_size: options.BatchSize = 64,
-    max_tokens: options.MaxTokens = None,
-    template: options.Template = None,
+    answers: options.Answers,
     overflow: options.AttackOverflow = "error",
-    dtype: options.Dtype = None,
-    mesh: options.DecoderMesh = None,
+    weights: options.Weights,
     programs: options.Programs,
     speech: options.Speech,
 ) -> None:
@@ -356,11 +352,11 @@ def attack(
         embeddings=embeddings,
         out=out,
         overwrite=overwrite,
-        how=Evaluation(limit, batch_size, max_tokens, template, overflow, *programs),
-        dtype=dtype,
-        mesh=mesh,
+        how=Evaluation(limit, batch_size, *answers, overflow, *programs),
+        dtype=weights.dtype,
+        mesh=weights.mesh,
     )
-    outcome = robustness.run(model, wanted, None if speech.quiet else shell.print_progress)
+    outcome = robustness.run(model, wanted, shell.teller(speech.quiet))
     shell.print_result(lambda: outcome, lambda: attack_lines(outcome), speech.as_json, speech.quiet)
 
 
@@ -408,8 +404,7 @@ def explore(
     changes: options.Changes,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Use the first N examples of each task only.")] = None,
     batch_size: options.BatchSize = 8,
-    max_tokens: options.MaxTokens = None,
-    template: options.Template = None,
+    answers: options.Answers,
     overflow: options.Overflow = "error",
     mesh: options.DecoderMesh = None,
     programs: options.Programs,
@@ -432,7 +427,7 @@ def explore(
     from m3jax import exploration
     from m3jax.evaluation.models import make_mesh
 
-    how = exploration.Evaluation(limit, batch_size, max_tokens, template, overflow, *programs)
+    how = exploration.Evaluation(limit, batch_size, *answers, overflow, *programs)
     learned = exploration.Optimization(optimize, steps, learning_rate, granularity, batch_size) if optimize else None
     kept = "finished samples are kept, and the same command goes on"
     with shell.resumable(out, kept), reporter(samples, speech.quiet) as (watch, tell):
@@ -445,7 +440,7 @@ def explore(
             strategy=strategy,
             evaluation=how,
             optimize=learned,
-            mesh=make_mesh(mesh) if mesh else None,
+            mesh=make_mesh(mesh),
             journal=journal,
             overwrite=overwrite,
             max_shard_size=max_shard_size,

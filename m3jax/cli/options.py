@@ -172,6 +172,20 @@ class Machines(NamedTuple):
         )
 
 
+class Answers(NamedTuple):
+    """How a model is asked."""
+
+    max_tokens: MaxTokens = None
+    template: Template = None
+
+
+class Weights(NamedTuple):
+    """How a model is loaded."""
+
+    dtype: Dtype = None
+    mesh: DecoderMesh = None
+
+
 class Programs(NamedTuple):
     """What becomes of programs that a model wrote."""
 

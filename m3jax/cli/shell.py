@@ -14,6 +14,7 @@ import typer
 
 from m3jax.cluster.supervision import Rendezvous, work_together
 from m3jax.errors import M3Error
+from m3jax.progress import Tell
 
 BAD_INPUT = 2
 _FAILURE, _INTERRUPTED, _PIPE_CLOSED = 1, 130, 141
@@ -195,8 +196,12 @@ def print_notes(notes: Iterable[str], quiet: bool) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def print_progress(line: str) -> None:
-    """Prints how far the work is, on standard error."""
+def teller(quiet: bool) -> Tell | None:
+    """What is told how far the work is: it prints lines on standard error; None if `quiet`."""
+    return None if quiet else _print_progress
+
+
+def _print_progress(line: str) -> None:
     # In one piece: an interruption comes before a line or after it.
     sys.stderr.write(f"{line}\n")
     sys.stderr.flush()

@@ -140,13 +140,13 @@ def load_model(name: str, dtype: str | None = None, mesh: jax.sharding.Mesh | No
     return open_model(name, dtype, mesh).load()
 
 
-def make_mesh(axes: str) -> jax.sharding.Mesh:
-    """A mesh from text such as "fsdp=4,tp=2", the axes over which the decoder is sharded.
+def make_mesh(axes: str | None) -> jax.sharding.Mesh | None:
+    """A mesh from text such as "fsdp=4,tp=2", the axes over which the decoder is sharded; None from None.
 
     Raises:
         M3Error: The text is no list of the axes fsdp and tp, or there are not as many devices.
     """
-    return parse_mesh(axes, names=("fsdp", "tp"))
+    return parse_mesh(axes, names=("fsdp", "tp")) if axes else None
 
 
 def _compile_lines(tell: Tell | None) -> Callable[[decoder.Progress], None] | None:

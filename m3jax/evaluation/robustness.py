@@ -212,7 +212,7 @@ def run(name: str, wanted: AttackOptions, tell: Tell | None) -> dict[str, Any]:
     chosen = {field: getattr(wanted, field) for field in _PLANNED}
     plan = make_plan(**chosen, key=wanted.seed, limit=how.limit)
     rows = read_rows(task, wanted.data)
-    stored = models.open_model(name, wanted.dtype, models.make_mesh(wanted.mesh) if wanted.mesh else None)
+    stored = models.open_model(name, wanted.dtype, models.make_mesh(wanted.mesh))
     with _keeping(wanted.out) as keep:
         found = attack_task(
             task,

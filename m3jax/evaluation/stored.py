@@ -90,7 +90,7 @@ def run(name: str, wanted: EvaluateOptions, tell: Tell | None) -> dict[str, Any]
 def _open(name: str, wanted: EvaluateOptions) -> "StoredModel":
     from m3jax.evaluation import models  # JAX starts when all else is known to be right
 
-    return models.open_model(name, wanted.dtype, models.make_mesh(wanted.mesh) if wanted.mesh else None)
+    return models.open_model(name, wanted.dtype, models.make_mesh(wanted.mesh))
 
 
 def _run_task(name: str, wanted: EvaluateOptions, tell: Tell | None) -> dict[str, Any]:
