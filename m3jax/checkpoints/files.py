@@ -11,7 +11,7 @@ from m3jax.checkpoints.formats import INDEX_ENDING, Format
 from m3jax.checkpoints.headers import parse_json
 from m3jax.checkpoints.protocol import FileFingerprint, RemoteFingerprint, natural_key
 from m3jax.checkpoints.remote import Identity, RemotePath, changed
-from m3jax.checkpoints.storage import Source, is_file, list_names, open_source, read_file
+from m3jax.checkpoints.storage import ByteSource, is_file, list_names, open_source, read_file
 from m3jax.errors import M3Error
 
 # --- Indexes ---------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ class WeightFiles:
         self._root = root
         self._seen = seen
         self._look = look
-        self._sources: dict[str, Source] = {}
+        self._sources: dict[str, ByteSource] = {}
         self._closed = False
         self._lock = threading.Lock()
 
@@ -127,7 +127,7 @@ class WeightFiles:
             tensor: The tensor's name, for sentences.
             view: Writable flat bytes.
             offset: The first byte wanted, from the start of the file.
-            until: Where reading in order may go on to; see `Source.read_into`.
+            until: Where reading in order may go on to; see `ByteSource.read_into`.
 
         Raises:
             M3Error: The file has changed or ends early, or the operating system fails.
@@ -147,7 +147,7 @@ class WeightFiles:
                 " it was open, so get it again from its source."
             )
 
-    def _source(self, file: str) -> Source:
+    def _source(self, file: str) -> ByteSource:
         with self._lock:
             if self._closed:
                 raise ValueError(f"{self._location} is closed")

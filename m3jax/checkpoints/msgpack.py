@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from m3jax.checkpoints.files import Seen, WeightFiles, find_index, joined_metadata, read_index
 from m3jax.checkpoints.formats import MSGPACK
-from m3jax.checkpoints.msgpack_tree import Place, Structure, read_structure
+from m3jax.checkpoints.msgpack_tree import ArrayPlace, Structure, read_structure
 from m3jax.checkpoints.msgpack_writer import write_msgpack
 from m3jax.checkpoints.protocol import (
     Checkpoint,
@@ -52,7 +52,7 @@ class MsgpackCheckpoint(Closing):
         Raises:
             M3Error: Two arrays have one name.
         """
-        self._places: dict[str, tuple[str, Place]] = {}
+        self._places: dict[str, tuple[str, ArrayPlace]] = {}
         for file, structure in structures.items():
             for keys, place in structure.arrays.items():
                 name = ".".join(keys)

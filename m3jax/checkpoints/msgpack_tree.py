@@ -19,7 +19,7 @@ from blake3 import blake3
 from m3jax.checkpoints.headers import LFS_POINTER, can_exist, damaged, not_fetched
 from m3jax.checkpoints.protocol import DTYPE_NAMES, DTYPES
 from m3jax.checkpoints.remote import Identity
-from m3jax.checkpoints.storage import Source, open_source, unreadable
+from m3jax.checkpoints.storage import ByteSource, open_source, unreadable
 from m3jax.errors import M3Error
 
 CHUNKED = "__msgpack_chunked_array__"
@@ -42,7 +42,7 @@ _NUMBERS = dict(zip(range(0xCA, 0xD4), (">f", ">d", ">B", ">H", ">I", ">Q", ">b"
 _CONSTANTS = {0xC0: None, 0xC2: False, 0xC3: True}
 
 
-class Place(NamedTuple):
+class ArrayPlace(NamedTuple):
     """An array's description and where its bytes are.
 
     Attributes:
@@ -63,7 +63,7 @@ class Plain(NamedTuple):
 
 
 Tree: TypeAlias = dict[str, "Node"]
-Node: TypeAlias = Tree | Place | Plain
+Node: TypeAlias = Tree | ArrayPlace | Plain
 Keys: TypeAlias = tuple[str, ...]
 
 
@@ -77,7 +77,7 @@ class Structure(NamedTuple):
         digest: BLAKE3 of what the walk read: all but the arrays' values, and the first of those; hexadecimal.
     """
 
-    arrays: dict[Keys, Place]
+    arrays: dict[Keys, ArrayPlace]
     metadata: dict[str, str]
     identity: Identity
     digest: str
@@ -105,14 +105,14 @@ def read_structure(path: Path) -> Structure:
         source.close()
     arrays, metadata = {}, {}
     for at, leaf in _leaves(tree, ()):
-        if isinstance(leaf, Place):
+        if isinstance(leaf, ArrayPlace):
             arrays[at] = leaf
         elif leaf.value is not None:
             metadata[".".join(at)] = leaf.value if isinstance(leaf.value, str) else json.dumps(leaf.value)
     return Structure(arrays, metadata, source.identity, cursor.digest.hexdigest())
 
 
-def _leaves(tree: Tree, above: Keys) -> Iterator[tuple[Keys, Place | Plain]]:
+def _leaves(tree: Tree, above: Keys) -> Iterator[tuple[Keys, ArrayPlace | Plain]]:
     for key, node in tree.items():
         if isinstance(node, dict):
             yield from _leaves(node, (*above, key))
@@ -123,7 +123,7 @@ def _leaves(tree: Tree, above: Keys) -> Iterator[tuple[Keys, Place | Plain]]:
 class _Cursor:
     """A position in a file, from which small pieces are read by way of a window."""
 
-    def __init__(self, source: Source, path: Path) -> None:
+    def __init__(self, source: ByteSource, path: Path) -> None:
         self.at = 0
         self.digest = blake3()
         self._source, self._size, self._path = source, source.identity.size, path
@@ -262,7 +262,7 @@ class _Walk:
             raise damaged(f"{self._file} has a name of over {MAX_NAME:,} characters")
         return (*at, key)
 
-    def _map(self, count: int, at: Keys) -> Tree | Place:
+    def _map(self, count: int, at: Keys) -> Tree | ArrayPlace:
         tree: Tree = {}
         for _ in range(count):
             kind, length = self._head()
@@ -280,7 +280,7 @@ class _Walk:
         # Flax itself turns lists into such maps before it writes them.
         return {str(index): self._node(self._deeper(at, str(index))) for index in range(count)}
 
-    def _extension(self, count: int, at: Keys) -> Place | Plain:
+    def _extension(self, count: int, at: Keys) -> ArrayPlace | Plain:
         code = self._cursor.number(1)
         if code not in (ARRAY, SCALAR, COMPLEX):
             raise damaged(f"{self._where(at)} is of the extension type {code}, which Flax does not write")
@@ -295,7 +295,7 @@ class _Walk:
             raise damaged(f"{self._where(at)} is a scalar with the shape {list(place.shape)}")
         return place
 
-    def _array(self, at: Keys) -> Place:
+    def _array(self, at: Keys) -> ArrayPlace:
         """The header of an array; leaves the cursor behind its bytes."""
         self._expect("array", 3, at)
         shape = [self._dimension(at) for _ in range(self._expect("array", 64, at, at_most=True))]
@@ -315,7 +315,7 @@ class _Walk:
             raise damaged(f"{self._where(at)} has {size:,} bytes where {name} of shape {shape} needs {needed:,}")
         start = self._cursor.at
         self._cursor.skip(size)
-        return Place(dtype, tuple(shape), ((start, size),))
+        return ArrayPlace(dtype, tuple(shape), ((start, size),))
 
     def _expect(self, kind: str, count: int, at: Keys, at_most: bool = False) -> int:
         found, length = self._head()
@@ -330,12 +330,12 @@ class _Walk:
             raise damaged(f"{self._where(at)} has an impossible shape")
         return value
 
-    def _joined(self, tree: Tree, at: Keys) -> Place:
+    def _joined(self, tree: Tree, at: Keys) -> ArrayPlace:
         """The array that a map of chunks stands for."""
         shape, chunks = self._numbered(tree.get("shape"), at), self._numbered(tree.get("chunks"), at)
         values = [node.value for node in shape if isinstance(node, Plain)]
         sizes = [value for value in values if type(value) is int and 0 <= value < 2**63]
-        places = [node for node in chunks if isinstance(node, Place) and len(node.shape) == 1]
+        places = [node for node in chunks if isinstance(node, ArrayPlace) and len(node.shape) == 1]
         if len(tree) != 3 or len(sizes) < len(shape) or len(places) < len(chunks) or not places:
             raise self._unlike_flax(at)
         dtype = places[0].dtype
@@ -344,7 +344,7 @@ class _Walk:
         fits = can_exist(sizes, dtype) and prod(sizes) * DTYPES[dtype].itemsize == total
         if not fits or any(place.dtype != dtype for place in places):
             raise damaged(f"{self._where(at)} has chunks that do not make {dtype} of shape {brief(sizes)}")
-        return Place(dtype, tuple(sizes), spans)
+        return ArrayPlace(dtype, tuple(sizes), spans)
 
     def _numbered(self, node: Node | None, at: Keys) -> list[Node]:
         """The values of a map whose keys are "0", "1", …."""

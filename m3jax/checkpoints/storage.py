@@ -99,7 +99,7 @@ def read_exactly(descriptor: int, out: memoryview, offset: int) -> int:
 # --- Sources of bytes ------------------------------------------------------------------------------------
 
 
-class Source(Protocol):
+class ByteSource(Protocol):
     """An open file or object."""
 
     identity: Identity
@@ -129,7 +129,7 @@ class LocalSource:
         self.identity = identity(os.fstat(self._descriptor))
 
     def read_into(self, out: memoryview, offset: int, until: int) -> int:
-        """See `Source.read_into`; raises OSError."""
+        """See `ByteSource.read_into`; raises OSError."""
         return read_exactly(self._descriptor, out, offset)
 
     def close(self) -> None:
@@ -137,7 +137,7 @@ class LocalSource:
         os.close(self._descriptor)
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path) -> ByteSource:
     """Opens a local or remote file for reading by ranges, from several threads at once.
 
     Raises:
@@ -195,7 +195,7 @@ class RemoteSource:
         self._lock = threading.Lock()
 
     def read_into(self, out: memoryview, offset: int, until: int) -> int:
-        """See `Source.read_into`; raises M3Error."""
+        """See `ByteSource.read_into`; raises M3Error."""
         wanted = max(0, min(len(out), self.identity.size - offset))
         done = 0
         while done < wanted:

@@ -1,25 +1,25 @@
 """A decoder in Flax NNX that runs merged language models, from disk or from memory."""
 
-from m3jax.decoder.batching import Progress, length_bucket
+from m3jax.decoder.batching import DecoderProgress, length_bucket
 from m3jax.decoder.config import DecoderConfig, Rope
-from m3jax.decoder.generation import Completion, generate
+from m3jax.decoder.generation import Continuation, generate
 from m3jax.decoder.modeling import PADDING, Cache, Decoder, KeyValue, Params, abstract_params, bind, random_params
 from m3jax.decoder.params import load_params, params_from_tree
 from m3jax.decoder.running import ApplyFn
-from m3jax.decoder.scoring import LogLikelihood, log_likelihoods
+from m3jax.decoder.scoring import Likelihood, log_likelihoods
 from m3jax.decoder.texts import check_vocabulary, detokenizer, encode, prompt_room
 
 __all__ = [
     "PADDING",
     "ApplyFn",
     "Cache",
-    "Completion",
+    "Continuation",
     "Decoder",
     "DecoderConfig",
+    "DecoderProgress",
     "KeyValue",
-    "LogLikelihood",
+    "Likelihood",
     "Params",
-    "Progress",
     "Rope",
     "abstract_params",
     "bind",

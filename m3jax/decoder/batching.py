@@ -20,7 +20,7 @@ Stage: TypeAlias = Literal["prefill", "decode", "score"]
 _SHORTEST_BUCKET = 32
 
 
-class Progress(NamedTuple):
+class DecoderProgress(NamedTuple):
     """What is going on.
 
     Attributes:
@@ -42,7 +42,7 @@ class Progress(NamedTuple):
     tokens: int
 
 
-ProgressFn: TypeAlias = Callable[[Progress], None]
+ProgressFn: TypeAlias = Callable[[DecoderProgress], None]
 
 
 def length_bucket(length: int, limit: int | None = None) -> int:
@@ -145,7 +145,7 @@ def announcing(progress: ProgressFn | None, counts: Callable[[], tuple[int, int,
 
     def announce(stage: Stage, batch: int, length: int) -> None:
         if progress is not None:
-            progress(Progress("compile", stage, batch, length, *counts()))
+            progress(DecoderProgress("compile", stage, batch, length, *counts()))
 
     token = _announce.set(announce)
     try:

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int, Key
 
 from m3jax.decoder.batching import (
-    Progress,
+    DecoderProgress,
     ProgressFn,
     announcing,
     batches,
@@ -26,7 +26,7 @@ from m3jax.decoder.batching import (
     say_compiling,
 )
 from m3jax.decoder.config import DecoderConfig
-from m3jax.decoder.running import ApplyFn, Model, model_of
+from m3jax.decoder.running import ApplyFn, ModelFunctions, model_of
 from m3jax.decoder.sampling import Sampling, prompt_keys, sample
 from m3jax.decoder.texts import Overflow, Tokens, fit_prompt, prompt_room
 from m3jax.errors import M3Error
@@ -35,7 +35,7 @@ _SLOTS = 64  # room for new tokens grows in steps of so many
 _CHUNK = 32  # tokens between two looks at stop strings
 
 
-class Completion(NamedTuple):
+class Continuation(NamedTuple):
     """How one prompt was continued.
 
     Attributes:
@@ -77,7 +77,7 @@ def _prefill(
     lengths: Int[Array, " batch"],
     sampling: Sampling,
     *,
-    model: Model,
+    model: ModelFunctions,
     slots: int,
     greedy: bool,
 ) -> _State:
@@ -91,7 +91,7 @@ def _prefill(
 
 @functools.partial(jax.jit, static_argnames=("model", "slots", "greedy"), donate_argnames="state")
 def _decode(
-    params: Any, state: _State, sampling: Sampling, *, model: Model, slots: int, greedy: bool
+    params: Any, state: _State, sampling: Sampling, *, model: ModelFunctions, slots: int, greedy: bool
 ) -> tuple[_State, Int[Array, "batch chunk"]]:
     """Takes up to `_CHUNK` more tokens; stops when all rows are done."""
     batch = len(state.token)
@@ -128,7 +128,7 @@ def generate(
     overflow: Overflow = "error",
     progress: ProgressFn | None = None,
     apply_fn: ApplyFn | None = None,
-) -> list[Completion]:
+) -> list[Continuation]:
     """Continues prompts.
 
     Args:
@@ -164,7 +164,7 @@ def generate(
     if stop_token_ids is None:
         stop_token_ids = () if config is None else config.stop_token_ids
     keys = prompt_keys(key, len(prompts))
-    results: list[Completion | None] = [None] * len(prompts)
+    results: list[Continuation | None] = [None] * len(prompts)
     done = tokens = 0
     with announcing(progress, lambda: (done, len(prompts), tokens)):
         for members in batches([len(text) for text in texts], batch_size):
@@ -191,11 +191,11 @@ def generate(
             for i, (new, finish) in zip(members, found, strict=True):
                 if finish == "length" and len(new) < max_new_tokens:
                     finish = "context"
-                results[i] = Completion(tuple(new), finish, len(prompts[i]) - len(texts[i]))
+                results[i] = Continuation(tuple(new), finish, len(prompts[i]) - len(texts[i]))
                 tokens += len(new)
             done += len(members)
             if progress is not None:
-                progress(Progress("batch", "decode", rows, length, done, len(prompts), tokens))
+                progress(DecoderProgress("batch", "decode", rows, length, done, len(prompts), tokens))
     return [result for result in results if result is not None]
 
 
@@ -267,7 +267,7 @@ class _Stops(NamedTuple):
 
 
 def _run_batch(
-    model: Model,
+    model: ModelFunctions,
     params: Any,
     tokens: Array,
     lengths: Array,

@@ -106,7 +106,7 @@ _IGNORED = r"(?:model\.)?(?:layers\.[0-9]+\.self_attn\.)?rotary_emb\.inv_freq"
 _IGNORED_IF_TIED = r"lm_head\.weight"
 
 
-class Parameter(NamedTuple):
+class StoredParameter(NamedTuple):
     """Where one stored tensor goes.
 
     Attributes:
@@ -122,13 +122,13 @@ class Parameter(NamedTuple):
     cut: _Cut
 
 
-def _find(name: str, config: DecoderConfig) -> Parameter | None:
+def _find(name: str, config: DecoderConfig) -> StoredParameter | None:
     """The parameter of a stored tensor, if the table has one."""
     for pattern, path, axes, cut in (*_TABLE, *_NORMS[config.sandwich_norms]):
         match = re.fullmatch(pattern, name)
         if match:
             numbered: Path = (path[0], *map(int, match.groups()), *path[1:])
-            return Parameter(name, numbered, axes, cut)
+            return StoredParameter(name, numbered, axes, cut)
     return None
 
 
@@ -157,7 +157,9 @@ def nest(flat: Mapping[Path, Any]) -> Params:
     return tree
 
 
-def match_tensors(stored: Mapping[str, tuple[Shape, bool]], config: DecoderConfig, where: str) -> dict[Path, Parameter]:
+def match_tensors(
+    stored: Mapping[str, tuple[Shape, bool]], config: DecoderConfig, where: str
+) -> dict[Path, StoredParameter]:
     """The stored tensor of every parameter.
 
     Args:
@@ -172,7 +174,7 @@ def match_tensors(stored: Mapping[str, tuple[Shape, bool]], config: DecoderConfi
         M3Error: The tensors do not fit the configuration; all that is wrong is named at once.
     """
     wanted = {path: leaf.shape for path, leaf in _flatten(abstract_params(config)).items()}
-    found: dict[Path, Parameter] = {}
+    found: dict[Path, StoredParameter] = {}
     leftover, doubled, misshapen, quantized = [], [], [], []
     for name, (shape, is_float) in stored.items():
         parameter = _find(name, config)
@@ -262,7 +264,7 @@ def load_params(
 
 
 def _load(
-    checkpoint: Checkpoint, parameter: Parameter, shape: Shape, dtype: DTypeLike | None, mesh: Mesh | None
+    checkpoint: Checkpoint, parameter: StoredParameter, shape: Shape, dtype: DTypeLike | None, mesh: Mesh | None
 ) -> jax.Array:
     """One parameter, read part by part."""
     stored = DTYPES[checkpoint.tensors[parameter.name].dtype]
@@ -330,7 +332,9 @@ def _named_arrays(tree: PyTree) -> dict[str, Any]:
     return arrays
 
 
-def _place(array: Any, parameter: Parameter, shape: Shape, dtype: DTypeLike | None, mesh: Mesh | None) -> jax.Array:
+def _place(
+    array: Any, parameter: StoredParameter, shape: Shape, dtype: DTypeLike | None, mesh: Mesh | None
+) -> jax.Array:
     """One parameter from an array in memory."""
     lies_on_mesh = isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding)
     if lies_on_mesh:

@@ -36,7 +36,7 @@ class ApplyFn(Protocol):
         """
 
 
-class Model(NamedTuple):
+class ModelFunctions(NamedTuple):
     """Pure functions that generation and scoring are made of; hashable, so that compiled functions are keyed by it.
 
     Attributes:
@@ -52,7 +52,7 @@ class Model(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _decoder_model(config: DecoderConfig, mesh: Mesh | None) -> Model:
+def _decoder_model(config: DecoderConfig, mesh: Mesh | None) -> ModelFunctions:
     """The decoder, with a cache."""
 
     def prefill(params: Any, tokens: Array, lengths: Array, slots: int) -> tuple[Array, Any]:
@@ -70,11 +70,11 @@ def _decoder_model(config: DecoderConfig, mesh: Mesh | None) -> Model:
         hidden, _ = decoder(tokens, _positions(tokens, lengths), mesh=mesh)
         return _in_pieces(lambda h, t: _score_logits(decoder.logits(h), t), hidden, _following(tokens))
 
-    return Model(prefill, step, score)
+    return ModelFunctions(prefill, step, score)
 
 
 @functools.lru_cache(maxsize=64)
-def _applied_model(apply_fn: Callable[..., Any]) -> Model:
+def _applied_model(apply_fn: Callable[..., Any]) -> ModelFunctions:
     """A function without a cache: the texts themselves take its place."""
 
     def prefill(params: Any, tokens: Array, lengths: Array, slots: int) -> tuple[Array, Any]:
@@ -88,7 +88,7 @@ def _applied_model(apply_fn: Callable[..., Any]) -> Model:
     def score(params: Any, tokens: Array, lengths: Array) -> tuple[Array, Array]:
         return _score_logits(apply_fn(params, tokens, lengths).astype(jnp.float32), _following(tokens))
 
-    return Model(prefill, step, score)
+    return ModelFunctions(prefill, step, score)
 
 
 def _positions(tokens: Int[Array, "batch length"], lengths: Int[Array, " batch"]) -> Int[Array, "batch length"]:
@@ -132,7 +132,7 @@ def _in_pieces(
     return next(flat), next(flat)
 
 
-def model_of(params: Any, config: DecoderConfig | None, apply_fn: ApplyFn | None) -> tuple[Model, Mesh | None]:
+def model_of(params: Any, config: DecoderConfig | None, apply_fn: ApplyFn | None) -> tuple[ModelFunctions, Mesh | None]:
     """The model to run, and the mesh its parameters lie on.
 
     Args:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from m3jax.decoder.batching import (
-    Progress,
+    DecoderProgress,
     ProgressFn,
     announcing,
     batches,
@@ -19,12 +19,12 @@ from m3jax.decoder.batching import (
     say_compiling,
 )
 from m3jax.decoder.config import DecoderConfig
-from m3jax.decoder.running import ApplyFn, Model, model_of
+from m3jax.decoder.running import ApplyFn, ModelFunctions, model_of
 from m3jax.decoder.texts import Overflow, Tokens, check_text
 from m3jax.errors import M3Error
 
 
-class LogLikelihood(NamedTuple):
+class Likelihood(NamedTuple):
     """How likely a continuation is.
 
     Attributes:
@@ -41,7 +41,7 @@ class LogLikelihood(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="model")
 def _score(
-    params: Any, tokens: Int[Array, "batch length"], lengths: Int[Array, " batch"], *, model: Model
+    params: Any, tokens: Int[Array, "batch length"], lengths: Int[Array, " batch"], *, model: ModelFunctions
 ) -> tuple[Float[Array, "batch length"], Bool[Array, "batch length"]]:
     """Log probability of each token that follows another, and whether it is the likeliest there."""
     say_compiling("score", *tokens.shape)
@@ -57,7 +57,7 @@ def log_likelihoods(
     overflow: Overflow = "error",
     progress: ProgressFn | None = None,
     apply_fn: ApplyFn | None = None,
-) -> list[LogLikelihood]:
+) -> list[Likelihood]:
     """Scores continuations of contexts.
 
     Args:
@@ -80,7 +80,7 @@ def log_likelihoods(
     model, mesh = model_of(params, config, apply_fn)
     limit = None if config is None else config.context_length
     texts = [_fit_pair(list(a), list(b), i, config, overflow) for i, (a, b) in enumerate(pairs)]
-    results: list[LogLikelihood | None] = [None] * len(pairs)
+    results: list[Likelihood | None] = [None] * len(pairs)
     done = tokens = 0
     with announcing(progress, lambda: (done, len(pairs), tokens)):
         for members in batches([len(text) for text in texts], batch_size):
@@ -94,11 +94,11 @@ def log_likelihoods(
                 span = slice(len(texts[i]) - 1 - continuation, len(texts[i]) - 1)
                 total = float(log_probs[row, span].astype(np.float64).sum())
                 dropped = sum(map(len, pairs[i])) - len(texts[i])
-                results[i] = LogLikelihood(total, bool(greedy[row, span].all()), dropped)
+                results[i] = Likelihood(total, bool(greedy[row, span].all()), dropped)
                 tokens += continuation
             done += len(members)
             if progress is not None:
-                progress(Progress("batch", "score", rows, length, done, len(pairs), tokens))
+                progress(DecoderProgress("batch", "score", rows, length, done, len(pairs), tokens))
     return [result for result in results if result is not None]
 
 

@@ -149,13 +149,13 @@ def make_mesh(axes: str | None) -> jax.sharding.Mesh | None:
     return parse_mesh(axes, names=("fsdp", "tp")) if axes else None
 
 
-def _compile_lines(tell: Tell | None) -> Callable[[decoder.Progress], None] | None:
+def _compile_lines(tell: Tell | None) -> Callable[[decoder.DecoderProgress], None] | None:
     """What a decoder reports, as lines about what it compiles; nothing without someone to tell."""
     if tell is None:
         return None
     say = tell
 
-    def watch(event: decoder.Progress) -> None:
+    def watch(event: decoder.DecoderProgress) -> None:
         if event.event == "compile":
             say(f"compiling {event.stage} for {event.batch} x {event.length} tokens")
 

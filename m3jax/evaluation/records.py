@@ -55,7 +55,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-class Journal:
+class RunJournal:
     """The records of one run in a directory; see `open_journal`."""
 
     def __init__(self, directory: Path, done: dict[int, Record]) -> None:
@@ -87,7 +87,7 @@ class Journal:
 
 def open_journal(
     directory: Path, identity: Mapping[str, Any], resume: bool, weights: Callable[[], str] = lambda: ""
-) -> Journal:
+) -> RunJournal:
     """Begin a run's journal, or go on with one.
 
     Args:
@@ -109,7 +109,7 @@ def open_journal(
     if not done:
         write_whole(path, "{}\n")  # tried first: the weights take longer
         write_whole(path, json.dumps({**identity, "weights": weights()}, indent=2) + "\n")
-        return Journal(directory, {})
+        return RunJournal(directory, {})
     if not resume:
         raise M3Error(
             f"{directory} already holds a run; pass --resume to go on with it, or give another output directory"
@@ -118,7 +118,7 @@ def open_journal(
     _check_identity(directory, known, {**identity, "weights": known.get("weights")})
     _check_identity(directory, known, {**identity, "weights": weights()})
     with _writing(records), open(records, "ab"):
-        return Journal(directory, done)
+        return RunJournal(directory, done)
 
 
 def count_records(directory: Path) -> int:

@@ -13,7 +13,7 @@ from m3jax.errors import M3Error
 from m3jax.evaluation import models
 from m3jax.evaluation.attacks import Sources, get_profile, make_attack, read_embeddings
 from m3jax.evaluation.attacks.masked_lm import load_masked_words
-from m3jax.evaluation.attacks.trial import Plan, Robustness, attack_task
+from m3jax.evaluation.attacks.trial import AttackPlan, Robustness, attack_task
 from m3jax.evaluation.checks import check_choice, check_count, check_type
 from m3jax.evaluation.data import source_text
 from m3jax.evaluation.options import Evaluation, check_evaluation
@@ -42,7 +42,7 @@ def make_plan(
     budget: int | None = None,
     masked_lm: str | None = None,
     embeddings: str | Path | None = None,
-) -> Plan:
+) -> AttackPlan:
     """Checks what is asked for, and reads the attacks' sources; the arguments are those of `attack`.
 
     Raises:
@@ -67,7 +67,7 @@ def make_plan(
     )
     tried = tuple(make_attack(name, words, chosen, sources) for name in dict.fromkeys(attacks))
     limit = chosen.limit if limit is None else limit
-    return Plan(tried, shifted, profile, np.asarray(words), limit, search_examples, budget)
+    return AttackPlan(tried, shifted, profile, np.asarray(words), limit, search_examples, budget)
 
 
 def _listed(what: str, names: Sequence[str]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from m3jax.evaluation.checks import check_count, check_type
 from m3jax.evaluation.data import HubSet, Row, load_rows
 from m3jax.evaluation.prompts import render
 from m3jax.evaluation.protocol import Completion, GenerationSettings, Generator
-from m3jax.evaluation.records import Journal, Record, digest, open_journal
+from m3jax.evaluation.records import Record, RunJournal, digest, open_journal
 from m3jax.evaluation.sandbox import why_no_sandbox
 from m3jax.evaluation.statistics import matthews_correlation, wilson_interval
 from m3jax.evaluation.tasks import Example, Execution, Task, get_task
@@ -292,7 +292,7 @@ def _is_truncated(completion: Completion) -> bool:
 
 
 def _concluded(
-    task: Task, model: str, examples: Sequence[Example], records: Sequence[Record], journal: Journal | None
+    task: Task, model: str, examples: Sequence[Example], records: Sequence[Record], journal: RunJournal | None
 ) -> Summary:
     verdicts = [record.correct for record in records if record.correct is not None]
     correct, judged = sum(verdicts), len(verdicts)

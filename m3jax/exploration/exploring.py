@@ -16,7 +16,7 @@ from m3jax.evaluation import tokens
 from m3jax.evaluation.checks import check_count, check_type, check_whole
 from m3jax.evaluation.records import digest
 from m3jax.exploration import optimizing
-from m3jax.exploration.journal import Journal
+from m3jax.exploration.journal import SampleJournal
 from m3jax.exploration.optimizing import Optimization
 from m3jax.exploration.resident import Resident, load_resident
 from m3jax.exploration.samples import Space, space_of
@@ -64,7 +64,7 @@ class _Work(NamedTuple):
     space: Space
     resident: Callable[[], Resident]
     score: Score
-    journal: Journal
+    journal: SampleJournal
     watch: Watch | None
 
     def evaluate(
@@ -299,7 +299,7 @@ def explore(
         if optimize is not None:
             _check_optimization(optimize, loaded, space, bool(scores.devs))
         identity = _identity(loaded, ready, scores.told, samples, select, strategy)
-        with Journal(place, identity) as book:
+        with SampleJournal(place, identity) as book:
             choice, results, losses = _search(
                 _Circumstances(loaded, space, ready, scores, book, mesh, apply_fn, tell, watch),
                 strategy,
@@ -335,7 +335,7 @@ class _Circumstances(NamedTuple):
     space: Space
     ready: Ready
     scores: _Prepared
-    book: Journal
+    book: SampleJournal
     mesh: Mesh | None
     apply_fn: ApplyFn | None
     tell: Tell | None

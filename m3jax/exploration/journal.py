@@ -11,7 +11,7 @@ from m3jax.ledger import Ledger
 FILE = "journal.jsonl"
 
 
-class Journal(Ledger):
+class SampleJournal(Ledger):
     """A directory with one line per evaluated sample; the first line says of what exploration.
 
     Attributes:

@@ -19,7 +19,7 @@ from m3jax.arithmetic.double import Double
 from m3jax.decoder import ApplyFn, DecoderConfig
 from m3jax.decoder.batching import length_bucket, pad
 from m3jax.decoder.params import match_tensors, nest
-from m3jax.decoder.running import Model, model_of
+from m3jax.decoder.running import ModelFunctions, model_of
 from m3jax.errors import M3Error
 from m3jax.evaluation import tokens
 from m3jax.exploration.resident import Params, Resident, merge_arrays
@@ -167,7 +167,7 @@ def _simplex(logits: Float[np.ndarray, " n"]) -> tuple[float, ...]:
 # --- Losses on dev examples ---------------------------------------------------------------------------------------
 
 
-class Batch(NamedTuple):
+class DevBatch(NamedTuple):
     """Some texts.
 
     Attributes:
@@ -182,7 +182,7 @@ class Batch(NamedTuple):
     counted: Array
 
 
-def dev_batches(devs: Sequence[Dev], how: Optimization, tokenizer: Any, mesh: Mesh | None) -> list[Batch]:
+def dev_batches(devs: Sequence[Dev], how: Optimization, tokenizer: Any, mesh: Mesh | None) -> list[DevBatch]:
     """The dev examples as batches of one shape: prompts with their answers, or without for the entropy.
 
     Args:
@@ -210,7 +210,7 @@ def dev_batches(devs: Sequence[Dev], how: Optimization, tokenizer: Any, mesh: Me
         for row, (before, after) in enumerate(some):
             counted[row, len(before) - 1 : len(before) + len(after) - 1] = 1
             counted[row, 0] = 1 if not after else counted[row, 0]
-        batches.append(Batch(*pad(texts, how.batch_size, length, mesh), jnp.asarray(counted)))
+        batches.append(DevBatch(*pad(texts, how.batch_size, length, mesh), jnp.asarray(counted)))
     return batches
 
 
@@ -226,7 +226,7 @@ def dev_loss(how: Optimization, config: DecoderConfig | None, params: Any, apply
     model, _ = model_of(params, config, apply_fn)
     uses_decoder = config is not None and apply_fn is None
 
-    def loss(arrays: Params, batch: Batch) -> Array:
+    def loss(arrays: Params, batch: DevBatch) -> Array:
         own = _nested(arrays, config) if uses_decoder and config is not None else arrays
         return (_cross_entropy if how.loss == "loss" else _entropy)(model, own, batch)
 
@@ -245,7 +245,7 @@ def _paths(tree: Any) -> dict[Any, Any]:
     return {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def _cross_entropy(model: Model, params: Any, batch: Batch) -> Array:
+def _cross_entropy(model: ModelFunctions, params: Any, batch: DevBatch) -> Array:
     """Mean over examples of the mean negative log probability of their answers' tokens."""
     log_probs, _ = model.score(params, batch.tokens, batch.lengths)
     per_row = jnp.sum(batch.counted, axis=1)
@@ -253,7 +253,7 @@ def _cross_entropy(model: Model, params: Any, batch: Batch) -> Array:
     return -jnp.sum(means) / jnp.sum((per_row > 0).astype(jnp.float32))
 
 
-def _entropy(model: Model, params: Any, batch: Batch) -> Array:
+def _entropy(model: ModelFunctions, params: Any, batch: DevBatch) -> Array:
     """Mean over examples of the entropy of the token behind the prompt."""
     logits, _ = model.prefill(params, batch.tokens, batch.lengths, batch.tokens.shape[1])
     log_probs = jax.nn.log_softmax(logits, axis=-1)

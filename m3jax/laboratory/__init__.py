@@ -1,7 +1,7 @@
 """The laboratory: small models trained from scratch, on which the paper's tables can be run within an hour."""
 
 from m3jax.laboratory.conducting import SETTINGS, Setting, conduct, open_laboratory
-from m3jax.laboratory.experiments import Laboratory, Settings
+from m3jax.laboratory.experiments import ExperimentSettings, Laboratory
 from m3jax.laboratory.models import Curriculum, make_models
 from m3jax.laboratory.skills import Skill, programs, sentiment, word_problems
 from m3jax.laboratory.training import Course, Size
@@ -10,9 +10,9 @@ __all__ = [
     "SETTINGS",
     "Course",
     "Curriculum",
+    "ExperimentSettings",
     "Laboratory",
     "Setting",
-    "Settings",
     "Size",
     "Skill",
     "conduct",

@@ -14,10 +14,10 @@ from typing import NamedTuple, TypeAlias
 from m3jax.laboratory.experiments import DRAW, EQUAL, M3, METHODS, TUNED
 from m3jax.laboratory.outcomes import (
     ROUNDING,
-    Estimate,
+    ArmScores,
     Group,
     Line,
-    Outcome,
+    SeedMean,
     averaged_pairs,
     deviation_of,
     estimate,
@@ -48,7 +48,7 @@ CLAIMS = (
 # --- Comparisons --------------------------------------------------------------------------------------------------
 
 
-class Comparison(NamedTuple):
+class Contrast(NamedTuple):
     """One difference, oriented so that above 0 speaks for the claim.
 
     Attributes:
@@ -62,18 +62,18 @@ class Comparison(NamedTuple):
     name: str
     measure: str
     fair: bool
-    difference: Estimate | None
+    difference: SeedMean | None
     verdict: str
 
 
-def verdict_of(difference: Estimate | None) -> str:
+def verdict_of(difference: SeedMean | None) -> str:
     """What an interval says.
 
     Args:
         difference: Oriented so that above 0 speaks for the claim.
 
     Example:
-        >>> verdict_of(Estimate(0.3, 0.1, 0.5, 5)), verdict_of(Estimate(0.3, -0.1, 0.7, 5))
+        >>> verdict_of(SeedMean(0.3, 0.1, 0.5, 5)), verdict_of(SeedMean(0.3, -0.1, 0.7, 5))
         ('held', 'undecided')
     """
     if difference is None or difference.low is None or difference.high is None:
@@ -83,7 +83,7 @@ def verdict_of(difference: Estimate | None) -> str:
     return OPPOSITE if difference.high < -ROUNDING else UNDECIDED
 
 
-def compared(name: str, measure: str, difference: Estimate | None, fair: bool = False) -> Comparison:
+def compared(name: str, measure: str, difference: SeedMean | None, fair: bool = False) -> Contrast:
     """A comparison with its verdict.
 
     Args:
@@ -92,19 +92,19 @@ def compared(name: str, measure: str, difference: Estimate | None, fair: bool = 
         difference: What was measured.
         fair: Whether both sides were chosen at the same budget.
     """
-    return Comparison(name, measure, fair, difference, verdict_of(difference))
+    return Contrast(name, measure, fair, difference, verdict_of(difference))
 
 
 class Table:
     """Outcomes of merges by seed and cell, from which differences are taken."""
 
-    def __init__(self, found: Iterable[Outcome]) -> None:
-        self._points: dict[tuple[int, Group, str], dict[Point, Outcome]] = {}
+    def __init__(self, found: Iterable[ArmScores]) -> None:
+        self._points: dict[tuple[int, Group, str], dict[Point, ArmScores]] = {}
         for one in found:
             if one.kind == "merge":
                 self._points.setdefault((one.seed, one.group, one.method), {})[one.dare, one.arm] = one
 
-    def difference(self, pairs: Sequence[tuple[Point, Point]], measure: str, method: str = "") -> Estimate | None:
+    def difference(self, pairs: Sequence[tuple[Point, Point]], measure: str, method: str = "") -> SeedMean | None:
         """The mean difference over all cells in which both sides were scored.
 
         Args:
@@ -122,7 +122,7 @@ class Table:
             if (less := points[right].score(measure)) is not None
         )
 
-    def arms(self, more: str, less: str, measure: str = "test", method: str = "") -> Estimate | None:
+    def arms(self, more: str, less: str, measure: str = "test", method: str = "") -> SeedMean | None:
         """One arm less another, with DARE and without.
 
         Args:
@@ -152,12 +152,12 @@ class Claim(NamedTuple):
     number: int
     text: str
     verdict: str
-    comparisons: tuple[Comparison, ...]
-    beside: tuple[Comparison, ...]
+    comparisons: tuple[Contrast, ...]
+    beside: tuple[Contrast, ...]
     whole: bool = False
 
 
-def verdict_on(comparisons: Sequence[Comparison], whole: bool = False) -> str:
+def verdict_on(comparisons: Sequence[Contrast], whole: bool = False) -> str:
     """What comparisons say together: where the fair ones measured the opposite and none of them held, nothing held.
 
     Args:
@@ -193,8 +193,8 @@ def claims_of(lines: Sequence[Line]) -> tuple[Claim, ...]:
 class _Stated(NamedTuple):
     """What is measured on a claim; see `Claim`."""
 
-    counted: list[Comparison]
-    beside: list[Comparison]
+    counted: list[Contrast]
+    beside: list[Contrast]
     whole: bool = False
 
 
@@ -216,7 +216,7 @@ def _improves(table: Table) -> _Stated:
 
 
 def _resists(table: Table) -> _Stated:
-    def against(measure: str) -> list[Comparison]:
+    def against(measure: str) -> list[Contrast]:
         return [
             compared(_less(M3, other), measure, table.arms(M3, other, measure), other == TUNED)
             for other in (EQUAL, TUNED)
@@ -228,7 +228,7 @@ def _resists(table: Table) -> _Stated:
 def _beats_dare(table: Table) -> _Stated:
     nothing, dare, m3 = (PLAIN, EQUAL), (DARE, EQUAL), (PLAIN, M3)
 
-    def of(name: str, more: Point, less: Point, fair: bool = False) -> Comparison:
+    def of(name: str, more: Point, less: Point, fair: bool = False) -> Contrast:
         return compared(name, "test", table.difference([(more, less)], "test"), fair)
 
     counted = [  # both sides choose, so that choosing is not taken for drawing
@@ -268,7 +268,7 @@ def _extremes(scores: dict[float, dict[int, float]], seeds: Sequence[int]) -> tu
     return max(totals, key=totals.__getitem__), min(totals, key=totals.__getitem__)
 
 
-def _contrast(scores: dict[float, dict[int, float]], seeds: Sequence[int], place: int, which: str) -> Comparison:
+def _contrast(scores: dict[float, dict[int, float]], seeds: Sequence[int], place: int, which: str) -> Contrast:
     """The α's in the middle less one at the end, all of which are told before anything is measured."""
     alphas = list(scores)
     middle, end = alphas[1:-1], alphas[place] if alphas else 0.0
@@ -295,7 +295,7 @@ def _balances(table: Table, lines: Sequence[Line]) -> _Stated:
     return _Stated(counted, beside, whole=True)  # what rises towards one end is no balance
 
 
-def _narrows(lines: Sequence[Line], small: float, large: float) -> Comparison:
+def _narrows(lines: Sequence[Line], small: float, large: float) -> Contrast:
     sign = {small: 1, large: -1}
     found: dict[tuple[int, Group], dict[float, float]] = {}
     for line in averaged_pairs(lines):

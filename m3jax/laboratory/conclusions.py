@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Iterator
 
-from m3jax.laboratory.claims import HELD, IN_PART, SPREAD, UNDECIDED, Claim, Comparison
+from m3jax.laboratory.claims import HELD, IN_PART, SPREAD, UNDECIDED, Claim, Contrast
 from m3jax.laboratory.experiments import M3, TUNED
-from m3jax.laboratory.findings import Findings
+from m3jax.laboratory.findings import LaboratoryFindings
 from m3jax.laboratory.outcomes import SHARES
 from m3jax.text import count_text
 
@@ -17,7 +17,7 @@ _NOUNS = {
 }
 
 
-def claim_lines(found: Findings) -> Iterator[str]:
+def claim_lines(found: LaboratoryFindings) -> Iterator[str]:
     """What was measured on each claim, and how sure it is.
 
     Args:
@@ -60,12 +60,12 @@ def verdict_text(claim: Claim) -> str:
     return f"{IN_PART}: {names(True)}. Not: {names(False)}"
 
 
-def _sentence(one: Comparison) -> str:
+def _sentence(one: Contrast) -> str:
     fair = " (at equal budget)" if one.fair else ""
     return f"{one.name[0].upper()}{one.name[1:]}{fair}: {_difference(one)}."
 
 
-def _difference(one: Comparison) -> str:
+def _difference(one: Contrast) -> str:
     value = one.difference
     if value is None:
         return f"not measured, so {one.verdict}"
@@ -81,7 +81,7 @@ def _signed(value: float, digits: int) -> str:
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
-def _reach(found: Findings) -> str:
+def _reach(found: LaboratoryFindings) -> str:
     seeds = count_text(len(found.seeds), "seed")
     parameters = (found.about.get("models") or {}).get("parameters")
     size = f"models of {parameters:,} parameters" if isinstance(parameters, int) else "tiny models"
@@ -95,12 +95,12 @@ def _reach(found: Findings) -> str:
     )
 
 
-def _held_out(found: Findings) -> str:
+def _held_out(found: LaboratoryFindings) -> str:
     told = found.about.get("held_out")
     return f" What is held out: {str(told).rstrip('.')}." if told else ""
 
 
-def _uneven(found: Findings) -> str:
+def _uneven(found: LaboratoryFindings) -> str:
     """Where the grid has not as many points as there are draws."""
     counts: dict[tuple[str, int], set[int]] = {}
     for arm, experts, count in found.cost.evaluations:

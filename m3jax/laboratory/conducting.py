@@ -19,7 +19,15 @@ from m3jax.evaluation import why_no_sandbox
 from m3jax.evaluation.models import open_model
 from m3jax.evaluation.tokens import load_tokenizer
 from m3jax.laboratory.examining import ADVERSARIES, Pupil
-from m3jax.laboratory.experiments import Job, Laboratory, Settings, check_settings, do, jobs_of, make_papers
+from m3jax.laboratory.experiments import (
+    Experiment,
+    ExperimentSettings,
+    Laboratory,
+    check_settings,
+    do,
+    jobs_of,
+    make_papers,
+)
 from m3jax.laboratory.models import BASE, TRAINING, Curriculum, make_models
 from m3jax.laboratory.reporting import write_report
 from m3jax.laboratory.skills import Skill
@@ -40,22 +48,23 @@ class Setting(NamedTuple):
     """
 
     curriculum: Curriculum
-    experiments: Settings
+    experiments: ExperimentSettings
 
 
 SETTINGS: Mapping[str, Setting] = MappingProxyType(
     {
         "small": Setting(
             Curriculum(Size(96, 2, 4, 600), 20_000, Course(1500, 32, 3e-3, whole=True), Course(400, 32, 6e-4)),
-            Settings(seeds=2, samples=4, dev=32, test=64, attacked=32, points=11),
+            ExperimentSettings(seeds=2, samples=4, dev=32, test=64, attacked=32, points=11),
         ),
         "laptop": Setting(
             Curriculum(Size(128, 4, 4, 800), 50_000, Course(2500, 32, 2e-3, whole=True), Course(1000, 32, 5e-4)),
-            Settings(),
+            ExperimentSettings(),
         ),
         "gpu": Setting(
             Curriculum(Size(512, 8, 8, 4000), 400_000, Course(8000, 256, 1e-3, whole=True), Course(2000, 256, 2e-4)),
-            Settings(seeds=10, samples=16, dev=128, test=110, attacked=110, points=41),  # as many as SST-2 has phrases
+            # As many examples as SST-2 has phrases.
+            ExperimentSettings(seeds=10, samples=16, dev=128, test=110, attacked=110, points=41),
         ),
     }
 )
@@ -139,7 +148,7 @@ def _do_all(lab: Laboratory, skills: Sequence[Skill], ledger: Ledger, tell: Tell
         tell(f"{len(jobs) - len(left) + number + 1} of {len(jobs)}: {job.name}; about {time_text(rest)} left")
 
 
-def _time_left(jobs: Sequence[Job], spent: Mapping[tuple[str, int], Sequence[float]]) -> float:
+def _time_left(jobs: Sequence[Experiment], spent: Mapping[tuple[str, int], Sequence[float]]) -> float:
     """By what jobs of the same kind took; of those of which none is done, by what all took."""
     typical = {kind: statistics.median(seconds) for kind, seconds in spent.items()}
     overall = statistics.fmean(typical.values())

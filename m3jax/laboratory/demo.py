@@ -243,12 +243,12 @@ def _mean(scores: Mapping[str, float]) -> float:
 
 
 def _draw_curve(path: Path, lab: "Laboratory", papers: "Papers", trials: Sequence[Mapping[str, Any]]) -> None:
-    from m3jax.laboratory.experiments import AVERAGE, M3, Job, do
+    from m3jax.laboratory.experiments import AVERAGE, M3, Experiment, do
     from m3jax.laboratory.figures import save_curves
 
     group = tuple(papers.dev)
-    curve = do(lab, Job("curve", SEED, group, alpha=ALPHA), papers)
-    draws = Job("merge", SEED, group, AVERAGE, alpha=ALPHA)
+    curve = do(lab, Experiment("curve", SEED, group, alpha=ALPHA), papers)
+    draws = Experiment("merge", SEED, group, AVERAGE, alpha=ALPHA)
     drawn = {"job": draws.name, **draws._asdict(), "group": list(group), "arms": {}, "trials": {M3: list(trials)}}
     save_curves([curve, drawn], path)
 

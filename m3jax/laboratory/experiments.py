@@ -50,7 +50,7 @@ EQUAL, TUNED, DRAW, M3 = "equal", "tuned", "draw", "m3"
 """How the ratio is found: not at all, on a grid, drawn once, drawn as often as the grid has points."""
 
 
-class Settings(NamedTuple):
+class ExperimentSettings(NamedTuple):
     """How much is measured.
 
     Attributes:
@@ -76,7 +76,7 @@ class Settings(NamedTuple):
     points: int = 21
 
 
-class Job(NamedTuple):
+class Experiment(NamedTuple):
     """One line of the ledger.
 
     Attributes:
@@ -117,7 +117,7 @@ def groups_of(names: Sequence[str]) -> list[Group]:
     return pairs if len(names) == 2 else [*pairs, tuple(names)]
 
 
-def jobs_of(names: Sequence[str], how: Settings) -> list[Job]:
+def jobs_of(names: Sequence[str], how: ExperimentSettings) -> list[Experiment]:
     """All that is to be done, one seed after the other.
 
     Args:
@@ -126,14 +126,14 @@ def jobs_of(names: Sequence[str], how: Settings) -> list[Job]:
     """
     groups = groups_of(names)
     pairs = [group for group in groups if len(group) == 2]
-    jobs = [Job("curve", how.first, group, alpha=how.alpha) for group in pairs]
+    jobs = [Experiment("curve", how.first, group, alpha=how.alpha) for group in pairs]
     for seed in range(how.first, how.first + how.seeds):
-        jobs.append(Job("models", seed, tuple(names)))
+        jobs.append(Experiment("models", seed, tuple(names)))
         jobs += [
-            Job("merge", seed, group, method, dare, how.alpha)
+            Experiment("merge", seed, group, method, dare, how.alpha)
             for group, method, dare in itertools.product(groups, METHODS, (False, True))
         ]
-        jobs += [Job("alpha", seed, group, alpha=alpha) for group, alpha in itertools.product(pairs, how.alphas)]
+        jobs += [Experiment("alpha", seed, group, alpha=alpha) for group, alpha in itertools.product(pairs, how.alphas)]
     return jobs
 
 
@@ -153,7 +153,7 @@ class Papers(NamedTuple):
     attacked: dict[str, Exam]
 
 
-def check_settings(how: Settings) -> None:
+def check_settings(how: ExperimentSettings) -> None:
     """Raise M3Error for what cannot be done."""
     for name, least in (("seeds", 1), ("samples", 1), ("dev", 1), ("test", 1), ("attacked", 1), ("points", 2)):
         number = getattr(how, name)
@@ -163,7 +163,7 @@ def check_settings(how: Settings) -> None:
         raise M3Error(f"seed: is {how.first}, but must be at least 0")
 
 
-def make_papers(skills: Sequence[Skill], how: Settings, seed: int) -> Papers:
+def make_papers(skills: Sequence[Skill], how: ExperimentSettings, seed: int) -> Papers:
     """The examinations of a seed.
 
     Args:
@@ -195,11 +195,11 @@ class Laboratory(NamedTuple):
 
     places: Mapping[str, Path]
     pupil: Pupil
-    how: Settings
+    how: ExperimentSettings
     work: Path
 
 
-def recipe_of(job: Job, places: Mapping[str, Path]) -> dict[str, Any]:
+def recipe_of(job: Experiment, places: Mapping[str, Path]) -> dict[str, Any]:
     """The recipe of a job's merges, as `m3jax merge` takes it.
 
     Args:
@@ -218,7 +218,7 @@ def recipe_of(job: Job, places: Mapping[str, Path]) -> dict[str, Any]:
     }
 
 
-def equal_weights(job: Job) -> Weights:
+def equal_weights(job: Experiment) -> Weights:
     """What the method takes where nobody chooses: 1 each in task arithmetic, else an even share.
 
     Args:
@@ -230,7 +230,7 @@ def equal_weights(job: Job) -> Weights:
 class _Bench:
     """The merges of one job, made in memory and examined, and how long both took."""
 
-    def __init__(self, lab: Laboratory, job: Job, papers: Papers, resident: Resident, space: Space) -> None:
+    def __init__(self, lab: Laboratory, job: Experiment, papers: Papers, resident: Resident, space: Space) -> None:
         self.lab, self.job, self.papers, self.resident, self.space = lab, job, papers, resident, space
         self.merging: list[float] = []
         self.examining: list[float] = []
@@ -283,7 +283,7 @@ def mean(scores: Mapping[str, float]) -> float:
     return sum(scores.values()) / len(scores)
 
 
-def measure(lab: Laboratory, params: Any, papers: Papers, job: Job, resists: bool = True) -> dict[str, Any]:
+def measure(lab: Laboratory, params: Any, papers: Papers, job: Experiment, resists: bool = True) -> dict[str, Any]:
     """What is reported of a model: its scores on test examples, out of distribution and under its adversaries.
 
     Args:
@@ -361,7 +361,7 @@ def _curve(bench: _Bench) -> dict[str, Any]:
     return {"curve": bench.try_all([(ratio, 1 - ratio) for ratio in ratios])}
 
 
-def _models(lab: Laboratory, papers: Papers, job: Job) -> dict[str, Any]:
+def _models(lab: Laboratory, papers: Papers, job: Experiment) -> dict[str, Any]:
     config = lab.pupil.config
     return {
         "models": {
@@ -370,7 +370,7 @@ def _models(lab: Laboratory, papers: Papers, job: Job) -> dict[str, Any]:
     }
 
 
-def do(lab: Laboratory, job: Job, papers: Papers) -> dict[str, Any]:
+def do(lab: Laboratory, job: Experiment, papers: Papers) -> dict[str, Any]:
     """One line of the ledger.
 
     Args:

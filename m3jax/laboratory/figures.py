@@ -12,9 +12,9 @@ from m3jax.errors import M3Error
 from m3jax.laboratory.experiments import AVERAGE, EQUAL, M3, TUNED, best
 from m3jax.laboratory.outcomes import (
     Cell,
-    Estimate,
     Group,
     Line,
+    SeedMean,
     Shape,
     averaged_pairs,
     cells_of,
@@ -231,7 +231,7 @@ def save_bars(lines: Iterable[Line], path: Path) -> bool:
 def _draw_bars(axes: "Axes", cells: Sequence[Cell], groups: Sequence[Group], measure: str) -> None:
     width = 0.8 / len(_ARMS)
     for number, (arm, (label, colour)) in enumerate(_ARMS.items()):
-        there: list[tuple[float, Estimate]] = [
+        there: list[tuple[float, SeedMean]] = [
             (groups.index(cell.group) + (number - (len(_ARMS) - 1) / 2) * width, value)
             for cell in cells
             if cell.arm == arm and (value := getattr(cell, measure)) is not None
@@ -301,7 +301,7 @@ def save_alphas(lines: Iterable[Line], path: Path) -> bool:
 
 
 def _draw_estimates(
-    axes: "Axes", points: Sequence[tuple[float, Estimate | None]], colour: str, label: str | None = None
+    axes: "Axes", points: Sequence[tuple[float, SeedMean | None]], colour: str, label: str | None = None
 ) -> None:
     there = [(place, value) for place, value in points if value is not None]
     if there:

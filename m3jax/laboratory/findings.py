@@ -6,18 +6,28 @@ from typing import Any, NamedTuple
 
 from m3jax.errors import M3Error
 from m3jax.laboratory.claims import HELD, Claim, claims_of, verdict_of
-from m3jax.laboratory.experiments import AVERAGE, DRAW, EQUAL, M3, TASK_ARITHMETIC, TUNED, Job, Settings, jobs_of
+from m3jax.laboratory.experiments import (
+    AVERAGE,
+    DRAW,
+    EQUAL,
+    M3,
+    TASK_ARITHMETIC,
+    TUNED,
+    Experiment,
+    ExperimentSettings,
+    jobs_of,
+)
 from m3jax.laboratory.models import BASE
 from m3jax.laboratory.outcomes import (
     ROUNDING,
     SHARES,
+    ArmScores,
     Cell,
     Depth,
-    Estimate,
     Group,
     Line,
     ModelCell,
-    Outcome,
+    SeedMean,
     Shape,
     cells_of,
     depths_of,
@@ -60,9 +70,9 @@ class Alone(NamedTuple):
 
     group: Group
     measure: str
-    base: Estimate | None
+    base: SeedMean | None
     expert: str
-    best: Estimate | None
+    best: SeedMean | None
 
 
 class Surpassed(NamedTuple):
@@ -81,7 +91,7 @@ class Surpassed(NamedTuple):
     surely: int | None
 
 
-class Findings(NamedTuple):
+class LaboratoryFindings(NamedTuple):
     """All that is reported.
 
     Attributes:
@@ -131,7 +141,7 @@ def _plain(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def find(lines: Iterable[Line], about: Mapping[str, Any]) -> Findings:
+def find(lines: Iterable[Line], about: Mapping[str, Any]) -> LaboratoryFindings:
     """All that is to be reported of a ledger, whole or not.
 
     Args:
@@ -147,7 +157,7 @@ def find(lines: Iterable[Line], about: Mapping[str, Any]) -> Findings:
     found = outcomes(there)
     unmerged = _unmerged(there, list(dict.fromkeys(one.group for one in found if one.kind == "merge")))
     alone = _alone(unmerged)
-    return Findings(
+    return LaboratoryFindings(
         about=about,
         seeds=tuple(sorted({line["seed"] for line in there})),
         missing=tuple(_missing(there, about)),
@@ -165,7 +175,7 @@ def find(lines: Iterable[Line], about: Mapping[str, Any]) -> Findings:
     )
 
 
-def _unmerged(lines: Sequence[Line], groups: Sequence[Group]) -> list[Outcome]:
+def _unmerged(lines: Sequence[Line], groups: Sequence[Group]) -> list[ArmScores]:
     """What the base and each group's experts scored on the group's skills, the model's name in place of an arm's."""
     return [
         outcome_of(
@@ -180,8 +190,8 @@ def _unmerged(lines: Sequence[Line], groups: Sequence[Group]) -> list[Outcome]:
     ]
 
 
-def _alone(unmerged: Sequence[Outcome]) -> tuple[Alone, ...]:
-    def scored(group: Group, measure: str) -> dict[str, Estimate]:
+def _alone(unmerged: Sequence[ArmScores]) -> tuple[Alone, ...]:
+    def scored(group: Group, measure: str) -> dict[str, SeedMean]:
         mine = [one for one in unmerged if one.group == group]
         found = {
             model: over_seeds((one.seed, one.score(measure)) for one in mine if one.arm == model)
@@ -197,7 +207,9 @@ def _alone(unmerged: Sequence[Outcome]) -> tuple[Alone, ...]:
     return tuple(of(group, measure) for group in dict.fromkeys(one.group for one in unmerged) for measure in SHARES)
 
 
-def _surpassed(found: Sequence[Outcome], unmerged: Sequence[Outcome], alone: Sequence[Alone]) -> Iterator[Surpassed]:
+def _surpassed(
+    found: Sequence[ArmScores], unmerged: Sequence[ArmScores], alone: Sequence[Alone]
+) -> Iterator[Surpassed]:
     """Of the base and of the best experts in test accuracy."""
     scores = {(one.seed, one.group, one.arm): one.test for one in unmerged}
     experts = {one.group: one.expert for one in alone if one.measure == "test"}
@@ -236,7 +248,7 @@ def _missing(lines: Sequence[Line], about: Mapping[str, Any]) -> Iterator[str]:
             yield f"{job.name}: its scores"
 
 
-def _arms(job: Job) -> tuple[str, ...]:
+def _arms(job: Experiment) -> tuple[str, ...]:
     return _ARMS if job.kind == "merge" else (M3,)
 
 
@@ -253,14 +265,14 @@ def _names(lines: Sequence[Line]) -> list[str]:
     return list(dict.fromkeys(name for group in groups for name in group))
 
 
-def _settings(lines: Sequence[Line], about: Mapping[str, Any]) -> Settings:
+def _settings(lines: Sequence[Line], about: Mapping[str, Any]) -> ExperimentSettings:
     seen: dict[str, Any] = {
         "alphas": tuple(sorted({line["alpha"] for line in lines if line["kind"] == "alpha"})),
     }
     if merges := [line["alpha"] for line in lines if line["kind"] == "merge"]:
         seen["alpha"] = merges[0]
     told = about.get("settings") or {}
-    how = Settings(**{**seen, **{name: told[name] for name in Settings._fields if name in told}})
+    how = ExperimentSettings(**{**seen, **{name: told[name] for name in ExperimentSettings._fields if name in told}})
     seeds = {line["seed"] for line in lines} | set(range(how.first, how.first + how.seeds) if "seeds" in told else ())
     return how._replace(first=min(seeds), seeds=max(seeds) - min(seeds) + 1)
 
@@ -276,7 +288,7 @@ def _cost(lines: Sequence[Line]) -> Cost:
     return Cost(typical("merge"), typical("examination"), tuple(sorted(evaluations)))
 
 
-def _coinciding(found: Sequence[Outcome]) -> tuple[int, int]:
+def _coinciding(found: Sequence[ArmScores]) -> tuple[int, int]:
     """With weights that sum to 1, average merging and task arithmetic are the same model up to rounding."""
     by_choice: dict[tuple[Any, ...], dict[str, float | None]] = {}
     for one in found:

@@ -27,7 +27,7 @@ ROUNDING = 1e-9
 # --- Estimates ----------------------------------------------------------------------------------------------------
 
 
-class Estimate(NamedTuple):
+class SeedMean(NamedTuple):
     """A mean over seeds.
 
     Attributes:
@@ -48,7 +48,7 @@ class Estimate(NamedTuple):
         return None if self.high is None else self.high - self.mean
 
 
-def estimate(values: Sequence[float]) -> Estimate | None:
+def estimate(values: Sequence[float]) -> SeedMean | None:
     """The mean with its 95 % interval by Student's t; None of nothing.
 
     Args:
@@ -61,13 +61,13 @@ def estimate(values: Sequence[float]) -> Estimate | None:
     """
     count = len(values)
     if count < 2:
-        return Estimate(values[0], None, None, 1) if values else None
+        return SeedMean(values[0], None, None, 1) if values else None
     mean = math.fsum(values) / count
     half = float(stdtrit(count - 1, 0.975)) * statistics.stdev(values) / math.sqrt(count)
-    return Estimate(mean, mean - half, mean + half, count)
+    return SeedMean(mean, mean - half, mean + half, count)
 
 
-def over_seeds(values: Iterable[tuple[int, float | None]]) -> Estimate | None:
+def over_seeds(values: Iterable[tuple[int, float | None]]) -> SeedMean | None:
     """Estimates a mean from any number of values per seed, which are averaged first; None counts as not there.
 
     Args:
@@ -83,7 +83,7 @@ def over_seeds(values: Iterable[tuple[int, float | None]]) -> Estimate | None:
 # --- Scores -------------------------------------------------------------------------------------------------------
 
 
-class Outcome(NamedTuple):
+class ArmScores(NamedTuple):
     """What one arm of one experiment scored.
 
     Attributes:
@@ -129,7 +129,7 @@ def distinct(lines: Iterable[Line], *kinds: str) -> list[Line]:
     return list({line["job"]: line for line in lines if line["kind"] in kinds}.values())
 
 
-def outcomes(lines: Iterable[Line]) -> list[Outcome]:
+def outcomes(lines: Iterable[Line]) -> list[ArmScores]:
     """What every arm that is there scored.
 
     Args:
@@ -142,7 +142,7 @@ def outcomes(lines: Iterable[Line]) -> list[Outcome]:
     ]
 
 
-def outcome_of(line: Line, arm: str, result: Mapping[str, Any]) -> Outcome:
+def outcome_of(line: Line, arm: str, result: Mapping[str, Any]) -> ArmScores:
     """What one arm scored.
 
     Args:
@@ -154,7 +154,7 @@ def outcome_of(line: Line, arm: str, result: Mapping[str, Any]) -> Outcome:
     # Adversaries are not let loose on single draws: where one has figures, it is another arm's choice too.
     resistance = [] if arm == DRAW else list(result.get("resistance", {}).values())
     clean, attacked = (math.fsum(one[what] for one in resistance) for what in ("clean", "attacked"))
-    return Outcome(
+    return ArmScores(
         *(line["kind"], line["seed"], group, line["method"], line["dare"], line["alpha"], arm),
         test=mean(result["test"].values()) if "test" in result else None,
         shifted=mean(result["shifted"].values()) if "shifted" in result else None,
@@ -191,20 +191,20 @@ class Cell(NamedTuple):
     method: str
     dare: bool | None
     arm: str
-    test: Estimate | None
-    shifted: Estimate | None
-    attacked: Estimate | None
-    pdr: Estimate | None
+    test: SeedMean | None
+    shifted: SeedMean | None
+    attacked: SeedMean | None
+    pdr: SeedMean | None
 
 
-def cells_of(found: Iterable[Outcome], whole: bool = False) -> list[Cell]:
+def cells_of(found: Iterable[ArmScores], whole: bool = False) -> list[Cell]:
     """The paper's tables: every group, method and arm, with DARE and without.
 
     Args:
         found: What was scored; only merges are taken.
         whole: One cell for all methods, with DARE and without.
     """
-    gathered: dict[tuple[Group, str, bool | None, str], list[Outcome]] = {}
+    gathered: dict[tuple[Group, str, bool | None, str], list[ArmScores]] = {}
     for one in found:
         if one.kind == "merge":
             key = (one.group, "", None, one.arm) if whole else (one.group, one.method, one.dare, one.arm)
@@ -230,10 +230,10 @@ class ModelCell(NamedTuple):
 
     model: str
     skill: str
-    test: Estimate | None
-    shifted: Estimate | None
-    attacked: Estimate | None
-    pdr: Estimate | None
+    test: SeedMean | None
+    shifted: SeedMean | None
+    attacked: SeedMean | None
+    pdr: SeedMean | None
     adversary: str
 
 
@@ -282,8 +282,8 @@ class Shape(NamedTuple):
 
     alpha: float
     draws: int
-    test: Estimate | None
-    spread: Estimate | None
+    test: SeedMean | None
+    spread: SeedMean | None
     law: float
 
 
@@ -296,7 +296,7 @@ class Depth(NamedTuple):
     """
 
     draws: int
-    dev: Estimate | None
+    dev: SeedMean | None
 
 
 def averaged_pairs(lines: Iterable[Line]) -> list[Line]:

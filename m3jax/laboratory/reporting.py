@@ -13,8 +13,8 @@ from m3jax.laboratory import figures
 from m3jax.laboratory.claims import SPREAD
 from m3jax.laboratory.conclusions import claim_lines, verdict_text
 from m3jax.laboratory.experiments import DRAW, EQUAL, M3, METHODS, TUNED
-from m3jax.laboratory.findings import Alone, Findings, find
-from m3jax.laboratory.outcomes import SHARES, Estimate, Group, Line
+from m3jax.laboratory.findings import Alone, LaboratoryFindings, find
+from m3jax.laboratory.outcomes import SHARES, Group, Line, SeedMean
 from m3jax.text import count_text, time_text
 
 PICTURES: Mapping[str, Callable[[Sequence[Line], Path], bool]] = MappingProxyType(
@@ -65,7 +65,7 @@ def write_report(
     write_whole(directory / "report.md", "\n".join(report_lines(found, drawn)) + "\n")
 
 
-def report_lines(found: Findings, pictures: Sequence[str] = ()) -> Iterator[str]:
+def report_lines(found: LaboratoryFindings, pictures: Sequence[str] = ()) -> Iterator[str]:
     """The report in Markdown.
 
     Args:
@@ -116,7 +116,7 @@ def _row(cells: Sequence[str]) -> str:
 # --- How it was made ----------------------------------------------------------------------------------------------
 
 
-def _about_lines(found: Findings) -> Iterator[str]:
+def _about_lines(found: LaboratoryFindings) -> Iterator[str]:
     about = found.about
     if about.get("command"):
         yield f"- command: `{about['command']}`"
@@ -165,7 +165,7 @@ def _missing_lines(missing: Sequence[str]) -> Iterator[str]:
 # --- Tables -------------------------------------------------------------------------------------------------------
 
 
-def _model_lines(found: Findings) -> Iterator[str]:
+def _model_lines(found: LaboratoryFindings) -> Iterator[str]:
     if not found.models:
         yield "Not measured."
         return
@@ -181,12 +181,12 @@ def _model_lines(found: Findings) -> Iterator[str]:
     )
 
 
-def _cell_lines(found: Findings, measure: str) -> Iterator[str]:
+def _cell_lines(found: LaboratoryFindings, measure: str) -> Iterator[str]:
     """A row for each group, method and DARE, a column for each arm and, where known, for base and best expert."""
     if not found.cells:
         yield "Not measured."
         return
-    values: dict[tuple[Group, str, bool | None], dict[str, Estimate | None]] = {}
+    values: dict[tuple[Group, str, bool | None], dict[str, SeedMean | None]] = {}
     for cell in found.cells:
         values.setdefault((cell.group, cell.method, cell.dare), {})[cell.arm] = getattr(cell, measure)
     groups, methods = [key[0] for key in values], list(METHODS)
@@ -214,7 +214,7 @@ def _alone_entries(one: Alone, seeds: int) -> list[str]:
     return [_entry(one.base, one.measure, seeds), f"{one.expert}: {expert}" if one.expert else expert]
 
 
-def _surpassed(found: Findings) -> str:
+def _surpassed(found: LaboratoryFindings) -> str:
     """In how many rows merging beats not merging."""
     told = [
         "Base and experts are not merged, and stand in each row of a group with their means over its skills. The best "
@@ -245,7 +245,7 @@ def _adversaries(adversaries: Mapping[str, str]) -> str:
     )
 
 
-def _entry(value: Estimate | None, measure: str, seeds: int) -> str:
+def _entry(value: SeedMean | None, measure: str, seeds: int) -> str:
     """A mean ± half its interval, and the number of seeds where they are fewer than elsewhere."""
     if value is None:
         return "–"
@@ -255,7 +255,7 @@ def _entry(value: Estimate | None, measure: str, seeds: int) -> str:
     return f"{scale * value.mean:.{digits}f}{half}{fewer}"
 
 
-def _shape_lines(found: Findings) -> Iterator[str]:
+def _shape_lines(found: LaboratoryFindings) -> Iterator[str]:
     seeds = len(found.seeds)
     if found.shapes:
         yield "Average merging of pairs without DARE; λ is the first expert's weight."
@@ -283,7 +283,7 @@ def _shape_lines(found: Findings) -> Iterator[str]:
         yield "Not measured."
 
 
-def _cost_lines(found: Findings) -> Iterator[str]:
+def _cost_lines(found: LaboratoryFindings) -> Iterator[str]:
     cost = found.cost
     if cost.merge is not None and cost.examination:
         share = cost.merge / cost.examination

@@ -132,7 +132,7 @@ def encode(tokenizer: Any, lessons: Sequence[tuple[str, str]]) -> list[Text]:
     return [text for text in texts if len(text.tokens) <= _LENGTHS[-1]]
 
 
-class Batch(NamedTuple):
+class LessonBatch(NamedTuple):
     """Texts that are learned from together, padded on the right.
 
     Attributes:
@@ -146,7 +146,7 @@ class Batch(NamedTuple):
     prompts: npt.NDArray[np.int32]
 
 
-def batches(texts: Sequence[Text], course: Course) -> Iterator[Batch]:
+def batches(texts: Sequence[Text], course: Course) -> Iterator[LessonBatch]:
     """Batches of like length in random order, as many as the course has steps.
 
     Args:
@@ -176,12 +176,12 @@ def _padded(length: int) -> int:
     return next(limit for limit in _LENGTHS if length <= limit)
 
 
-def _batch(texts: Sequence[Text], length: int) -> Batch:
+def _batch(texts: Sequence[Text], length: int) -> LessonBatch:
     tokens = np.zeros((len(texts), length), np.int32)
     for row, text in enumerate(texts):
         tokens[row, : len(text.tokens)] = text.tokens
     lengths, prompts = ([len(t.tokens) for t in texts], [t.prompt for t in texts])
-    return Batch(tokens, np.array(lengths, np.int32), np.array(prompts, np.int32))
+    return LessonBatch(tokens, np.array(lengths, np.int32), np.array(prompts, np.int32))
 
 
 def cross_entropy(
@@ -218,7 +218,13 @@ _OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=(0, 1))
 def _step(
-    params: Any, state: Any, rate: Float[Array, ""], batch: Batch, whole: Bool[Array, ""], *, config: DecoderConfig
+    params: Any,
+    state: Any,
+    rate: Float[Array, ""],
+    batch: LessonBatch,
+    whole: Bool[Array, ""],
+    *,
+    config: DecoderConfig,
 ) -> tuple[Any, Any, Float[Array, ""]]:
     loss, slopes = jax.value_and_grad(functools.partial(cross_entropy, config=config))(params, *batch, whole)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers

@@ -14,7 +14,7 @@ import m3jax
 from m3jax.arithmetic import threefry
 from m3jax.errors import M3Error
 from m3jax.exploration import exploring, resident
-from m3jax.exploration.journal import Journal
+from m3jax.exploration.journal import SampleJournal
 from m3jax.exploration.samples import Space, drawn
 from m3jax.exploration.selection import Result, choose, pareto_front
 from m3jax.exploration.strategies import STRATEGIES, strategy_of
@@ -396,12 +396,12 @@ def test_what_cannot_be_explored_is_said(place, tmp_path):
 
 
 def test_a_journal_has_one_writer(tmp_path):
-    with Journal(tmp_path / "j", {"a": 1}), pytest.raises(M3Error, match="another exploration is at work there"):
-        Journal(tmp_path / "j", {"a": 1})
-    with Journal(tmp_path / "j", {"a": 1}) as again:
+    with SampleJournal(tmp_path / "j", {"a": 1}), pytest.raises(M3Error, match="another exploration is at work there"):
+        SampleJournal(tmp_path / "j", {"a": 1})
+    with SampleJournal(tmp_path / "j", {"a": 1}) as again:
         assert again.done == []
     with pytest.raises(M3Error, match="No such file"):
-        Journal(tmp_path / "no" / "j", {"a": 1})
+        SampleJournal(tmp_path / "no" / "j", {"a": 1})
 
 
 def test_buffers_that_differ_are_refused(place, tmp_path):

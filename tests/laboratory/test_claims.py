@@ -19,7 +19,7 @@ from m3jax.laboratory.claims import (
 )
 from m3jax.laboratory.experiments import AVERAGE, DRAW, EQUAL, M3, TIES, TUNED
 from m3jax.laboratory.outcomes import (
-    Estimate,
+    SeedMean,
     cells_of,
     depths_of,
     estimate,
@@ -48,7 +48,7 @@ def test_the_interval_is_students():
 
 
 def test_one_value_has_no_interval_and_none_no_mean():
-    assert estimate([0.3]) == Estimate(0.3, None, None, 1)
+    assert estimate([0.3]) == SeedMean(0.3, None, None, 1)
     assert estimate([0.3]).half is None
     assert estimate([]) is None
     assert verdict_of(estimate([0.3])) == verdict_of(None) == UNDECIDED
@@ -70,7 +70,7 @@ def test_seeds_are_averaged_before_intervals():
     ],
 )
 def test_the_verdict_follows_from_the_interval(interval, verdict):
-    assert verdict_of(Estimate(sum(interval) / 2, *interval, 5)) == verdict
+    assert verdict_of(SeedMean(sum(interval) / 2, *interval, 5)) == verdict
 
 
 UP, DOWN, OPEN = ((low, low + 0.1) for low in (0.1, -0.2, -0.05))
@@ -89,8 +89,8 @@ UP, DOWN, OPEN = ((low, low + 0.1) for low in (0.1, -0.2, -0.05))
 )
 def test_a_claim_needs_its_fair_comparison(paper, fair, verdict):
     said = [
-        compared("a", "test", Estimate(0, *paper, 5)),
-        compared("b", "test", Estimate(0, *fair, 5), fair=True),
+        compared("a", "test", SeedMean(0, *paper, 5)),
+        compared("b", "test", SeedMean(0, *fair, 5), fair=True),
     ]
     assert verdict_on(said) == verdict
 

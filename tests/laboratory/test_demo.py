@@ -10,11 +10,11 @@ import pytest
 from m3jax import load_recipe
 from m3jax.errors import M3Error
 from m3jax.evaluation import get_task, load_rows
-from m3jax.laboratory import Course, Curriculum, Setting, Settings, Size, demo
+from m3jax.laboratory import Course, Curriculum, ExperimentSettings, Setting, Size, demo
 
 TINY = Setting(
     Curriculum(Size(16, 1, 2, 300), 100, Course(3, 4, 1e-3, whole=True), Course(2, 4, 1e-2)),
-    Settings(dev=4, test=6, points=3),
+    ExperimentSettings(dev=4, test=6, points=3),
 )
 
 

@@ -17,10 +17,10 @@ from m3jax.laboratory.experiments import (
     TASK_ARITHMETIC,
     TIES,
     TUNED,
-    Job,
+    Experiment,
+    ExperimentSettings,
     Laboratory,
     Papers,
-    Settings,
     best,
     do,
     equal_weights,
@@ -38,7 +38,7 @@ SKILLS = [word_problems()._replace(max_tokens=4), programs()._replace(max_tokens
 PAIR = ("arithmetic", "programs")
 TINY = Setting(
     Curriculum(Size(16, 1, 2, 300), 100, Course(2, 4, 1e-3, whole=True), Course(2, 4, 1e-2)),
-    Settings(seeds=1, samples=4, alphas=(2.0,), dev=4, test=6, attacked=2, points=3),
+    ExperimentSettings(seeds=1, samples=4, alphas=(2.0,), dev=4, test=6, attacked=2, points=3),
 )
 
 
@@ -57,22 +57,22 @@ def timeless(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_every_method_meets_every_group() -> None:
-    jobs = jobs_of(["a", "b", "c"], Settings(seeds=2, first=7))
+    jobs = jobs_of(["a", "b", "c"], ExperimentSettings(seeds=2, first=7))
     assert len({job.name for job in jobs}) == len(jobs)
     merges = [job for job in jobs if job.kind == "merge"]
     assert len(merges) == 2 * 4 * 3 * 2  # seeds, groups, methods, with and without DARE
     assert {job.seed for job in merges} == {7, 8}
     assert sum(job.kind == "curve" for job in jobs) == 3
-    assert sum(job.kind == "alpha" for job in jobs) == 2 * 3 * len(Settings().alphas)
+    assert sum(job.kind == "alpha" for job in jobs) == 2 * 3 * len(ExperimentSettings().alphas)
     assert sum(job.kind == "models" for job in jobs) == 2
-    assert {job.group for job in jobs_of(["a", "b"], Settings()) if job.kind == "merge"} == {("a", "b")}
+    assert {job.group for job in jobs_of(["a", "b"], ExperimentSettings()) if job.kind == "merge"} == {("a", "b")}
 
 
 @pytest.mark.parametrize("dare", [False, True])
 @pytest.mark.parametrize("method", [AVERAGE, TASK_ARITHMETIC, TIES])
 def test_recipes_are_those_of_the_paper(method: str, dare: bool) -> None:
     places = {name: Path("/m") / name for name in (BASE, *PAIR)}
-    recipe = load_recipe(recipe_of(Job("merge", 3, PAIR, method, dare, 0.5), places)).resolved()
+    recipe = load_recipe(recipe_of(Experiment("merge", 3, PAIR, method, dare, 0.5), places)).resolved()
     assert recipe["seed"] == 3
     assert recipe["mixup"] == {"alpha": 0.5, "granularity": "model"}
     assert (recipe["sparsify"] is not None) == dare
@@ -80,9 +80,9 @@ def test_recipes_are_those_of_the_paper(method: str, dare: bool) -> None:
 
 
 def test_weights_nobody_chose() -> None:
-    assert equal_weights(Job("merge", 0, ("a", "b", "c"), AVERAGE)) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
-    assert equal_weights(Job("merge", 0, ("a", "b"), TASK_ARITHMETIC)) == (1.0, 1.0)
-    assert equal_weights(Job("merge", 0, ("a", "b"), TIES)) == (0.5, 0.5)
+    assert equal_weights(Experiment("merge", 0, ("a", "b", "c"), AVERAGE)) == pytest.approx((1 / 3, 1 / 3, 1 / 3))
+    assert equal_weights(Experiment("merge", 0, ("a", "b"), TASK_ARITHMETIC)) == (1.0, 1.0)
+    assert equal_weights(Experiment("merge", 0, ("a", "b"), TIES)) == (0.5, 0.5)
 
 
 def test_of_the_best_that_nearest_to_equal_weights_is_chosen() -> None:
@@ -123,7 +123,7 @@ def test_the_output_may_not_be_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dare", [False, True])
 @pytest.mark.parametrize("method", [AVERAGE, TASK_ARITHMETIC, TIES])
 def test_a_merge_has_all_arms_and_is_the_same_again(lab: Laboratory, papers: Papers, method: str, dare: bool) -> None:
-    job = Job("merge", 0, PAIR, method, dare, 0.5)
+    job = Experiment("merge", 0, PAIR, method, dare, 0.5)
     line = do(lab, job, papers)
     assert json.loads(json.dumps(line)) == line
     assert set(line["arms"]) == {EQUAL, TUNED, "draw", M3}
@@ -137,9 +137,9 @@ def test_a_merge_has_all_arms_and_is_the_same_again(lab: Laboratory, papers: Pap
 
 
 def test_the_ends_of_the_curve_are_the_experts(lab: Laboratory, papers: Papers) -> None:
-    curve = do(lab, Job("curve", 0, PAIR), papers)["curve"]
+    curve = do(lab, Experiment("curve", 0, PAIR), papers)["curve"]
     assert [point["weights"] for point in curve] == [[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]]
-    models = do(lab, Job("models", 0, PAIR), papers._replace(test=papers.dev))["models"]
+    models = do(lab, Experiment("models", 0, PAIR), papers._replace(test=papers.dev))["models"]
     assert set(models) == {BASE, *PAIR}
     assert curve[-1]["dev"] == models["arithmetic"]["test"]
     assert curve[0]["dev"] == models["programs"]["test"]
@@ -153,7 +153,7 @@ class KilledError(Exception):
 def test_a_laboratory_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
 
-    def counting(lab: Laboratory, job: Job, papers: Papers) -> dict[str, Any]:
+    def counting(lab: Laboratory, job: Experiment, papers: Papers) -> dict[str, Any]:
         if len(done) == 3:
             raise KilledError
         done.append(job.name)
@@ -175,4 +175,6 @@ def test_a_laboratory_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: p
         assert (report / name).read_bytes().startswith(b"\x89PNG")
     assert "scripts/lab" in (report / "report.md").read_text()
     with pytest.raises(M3Error, match="holds another experiment, which differs in settings"):
-        conduct(tmp_path / "lab", SKILLS, TINY._replace(experiments=Settings()), lambda _: None, "scripts/lab")
+        conduct(
+            tmp_path / "lab", SKILLS, TINY._replace(experiments=ExperimentSettings()), lambda _: None, "scripts/lab"
+        )

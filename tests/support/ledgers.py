@@ -3,10 +3,10 @@
 import itertools
 import random
 
-from m3jax.laboratory.experiments import DRAW, EQUAL, M3, TASK_ARITHMETIC, TUNED, Settings, best, jobs_of
+from m3jax.laboratory.experiments import DRAW, EQUAL, M3, TASK_ARITHMETIC, TUNED, ExperimentSettings, best, jobs_of
 
 SKILLS = ("sentiment", "arithmetic", "programs")
-SETTINGS = Settings(samples=8, alphas=(0.2, 1.0, 2.0, 5.0))
+SETTINGS = ExperimentSettings(samples=8, alphas=(0.2, 1.0, 2.0, 5.0))
 ADVERSARIES = {"sentiment": "deepwordbug", "arithmetic": "typos", "programs": "paraphrase"}
 LEVEL = 0.6
 

@@ -112,7 +112,7 @@ class Robustness(NamedTuple):
         return {**self._asdict(), "attacks": attacks, "shifts": shifts}
 
 
-class Plan(NamedTuple):
+class AttackPlan(NamedTuple):
     """What is to be tried.
 
     Attributes:
@@ -138,7 +138,7 @@ def attack_task(
     task: Task,
     rows: Sequence[Row],
     generator: Generator,
-    plan: Plan,
+    plan: AttackPlan,
     *,
     prompt: str | None = None,
     protect: Sequence[str] = (),
@@ -218,7 +218,7 @@ def _make_bench(
     task: Task,
     subject: Subject,
     generator: Generator,
-    plan: Plan,
+    plan: AttackPlan,
     settings: GenerationSettings,
     tokenizer: Any,
     execution: Execution | None,
@@ -237,7 +237,7 @@ def _make_bench(
     return _Bench(measured, verdicts, searched, search, judged, clean, seed)
 
 
-def _before(task: Task, subject: Subject, bench: _Bench, plan: Plan) -> Robustness:
+def _before(task: Task, subject: Subject, bench: _Bench, plan: AttackPlan) -> Robustness:
     """What is known before anything is attacked."""
     return Robustness(
         model="",
@@ -258,7 +258,7 @@ def _before(task: Task, subject: Subject, bench: _Bench, plan: Plan) -> Robustne
     )
 
 
-def _noted(known: Robustness, plan: Plan, keep: Callable[[Robustness], None] | None) -> Robustness:
+def _noted(known: Robustness, plan: AttackPlan, keep: Callable[[Robustness], None] | None) -> Robustness:
     """What is known, marked as complete where nothing is left to do, and kept."""
     left = len(plan.attacks) + len(plan.shifts) - len(known.attacks) - len(known.shifts)
     known = known._replace(complete=left == 0)
@@ -285,7 +285,7 @@ def _shift(shift: Shift, bench: _Bench, key: Any, tokenizer: Any, tell: Tell | N
     return Shifted(shift.name, drop, changed)
 
 
-def _check(task: Task, subject: Subject, plan: Plan) -> None:
+def _check(task: Task, subject: Subject, plan: AttackPlan) -> None:
     if plan.attacks and not Wording.of(subject.prompt).words:
         raise M3Error(f"{task.name} has no words of its own to attack: give such with --prompt, {CONTENT} in them")
     if task.judged_elsewhere:
