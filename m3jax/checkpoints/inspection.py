@@ -417,13 +417,6 @@ def _compare(
     )
 
 
-def _mismatches(
-    shared: Iterable[tuple[TensorInfo, TensorInfo]], text: Callable[[TensorInfo], str]
-) -> tuple[Mismatch, ...]:
-    """The tensors that are described differently."""
-    return tuple(Mismatch(x.name, text(x), text(y)) for x, y in shared if text(x) != text(y))
-
-
 def _is_float(dtype: str) -> bool:
     return dtype.startswith(("F", "BF"))
 
