@@ -15,10 +15,10 @@ FLOORS = (
     ("errors", "text", "naming"),
     ("progress", "ledger"),
     ("arithmetic",),
-    ("anatomy",),
     ("methods",),
     ("recipe",),
     ("checkpoints",),
+    ("anatomy",),
     ("vocabulary",),
     ("trees", "cluster", "outputs"),
     ("streaming",),
@@ -37,6 +37,7 @@ DOORS = {"__main__": len(FLOORS), "__init__": LEVELS["cli"]}
 # Modules that import no JAX, nor what imports it, until a function of theirs is called.
 LIGHT = (
     "m3jax",
+    "m3jax.anatomy",
     "m3jax.checkpoints",
     "m3jax.checkpoints.headers",
     "m3jax.checkpoints.inspection",
@@ -44,6 +45,7 @@ LIGHT = (
     "m3jax.cli.displays.checkpoints",
     "m3jax.errors",
     "m3jax.ledger",
+    "m3jax.methods.catalogue",
     "m3jax.naming",
     "m3jax.outputs.manifest",
     "m3jax.progress",

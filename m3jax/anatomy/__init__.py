@@ -2,7 +2,7 @@
 
 from m3jax.anatomy.building import anatomy_of, block_name, block_position, group_of
 from m3jax.anatomy.canonical import canonical_names, is_flax_tree
-from m3jax.anatomy.summary import Summary, TowerRow, summarise
+from m3jax.anatomy.summary import AnatomySummary, TowerRow, summarise
 from m3jax.anatomy.types import (
     KINDS,
     MODEL_KINDS,
@@ -20,10 +20,10 @@ __all__ = [
     "MODEL_KINDS",
     "OUTSIDE_BLOCKS",
     "Anatomy",
+    "AnatomySummary",
     "Kind",
     "Overrides",
     "Part",
-    "Summary",
     "Tower",
     "TowerRow",
     "anatomy_of",

@@ -12,7 +12,7 @@ from m3jax.errors import M3Error
 Shape = tuple[int, ...]
 
 
-class Place(NamedTuple):
+class StackPlace(NamedTuple):
     """Where a leaf stands whose name holds a list of blocks but no block's number.
 
     Attributes:
@@ -44,7 +44,7 @@ class Stack(NamedTuple):
         cycle: How many unlike blocks a cycle has; 1 where all are alike. Entry k is block `cycle · k + turn`.
     """
 
-    place: Place
+    place: StackPlace
     axis: int
     length: int
     cycle: int
@@ -83,7 +83,7 @@ _RENAMED = {"stacked_layers": "layers", "scanned_blocks": "layers"}
 _SEGMENTS = {"dense_layers": "0", "moe_layers": "1"}
 
 
-def place_of(name: str) -> Place | None:
+def place_of(name: str) -> StackPlace | None:
     """Where a leaf stands among stacked blocks by its canonical name; None if no list of blocks is in it.
 
     Example:
@@ -96,7 +96,7 @@ def place_of(name: str) -> Place | None:
     if match is not None:
         parent, cycled, gemma, turn, rest = match.groups()
         root = f"{parent}." if parent else ""
-        return Place(f"{root}layers", "", f"{root}{cycled or gemma}", int(turn), True, rest, cycled == "layers")
+        return StackPlace(f"{root}layers", "", f"{root}{cycled or gemma}", int(turn), True, rest, cycled == "layers")
     match = _LIST.match(name)
     if match is None or re.search(r"\.\d+$", match.group(1) or ""):
         return None
@@ -106,7 +106,7 @@ def place_of(name: str) -> Place | None:
     root = f"{parent}." if parent else ""
     tower = f"{root}{'layers' if container in _SEGMENTS else _RENAMED.get(container, container)}"
     plain = re.fullmatch(_MODULES, container) is not None
-    return Place(tower, _SEGMENTS.get(container, ""), f"{root}{container}", 0, False, rest, plain)
+    return StackPlace(tower, _SEGMENTS.get(container, ""), f"{root}{container}", 0, False, rest, plain)
 
 
 class Stacks(NamedTuple):
@@ -179,13 +179,13 @@ def _check_fixed(stacks: Mapping[str, Stack]) -> None:
             )
 
 
-def _beside(name: str) -> Place:
+def _beside(name: str) -> StackPlace:
     """Where a leaf stands that only the recipe says to be stacked: its parent is the list."""
     parent, _, leaf = name.rpartition(".")
-    return Place(parent or name, "", parent or name, 0, False, leaf, False)
+    return StackPlace(parent or name, "", parent or name, 0, False, leaf, False)
 
 
-def _cycles(places: Mapping[str, Place | None]) -> Mapping[str, int]:
+def _cycles(places: Mapping[str, StackPlace | None]) -> Mapping[str, int]:
     """How many unlike blocks the cycle of each list has."""
     lengths: dict[str, int] = {}
     for place in places.values():
@@ -194,7 +194,9 @@ def _cycles(places: Mapping[str, Place | None]) -> Mapping[str, int]:
     return lengths
 
 
-def _axis(shapes: Mapping[str, Shape], place: Place, cycle: int, evidence: Evidence) -> tuple[int, int] | str | None:
+def _axis(
+    shapes: Mapping[str, Shape], place: StackPlace, cycle: int, evidence: Evidence
+) -> tuple[int, int] | str | None:
     """The axis and the number of blocks; a sentence where they cannot be told; None where nothing is stacked."""
     sizes = {axis: _shared_size(shapes.values(), axis) for axis in (0, 1)}
     possible = {axis: size for axis, size in sizes.items() if size is not None}
@@ -238,7 +240,7 @@ def _looks_stacked(shapes: Sequence[Shape]) -> bool:
     return min(map(len, shapes)) >= 2 and max(map(len, shapes)) >= 3
 
 
-def _fits(size: int, place: Place, cycle: int, depth: int) -> bool:
+def _fits(size: int, place: StackPlace, cycle: int, depth: int) -> bool:
     if place.cyclic:
         return 0 <= depth - size * cycle < cycle
     return size == depth or (bool(place.segment) and size < depth)

@@ -25,7 +25,7 @@ class TowerRow(NamedTuple):
     entries: Mapping[str, int]
 
 
-class Summary(NamedTuple):
+class AnatomySummary(NamedTuple):
     """What is said of a checkpoint's anatomy.
 
     Attributes:
@@ -62,7 +62,7 @@ class Summary(NamedTuple):
         }
 
 
-def summarise(anatomy: Anatomy, tensors: Mapping[str, TensorInfo]) -> Summary:
+def summarise(anatomy: Anatomy, tensors: Mapping[str, TensorInfo]) -> AnatomySummary:
     """Adds up an anatomy.
 
     Args:
@@ -91,7 +91,7 @@ def summarise(anatomy: Anatomy, tensors: Mapping[str, TensorInfo]) -> Summary:
     ]
     if None in counts:
         rows.append(TowerRow(None, 0, False, counts[None], sizes[None]))
-    return Summary(
+    return AnatomySummary(
         family=anatomy.family,
         quantisation=anatomy.quantisation,
         ties_embeddings=anatomy.ties_embeddings,
