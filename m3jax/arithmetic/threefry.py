@@ -1,7 +1,7 @@
 """Random bits that depend on nothing but (seed, tensor name, expert, index): Threefry as plain arithmetic.
 
 Everything here works on numpy arrays and on JAX arrays alike, so that keys are folded on the host where they are
-known and traced where they are not. The scheme is "m3jax-1"; the manifest names it.
+known and traced where they are not. The scheme has a name, `m3jax.arithmetic.SCHEME`, which the manifest records.
 
 References:
     Salmon et al., Parallel random numbers: as easy as 1, 2, 3, 2011.
@@ -18,8 +18,6 @@ from jax import lax
 from jaxtyping import Array, UInt32
 
 from m3jax.errors import M3Error
-
-SCHEME = "m3jax-1"
 
 # What a root key is folded with before its use, so that no two uses share a stream.
 WEIGHTS, MASKS, SAMPLES, SUBSETS = 0, 1, 2, 3

@@ -23,12 +23,11 @@ from m3jax.decoder.running import ModelFunctions, model_of
 from m3jax.errors import M3Error
 from m3jax.evaluation import tokens
 from m3jax.exploration.resident import Params, Resident, merge_arrays
-from m3jax.exploration.samples import Weights, weights_of
+from m3jax.exploration.samples import Weights, group_of, weights_of
 from m3jax.exploration.scoring import Dev
 from m3jax.methods.leaf import LeafScalars
 from m3jax.methods.mixup import GRANULARITIES
-from m3jax.naming import block_group
-from m3jax.streaming.plan import WHOLE_MODEL
+from m3jax.streaming.plan import BlockPlan
 
 LOSSES = ("loss", "entropy")
 _SMALLEST = 1e-4  # a weight of 0 has no gradient under softmax: learning starts a little inside
@@ -80,24 +79,25 @@ def check_optimization(how: Optimization, position: bool) -> None:
         raise M3Error(f"--steps is {how.steps} and --learning-rate {how.learning_rate}, but both must be positive")
 
 
-def _groups(resident: Resident, granularity: str) -> dict[str, str]:
-    """The group of every merged tensor."""
-    names = [tensor.output.name for tensor in resident.plan.tensors if tensor.settings is not None]
-    return {name: WHOLE_MODEL if granularity == "model" else block_group(name, granularity) for name in names}
+def _blocks(resident: Resident) -> list[BlockPlan]:
+    """Everything that is merged."""
+    return [block for tensor in resident.plan.tensors for block in tensor.blocks]
 
 
 def _traced_scalars(
-    resident: Resident, known: Mapping[str, LeafScalars], group_of: Mapping[str, str], weights: Mapping[str, Array]
+    resident: Resident, known: Mapping[str, LeafScalars], granularity: str, weights: Mapping[str, Array]
 ) -> dict[str, LeafScalars]:
     """The scalars of a merge whose weights are traced: what they fold into is folded in the trace."""
     found = {}
     for tensor in resident.plan.tensors:
-        if tensor.settings is None or tensor.pipeline is None:
+        if tensor.pipeline is None:
             continue
-        name = tensor.output.name
-        own = tuple(Double.of(w) for w in weights[group_of[name]])
-        method = tensor.pipeline.method
-        found[name] = known[name]._replace(method=method.fold(method.options, tensor.settings._replace(weights=own)))
+        method, folded = tensor.pipeline.method, []
+        for block in tensor.blocks:
+            own = tuple(Double.of(w) for w in weights[group_of(block, granularity)])
+            folded.append(method.fold(method.options, block.settings._replace(weights=own)))
+        whole = folded[0] if tensor.axis is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *folded)
+        found[tensor.output.name] = known[tensor.output.name]._replace(method=whole)
     return found
 
 
@@ -126,9 +126,9 @@ def learn(
     Raises:
         M3Error: The loss is not finite.
     """
-    group_of = _groups(resident, granularity)
-    groups = sorted(set(group_of.values()))
-    first = {group_of[name]: weights_of(start, name) for name in reversed(group_of)}
+    blocks = _blocks(resident)
+    first = {group_of(block, granularity): weights_of(start, block) for block in reversed(blocks)}
+    groups = sorted(first)
     logits = {group: jnp.log(jnp.maximum(jnp.array(first[group], jnp.float32), _SMALLEST)) for group in groups}
     known = resident.scalars(start)
     adam = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
@@ -137,7 +137,7 @@ def learn(
     def step(logits: Any, state: Any, arrays: Any, known: Any, batch: Any, zero: Any) -> tuple[Any, Any, Array]:
         def of_logits(logits: Any) -> Array:
             weights = {group: jax.nn.softmax(values) for group, values in logits.items()}
-            scalars = _traced_scalars(resident, known, group_of, weights)
+            scalars = _traced_scalars(resident, known, granularity, weights)
             return loss(merge_arrays(resident.plan, arrays, scalars, zero), batch)
 
         value, slope = jax.value_and_grad(of_logits)(logits)

@@ -5,7 +5,6 @@ files; the program takes them as run-time arguments, so that a sample costs no c
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -20,10 +19,10 @@ from m3jax.cluster.processes import ALONE
 from m3jax.errors import M3Error
 from m3jax.exploration.samples import Weights, weights_of
 from m3jax.methods.leaf import LeafScalars, merged_leaf
-from m3jax.streaming.findings import MERGE, Findings, in_rows, phases_of
+from m3jax.streaming.findings import MERGE, Findings, phases_of
 from m3jax.streaming.jobs import Ready
 from m3jax.streaming.passes import Circumstances, Passes
-from m3jax.streaming.plan import FLOATS, MergePlan, TensorPlan, row_size
+from m3jax.streaming.plan import FLOATS, MergePlan, TensorPlan
 from m3jax.streaming.reading import default_chunk_entries
 from m3jax.trees import loading
 
@@ -54,14 +53,13 @@ class Resident(NamedTuple):
         Args:
             weights: By group.
         """
-        found = {}
-        for tensor in self.plan.tensors:
-            if tensor.settings is None:
-                continue
-            own = weights_of(weights, tensor.output.name)
-            told = tensor._replace(settings=tensor.settings._replace(weights=own))
-            found[tensor.output.name] = self.findings.scalars(told, self.root)
-        return found
+        return {
+            tensor.output.name: self.findings.scalars(
+                with_weights(tensor, weights), self.root, None if tensor.axis is not None else 0
+            )
+            for tensor in self.plan.tensors
+            if tensor.blocks
+        }
 
     def merge(self, weights: Weights) -> Params:
         """The merge with these weights, on the inputs' devices.
@@ -70,6 +68,19 @@ class Resident(NamedTuple):
             weights: By group.
         """
         return self.merged(self.arrays, self.scalars(weights), np.uint32(0))
+
+
+def with_weights(tensor: TensorPlan, weights: Weights) -> TensorPlan:
+    """The plan of a tensor with other weights.
+
+    Args:
+        tensor: The plan.
+        weights: By group.
+    """
+    blocks = (
+        block._replace(settings=block.settings._replace(weights=weights_of(weights, block))) for block in tensor.blocks
+    )
+    return tensor._replace(blocks=tuple(blocks))
 
 
 def merge_arrays(
@@ -90,13 +101,28 @@ def merge_arrays(
             merged[name] = sources[0]
             continue
         experts, base = (sources[1:], sources[0]) if tensor.has_base else (sources, None)
-        shape = experts[0].shape
-        rows = (math.prod(shape[:-1]), row_size(tensor)) if tensor.pipeline.rows else shape
-        experts, base = in_rows(rows, experts), in_rows(rows, base)
-        index, dtype = threefry.flat_index(rows), FLOATS[tensor.output.dtype]
-        array = merged_leaf(tensor.pipeline, experts, base, scalars[name], index, zero, dtype)
-        merged[name] = array.reshape(shape)
+        merged[name] = _merged_tensor(tensor, experts, base, scalars[name], zero)
     return merged
+
+
+def _merged_tensor(
+    tensor: TensorPlan, experts: Sequence[Array], base: Array | None, scalars: LeafScalars, zero: exact.Zero
+) -> Array:
+    """One tensor merged, block by block where it stacks some."""
+    pipe, dtype = tensor.pipeline, FLOATS[tensor.output.dtype]
+    assert pipe is not None  # copied tensors do not come here
+    shape = tensor.block_shape or (1,)
+    index = threefry.flat_index(shape)
+
+    def of_block(experts: Any, base: Any, scalars: Any) -> Array:
+        experts, base = jax.tree.map(lambda x: x.reshape(shape), (experts, base))
+        return merged_leaf(pipe, experts, base, scalars, index, zero, dtype).reshape(tensor.block_shape)
+
+    if tensor.axis is None:
+        return of_block(experts, base, scalars)
+    axis = tensor.axis
+    result: Array = jax.vmap(of_block, in_axes=(axis, axis, 0), out_axes=axis)(tuple(experts), base, scalars)
+    return result
 
 
 def _spread(mesh: Mesh | None, shape: Sequence[int]) -> Sharding | None:

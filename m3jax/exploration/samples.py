@@ -8,9 +8,8 @@ import numpy as np
 from m3jax.arithmetic import threefry
 from m3jax.errors import M3Error
 from m3jax.methods.mixup import draw_weights, weights_at
-from m3jax.naming import block_group
 from m3jax.recipe import Recipe
-from m3jax.streaming.plan import WHOLE_MODEL, MergePlan
+from m3jax.streaming.plan import WHOLE_MODEL, BlockPlan, MergePlan
 
 Weights = Mapping[str, tuple[float, ...]]
 """Merging weights by group of tensors, as a manifest records them; for slerp the one position t."""
@@ -100,21 +99,24 @@ def everywhere(space: Space, weights: tuple[float, ...]) -> Weights:
     return dict.fromkeys(space.groups, _stored(space, weights))
 
 
-def weights_of(weights: Weights, name: str) -> tuple[float, ...]:
-    """The weights of a tensor, whatever the granularity that they were drawn at.
+def weights_of(weights: Weights, block: BlockPlan) -> tuple[float, ...]:
+    """The weights of a tensor's block, whatever the granularity that they were drawn at.
 
     Args:
         weights: By group.
-        name: The tensor.
-
-    Example:
-        >>> weights_of({"model.layers.0": (0.25, 0.75)}, "model.layers.0.mlp.up_proj.weight")
-        (0.25, 0.75)
+        block: Of a tensor's plan.
     """
-    for group in (WHOLE_MODEL, block_group(name, "layer")):
-        if group in weights:
-            return weights[group]
-    return weights[name]
+    return weights[next(group for group in (WHOLE_MODEL, block.layer, block.key) if group in weights)]
+
+
+def group_of(block: BlockPlan, granularity: str) -> str:
+    """The group of a tensor's block.
+
+    Args:
+        block: Of a tensor's plan.
+        granularity: "model", "layer" or "tensor".
+    """
+    return {"model": WHOLE_MODEL, "layer": block.layer}.get(granularity, block.key)
 
 
 def to_hex(weights: Weights) -> dict[str, list[str]]:

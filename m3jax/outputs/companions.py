@@ -12,7 +12,7 @@ from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.locate import named_companions
 from m3jax.errors import M3Error
 from m3jax.methods.mixup import draw_weights
-from m3jax.outputs.layers import with_layers
+from m3jax.outputs.layers import untied, with_layers
 from m3jax.recipe import Recipe
 
 _CONFIG = "config.json"
@@ -82,7 +82,7 @@ def _check_same_tokenizers(models: Sequence[ModelDirectory]) -> None:
             )
 
 
-def _merged_config(path: Path, dtype: str | None, picked: Sequence[int] | None) -> str:
+def _merged_config(path: Path, dtype: str | None, picked: Sequence[int] | None, unties: bool) -> str:
     """The template's config with the dtype and the layers that were written, under the keys that it uses."""
     text = path.read_text(encoding="utf-8")
     config = json.loads(text)
@@ -90,6 +90,8 @@ def _merged_config(path: Path, dtype: str | None, picked: Sequence[int] | None) 
     written = config if dtype is None else {**config, **dict.fromkeys(keys, dtype)}
     if picked is not None:
         written = with_layers(written, picked)
+    if unties:
+        written = untied(written)
     if written == config:
         return text
     config = written
@@ -102,6 +104,7 @@ def write_companions(
     recipe: Recipe,
     weights: Mapping[str, Sequence[float]],
     picked: Sequence[int] | None = None,
+    unties: bool = False,
 ) -> dict[str, str]:
     """Write everything but weights and manifest.
 
@@ -111,6 +114,7 @@ def write_companions(
         recipe: The recipe, for dtype, chat template and card.
         weights: Of the experts, by group, for the card.
         picked: See `layers.with_layers`; None where layers are as they were.
+        unties: Say that the output embedding is a tensor of its own.
 
     Returns:
         The digest of each file written, by name.
@@ -120,7 +124,7 @@ def write_companions(
         target = directory / name
         target.parent.mkdir(exist_ok=True)
         if name == _CONFIG:
-            target.write_text(_merged_config(path, recipe.output_dtype, picked), encoding="utf-8")
+            target.write_text(_merged_config(path, recipe.output_dtype, picked, unties), encoding="utf-8")
         else:
             target.write_bytes(path.read_bytes())
         written.append(name)

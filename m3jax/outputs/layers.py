@@ -1,4 +1,4 @@
-"""config.json of a model whose layers were selected from others."""
+"""config.json of a model whose layers were selected from others, or whose head stands for itself."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -39,3 +39,17 @@ def with_layers(config: dict[str, Any], picked: Sequence[int]) -> dict[str, Any]
                 raise M3Error(f"config.json: {name} has {depth} entries, but layer {max(picked)} is selected: mend it")
             changed[name] = [value[layer] for layer in picked]
     return {**config, **changed, key: len(picked)}
+
+
+def untied(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of a model whose output embedding is a tensor of its own.
+
+    Example:
+        >>> untied({"tie_word_embeddings": True, "text_config": {"tie_word_embeddings": True}})
+        {'tie_word_embeddings': False, 'text_config': {'tie_word_embeddings': False}}
+    """
+    inner = config.get("text_config")
+    found = {**config, "tie_word_embeddings": False}
+    if isinstance(inner, dict) and "tie_word_embeddings" in inner:
+        found["text_config"] = {**inner, "tie_word_embeddings": False}
+    return found

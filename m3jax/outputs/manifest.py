@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m3jax.arithmetic import SCHEME, SCHEMES
 from m3jax.checkpoints import ALGORITHM, TensorInfo, digest_checkpoint, digest_file, digest_tensor, open_safetensors
 from m3jax.checkpoints.remote import as_path
 from m3jax.errors import M3Error
@@ -15,7 +16,6 @@ from m3jax.progress import Progress
 from m3jax.recipe import Recipe
 
 FILE_NAME = "m3jax.json"
-SCHEME = "m3jax-1"
 _PACKAGES = ("m3jax", "jax", "jaxlib", "numpy", "scipy", "ml_dtypes")
 
 TensorDigests = Mapping[str, tuple[TensorInfo, str]]
@@ -78,6 +78,8 @@ def build(
     output: TensorDigests,
     files: Mapping[str, str],
     max_shard_size: int,
+    scheme: str = SCHEME,
+    anatomy: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The manifest as plain data; the same merge gives the same manifest, wherever and whenever it is done.
 
@@ -88,13 +90,16 @@ def build(
         output: What was written.
         files: Digests of the other files of the directory.
         max_shard_size: Bytes.
+        scheme: How its bits were made.
+        anatomy: What was known of the tensors, for people.
     """
     return {
         "m3jax": versions()["m3jax"],
-        "bits": SCHEME,
+        "bits": scheme,
         "digest_algorithm": ALGORITHM,
         "recipe": recipe.resolved(),
         "seed": recipe.seed,
+        **({} if anatomy is None else {"anatomy": dict(anatomy)}),
         "weights": {
             group: {"decimal": list(values), "hex": [float(v).hex() for v in values]}
             for group, values in weights.items()
@@ -153,9 +158,9 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise M3Error(
             f"{file}: is not a manifest of m3jax ({error}): restore the file that m3jax merge wrote"
         ) from None
-    if manifest["bits"] != SCHEME:
+    if manifest["bits"] not in SCHEMES:
         raise M3Error(
-            f"{file}: was made with bits {manifest['bits']!r}, but this version makes {SCHEME!r}: use another"
+            f"{file}: was made with bits {manifest['bits']!r}, but this version makes {', '.join(SCHEMES)}: use another"
         )
     return manifest
 

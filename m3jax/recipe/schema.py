@@ -41,6 +41,7 @@ from m3jax.recipe.settings import (
     defaults_of,
     dotted,
     evaluate,
+    is_gradient,
     nearest,
     parameters_of,
     plain,
@@ -155,6 +156,15 @@ class MixupSettings(_Strict):
     granularity: Literal["model", "layer", "tensor"] = "model"
 
 
+class AnatomySettings(_Strict):
+    """What tensors are, where their names do not say it; patterns are searched in stored names."""
+
+    blocks: Regex | None = None
+    stacked: dict[str, StrictInt] = {}
+    kinds: dict[str, Literal["parameter", "buffer", "statistics", "optimizer", "step", "random"]] = {}
+    tied: bool | None = None
+
+
 class Recipe(_Strict):
     """A whole merge, checked, with every default filled in.
 
@@ -183,6 +193,7 @@ class Recipe(_Strict):
     tokenizer_source: Name | None = None
     chat_template: str | None = None
     exclude: tuple[Regex, ...] = ()
+    anatomy: AnatomySettings | None = None
 
     @field_validator("parameters")
     @classmethod
@@ -360,6 +371,15 @@ class Recipe(_Strict):
             found[argument or parameter.name] = tuple(default if v is None else float(v) for v in values)
         return found
 
+    def has_gradients(self) -> bool:
+        """Whether some parameter follows the layers."""
+        sparsify = self.sparsify.parameters if self.sparsify is not None else {}
+        return any(is_gradient(setting) for block in (*self._blocks(), sparsify) for setting in block.values())
+
+    def anatomy_overrides(self) -> dict[str, Any] | None:
+        """What the recipe says of tensors, by the names of `m3jax.anatomy.Overrides`; None if nothing."""
+        return None if self.anatomy is None else self.anatomy.model_dump()
+
     def excludes(self, tensor_name: str) -> bool:
         """Whether some `exclude` pattern is found in a tensor's name."""
         return any(re.search(pattern, tensor_name) for pattern in self.exclude)
@@ -372,6 +392,8 @@ class Recipe(_Strict):
         """
         everything = self.model_dump(mode="json")
         del everything["models" if self.slices else "slices"]
+        if self.anatomy is None:
+            del everything["anatomy"]
         return everything
 
     def notes(self) -> tuple[str, ...]:
@@ -470,6 +492,7 @@ _SCHEMAS: dict[Place, type[BaseModel]] = {
     ("slices", "sources"): Source,
     ("sparsify",): Sparsify,
     ("mixup",): MixupSettings,
+    ("anatomy",): AnatomySettings,
 }
 
 

@@ -78,6 +78,15 @@ def evaluate(setting: Setting, tensor_name: str, t: float) -> float | bool | str
     return (1.0 - part) * points[left] + part * points[right]
 
 
+def is_gradient(setting: Setting) -> bool:
+    """Whether a setting has a list of several points, which are read at a tensor's layer."""
+    if not isinstance(setting, tuple):
+        return False
+    if filters := _filters(setting):
+        return any(is_gradient(entry.value) for entry in filters)
+    return len(setting) > 1
+
+
 def covers(setting: Setting) -> bool:
     """Whether a setting has a value for every tensor."""
     if not isinstance(setting, tuple) or not _filters(setting):

@@ -17,9 +17,9 @@ from jax import lax
 from m3jax.arithmetic import threefry
 from m3jax.cluster.processes import Buffer, Processes
 from m3jax.methods.base import Extent, Place, Round
-from m3jax.methods.leaf import LeafScalars, Pipeline, Stage, counted, leaf_scalars, with_found
-from m3jax.streaming.plan import MergePlan, TensorPlan, row_size, total_entries
-from m3jax.streaming.reading import Loaded, Visit, visits
+from m3jax.methods.leaf import LeafScalars, Pipeline, Stage, counted, leaf_scalars, merged_leaf, with_found
+from m3jax.streaming.plan import BlockPlan, MergePlan, TensorPlan, row_size, total_entries
+from m3jax.streaming.reading import Loaded, Visit, slice_of, unit_of, visits
 
 
 class Step(NamedTuple):
@@ -53,31 +53,59 @@ _SAMPLE_BLOCK = 2**12
 # --- jitted functions of chunks -----------------------------------------------------------------------------------
 
 
-def in_rows(shape: tuple[int, ...], arrays: Any) -> Any:
-    """Flat chunks of whole rows as [rows, row] where the pipeline needs rows, else as they are.
+class Layout(NamedTuple):
+    """How the flat arrays of a chunk are seen.
+
+    Attributes:
+        outer: Slices through all blocks, of a tensor that stacks them along a later axis than the first; else 1.
+        blocks: How many blocks are beside each other in a slice; 0 where the chunk is of one block.
+        of_block: The shape of what a chunk has of one block: flat, or [rows, row] where rows are needed.
+    """
+
+    outer: int
+    blocks: int
+    of_block: tuple[int, ...]
+
+
+def layout_of(visit: Visit) -> Layout:
+    """How a chunk is seen."""
+    tensor = visit.plan
+    rows = tensor.pipeline is not None and tensor.pipeline.rows
+    row, blocks = row_size(tensor) if rows else 1, len(tensor.blocks)
+    stacks = visit.block is None
+    entries = visit.padded // blocks if stacks else visit.padded
+    outer = visit.padded // slice_of(tensor) if stacks else 1
+    return Layout(outer, blocks if stacks else 0, (entries // row, row) if rows else (entries,))
+
+
+def over_blocks(layout: Layout, function: Callable[..., Any], arrays: Any, scalars: Any, flat: bool) -> Any:
+    """`function(arrays, scalars)` of a chunk, or of each block that it has entries of.
 
     Args:
-        shape: Of the chunk; see `chunk_shape`.
-        arrays: A pytree of flat arrays.
+        layout: The chunk's.
+        function: Of one block's arrays, shaped as `layout.of_block`, and its scalars.
+        arrays: Flat arrays of the chunk.
+        scalars: Of the block, or of all blocks along a first axis.
+        flat: Whether the result has an entry for each of the chunk's, and is to lie as they do.
     """
-    return jax.tree.map(lambda x: x.reshape(shape), arrays)
+
+    def of_block(arrays: Any, scalars: Any) -> Any:
+        return function(jax.tree.map(lambda x: x.reshape(layout.of_block), arrays), scalars)
+
+    if not layout.blocks:
+        result = of_block(arrays, scalars)
+        return result.ravel() if flat else result
+    beside = jax.tree.map(lambda x: x.reshape(layout.outer, layout.blocks, -1), arrays)
+    each = jax.vmap(of_block, in_axes=(1, 0))(beside, scalars)
+    if not flat:
+        return each
+    return jnp.moveaxis(each.reshape(layout.blocks, layout.outer, -1), 0, 1).ravel()
 
 
-def chunk_shape(tensor: TensorPlan, padded: int) -> tuple[int, ...]:
-    """The shape in which a chunk of a tensor is worked on.
-
-    Args:
-        tensor: Its plan.
-        padded: Entries of the chunk's arrays.
-    """
-    if tensor.pipeline is None or not tensor.pipeline.rows:
-        return (padded,)
-    row = row_size(tensor)
-    return padded // row, row
-
-
-def _index(start: Any, shape: tuple[int, ...]) -> Any:
-    return in_rows(shape, threefry.range_index(start[0], start[1], math.prod(shape)))
+def _index(start: Any, layout: Layout) -> Any:
+    """Where a chunk's entries lie in their block, from the first one's place."""
+    words = threefry.range_index(start[0], start[1], math.prod(layout.of_block))
+    return tuple(word.reshape(layout.of_block) for word in words)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -86,7 +114,7 @@ def count_chunk(
     key: str,
     name: str,
     place: Place,
-    shape: tuple[int, ...],
+    layout: Layout,
     experts: Any,
     base: Any,
     scalars: LeafScalars,
@@ -95,12 +123,59 @@ def count_chunk(
     size: Any,
     zero: Any,
 ) -> Any:
-    """What a round of a measure counts of a chunk's first `size` entries."""
+    """What a round of a measure counts of the first `size` entries of a chunk's block, or of each of its blocks."""
     stage = stage_of(pipe, key)
-    step = stage.round(place, name)
-    valid = in_rows(shape, lax.iota(jnp.uint32, math.prod(shape)) < size)
-    experts, base = in_rows(shape, experts), in_rows(shape, base)
-    return counted(pipe, stage, step, experts, base, scalars, state, _index(start, shape), zero, valid)
+    step, index = stage.round(place, name), _index(start, layout)
+    valid = (lax.iota(jnp.uint32, math.prod(layout.of_block)) < size).reshape(layout.of_block)
+
+    def counts(arrays: Any, known: Any) -> Any:
+        experts, base = arrays
+        scalars, state = known
+        return counted(pipe, stage, step, experts, base, scalars, state, index, zero, valid)
+
+    return over_blocks(layout, counts, (experts, base), (scalars, state), flat=False)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def merge_chunk(
+    pipe: Pipeline,
+    dtype: str,
+    layout: Layout,
+    experts: Any,
+    base: Any,
+    scalars: LeafScalars,
+    start: Any,
+    zero: Any,
+) -> jax.Array:
+    """The merged chunk, flat; `start` is where its first entry lies in its block, as two uint32."""
+    index = _index(start, layout)
+
+    def merged(arrays: Any, scalars: Any) -> jax.Array:
+        experts, base = arrays
+        return merged_leaf(pipe, experts, base, scalars, index, zero, dtype)
+
+    found: jax.Array = over_blocks(layout, merged, (experts, base), scalars, flat=True)
+    return found
+
+
+def start_of(visit: Visit) -> np.ndarray:
+    """Where a chunk's first entry lies in its block: high and low word."""
+    tensor, start = visit.plan, visit.start
+    if visit.block is None:
+        start = start // len(tensor.blocks)
+    elif tensor.axis is not None:
+        start -= visit.block * math.prod(tensor.block_shape)
+    return np.array([start >> 32, start & 0xFFFFFFFF], np.uint32)
+
+
+def size_of(visit: Visit) -> int:
+    """Entries of a chunk that are of one block."""
+    return visit.size // len(visit.plan.blocks) if visit.block is None else visit.size
+
+
+def stacked(scalars: Sequence[Any]) -> Any:
+    """Pytrees of equal structure with their arrays along a new first axis."""
+    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *scalars)
 
 
 def stage_of(pipe: Pipeline, key: str) -> Stage:
@@ -126,7 +201,7 @@ def _steps(stage: Stage, place: Place) -> Iterator[Step]:
 
 def phases_of(plan: MergePlan) -> list[list[Step]]:
     """The passes: each phase goes over all tensors before the next; the last one ends with the merge."""
-    merged = [tensor for tensor in plan.tensors if tensor.settings is not None]
+    merged = [tensor for tensor in plan.tensors if tensor.blocks]
     phases: list[list[Step]] = []
     steps: list[Step] = []
     for stage in plan.pipeline.stages:
@@ -141,27 +216,25 @@ def phases_of(plan: MergePlan) -> list[list[Step]]:
 
 
 def _needs(stage: Stage, tensor: TensorPlan) -> bool:
-    if tensor.settings is None or tensor.pipeline is None:
+    """Whether a tensor needs a measure; where one of the blocks that it stacks does, all have it."""
+    pipe = tensor.pipeline
+    if pipe is None or stage.key not in {own.key for own in pipe.stages}:
         return False
-    if stage.owner == "sparsifier" and tensor.pipeline.sparsifier is None:
-        return False
-    return stage.needed(tensor.pipeline, tensor.settings)
+    return any(stage.needed(pipe, block.settings) for block in tensor.blocks)
 
 
 def applies(step: Step, tensor: TensorPlan) -> bool:
-    """Whether a pass has anything to do for a tensor."""
+    """Whether a pass has anything to do for a tensor; what is known by several names is counted once."""
     if step == MERGE:
         return True
-    if tensor.settings is None or tensor.pipeline is None:
-        return False
-    stage = next((stage for stage in tensor.pipeline.stages if stage.key == step.stage), None)
-    return stage is not None and _needs(stage, tensor)
+    stage = next((s for s in tensor.pipeline.stages if s.key == step.stage), None) if tensor.pipeline else None
+    return stage is not None and _needs(stage, tensor) and not (tensor.is_alias and step.scope == "model")
 
 
 def samples(
     step: Step, model: Sequence[TensorPlan], tensors: Sequence[TensorPlan], chunk_entries: int, multiple: int = 1
 ) -> Iterator[Visit]:
-    """Blocks spread evenly over tensors, about 2²² entries of the model, whatever its size.
+    """Pieces spread evenly over tensors, about 2²² entries of the model, whatever its size.
 
     Args:
         step: The pass.
@@ -173,16 +246,18 @@ def samples(
     stride = max(_SAMPLE_BLOCK, total_entries([t for t in model if applies(step, t)]) // _SAMPLED * _SAMPLE_BLOCK)
     due = 0
     for tensor in [t for t in tensors if applies(step, t)]:
+        unit = max(unit_of(tensor), 1)
+        piece = max(_SAMPLE_BLOCK // unit, 1) * unit
         while due < tensor.output.size:
-            stop = min(due + _SAMPLE_BLOCK, tensor.output.size)
-            (visit,) = visits(step, tensor, chunk_entries, False, due, stop, multiple)
-            yield visit
-            due += stride
+            start = due // unit * unit
+            stop = min(start + piece, tensor.output.size)
+            yield from visits(step, tensor, chunk_entries, False, start, stop, multiple)
+            due += max(stride, piece)
         due -= tensor.output.size
 
 
 _Scope = tuple[str, str | None]
-"""A measure's key, and a tensor's name or None for the whole model."""
+"""A measure's key, and a block's name or None for the whole model."""
 
 
 class Findings:
@@ -194,71 +269,71 @@ class Findings:
         self._states: dict[_Scope, tuple[bool, Any]] = {}  # whether it is over, and the state
         self._totals: dict[_Scope, Any] = {}
 
-    def scalars(self, tensor: TensorPlan, root: np.ndarray) -> LeafScalars:
-        """The scalars of a tensor as far as they are known."""
-        if tensor.pipeline is None or tensor.settings is None:
+    def scalars(self, tensor: TensorPlan, root: np.ndarray, block: int | None = 0) -> LeafScalars:
+        """The scalars of a tensor's block as far as they are known; of all blocks, along a first axis, for None."""
+        if block is None:
+            each = [self.scalars(tensor, root, number) for number in range(len(tensor.blocks))]
+            whole: LeafScalars = stacked(each)
+            return whole
+        if tensor.pipeline is None:
             raise ValueError(f"{tensor.output.name} is copied and has no scalars")
-        pipe, name = tensor.pipeline, tensor.output.name
-        keys = threefry.pair_keys(root, name, pipe.num_experts) if pipe.random else None
-        scalars = leaf_scalars(pipe, tensor.settings, tensor.output.shape, keys)
+        pipe, own = tensor.pipeline, tensor.blocks[block]
+        keys = threefry.pair_keys(root, own.key, pipe.num_experts) if pipe.random else None
+        scalars = leaf_scalars(pipe, own.settings, tensor.block_shape, keys)
         for stage in pipe.stages:
-            state = self._states.get((stage.key, self._scope(stage, tensor)))
+            state = self._states.get((stage.key, self._scope(stage, own)))
             if state is not None and state[0] and _needs(stage, tensor):
-                scalars = with_found(pipe, scalars, stage, state[1], tensor.settings)
+                scalars = with_found(pipe, scalars, stage, state[1], own.settings)
         return scalars
 
     def rows(self, scalars: LeafScalars, visit: Visit) -> LeafScalars:
-        """The scalars of a tensor with what was found by row cut to a chunk's rows.
+        """The scalars of a chunk with what was found by row cut to its rows.
 
         Args:
-            scalars: Of the tensor.
+            scalars: Of the chunk's block or blocks.
             visit: The chunk, whose padded rows may reach beyond the last.
         """
         found = {owner: dict(own) for owner, own in scalars.found.items()}
         for stage in visit.plan.pipeline.stages if visit.plan.pipeline is not None else ():
             own = found[stage.owner]
             if stage.measure.scope == "row" and stage.measure.name in own:
-                own[stage.measure.name] = _cut(own[stage.measure.name], *_rows_of(visit))
+                own[stage.measure.name] = _cut(own[stage.measure.name], visit)
         return scalars._replace(found=found)
 
     @staticmethod
-    def _scope(stage: Stage, tensor: TensorPlan) -> str | None:
-        return None if stage.measure.scope == "model" else tensor.output.name
+    def _scope(stage: Stage, block: BlockPlan) -> str | None:
+        return None if stage.measure.scope == "model" else block.name
 
-    def _state(self, stage: Stage, tensor: TensorPlan) -> Any:
+    def _state(self, stage: Stage, tensor: TensorPlan, block: int) -> Any:
         """The state of a measure: as it is, or as it begins."""
-        scope = self._scope(stage, tensor)
+        scope = self._scope(stage, tensor.blocks[block])
         if (stage.key, scope) not in self._states:
-            self._states[stage.key, scope] = (False, self._begin(stage, tensor))
+            self._states[stage.key, scope] = (False, self._begin(stage, tensor, block))
         return self._states[stage.key, scope][1]
 
-    def _begin(self, stage: Stage, tensor: TensorPlan) -> Any:
-        if tensor.settings is None:
-            raise ValueError(f"{tensor.output.name} is copied and not measured")
-        spans = stage.measure.scope == "model"
-        entries = total_entries(self._plan.tensors) if spans else tensor.output.size
-        rows = (math.prod(tensor.output.shape[:-1]),) if stage.measure.scope == "row" else ()
+    def _begin(self, stage: Stage, tensor: TensorPlan, block: int) -> Any:
+        shape = tensor.block_shape
+        entries = total_entries(self._plan.tensors) if stage.measure.scope == "model" else math.prod(shape)
+        rows = (math.prod(shape[:-1]),) if stage.measure.scope == "row" else ()
         extent = Extent(entries, rows, self._plan.pipeline.num_experts)
-        return stage.begin(self._plan.pipeline, tensor.settings, extent)
+        return stage.begin(self._plan.pipeline, tensor.blocks[block].settings, extent)
 
-    def measure(self, loaded: Loaded, scalars: LeafScalars, start: np.ndarray, zero: np.uint32) -> Any:
+    def measure(self, loaded: Loaded, scalars: LeafScalars, zero: np.uint32) -> Any:
         """Dispatch the measurement of a chunk."""
         visit = loaded.visit
         step, tensor = visit.stage, visit.plan
         experts, base = split(loaded)
         if tensor.pipeline is None:
             raise ValueError(f"{tensor.output.name} is copied and not measured")
-        stage, shape = stage_of(tensor.pipeline, step.stage), chunk_shape(tensor, visit.padded)
-        state = self._state(stage, tensor)
+        stage = stage_of(tensor.pipeline, step.stage)
+        state: Any = [self._state(stage, tensor, block) for block in _blocks_of(visit)]
+        state = stacked(state) if visit.block is None else state[0]
         if stage.measure.scope == "row":
-            state = _cut(state, *_rows_of(visit))
-        if len(shape) == 2:
+            state = _cut(state, visit)
+        if tensor.pipeline.rows:
             scalars = self.rows(scalars, visit)
-        there = self._there(stage)
-        size = np.uint32(visit.size)
-        return count_chunk(
-            tensor.pipeline, stage.key, step.round, there, shape, experts, base, scalars, state, start, size, zero
-        )
+        static = (tensor.pipeline, stage.key, step.round, self._there(stage), layout_of(visit))
+        return count_chunk(*static, experts, base, scalars, state, start_of(visit), np.uint32(size_of(visit)), zero)
 
     def _there(self, stage: Stage) -> Place:
         return self._place if stage.measure.scope == "model" else self._place._replace(entries=0)
@@ -268,22 +343,23 @@ class Findings:
         return stage, stage.round(self._there(stage), step.round)
 
     def absorb(self, visit: Visit, measured: Any) -> None:
-        """Add a chunk's measurement to the totals of its scope."""
+        """Add a chunk's measurement to the totals of its scopes."""
         stage, each = self._round(visit.stage)
-        place = (stage.key, scope_of(visit))
-        if each.reduction == "gather":
-            parts = np.stack([np.asarray(row).ravel()[: visit.size] for row in measured])
-            self._totals.setdefault(place, []).append(parts)
-            return
-        if each.finish is not None:
-            measured = each.finish([np.asarray(row).ravel()[: visit.size] for row in measured])
-        counts = np.asarray(measured)
-        if stage.measure.scope == "row":
-            self._totals.setdefault(place, []).append(counts[: visit.size // row_size(visit.plan)])
-            return
-        before = self._totals.get(place)
-        wide = counts.astype(np.int64)
-        self._totals[place] = wide if before is None else _REDUCED[each.reduction](before, wide)
+        size = size_of(visit)
+        for number, block in enumerate(_blocks_of(visit)):
+            own = measured if visit.block is not None else jax.tree.map(lambda x, n=number: x[n], measured)
+            place = (stage.key, self._scope(stage, visit.plan.blocks[block]))
+            if each.reduction == "gather" or each.finish is not None:
+                own = [np.asarray(row).ravel()[:size] for row in own]
+            if each.reduction == "gather":
+                self._totals.setdefault(place, []).append(np.stack(own))
+                continue
+            counts = np.asarray(own if each.finish is None else each.finish(own))
+            if stage.measure.scope == "row":
+                self._totals.setdefault(place, []).append(counts[: size // row_size(visit.plan)])
+                continue
+            before, wide = self._totals.get(place), counts.astype(np.int64)
+            self._totals[place] = wide if before is None else _REDUCED[each.reduction](before, wide)
 
     def conclude_model(self, step: Step, processes: Processes) -> None:
         """Let a model-wide measure go on from what all processes have counted."""
@@ -294,7 +370,7 @@ class Findings:
         total = self._totals.pop((stage.key, None), None)
         if each.reduction == "gather" and total is not None:
             total = np.concatenate(total, axis=1).astype(np.int64)
-        state = self._state(stage, tensor)
+        state = self._state(stage, tensor, 0)
         template = _leaves(state)
 
         def conclude(given: Sequence[Buffer]) -> Buffer:
@@ -314,13 +390,14 @@ class Findings:
         self._keep(stage, step, None, jax.tree.unflatten(jax.tree.structure(state), leaves))
 
     def conclude(self, visit: Visit) -> None:
-        """Let a measure go on from the totals of the tensor that `visit` was the last of."""
+        """Let a measure go on from the totals of the blocks that `visit` was the last of."""
         stage, _ = self._round(visit.stage)
-        name = visit.plan.output.name
-        total = self._totals.pop((stage.key, name))
-        total = np.concatenate(total).astype(np.int64) if stage.measure.scope == "row" else total
-        state = self._after(stage, visit.stage, self._state(stage, visit.plan), total)
-        self._keep(stage, visit.stage, name, state)
+        for block in _blocks_of(visit):
+            name = visit.plan.blocks[block].name
+            total = self._totals.pop((stage.key, name))
+            total = np.concatenate(total).astype(np.int64) if stage.measure.scope == "row" else total
+            state = self._after(stage, visit.stage, self._state(stage, visit.plan, block), total)
+            self._keep(stage, visit.stage, name, state)
 
     def _after(self, stage: Stage, step: Step, state: Any, total: np.ndarray) -> Any:
         """The state after a round, from its total as int64."""
@@ -341,7 +418,7 @@ class Findings:
         state = self._states.get((step.stage, None))
         return step.scope == "model" and state is not None and state[0]
 
-    def states(self) -> dict[tuple[str, str | None], Any]:
+    def states(self) -> dict[_Scope, Any]:
         """The last states of all measures that are over."""
         return {place: state for place, (over, state) in self._states.items() if over}
 
@@ -354,13 +431,19 @@ class Findings:
 
     def from_json(self, found: Sequence[Any]) -> None:
         """Take over what `to_json` gave in an earlier run or another process."""
-        by_name = {tensor.output.name: tensor for tensor in self._plan.tensors}
+        by_name = {b.name: (tensor, n) for tensor in self._plan.tensors for n, b in enumerate(tensor.blocks)}
         for key, scope, leaves in found:
             stage = stage_of(self._plan.pipeline, key)
-            tensor = by_name[scope] if scope is not None else next(t for t in by_name.values() if _needs(stage, t))
+            of_model = ((tensor, 0) for tensor in self._plan.tensors if _needs(stage, tensor))
+            tensor, block = by_name[scope] if scope is not None else next(of_model)
             arrays = [np.array(flat, dtype).reshape(shape) for dtype, shape, flat in leaves]
-            structure = jax.tree.structure(self._begin(stage, tensor))
+            structure = jax.tree.structure(self._begin(stage, tensor, block))
             self._states[key, scope] = (True, jax.tree.unflatten(structure, arrays))
+
+
+def _blocks_of(visit: Visit) -> Sequence[int]:
+    """The blocks that a chunk has entries of."""
+    return range(len(visit.plan.blocks)) if visit.block is None else (visit.block,)
 
 
 def _leaves(state: Any) -> list[np.ndarray]:
@@ -391,29 +474,34 @@ def _from_bytes(said: Buffer) -> np.ndarray | None:
 
 
 def _words(total: Any) -> tuple[Any, Any]:
-    high = jax.tree.map(lambda array: (array >> 32).astype(np.uint32), total)
-    return high, jax.tree.map(lambda array: (array & 0xFFFFFFFF).astype(np.uint32), total)
+    return (total >> 32).astype(np.uint32), (total & 0xFFFFFFFF).astype(np.uint32)
 
 
-def _rows_of(visit: Visit) -> tuple[int, int]:
-    """A chunk's first row, and how many rows its arrays have."""
-    row = row_size(visit.plan)
-    return visit.start // row, visit.padded // row
+def _cut(found: Any, visit: Visit) -> Any:
+    """A chunk's rows of arrays that have one for each row of a block, filled up with zeros.
 
-
-def _cut(found: Any, start: int, count: int) -> Any:
-    """Rows from `start` on of arrays whose first axis is the tensor's rows, filled up with zeros."""
+    Of all blocks at once the rows are the second axis.
+    """
+    row, layout = row_size(visit.plan), layout_of(visit)
+    high, low = (int(word) for word in start_of(visit))
+    start, count = ((high << 32) + low) // row, layout.of_block[0]
+    axis = 1 if visit.block is None else 0
 
     def cut(array: np.ndarray) -> np.ndarray:
-        rows = array[start : start + count]
-        return np.concatenate([rows, np.zeros((count - len(rows), *rows.shape[1:]), rows.dtype)])
+        rows = array[(slice(None),) * axis + (slice(start, start + count),)]
+        missing = [(0, 0)] * array.ndim
+        missing[axis] = (0, count - rows.shape[axis])
+        return np.pad(rows, missing)
 
     return jax.tree.map(cut, found)
 
 
 def scope_of(visit: Visit) -> str | None:
-    """The tensor that a visit's measurement is of; None for the whole model."""
-    return None if visit.stage.scope == "model" else visit.plan.output.name
+    """What a visit's measurement is of: a block, a tensor with all its blocks, or None for the whole model."""
+    if visit.stage.scope == "model":
+        return None
+    tensor = visit.plan
+    return tensor.output.name if visit.block is None or not tensor.blocks else tensor.blocks[visit.block].name
 
 
 def split(loaded: Loaded) -> tuple[tuple[np.ndarray, ...], np.ndarray | None]:

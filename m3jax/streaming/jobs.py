@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
+from m3jax.anatomy import Overrides, anatomy_of
+from m3jax.arithmetic import SCHEME, SCHEMES
 from m3jax.checkpoints import (
     Checkpoint,
     FileFingerprint,
@@ -23,7 +25,7 @@ from m3jax.checkpoints import (
     plan_shards,
 )
 from m3jax.checkpoints.remote import RemotePath, as_path
-from m3jax.checkpoints.views import prefix_view, selected, stacked_layers
+from m3jax.checkpoints.views import prefix_view, renamed, selected, stacked_layers
 from m3jax.cluster.processes import ALONE, Processes, gather
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.naming import block_of
@@ -32,7 +34,7 @@ from m3jax.outputs.local import check_free, replaced_with
 from m3jax.outputs.remote import check_remote_free
 from m3jax.progress import Progress
 from m3jax.recipe import Recipe
-from m3jax.streaming.plan import DrawnWeights, Input, MergePlan, make_plan
+from m3jax.streaming.plan import DrawnWeights, Input, MergePlan, as_stored, as_untied, make_plan, untied_head
 
 DEFAULT_SHARD_SIZE = "5GB"
 
@@ -69,6 +71,11 @@ class MergeJob(NamedTuple):
     locate: Callable[[str], ModelDirectory] = locate_model
 
     @property
+    def scheme(self) -> str:
+        """How bits are made: as now, or as they were when a replayed merge was made."""
+        return SCHEME if self.recorded is None else str(self.recorded["bits"])
+
+    @property
     def expected(self) -> dict[str, str]:
         """The digests that a replay must give."""
         tensors = self.recorded["output"]["tensors"] if self.recorded is not None else {}
@@ -100,17 +107,22 @@ def _open_model(name: str, role: str, job: MergeJob, stack: ExitStack) -> Opened
         hint = f"if it has moved, --input {name}=HERE says where it is"
         raise M3Error(f"{str(error).rstrip('.')}; {hint}") from error
     checkpoint = stack.enter_context(open_checkpoint(place.path))
-    return _opened(role, place._replace(name=name), checkpoint)
+    return _opened(role, place._replace(name=name), checkpoint, job)
 
 
-def _opened(role: str, place: ModelDirectory, checkpoint: Checkpoint) -> OpenedModel:
-    config = companions.read_config(place.path)
-    tied = config.get("tie_word_embeddings") if config else None
-    return OpenedModel(role, place, checkpoint, Input(place.name, checkpoint.tensors, tied))
+def _opened(role: str, place: ModelDirectory, checkpoint: Checkpoint, job: MergeJob) -> OpenedModel:
+    config, overrides = companions.read_config(place.path), job.recipe.anatomy_overrides()
+    if job.scheme == SCHEMES[0]:
+        anatomy = as_stored(checkpoint.tensors, config)
+    else:
+        anatomy = anatomy_of(
+            checkpoint.tensors, config, checkpoint.metadata, Overrides(**overrides) if overrides else None
+        )
+    return OpenedModel(role, place, checkpoint, Input(place.name, checkpoint.tensors, anatomy))
 
 
 def _open_models(job: MergeJob, stack: ExitStack) -> tuple[list[OpenedModel], list[OpenedModel]]:
-    """The inputs of the plan, and the models that are read for them: the same, but where layers are stacked."""
+    """The inputs of the plan, and the models that are read for them: the same, or views of them."""
     recipe, role = job.recipe, job.recipe.base_role
     if recipe.stacks:
         return _stack_models(job, role, {}, stack)
@@ -119,12 +131,45 @@ def _open_models(job: MergeJob, stack: ExitStack) -> tuple[list[OpenedModel], li
         return _stack_models(job, role, {model.place.name: model for model in models}, stack)
     if recipe.base_model is not None and role is not None:
         models.append(_open_model(recipe.base_model, role, job, stack))
+    return _with_heads(_alike(models, job), job), models
+
+
+def _alike(models: Sequence[OpenedModel], job: MergeJob) -> list[OpenedModel]:
+    """The models under one naming: without a wrapper that others have not, and with the template's boxes."""
     names = [list(model.checkpoint.tensors) for model in models]
-    seen = [
-        _opened(model.role, model.place, prefix_view(model.checkpoint, *(names[:i] + names[i + 1 :])))
-        for i, model in enumerate(models)
-    ]
-    return seen, models
+    seen = []
+    for i, model in enumerate(models):
+        view = prefix_view(model.checkpoint, *(names[:i] + names[i + 1 :]))
+        seen.append(model if view is model.checkpoint else _opened(model.role, model.place, view, job))
+    template = seen[-1]
+    wanted = {part.canonical: name for name, part in template.input.anatomy.parts.items()}
+
+    def renamed_alike(model: OpenedModel) -> OpenedModel:
+        own = {part.canonical: name for name, part in model.input.anatomy.parts.items()}
+        if model.checkpoint.tensors.keys() == template.checkpoint.tensors.keys() or own.keys() != wanted.keys():
+            return model
+        view = renamed(model.checkpoint, {wanted[name]: stored for name, stored in own.items()})
+        return _opened(model.role, model.place, view, job)
+
+    return [renamed_alike(model) for model in seen]
+
+
+def _with_heads(models: Sequence[OpenedModel], job: MergeJob) -> list[OpenedModel]:
+    """The models with an output embedding, where one of them has its own: a tied one's is its input embedding."""
+    heads = {untied_head(model.input) for model in models if model.role != "template"} - {None}
+    if len(heads) != 1:
+        return list(models)
+    (head,) = heads
+
+    def with_head(model: OpenedModel) -> OpenedModel:
+        embedding = model.input.anatomy.embedding
+        if head is None or embedding is None or head in model.checkpoint.tensors:
+            return model
+        view = renamed(model.checkpoint, {head: embedding, embedding: embedding})
+        opened = _opened(model.role, model.place, view, job)
+        return opened._replace(input=opened.input._replace(anatomy=as_untied(opened.input.anatomy)))
+
+    return [with_head(model) for model in models]
 
 
 def _depth(checkpoint: Checkpoint) -> int:
@@ -145,11 +190,11 @@ def _stack_models(
     models = []
     for column in columns:
         runs = [(opened[source.model].checkpoint, *source.layer_range) for source in column]
-        models.append(_opened("expert", opened[column[0].model].place, stacked_layers(runs)))
+        models.append(_opened("expert", opened[column[0].model].place, stacked_layers(runs), job))
     if recipe.base_model is not None and role is not None:
         base = opened.get(recipe.base_model) or _open_model(recipe.base_model, role, job, stack)
         opened[recipe.base_model] = base
-        models.append(_opened(role, base.place, selected(base.checkpoint, *recipe.stacked_base())))
+        models.append(_opened(role, base.place, selected(base.checkpoint, *recipe.stacked_base()), job))
     return models, list(opened.values())
 
 
@@ -166,6 +211,7 @@ class Ready(NamedTuple):
         fingerprints: What tells each input's files from others, without reading weights.
         identity: Digest of everything that the output's bytes depend on.
         picked: Where layers are stacked, for each which layer of the template it is taken to be; else None.
+        unties: Whether the output has an output embedding of its own where the template has none.
     """
 
     models: list[OpenedModel]
@@ -176,12 +222,13 @@ class Ready(NamedTuple):
     fingerprints: list[dict[str, FileFingerprint]]
     identity: str
     picked: list[int] | None
+    unties: bool
 
 
-def _identity(recipe: Recipe, plan: MergePlan, inputs: Any, rest: Any) -> str:
+def _identity(recipe: Recipe, plan: MergePlan, inputs: Any, rest: Any, scheme: str = SCHEME) -> str:
     """Digest of everything that the output's bytes depend on."""
     told = {
-        "bits": manifest.SCHEME,
+        "bits": scheme,
         "versions": manifest.versions(),
         "recipe": recipe.resolved(),
         "weights": {group: [w.hex() for w in map(float, ws)] for group, ws in plan.weights.items()},
@@ -222,7 +269,9 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     elif processes.index == 0:
         check_free(job.out, job.overwrite)
     models, sources = _open_models(job, stack)
-    stacked = bool(job.recipe.slices) and [m.checkpoint for m in models] != [m.checkpoint for m in sources]
+    stacked = (bool(job.recipe.slices) and len(models) != len(sources)) or (
+        bool(job.recipe.slices) and job.recipe.declared_layers != _depth(sources[0].checkpoint)
+    )
     _check_apart(job.out, sources)
     drawn: DrawnWeights | None = manifest.drawn_weights(job.recorded) if job.recorded is not None else job.chosen
     base = models[-1].input if models[-1].role != "expert" else None
@@ -234,9 +283,13 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     beside = {name: digest_file(path) for name, path in beside_weights.items()}
     rest = [shards, job.expected, beside, job.allow_nonfinite]
     inputs = [[m.input.name, str(m.place.path), told] for m, told in zip(models, fingerprints, strict=True)]
-    identity = _identity(job.recipe, plan, inputs, rest)
+    identity = _identity(job.recipe, plan, inputs, rest, job.scheme)
     picked = _picked(job.recipe, plan.template == len(models) - 1 and base is not None) if stacked else None
-    ready = Ready(models, sources, plan, shards, beside_weights, fingerprints, identity, picked)
+    unties = (
+        not stacked
+        and models[plan.template].checkpoint.tensors.keys() > sources[plan.template].checkpoint.tensors.keys()
+    )
+    ready = Ready(models, sources, plan, shards, beside_weights, fingerprints, identity, picked, unties)
     _check_agreement(processes, job.recipe, ready, rest)
     return ready
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 from jax.sharding import AxisType, Mesh
 
+from m3jax.anatomy import summarise
 from m3jax.checkpoints import DTYPES, TensorInfo, parse_size, write_index
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.checkpoints.views import stored_at
@@ -114,7 +115,12 @@ def _merge(job: MergeJob, processes: Processes) -> MergeResult:
         sum(read for _, read, _ in told),
         sum(wrote for _, _, wrote in told),
         len(finished),
-        (*job.recipe.notes(), *_idle(ready.shards, finished, processes.count), *_bare(ready.companions)),
+        (
+            *job.recipe.notes(),
+            *ready.plan.notes,
+            *_idle(ready.shards, finished, processes.count),
+            *_bare(ready.companions),
+        ),
         tuple(read for _, read, _ in told),
     )
 
@@ -153,6 +159,14 @@ def _own(shards: Sequence[tuple[str, list[TensorInfo]]], processes: Processes) -
     """This process's share of some shards."""
     owners = divide([sum(info.nbytes for info in infos) for _, infos in shards], processes.count)
     return [shard for shard, owner in zip(shards, owners, strict=True) if owner == processes.index]
+
+
+def _notes(job: MergeJob, ready: Ready, finished: Mapping[str, Any], count: int) -> Iterator[str]:
+    """What a reader of the recipe should know."""
+    yield from job.recipe.notes()
+    yield from ready.plan.notes
+    yield from _idle(ready.shards, finished, count)
+    yield from _bare(ready.companions)
 
 
 def _idle(shards: Sequence[tuple[str, Any]], finished: Mapping[str, Any], count: int) -> Iterator[str]:
@@ -237,7 +251,10 @@ def _record(job: MergeJob, ready: Ready, entries: Mapping[str, Any]) -> dict[str
         manifest.InputRecord(source.input.name, source.role, source.place.revision, digests)
         for source, digests in zip(ready.sources, read, strict=True)
     ]
-    return manifest.build(job.recipe, ready.plan.weights, records, output, {}, job.max_shard_size)
+    model = ready.models[ready.plan.template]
+    told_anatomy = summarise(model.input.anatomy, model.checkpoint.tensors).to_json()
+    size, weights = job.max_shard_size, ready.plan.weights
+    return manifest.build(job.recipe, weights, records, output, {}, size, job.scheme, told_anatomy)
 
 
 def _source_at(ready: Ready, position: int, location: str) -> int:
@@ -250,7 +267,9 @@ def _publish(job: MergeJob, ready: Ready, staging: Staging | RemoteStaging, reco
     """Write what stands beside the weights, complete `record`, and let the output appear."""
     if len(ready.shards) > 1:
         write_index(staging.path, ready.shards, sum(t.output.nbytes for t in ready.plan.tensors))
-    files = modelcard.write_companions(staging.path, ready.companions, job.recipe, ready.plan.weights, ready.picked)
+    files = modelcard.write_companions(
+        staging.path, ready.companions, job.recipe, ready.plan.weights, ready.picked, ready.unties
+    )
     record["output"]["files"] = dict(sorted(files.items()))
     (staging.path / manifest.FILE_NAME).write_text(manifest.to_json(record), encoding="utf-8")
     staging.publish()

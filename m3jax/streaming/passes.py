@@ -1,6 +1,5 @@
 """Going through the chunks of a merge: every pass reads ahead, dispatches jitted functions and absorbs or writes."""
 
-import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,32 +15,25 @@ from m3jax.checkpoints import DTYPES, Checkpoint, as_bytes
 from m3jax.checkpoints.views import stored_at
 from m3jax.cluster.processes import Processes
 from m3jax.errors import M3Error
-from m3jax.methods.leaf import LeafScalars, Pipeline, merged_leaf
+from m3jax.methods.leaf import LeafScalars
 from m3jax.progress import Progress
-from m3jax.streaming.findings import MERGE, Findings, Step, applies, chunk_shape, in_rows, samples, scope_of, split
+from m3jax.streaming.findings import (
+    MERGE,
+    Findings,
+    Step,
+    applies,
+    layout_of,
+    merge_chunk,
+    samples,
+    scope_of,
+    split,
+    start_of,
+)
 from m3jax.streaming.plan import FLOATS, MergePlan, TensorPlan
 from m3jax.streaming.reading import ChunkReader, Loaded, Visit, visits
 from m3jax.streaming.writing import Shards
 
 _DISPATCHED = 2  # measurements under way before their counts are fetched
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def merge_chunk(
-    pipe: Pipeline,
-    dtype: str,
-    shape: tuple[int, ...],
-    experts: Any,
-    base: Any,
-    scalars: LeafScalars,
-    start: Any,
-    zero: Any,
-) -> jax.Array:
-    """The merged chunk, flat; `start` is its first entry's flat index as two uint32."""
-    size = experts[0].shape[0]
-    index = in_rows(shape, threefry.range_index(start[0], start[1], size))
-    merged = merged_leaf(pipe, in_rows(shape, experts), in_rows(shape, base), scalars, index, zero, dtype)
-    return merged.reshape(size)
 
 
 class Circumstances(NamedTuple):
@@ -195,15 +187,15 @@ class Passes:
             visit = loaded.visit
             if last is not None and (last.stage, scope_of(last)) != (visit.stage, scope_of(visit)):
                 conclude()
-            if last is None or last.stage != visit.stage or last.plan is not visit.plan:
-                scalars = self.findings.scalars(visit.plan, self._root) if visit.plan.pipeline is not None else None
+            if last is None or (last.stage, last.block) != (visit.stage, visit.block) or last.plan is not visit.plan:
+                merged = visit.plan.pipeline is not None
+                scalars = self.findings.scalars(visit.plan, self._root, visit.block) if merged else None
             last = visit
-            start = np.array([visit.start >> 32, visit.start & 0xFFFFFFFF], np.uint32)
             if visit.stage != MERGE and scalars is not None:
-                pending.append((loaded, self.findings.measure(loaded, scalars, start, zero)))
+                pending.append((loaded, self.findings.measure(loaded, scalars, zero)))
                 drain(_DISPATCHED)
             elif shards is not None:
-                shards.submit(loaded, self._merged(loaded, scalars, start, zero))
+                shards.submit(loaded, self._merged(loaded, scalars, zero))
             step = self._bytes_of(visit)
             self.bytes_read += step
             done[visit.stage.label] += step
@@ -227,17 +219,17 @@ class Passes:
             totals[visit.stage.label] = totals.get(visit.stage.label, 0) + self._bytes_of(visit)
         return totals
 
-    def _merged(self, loaded: Loaded, scalars: LeafScalars | None, start: np.ndarray, zero: np.uint32) -> Any:
+    def _merged(self, loaded: Loaded, scalars: LeafScalars | None, zero: np.uint32) -> Any:
         visit = loaded.visit
         tensor = visit.plan
         if tensor.pipeline is None or scalars is None:
             self._check_equal(loaded)
             return loaded.arrays[0]
         experts, base = split(loaded)
-        shape = chunk_shape(tensor, visit.padded)
-        if len(shape) == 2:
+        if tensor.pipeline.rows:
             scalars = self.findings.rows(scalars, visit)
-        return merge_chunk(tensor.pipeline, FLOATS[tensor.output.dtype], shape, experts, base, scalars, start, zero)
+        static = (tensor.pipeline, FLOATS[tensor.output.dtype], layout_of(visit))
+        return merge_chunk(*static, experts, base, scalars, start_of(visit), zero)
 
     def _check_equal(self, loaded: Loaded) -> None:
         visit = loaded.visit

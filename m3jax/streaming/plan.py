@@ -1,16 +1,18 @@
 """The plan of a merge: what happens to each tensor, from a recipe and the tensors' names and shapes alone."""
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from m3jax.anatomy import MODEL_KINDS, OUTSIDE_BLOCKS, Anatomy, Part, Tower, block_position
 from m3jax.checkpoints import TensorInfo, natural_key
 from m3jax.errors import M3Error
 from m3jax.methods import catalogue
 from m3jax.methods.base import Method, Settings, Sparsifier
 from m3jax.methods.leaf import Pipeline, check_pipeline, comparable, settings_of, without_idle_sparsifier
+from m3jax.methods.linear import linear
 from m3jax.methods.mixup import draw
-from m3jax.naming import block_group, block_of, layer_position
+from m3jax.naming import block_of, layer_position
 from m3jax.recipe import Recipe
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -28,12 +30,28 @@ class Input(NamedTuple):
     Attributes:
         name: As the recipe names it.
         tensors: What it holds.
-        ties_embeddings: What its config says of its output embedding; None if it does not say.
+        anatomy: What each of them is.
     """
 
     name: str
     tensors: Mapping[str, TensorInfo]
-    ties_embeddings: bool | None = None
+    anatomy: Anatomy
+
+
+class BlockPlan(NamedTuple):
+    """What happens to one tensor of a model's block: a stored tensor, or the part of one that stacks blocks.
+
+    Attributes:
+        name: What tells it from all others of the merge.
+        key: What its masks are drawn from: its canonical name; of an alias, its original's.
+        layer: The block of the model that it belongs to, which shares a draw by layer.
+        settings: Its numbers.
+    """
+
+    name: str
+    key: str
+    layer: str
+    settings: Settings
 
 
 class TensorPlan(NamedTuple):
@@ -43,18 +61,28 @@ class TensorPlan(NamedTuple):
         output: The tensor to write.
         sources: The inputs it is read from, by position; the base, if it is used, first.
         pipeline: What is done; None if it is copied, from the first source, all sources being equal.
-        settings: Its numbers; None if it is copied.
+        blocks: What it consists of: itself, or the blocks that it stacks; nothing if it is copied.
+        axis: Along which it stacks blocks; None if it does not.
+        is_alias: It is another name of a tensor that is counted there.
     """
 
     output: TensorInfo
     sources: tuple[int, ...]
     pipeline: Pipeline | None = None
-    settings: Settings | None = None
+    blocks: tuple[BlockPlan, ...] = ()
+    axis: int | None = None
+    is_alias: bool = False
 
     @property
     def has_base(self) -> bool:
         """Whether the first source is the base of task vectors."""
         return self.pipeline is not None and len(self.sources) > self.pipeline.num_experts
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """The shape of each of its blocks."""
+        shape = self.output.shape
+        return shape if self.axis is None else (*shape[: self.axis], *shape[self.axis + 1 :])
 
 
 class MergePlan(NamedTuple):
@@ -66,6 +94,7 @@ class MergePlan(NamedTuple):
         weights: What was drawn, by group; empty where weights are given.
         inputs: The models, experts first, then the base if there is one.
         template: The position of the input whose config and tokenizer the output takes.
+        notes: Sentences that a reader of the recipe should know.
     """
 
     pipeline: Pipeline
@@ -73,6 +102,7 @@ class MergePlan(NamedTuple):
     weights: DrawnWeights
     inputs: tuple[Input, ...]
     template: int
+    notes: tuple[str, ...] = ()
 
 
 def method_of(recipe: Recipe) -> Method:
@@ -90,28 +120,54 @@ def sparsifier_of(recipe: Recipe) -> Sparsifier | None:
     return catalogue.make_sparsifier(row.sparsifier, row.parameters, asked.parameters, asked.target)
 
 
-def _is_tied(model: Input, head: str) -> bool:
-    """Whether a model uses its input embedding for `head`: it has no such tensor, or its config says so."""
-    return head not in model.tensors or bool(model.ties_embeddings)
+def as_stored(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None) -> Anatomy:
+    """What merges of the scheme m3jax-1 knew of tensors: each is a parameter, called as it is stored.
+
+    Args:
+        tensors: The checkpoint's.
+        config: Its config.json.
+    """
+    blocks = {name: block_of(name) for name in tensors}
+    depth = 1 + max((block[1] for block in blocks.values() if block), default=-1)
+
+    def part(name: str) -> Part:
+        block = blocks[name]
+        groups = () if block is None else (block[0],)
+        return Part(kind="parameter", canonical=name, groups=groups, position=layer_position(name, depth))
+
+    towers = {"model": Tower("model", depth)}  # also without blocks, of which nobody was warned then
+    head = next((name for name in tensors if name.split(".")[-2:] == ["lm_head", "weight"]), None)
+    ties = None if config is None else config.get("tie_word_embeddings")
+    return Anatomy({name: part(name) for name in tensors}, towers, ties_embeddings=ties, head=head)
 
 
-def _tied_heads(inputs: Sequence[Input]) -> set[str]:
-    """Output embeddings that some model lacks because they are tied; they must be tied in all of them."""
-    heads = {name for model in inputs for name in model.tensors if name.split(".")[-2:] == ["lm_head", "weight"]}
-    absent = {head for head in heads if any(head not in model.tensors for model in inputs)}
-    for head in absent:
-        tied = next(m for m in inputs if _is_tied(m, head))
-        untied = next((m for m in inputs if not _is_tied(m, head)), None)
-        if untied is not None:
-            raise M3Error(
-                f"{head}: {tied.name} uses its input embedding instead, but {untied.name} has one of its own: "
-                f"exclude the tensor or save {tied.name} with untied embeddings"
-            )
-    return absent
+def untied_head(model: Input) -> str | None:
+    """The output embedding that a model has of its own; None if it has none."""
+    anatomy = model.anatomy
+    return None if anatomy.ties_embeddings else anatomy.head
 
 
-def _check_names(inputs: Sequence[Input], excluded: set[str], tied: set[str]) -> None:
-    ignored = {*excluded, *tied}
+def as_untied(anatomy: Anatomy) -> Anatomy:
+    """The anatomy of a model whose tied head stands for itself."""
+    parts = {
+        name: part._replace(alias_of=None) if name == anatomy.head else part for name, part in anatomy.parts.items()
+    }
+    return anatomy._replace(parts=parts, ties_embeddings=False)
+
+
+def _tied_copies(inputs: Sequence[Input], names: Sequence[str]) -> set[str]:
+    """Output embeddings that some models store and others do not, where all of them use the input embedding."""
+    return {
+        name
+        for name in names
+        if any(name not in model.tensors for model in inputs)
+        and all(
+            model.anatomy.head == name and model.anatomy.ties_embeddings for model in inputs if name in model.tensors
+        )
+    }
+
+
+def _check_names(inputs: Sequence[Input], ignored: set[str]) -> None:
     for model in inputs[1:]:
         first = inputs[0]
         for have, lack in ((first, model), (model, first)):
@@ -140,44 +196,81 @@ def _check_shapes(name: str, inputs: Sequence[Input]) -> None:
         raise M3Error(f"{said}: merge models of one architecture, or exclude the tensor")
 
 
-def draws_of(recipe: Recipe, method: Method, names: Sequence[str]) -> DrawnWeights:
-    """The weights that a recipe's `mixup` draws, for every group of the named tensors."""
+class _Piece(NamedTuple):
+    """A tensor of a model's block, as it is decided on.
+
+    Attributes:
+        name: What it is called in filters, and what tells it from others.
+        key: As `BlockPlan.key`.
+        group: The block that it belongs to, for draws by layer.
+        t: Where gradients are read.
+    """
+
+    name: str
+    key: str
+    group: str
+    t: float
+
+
+def _pieces(anatomy: Anatomy, name: str) -> list[_Piece]:
+    """What a stored tensor consists of; an alias is keyed and weighed as what it is one with."""
+    part = anatomy.parts[name]
+    if part.stack_axis is not None:
+        return [
+            _Piece(own, own, group, block_position(anatomy, name, block))
+            for own, group, block in zip(part.block_names, part.groups, part.blocks, strict=True)
+        ]
+    told = anatomy.parts[part.alias_of] if part.alias_of is not None else part
+    return [_Piece(name, told.canonical, told.groups[0] if told.groups else OUTSIDE_BLOCKS, told.position)]
+
+
+def _group(piece: _Piece, granularity: str) -> str:
+    return {"model": WHOLE_MODEL, "layer": piece.group}.get(granularity, piece.key)
+
+
+def draws_of(recipe: Recipe, method: Method, pieces: Sequence[_Piece]) -> DrawnWeights:
+    """The weights that a recipe's `mixup` draws, for every group of the pieces."""
     if recipe.mixup is None:
         return {}
     granularity, alpha = recipe.mixup.granularity, recipe.mixup.alpha
     groups: dict[str, str | None] = {WHOLE_MODEL: None}
     if granularity != "model":
-        groups = {group: group for group in (block_group(name, granularity) for name in names)}
+        groups = {group: group for group in (_group(piece, granularity) for piece in pieces)}
     count = len(recipe.experts)
     return {label: draw(method.weighting, recipe.seed, alpha, count, group) for label, group in groups.items()}
 
 
-def _settings(recipe: Recipe, pipeline: Pipeline, name: str, t: float, drawn: DrawnWeights) -> Settings:
-    """The numbers of one tensor."""
+def _settings(recipe: Recipe, pipeline: Pipeline, piece: _Piece, drawn: DrawnWeights) -> Settings:
+    """The numbers of one piece."""
+    name, t = piece.name, piece.t
     sparsifier = (
         recipe.numbers("sparsifier", name, t)
         if recipe.sparsify is None
         else recipe.sparsify.numbers(name, t, pipeline.num_experts)
     )
     (scale,) = {values[0] for values in recipe.numbers("scale", name, t).values()} or {1.0}
-    weights = _weights_of(recipe, pipeline, name, t, drawn)
+    weights = _weights_of(recipe, pipeline, piece, drawn)
     return settings_of(pipeline, weights, scale, sparsifier, recipe.numbers("method", name, t))
 
 
-def _weights_of(recipe: Recipe, pipeline: Pipeline, name: str, t: float, drawn: DrawnWeights) -> tuple[float, ...]:
+def _weights_of(recipe: Recipe, pipeline: Pipeline, piece: _Piece, drawn: DrawnWeights) -> tuple[float, ...]:
     if recipe.mixup is None:
-        (given,) = recipe.numbers("weights", name, t).values() or ((),)
+        (given,) = recipe.numbers("weights", piece.name, piece.t).values() or ((),)
         return given[: pipeline.num_weights]
-    granularity = recipe.mixup.granularity
-    group = WHOLE_MODEL if granularity == "model" else block_group(name, granularity)
+    group = _group(piece, recipe.mixup.granularity)
     if group not in drawn or len(drawn[group]) != pipeline.num_weights:
         raise M3Error(f"weights: none recorded for {group}: the manifest does not belong to these models")
     return drawn[group]
 
 
+def settings_in(plans: Iterable[TensorPlan]) -> list[Settings]:
+    """The numbers of everything that is merged, in order."""
+    return [block.settings for plan in plans for block in plan.blocks]
+
+
 def _check_rankings(pipeline: Pipeline, plans: Sequence[TensorPlan]) -> None:
     """Raise M3Error where one measurement of the whole model would need several numbers."""
-    settings = [plan.settings for plan in plans if plan.settings is not None]
+    settings = settings_in(plan for plan in plans if plan.pipeline is None or plan.pipeline.method == pipeline.method)
     for stage in pipeline.stages:
         if stage.measure.scope != "model":
             continue
@@ -189,6 +282,63 @@ def _check_rankings(pipeline: Pipeline, plans: Sequence[TensorPlan]) -> None:
 def output_dtype(recipe: Recipe, info: TensorInfo) -> str:
     """The safetensors dtype of a merged tensor."""
     return _DTYPE_NAMES[recipe.output_dtype] if recipe.output_dtype else info.dtype
+
+
+def _excluded(recipe: Recipe, model: Input, names: Sequence[str]) -> set[str]:
+    """The tensors that are not merged: those that a pattern matches, and whatever is one with them."""
+    matched = {name for name in names if recipe.excludes(name)}
+    for pattern in recipe.exclude:
+        if not any(re.search(pattern, name) for name in matched):
+            raise M3Error(f"exclude: {pattern!r} matches no tensor of {model.name}: mend it or leave it out")
+    aliases = {name: part.alias_of for name, part in model.anatomy.parts.items() if part.alias_of is not None}
+    originals = {aliases[name] for name in matched if name in aliases}
+    return matched | originals | {name for name, original in aliases.items() if original in matched | originals}
+
+
+def _check_kinds(inputs: Sequence[Input]) -> None:
+    """Refuse what must not be interpolated, and what no one can interpolate."""
+    for model in inputs:
+        if model.anatomy.quantisation is not None:
+            raise M3Error(
+                f"{model.name}: its weights are quantised ({model.anatomy.quantisation}), and quantised numbers cannot "
+                "be averaged: give the model in bfloat16, float16 or float32"
+            )
+        factor = next((name for name, part in model.anatomy.parts.items() if part.kind == "adapter"), None)
+        if factor is not None:
+            raise M3Error(
+                f"{model.name}: holds LoRA factors ({factor}), and the average of factors is not that of what they "
+                "multiply to: merge each adapter into its base first"
+            )
+
+
+def _state(model: Input, names: Sequence[str]) -> set[str]:
+    """Tensors of training, not of the model: optimizer moments, steps, random states."""
+    parts = model.anatomy.parts
+    return {name for name in names if name in parts and parts[name].kind not in MODEL_KINDS}
+
+
+def _needs_blocks(recipe: Recipe) -> str | None:
+    """The key of a recipe for which blocks must be known; None if there is none."""
+    if recipe.mixup is not None and recipe.mixup.granularity == "layer":
+        return "mixup.granularity: layer"
+    if recipe.slices:
+        return "slices"
+    return "a gradient" if recipe.has_gradients() else None
+
+
+def _check_blocks(recipe: Recipe, model: Input, names: Sequence[str]) -> None:
+    """Refuse a recipe that speaks of layers where the anatomy knows none, or cannot tell which."""
+    key = _needs_blocks(recipe)
+    if key is None:
+        return
+    doubt = next((part.doubt for name in names if (part := model.anatomy.parts[name]).doubt), None)
+    if doubt is not None:
+        raise M3Error(f"{key}: {doubt}")
+    if not model.anatomy.towers:
+        raise M3Error(
+            f"{key}: speaks of layers, and none are found among the names of {model.name}: say how they are numbered, "
+            r"such as anatomy: {blocks: 'layer_(\d+)'}"
+        )
 
 
 def make_plan(
@@ -211,23 +361,29 @@ def make_plan(
     inputs = (*experts, *([base] if base is not None else []))
     template = len(inputs) - 1 if base is not None else 0
     used = (*((template,) if pipeline.uses_base else ()), *range(count))
-    names = sorted({name for i in {template, *used} for name in inputs[i].tensors}, key=natural_key)
-    excluded = {name for name in names if recipe.excludes(name)}
-    for pattern in recipe.exclude:
-        if not any(re.search(pattern, name) for name in excluded):
-            raise M3Error(f"exclude: {pattern!r} matches no tensor of {inputs[template].name}: mend it or leave it out")
     models = [inputs[i] for i in used]
-    tied = _tied_heads(models) - excluded
-    _check_names(models, excluded, tied)
-    kept = [n for n in names if n not in tied and (n in inputs[template].tensors if n in excluded else True)]
+    _check_kinds([inputs[i] for i in sorted({template, *used})])
+    names = sorted({name for i in {template, *used} for name in inputs[i].tensors}, key=natural_key)
+    excluded = _excluded(recipe, inputs[template], names)
+    state = {name for model in models for name in _state(model, names)} - excluded
+    tied = _tied_copies(models, names) - excluded
+    _check_names(models, excluded | state | tied)
+    kept = [n for n in names if n not in state | tied and (n in inputs[template].tensors if n in excluded else True)]
     kept = [n for n in kept if n in excluded or n in models[0].tensors]
-    floats = [n for n in kept if n not in excluded and all(m.tensors[n].dtype in FLOATS for m in models)]
-    blocks = [block[1] for block in map(block_of, names) if block]
-    layers = max(blocks, default=-1) + 1
-    if recipe.declared_layers is not None and recipe.declared_layers != layers:
-        raise M3Error(f"slices: cover {recipe.declared_layers} layers, but {inputs[0].name} has {layers}")
-    weights = drawn if drawn is not None else draws_of(recipe, pipeline.method, floats)
-    mergeable = set(floats)
+    merged = [n for n in kept if n not in excluded]
+    mergeable = {
+        n
+        for n in merged
+        if models[0].anatomy.parts[n].kind != "buffer" and all(m.tensors[n].dtype in FLOATS for m in models)
+    }
+    _check_blocks(recipe, models[0], merged)
+    depth = max((tower.depth for tower in models[0].anatomy.towers.values()), default=0)
+    if recipe.declared_layers is not None and recipe.declared_layers != depth:
+        raise M3Error(f"slices: cover {recipe.declared_layers} layers, but {inputs[0].name} has {depth}")
+    pieces = {name: _pieces(models[0].anatomy, name) for name in merged if name in mergeable}
+    weights = drawn
+    if weights is None:
+        weights = draws_of(recipe, pipeline.method, [piece for own in pieces.values() for piece in own])
 
     plans = []
     for name in kept:
@@ -242,33 +398,84 @@ def make_plan(
                 raise M3Error(f"{name}: is {said}: only BF16, F16 and F32 can be merged with each other")
             plans.append(TensorPlan(reference, used))
             continue
-        t = layer_position(name, layers)
-        settings = _settings(recipe, pipeline, name, t, weights)
-        if pipeline.method.copies and settings.scale == 1.0 and output_dtype(recipe, reference) == reference.dtype:
-            plans.append(TensorPlan(reference, used))
+        part = models[0].anatomy.parts[name]
+        if part.kind == "statistics":
+            plans.append(_of_statistics(recipe, pipeline, reference, pieces[name], weights))
             continue
-        sparse = without_idle_sparsifier(pipeline, settings)
-        output = TensorInfo(name, reference.shape, output_dtype(recipe, reference))
-        plans.append(TensorPlan(output, used, sparse, settings))
-    return MergePlan(pipeline, tuple(_comparable(pipeline, plans)), weights, inputs, template)
+        plans.append(_merged(recipe, pipeline, reference, used, part, pieces[name], weights))
+    notes = tuple(_notes(models[0], state, merged))
+    return MergePlan(pipeline, tuple(_comparable(pipeline, plans)), weights, inputs, template, notes)
+
+
+def _merged(
+    recipe: Recipe,
+    pipeline: Pipeline,
+    reference: TensorInfo,
+    used: tuple[int, ...],
+    part: Part,
+    pieces: Sequence[_Piece],
+    drawn: DrawnWeights,
+) -> TensorPlan:
+    """What happens to a tensor that is merged."""
+    settings = [_settings(recipe, pipeline, piece, drawn) for piece in pieces]
+    dtype = output_dtype(recipe, reference)
+    if pipeline.method.copies and dtype == reference.dtype and all(each.scale == 1.0 for each in settings):
+        return TensorPlan(reference, used)
+    own = pipeline
+    if all(without_idle_sparsifier(pipeline, each) != pipeline for each in settings):
+        own = without_idle_sparsifier(pipeline, settings[0])
+    blocks = tuple(BlockPlan(p.name, p.key, p.group, each) for p, each in zip(pieces, settings, strict=True))
+    output = TensorInfo(reference.name, reference.shape, dtype)
+    return TensorPlan(output, used, own, blocks, part.stack_axis, part.alias_of is not None)
+
+
+def _of_statistics(
+    recipe: Recipe, pipeline: Pipeline, reference: TensorInfo, pieces: Sequence[_Piece], drawn: DrawnWeights
+) -> TensorPlan:
+    """Statistics of batch normalisation: their weighted average, whatever the method."""
+    count = pipeline.num_experts
+    average = Pipeline(linear(), None, count)
+
+    def weights(piece: _Piece) -> tuple[float, ...]:
+        given = _weights_of(recipe, pipeline, piece, drawn) if pipeline.method.weighting == "each" else ()
+        return given if sum(given) else (1.0,) * count
+
+    blocks = tuple(BlockPlan(p.name, p.key, p.group, settings_of(average, weights(p), 1.0)) for p in pieces)
+    return TensorPlan(reference, tuple(range(count)), average, blocks)
+
+
+def _notes(model: Input, state: set[str], merged: Sequence[str]) -> Iterator[str]:
+    if state:
+        example = min(state, key=natural_key)
+        yield (
+            f"{len(state)} tensors of training state ({example}, …) are left out: optimizer moments, steps and random "
+            "states are not merged"
+        )
+    statistics = [name for name in merged if model.anatomy.parts[name].kind == "statistics"]
+    if statistics:
+        yield f"{len(statistics)} statistics of batch normalisation are averaged: measure them anew on data if you can"
 
 
 def _comparable(pipeline: Pipeline, plans: Sequence[TensorPlan]) -> list[TensorPlan]:
     """The plans with the factors that make magnitudes comparable over the model, where that is what is measured."""
     _check_rankings(pipeline, plans)
-    scaled = iter(comparable(pipeline, [plan.settings for plan in plans if plan.settings is not None]))
-    return [plan if plan.settings is None else plan._replace(settings=next(scaled)) for plan in plans]
+    scaled = iter(comparable(pipeline, settings_in(plans)))
+
+    def with_factors(plan: TensorPlan) -> TensorPlan:
+        return plan._replace(blocks=tuple(block._replace(settings=next(scaled)) for block in plan.blocks))
+
+    return [with_factors(plan) for plan in plans]
 
 
 def row_size(plan: TensorPlan) -> int:
-    """Entries of a row, along the tensor's last axis; at least 1."""
-    shape = plan.output.shape
+    """Entries of a row of a tensor's blocks, along their last axis; at least 1."""
+    shape = plan.block_shape
     return max(shape[-1], 1) if shape else 1
 
 
 def total_entries(plans: Sequence[TensorPlan]) -> int:
-    """N of a ranking over these tensors."""
-    return sum(plan.output.size for plan in plans if plan.pipeline is not None)
+    """N of a ranking over these tensors, each of them once."""
+    return sum(plan.output.size for plan in plans if plan.pipeline is not None and not plan.is_alias)
 
 
 def divide(sizes: Sequence[int], count: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Reading ahead: the chunks of several checkpoints, in a given order, hashed and checked on the way."""
 
+import math
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ class Visit(NamedTuple):
         padded: Entries of the arrays handed out, at least `size`; what is beyond `size` is arbitrary.
         first_reading: Whether the tensor is read for the first time, and so hashed and checked.
         last: Whether it is the tensor's last chunk at this stage.
+        block: Which block of the tensor the chunk is of; None if it has entries of all that the tensor stacks.
     """
 
     stage: Any
@@ -48,6 +50,7 @@ class Visit(NamedTuple):
     padded: int
     first_reading: bool
     last: bool
+    block: int | None = 0
 
 
 def padded_size(size: int, chunk_entries: int, multiple: int = 1) -> int:
@@ -73,6 +76,32 @@ def padded_rows(rows: int, most: int, multiple: int = 1) -> int:
     return -(-min(1 << max(rows - 1, 0).bit_length(), most) // multiple) * multiple
 
 
+def slice_of(plan: TensorPlan) -> int:
+    """Entries of a slice through all blocks that a tensor stacks along a later axis than the first."""
+    return math.prod(plan.output.shape[plan.axis :])
+
+
+def unit_of(plan: TensorPlan) -> int:
+    """Entries that a chunk of a tensor must have together: one, a row, or slices through all blocks that it stacks."""
+    if plan.pipeline is None:
+        return 1
+    row = row_size(plan) if plan.pipeline.rows else 1
+    if not plan.axis:
+        return row
+    inside = math.prod(plan.output.shape[plan.axis + 1 :])
+    return slice_of(plan) * (row // math.gcd(row, max(inside, 1)))
+
+
+def _stretches(plan: TensorPlan, start: int, stop: int) -> Iterator[tuple[int, int, int | None]]:
+    """Runs of entries that chunks do not leave, each with its block: of leaves that stack along axis 0, the blocks."""
+    if plan.axis != 0 or plan.pipeline is None:
+        yield start, stop, None if plan.axis and plan.pipeline is not None else 0
+        return
+    size = max(math.prod(plan.block_shape), 1)
+    for block in range(start // size, -(-stop // size)):
+        yield max(start, block * size), min(stop, (block + 1) * size), block
+
+
 def visits(
     stage: Any,
     plan: TensorPlan,
@@ -86,18 +115,18 @@ def visits(
     stop = plan.output.size if stop is None else stop
     if plan.pipeline is None:  # copied: wide entries take no more memory than bfloat16's
         chunk_entries = chunk_entries * 2 // max(2, DTYPES[plan.output.dtype].itemsize)
-    row = row_size(plan) if plan.pipeline is not None and plan.pipeline.rows else None
-    if row is not None:  # whole rows, however long they are
-        chunk_entries = max(chunk_entries // row, 1) * row
-    for begin in range(start, max(stop, start + 1), chunk_entries):
-        size = min(chunk_entries, stop - begin)
-        if plan.pipeline is None:
-            padded = size
-        elif row is not None:
-            padded = padded_rows(size // row, chunk_entries // row, multiple) * row
-        else:
-            padded = padded_size(size, chunk_entries, multiple)
-        yield Visit(stage, plan, begin, size, padded, first_reading, begin + size == stop)
+    unit = max(unit_of(plan), 1)
+    chunk = max(chunk_entries // unit, 1) * unit  # whole units, however long they are
+    for first, end, block in _stretches(plan, start, stop) if stop > start else ((start, stop, 0),):
+        for begin in range(first, max(end, first + 1), chunk):
+            size = min(chunk, end - begin)
+            if plan.pipeline is None:
+                padded = size
+            elif unit > 1:
+                padded = padded_rows(size // unit, chunk // unit, multiple) * unit
+            else:
+                padded = padded_size(size, chunk_entries, multiple)
+            yield Visit(stage, plan, begin, size, padded, first_reading, begin + size == stop, block)
 
 
 def _aligned_empty(nbytes: int) -> np.ndarray:

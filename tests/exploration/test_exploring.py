@@ -408,10 +408,10 @@ def test_buffers_that_differ_are_refused(place, tmp_path):
     for name, steps in (("one", 1), ("two", 2)):
         (tmp_path / name).mkdir()
         save_file(
-            {"w": np.ones(4, np.float32), "steps": np.array([steps], np.int32)}, tmp_path / name / "model.safetensors"
+            {"w": np.ones(4, np.float32), "ids": np.array([steps], np.int32)}, tmp_path / name / "model.safetensors"
         )
     recipe = load_recipe(
         {"merge_method": "linear", "models": [str(tmp_path / n) for n in ("one", "two")], "mixup": {"alpha": 1}}
     )
-    with pytest.raises(M3Error, match="steps: is a buffer of I32"):
+    with pytest.raises(M3Error, match="ids: is a buffer of I32"):
         m3jax.explore(recipe, tmp_path / "out", score=lambda params, share: {"s": 1.0}, samples=1)

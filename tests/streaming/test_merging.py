@@ -217,8 +217,13 @@ def test_tied_embeddings(tmp_path):
     m3jax.merge_checkpoint(asked, tmp_path / "out")
     assert set(read(tmp_path / "out")) == set(shapes)
     (tmp_path / "in" / "expert-0" / "config.json").write_text('{"tie_word_embeddings": false}')
-    with pytest.raises(M3Error, match=r"lm_head.weight: .*base uses its input embedding instead, but .*expert-0"):
-        m3jax.merge_checkpoint(asked, tmp_path / "out2")
+    m3jax.merge_checkpoint(asked, tmp_path / "untied")
+    base["lm_head.weight"] = base["model.embed_tokens.weight"]  # a tied model's head is its embedding
+    experts[0] |= head
+    experts[1]["lm_head.weight"] = experts[1]["model.embed_tokens.weight"]
+    assert same(read(tmp_path / "untied"), oracle.merge(experts, base, "task_arithmetic")) == (True, [])
+    assert json.loads((tmp_path / "untied" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert m3jax.replay(tmp_path / "untied", tmp_path / "again").digest == m3jax.verify(tmp_path / "untied").digest
 
 
 def test_companions_are_carried_over(tmp_path):
