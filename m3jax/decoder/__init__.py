@@ -1,10 +1,12 @@
 """A decoder in Flax NNX that runs merged language models, from disk or from memory."""
 
 from m3jax.decoder.batching import DecoderProgress, length_bucket
-from m3jax.decoder.config import DecoderConfig, Rope
+from m3jax.decoder.config import DecoderConfig
+from m3jax.decoder.families import Experts
 from m3jax.decoder.generation import Continuation, generate
 from m3jax.decoder.modeling import PADDING, Cache, Decoder, KeyValue, Params, abstract_params, bind, random_params
 from m3jax.decoder.params import load_params, params_from_tree
+from m3jax.decoder.rotary import Rope
 from m3jax.decoder.running import ApplyFn
 from m3jax.decoder.scoring import Likelihood, log_likelihoods
 from m3jax.decoder.texts import check_vocabulary, detokenizer, encode, prompt_room
@@ -17,6 +19,7 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "DecoderProgress",
+    "Experts",
     "KeyValue",
     "Likelihood",
     "Params",

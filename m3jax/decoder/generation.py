@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, Key
 
 from m3jax.decoder.batching import (
@@ -50,6 +51,18 @@ class Continuation(NamedTuple):
     dropped: int
 
 
+class _Row(NamedTuple):
+    """A prompt on its way.
+
+    Attributes:
+        text: What is read: the prompt, and the new tokens with which it is read again.
+        new: New tokens that the text holds.
+    """
+
+    text: list[int]
+    new: list[int]
+
+
 class _State(NamedTuple):
     """Where a batch stands between two programs."""
 
@@ -75,17 +88,17 @@ def _prefill(
     params: Any,
     tokens: Int[Array, "batch length"],
     lengths: Int[Array, " batch"],
+    taken: Int[Array, " batch"],
     sampling: Sampling,
     *,
     model: ModelFunctions,
     slots: int,
     greedy: bool,
 ) -> _State:
-    """Reads the prompts and takes the first new token of each."""
+    """Reads the prompts, with so many new tokens at their ends, and takes the next new token of each."""
     say_compiling("prefill", *tokens.shape)
     logits, cache = model.prefill(params, tokens, lengths, slots)
-    nothing = jnp.zeros_like(lengths)
-    start = _State(None, nothing, lengths - 1, nothing, sampling.limits <= 0)
+    start = _State(None, jnp.zeros_like(lengths), lengths - 1, taken, sampling.limits <= taken)
     return _advance(start, logits, cache, sampling, greedy)
 
 
@@ -165,29 +178,47 @@ def generate(
         stop_token_ids = () if config is None else config.stop_token_ids
     keys = prompt_keys(key, len(prompts))
     results: list[Continuation | None] = [None] * len(prompts)
+    turn = None if config is None or apply_fn is not None else config.turning_point
+    seeks = _Stops(frozenset(stop_token_ids), tuple(stop_strings), detokenize)
     done = tokens = 0
+
+    def run(rows: Sequence[_Row], members: Sequence[int], size: int, length: int) -> list[tuple[list[int], _Finish]]:
+        """Continues rows, of the prompts given, until they end or the turning point is behind them."""
+        sampling = Sampling(
+            keys=put(keys[np.array([*members, *[members[0]] * (size - len(members))])], mesh),
+            temperature=jnp.float32(temperature),
+            top_p=jnp.float32(top_p),
+            stops=jnp.asarray(list(stop_token_ids), jnp.int32),
+            limits=put(_limits(rows, size, max_new_tokens, limit, turn), mesh),
+        )
+        return _run_batch(
+            model,
+            params,
+            *pad([row.text for row in rows], size, length, mesh),
+            sampling,
+            slots=_slots(length, max_new_tokens, limit, packed=apply_fn is not None),
+            greedy=temperature == 0,
+            seeks=seeks,
+            begun=[row.new for row in rows],
+            mesh=mesh,
+        )
+
     with announcing(progress, lambda: (done, len(prompts), tokens)):
         for members in batches([len(text) for text in texts], batch_size):
             rows = row_count(len(members), batch_size)
-            batch = [texts[i] for i in members]
-            length = length_bucket(max(map(len, batch)), room)
-            sampling = Sampling(
-                keys=put(keys[np.array(members + members[:1] * (rows - len(members)))], mesh),
-                temperature=jnp.float32(temperature),
-                top_p=jnp.float32(top_p),
-                stops=jnp.asarray(list(stop_token_ids), jnp.int32),
-                limits=put(_limits(batch, rows, max_new_tokens, limit), mesh),
-            )
-            found = _run_batch(
-                model,
-                params,
-                *pad(batch, rows, length, mesh),
-                sampling,
-                slots=_slots(length, max_new_tokens, limit, packed=apply_fn is not None),
-                greedy=temperature == 0,
-                seeks=_Stops(frozenset(stop_token_ids), tuple(stop_strings), detokenize),
-                count=len(members),
-            )
+            batch = [_Row(texts[i], []) for i in members]
+            length = length_bucket(max(len(row.text) for row in batch), room)
+            found = run(batch, members, rows, length)
+            turned = [
+                row
+                for row, (new, finish) in enumerate(found)
+                if finish == "length" and len(new) < max_new_tokens and _turns(batch[row], new, turn)
+            ]
+            if turned:
+                again = [_Row(batch[row].text + found[row][0], found[row][0]) for row in turned]
+                width = length_bucket(max(len(row.text) for row in again), limit)
+                for row, one in zip(turned, run(again, [members[row] for row in turned], rows, width), strict=True):
+                    found[row] = one
             for i, (new, finish) in zip(members, found, strict=True):
                 if finish == "length" and len(new) < max_new_tokens:
                     finish = "context"
@@ -197,6 +228,11 @@ def generate(
             if progress is not None:
                 progress(DecoderProgress("batch", "decode", rows, length, done, len(prompts), tokens))
     return [result for result in results if result is not None]
+
+
+def _turns(row: _Row, new: Sequence[int], turn: int | None) -> bool:
+    """Whether a text has just left the turning point behind."""
+    return turn is not None and len(row.text) <= turn < len(row.text) + len(new)
 
 
 def _slots(length: int, max_new_tokens: int, limit: int | None, *, packed: bool) -> int:
@@ -216,11 +252,19 @@ def _slots(length: int, max_new_tokens: int, limit: int | None, *, packed: bool)
 
 
 def _limits(
-    batch: Sequence[Tokens], rows: int, max_new_tokens: int, limit: int | None
+    batch: Sequence[_Row], rows: int, max_new_tokens: int, limit: int | None, turn: int | None
 ) -> Int[np.ndarray[Any, Any], " rows"]:
-    """New tokens that each row may have; rows without a prompt are done before they start."""
+    """New tokens that each row may have; rows without a prompt are done before they start.
+
+    Up to the turning point a text is read in one way, beyond it in another, from its beginning: the first token
+    behind it ends the row for now.
+    """
     limits = np.zeros(rows, np.int32)
-    limits[: len(batch)] = [max_new_tokens if limit is None else min(max_new_tokens, limit - len(t)) for t in batch]
+    for i, row in enumerate(batch):
+        prompt = len(row.text) - len(row.new)
+        ends = [None if limit is None else limit - prompt]
+        ends += [turn + 1 - prompt] if turn is not None and len(row.text) <= turn else []
+        limits[i] = min([max_new_tokens, *(end for end in ends if end is not None)])
     return limits
 
 
@@ -276,11 +320,15 @@ def _run_batch(
     slots: int,
     greedy: bool,
     seeks: _Stops,
-    count: int,
+    begun: Sequence[list[int]],
+    mesh: Mesh | None,
 ) -> list[tuple[list[int], _Finish]]:
-    """Continues one batch; returns the new tokens of its first `count` rows."""
-    state = _prefill(params, tokens, lengths, sampling, model=model, slots=slots, greedy=greedy)
-    news: list[list[int]] = [[] for _ in range(count)]
+    """Continues one batch, whose first rows have begun with these tokens; returns all new tokens of those rows."""
+    count = len(begun)
+    taken = np.zeros(len(lengths), np.int32)
+    taken[:count] = [len(new) for new in begun]
+    state = _prefill(params, tokens, lengths, put(taken, mesh), sampling, model=model, slots=slots, greedy=greedy)
+    news = [list(new) for new in begun]
     cut: dict[int, int] = {}  # rows that a stop string ended, and after how many tokens
     chunk = np.asarray(state.token)[:, None]
     while True:

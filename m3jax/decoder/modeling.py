@@ -1,10 +1,11 @@
-"""A decoder-only transformer in Flax NNX: Llama, Mistral, Qwen 2 and 3, Gemma 2.
+"""A decoder-only transformer in Flax NNX, of parts that a configuration chooses.
 
 Weights keep the axes in which checkpoints store them, outputs first. Blocks are separate modules, not a scan over
 stacked weights: slicing a stack copies every weight once per token on a CPU, which halves decoding there.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
@@ -18,7 +19,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from m3jax.decoder.config import DecoderConfig, Rope
+from m3jax.decoder.config import DecoderConfig
+from m3jax.decoder.experts import mix
+from m3jax.decoder.families import Experts
+from m3jax.decoder.products import dot, project
+from m3jax.decoder.rotary import Rope
 
 Params: TypeAlias = Mapping[Any, Any]
 """Nested dict of arrays, as `Decoder`'s own parameters are nested; blocks are keyed by number."""
@@ -33,11 +38,6 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
 
 # Bounds the memory of attention scores: one block of queries at a time.
 _QUERY_BLOCK = 512
-# XLA's fast CPU kernel for bfloat16 products wants more than one row; padding costs nothing elsewhere.
-_MIN_ROWS = 4
-# Above so many, repacking weights costs less than turning the result.
-_FEW_ROWS = 64
-
 
 PADDING = 2**30
 """The position of tokens that no other token may see."""
@@ -107,60 +107,75 @@ def constrain(x: Array, mesh: Mesh | None, *axes: str | None) -> Array:
     return placed
 
 
-def project(
-    weight: Float[Array, "out in"], x: Float[Array, "*lead in"], dtype: DTypeLike | None = None
-) -> Float[Array, "*lead out"]:
-    """x·weightᵀ, added up in float32.
-
-    Args:
-        weight: As stored, outputs first.
-        x: Activations, of the weight's dtype.
-        dtype: Of the result; that of `x` by default.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    if len(rows) > _FEW_ROWS:
-        product = _dot(rows, weight, (((1,), (1,)), ((), ())))
-    else:
-        # Weights on the left: on a CPU they are then read where they lie instead of being repacked for each
-        # product. The barrier keeps XLA from turning the product around again.
-        padded = jnp.pad(rows, ((0, max(0, _MIN_ROWS - len(rows))), (0, 0)))
-        turned: Array = lax.optimization_barrier(  # type: ignore[no-untyped-call]
-            _dot(weight, padded, (((1,), (1,)), ((), ())))
-        )
-        product = turned.T[: len(rows)]
-    return product.astype(dtype or x.dtype).reshape(*x.shape[:-1], -1)
-
-
-def inverse_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray[Any, Any], " half"]:
-    """Radians per position of each pair of entries of a head, float32.
+def frequencies(rope: Rope, head_dim: int, lengths: Int[Array, " batch"]) -> Float[Array, "rows half"]:
+    """Radians per position of each rotated pair of entries of a head, float32.
 
     Args:
         rope: Base and stretching.
         head_dim: Width of a head.
+        lengths: Tokens of each text so far, on which two ways of stretching depend.
+
+    Returns:
+        A row for each text, or one for all.
 
     References:
         Su et al., RoFormer, 2021; Chen et al., Extending Context Window via Positional Interpolation, 2023;
-        Llama 3.1's model card, 2024.
+        Peng et al., YaRN, 2023 (also of dynamic scaling); Ding et al., LongRoPE, 2024; Llama 3.1's model card, 2024.
     """
-    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    plain = np.float32(1) / np.float32(rope.theta) ** exponents
-    if not rope.high_freq_factor:
+    width = int(head_dim * rope.share)
+    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    if rope.kind == "dynamic":
+        excess = jnp.maximum(lengths, rope.original_context).astype(jnp.float32) * rope.factor
+        growth = (excess / rope.original_context - (rope.factor - 1)) ** (width / (width - 2))
+        return 1 / (rope.theta * growth[:, None]) ** exponents[None, :]
+    powers = np.float32(rope.theta) ** exponents
+    if rope.kind == "longrope":
+        short, long = (1 / (np.array(f, np.float32) * powers) for f in (rope.short_factors, rope.long_factors))
+        return jnp.where((lengths > rope.original_context)[:, None], long[None, :], short[None, :])
+    return jnp.asarray(_stretched(rope, np.float32(1) / powers))[None, :]
+
+
+def _stretched(rope: Rope, plain: Float[np.ndarray[Any, Any], " half"]) -> Float[np.ndarray[Any, Any], " half"]:
+    """Frequencies that are the same for all texts."""
+    if rope.kind in ("default", "linear"):
         return np.asarray(plain / np.float32(rope.factor), np.float32)
-    turns = rope.original_context * plain / (2 * np.pi)
-    kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
+    if rope.kind == "yarn":
+        kept = 1 - _yarn_ramp(rope, len(plain))
+    else:
+        turns = rope.original_context * plain / (2 * np.pi)
+        kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
     return np.asarray((1 - kept) * plain / rope.factor + kept * plain, np.float32)
 
 
+def _yarn_ramp(rope: Rope, pairs: int) -> Float[np.ndarray[Any, Any], " half"]:
+    """How much of each frequency YaRN stretches, from 0 to 1."""
+
+    def place(turns: float) -> float:
+        """The index of the frequency that turns so often within the original context."""
+        return pairs * math.log(rope.original_context / (turns * 2 * math.pi)) / math.log(rope.theta)
+
+    first, last = place(rope.beta_fast), place(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, 2 * pairs - 1)
+    steps = (np.arange(pairs, dtype=np.float32) - first) / (last - first if last != first else 0.001)
+    return np.asarray(np.clip(steps, 0, 1), np.float32)
+
+
 def rotate(
-    x: Float[Array, "batch length heads head_dim"], angles: Float[Array, "batch length half"]
+    x: Float[Array, "batch length heads head_dim"], angles: Float[Array, "batch length half"], magnitude: float = 1.0
 ) -> Float[Array, "batch length heads head_dim"]:
-    """Rotates entry i of each head with entry i + head_dim/2, in float32.
+    """Rotates entry i of each head with entry i + width/2, in float32, for the first `width` entries.
 
     Args:
         x: Queries or keys.
-        angles: In radians.
+        angles: In radians, half as many as entries that are rotated.
+        magnitude: Factor on what is rotated.
     """
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    width = 2 * angles.shape[-1]
+    if width < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :width], angles, magnitude), x[..., width:]], axis=-1)
+    cos, sin = magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
     along, across = (jnp.concatenate(pair, axis=-1)[:, :, None] for pair in ((cos, cos), (-sin, sin)))
     # Each entry and its partner: a CPU is several times slower at putting finished halves together.
     partner = jnp.roll(x, x.shape[-1] // 2, axis=-1)
@@ -194,7 +209,8 @@ def attend(
     *,
     window: int | None,
     scale: float,
-    cap: float | None,
+    cap: float | None = None,
+    sinks: Float[Array, " heads"] | None = None,
 ) -> Float[Array, "batch length heads head_dim"]:
     """Causal attention with grouped heads; scores and softmax in float32.
 
@@ -206,6 +222,7 @@ def attend(
         window: How many positions a query sees; `None` is all before it.
         scale: Factor on scores.
         cap: Bound of scores.
+        sinks: A score of each head that takes its share and gives nothing.
     """
     batch, length, heads, head_dim = query.shape
     kv_heads, slots = cache.key.shape[1:3]
@@ -213,11 +230,12 @@ def attend(
     def block(query: Array, queries: Array) -> Array:
         grouped = query.reshape(batch, -1, kv_heads, heads // kv_heads, head_dim).swapaxes(1, 2)
         rows = grouped.reshape(batch, kv_heads, -1, head_dim)
-        scores = _dot(rows, cache.key, (((3,), (3,)), ((0, 1), (0, 1)))) * scale
+        scores = dot(rows, cache.key, (((3,), (3,)), ((0, 1), (0, 1)))) * scale
         scores = softcap(scores, cap).reshape(*grouped.shape[:-1], slots)
         scores = jnp.where(visible(queries, keys, window)[:, None, :, None], scores, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype).reshape(*rows.shape[:-1], slots)
-        mixed = _dot(weights, cache.value, (((3,), (2,)), ((0, 1), (0, 1)))).astype(query.dtype)
+        shares = jax.nn.softmax(scores, axis=-1) if sinks is None else _softmax_with_sinks(scores, sinks)
+        weights = shares.astype(query.dtype).reshape(*rows.shape[:-1], slots)
+        mixed = dot(weights, cache.value, (((3,), (2,)), ((0, 1), (0, 1)))).astype(query.dtype)
         return mixed.reshape(grouped.shape).swapaxes(1, 2).reshape(query.shape)
 
     if length <= _QUERY_BLOCK:
@@ -233,11 +251,14 @@ def attend(
     return out.swapaxes(0, 1).reshape(batch, -1, heads, head_dim)[:, :length]
 
 
-def _dot(a: Array, b: Array, dimensions: Any) -> Array:
-    """`lax.dot_general`, added up in float32; float32 factors are not rounded first, as accelerators would."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    product: Array = lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
-    return product
+def _softmax_with_sinks(
+    scores: Float[Array, "batch kv_heads length group slots"], sinks: Float[Array, " heads"]
+) -> Float[Array, "batch kv_heads length group slots"]:
+    """Softmax over the slots and one score more, whose share is left out."""
+    sink = sinks.astype(jnp.float32).reshape(1, scores.shape[1], 1, scores.shape[3], 1)
+    top = lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sink))
+    powers = jnp.exp(scores - top)
+    return powers / (jnp.sum(powers, axis=-1, keepdims=True) + jnp.exp(sink - top))
 
 
 def _put(old: Array, new: Array, slot: Array) -> Array:
@@ -275,26 +296,32 @@ class Linear(nnx.Module):
 
 
 class Norm(nnx.Module):
-    """Root-mean-square norm, in float32."""
+    """Root-mean-square norm, or layer norm with its bias, in float32."""
 
     def __init__(self, width: int, config: DecoderConfig, dtype: DTypeLike) -> None:
         self.weight = nnx.Param(jnp.full(width, 1 - config.norm_offset, dtype))
+        self.bias = nnx.Param(jnp.zeros(width, dtype)) if config.norm == "layer" else None
         self.eps = config.norm_eps
         self.offset = config.norm_offset
 
     def __call__(self, x: Float[Array, "*lead width"]) -> Float[Array, "*lead width"]:
-        """Divides by the root of the mean square and multiplies by the weight."""
+        """Divides by the root of the mean square, centred before in a layer norm, and multiplies by the weight."""
         wide = x.astype(jnp.float32)
+        if self.bias is not None:
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normal = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         weight = self.weight[...].astype(jnp.float32) + self.offset
-        return (normal * _over_leading(weight, x)).astype(x.dtype)
+        scaled = normal * _over_leading(weight, x)
+        if self.bias is not None:
+            scaled = scaled + _over_leading(self.bias[...].astype(jnp.float32), x)
+        return scaled.astype(x.dtype)
 
 
 class _Reading(NamedTuple):
     """What all blocks need to know of the tokens being read."""
 
     positions: Int[Array, "batch length"]
-    angles: Float[Array, "batch length half"]
+    angles: Mapping[Rope, Float[Array, "batch length half"]]
     keys: Int[Array, "batch slots"]  # positions of slots, the tokens' own among them
     slot: Int[Array, ""]  # where the tokens go
     mesh: Mesh | None
@@ -303,17 +330,17 @@ class _Reading(NamedTuple):
 class Attention(nnx.Module):
     """Self-attention of one block."""
 
-    def __init__(self, config: DecoderConfig, window: int | None, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: DecoderConfig, block: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         width, heads, kv_heads = (config.hidden_size,), config.num_heads, config.num_kv_heads
         self.query = Linear((heads, config.head_dim), width, config.qkv_bias, dtype, rngs)
         self.key = Linear((kv_heads, config.head_dim), width, config.qkv_bias, dtype, rngs)
         self.value = Linear((kv_heads, config.head_dim), width, config.qkv_bias, dtype, rngs)
         self.output = Linear(width, (heads, config.head_dim), config.output_bias, dtype, rngs)
-        self.query_norm = Norm(config.head_dim, config, dtype) if config.qk_norm else None
-        self.key_norm = Norm(config.head_dim, config, dtype) if config.qk_norm else None
-        self.window = window
-        self.scale = config.query_scale
-        self.cap = config.attention_softcap
+        normed = {None: (0, 0), "head": (1, 1), "all": (heads, kv_heads)}[config.qk_norm]
+        self.query_norm, self.key_norm = (Norm(n * config.head_dim, config, dtype) if n else None for n in normed)
+        self.sinks = nnx.Param(jnp.zeros(heads, dtype)) if config.attention_sinks else None
+        self.config = config
+        self.block = block
 
     def __call__(
         self,
@@ -322,46 +349,134 @@ class Attention(nnx.Module):
         cache: KeyValue | None,
     ) -> tuple[Float[Array, "batch length hidden"], KeyValue]:
         """Attends to the tokens given and to those in the cache, which then holds both."""
-        query, key = self.query(x), self.key(x)
-        if self.query_norm is not None and self.key_norm is not None:
-            query, key = self.query_norm(query), self.key_norm(key)
-        parts = [rotate(key, reading.angles).swapaxes(1, 2), self.value(x).swapaxes(1, 2)]
+        query = self._placed(self.query(x), self.query_norm, reading)
+        key = self._placed(self.key(x), self.key_norm, reading)
+        parts = [key.swapaxes(1, 2), self.value(x).swapaxes(1, 2)]
         if cache is not None:
             pairs = zip(cache, parts, strict=True)
             parts = [_put(old, new, reading.slot) for old, new in pairs]
         kept = KeyValue(*(constrain(part, reading.mesh, "fsdp", "tp") for part in parts))
-        query = constrain(rotate(query, reading.angles), reading.mesh, "fsdp", None, "tp")
-        places = reading.positions, reading.keys
-        mixed = attend(query, kept, *places, window=self.window, scale=self.scale, cap=self.cap)
+        query = constrain(query, reading.mesh, "fsdp", None, "tp")
+        mixed = attend(
+            query,
+            kept,
+            reading.positions,
+            reading.keys,
+            window=self.config.windows[self.block],
+            scale=self.config.query_scale,
+            cap=self.config.attention_softcap,
+            sinks=None if self.sinks is None else self.sinks[...],
+        )
         return self.output(mixed), kept
+
+    def _placed(
+        self, x: Float[Array, "batch length heads head_dim"], norm: Norm | None, reading: _Reading
+    ) -> Float[Array, "batch length heads head_dim"]:
+        """Queries or keys, normalised and rotated as the configuration says."""
+        if norm is not None:
+            x = norm(x.reshape(*x.shape[:2], -1) if self.config.qk_norm == "all" else x).reshape(x.shape)
+        rope = self.config.ropes[self.block]
+        return x if rope is None else rotate(x, reading.angles[rope], rope.magnitude)
 
 
 class FeedForward(nnx.Module):
-    """The gated feed-forward layer of one block."""
+    """The feed-forward layer of one block."""
 
     def __init__(self, config: DecoderConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         width, inner = (config.hidden_size,), (config.intermediate_size,)
-        self.gate = Linear(inner, width, config.mlp_bias, dtype, rngs)
+        self.gate = Linear(inner, width, config.mlp_bias, dtype, rngs) if config.gated else None
         self.up = Linear(inner, width, config.mlp_bias, dtype, rngs)
         self.down = Linear(width, inner, config.mlp_bias, dtype, rngs)
         self.activation = config.activation
 
     def __call__(self, x: Float[Array, "batch length hidden"]) -> Float[Array, "batch length hidden"]:
-        """down(activation(gate(x)) · up(x)); what is between the projections in float32, rounded once."""
-        gate, up = (part(x).astype(jnp.float32) for part in (self.gate, self.up))
-        return self.down((ACTIVATIONS[self.activation](gate) * up).astype(x.dtype))
+        """down(activation(gate(x)) · up(x)), or down(activation(up(x))) without a gate.
+
+        What is between the projections is in float32, rounded once.
+        """
+        activate = ACTIVATIONS[self.activation]
+        up = self.up(x).astype(jnp.float32)
+        inner = activate(up) if self.gate is None else activate(self.gate(x).astype(jnp.float32)) * up
+        return self.down(inner.astype(x.dtype))
+
+
+class ExpertLinear(nnx.Module):
+    """The same projection of every expert."""
+
+    def __init__(self, experts: Experts, outputs: int, inputs: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        std = 0.02
+        self.weight = nnx.Param(std * rngs.params.normal((experts.number, outputs, inputs), dtype))
+        self.bias = nnx.Param(jnp.zeros((experts.number, outputs), dtype)) if experts.bias else None
+
+    def __call__(self, x: Float[Array, "rows inputs"], expert: Int[Array, ""]) -> Float[Array, "rows outputs"]:
+        """One expert's projection."""
+        y = project(lax.dynamic_index_in_dim(self.weight[...], expert, keepdims=False), x)
+        return y if self.bias is None else y + lax.dynamic_index_in_dim(self.bias[...], expert)
+
+
+class SparseFeedForward(nnx.Module):
+    """Feed-forward layers side by side, of which each token takes those that the router likes best.
+
+    References:
+        Shazeer et al., Outrageously Large Neural Networks, 2017; Jiang et al., Mixtral of Experts, 2024.
+    """
+
+    def __init__(self, config: DecoderConfig, experts: Experts, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        width = config.hidden_size
+        self.router = Linear((experts.number,), (width,), experts.bias, dtype, rngs)
+        self.gate = ExpertLinear(experts, experts.width, width, dtype, rngs)
+        self.up = ExpertLinear(experts, experts.width, width, dtype, rngs)
+        self.down = ExpertLinear(experts, width, experts.width, dtype, rngs)
+        self.activation = config.activation
+        self.clamp = experts.clamp
+        self.active = experts.active
+        self.normalised = experts.normalised
+
+    def __call__(self, x: Float[Array, "batch length hidden"]) -> Float[Array, "batch length hidden"]:
+        """The sum of what its experts make of each token, each by its share."""
+        rows = x.reshape(-1, x.shape[-1])
+        scores = project(self.router.weight[...], rows, jnp.float32)
+        if self.router.bias is not None:
+            scores = scores + _over_leading(self.router.bias[...].astype(jnp.float32), scores)
+        best, chosen = lax.top_k(scores, self.active)
+        shares = jax.nn.softmax(best, axis=-1)
+        if not self.normalised:
+            shares = jnp.exp(best - jax.nn.logsumexp(scores, axis=-1, keepdims=True))
+        count = self.gate.weight.shape[0]
+        return mix(self._expert, rows, chosen.astype(jnp.int32), shares, count).reshape(x.shape)
+
+    def _expert(self, x: Float[Array, "rows hidden"], expert: Int[Array, ""]) -> Float[Array, "rows hidden"]:
+        """What one expert makes of some tokens."""
+        gate, up = (part(x, expert).astype(jnp.float32) for part in (self.gate, self.up))
+        if self.clamp is None:
+            inner = ACTIVATIONS[self.activation](gate) * up
+        else:
+            gain, bound = self.clamp
+            gate = jnp.minimum(gate, bound)
+            inner = gate * jax.nn.sigmoid(gain * gate) * (jnp.clip(up, -bound, bound) + 1)
+        return self.down(inner.astype(x.dtype), expert)
 
 
 class Block(nnx.Module):
     """One transformer block."""
 
-    def __init__(self, config: DecoderConfig, window: int | None, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.attention_norm = Norm(config.hidden_size, config, dtype)
-        self.attention = Attention(config, window, dtype, rngs)
-        self.feed_forward_norm = Norm(config.hidden_size, config, dtype)
-        self.feed_forward = FeedForward(config, dtype, rngs)
-        self.after_attention_norm = Norm(config.hidden_size, config, dtype) if config.sandwich_norms else None
-        self.after_feed_forward_norm = Norm(config.hidden_size, config, dtype) if config.sandwich_norms else None
+    def __init__(self, config: DecoderConfig, block: int, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+        def norm(places: tuple[str, str]) -> Norm | None:
+            return Norm(config.hidden_size, config, dtype) if config.norm_places in places else None
+
+        before, behind = ("before", "around"), ("behind", "around")
+        self.attention_norm = norm(before)
+        self.attention = Attention(config, block, dtype, rngs)
+        self.feed_forward_norm = norm(before)
+        self.feed_forward: FeedForward | SparseFeedForward = (
+            SparseFeedForward(config, config.experts, dtype, rngs)
+            if config.experts is not None and config.sparse[block]
+            else FeedForward(config, dtype, rngs)
+        )
+        self.after_attention_norm = norm(behind)
+        self.after_feed_forward_norm = norm(behind)
+        self.parallel = config.parallel
+        self.scale = config.residual_scale
 
     def __call__(
         self,
@@ -369,12 +484,23 @@ class Block(nnx.Module):
         reading: _Reading,
         cache: KeyValue | None,
     ) -> tuple[Float[Array, "batch length hidden"], KeyValue]:
-        """Attention, then feed-forward, each added to the residual stream."""
-        mixed, kept = self.attention(self.attention_norm(x), reading, cache)
-        x = x + (mixed if self.after_attention_norm is None else self.after_attention_norm(mixed))
-        fed = self.feed_forward(self.feed_forward_norm(x))
-        x = x + (fed if self.after_feed_forward_norm is None else self.after_feed_forward_norm(fed))
-        return constrain(x, reading.mesh, "fsdp"), kept
+        """Attention, then feed-forward, each added to the residual stream; or both at once."""
+        mixed, kept = self.attention(_normed(self.attention_norm, x), reading, cache)
+        attended = x + self._added(self.after_attention_norm, mixed)
+        fed = self.feed_forward(_normed(self.feed_forward_norm, x if self.parallel else attended))
+        return constrain(attended + self._added(self.after_feed_forward_norm, fed), reading.mesh, "fsdp"), kept
+
+    def _added(self, norm: Norm | None, x: Float[Array, "batch length hidden"]) -> Float[Array, "batch length hidden"]:
+        """What a part of the block adds to the residual stream."""
+        return _scaled(_normed(norm, x), self.scale)
+
+
+def _normed(norm: Norm | None, x: Float[Array, "*lead width"]) -> Float[Array, "*lead width"]:
+    return x if norm is None else norm(x)
+
+
+def _scaled(x: Float[Array, "*shape"], factor: float) -> Float[Array, "*shape"]:
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
 
 class Decoder(nnx.Module):
@@ -402,7 +528,9 @@ class Decoder(nnx.Module):
         shape = (config.vocab_size,), (config.hidden_size,)
         self.config = config
         self.embedding = Linear(*shape, False, dtype, rngs)
-        self.layers = nnx.List([Block(config, window, dtype, rngs) for window in config.windows])
+        places = (config.context_length,), (config.hidden_size,)
+        self.positions = Linear(*places, False, dtype, rngs) if config.learned_positions else None
+        self.layers = nnx.List([Block(config, block, dtype, rngs) for block in range(config.num_layers)])
         self.norm = Norm(config.hidden_size, config, dtype)
         self.head = None if config.tie_embeddings else Linear(*shape, False, dtype, rngs)
 
@@ -431,16 +559,26 @@ class Decoder(nnx.Module):
         slot, keys = jnp.int32(0), positions
         if cache is not None:
             slot, keys = cache.filled, lax.dynamic_update_slice_in_dim(cache.positions, positions, cache.filled, axis=1)
-        frequencies = jnp.asarray(inverse_frequencies(self.config.rope, self.config.head_dim))
-        angles = positions[:, :, None].astype(jnp.float32) * frequencies[None, None, :]
+        lengths = jnp.max(jnp.where(keys == PADDING, -1, keys), axis=1) + 1
+        angles = {rope: self._angles(rope, positions, lengths) for rope in self.config.ropes if rope is not None}
         reading = _Reading(positions, angles, keys, slot, mesh)
-        x = self.embedding.weight[...][tokens]
-        x = constrain(x * jnp.asarray(self.config.embedding_scale, x.dtype), mesh, "fsdp")
+        x = _scaled(self.embedding.weight[...][tokens], self.config.embedding_scale)
+        if self.positions is not None:
+            # Padding stands nowhere, and any row will do for it.
+            x = x + self.positions.weight[...][jnp.minimum(positions, self.config.context_length - 1)]
+        x = constrain(x, mesh, "fsdp")
         kept: list[KeyValue] = []
         for i, block in enumerate(self.layers):
             x, pair = block(x, reading, None if cache is None else cache.blocks[i])
             kept.append(pair)
         return self.norm(x), Cache(kept, keys, slot + length)
+
+    def _angles(
+        self, rope: Rope, positions: Int[Array, "batch length"], lengths: Int[Array, " batch"]
+    ) -> Float[Array, "batch length half"]:
+        """By how much each pair of entries is turned at each position."""
+        per_position = frequencies(rope, self.config.head_dim, lengths)
+        return positions[:, :, None].astype(jnp.float32) * per_position[:, None, :]
 
     def logits(self, hidden: Float[Array, "*lead hidden"]) -> Float[Array, "*lead vocab"]:
         """Float32 scores of the next token.
@@ -449,7 +587,8 @@ class Decoder(nnx.Module):
             hidden: Normalised hidden states, as calling the decoder returns them.
         """
         head = self.embedding if self.head is None else self.head
-        return softcap(project(head.weight[...], hidden, jnp.float32), self.config.logit_softcap)
+        scores = _scaled(project(head.weight[...], hidden, jnp.float32), self.config.logit_scale)
+        return softcap(scores, self.config.logit_softcap)
 
 
 @functools.lru_cache(maxsize=64)

@@ -2,10 +2,9 @@
 
 import functools
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from math import prod
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,123 +12,47 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from m3jax.checkpoints import open_checkpoint
 from m3jax.checkpoints.protocol import DTYPES, Checkpoint
 from m3jax.decoder.config import DecoderConfig
 from m3jax.decoder.modeling import Params, abstract_params, fitting
+from m3jax.decoder.weight_map import Cut, Path, Shape, Target, TensorView, is_ignored, rank, targets, view
 from m3jax.errors import M3Error
 from m3jax.trees.matching import named_leaves
-
-Shape: TypeAlias = tuple[int, ...]
-Path: TypeAlias = tuple[str | int, ...]
 
 _FLOATS = ("BF16", "F16", "F32", "F64")
 _SHOWN = 8  # names listed of each kind of fault
 
 
-# --- The table ---------------------------------------------------------------------------------------------------
+# --- Tensors and parameters --------------------------------------------------------------------------------------
 
 
-class _Axes(NamedTuple):
-    """How a stored tensor becomes a parameter: each stored axis is split into so many of the parameter's.
-
-    A tensor keeps its order of entries, so that any part of a parameter is read from where it is stored.
-    """
-
-    split: tuple[int, ...]
-
-    def stored_shape(self, shape: Shape) -> Shape:
-        """Shape of the stored tensor for a parameter's shape."""
-        ends = np.cumsum(self.split)
-        return tuple(prod(shape[end - count : end]) for end, count in zip(ends, self.split, strict=True))
-
-
-_AS_STORED = _Axes((1, 1))  # [outputs, inputs]
-_HEADS_OUT = _Axes((2, 1))  # [heads·width, inputs] -> [heads, width, inputs]
-_HEADS_IN = _Axes((1, 2))  # [outputs, heads·width] -> [outputs, heads, width]
-_HEADS_BIAS = _Axes((2,))  # [heads·width] -> [heads, width]
-_VECTOR = _Axes((1,))
-
-_Cut: TypeAlias = tuple[str | None, ...]  # the mesh axis over which each of the leading axes is cut
-_Row: TypeAlias = tuple[str, tuple[str, ...], _Axes, _Cut]
-
-
-def _block_row(name: str, path: str, axes: _Axes, cut: _Cut) -> _Row:
-    return rf"(?:model\.)?layers\.([0-9]+)\.{re.escape(name)}", ("layers", *path.split(".")), axes, cut
-
-
-# Weights are cut along outputs over one axis and along inputs over the other, so that both axes share every large
-# one; heads are whole on a device, and so are the small vectors.
-_TABLE: tuple[_Row, ...] = (
-    (r"(?:model\.)?embed_tokens\.weight", ("embedding", "weight"), _AS_STORED, ("tp", "fsdp")),
-    (r"(?:model\.)?norm\.weight", ("norm", "weight"), _VECTOR, ()),
-    (r"lm_head\.weight", ("head", "weight"), _AS_STORED, ("tp", "fsdp")),
-    *(
-        row
-        for part in ("query", "key", "value")
-        for row in (
-            _block_row(
-                f"self_attn.{part[0]}_proj.weight", f"attention.{part}.weight", _HEADS_OUT, ("tp", None, "fsdp")
-            ),
-            _block_row(f"self_attn.{part[0]}_proj.bias", f"attention.{part}.bias", _HEADS_BIAS, ("tp",)),
-        )
-    ),
-    _block_row("self_attn.o_proj.weight", "attention.output.weight", _HEADS_IN, ("fsdp", "tp")),
-    _block_row("self_attn.o_proj.bias", "attention.output.bias", _VECTOR, ()),
-    _block_row("self_attn.q_norm.weight", "attention.query_norm.weight", _VECTOR, ()),
-    _block_row("self_attn.k_norm.weight", "attention.key_norm.weight", _VECTOR, ()),
-    *(
-        row
-        for part in ("gate", "up")
-        for row in (
-            _block_row(f"mlp.{part}_proj.weight", f"feed_forward.{part}.weight", _AS_STORED, ("tp", "fsdp")),
-            _block_row(f"mlp.{part}_proj.bias", f"feed_forward.{part}.bias", _VECTOR, ("tp",)),
-        )
-    ),
-    _block_row("mlp.down_proj.weight", "feed_forward.down.weight", _AS_STORED, ("fsdp", "tp")),
-    _block_row("mlp.down_proj.bias", "feed_forward.down.bias", _VECTOR, ()),
-    _block_row("input_layernorm.weight", "attention_norm.weight", _VECTOR, ()),
-)
-_NORMS: Mapping[bool, tuple[_Row, ...]] = {
-    # One name means two things: what follows attention in Gemma 2 precedes the feed-forward layer elsewhere.
-    False: (_block_row("post_attention_layernorm.weight", "feed_forward_norm.weight", _VECTOR, ()),),
-    True: (
-        _block_row("post_attention_layernorm.weight", "after_attention_norm.weight", _VECTOR, ()),
-        _block_row("pre_feedforward_layernorm.weight", "feed_forward_norm.weight", _VECTOR, ()),
-        _block_row("post_feedforward_layernorm.weight", "after_feed_forward_norm.weight", _VECTOR, ()),
-    ),
-}
-# Not weights: a buffer that old checkpoints saved, and the output layer of models that use the embedding instead.
-_IGNORED = r"(?:model\.)?(?:layers\.[0-9]+\.self_attn\.)?rotary_emb\.inv_freq"
-_IGNORED_IF_TIED = r"lm_head\.weight"
-
-
-class StoredParameter(NamedTuple):
-    """Where one stored tensor goes.
+class StoredPart(NamedTuple):
+    """A stored tensor that holds a parameter, or one expert of it.
 
     Attributes:
         name: The tensor.
-        path: Keys of the decoder's parameter.
-        axes: How the tensor's axes become the parameter's.
-        cut: The mesh axis over which each of the leading axes is cut.
+        view: How the parameter lies in it.
     """
 
     name: str
-    path: Path
-    axes: _Axes
-    cut: _Cut
+    view: TensorView
 
 
-def _find(name: str, config: DecoderConfig) -> StoredParameter | None:
-    """The parameter of a stored tensor, if the table has one."""
-    for pattern, path, axes, cut in (*_TABLE, *_NORMS[config.sandwich_norms]):
-        match = re.fullmatch(pattern, name)
-        if match:
-            numbered: Path = (path[0], *map(int, match.groups()), *path[1:])
-            return StoredParameter(name, numbered, axes, cut)
-    return None
+class StoredParameter(NamedTuple):
+    """Where one parameter comes from.
+
+    Attributes:
+        parts: The whole, or each expert.
+        stacked: Whether parts are experts, each of which fills one index of the leading axis.
+        cut: The mesh axis over which each of the leading axes is cut.
+    """
+
+    parts: tuple[StoredPart, ...]
+    stacked: bool
+    cut: Cut
 
 
 def _flatten(tree: Any) -> dict[Path, Any]:
@@ -160,7 +83,7 @@ def nest(flat: Mapping[Path, Any]) -> Params:
 def match_tensors(
     stored: Mapping[str, tuple[Shape, bool]], config: DecoderConfig, where: str
 ) -> dict[Path, StoredParameter]:
-    """The stored tensor of every parameter.
+    """The stored tensors of every parameter.
 
     Args:
         stored: Shape of each tensor and whether its dtype is a plain float, by name.
@@ -168,31 +91,35 @@ def match_tensors(
         where: What to call the source in errors.
 
     Returns:
-        Where tensors go, by the paths of all of the decoder's parameters.
+        Where they come from, by the paths of all of the decoder's parameters.
 
     Raises:
         M3Error: The tensors do not fit the configuration; all that is wrong is named at once.
     """
     wanted = {path: leaf.shape for path, leaf in _flatten(abstract_params(config)).items()}
-    found: dict[Path, StoredParameter] = {}
+    found: dict[Path, dict[int | None, StoredPart]] = {}
+    cuts: dict[Path, Cut] = {}
     leftover, doubled, misshapen, quantized = [], [], [], []
     for name, (shape, is_float) in stored.items():
-        parameter = _find(name, config)
-        if parameter is None or parameter.path not in wanted:
-            ignored = re.fullmatch(_IGNORED, name) or (config.tie_embeddings and re.fullmatch(_IGNORED_IF_TIED, name))
-            leftover += [] if ignored else [name]
-            continue
-        expected = parameter.axes.stored_shape(wanted[parameter.path])
-        doubled += [f"{name} and {found[parameter.path].name}"] if parameter.path in found else []
-        misshapen += [f"{name} {list(shape)} for {list(expected)}"] if shape != expected else []
-        quantized += [] if is_float else [name]
-        found[parameter.path] = parameter
-    missing = [".".join(map(str, path)) for path in wanted if path not in found]
+        fits = [one for one in targets(name, config) if _is_wanted(one, wanted)]
+        leftover += [] if fits or is_ignored(name, config) else [name]
+        quantized += [name] if fits and not is_float else []
+        for target in fits:
+            whole = wanted[target.path]
+            seen = view(target.layout, whole if target.expert is None else whole[1:], config)
+            parts, own = found.setdefault(target.path, {}), target.expert
+            # An expert has a tensor of its own, or all have one.
+            others = [own] if own in parts else [key for key in parts if None in (own, key)]
+            doubled += [f"{name} and {parts[others[0]].name}"] if others else []
+            misshapen += [f"{name} {list(shape)} for {list(seen.stored)}"] if shape != seen.stored else []
+            parts[own] = StoredPart(name, seen)
+            cuts[target.path] = target.cut
+    missing = [name for path, shape in wanted.items() for name in _missing(path, shape, found.get(path, {}))]
     faults = (
         _listed("lacks", missing),
         _listed("has left over", leftover),
         _listed("has twice", doubled),
-        _listed("has misshapen", misshapen),
+        _listed("has misshapen", dict.fromkeys(misshapen)),
         _listed("has in no floating-point dtype", quantized),
     )
     if any(faults):
@@ -201,11 +128,35 @@ def match_tensors(
             f"{where} does not fit its {config.architecture} config: it {said};"
             " give weights and config.json of one model."
         )
-    return found
+    return {path: _assembled(found[path], cuts[path]) for path in wanted}
 
 
-def _listed(fault: str, names: Sequence[str]) -> str:
+def _is_wanted(target: Target, wanted: Mapping[Path, Shape]) -> bool:
+    """Whether the decoder has the parameter, and the expert of it."""
+    shape = wanted.get(target.path)
+    if shape is None:
+        return False
+    lead = 0 if target.expert is None else 1
+    return len(shape) == lead + rank(target.layout) and (target.expert or 0) < shape[0]
+
+
+def _missing(path: Path, shape: Shape, parts: Mapping[int | None, StoredPart]) -> list[str]:
+    """What is missing of a parameter: nothing, the whole or some experts."""
+    name = ".".join(map(str, path))
+    if None in parts:
+        return []
+    return [f"{name} of expert {i}" for i in range(shape[0]) if i not in parts] if parts else [name]
+
+
+def _assembled(parts: Mapping[int | None, StoredPart], cut: Cut) -> StoredParameter:
+    if None in parts:
+        return StoredParameter((parts[None],), False, cut)
+    return StoredParameter(tuple(parts[i] for i in range(len(parts))), True, cut)
+
+
+def _listed(fault: str, found: Iterable[str]) -> str:
     """A fault with the first few names that have it."""
+    names = list(found)
     if not names:
         return ""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
@@ -220,7 +171,7 @@ def _auto(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
-def _sharding(mesh: Mesh | None, shape: Shape, cut: _Cut) -> Sharding:
+def _sharding(mesh: Mesh | None, shape: Shape, cut: Cut) -> Sharding:
     """Where a parameter goes: cut as the table says, as far as its sizes divide."""
     if mesh is None:
         return SingleDeviceSharding(jax.devices()[0])
@@ -267,20 +218,31 @@ def _load(
     checkpoint: Checkpoint, parameter: StoredParameter, shape: Shape, dtype: DTypeLike | None, mesh: Mesh | None
 ) -> jax.Array:
     """One parameter, read part by part."""
-    stored = DTYPES[checkpoint.tensors[parameter.name].dtype]
-    target = _target(stored, dtype)
 
     @functools.cache  # devices often share rows
-    def rows(start: int, stop: int) -> npt.NDArray[Any]:
-        part = np.empty((stop - start, *shape[1:]), stored)
-        row_bytes = stored.itemsize * prod(shape[1:])
-        checkpoint.read_into(parameter.name, start * row_bytes, part.reshape(-1).view(np.uint8))
-        return part.astype(target, copy=False)
+    def rows(name: str, start: int, shape: Shape) -> npt.NDArray[Any]:
+        stored = DTYPES[checkpoint.tensors[name].dtype]
+        part = np.empty(shape, stored)
+        checkpoint.read_into(name, start * stored.itemsize, part.reshape(-1).view(np.uint8))
+        return part
+
+    def read(part: StoredPart, index: tuple[slice, ...]) -> npt.NDArray[Any]:
+        seen = part.view.part(index)
+        begin, start, sizes = 0, 0, seen.fine
+        while isinstance(which := seen.taken[begin], int):  # one of several things, each in one piece
+            begin += 1
+            start += which * prod(sizes[begin:])
+        start += which.start * prod(sizes[begin + 1 :])
+        found = rows(part.name, start, (which.stop - which.start, *sizes[begin + 1 :]))
+        found = found[(slice(None), *seen.taken[begin + 1 :])].transpose(seen.order)
+        return found.astype(_target(found.dtype, dtype), copy=False)
 
     def part(index: tuple[slice, ...] | None) -> npt.NDArray[Any]:
         assert index is not None
+        if not parameter.stacked:
+            return read(parameter.parts[0], index)
         start, stop, _ = index[0].indices(shape[0])
-        return rows(start, stop)[:, *index[1:]]
+        return np.stack([read(one, index[1:]) for one in parameter.parts[start:stop]])
 
     return jax.make_array_from_callback(shape, _sharding(mesh, shape, parameter.cut), part)
 
@@ -314,13 +276,31 @@ def params_from_tree(
         M3Error: The arrays do not fit the configuration; all that is wrong is named at once.
     """
     _check_mesh(mesh)
-    arrays = _named_arrays(tree)
+    return _from_arrays(_named_arrays(tree), config, "the tree of parameters", dtype, mesh)
+
+
+def nested_params(arrays: Mapping[str, Array], config: DecoderConfig, where: str) -> Params:
+    """The decoder's parameters from arrays under Hugging Face's names; inside and outside of jit.
+
+    Args:
+        arrays: Every tensor by name, of any dtypes.
+        config: The decoder.
+        where: What to call them in errors.
+
+    Raises:
+        M3Error: They do not fit the configuration.
+    """
+    stored = {name: (tuple(x.shape), True) for name, x in arrays.items()}
+    matched = match_tensors(stored, config, where)
+    return nest({path: _assemble(parameter, arrays) for path, parameter in matched.items()})
+
+
+def _from_arrays(
+    arrays: Mapping[str, Any], config: DecoderConfig, where: str, dtype: DTypeLike | None, mesh: Mesh | None
+) -> Params:
     stored = {name: (tuple(np.shape(x)), jnp.issubdtype(x.dtype, jnp.floating)) for name, x in arrays.items()}
-    matched = match_tensors(stored, config, "the tree of parameters")
-    shapes = _flatten(abstract_params(config))
-    return nest(
-        {path: _place(arrays[matched[path].name], matched[path], shapes[path].shape, dtype, mesh) for path in shapes}
-    )
+    matched = match_tensors(stored, config, where)
+    return nest({path: _place(parameter, arrays, dtype, mesh) for path, parameter in matched.items()})
 
 
 def _named_arrays(tree: PyTree) -> dict[str, Any]:
@@ -333,15 +313,30 @@ def _named_arrays(tree: PyTree) -> dict[str, Any]:
 
 
 def _place(
-    array: Any, parameter: StoredParameter, shape: Shape, dtype: DTypeLike | None, mesh: Mesh | None
+    parameter: StoredParameter, arrays: Mapping[str, Any], dtype: DTypeLike | None, mesh: Mesh | None
 ) -> jax.Array:
-    """One parameter from an array in memory."""
-    lies_on_mesh = isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding)
-    if lies_on_mesh:
-        # On a mesh with explicit axes a reshape would ask how its result is to be laid out.
-        array = jax.device_put(array, NamedSharding(_auto(array.sharding.mesh), array.sharding.spec))
-    x = array.astype(_target(array.dtype, dtype)).reshape(shape)
-    return jnp.asarray(x) if mesh is None else jax.device_put(x, _sharding(mesh, shape, parameter.cut))
+    """One parameter from arrays in memory."""
+    own = {part.name: _on_automatic_axes(arrays[part.name]) for part in parameter.parts}
+    own = {name: x.astype(_target(x.dtype, dtype)) for name, x in own.items()}
+    x = _assemble(parameter, own)
+    return jnp.asarray(x) if mesh is None else jax.device_put(x, _sharding(mesh, x.shape, parameter.cut))
+
+
+def _assemble(parameter: StoredParameter, arrays: Mapping[str, Any]) -> Any:
+    """One parameter, out of its tensor or its experts' tensors."""
+    parts = [part.view.of(arrays[part.name]) for part in parameter.parts]
+    if not parameter.stacked:
+        return parts[0]
+    return np.stack(parts) if all(isinstance(x, np.ndarray) for x in parts) else jnp.stack(parts)
+
+
+def _on_automatic_axes(array: Any) -> Any:
+    """The same array; on a mesh with explicit axes a reshape would ask how its result is to be laid out."""
+    if isinstance(array, jax.Array) and isinstance(array.sharding, NamedSharding):
+        mesh = array.sharding.mesh
+        if isinstance(mesh, Mesh):
+            return jax.device_put(array, NamedSharding(_auto(mesh), array.sharding.spec))
+    return array
 
 
 def mesh_of(params: Params) -> Mesh | None:

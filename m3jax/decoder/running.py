@@ -67,7 +67,8 @@ def _decoder_model(config: DecoderConfig, mesh: Mesh | None) -> ModelFunctions:
 
     def score(params: Any, tokens: Array, lengths: Array) -> tuple[Array, Array]:
         decoder = bind(config, params)
-        hidden, _ = decoder(tokens, _positions(tokens, lengths), mesh=mesh)
+        # The last token is foretold only: it is not read, and does not make the text longer.
+        hidden, _ = decoder(tokens, _positions(tokens, lengths - 1), mesh=mesh)
         return _in_pieces(lambda h, t: _score_logits(decoder.logits(h), t), hidden, _following(tokens))
 
     return ModelFunctions(prefill, step, score)

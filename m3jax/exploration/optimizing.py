@@ -18,7 +18,7 @@ from m3jax import decoder
 from m3jax.arithmetic.double import Double
 from m3jax.decoder import ApplyFn, DecoderConfig
 from m3jax.decoder.batching import length_bucket, pad
-from m3jax.decoder.params import match_tensors, nest
+from m3jax.decoder.params import nested_params
 from m3jax.decoder.running import ModelFunctions, model_of
 from m3jax.errors import M3Error
 from m3jax.evaluation import tokens
@@ -227,22 +227,10 @@ def dev_loss(how: Optimization, config: DecoderConfig | None, params: Any, apply
     uses_decoder = config is not None and apply_fn is None
 
     def loss(arrays: Params, batch: DevBatch) -> Array:
-        own = _nested(arrays, config) if uses_decoder and config is not None else arrays
+        own = nested_params(arrays, config, "the merge") if uses_decoder and config is not None else arrays
         return (_cross_entropy if how.loss == "loss" else _entropy)(model, own, batch)
 
     return loss
-
-
-def _nested(arrays: Params, config: DecoderConfig) -> Any:
-    """The decoder's parameters from traced arrays under Hugging Face's names."""
-    stored = {name: (tuple(x.shape), True) for name, x in arrays.items()}
-    matched = match_tensors(stored, config, "the merge")
-    shapes = _paths(decoder.abstract_params(config))
-    return nest({path: arrays[matched[path].name].reshape(shapes[path].shape) for path in shapes})
-
-
-def _paths(tree: Any) -> dict[Any, Any]:
-    return {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def _cross_entropy(model: ModelFunctions, params: Any, batch: DevBatch) -> Array:

@@ -5,7 +5,7 @@ import pytest
 from support.decoders import CONFIGS, weights
 
 from m3jax import M3Error
-from m3jax.decoder import DecoderConfig, bind, generate, length_bucket, params_from_tree
+from m3jax.decoder import PADDING, DecoderConfig, bind, generate, length_bucket, params_from_tree
 from m3jax.decoder.sampling import nucleus
 
 ENTRIES = CONFIGS["mistral"] | {"num_hidden_layers": 1}  # compiles in half the time of two
@@ -145,6 +145,49 @@ def test_a_function_of_the_callers_sees_no_text_longer_than_the_context():
     found = generate(PARAMS, CONFIG, [prompt], max_new_tokens=100, stop_token_ids=(), apply_fn=limited)
     assert max(seen) == CONFIG.context_length
     assert found == run([prompt], max_new_tokens=100)
+
+
+LONG = CONFIGS["phi3"] | {"num_hidden_layers": 1, "sliding_window": None}
+LONG_CONFIG = DecoderConfig.from_dict(LONG)
+LONG_PARAMS = params_from_tree(weights(LONG), LONG_CONFIG)
+
+
+def run_long(prompts, **settings):
+    settings = {"max_new_tokens": 20, "stop_token_ids": (), "batch_size": 4} | settings
+    return generate(LONG_PARAMS, LONG_CONFIG, prompts, **settings)
+
+
+def test_a_text_that_grows_beyond_the_turning_point_is_read_again():
+    prompts = [RNG.integers(3, 64, n).tolist() for n in (5, 30, 32, 33, 60)]  # the turning point is 32
+
+    @jax.jit
+    def likeliest(tokens, positions):
+        decoder = bind(LONG_CONFIG, LONG_PARAMS)
+        return jnp.argmax(decoder.logits(decoder(tokens, positions)[0]), axis=-1)
+
+    found = run_long(prompts)
+    for prompt, completion in zip(prompts, found, strict=True):
+        text = list(prompt)
+        for _ in range(20):
+            row = np.zeros((1, 80), np.int32)
+            row[0, : len(text)] = text
+            places = jnp.where(jnp.arange(80) < len(text), jnp.arange(80), PADDING)[None, :]
+            text.append(int(likeliest(jnp.asarray(row), places)[0, len(text) - 1]))
+        assert (list(completion.tokens), *completion[1:]) == (text[len(prompt) :], "length", 0)
+    assert [one for prompt in prompts for one in run_long([prompt])] == found
+
+
+def test_the_turning_point_hides_no_stop_and_no_draw():
+    prompts = [RNG.integers(3, 64, n).tolist() for n in (20, 31)]
+    whole = run_long(prompts, temperature=1.0, key=jax.random.key(3))
+    assert [len(one.tokens) for one in whole] == [20, 20]
+    for turned in (1, 2, 3):  # tokens of the second row around the one at which it turns
+        short = run_long(prompts, temperature=1.0, key=jax.random.key(3), max_new_tokens=turned)
+        assert [one.tokens for one in short] == [one.tokens[:turned] for one in whole]
+    end = f"{whole[1].tokens[1]}><{whole[1].tokens[2]}"
+    stopped = run_long(prompts, temperature=1.0, key=jax.random.key(3), stop_strings=(end,), detokenize=text_of)
+    assert stopped[1].tokens == whole[1].tokens[:3]
+    assert stopped[1].finish == "stop_string"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from support.decoders import BFLOAT16, CONFIGS, weights
 
-from m3jax.decoder import PADDING, DecoderConfig, bind, modeling, params_from_tree
+from m3jax.decoder import PADDING, DecoderConfig, Rope, bind, modeling, params_from_tree
+from m3jax.decoder.experts import mix
 
 
 def tiny(name, dtype=np.float32):
@@ -25,7 +26,7 @@ def tiny(name, dtype=np.float32):
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 64, (2, 12)), jnp.int32)
 
 
-@pytest.mark.parametrize("name", ["llama-tied-biased", "qwen2", "gemma2"])
+@pytest.mark.parametrize("name", ["llama-tied-biased", "qwen2", "gemma2", "gpt-oss", "gpt2", "gpt-neox"])
 def test_reading_in_two_parts_equals_reading_at_once(name):
     read = tiny(name)
     whole, *_ = read(TOKENS)
@@ -39,7 +40,7 @@ def test_reading_in_two_parts_equals_reading_at_once(name):
     assert int(cache.filled) == 12
 
 
-@pytest.mark.parametrize(("name", "side"), [("llama", "right"), ("gemma2", "left")])
+@pytest.mark.parametrize(("name", "side"), [("llama", "right"), ("gemma2", "left"), ("gpt2", "left")])
 def test_padding_on_either_side_changes_nothing(name, side):
     read = tiny(name)
     alone, *_ = read(TOKENS[:1, :8])
@@ -84,9 +85,10 @@ def test_bfloat16_stays_near_float32():
     assert float(jnp.corrcoef(a.ravel(), b.ravel())[0, 1]) > 0.99
 
 
-def test_gradients_reach_every_parameter():
-    config = DecoderConfig.from_dict(CONFIGS["qwen3"])
-    params = params_from_tree(weights(CONFIGS["qwen3"]), config)
+@pytest.mark.parametrize("name", ["qwen3", "gpt-oss"])
+def test_gradients_reach_every_parameter(name):
+    config = DecoderConfig.from_dict(CONFIGS[name])
+    params = params_from_tree(weights(CONFIGS[name]), config)
 
     def loss(params):
         decoder = bind(config, params)
@@ -117,3 +119,72 @@ def test_the_gate_is_rounded_once():
     np.testing.assert_array_equal(layer(x), layer.down((jax.nn.silu(gate) * up).astype(jnp.bfloat16)))
     rounded_often = layer.down(jax.nn.silu(gate.astype(jnp.bfloat16)) * up.astype(jnp.bfloat16))
     assert bool(jnp.any(rounded_often != layer(x)))
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_part_of_each_head_is_rotated(share):
+    heads = np.random.default_rng(0).standard_normal((2, 5, 3, 16), np.float32)
+    half = int(16 * share) // 2
+    angles = np.random.default_rng(1).standard_normal((2, 5, half), np.float32)
+    found = modeling.rotate(jnp.asarray(heads), jnp.asarray(angles), 1.5)
+    turned = (heads[..., :half] + 1j * heads[..., half : 2 * half]) * 1.5 * np.exp(1j * angles)[:, :, None]
+    want = np.concatenate([turned.real, turned.imag, heads[..., 2 * half :]], -1)
+    np.testing.assert_allclose(found, want, atol=1e-6)
+
+
+def test_yarn_leaves_fast_turns_alone_and_stretches_slow_ones():
+    rope = Rope(1e4, "yarn", 4.0, original_context=4096)
+    stretched, plain = (modeling.frequencies(one, 128, jnp.array([1]))[0] for one in (rope, Rope(1e4)))
+    turns = 4096 * plain / (2 * np.pi)
+    np.testing.assert_allclose(stretched[turns > 40], plain[turns > 40], rtol=1e-6)
+    np.testing.assert_allclose(stretched[turns < 0.9], plain[turns < 0.9] / 4, rtol=1e-6)
+    assert bool(jnp.all(stretched[1:] < stretched[:-1]))
+
+
+def test_two_ways_of_stretching_look_at_each_texts_own_length():
+    dynamic = Rope(1e4, "dynamic", 2.0, original_context=64)
+    rows = modeling.frequencies(dynamic, 16, jnp.array([10, 64, 128]))
+    np.testing.assert_allclose(rows[:2], modeling.frequencies(Rope(1e4), 16, jnp.array([1, 1])).repeat(2, 0), rtol=1e-6)
+    theta = 1e4 * 3 ** (16 / 14)  # of twice the context, by the formula of its author
+    np.testing.assert_allclose(rows[2], modeling.frequencies(Rope(theta), 16, jnp.array([1]))[0], rtol=1e-5)
+    long = Rope(1e4, "longrope", original_context=64, short_factors=(1.0, 2.0), long_factors=(3.0, 4.0))
+    rows = modeling.frequencies(long, 4, jnp.array([64, 65]))
+    np.testing.assert_allclose(rows, [[1, 0.005], [1 / 3, 0.0025]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "count", "active"), [(1, 5, 2), (7, 3, 3), (40, 4, 1), (300, 2, 2), (33, 64, 4)])
+def test_mixtures_are_sums_over_the_chosen_experts(tokens, count, active):
+    rng = np.random.default_rng(tokens)
+    x = rng.standard_normal((tokens, 8), np.float32)
+    factors = rng.standard_normal((count, 8), np.float32)
+    chosen = np.stack([rng.permutation(count)[:active] for _ in range(tokens)]).astype(np.int32)
+    chosen[: tokens // 2] = chosen[0]  # crowds on few experts
+    shares = rng.random((tokens, active), np.float32)
+
+    @jax.jit
+    def run(x, chosen, shares):
+        return mix(lambda rows, i: rows * jnp.asarray(factors)[i][None, :], x, chosen, shares, count)
+
+    want = (x[:, None, :] * factors[chosen] * shares[:, :, None]).sum(1)
+    np.testing.assert_allclose(run(x, chosen, shares), want, rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_experts_that_a_token_takes_change_it():
+    config = DecoderConfig.from_dict(CONFIGS["mixtral"])
+    layer = bind(config, params_from_tree(weights(CONFIGS["mixtral"]), config)).layers[0].feed_forward
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 9, 32), np.float32))
+    before = layer(x)
+    layer.up.weight[...] = layer.up.weight[...].at[1].add(1.0)
+    scores = modeling.project(layer.router.weight[...], x)[0]
+    takes = np.any(np.argsort(scores, axis=-1)[:, -2:] == 1, axis=-1)
+    assert 0 < takes.sum() < 9
+    np.testing.assert_array_equal(np.any(before != layer(x), axis=-1)[0], takes)
+
+
+def test_sinks_take_their_share():
+    scores = jnp.asarray(np.random.default_rng(0).standard_normal((2, 2, 3, 2, 5), np.float32))
+    sinks = jnp.asarray([0.5, -1.0, 30.0, 2.0])
+    found = modeling._softmax_with_sinks(scores, sinks)
+    wide = jnp.broadcast_to(sinks.reshape(1, 2, 1, 2, 1), (2, 2, 3, 2, 1))
+    want = jax.nn.softmax(jnp.concatenate([scores, wide], -1), axis=-1)[..., :-1]
+    np.testing.assert_allclose(found, want, atol=1e-6)

@@ -12,6 +12,7 @@ from m3jax.decoder.params import mesh_of
 pytestmark = pytest.mark.slow
 
 SHAPES = {"fsdp-tp": (4, 2), "tp-more-than-heads": (1, 8), "fsdp": (8, 1)}
+LARGE = 32 * 32  # entries of a matrix
 TOKENS = np.random.default_rng(0).integers(3, 64, (4, 12))
 PROMPTS = [row[:n].tolist() for row, n in zip(TOKENS, (3, 12, 7, 9), strict=True)]
 
@@ -43,13 +44,28 @@ def test_a_mesh_gives_what_one_device_gives(devices, shape, tmp_path):
         assert generate(spread, config, PROMPTS, **settings) == generate(alone, config, PROMPTS, **settings)
 
 
-def test_every_large_weight_is_cut_over_both_axes(devices):
-    config = DecoderConfig.from_dict(CONFIGS["llama"])
-    mesh = Mesh(devices.reshape(4, 2), ("fsdp", "tp"))
-    params = params_from_tree(weights(CONFIGS["llama"]), config, mesh=mesh)
-    for leaf in jax.tree.leaves(params):
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "gpt2", "phi3", "olmo2"])
+def test_other_families_run_on_a_mesh_too(devices, name, tmp_path):
+    entries = CONFIGS[name]
+    config = DecoderConfig.from_dict(entries)
+    save_file(weights(entries), tmp_path / "model.safetensors")
+    alone = load_params(tmp_path, config)
+    spread = load_params(tmp_path, config, mesh=Mesh(devices[:4].reshape(2, 2), ("fsdp", "tp")))
+    jax.tree.map(np.testing.assert_array_equal, alone, spread)
+    settings = {"max_new_tokens": 12, "batch_size": 4, "stop_token_ids": ()}
+    assert generate(spread, config, PROMPTS, **settings) == generate(alone, config, PROMPTS, **settings)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_large_weight_is_cut_over_both_axes(devices, name):
+    config = DecoderConfig.from_dict(CONFIGS[name])
+    mesh = Mesh(devices[:4].reshape(2, 2), ("fsdp", "tp"))
+    params = params_from_tree(weights(CONFIGS[name]), config, mesh=mesh)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         part = leaf.addressable_shards[0].data
-        assert part.size * (8 if leaf.ndim > 1 else 1) == leaf.size
+        pieces = leaf.size // part.size
+        positions = path[0].key == "positions"  # read by all, and cut once
+        assert pieces == (2 if positions else 4) if leaf.size >= LARGE // 2 else pieces in (1, 2), path
 
 
 def test_explicit_axes_are_taken_as_automatic(devices):
