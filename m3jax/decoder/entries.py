@@ -12,11 +12,12 @@ _NOTHING: Mapping[str, Any] = {}
 
 # What transformers, training and serving write into config.json, and what no model computes anything with.
 _HARMLESS = re.compile(
-    r"_.*|.*(?:dropout|pdrop|_drop|drop_rate)|.*version|.*token_ids?|.*token_index|attn_implementation|auto_map"
+    r"_.*|.*dropout.*|.*(?:pdrop|_drop|drop_rate)|.*version|.*token_ids?|.*token_index|attn_implementation|auto_map"
     r"|architectures|begin_suppress_tokens|bad_words_ids|cache_implementation|chunk_size_feed_forward"
     r"|custom_pipelines|diversity_penalty|do_sample|dtype|early_stopping|encoder_no_repeat_ngram_size"
     r"|exponential_decay_length_penalty|finetuning_task|gradient_checkpointing|id2label|init_std|initializer_.*"
-    r"|label2id|length_penalty|max_length|min_length|model_type|name_or_path|no_repeat_ngram_size"
+    r"|is_llama_config|label2id|length_penalty|make_vocab_size_divisible_by|max_length|max_seq(?:uence)?_len(?:gth)?"
+    r"|min_length|model_max_length|model_type|name_or_path|neftune_noise_alpha|no_repeat_ngram_size"
     r"|num_beam_groups|num_beams|num_labels|num_return_sequences|output_.*|prefix|pretraining_tp|problem_type"
     r"|remove_invalid_values|repetition_penalty|return_dict.*|router_aux_loss_coef|router_jitter_noise"
     r"|sep_token|summary_.*|suppress_tokens|task_specific_params|temperature|tf_legacy_loss|tokenizer_class"

@@ -129,8 +129,8 @@ def _qwen3(entries: Entries) -> Features:
 def _qwen3_moe(entries: Entries) -> Features:
     layers = entries.count("num_hidden_layers")
     step, dense = entries.count("decoder_sparse_step", 1), entries.get("mlp_only_layers", [])
-    # Versions of transformers disagree on which blocks have it.
-    if entries.flag("use_sliding_window") and entries.get("max_window_layers"):
+    # Versions of transformers disagree on which blocks have the window.
+    if entries.get("max_window_layers") and entries.flag("use_sliding_window"):
         raise entries.error("has use_sliding_window with max_window_layers", "take out the one that is not meant")
     window = _one_window(entries, 4096) if entries.flag("use_sliding_window") else {}
     entries.get("sliding_window")
@@ -161,6 +161,8 @@ def _mixtral(entries: Entries) -> Features:
 
 
 def _phi3(entries: Entries) -> Features:
+    for name in ("full_attn_mod", "interpolate_factor"):  # stated in Phi-4 mini, and read nowhere
+        entries.refuse(name, 1, "the decoder knows no other")
     rope = read_rope(entries, head_dim(entries), partial=True)
     return {"ropes": (rope,) * entries.count("num_hidden_layers")} | _one_window(entries, None)
 
@@ -192,8 +194,10 @@ def _gemma3(entries: Entries) -> Features:
 def _gemma_blocks(entries: Entries, kinds: list[str]) -> Features:
     """What Gemma 2 and 3 have."""
     entries.refuse("hidden_act", entries.get("hidden_activation", "gelu_pytorch_tanh"), "name one activation")
+    windows = _windows(entries, kinds)
+    entries.refuse("sliding_window_size", entries.get("sliding_window", 4096), "make it agree with sliding_window")
     return {
-        "windows": _windows(entries, kinds),
+        "windows": windows,
         "norm_places": "around",
         "query_scale": entries.number("query_pre_attn_scalar", 256) ** -0.5,
         "activation": entries.get("hidden_activation", "gelu_pytorch_tanh"),

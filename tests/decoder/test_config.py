@@ -162,6 +162,8 @@ def test_what_cannot_run_is_said_in_one_sentence(entries, said):
         ("gpt-oss", {"hidden_act": "gelu"}, "has hidden_act: 'gelu'"),
         ("gpt-oss", {"quantization_config": {"quant_method": "mxfp4"}}, "is of a quantized model"),
         ("gpt-neox", {"num_key_value_heads": 2}, "has num_key_value_heads: 2"),
+        ("phi3", {"full_attn_mod": 2}, "has full_attn_mod: 2"),
+        ("gemma2", {"sliding_window_size": 4096}, "has sliding_window_size: 4096"),
         # What is wrong.
         ("mixtral", {"num_experts_per_tok": 4}, "gives each token 4 of 3 experts"),
         ("qwen3-moe", {"num_local_experts": 8}, "has num_experts: 4"),
@@ -192,6 +194,17 @@ def test_what_means_nothing_is_let_through():
     leftovers |= {"sliding_window": None, "alibi": False, "router_aux_loss_coef": 0.01}
     for name in ("llama", "granite"):
         assert DecoderConfig.from_dict(CONFIGS[name] | leftovers) == DecoderConfig.from_dict(CONFIGS[name])
+    said_twice = {
+        "llama": {"is_llama_config": True, "rope_interleaved": False, "max_sequence_length": 4096},
+        "qwen2": {"use_mrope": False},
+        "qwen3-moe": {"max_window_layers": 48, "use_sliding_window": False, "sliding_window": 4096},
+        "phi3": {"full_attn_mod": 1, "interpolate_factor": 1, "attention_bias": False, "lm_head_bias": False},
+        "gemma2": {"sliding_window_size": 5, "hidden_act": "gelu_pytorch_tanh", "cache_implementation": "hybrid"},
+        "gpt-neox": {"attention_probs_dropout_prob": 0.1, "make_vocab_size_divisible_by": 128, "is_decoder": True},
+        "gpt2": {"summary_type": "cls_index", "reorder_and_upcast_attn": True, "embd_pdrop": 0.1},
+    }
+    for name, more in said_twice.items():
+        assert DecoderConfig.from_dict(CONFIGS[name] | more) == DecoderConfig.from_dict(CONFIGS[name])
 
 
 def test_a_directory_gives_the_stop_tokens_of_both_files(tmp_path):

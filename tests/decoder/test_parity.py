@@ -11,7 +11,6 @@ pytest.importorskip("torch", reason="needs torch")
 pytest.importorskip("transformers", reason="needs transformers")
 
 
-
 @pytest.fixture(scope="module", params=parity.CASES)
 def pair(request, tmp_path_factory):
     return parity.make(request.param, tmp_path_factory.mktemp(request.param))

@@ -1,13 +1,15 @@
-"""Random models of every family, made by transformers and read by the decoder, and how far the two are apart."""
+"""Random models of every family, made by transformers and read by the decoder, and how far the two are apart.
 
+Torch is imported where it is needed: pytest looks for doctests in every module, also where there is no torch.
+"""
+
+import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
 
 from m3jax.decoder import PADDING, DecoderConfig, bind, generate, load_params, log_likelihoods
 
@@ -185,9 +187,12 @@ class Parity(NamedTuple):
 
 def make(name: str, directory: Path) -> Pair:
     """Makes a model, saves it and reads it."""
+    import torch
+    import transformers
+
     kind, features = CASES[name]
     torch.manual_seed(0)
-    sizes = SIZES | features
+    sizes = SIZES | copy.deepcopy(features)  # which transformers completes in place
     if kind == "GPT2":
         sizes = {GPT2_NAMES.get(key, key): value for key, value in sizes.items()}
     if kind in ("GPT2", "GPTNeoX"):
@@ -206,6 +211,8 @@ def make(name: str, directory: Path) -> Pair:
 
 def torch_logits(model: Any, text: list[int], padding: int = 0) -> Any:
     """Logits of a text alone, behind so many tokens of padding."""
+    import torch
+
     for module in model.modules():
         if hasattr(module, "original_inv_freq"):  # dynamic scaling remembers the longest text so far
             module.max_seq_len_cached = module.original_max_seq_len
@@ -249,6 +256,8 @@ def padded_difference(pair: Pair) -> float:
 
 def log_likelihood_difference(pair: Pair) -> float:
     """Largest difference of log-likelihoods."""
+    import torch
+
     scores = log_likelihoods(pair.params, pair.config, CONTINUATIONS, batch_size=4)
     worst = 0.0
     for (context, continuation), found in zip(CONTINUATIONS, scores, strict=True):
@@ -261,6 +270,8 @@ def log_likelihood_difference(pair: Pair) -> float:
 
 def greedy_texts(pair: Pair) -> tuple[list[list[int]], list[list[int]]]:
     """What each of the two writes behind the prompts: ours in one batch, torch's one by one."""
+    import torch
+
     settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None}
     found = generate(pair.params, pair.config, PROMPTS, max_new_tokens=NEW_TOKENS, stop_token_ids=(), batch_size=4)
     wanted = []
