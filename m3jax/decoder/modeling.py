@@ -7,8 +7,8 @@ stacked weights: slicing a stack copies every weight once per token on a CPU, wh
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, NamedTuple, TypeAlias
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
@@ -594,7 +594,9 @@ class Decoder(nnx.Module):
 @functools.lru_cache(maxsize=64)
 def _abstract(config: DecoderConfig) -> tuple[Any, Any]:
     """The graph of a decoder, and its parameters without values."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    # Drawing nothing, since tracing hundreds of draws takes seconds.
+    nothing = cast(nnx.Rngs, SimpleNamespace(params=SimpleNamespace(normal=jnp.zeros)))
+    graph, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nothing)))
     return graph, nnx.to_pure_dict(state)
 
 
