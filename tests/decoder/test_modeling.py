@@ -77,9 +77,10 @@ def test_both_ways_to_multiply_agree():
         np.testing.assert_allclose(modeling.project(weight, x[:rows]), want[:rows], rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16_stays_near_float32():
-    exact = tiny("llama")
-    rounded = tiny("llama", BFLOAT16)
+@pytest.mark.parametrize("name", ["llama", "gpt-oss", "gpt2", "olmo2"])
+def test_bfloat16_stays_near_float32(name):
+    exact = tiny(name)
+    rounded = tiny(name, BFLOAT16)
     a, b = exact(TOKENS)[2], rounded(TOKENS)[2]
     assert b.dtype == jnp.float32
     assert float(jnp.corrcoef(a.ravel(), b.ravel())[0, 1]) > 0.99

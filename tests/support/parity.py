@@ -52,7 +52,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-yarn": ("Llama", {"rope_parameters": YARN}),
     "llama-yarn-magnitudes": (
         "Llama",
-        {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.2, "beta_fast": 16, "truncate": False}},
+        {
+            "rope_parameters": YARN
+            | {"mscale": 0.7, "mscale_all_dim": 1.2, "beta_fast": 3, "beta_slow": 0.5, "truncate": False}
+        },
     ),
     "llama-dynamic": (
         "Llama",
