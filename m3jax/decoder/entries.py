@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,13 @@ class Entries:
             raise self.error(
                 f"has {self._called(key)}: {value!r}, neither true nor false", "get the file from its source"
             )
+        return value
+
+    def sequence(self, key: str, default: Sequence[Any] = ()) -> Sequence[Any]:
+        """A list of anything."""
+        value = self.get(key, default)
+        if not isinstance(value, list | tuple):
+            raise self.error(f"has {self._called(key)}: {value!r}, not a list", "get the file from its source")
         return value
 
     def count(self, key: str, default: int | None = None) -> int:

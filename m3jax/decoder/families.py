@@ -1,7 +1,7 @@
 """The families of decoders: what their config.json says that sets one apart from another, a row each."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -71,9 +71,9 @@ def _one_window(entries: Entries, default: int | None) -> Features:
     return {"windows": (entries.count("sliding_window", default),) * entries.count("num_hidden_layers")}
 
 
-def _windows(entries: Entries, kinds: list[str]) -> tuple[int | None, ...]:
+def _windows(entries: Entries, kinds: Sequence[str]) -> tuple[int | None, ...]:
     """The window of each block, by `layer_types` if the file has it, or else by the architecture's rule."""
-    kinds = entries.get("layer_types", kinds)
+    kinds = entries.sequence("layer_types", kinds)
     window = entries.count("sliding_window", 4096)
     known: dict[str, int | None] = {"sliding_attention": window, "full_attention": None}
     unknown = sorted({str(kind) for kind in kinds} - set(known))
@@ -86,7 +86,9 @@ def _windows(entries: Entries, kinds: list[str]) -> tuple[int | None, ...]:
 def _qwen_windows(entries: Entries) -> tuple[int | None, ...]:
     """The last blocks have a window, if any has."""
     layers = entries.count("num_hidden_layers")
-    first, kinds = entries.get("max_window_layers", 28), entries.get("layer_types", [])
+    first, kinds = entries.get("max_window_layers", 28), entries.sequence("layer_types")
+    if type(first) is not int:
+        raise entries.error(f"has max_window_layers: {first!r}, not a whole number", "get the file from its source")
     entries.get("sliding_window")  # stated, and without meaning, where windows are not used
     if not entries.flag("use_sliding_window"):
         if "sliding_attention" in kinds:
@@ -128,7 +130,7 @@ def _qwen3(entries: Entries) -> Features:
 
 def _qwen3_moe(entries: Entries) -> Features:
     layers = entries.count("num_hidden_layers")
-    step, dense = entries.count("decoder_sparse_step", 1), entries.get("mlp_only_layers", [])
+    step, dense = entries.count("decoder_sparse_step", 1), entries.sequence("mlp_only_layers")
     # Versions of transformers disagree on which blocks have the window.
     if entries.get("max_window_layers") and entries.flag("use_sliding_window"):
         raise entries.error("has use_sliding_window with max_window_layers", "take out the one that is not meant")
@@ -191,7 +193,7 @@ def _gemma3(entries: Entries) -> Features:
     return features | {"qk_norm": "head", "ropes": ropes}
 
 
-def _gemma_blocks(entries: Entries, kinds: list[str]) -> Features:
+def _gemma_blocks(entries: Entries, kinds: Sequence[str]) -> Features:
     """What Gemma 2 and 3 have."""
     entries.refuse("hidden_act", entries.get("hidden_activation", "gelu_pytorch_tanh"), "name one activation")
     windows = _windows(entries, kinds)
@@ -210,14 +212,12 @@ def _gemma3_ropes(entries: Entries) -> tuple[Rope, Rope]:
     by_kind = isinstance(stated, dict) and {"full_attention", "sliding_attention"} & set(stated)
     local = entries.number("rope_local_base_freq", 10000.0)
     if not by_kind:
-        near = read_rope(entries, wide, stated={"rope_theta": local})
-        return read_rope(entries, wide, theta=1e6), near
+        return read_rope(entries, wide, theta=1e6), read_rope(entries, wide, stated={"rope_theta": local})
     kinds = Entries(stated, entries.where)
     far, near = (kinds.get(kind, {}) for kind in ("full_attention", "sliding_attention"))
     kinds.refuse_unread("Gemma 3 RoPE")
-    far_rope = read_rope(entries, wide, stated=far, theta=1e6)
-    near_theta = near.get("rope_theta", local) if isinstance(near, dict) else local
-    return far_rope, read_rope(entries, wide, stated={**near, "rope_theta": near_theta})
+    near = {"rope_theta": local, **near} if isinstance(near, dict) else near
+    return read_rope(entries, wide, stated=far, theta=1e6), read_rope(entries, wide, stated=near)
 
 
 def _olmo2(entries: Entries) -> Features:
@@ -235,10 +235,10 @@ def _granite(entries: Entries) -> Features:
 
 def _smollm3(entries: Entries) -> Features:
     layers, interval = entries.count("num_hidden_layers"), entries.count("no_rope_layer_interval", 4)
-    rotated = entries.get("no_rope_layers", [int((i + 1) % interval != 0) for i in range(layers)])
-    if not isinstance(rotated, list) or len(rotated) < layers or not set(map(str, rotated)) <= {"0", "1"}:
+    rotated = entries.sequence("no_rope_layers", [int((i + 1) % interval != 0) for i in range(layers)])
+    if len(rotated) < layers or not set(map(str, rotated)) <= {"0", "1"}:
         raise entries.error(f"has no_rope_layers: {rotated!r}", "give a 0 or a 1 for each block")
-    kinds, window = entries.get("layer_types", []), entries.get("sliding_window")
+    kinds, window = entries.sequence("layer_types"), entries.get("sliding_window")
     entries.get("max_window_layers")  # Qwen's, and not read there
     uses = entries.flag("use_sliding_window")
     if "sliding_attention" in kinds and not uses:

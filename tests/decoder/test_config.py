@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 
@@ -184,6 +185,20 @@ def test_no_entry_is_silently_ignored(name, entries, said):
         DecoderConfig.from_dict(CONFIGS[name] | entries)
     assert "\n" not in str(error.value)
     assert str(error.value).endswith(".")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_wrong_values_raise_no_other_error(name):
+    """A value of another kind in any entry, one at a time, is refused or changes nothing that it should not."""
+    keys = [*CONFIGS[name], "layer_types", "rope_parameters", "rope_scaling", "sliding_window", "head_dim"]
+    said = []
+    for key in dict.fromkeys(keys):
+        for value in ("x", -1, 2.5, [1], {"full_attention": 3}, True, [[]]):
+            with contextlib.suppress(M3Error):  # and nothing else
+                hash(DecoderConfig.from_dict(CONFIGS[name] | {key: value}))
+                said.append(key)
+    # What may be any positive number, any number of layers, or says nothing.
+    assert len(said) < 2 * len(keys)
 
 
 def test_what_means_nothing_is_let_through():
