@@ -1,13 +1,14 @@
 """HumanEval and MBPP: functions to write, judged by running their tests."""
 
-import textwrap
 from collections.abc import Callable, Sequence
 
 from m3jax.errors import M3Error
 from m3jax.evaluation.data import Field, HubSet, Row, read_fields
 from m3jax.evaluation.protocol import GenerationSettings
 from m3jax.evaluation.sandbox import Program, run_programs
-from m3jax.evaluation.scorers.code import continuation, defines, extract_code, is_python
+from m3jax.evaluation.scorers.code import continued as continued_program
+from m3jax.evaluation.scorers.code import defines, extract_code, is_python
+from m3jax.evaluation.scorers.slices import called_names
 from m3jax.evaluation.tasks.base import Example, Execution, Judge, Judgement, Task
 
 
@@ -51,14 +52,13 @@ def _humaneval_program(example: Example, text: str) -> str | None:
     """The program to test: the answer's own, under the prompt's imports and helpers, or the prompt continued."""
     prompt, name = example.extra["prompt"], example.extra["name"]
     code = extract_code(text, name)
-    if code is not None and defines(code, name):
+    if code is not None and defines(code, name) and is_python(code):
         header = prompt[: prompt.rindex(f"def {name}")]
         return f"{header}\n{code}"
-    # A fenced block without the function is its body; text without a fence continues the prompt.
-    body = textwrap.indent(code, "    ") if code is not None and "```" in text else continuation(text)
-    if not body.strip():
-        return None
-    return f"{prompt.expandtabs(4).rstrip()}\n{body}\n"
+    continued = continued_program(prompt, name, text)
+    if continued is not None and is_python(continued):
+        return continued
+    return code if code is not None else continued
 
 
 def mbpp() -> Task:
@@ -102,7 +102,7 @@ def _read_mbpp(rows: Sequence[Row]) -> list[Example]:
 
 
 def _mbpp_program(example: Example, text: str) -> str | None:
-    return extract_code(text)
+    return extract_code(text, called_names(example.extra["tests"]))
 
 
 _NO_PROGRAM = "no program found"
