@@ -17,10 +17,13 @@ _TAGGED = re.compile(
     r"|<(?P<element>code|pre|python|solution|answer)\b[^>]*>(?P<inside>.*?)</(?P=element)>",
     re.DOTALL,
 )
+_INNER = re.compile(r"</?(?:code|pre|br)\b[^>]*>")
 _DONE = re.compile(r"\[(?:DONE|/PYTHON|/CODE|END|/BEGIN)\]")
 _LANGUAGE = re.compile(r"\s*\{?\.?(?:[pP]y(?:thon)?[\d.]*|ipython\d?|PYTHON|[pP]ycon)(?![\w+-])\}?\s*")
 _PROMPTED = re.compile(r"^(?:>>>|\.\.\.)(?: |$)", re.MULTILINE)
 _BEGINS = re.compile(r"^[ \t]*(?:import \w|from [\w.]+ import |def \w|class \w|async def \w|@\w)")
+_GLUED = re.compile(r"^(?![ \t>]*```)([^`\n]*[^`\s])[ \t]*(```\w*)[ \t]*$", re.MULTILINE)
+_BEGINS_BARE = re.compile(rf"(?:{_BEGINS.pattern})|^[A-Za-z_]\w* *= *\S")
 _MARKS = re.compile(r"^[ \t]*(?:`{3,}|~{3,}).*$\n?", re.MULTILINE)
 _MOST_STARTS = 60
 
@@ -72,7 +75,7 @@ def extract_code(text: str, name: str | Sequence[str] | None = None) -> str | No
         'def one(): return 1\\n'
     """
     names = (name,) if isinstance(name, str) else tuple(name or ())
-    found = list(_stretches(spoken(text)))
+    found = list(_stretches(_GLUED.sub(r"\1\n\2", spoken(text))))  # a fence at the end of a line has its own
     programs = [program for program in map(_compiled, found) if program is not None]
     if names and (chosen := _chosen(programs, names)) is not None:
         return chosen
@@ -178,12 +181,12 @@ def _body(text: str, opening: re.Match[str], end: int) -> str:
     info = opening["info"].strip()
     language = _LANGUAGE.match(info)
     behind = info[language.end() :] if language is not None else info
-    return f"{behind}\n{rest}" if behind and _BEGINS.match(behind) else rest
+    return f"{behind}\n{rest}" if behind and _BEGINS_BARE.match(behind) else rest
 
 
 def _tagged(text: str) -> Iterator[tuple[int, str]]:
     for found in _TAGGED.finditer(text):
-        body = found["body"] if found["body"] is not None else html.unescape(found["inside"])
+        body = found["body"] if found["body"] is not None else html.unescape(_INNER.sub("", found["inside"]))
         if "```" not in body:
             yield found.start(), body
 
@@ -200,17 +203,17 @@ def _bare(text: str) -> Iterator[str]:
     """Stretches outside of all fences: from a line that begins a program, as far as it compiles."""
     lines = _unquoted(text).split("\n")
     place = tried = 0
-    if (tree := slices.parsed(text)) is not None and any(map(_BEGINS.match, lines)) and tree.body:
+    if (tree := slices.parsed(text)) is not None and any(map(_BEGINS_BARE.match, lines)) and tree.body:
         yield text
         return
     while place < len(lines) and tried < _MOST_STARTS:
-        if not _BEGINS.match(lines[place]):
+        if not _BEGINS_BARE.match(lines[place]):
             place += 1
             continue
         tried += 1
         end = _reach(lines, place)
         if end is None:
-            end = next((at for at in range(place + 1, len(lines)) if _BEGINS.match(lines[at])), len(lines))
+            end = next((at for at in range(place + 1, len(lines)) if _BEGINS_BARE.match(lines[at])), len(lines))
             yield "\n".join(lines[place:])
             place = max(end, place + 1)
         else:
@@ -317,8 +320,8 @@ def _bodies(text: str) -> Iterable[str]:
     if margins[0] == 0:  # the prompt's last indentation swallowed the first line's, or the margin was left out
         if len(margins) > 1 and min(margins[1:]) >= 4:
             yield f"    {text}"
-        yield continuation(text)
         yield textwrap.indent(text, "    ")
+        yield continuation(text)
     else:
         yield text
         yield continuation(text)
