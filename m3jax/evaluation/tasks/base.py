@@ -32,11 +32,13 @@ class Judgement(NamedTuple):
         correct: Whether it is right; None where only a judge elsewhere can say.
         parsed: The answer found in it; None where none was found, which counts as wrong.
         detail: Why it is wrong, where more is known.
+        unclear: Whether it answers, but says no one thing: a range, two labels, neither. It counts as wrong.
     """
 
     correct: bool | None
     parsed: str | None
     detail: str = ""
+    unclear: bool = False
 
 
 class Execution(NamedTuple):

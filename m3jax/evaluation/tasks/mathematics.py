@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from m3jax.errors import M3Error
 from m3jax.evaluation.data import Field, HubSet, Row, read_fields
 from m3jax.evaluation.protocol import GenerationSettings
-from m3jax.evaluation.scorers import equivalent, last_boxed, marked_answer, parse_number
+from m3jax.evaluation.scorers import equivalent, last_boxed, marked_answer, parse_number, stated_number
 from m3jax.evaluation.tasks.base import Example, Judgement, Task, each
 
 # Where a model starts to write the next exercise itself; as in the evaluation that the paper follows.
@@ -15,7 +15,7 @@ _STOP = ("Instruction:", "Instruction", "Response:", "Response")
 def gsm8k() -> Task:
     """Grade-school word problems with a number for an answer (Cobbe et al., 2021).
 
-    The number after the last "The answer is:", "####" or in the last \\boxed{} must equal the gold one exactly. (The
+    The number that the answer's statement gives (`scorers.stated_number`) must equal the gold one exactly. (The
     evaluation that the paper follows rounds both to integers first.)
     """
     return Task(
@@ -36,7 +36,7 @@ def _read_gsm8k(rows: Sequence[Row]) -> list[Example]:
     examples = []
     for number, row in enumerate(read_fields(rows, fields, "gsm8k"), 1):
         gold = str(row["answer"]).rpartition("####")[2].strip()
-        if parse_number(gold) is None:
+        if parse_number(gold) is None or not any(map(str.isdigit, gold)):
             raise M3Error(
                 f"example {number} is not gsm8k data: its answer ends in no number after '####': {gold[:80]!r}"
             )
@@ -45,16 +45,12 @@ def _read_gsm8k(rows: Sequence[Row]) -> list[Example]:
 
 
 def _judge_gsm8k(example: Example, text: str) -> Judgement:
-    marked = _last_hash_mark(text) or marked_answer(text)
-    number = parse_number(marked) if marked is not None else None
+    number, said = stated_number(text)
+    if number is None and said:
+        return Judgement(False, None, f"the answer {said[:80]!r} is no single number", unclear=True)
     if number is None:
         return Judgement(False, None)
     return Judgement(number == parse_number(example.gold), str(number))
-
-
-def _last_hash_mark(text: str) -> str | None:
-    _, mark, after = text.rpartition("####")
-    return after.strip().split("\n")[0] if mark and after.strip() else None
 
 
 def math() -> Task:
