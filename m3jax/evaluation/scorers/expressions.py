@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeAlias
 
 Value: TypeAlias = Fraction | complex
 
-_POINTS = 8
+_POINTS = 10
 _FEWEST = 2  # points at which both must have a value
 _TOLERANCE = 1e-9
 _LARGEST_POWER = 4096
@@ -332,8 +332,8 @@ class _Reader:
         draw = random.Random(f"{name} {self.point}")
         if self.point < 3:
             return complex(draw.uniform(0.5, 2.0))
-        if self.point < 6:
-            return complex(draw.uniform(0.5, 2.0) * (-1 if self.point == 3 else draw.choice((-1, 1))))
+        if self.point < 8:
+            return complex(draw.uniform(0.5, 9.0) * (-1 if self.point == 3 else draw.choice((-1, 1))))
         return Fraction(draw.randint(3, 12))  # whole, for factorials
 
     def command(self) -> Value:
