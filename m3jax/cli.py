@@ -264,6 +264,7 @@ def evaluate(
     batch_size: options.BatchSize = 8,
     max_tokens: options.MaxTokens = None,
     template: options.Template = None,
+    grader: options.Grader = "m3jax",
     overflow: options.Overflow = "error",
     dtype: options.Dtype = None,
     mesh: options.DecoderMesh = None,
@@ -285,7 +286,7 @@ def evaluate(
         include_path=include_path,
         out=out,
         resume=resume,
-        how=Evaluation(limit, batch_size, max_tokens, template, overflow, run_code, allow_unsandboxed),
+        how=Evaluation(limit, batch_size, max_tokens, template, overflow, run_code, allow_unsandboxed, grader),
         dtype=dtype,
         mesh=mesh,
     )

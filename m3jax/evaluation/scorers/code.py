@@ -97,7 +97,9 @@ def _chosen(programs: Sequence[Found], names: Sequence[str]) -> str | None:
     marked = [place for place in whole if programs[place].is_marked] or whole
     place = marked[-1]
     others = [program.text for program in [*programs[:place][::-1], *programs[place + 1 :]]]
-    return _completed(programs[place].text, others, list(map(str, (program.text for program in programs[:place]))), names)
+    return _completed(
+        programs[place].text, others, list(map(str, (program.text for program in programs[:place]))), names
+    )
 
 
 def _joined(programs: Sequence[Found], names: Sequence[str]) -> str | None:
@@ -160,7 +162,12 @@ def _fenced(text: str) -> Iterator[tuple[int, str]]:
     """What stands between fences. A block ends at the first fence at which it compiles, else at the next one."""
     fences = list(_FENCE.finditer(text))
     place = 0
-    if fences and not fences[0]["info"].strip() and len(fences) % 2 and slices.parsed(text[: fences[0].start()].strip("\n")):
+    if (
+        fences
+        and not fences[0]["info"].strip()
+        and len(fences) % 2
+        and slices.parsed(text[: fences[0].start()].strip("\n"))
+    ):
         yield 0, text[: fences[0].start()]  # the prompt, or the model's beginning, opened it
         place = 1
     while place < len(fences):
@@ -251,7 +258,7 @@ def _compiled(found: Found) -> Found | None:
 
 
 def _spellings(text: str) -> Iterator[str]:
-    """The text as Python may take it: as it is, without its margin, with tabs as spaces, without a console's prompts."""
+    """The text as Python may take it: as it is, without margin, with spaces for tabs, without a console's prompts."""
     plain = [text, textwrap.dedent(text)]
     spaced = _spaced(text)
     plain += [spaced, textwrap.dedent(spaced)]

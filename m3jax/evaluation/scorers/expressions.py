@@ -80,7 +80,7 @@ def values_at_points(text: str) -> list[Sample]:
 
 
 def closely_equal(one: Sequence[Sample], other: Sequence[Sample]) -> bool:
-    """Whether values are pairwise equal: exactly if rational, else to nine digits; points without a value are left out."""
+    """Whether values are pairwise equal: exactly if rational, else to nine digits, where both have one."""
     pairs = [(a, b) for a, b in zip(one, other, strict=True) if a.value is not None and b.value is not None]
     return len(pairs) >= _FEWEST and all(_equal(a, b) for a, b in pairs)
 
@@ -243,7 +243,19 @@ class _Reader:
         rest = self.rest()
         if rest.startswith("\\"):
             command = _COMMAND.match(rest)
-            return command is not None and command[1] not in ("cdot", "times", "div", "pm", "cup", "in", "le", "ge", "rfloor", "rceil", "ne")
+            return command is not None and command[1] not in (
+                "cdot",
+                "times",
+                "div",
+                "pm",
+                "cup",
+                "in",
+                "le",
+                "ge",
+                "rfloor",
+                "rceil",
+                "ne",
+            )
         return bool(rest) and (rest[0].isalnum() or rest[0] in "({[.")
 
     def signed(self) -> Value:
@@ -370,7 +382,10 @@ class _Reader:
             return -self.root(-value, degree)
         if isinstance(value, Fraction) and isinstance(degree, Fraction) and degree.denominator == 1 and value > 0:
             roots = [round(part ** (1 / int(degree))) for part in (value.numerator, value.denominator)]
-            if 2 < degree < 100 and all(root**int(degree) == part for root, part in zip(roots, (value.numerator, value.denominator), strict=True)):
+            if 2 < degree < 100 and all(
+                root ** int(degree) == part
+                for root, part in zip(roots, (value.numerator, value.denominator), strict=True)
+            ):
                 return Fraction(roots[0], roots[1])
         return _power(value, _divide(Fraction(1), degree))
 

@@ -74,16 +74,16 @@ _APPROXIMATELY = re.compile(
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _SPACED = re.compile(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?")
 _DECIMAL = re.compile(r"[-+]?\d*\.\d+")
-_BASE_WORDS = dict(zip(
-    "two three four five six seven eight nine ten eleven twelve sixteen".split(), (*range(2, 13), 16), strict=True
-))  # fmt: skip
+_BASE_WORDS = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
+_BASE_WORDS |= {"eleven": 11, "twelve": 12, "sixteen": 16}
 _BASED = re.compile(
     r"\(?([0-9A-Z]+)\)?\s*(?:_\s*\{?\s*(?:\\text\s*\{)?\s*\(?\s*([0-9]+|[a-z]+)\s*\)?\s*\}?\s*\}?|\(?\s*(?:in\s+)?base[\s-]+([0-9]+|[a-z]+)\s*\)?)"
 )
 _NAMED = re.compile(r"\\?[A-Za-z]+(?:_\{?\w+\}?)?(?:\([^()]*\))?")
 _NAME = r"(?:[A-Za-z]|\\[a-z]+)(?:_\{?\w+\}?)?(?:\([a-z]\))?"
 _MATRIX = re.compile(
-    r"\\begin\{(?P<kind>[pbvBV]?(?:small)?matrix\*?|array)\}(?:\[[^\]]*\]|\{[lcr|@\s]*\})?(?P<body>.*)\\end\{(?P=kind)\}", re.S
+    r"\\begin\{(?P<kind>[pbvBV]?(?:small)?matrix\*?|array)\}(?:\[[^\]]*\]|\{[lcr|@\s]*\})?(?P<body>.*)\\end\{(?P=kind)\}",
+    re.S,
 )
 _PLAIN_MATRIX = re.compile(r"\\(?P<kind>[pbvBV]?matrix)\s*\{(?P<body>.*)\}", re.S)
 _ROWS = re.compile(r"\\\\(?:\s*\[[^\]]*\])?|\\cr(?![a-z])|\\newline")
@@ -92,7 +92,9 @@ _FLIPPED = {r"\le": r"\ge", r"\ge": r"\le", "<": ">", ">": "<"}
 _CHOICE = re.compile(r"(?:(?:option|choice|answer)\s*)?\(?\s*([A-Z])\s*\)?", re.IGNORECASE)
 _CHOSEN = re.compile(r"(?:(?:option|choice|answer)\s*)?(?:\(\s*([A-Z])\s*\)|([A-Z])\s*[.):](?=\s|$))")
 _WORD = re.compile(r"(?<![\\a-zA-Z])[A-Za-z]{3,}")
-_REAL = re.compile(r"(?:all\s+)?(?:the\s+)?real\s+numbers?|\\mathbb\s*\{?R\}?|\\R|all\s+(?:real\s+)?(?:[a-z]|\\in)?\s*\\?i?n?\s*\\mathbb\{R\}")
+_REAL = re.compile(
+    r"(?:all\s+)?(?:the\s+)?real\s+numbers?|\\mathbb\s*\{?R\}?|\\R|all\s+(?:real\s+)?(?:[a-z]|\\in)?\s*\\?i?n?\s*\\mathbb\{R\}"
+)
 _OPENING, _CLOSING = "([{", ")]}"
 _MOST_MATRIX = 5
 
@@ -144,7 +146,9 @@ def _cleaned(text: str) -> str:
 def _real_sets(text: str) -> str:
     if _REAL.fullmatch(_unworded(text)):
         return r"(-\infty,\infty)"
-    if re.fullmatch(r"(?:there\s+(?:is|are)\s+)?no\s+(?:real\s+)?solutions?(?:\s+exist)?", _unworded(text), re.IGNORECASE):
+    if re.fullmatch(
+        r"(?:there\s+(?:is|are)\s+)?no\s+(?:real\s+)?solutions?(?:\s+exist)?", _unworded(text), re.IGNORECASE
+    ):
         return r"\emptyset"
     if without := re.fullmatch(r"\\mathbb\s*\{?R\}?\s*(?:\\setminus|\\backslash|-)\s*\\\{(.*)\\\}", text):
         return rf"x \ne {without[1]}"
@@ -199,7 +203,9 @@ def _split(text: str, separator: str) -> list[str]:
             depth += 1
         elif text[place] in _CLOSING:
             depth -= 1
-        elif depth == 0 and text.startswith(separator, place) and not _continues(text, place + len(separator), separator):
+        elif (
+            depth == 0 and text.startswith(separator, place) and not _continues(text, place + len(separator), separator)
+        ):
             parts.append(text[start:place].strip())
             start = place + len(separator)
             place = start
@@ -449,7 +455,7 @@ def _same_percent(percent: str, plain: str) -> bool:
         value = values_at_points(plain)[0].value
     except UnreadableError:
         return _same_shape(percent, plain)
-    return value is not None and abs(value) >= 1 and _same_shape(percent, plain)
+    return value is not None and abs(complex(value)) >= 1 and _same_shape(percent, plain)
 
 
 def _same_shape(one: str, other: str) -> bool:
@@ -457,7 +463,11 @@ def _same_shape(one: str, other: str) -> bool:
         return bool(one)
     if not one or not other:
         return False
-    if _name_of_inequality(one) and _name_of_inequality(other) and _name_of_inequality(one) != _name_of_inequality(other):
+    if (
+        _name_of_inequality(one)
+        and _name_of_inequality(other)
+        and _name_of_inequality(one) != _name_of_inequality(other)
+    ):
         return False
     first, second = _shape(one), _shape(other)
     if first.kind != second.kind:
@@ -503,7 +513,12 @@ def _same_across(one: _Shape, other: _Shape) -> bool:
     if one.kind == "named" and other.kind == "set":
         return len(one.parts) == len(other.parts) and _same_unordered(one.parts, other.parts)
     if one.kind == "matrix" and other.kind == "tuple":  # a vector is a column
-        return one.mark.endswith("x1") and other.mark == "()" and len(one.parts) == len(other.parts) and all(map(_same, one.parts, other.parts))
+        return (
+            one.mark.endswith("x1")
+            and other.mark == "()"
+            and len(one.parts) == len(other.parts)
+            and all(map(_same, one.parts, other.parts))
+        )
     return False
 
 
@@ -577,7 +592,9 @@ def _same_equation(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
     named = [_split(side[0][1:-1], ",") if _is_wrapped(side[0], "(", ")") else [] for side in (one, other)]
     if all(len(names) > 1 for names in named):
         ordered = [
-            sorted(zip(names, side.parts, strict=True)) if len(names) == len((side := _shape(pair[1])).parts) else [("", "")]
+            sorted(zip(names, side.parts, strict=True))
+            if len(names) == len((side := _shape(pair[1])).parts)
+            else [("", "")]
             for names, pair in zip(named, (one, other), strict=True)
         ]
         return len(ordered[0]) == len(ordered[1]) and all(
@@ -599,7 +616,11 @@ def _same_expression(one: str, other: str) -> bool:
         return _words(one) == _words(other)
     for decimal, samples, own in ((one, second, first), (other, first, second)):
         compact = decimal.replace(" ", "")
-        if _DECIMAL.fullmatch(compact) and not isinstance(samples[0].value, Fraction) and isinstance(own[0].value, Fraction):
+        if (
+            _DECIMAL.fullmatch(compact)
+            and not isinstance(samples[0].value, Fraction)
+            and isinstance(own[0].value, Fraction)
+        ):
             return agrees_to_its_digits(compact, samples)
     return closely_equal(first, second)
 

@@ -6,7 +6,9 @@ from m3jax.evaluation.scorers import units
 from m3jax.evaluation.scorers.latex import equivalent
 from m3jax.evaluation.scorers.statements import Statement, boxes, conclusion, deciding_part, last_line, statements
 
-_END = re.compile(r"[.!?](?:\*\*|[*_\"')\]])*\s*\n|\n\s*\n|[.!?](?:\*\*|[*_\"')\]])*\s+(?=[A-Z][a-z]*\b|\*\*|\\boxed)|\n(?=\s*(?:[-*#]|\d+\.)\s)")
+_END = re.compile(
+    r"[.!?](?:\*\*|[*_\"')\]])*\s*\n|\n\s*\n|[.!?](?:\*\*|[*_\"')\]])*\s+(?=[A-Z][a-z]*\b|\*\*|\\boxed)|\n(?=\s*(?:[-*#]|\d+\.)\s)"
+)
 _REASON = re.compile(
     r"[,;:(]?\s*(?<![A-Za-z\\{])(?:since|because|as\s+(?:desired|required|claimed|expected|shown|well|we|the|it|there|they|this|[a-z]\s)|where|which|given\s+that"
     r"|so\s+that|when|whenever|due\s+to|for\s+all|for\s+every|for\s+some|for\s+any|after|by\s+the|using|obtained|i\.e\.|or\s+equivalently"
@@ -75,10 +77,9 @@ def _phrase(statement: Statement) -> str | None:
 def _formula(said: str) -> str | None:
     """The formulas that a sentence begins with, or else its words."""
     lead = _LEADING.match(said)
-    if lead is not None and _OPENED.match(said[lead.end() :]):
-        said = said[lead.end() :]
-    elif lead is not None and (choice := re.match(r"\(?\**\(?[A-Z]\)", said[lead.end() :])) and choice:
-        said = said[lead.end() :]
+    behind = said[lead.end() :] if lead is not None else ""
+    if _OPENED.match(behind) or re.match(r"\**\(?[A-Z]\)", behind):
+        said = behind
     sentence = _END.split(said, maxsplit=1)[0]
     boxed = last_boxed(sentence)
     if boxed is not None:
@@ -130,9 +131,11 @@ def _unmarked(text: str) -> str | None:
     """What a text ends in that marks no answer."""
     concluded = conclusion(text)
     if concluded is not None and not concluded.rstrip(" *$").endswith("?"):
-        formulas = re.findall(r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", concluded, re.DOTALL)
+        formulas = re.findall(
+            r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", concluded, re.DOTALL
+        )
         if formulas:
-            return next(part for part in formulas[-1] if part).strip()
+            return str(next(part for part in formulas[-1] if part)).strip()
         plain = re.search(r"(?:=|\bis|\bare|\bequals)\s+([^=]*\d[^=]*)$", _END.split(concluded + "\n\n", maxsplit=1)[0])
         if plain is not None:
             return _REASON.split(plain[1], maxsplit=1)[0].strip().rstrip(".*").strip()
@@ -142,7 +145,9 @@ def _unmarked(text: str) -> str | None:
         return display[1].strip()
     if re.fullmatch(r"(?<!\\)\$[^$]+\$|\\\(.+\\\)", line):
         return line
-    is_pure = _PURE.fullmatch(line) is not None and not re.search(r"(?<!\\)\b[A-Za-z]{3,}", re.sub(r"\\[A-Za-z]+|\{[^{}]*\}", " ", line))
+    is_pure = _PURE.fullmatch(line) is not None and not re.search(
+        r"(?<!\\)\b[A-Za-z]{3,}", re.sub(r"\\[A-Za-z]+|\{[^{}]*\}", " ", line)
+    )
     is_pure = is_pure and line.count("{") == line.count("}")
     return line if is_pure and (line == text.strip(" .*_\n") or len(line) < 40) and line else None
 

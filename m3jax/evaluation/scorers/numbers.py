@@ -14,7 +14,7 @@ _VULGAR |= {"⅙": "1/6", "⅚": "5/6", "⅛": "1/8", "⅜": "3/8", "⅝": "5/8"
 _LATEX = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"\\(?:text|mathrm|textbf|mathbf|textit|mbox|boxed|fbox|bf|emph|operatorname|boldsymbol)\s*\{([^{}]*)\}", r" \1 "),
+        (r"\\(?:text|mathrm|textbf|mathbf|textit|mbox|boxed|fbox|bf|emph|boldsymbol)\s*\{([^{}]*)\}", r" \1 "),
         (r"\\[dtc]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}", r" (\1)/(\2) "),
         (r"\\[dtc]?frac\s*(\d)\s*(\d)", r" \1/\2 "),
         (r"(?<=\d)(?:\{,\}|,\\[!,]|\\[,!:;]|\{\\,\})\s*(?=\d{3}(?!\d))", ","),
@@ -33,7 +33,8 @@ _LATEX = [
 ]  # fmt: skip
 _CURRENCY = r"(?:US|CA|AU|C|A|HK|NZ)?[$€£¥₹₱₩]|\b(?:USD|EUR|GBP|CAD|AUD|INR|Rs\.?)"
 _DIGITS = (
-    r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d{1,3}(?:[ ']\d{3})+(?![\d'])|\d{1,3}(?:_\d{3})+(?!\d)|\d+)"
+    r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,2}(?:,\d{2})+,\d{3}(?!\d)|\d{1,3}(?:[ ']\d{3})+(?![\d'])"
+    r"|\d{1,3}(?:_\d{3})+(?!\d)|\d+)"
 )
 _NUMBER = re.compile(
     rf"(?<![\w.^])(?P<sign>[-+]?)\s?(?:(?:{_CURRENCY})\s?)*(?P<inner>-?)"
@@ -60,7 +61,9 @@ _COMPOUND = re.compile(
     rf"|dozens?|gallons?)\.?,?\s+(?:and\s+)?(?:a\s+half\b|(?:{_CURRENCY})?\d+(?:\.\d+)?\s*(?!%)[a-z])",
     re.IGNORECASE,
 )
-_CENTS = re.compile(r"\s*(?:dollars?|bucks|euros?|pounds?)?\s*(?:and|,)\s*(\d{1,2})\s*(?:cents?|¢|pence)", re.IGNORECASE)
+_CENTS = re.compile(
+    r"\s*(?:dollars?|bucks|euros?|pounds?)?\s*(?:and|,)\s*(\d{1,2})\s*(?:cents?|¢|pence)", re.IGNORECASE
+)
 _ALSO = re.compile(rf"\s*(?:[A-Za-z]+\s+){{1,3}}(?:and|or|to)\s+(?:{_CURRENCY})?\d", re.IGNORECASE)
 _ASIDE = re.compile(r"(?<=[\w.%])\s*[(\[][^()\[\]]*[)\]](?!\s*[×÷/*^+\d-])")
 _REASON = re.compile(
@@ -71,11 +74,13 @@ _REASON = re.compile(
 )
 _END = re.compile(r"(?<=[\w)%$*}\]!\"'])[.!?](?=\s|$|[*_\"')$<]|\\[)\]])")
 _HEADING = re.compile(r"\W*\d+\s*(?:[.):]|-|–)\s*\**\s*[A-Za-z]|\W*[A-Za-z]{2,}")
-_WORDS = {word: value for value, word in enumerate(
+_ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen".split()
-)}  # fmt: skip
-_WORDS |= {word: 10 * value for value, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+    "eighteen nineteen"
+)
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_WORDS = {word: value for value, word in enumerate(_ONES.split())}
+_WORDS |= {word: 10 * value for value, word in enumerate(_TENS.split(), 2)}
 _LARGEST_POWER = 200
 
 
@@ -172,7 +177,11 @@ def _has_number(text: str) -> bool:
 
 def _is_only_number(line: str) -> bool:
     rest = _NUMBER.sub(" ", _plain(line), count=1)
-    return re.search(r"\d", rest) is None and len(re.findall(r"[A-Za-z]+", rest)) <= 2 and re.match(r"\W*(?:[A-Z]{3})?\W*\d", line) is not None
+    return (
+        re.search(r"\d", rest) is None
+        and len(re.findall(r"[A-Za-z]+", rest)) <= 2
+        and re.match(r"\W*(?:[A-Z]{3})?\W*\d", line) is not None
+    )
 
 
 def _unmarked(text: str) -> Reading:
@@ -182,11 +191,15 @@ def _unmarked(text: str) -> Reading:
         return Reading(parse_number(line), line)
     concluded = conclusion(text)
     if concluded is not None and not concluded.rstrip(" *_\"')").endswith("?"):
-        phrase = _END.split(concluded, maxsplit=1)[0] if not re.search(r"\d", concluded[concluded.find(".") + 1 :]) else concluded
+        phrase = (
+            _END.split(concluded, maxsplit=1)[0]
+            if not re.search(r"\d", concluded[concluded.find(".") + 1 :])
+            else concluded
+        )
         bold = [inside for inside in re.findall(r"\*\*([^*]+)\*\*", concluded) if _has_number(inside)]
         if bold:
             return Reading(parse_number(bold[-1]), bold[-1])
-        values = {value for value in _values(_plain(phrase))}
+        values = set(_values(_plain(phrase)))
         if "=" in phrase or len(values) == 1:
             return Reading(parse_number(phrase) if "=" in phrase else values.pop(), phrase)
     left, equals, right = _END.sub("", line).rpartition("=")

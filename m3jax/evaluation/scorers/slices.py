@@ -44,7 +44,10 @@ class Statement(NamedTuple):
 
 def statements(tree: ast.Module) -> list[Statement]:
     """The statements of a program's outermost level."""
-    return [Statement(node, frozenset(_bound(node)), frozenset(_changed(node)), frozenset(_read(node))) for node in tree.body]
+    return [
+        Statement(node, frozenset(_bound(node)), frozenset(_changed(node)), frozenset(_read(node)))
+        for node in tree.body
+    ]
 
 
 def bound_names(tree: ast.Module) -> set[str]:
@@ -85,7 +88,7 @@ def methods_of(tree: ast.Module, name: str) -> list[str]:
 
 def needed(parts: list[Statement], wanted: Collection[str]) -> set[int]:
     """The places of the statements that bind or change the wanted names, or what these need in turn."""
-    names, kept = set(wanted), set()
+    names, kept = set(wanted), set[int]()
     while True:
         more = {
             place
@@ -102,7 +105,8 @@ def sliced(source: str, wanted: Collection[str]) -> str:
     """The program without what runs on loading and serves none of the wanted names.
 
     Left out are asserts, a `__main__` block, input and output, calls for show, stray words, and imports of packages
-    that nothing wanted needs. A program that reads its own names by text (`eval`, `globals`) keeps all but the first two.
+    that nothing wanted needs. A program that reads its own names by text (`eval`, `globals`) keeps all but
+    the first two.
 
     Args:
         source: A program that compiles.
@@ -156,7 +160,11 @@ def definitions(source: str, names: Collection[str]) -> str:
 
 def is_stub(tree: ast.Module, name: str) -> bool:
     """Whether the function of this name has no body: only a docstring, `pass` or `...`."""
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name]
+    found = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name
+    ]
     return bool(found) and all(
         isinstance(node, ast.Pass) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
         for node in found[-1].body

@@ -1,5 +1,6 @@
-"""What of a completion is its answer: without thinking aloud, special tokens, and exercises that the model set itself."""
+"""What of a completion is its answer: without thinking aloud, special tokens, and exercises of the model's own."""
 
+import itertools
 import re
 
 _SPECIAL = re.compile(
@@ -10,8 +11,8 @@ _THOUGHT = re.compile(
 )
 _NEXT = re.compile(
     r"^[ \t]*(?:\#{1,6}[ \t]*|\*\*|__|<\|?|\[)?[ \t]*"
-    r"(?:(?:new |next |another |following )?(?:question|problem|instruction|exercise|input|sentence|review|user|human|inst"
-    r"|im_start|start_header_id)\b[ \t]*\#?\d*|Q\d*)[ \t]*(?:\*\*|__)?[ \t]*(?:[:.\]>]|\|>)",
+    r"(?:(?:new |next |another |following )?(?:question|problem|instruction|exercise|input|sentence|review|user|human"
+    r"|inst|im_start|start_header_id)\b[ \t]*\#?\d*|Q\d*)[ \t]*(?:\*\*|__)?[ \t]*(?:[:.\]>]|\|>)",
     re.IGNORECASE | re.MULTILINE,
 )
 _TURN = re.compile(r"(?<=[\s.!?])(?:USER|HUMAN|Human|User):\s")
@@ -38,4 +39,4 @@ def turns(text: str) -> list[str]:
     """
     places = sorted({found.start() for pattern in (_NEXT, _TURN) for found in pattern.finditer(text)} - {0})
     bounds = [0, *places, len(text)]
-    return [text[start:end] for start, end in zip(bounds, bounds[1:], strict=False) if text[start:end].strip()]
+    return [text[start:end] for start, end in itertools.pairwise(bounds) if text[start:end].strip()]

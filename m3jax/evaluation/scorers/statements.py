@@ -7,7 +7,9 @@ from typing import NamedTuple
 from m3jax.evaluation.scorers.spoken import spoken, turns
 
 _DECOR = r"[\s*_`\"'“”‘’:=➜→>|-]*"
-_KIND = r"(?:(?:correct|final|right|exact|simplified|required|desired|numerical|numeric|best|overall|resulting|my|our)\s+)*"
+_KIND = (
+    r"(?:(?:correct|final|right|exact|simplified|required|desired|numerical|numeric|best|overall|resulting|my|our)\s+)*"
+)
 _SAYS = re.compile(
     rf"\b{_KIND}answer(?:\s+(?:to|for|of)\s+[^.:\n]{{0,120}}?)?\s*\W{{0,3}}?"
     r"(?:is|are|would\s+be|will\s+be|should\s+be|must\s+be|becomes|equals|comes\s+(?:out\s+)?to|comes\s+to\s+be)\b"
@@ -30,7 +32,9 @@ _DENIED = re.compile(
     r"|(?:\b(?:wrong|incorrect|previous|first|earlier|initial)\s+$)",
     re.IGNORECASE,
 )
-_NO = re.compile(r"\s*(?:not\b|n['’]t\b|correct\b|right\b|reasonable\b|wrong\b|incorrect\b|verified\b|unknown\b|in\s+the\b)", re.I)
+_NO = re.compile(
+    r"\s*(?:not\b|n['’]t\b|correct\b|right\b|reasonable\b|wrong\b|incorrect\b|verified\b|unknown\b|in\s+the\b)", re.I
+)
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox|ovalbox)\s*")
 _CONCLUDES = re.compile(
     r"(?:^|(?<=[.!?:]\s)|(?<=\n))[ \t*_>#-]*"
@@ -152,9 +156,9 @@ def conclusion(text: str) -> str | None:
     """The last sentence, where it concludes: "Therefore, she makes $18."."""
     sentences = [sentence.strip() for sentence in _SENTENCE.split(text.strip()) if sentence.strip()]
     for sentence in reversed(sentences[-2:]):
-        opened = _CONCLUDES.match(sentence)
+        opened = _CONCLUDES.match(str(sentence))
         if opened is not None:
-            return sentence[opened.end() :]
+            return str(sentence)[opened.end() :]
     return None
 
 

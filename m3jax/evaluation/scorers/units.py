@@ -4,25 +4,27 @@ import re
 from typing import NamedTuple
 
 _UNITS = {
-    "degree": "degrees deg", "radian": "radians rad", "percent": "percents pct", "dollar": "dollars usd bucks", "cent": "cents",
+    "degree": "degrees deg", "radian": "radians rad", "percent": "percents pct", "cent": "cents",
+    "dollar": "dollars usd bucks",
     "euro": "euros eur", "pound": "pounds lb lbs", "ounce": "ounces oz", "ton": "tons",
     "inch": "inches in", "foot": "feet ft", "yard": "yards yd yds", "mile": "miles mi",
     "millimeter": "millimeters millimetre millimetres mm", "centimeter": "centimeters centimetre centimetres cm",
     "meter": "meters metre metres m", "kilometer": "kilometers kilometre kilometres km",
     "gram": "grams g", "kilogram": "kilograms kg", "milligram": "milligrams mg", "liter": "liters litre litres l",
     "milliliter": "milliliters ml", "gallon": "gallons gal", "quart": "quarts", "pint": "pints", "acre": "acres",
-    "second": "seconds sec secs s", "minute": "minutes min mins", "hour": "hours hr hrs h", "day": "days", "week": "weeks",
-    "month": "months", "year": "years yr yrs", "unit": "units", "mph": "",
+    "second": "seconds sec secs s", "minute": "minutes min mins", "hour": "hours hr hrs h", "day": "days",
+    "week": "weeks", "month": "months", "year": "years yr yrs", "unit": "units", "mph": "",
 }  # fmt: skip
 _NAMES = {name: unit for unit, names in _UNITS.items() for name in (unit, *names.split())}
-_SHORT = frozenset(name for name in _NAMES if len(name) == 1) | {"in", "min", "deg"}
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 _WORDS = re.compile(r"[A-Za-z]+|\^\s*\{?\s*[23]\s*\}?|/")
 _TEXT = re.compile(
-    r"(?<=[\d}\w)!])\s*(?:\\[,;: ]|~)?\s*\\(?:text|mbox|mathrm|textrm|rm)\s*\{(?P<said>[^{}]*)\}\s*(?P<power>\^\s*\{?\s*\d\s*\}?)?\s*$"
+    r"(?<=[\d}\w)!])\s*(?:\\[,;: ]|~)?\s*\\(?:text|mbox|mathrm|textrm|rm)\s*\{(?P<said>[^{}]*)\}"
+    r"\s*(?P<power>\^\s*\{?\s*\d\s*\}?)?\s*$"
 )
 _BARE = re.compile(
-    r"(?<=[\d}\s)])\s*(?<![\\a-zA-Z])(?P<said>(?:[A-Za-z]{2,}\.?)(?:\s*(?:\s|/)\s*(?:[A-Za-z]{2,}\.?))*)\s*(?P<power>\^\s*\{?\s*\d\s*\}?)?$"
+    r"(?<=[\d}\s)])\s*(?<![\\a-zA-Z])(?P<said>(?:[A-Za-z]{2,}\.?)(?:\s*(?:\s|/)\s*(?:[A-Za-z]{2,}\.?))*)"
+    r"\s*(?P<power>\^\s*\{?\s*\d\s*\}?)?$"
 )
 _LETTER = re.compile(r"(?<=\d)\s+(?P<said>[mgshl])\s*(?P<power>\^\s*\{?\s*[23]\s*\}?)?$")
 
@@ -49,13 +51,17 @@ def measured(text: str) -> Measured:
     text = text.strip()
     if found := re.match(r"\s*(-?)\s*\\\$\s*(?=[-\d.\\])", text):
         return Measured(found[1] + measured(text[found.end() :]).text, "dollar")
-    for pattern, unit in ((r"\s*\\?%$", "percent"), (r"\s*\^\s*\{?\s*\\circ\s*\}?$|\s*\\degrees?$", "degree"), (r"\s*\\\$$", "dollar")):
+    for pattern, unit in (
+        (r"\s*\\?%$", "percent"),
+        (r"\s*\^\s*\{?\s*\\circ\s*\}?$|\s*\\degrees?$", "degree"),
+        (r"\s*\\\$$", "dollar"),
+    ):
         if (found := re.search(pattern, text)) and found.start():
             return Measured(text[: found.start()].strip(), unit)
-    for pattern in (_TEXT, _BARE, _LETTER):
-        found = pattern.search(text)
+    for form in (_TEXT, _BARE, _LETTER):
+        found = form.search(text)
         if found is not None and found.start() and re.search(r"[\w)}]", text[: found.start()]):
-            if pattern is not _LETTER and re.fullmatch(r"\s*(?:and|or|if|base\b.*|for\b.*)\s*", found["said"]):
+            if form is not _LETTER and re.fullmatch(r"\s*(?:and|or|if|base\b.*|for\b.*)\s*", found["said"]):
                 continue
             rest = text[: found.start()].strip().rstrip(",")
             return Measured(rest, _unit(f"{found['said']}{found['power'] or ''}"))

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from m3jax.errors import M3Error
 from m3jax.evaluation.data import Field, HubSet, Row, read_fields
 from m3jax.evaluation.protocol import GenerationSettings
-from m3jax.evaluation.scorers import parse_label
+from m3jax.evaluation.scorers.labels import read_label
+from m3jax.evaluation.scorers.paper import paper_label
 from m3jax.evaluation.tasks.base import Example, Judgement, Task, each
 
 
@@ -38,7 +39,12 @@ def classification(
         ]
 
     def judge_one(example: Example, text: str) -> Judgement:
-        said = parse_label(text, labels)
+        said, is_unclear = read_label(text, labels)
+        detail = "the answer settles on no label" if is_unclear else ""
+        return Judgement(said == example.gold, said, detail, unclear=is_unclear)
+
+    def judge_as_paper(example: Example, text: str) -> Judgement:
+        said = paper_label(text, labels)
         return Judgement(said == example.gold, said)
 
     return Task(
@@ -50,6 +56,7 @@ def classification(
         hub=hub,
         columns=columns,
         has_correlation=True,
+        graders={"paper": each(judge_as_paper)},
     )
 
 

@@ -6,6 +6,8 @@ from m3jax.errors import M3Error
 from m3jax.evaluation.data import Field, HubSet, Row, read_fields
 from m3jax.evaluation.protocol import GenerationSettings
 from m3jax.evaluation.scorers import equivalent, last_boxed, marked_answer, parse_number, stated_number
+from m3jax.evaluation.scorers.paper import paper_answer, paper_equal, paper_number
+from m3jax.evaluation.scorers.verified import verified
 from m3jax.evaluation.tasks.base import Example, Judgement, Task, each
 
 # Where a model starts to write the next exercise itself; as in the evaluation that the paper follows.
@@ -25,6 +27,7 @@ def gsm8k() -> Task:
         template="wizardmath",
         settings=GenerationSettings(max_tokens=1024, stop=_STOP),
         hub=HubSet("openai/gsm8k", "main"),
+        graders={"paper": each(_judge_gsm8k_as_paper), "math_verify": each(_judge_by_math_verify)},
     )
 
 
@@ -53,10 +56,23 @@ def _judge_gsm8k(example: Example, text: str) -> Judgement:
     return Judgement(number == parse_number(example.gold), str(number))
 
 
+def _judge_gsm8k_as_paper(example: Example, text: str) -> Judgement:
+    number = paper_number(text)
+    if number is None:
+        return Judgement(False, None)
+    return Judgement(number == parse_number(example.gold), str(number))
+
+
+def _judge_by_math_verify(example: Example, text: str) -> Judgement:
+    correct, said = verified(text, example.gold)
+    return Judgement(correct, said)
+
+
 def math() -> Task:
     """Competition problems with an answer in LaTeX (Hendrycks et al., 2021).
 
-    What follows the last "The answer is:", else the last \\boxed{}, must mean the same as the gold answer.
+    The answer that the solution states (`scorers.marked_answer`) must mean the same as the gold answer
+    (`scorers.equivalent`).
     """
     return Task(
         name="math",
@@ -65,6 +81,7 @@ def math() -> Task:
         template="wizardmath",
         settings=GenerationSettings(max_tokens=2048, stop=_STOP),
         hub=HubSet("HuggingFaceH4/MATH-500"),
+        graders={"paper": each(_judge_math_as_paper), "math_verify": each(_judge_by_math_verify)},
     )
 
 
@@ -92,3 +109,10 @@ def _judge_math(example: Example, text: str) -> Judgement:
     if answer is None:
         return Judgement(False, None)
     return Judgement(equivalent(answer, example.gold), answer)
+
+
+def _judge_math_as_paper(example: Example, text: str) -> Judgement:
+    answer = paper_answer(text)
+    if answer is None:
+        return Judgement(False, None)
+    return Judgement(paper_equal(answer, example.gold), answer)

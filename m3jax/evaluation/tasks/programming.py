@@ -8,6 +8,7 @@ from m3jax.evaluation.protocol import GenerationSettings
 from m3jax.evaluation.sandbox import Program, run_programs
 from m3jax.evaluation.scorers.code import continued as continued_program
 from m3jax.evaluation.scorers.code import defines, extract_code, is_python
+from m3jax.evaluation.scorers.paper import paper_program
 from m3jax.evaluation.scorers.slices import called_names
 from m3jax.evaluation.tasks.base import Example, Execution, Judge, Judgement, Task
 
@@ -22,6 +23,7 @@ def humaneval() -> Task:
         settings=GenerationSettings(max_tokens=2048),
         hub=HubSet("openai/openai_humaneval"),
         runs_code=True,
+        graders={"paper": _judged_by_tests(_humaneval_program_of_paper)},
     )
 
 
@@ -61,6 +63,10 @@ def _humaneval_program(example: Example, text: str) -> str | None:
     return code if code is not None else continued
 
 
+def _humaneval_program_of_paper(example: Example, text: str) -> str:
+    return f"{example.extra['prompt']}{paper_program(text, 'humaneval')}\n"
+
+
 def mbpp() -> Task:
     """Short Python functions from one sentence and three tests (Austin et al., 2021); pass@1, greedy."""
     return Task(
@@ -71,6 +77,7 @@ def mbpp() -> Task:
         settings=GenerationSettings(max_tokens=2048),
         hub=HubSet("google-research-datasets/mbpp", "full"),
         runs_code=True,
+        graders={"paper": _judged_by_tests(lambda _, text: paper_program(text, "mbpp"))},
     )
 
 
