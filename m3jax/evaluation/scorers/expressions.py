@@ -18,7 +18,7 @@ _DEEPEST = 60
 _NUMBER = re.compile(r"\d+\.?\d*|\.\d+")
 _COMMAND = re.compile(r"\\([a-zA-Z]+)")
 _SUBSCRIPT = re.compile(r"_(?:\{(\w+)\}|(\w))")
-_MIXED = re.compile(r"\s*\\frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
+_MIXED = re.compile(r"\s*\\frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))|\s+(\d+)/(\d+)")
 _REPEATING = re.compile(r"\\(?:overline|bar)\s*(?:\{(\d{1,30})\}|(\d))")
 _TIMES = (r"\cdot", r"\times", "*")
 _OVER = (r"\div", "/")
@@ -322,7 +322,7 @@ class _Reader:
             value += Fraction(int(digits), (10 ** len(digits) - 1) * 10**places)
         mixed = _MIXED.match(self.text[self.place :])
         if mixed and value.denominator == 1 and "." not in found.group():  # 1\frac{4}{5} is a mixed number
-            above, below = int(mixed[1] or mixed[2]), int(mixed[3] or mixed[4])
+            above, below = int(mixed[1] or mixed[2] or mixed[5]), int(mixed[3] or mixed[4] or mixed[6])
             if 0 < above < below:
                 self.place += mixed.end()
                 return value + Fraction(above, below)
@@ -397,6 +397,8 @@ class _Reader:
         given = self.power()
         while self.begins_factor() and not self.rest().startswith(("(", "\\")):
             given = given * self.power()  # \sin 2x
+        if exponent == -1 and f"arc{name}" in _FUNCTIONS:  # \\sin^{-1} x
+            name, exponent = f"arc{name}", None
         value = _FUNCTIONS[name](_complex(given))
         self.scale = max(self.scale, 1.0)
         if base is not None:

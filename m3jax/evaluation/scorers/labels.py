@@ -11,7 +11,7 @@ _CLAUSES = re.compile(
     re.IGNORECASE,
 )
 _NEGATIONS = re.compile(
-    r"\b(?:not|never|cannot|neither|nor|hardly|barely|scarcely|no|without|lacks?|(?:is|was|are|were|do|does|did|would|could|should|ca|wo)n['’]?t"
+    r"\b(?:not|never|cannot|neither|nor|hardly|barely|scarcely|no|nothing|devoid\s+of|without|lacks?|(?:is|was|are|were|do|does|did|would|could|should|ca|wo)n['’]?t"
     r"|far\s+from|anything\s+but|rules?\s+out|fails?\s+to\s+be|opposite\s+of|contrary\s+of)\b|\bnon[- ]?$",
     re.IGNORECASE,
 )
@@ -35,7 +35,8 @@ _NEITHER = re.compile(
     r"\b(?:neutral|mixed|neither|ambiguous|both|undetermined|undecided|unclear|cannot|can['’]t|unable)\b", re.IGNORECASE
 )
 _AGAINST = re.compile(
-    r"\b(?:rather|other|more|instead)\s+(?:\w+\s+)?(?:than|of)\s+(?:an?\s+)?$|\bthan\s+(?:an?\s+)?$|\bvs\.?\s+$|\bversus\s+$",
+    r"(?:\b(?:rather|other|more|instead)\s+(?:\w+\s+)?(?:than|of)|\bthan|\bvs\.?|\bversus|\bas\s+opposed\s+to)\s+"
+    r"(?:an?\s+)?['\"“‘]?$",
     re.IGNORECASE,
 )
 _LESS = re.compile(r"\bless\s+$", re.IGNORECASE)
@@ -125,6 +126,9 @@ def _without_echoes(text: str, named: re.Pattern[str]) -> str:
     quoted = rf"['\"“”‘’]?{label}['\"“”‘’]?"
     joint = r"\s*(?:,|/|\||\bor\b|\bnor\b|\band\b|\bvs\.?|\bversus\b)\s*(?:or\s+|nor\s+|and\s+)?(?:as\s+)?"
     choice = rf"(?:neither|either|both|between|not)?\s*\(?{quoted}(?:{joint}{quoted})+\)?"
+    text = re.sub(
+        rf"\bneither\b[^.!?\n]*?{label}[^.!?\n]*?\bn?or\b[^.!?\n]*?{label}", " mixed ", text, flags=re.IGNORECASE
+    )
     text = re.sub(
         choice,
         lambda found: " " * 3 if "neither" not in found.group().lower() else " mixed ",

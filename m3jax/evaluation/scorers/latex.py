@@ -63,6 +63,8 @@ _REWRITES = [
         (r"\\(?:overline|widehat)\s*\{([A-Za-z]+)\}", r"\1"),
         (r"(?<=\d)\s*[eE]([-+]?\d+)(?![\w.])", r"\\times 10^{\1}"),
         (r"(?<=[\w)}])\s*\*\*\s*(?=[\w({-])", "^"),
+        (r"\{([^{}]*)\\choose\b([^{}]*)\}", r"\\binom{\1}{\2}"),
+        (r"\{([^{}]*)\\over\b([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"~", " "),
     )
 ]
@@ -544,7 +546,12 @@ def _same_named(names: list[str], values: _Shape, other: _Shape) -> bool:
         return False
     if other.kind == "equation":
         return False
-    if other.kind == "tuple" and names != sorted(names) and len(set(names)) == len(names):
+    if (
+        other.kind == "tuple"
+        and all(map(str.isalpha, names))
+        and names != sorted(names)
+        and len(set(names)) == len(names)
+    ):
         values = values._replace(parts=tuple(part for _, part in sorted(zip(names, values.parts, strict=True))))
     if other.kind == "named":
         pairs = sorted(zip(names, values.parts, strict=True))

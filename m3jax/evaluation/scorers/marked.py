@@ -1,6 +1,7 @@
 """The mathematical answer that a worked solution states."""
 
 import re
+from collections.abc import Iterator
 
 from m3jax.evaluation.scorers import units
 from m3jax.evaluation.scorers.latex import equivalent
@@ -21,6 +22,8 @@ _CLOSING = {
     for opening, closing in (("$$", r"\$\$"), ("$", r"(?<!\\)\$"), (r"\[", r"\\\]"), (r"\(", r"\\\)"))
 }
 _JOINT = re.compile(r"\s*(?P<word>,\s*(?:and|or)\b|,|;|\band\b|\bor\b|\\quad|\bunion\b)\s*(?=\$|\\\(|\\\[|\\boxed)")
+_SUCH_THAT = re.compile(r"\s*(?:such\s+that|for\s+which|satisfying|with|where)\s*(?=\$|\\\(|\\\[)", re.IGNORECASE)
+_BASE = re.compile(r"\s*\(?(?:in\s+)?base[\s-]+\$?(?P<base>\d+|[a-z]+)\$?\)?", re.IGNORECASE)
 _LEADING = re.compile(
     r"(?:(?:then|therefore|thus|simply|just|the|that|an?|is|are|value|values|number|interval|point|equation|function|matrix|vector"
     r"|set|option|choice|exactly|of|be|given|by|expression|polynomial|ordered|pair|triple|we|have|get|x|n|k|it|equal|to|area|all"
@@ -94,7 +97,8 @@ def _formula(said: str) -> str | None:
 def _run(said: str) -> str:
     """Formulas joined by commas, "and" and "or", with the unit behind them."""
     parts: list[str] = []
-    place, joint = 0, ""
+    place = end = 0
+    joint = ""
     while opened := _OPENED.match(said, place):
         closed = _CLOSING[opened.group()].search(said, opened.end())
         if closed is None:
@@ -104,24 +108,50 @@ def _run(said: str) -> str:
         inside = said[opened.end() : closed.start()].strip()
         if not ("or" in joint and parts and equivalent(inside, parts[-1])):  # 1/2 or 0.5
             parts.append(inside)
+            end = closed.end()
         place = closed.end()
         joined = _JOINT.match(said, place)
         if joined is None:
             break
         joint, place = joined["word"], joined.end()
     if len(parts) == 1:
-        return said[:place].strip() + _unit_behind(said[place:])
+        behind = _SUCH_THAT.match(said, end)
+        if behind is not None and re.fullmatch(r"\\?[A-Za-z]+", parts[0]):  # all $x$ such that $x > 2$
+            return _run(said[behind.end() :])
+        return said[:end].strip() + _unit_behind(said[end:])
     separator = " or " if "or" in joint else ", "
     return "$" + separator.join(part.strip(" ,.") for part in parts) + "$" + _unit_behind(said[place:])
 
 
+def _runs(text: str) -> Iterator[str]:
+    """The formulas of a sentence, those that are joined together."""
+    place = 0
+    while (opened := _OPENED.search(text, place)) is not None:
+        closed = _CLOSING[opened.group()].search(text, opened.end())
+        if closed is None:
+            return
+        place = closed.end()
+        while (joined := _JOINT.match(text, place)) is not None:
+            begun = _OPENED.match(text, joined.end())
+            ended = _CLOSING[begun.group()].search(text, begun.end()) if begun is not None else None
+            if ended is None:
+                break
+            place = ended.end()
+        yield _run(text[opened.start() : place])
+
+
 def _unit_behind(rest: str) -> str:
+    based = _BASE.match(rest)
+    if based is not None:
+        return f" base {based['base']}"
     words = re.match(r"\\?%|\s+(?:[A-Za-z]+(?:\^\d)?(?:\s+|(?=[.,;!?]|$))){1,3}", rest)
     if words is None:
         return ""
     if "%" in words.group():
         return words.group()
     known = list(words.group().split())
+    if known[-1:] == ["in"] and re.match(r"\s*[.,;!?]|\s*$", rest[words.end() :]) is None:
+        known.pop()  # no inch
     while known and not units.measured(f"1 {' '.join(known)}").unit:
         known.pop()
     return f" {' '.join(known)}" if known else ""
@@ -131,11 +161,9 @@ def _unmarked(text: str) -> str | None:
     """What a text ends in that marks no answer."""
     concluded = conclusion(text)
     if concluded is not None and not concluded.rstrip(" *$").endswith("?"):
-        formulas = re.findall(
-            r"\$\$(.+?)\$\$|(?<!\\)\$(.+?)(?<!\\)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", concluded, re.DOTALL
-        )
-        if formulas:
-            return str(next(part for part in formulas[-1] if part)).strip()
+        runs = list(_runs(concluded))
+        if runs:
+            return runs[-1].removeprefix("$").removesuffix("$").strip()
         plain = re.search(r"(?:=|\bis|\bare|\bequals)\s+([^=]*\d[^=]*)$", _END.split(concluded + "\n\n", maxsplit=1)[0])
         if plain is not None:
             return _REASON.split(plain[1], maxsplit=1)[0].strip().rstrip(".*").strip()

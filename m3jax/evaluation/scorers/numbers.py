@@ -5,7 +5,14 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
-from m3jax.evaluation.scorers.statements import Statement, conclusion, deciding_part, last_line, statements
+from m3jax.evaluation.scorers.statements import (
+    Statement,
+    conclusion,
+    deciding_part,
+    last_line,
+    last_sentence,
+    statements,
+)
 
 _SPACES = dict.fromkeys(map(ord, "\u00a0\u2002\u2003\u2005\u2007\u2008\u2009\u200a\u202f\u205f"), " ")
 _SIGNS = str.maketrans({"−": "-", "‒": "-", "·": "×", "⋅": "×", "∙": "×", "⁄": "/", "∕": "/", "’": "'"})
@@ -15,6 +22,7 @@ _LATEX = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
         (r"\\(?:text|mathrm|textbf|mathbf|textit|mbox|boxed|fbox|bf|emph|boldsymbol)\s*\{([^{}]*)\}", r" \1 "),
+        (r"\\[dtc]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}", r" \1/\2 "),
         (r"\\[dtc]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}", r" (\1)/(\2) "),
         (r"\\[dtc]?frac\s*(\d)\s*(\d)", r" \1/\2 "),
         (r"(?<=\d)(?:\{,\}|,\\[!,]|\\[,!:;]|\{\\,\})\s*(?=\d{3}(?!\d))", ","),
@@ -29,6 +37,7 @@ _LATEX = [
         (r"(?<=[\d)])\s*\*\s*(?=[$€£(]?\d)", "×"),
         (r"\*\*|__|[*`]|\\\(|\\\)|\\\[|\\\]|[{}]", " "),
         (r"\\", ""),
+        (r"\b(?:negative|minus)\s+(?=[$€£]?\d)", "-"),
     )
 ]  # fmt: skip
 _CURRENCY = r"(?:US|CA|AU|C|A|HK|NZ)?[$€£¥₹₱₩]|\b(?:USD|EUR|GBP|CAD|AUD|INR|Rs\.?)"
@@ -81,6 +90,7 @@ _ONES = (
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _WORDS = {word: value for value, word in enumerate(_ONES.split())}
 _WORDS |= {word: 10 * value for value, word in enumerate(_TENS.split(), 2)}
+_PARTS = re.compile(r"\b(?:half|halves|third|fourth|quarter|fifth|sixth|eighth|tenth|hundredth)s?\b", re.IGNORECASE)
 _LARGEST_POWER = 200
 
 
@@ -189,23 +199,23 @@ def _unmarked(text: str) -> Reading:
     line = last_line(text)
     if line and _is_only_number(line):
         return Reading(parse_number(line), line)
-    concluded = conclusion(text)
-    if concluded is not None and not concluded.rstrip(" *_\"')").endswith("?"):
-        phrase = (
-            _END.split(concluded, maxsplit=1)[0]
-            if not re.search(r"\d", concluded[concluded.find(".") + 1 :])
-            else concluded
-        )
+    concluded = conclusion(text) or (last_sentence(text) if "=" in text else "")
+    if re.search(r"\bnot\b|n['’]t\b|\banswer\b", concluded, re.IGNORECASE):
+        return Reading(None, "")
+    if concluded and not concluded.rstrip(" *_\"')").endswith("?"):
         bold = [inside for inside in re.findall(r"\*\*([^*]+)\*\*", concluded) if _has_number(inside)]
         if bold:
             return Reading(parse_number(bold[-1]), bold[-1])
-        values = set(_values(_plain(phrase)))
-        if "=" in phrase or len(values) == 1:
-            return Reading(parse_number(phrase) if "=" in phrase else values.pop(), phrase)
+        if "=" in concluded:
+            return Reading(parse_number(concluded), concluded)
+        values = set(_values(_plain(concluded)))
+        if len(values) == 1:
+            return Reading(values.pop(), concluded)
     left, equals, right = _END.sub("", line).rpartition("=")
     if equals and left and _is_only_number(right.strip(" *_`$\\()[]")):
         return Reading(parse_number(right), right.strip())
-    return Reading(None, "")
+    bold = [inside for inside in re.findall(r"\*\*([^*]+)\*\*", line) if _is_only_number(inside)]
+    return Reading(parse_number(bold[-1]), bold[-1]) if len(bold) == 1 else Reading(None, "")
 
 
 def _values(text: str) -> Iterator[Fraction]:
@@ -223,9 +233,9 @@ def _plain(text: str) -> str:
     text = re.sub(r"(?<![\d\s])\s*–\s?(?=\d)|^–", "-", text)
     text = text.translate(_SIGNS)
     for _ in range(2):  # braces inside braces
-        for pattern, replacement in _LATEX[:3]:
+        for pattern, replacement in _LATEX[:4]:
             text = pattern.sub(replacement, text)
-    for pattern, replacement in _LATEX[3:]:
+    for pattern, replacement in _LATEX[4:]:
         text = pattern.sub(replacement, text)
     return text
 
@@ -364,6 +374,8 @@ def _in_words(text: str) -> Fraction | None:
     """A number in words at the beginning of a text: "eighteen", "two hundred and five"."""
     total = current = 0
     seen = False
+    if _PARTS.search(text):
+        return None
     for word in re.findall(r"[A-Za-z]+|[^\sA-Za-z-]", text):
         low = word.lower()
         if low in _WORDS:

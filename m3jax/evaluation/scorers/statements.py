@@ -21,12 +21,12 @@ _LABEL = re.compile(
     r"(?:^|(?<=[.!?\n])|(?<=[.!?]\s))[ \t>#*_`{\[(\"'✅🎯💡📌🔹-]*"
     r"(?:\d+[.)]\s*)?(?:the\s+|so\s+(?:the\s+)?)?"
     r"(?:(?:correct|final|right|short|direct|numerical|my)\s+)*(?:answer|ans|final\s+(?:result|value|solution))"
-    r"(?:\s*\([^()\n]{0,40}\))?[ \t*_`\"'\])]*(?P<mark>[:=：➜→]|\.(?=\s)|[ \t]*$)",
+    r"(?:\s*\([^()\n]{0,40}\))?[ \t*_`\"'\])]*(?P<mark>[:=：➜→]|(?<=\s)[-–—](?=\s)|\.(?=\s)|[ \t]*$)",
     re.IGNORECASE | re.MULTILINE,
 )
 _INNER_LABEL = re.compile(r"\bfinal\s+answer[ \t*_`\"']*[:=]|\banswer[*_`\"']*\s*:", re.IGNORECASE)
 _TAG = re.compile(r"<(?:final_)?answer>(?P<said>.*?)</(?:final_)?answer>", re.IGNORECASE | re.DOTALL)
-_HASHES = re.compile(r"^[ \t>*]*####(?!#)[ \t]*", re.MULTILINE)
+_HASHES = re.compile(r"^[ \t>*]*(?:####(?!#)|#{2,6}(?=[ \t]*[$€£*]*-?\d[\d,.]*[ \t*]*$))[ \t]*", re.MULTILINE)
 _DENIED = re.compile(
     r"(?:\b(?:if|whether|suppos\w+|assum\w+|unless|until|when|once|why|how|what|verify|check|sure|confirm|guess)\b[^.\n]{0,40}$)"
     r"|(?:\b(?:wrong|incorrect|previous|first|earlier|initial)\s+$)",
@@ -160,6 +160,12 @@ def conclusion(text: str) -> str | None:
         if opened is not None:
             return str(sentence)[opened.end() :]
     return None
+
+
+def last_sentence(text: str) -> str:
+    """The last sentence of a text that has several."""
+    sentences = [sentence.strip() for sentence in _SENTENCE.split(text.strip()) if re.search(r"\w", sentence)]
+    return str(sentences[-1]) if len(sentences) > 1 else ""
 
 
 def last_line(text: str) -> str:

@@ -60,12 +60,17 @@ def measured(text: str) -> Measured:
             return Measured(text[: found.start()].strip(), unit)
     for form in (_TEXT, _BARE, _LETTER):
         found = form.search(text)
-        if found is not None and found.start() and re.search(r"[\w)}]", text[: found.start()]):
+        if found is not None and _is_quantity(text[: found.start()]):
             if form is not _LETTER and re.fullmatch(r"\s*(?:and|or|if|base\b.*|for\b.*)\s*", found["said"]):
                 continue
             rest = text[: found.start()].strip().rstrip(",")
             return Measured(rest, _unit(f"{found['said']}{found['power'] or ''}"))
     return Measured(text, "")
+
+
+def _is_quantity(text: str) -> bool:
+    """Whether a text ends as what a unit may stand behind: a digit, a bracket, a letter of its own, a command."""
+    return re.search(r"(?:[\d)}!]|(?<![A-Za-z])[A-Za-z]|\\[A-Za-z]+)\s*$", text) is not None
 
 
 def agree(one: str, other: str) -> bool:
