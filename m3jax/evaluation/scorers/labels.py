@@ -105,6 +105,10 @@ def read_label(text: str, labels: Sequence[str]) -> Label:
 
 def _read(text: str, labels: Sequence[str], named: re.Pattern[str]) -> Label:
     text = re.sub(r"[*_`]+", "", text)
+    label = named.pattern.replace("(?P<label>", "(?:")
+    text = re.sub(  # what is quoted and names no label is the sentence, or a word of it
+        rf"(?<!\w)['\"“‘](?:(?!{label})[^\n])+['\"”’](?=[\s.,;:!?)]|$)", "quoted", text, flags=re.IGNORECASE
+    )
     plain = _without_echoes(text, named)
     mentions = list(_mentions(plain, labels, named))
     final = [mention for mention in mentions if mention.is_final]

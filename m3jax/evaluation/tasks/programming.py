@@ -77,7 +77,7 @@ def mbpp() -> Task:
         settings=GenerationSettings(max_tokens=2048),
         hub=HubSet("google-research-datasets/mbpp", "full"),
         runs_code=True,
-        graders={"paper": _judged_by_tests(lambda _, text: paper_program(text, "mbpp"))},
+        graders={"paper": _judged_by_tests(_mbpp_program_of_paper)},
     )
 
 
@@ -110,6 +110,21 @@ def _read_mbpp(rows: Sequence[Row]) -> list[Example]:
 
 def _mbpp_program(example: Example, text: str) -> str | None:
     return extract_code(text, called_names(example.extra["tests"]))
+
+
+def _mbpp_program_of_paper(_: Example, text: str) -> str:
+    return paper_program(text, "mbpp")
+
+
+def program_finders(task: str) -> dict[str, Callable[[Example, str], str | None]]:
+    """How each grader finds the program of a completion.
+
+    Args:
+        task: "humaneval" or "mbpp".
+    """
+    if task == "humaneval":
+        return {"m3jax": _humaneval_program, "paper": _humaneval_program_of_paper}
+    return {"m3jax": _mbpp_program, "paper": _mbpp_program_of_paper}
 
 
 _NO_PROGRAM = "no program found"
