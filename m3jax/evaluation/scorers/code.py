@@ -21,6 +21,7 @@ _INNER = re.compile(r"</?(?:code|pre|br)\b[^>]*>")
 _DONE = re.compile(r"\[(?:DONE|/PYTHON|/CODE|END|/BEGIN)\]")
 _LANGUAGE = re.compile(r"\s*\{?\.?(?:[pP]y(?:thon)?[\d.]*|ipython\d?|PYTHON|[pP]ycon)(?![\w+-])\}?\s*")
 _PROMPTED = re.compile(r"^(?:>>>|\.\.\.)(?: |$)", re.MULTILINE)
+_NUMBERED = re.compile(r"[ \t]*\d+[:.|]?(?: |$)")
 _BEGINS = re.compile(r"^[ \t]*(?:import \w|from [\w.]+ import |def \w|class \w|async def \w|@\w)")
 _GLUED = re.compile(r"^(?![ \t>]*```)([^`\n]*[^`\s])[ \t]*(```\w*)[ \t]*$", re.MULTILINE)
 _BEGINS_BARE = re.compile(rf"(?:{_BEGINS.pattern})|^[A-Za-z_]\w* *= *\S")
@@ -262,10 +263,14 @@ def _spellings(text: str) -> Iterator[str]:
     plain = [text, textwrap.dedent(text)]
     spaced = _spaced(text)
     plain += [spaced, textwrap.dedent(spaced)]
-    if _PROMPTED.search(textwrap.dedent(text)):
+    if _PROMPTED.match(textwrap.dedent(text).lstrip()):
         plain.append(_typed(textwrap.dedent(text)))
     if text.lstrip().startswith(">"):
         plain.append(textwrap.dedent(_unquoted(text)))
+    if _NUMBERED.match(text.strip("\n")) and all(map(_NUMBERED.match, filter(str.strip, text.split("\n")))):
+        plain.append("\n".join(_NUMBERED.sub("", line, count=1) for line in text.split("\n")))
+    if all(line[:1] in "+- " for line in text.split("\n")) and "\n+" in f"\n{text}":  # a patch
+        plain.append("\n".join(line[1:] for line in text.split("\n") if not line.startswith("-")))
     if "\\_" in text or "\\*" in text:  # Markdown's escapes
         plain.append(textwrap.dedent(text.replace("\\_", "_").replace("\\*", "*")))
     if "&lt;" in text or "&gt;" in text or "&quot;" in text:

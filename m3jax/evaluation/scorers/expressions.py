@@ -134,7 +134,7 @@ def _sample(text: str, point: int) -> Sample:
     except RecursionError as error:
         raise UnreadableError(str(error)) from error
     real = isinstance(value, Fraction) or abs(value.imag) <= _TOLERANCE * abs(value)
-    if not real and reader.has_variables and not reader.has_imaginary:
+    if (reader.leaves_reals or not real) and reader.has_variables and not reader.has_imaginary:
         return Sample(None)  # outside of the domain of a real function
     return Sample(value, reader.scale)
 
@@ -170,6 +170,10 @@ def _binomial(above: Value, below: Value) -> Value:
     return Fraction(math.comb(int(above.real), int(below.real)))
 
 
+def _is_whole(value: Value) -> bool:
+    return isinstance(value, Fraction) and value.denominator == 1
+
+
 def _is_odd(degree: Value) -> bool:
     return isinstance(degree, Fraction) and degree.denominator == 1 and int(degree) % 2 == 1
 
@@ -185,6 +189,7 @@ class _Reader:
         self.scale = 0.0
         self.has_variables = False
         self.has_imaginary = False
+        self.leaves_reals = False
 
     def rest(self) -> str:
         while self.place < len(self.text) and self.text[self.place].isspace():
@@ -271,7 +276,9 @@ class _Reader:
         while self.take("!"):
             value = _factorial(value)
         if self.take("^"):
-            return _power(value, self.argument(signed=True))
+            exponent = self.argument(signed=True)
+            self.leaves_reals |= value.real < 0 and not _is_whole(exponent)
+            return _power(value, exponent)
         return value
 
     def argument(self, signed: bool = False) -> Value:
@@ -387,6 +394,7 @@ class _Reader:
                 for root, part in zip(roots, (value.numerator, value.denominator), strict=True)
             ):
                 return Fraction(roots[0], roots[1])
+        self.leaves_reals |= value.real < 0
         return _power(value, _divide(Fraction(1), degree))
 
     def function(self, name: str) -> Value:
@@ -399,6 +407,7 @@ class _Reader:
             given = given * self.power()  # \sin 2x
         if exponent == -1 and f"arc{name}" in _FUNCTIONS:  # \\sin^{-1} x
             name, exponent = f"arc{name}", None
+        self.leaves_reals |= name in ("ln", "log", "lg") and given.real < 0
         value = _FUNCTIONS[name](_complex(given))
         self.scale = max(self.scale, 1.0)
         if base is not None:

@@ -20,7 +20,7 @@ _NO_NEGATION = re.compile(
     re.IGNORECASE,
 )
 _HEDGE = re.compile(
-    r"\b(?:not\s+(?:necessarily|sure|clear(?:\s+(?:if|whether))?|certain|obvious|possible)|unclear|uncertain|unsure|whether|if|could\s+be|might\s+be|may\s+be|either"
+    r"\b(?:not\s+(?:necessarily|sure|clear(?:\s+(?:if|whether))?|certain|obvious|possible)|unclear|uncertain|unsure|whether|if(?!\s+anything)|could\s+be|might|may\s+be|argu\w+|either"
     r"|cannot\s+(?:tell|say|determine|decide|classify)|ambiguous)\b",
     re.IGNORECASE,
 )
@@ -39,6 +39,7 @@ _AGAINST = re.compile(
     r"(?:an?\s+)?['\"“‘]?$",
     re.IGNORECASE,
 )
+_WOULD = re.compile(r"\bwould\s+(?:then\s+|only\s+)?be\s+$", re.IGNORECASE)
 _LESS = re.compile(r"\bless\s+$", re.IGNORECASE)
 
 
@@ -119,7 +120,7 @@ def _read(text: str, labels: Sequence[str], named: re.Pattern[str]) -> Label:
     start = first.end() if first is not None else 0
     if committed and committed[0].place <= start:
         return Label(committed[0].word)
-    if committed and len({mention.word for mention in committed}) == 1 and len(committed) == len(mentions):
+    if committed and len({mention.word for mention in committed}) == 1:
         return Label(committed[0].word)
     return Label(None, is_unclear=bool(named.search(text)) or _NEITHER.search(text) is not None)
 
@@ -143,17 +144,19 @@ def _without_echoes(text: str, named: re.Pattern[str]) -> str:
 
 
 def _mentions(text: str, labels: Sequence[str], named: re.Pattern[str]) -> Iterator[_Mention]:
+    last = 0
     for found in named.finditer(text):
-        before = text[: found.start("label")]
+        before, begins, last = text[: found.start("label")], last, found.end()
         if _AGAINST.search(before) or re.match(
             r"[\s'\"]*(?:and|or|but)?\s*(?:aspects|elements|parts|words|connotations?|tone\s+words|side|points)\b",
             text[found.end() :],
         ):
             continue
         ends = [clause.end() for clause in _CLAUSES.finditer(before)]
-        clause = before[ends[-1] if ends else 0 :]
+        clause = before[max(ends[-1] if ends else 0, begins) :]
         word: str | None = next(label for label in labels if label.lower() == found["label"].lower())
-        if _HEDGE.search(clause):
+        is_weak = _WOULD.search(before) is not None and (begins > 0 or named.search(text, found.end()) is not None)
+        if _HEDGE.search(clause) or is_weak:  # what would be so is not, where something else is said to be
             word = None
         elif (len(_NEGATIONS.findall(_NO_NEGATION.sub("", clause))) + bool(_LESS.search(clause))) % 2:
             word = labels[1 - list(labels).index(str(word))] if len(labels) == 2 else None

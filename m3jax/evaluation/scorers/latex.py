@@ -65,6 +65,7 @@ _REWRITES = [
         (r"(?<=[\w)}])\s*\*\*\s*(?=[\w({-])", "^"),
         (r"\{([^{}]*)\\choose\b([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"\{([^{}]*)\\over\b([^{}]*)\}", r"\\frac{\1}{\2}"),
+        (r"\(?\\?[pb]?mod\s*(?:\{\w+\}|\w+)\)?\s*$", ""),
         (r"~", " "),
     )
 ]
@@ -93,6 +94,9 @@ _COMPARED = re.compile(r"\\le(?![a-zA-Z])|\\ge(?![a-zA-Z])|<|>")
 _FLIPPED = {r"\le": r"\ge", r"\ge": r"\le", "<": ">", ">": "<"}
 _CHOICE = re.compile(r"(?:(?:option|choice|answer)\s*)?\(?\s*([A-Z])\s*\)?", re.IGNORECASE)
 _CHOSEN = re.compile(r"(?:(?:option|choice|answer)\s*)?(?:\(\s*([A-Z])\s*\)|([A-Z])\s*[.):](?=\s|$))")
+_TWO_CHOICES = re.compile(r"\(?[A-Z]\)?\s*(?:,|and|or|&|/)\s*\(?[A-Z]\b")
+_SCALED = re.compile(r"(?<=[\d}])\s*(?:\\text\s*\{\s*)?(hundred|thousand|million|billion|trillion)\b(\s*\})?")
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _WORD = re.compile(r"(?<![\\a-zA-Z])[A-Za-z]{3,}")
 _REAL = re.compile(
     r"(?:all\s+)?(?:the\s+)?real\s+numbers?|\\mathbb\s*\{?R\}?|\\R|all\s+(?:real\s+)?(?:[a-z]|\\in)?\s*\\?i?n?\s*\\mathbb\{R\}"
@@ -117,6 +121,8 @@ def equivalent(answer: str, gold: str) -> bool:
     for letter, text in ((letters[1], one), (letters[0], other)):
         chosen = _CHOSEN.match(_unworded(text))
         if letter is not None and chosen is not None and letter[1].isupper():
+            if _TWO_CHOICES.match(_unworded(text)):
+                return False
             return letter[1] == (chosen[1] or chosen[2])
     return _same(one, other)
 
@@ -135,6 +141,7 @@ def _cleaned(text: str) -> str:
     text = text.rstrip(".").strip()
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
+    text = _SCALED.sub(lambda found: rf"\times 10^{{{_SCALES[found[1]]}}} ", text)
     text = _real_sets(text.strip())
     text = _exact(text)
     text = _PLAIN_NAMES.sub(r"\\\1 ", text).replace(r"\infinity", r"\infty").replace(r"\inf ", r"\infty ")
@@ -242,6 +249,8 @@ def _shape(text: str) -> _Shape:
     pieces = _split(text, r"\cup")
     if len(pieces) > 1:
         return _Shape("union", "", tuple(pieces))
+    if _is_wrapped(text, "{", "}") and len(pieces := _split(text[1:-1], ",")) > 1:
+        return _Shape("set", "", _alternatives(pieces))
     if text.startswith(r"\{") and text.endswith(r"\}"):
         inside = text[2:-2]
         if built := re.match(r"\s*[a-z]\s*(?:\\in\s*\\mathbb\{?R\}?\s*)?(?:\\mid|\||:)\s*", inside):
@@ -292,7 +301,7 @@ def _list(pieces: list[str]) -> _Shape:
     sides = [_split(piece, "=") for piece in pieces]
     names = [side[0].replace(" ", "") for side in sides]
     if all(len(side) == 2 and re.fullmatch(_NAME, name) for side, name in zip(sides, names, strict=True)):
-        if len(set(names)) == len(names):
+        if len(pieces) > 1 and len(set(names)) == len(names):
             ordered = sorted(zip(names, (side[1] for side in sides), strict=True))
             return _Shape("named", ",".join(name for name, _ in ordered), tuple(value for _, value in ordered))
         return _Shape("set", "", _alternatives([side[1] for side in sides]))

@@ -22,6 +22,8 @@ _CLOSING = {
     for opening, closing in (("$$", r"\$\$"), ("$", r"(?<!\\)\$"), (r"\[", r"\\\]"), (r"\(", r"\\\)"))
 }
 _JOINT = re.compile(r"\s*(?P<word>,\s*(?:and|or)\b|,|;|\band\b|\bor\b|\\quad|\bunion\b)\s*(?=\$|\\\(|\\\[|\\boxed)")
+_LED_BOX = re.compile(r"^\\text\s*\{\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)\s*:?\s*\}", re.IGNORECASE)
+_SCALE = re.compile(r"\s*(?:hundred|thousand|million|billion|trillion)\b")
 _SUCH_THAT = re.compile(r"\s*(?:such\s+that|for\s+which|satisfying|with|where)\s*(?=\$|\\\(|\\\[)", re.IGNORECASE)
 _BASE = re.compile(r"\s*\(?(?:in\s+)?base[\s-]+\$?(?P<base>\d+|[a-z]+)\$?\)?", re.IGNORECASE)
 _LEADING = re.compile(
@@ -67,7 +69,7 @@ def _phrase(statement: Statement) -> str | None:
     """The answer in a statement, without what is said about it; None where there is none."""
     said = statement.said
     if statement.kind in ("boxed", "tagged"):
-        return said.strip().strip("*").strip() or None
+        return _LED_BOX.sub("", said.strip().strip("*").strip()).strip() or None
     if statement.kind == "hashes":
         line = said.split("\n")[0].strip()
         if not _MATHEMATICAL.match(line) or re.match(r"\d+\s*[.):]\s*\**[A-Za-z]|[A-Za-z]{2,}", line):
@@ -144,6 +146,8 @@ def _unit_behind(rest: str) -> str:
     based = _BASE.match(rest)
     if based is not None:
         return f" base {based['base']}"
+    if (scale := _SCALE.match(rest)) is not None:
+        return f" {scale.group().strip()}{_unit_behind(rest[scale.end() :])}"
     words = re.match(r"\\?%|\s+(?:[A-Za-z]+(?:\^\d)?(?:\s+|(?=[.,;!?]|$))){1,3}", rest)
     if words is None:
         return ""

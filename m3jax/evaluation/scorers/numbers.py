@@ -34,7 +34,7 @@ _LATEX = [
         (r"\^\s*\{?\s*\\circ\s*\}?|°", " "),
         (r"\^\s*\{([^{}]*)\}", r"^\1"),
         (r"(?<=\d)\s*\*\*\s*(?=\d)", "^"),
-        (r"(?<=[\d)])\s*\*\s*(?=[$€£(]?\d)", "×"),
+        (r"(?<=[\d)])\s*\*\s*(?=[$€£(]?\d)|(?<=\d)\s*[xX]\s*(?=10\b)|(?<=\d)\s[xX]\s(?=\d)", "×"),
         (r"\*\*|__|[*`]|\\\(|\\\)|\\\[|\\\]|[{}]", " "),
         (r"\\", ""),
         (r"\b(?:negative|minus)\s+(?=[$€£]?\d)", "-"),
@@ -90,6 +90,7 @@ _ONES = (
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _WORDS = {word: value for value, word in enumerate(_ONES.split())}
 _WORDS |= {word: 10 * value for value, word in enumerate(_TENS.split(), 2)}
+_NAMED_VALUES = re.compile(r"=\s*-?\d[\d.]*\s*(?:,|and|or)\s+(?:and\s+)?[A-Za-z]\w*\s*=")
 _PARTS = re.compile(r"\b(?:half|halves|third|fourth|quarter|fifth|sixth|eighth|tenth|hundredth)s?\b", re.IGNORECASE)
 _LARGEST_POWER = 200
 
@@ -118,6 +119,8 @@ def parse_number(text: str) -> Fraction | None:
         (Fraction(2161, 2), Fraction(3, 4), None)
     """
     text = _plain(text)
+    if _NAMED_VALUES.search(text):
+        return None
     exact, *_ = [part for part in text.split("≈") if re.search(r"\d", part)] or [text]
     for side in reversed(exact.split("=")):
         if re.search(r"\d", side):
@@ -172,7 +175,7 @@ def _phrase(found: Statement) -> str | None:
 
 def _first_line(said: str) -> str:
     """The first line that says something; a displayed formula whole."""
-    said = said.lstrip(" \t\n*_`>-:" if not re.match(r"[\s*_`>:]*-\s?[\d$.\\]", said) else " \t\n*_`>:")
+    said = said.lstrip(" \t\n*_`>:")
     opened = re.match(r"\\\[|\$\$|\\begin\{(?:aligned|align\*?|equation\*?)\}", said)
     if opened is not None:
         closing = {"\\[": "\\]", "$$": "$$"}.get(opened.group(), r"\end{")
@@ -211,8 +214,8 @@ def _unmarked(text: str) -> Reading:
         values = set(_values(_plain(concluded)))
         if len(values) == 1:
             return Reading(values.pop(), concluded)
-    left, equals, right = _END.sub("", line).rpartition("=")
-    if equals and left and _is_only_number(right.strip(" *_`$\\()[]")):
+    _, equals, right = _END.sub("", line).rpartition("=")
+    if equals and _is_only_number(right.strip(" *_`$\\()[]")):
         return Reading(parse_number(right), right.strip())
     bold = [inside for inside in re.findall(r"\*\*([^*]+)\*\*", line) if _is_only_number(inside)]
     return Reading(parse_number(bold[-1]), bold[-1]) if len(bold) == 1 else Reading(None, "")
@@ -242,7 +245,8 @@ def _plain(text: str) -> str:
 
 def _reading(side: str) -> Fraction | None:
     """The one number of a side of an equation."""
-    side = _ASIDE.sub(" ", side)
+    without = _ASIDE.sub(" ", side)
+    side = without if re.search(r"\d", without) else side
     found = next((found for found in _NUMBER.finditer(side) if _has_digits(found)), None)
     if found is None:
         return None

@@ -18,10 +18,10 @@ _SAYS = re.compile(
     re.IGNORECASE,
 )
 _LABEL = re.compile(
-    r"(?:^|(?<=[.!?\n])|(?<=[.!?]\s))[ \t>#*_`{\[(\"'✅🎯💡📌🔹-]*"
+    r"(?:^|(?<=[.!?\n])|(?<=[.!?]\s))[ \t>#*_`{\[(\"'✅🎯💡📌-]*"
     r"(?:\d+[.)]\s*)?(?:the\s+|so\s+(?:the\s+)?)?"
     r"(?:(?:correct|final|right|short|direct|numerical|my)\s+)*(?:answer|ans|final\s+(?:result|value|solution))"
-    r"(?:\s*\([^()\n]{0,40}\))?[ \t*_`\"'\])]*(?P<mark>[:=：➜→]|(?<=\s)[-–—](?=\s)|\.(?=\s)|[ \t]*$)",
+    r"(?:\s*\([^()\n]{0,40}\))?[ \t*_`\"'\])]*(?P<mark>[:=：➜→]|(?<=\s)[-–—](?=\s)|\.(?=\s)|(?<=\*\*\s)(?=[$\\\d])|[ \t]*$)",
     re.IGNORECASE | re.MULTILINE,
 )
 _INNER_LABEL = re.compile(r"\bfinal\s+answer[ \t*_`\"']*[:=]|\banswer[*_`\"']*\s*:", re.IGNORECASE)
@@ -36,6 +36,9 @@ _NO = re.compile(
     r"\s*(?:not\b|n['’]t\b|correct\b|right\b|reasonable\b|wrong\b|incorrect\b|verified\b|unknown\b|in\s+the\b)", re.I
 )
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox|ovalbox)\s*")
+_TAKEN_BACK = re.compile(r"\b(?:not|than|instead\s+of)\s*\W{0,3}\s*\\(?:boxed|fbox)\s*$")
+_ASKED = re.compile(r"^\s*Q(?:uestion)?\s*\d*\s*:", re.MULTILINE)
+_REPLY = re.compile(r"^[ \t*]*A[*]*\s*:", re.MULTILINE)
 _CONCLUDES = re.compile(
     r"(?:^|(?<=[.!?:]\s)|(?<=\n))[ \t*_>#-]*"
     r"(?:therefore|thus|hence|so|in\s+total|altogether|in\s+conclusion|finally|consequently|overall|as\s+a\s+result"
@@ -90,7 +93,11 @@ def _all(text: str) -> Iterator[Statement]:
     for found in _TAG.finditer(text):
         yield Statement(found["said"], found.start("said"), "tagged", True)
     for start, inside in boxes(text):
-        yield Statement(inside, start, "boxed", True)
+        if not _TAKEN_BACK.search(text[max(0, start - 40) : start]):
+            yield Statement(inside, start, "boxed", True)
+    if _ASKED.search(text):
+        for found in _REPLY.finditer(text):
+            yield _following(text, found.end(), "label", True)
     for found in _HASHES.finditer(text):
         if text[found.end() :].strip():
             yield Statement(text[found.end() :], found.end(), "hashes", False)
@@ -111,7 +118,8 @@ def _following(text: str, place: int, kind: str, is_firm: bool) -> Statement:
     start = place + (decor.end() if decor is not None else 0)
     if decor is not None and "-" in decor.group():  # a minus sign is no decoration
         sign = decor.group().rfind("-")
-        if not decor.group()[sign + 1 :].strip("*_ ") and "\n" not in decor.group()[sign:]:
+        is_bullet = decor.group()[sign + 1 :].startswith((" ", "\t")) and "\n" in decor.group()[:sign]
+        if not decor.group()[sign + 1 :].strip("*_ ") and not is_bullet:
             start = place + sign
     return Statement(text[start:], place, kind, is_firm)
 
