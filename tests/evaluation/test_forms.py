@@ -1,4 +1,4 @@
-"""The public test sets in every form of tests/evaluation/forms: right answers pass, wrong ones and near misses do not."""
+"""The public test sets in every form: right answers pass, wrong ones and near misses do not."""
 
 from collections.abc import Iterable
 

@@ -27,6 +27,7 @@ _GLUED = re.compile(r"^(?![ \t>]*```)([^`\n]*[^`\s])[ \t]*(```\w*)[ \t]*$", re.M
 _BEGINS_BARE = re.compile(rf"(?:{_BEGINS.pattern})|^[A-Za-z_]\w* *= *\S")
 _MARKS = re.compile(r"^[ \t]*(?:`{3,}|~{3,}).*$\n?", re.MULTILINE)
 _MOST_STARTS = 60
+_MOST_CLOSINGS = 12
 
 
 class Found(NamedTuple):
@@ -174,6 +175,7 @@ def _fenced(text: str) -> Iterator[tuple[int, str]]:
     while place < len(fences):
         opening = fences[place]
         closings = [index for index in range(place + 1, len(fences)) if fences[index]["mark"][0] == opening["mark"][0]]
+        closings = closings[: _MOST_CLOSINGS if len(fences) < 50 else 2]
         bodies = [(index, _body(text, opening, fences[index].start())) for index in closings]
         end, body = next(
             ((index, body) for index, body in bodies if any(map(slices.parsed, _spellings(body)))),

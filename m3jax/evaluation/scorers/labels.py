@@ -39,6 +39,7 @@ _AGAINST = re.compile(
     r"(?:an?\s+)?['\"“‘]?$",
     re.IGNORECASE,
 )
+_LONGEST = 300  # letters of a sentence or a quotation
 _WOULD = re.compile(r"\bwould\s+(?:then\s+|only\s+)?be\s+$", re.IGNORECASE)
 _LESS = re.compile(r"\bless\s+$", re.IGNORECASE)
 
@@ -97,7 +98,7 @@ def read_label(text: str, labels: Sequence[str]) -> Label:
     words = "|".join(sorted(map(re.escape, labels), key=len, reverse=True))
     named = re.compile(rf"(?<![\w-])(?:non[- ]?)?(?P<label>{words})(?!\w)", re.IGNORECASE)
     kept = ""
-    for part in turns(spoken(text)):
+    for part in turns(re.sub(r"[ \t]{20,}", " ", spoken(text))):
         if kept and _read(kept, labels, named) != Label(None):
             break
         kept += part
@@ -108,7 +109,10 @@ def _read(text: str, labels: Sequence[str], named: re.Pattern[str]) -> Label:
     text = re.sub(r"[*_`]+", "", text)
     label = named.pattern.replace("(?P<label>", "(?:")
     text = re.sub(  # what is quoted and names no label is the sentence, or a word of it
-        rf"(?<!\w)['\"“‘](?:(?!{label})[^\n])+['\"”’](?=[\s.,;:!?)]|$)", "quoted", text, flags=re.IGNORECASE
+        rf"(?<!\w)['\"“‘](?:(?!{label})[^\n]){{1,{_LONGEST}}}['\"”’](?=[\s.,;:!?)]|$)",
+        "quoted",
+        text,
+        flags=re.IGNORECASE,
     )
     plain = _without_echoes(text, named)
     mentions = list(_mentions(plain, labels, named))
@@ -132,7 +136,10 @@ def _without_echoes(text: str, named: re.Pattern[str]) -> str:
     joint = r"\s*(?:,|/|\||\bor\b|\bnor\b|\band\b|\bvs\.?|\bversus\b)\s*(?:or\s+|nor\s+|and\s+)?(?:as\s+)?"
     choice = rf"(?:neither|either|both|between|not)?\s*\(?{quoted}(?:{joint}{quoted})+\)?"
     text = re.sub(
-        rf"\bneither\b[^.!?\n]*?{label}[^.!?\n]*?\bn?or\b[^.!?\n]*?{label}", " mixed ", text, flags=re.IGNORECASE
+        rf"\bneither\b[^.!?\n]{{0,60}}?{label}[^.!?\n]{{0,60}}?\bn?or\b[^.!?\n]{{0,60}}?{label}",
+        " mixed ",
+        text,
+        flags=re.IGNORECASE,
     )
     text = re.sub(
         choice,
@@ -140,7 +147,7 @@ def _without_echoes(text: str, named: re.Pattern[str]) -> str:
         text,
         flags=re.IGNORECASE,
     )
-    return re.sub(rf"[^.!?\n]*?{label}[^.!?\n]*\?", " ", text, flags=re.IGNORECASE)
+    return re.sub(rf"[^.!?\n]{{0,{_LONGEST}}}?{label}[^.!?\n]{{0,{_LONGEST}}}\?", " ", text, flags=re.IGNORECASE)
 
 
 def _mentions(text: str, labels: Sequence[str], named: re.Pattern[str]) -> Iterator[_Mention]:

@@ -52,11 +52,13 @@ def marked_answer(text: str) -> str | None:
 
 
 def _marked(text: str) -> str | None:
-    found = [(statement, phrase) for statement in statements(text) if (phrase := _phrase(statement)) is not None]
-    firm = [pair for pair in found if _is_firm(*pair)]
-    if firm or found:
-        return (firm or found)[-1][1]
-    return _unmarked(text)
+    talk: str | None = None
+    for statement in reversed(statements(text)):
+        phrase = _phrase(statement)
+        if phrase is not None and _is_firm(statement, phrase):
+            return phrase
+        talk = talk or phrase
+    return talk if talk is not None else _unmarked(text)
 
 
 def _is_firm(statement: Statement, phrase: str) -> bool:

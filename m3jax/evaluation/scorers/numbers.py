@@ -144,11 +144,16 @@ def stated_number(text: str) -> Reading:
 
 
 def _stated(text: str) -> Reading:
-    phrases = [(found, _phrase(found)) for found in statements(text)]
-    valid = [(found, phrase) for found, phrase in phrases if phrase is not None]
-    firm = [pair for pair in valid if pair[0].kind != "hashes" or len(re.findall(r"[A-Za-z]{2,}", pair[1])) <= 1]
-    for found, phrase in reversed(firm or valid):
-        return Reading(parse_number(phrase), phrase.strip() or found.kind)
+    talkative: str | None = None  # "#### 5 eggs of hers" may be a heading: it counts after the others
+    for found in reversed(statements(text)):
+        phrase = _phrase(found)
+        if phrase is None:
+            continue
+        if found.kind != "hashes" or len(re.findall(r"[A-Za-z]{2,}", phrase)) <= 1:
+            return Reading(parse_number(phrase), phrase.strip() or found.kind)
+        talkative = talkative or phrase
+    if talkative is not None:
+        return Reading(parse_number(talkative), talkative)
     return _unmarked(text)
 
 

@@ -141,12 +141,12 @@ def paper_program(text: str, task: str) -> str:
         code = _until(code, mark)
     for mark in ("The solution is:", "The answer is:"):
         if mark in code:
-            code = _until(code[code.index(mark) :].replace(mark, ""), "\n\nThe answer is:")
+            code = _until(code[code.index(mark) :].replace(mark, ""), "\n\nThe answer is:").strip()
     return code
 
 
 def _until(text: str, mark: str) -> str:
-    return text.partition(mark)[0].strip() if mark in text else text.strip()
+    return text.partition(mark)[0].strip() if mark in text else text
 
 
 def paper_label(text: str, labels: Sequence[str]) -> str | None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from m3jax.evaluation.scorers.spoken import spoken, turns
 
+_LONGEST = 3000  # letters of a statement; a text may say "the answer is" a thousand times
 _DECOR = r"[\s*_`\"'“”‘’:=➜→>|-]*"
 _KIND = (
     r"(?:(?:correct|final|right|exact|simplified|required|desired|numerical|numeric|best|overall|resulting|my|our)\s+)*"
@@ -21,7 +22,8 @@ _LABEL = re.compile(
     r"(?:^|(?<=[.!?\n])|(?<=[.!?]\s))[ \t>#*_`{\[(\"'✅🎯💡📌-]*"
     r"(?:\d+[.)]\s*)?(?:the\s+|so\s+(?:the\s+)?)?"
     r"(?:(?:correct|final|right|short|direct|numerical|my)\s+)*(?:answer|ans|final\s+(?:result|value|solution))"
-    r"(?:\s*\([^()\n]{0,40}\))?[ \t*_`\"'\])]*(?P<mark>[:=：➜→]|(?<=\s)[-–—](?=\s)|\.(?=\s)|(?<=\*\*\s)(?=[$\\\d])|[ \t]*$)",
+    r"(?:\s*\([^()\n]{0,40}\))?[ \t*_`\"'\])]*"
+    r"(?P<mark>[:=：➜→]|(?<=\s)[-–—](?=\s)|\.(?=\s)|(?<=\*\*\s)(?=[$\\\d])|[ \t]*$)",
     re.IGNORECASE | re.MULTILINE,
 )
 _INNER_LABEL = re.compile(r"\bfinal\s+answer[ \t*_`\"']*[:=]|\banswer[*_`\"']*\s*:", re.IGNORECASE)
@@ -82,7 +84,7 @@ def deciding_part(text: str, is_answer: Callable[[str], bool]) -> str:
         is_answer: Whether a part states an answer.
     """
     kept = ""
-    for part in turns(spoken(text)):
+    for part in turns(re.sub(r"[ \t]{20,}", " ", spoken(text))):
         if kept and is_answer(kept):
             break
         kept += part
@@ -99,8 +101,8 @@ def _all(text: str) -> Iterator[Statement]:
         for found in _REPLY.finditer(text):
             yield _following(text, found.end(), "label", True)
     for found in _HASHES.finditer(text):
-        if text[found.end() :].strip():
-            yield Statement(text[found.end() :], found.end(), "hashes", False)
+        if text[found.end() : found.end() + _LONGEST].strip():
+            yield Statement(text[found.end() : found.end() + _LONGEST], found.end(), "hashes", False)
     taken: list[int] = []
     for found in _SAYS.finditer(text):
         taken.append(found.end())
@@ -114,14 +116,14 @@ def _all(text: str) -> Iterator[Statement]:
 
 
 def _following(text: str, place: int, kind: str, is_firm: bool) -> Statement:
-    decor = re.match(_DECOR, text[place:])
+    decor = re.match(_DECOR, text[place : place + _LONGEST])
     start = place + (decor.end() if decor is not None else 0)
     if decor is not None and "-" in decor.group():  # a minus sign is no decoration
         sign = decor.group().rfind("-")
         is_bullet = decor.group()[sign + 1 :].startswith((" ", "\t")) and "\n" in decor.group()[:sign]
         if not decor.group()[sign + 1 :].strip("*_ ") and not is_bullet:
             start = place + sign
-    return Statement(text[start:], place, kind, is_firm)
+    return Statement(text[start : start + _LONGEST], place, kind, is_firm)
 
 
 def _is_talk(text: str, start: int, end: int) -> bool:
