@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import functools
 import symtable
 import sys
 import warnings
@@ -15,13 +16,15 @@ _OWN_SCOPE = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 _BUILTINS = frozenset(dir(builtins))
 
 
+@functools.lru_cache(maxsize=256)
 def parsed(source: str) -> ast.Module | None:
-    """The syntax tree of a text that Python can compile, None of one that it cannot."""
+    """The syntax tree of a text that Python can compile, None of one that it cannot; not to be changed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a stray "\d" is the model's business
-            compile(source, "program", "exec", dont_inherit=True)
-            return ast.parse(source)
+            tree = ast.parse(source)
+            compile(tree, "program", "exec", dont_inherit=True)
+            return tree
     except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError):
         return None
 
@@ -55,6 +58,7 @@ def bound_names(tree: ast.Module) -> set[str]:
     return {name for node in tree.body for name in _bound(node)}
 
 
+@functools.lru_cache(maxsize=1024)
 def called_names(tests: str) -> tuple[str, ...]:
     """The names that tests ask a program for: what they call, or else use, and neither define nor import.
 
