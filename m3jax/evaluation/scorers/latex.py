@@ -17,6 +17,7 @@ from m3jax.evaluation.scorers.expressions import (
     proportional,
     values_at_points,
 )
+from m3jax.evaluation.scorers.numbers import number_in_words
 
 _SYMBOLS = {
     "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ", "√": r"\sqrt ",
@@ -103,6 +104,7 @@ _REAL = re.compile(
 )
 _OPENING, _CLOSING = "([{", ")]}"
 _MOST_MATRIX = 5
+_MOST_WORDS = 6
 
 
 def equivalent(answer: str, gold: str) -> bool:
@@ -155,6 +157,9 @@ def _cleaned(text: str) -> str:
 def _real_sets(text: str) -> str:
     if _REAL.fullmatch(_unworded(text)):
         return r"(-\infty,\infty)"
+    if excepted := re.fullmatch(r"all\s+real\s+numbers?\s+(?:except|but|other\s+than)\s+(.+)", _unworded(text)):
+        return rf"x \ne {excepted[1]}"
+    text = re.sub(r"^[a-z]\s*\\in\s*\\mathbb\s*\{?R\}?\s*,\s*(?=[a-z]\s*\\ne)", "", text)
     if re.fullmatch(
         r"(?:there\s+(?:is|are)\s+)?no\s+(?:real\s+)?solutions?(?:\s+exist)?", _unworded(text), re.IGNORECASE
     ):
@@ -188,6 +193,7 @@ def _joined(text: str) -> str:
     text = re.sub(r"\\(?:text|mbox|textrm|mathrm)\s*\{\s*,?\s*(and|or|if|with|where)\s*\}", r" \1 ", text)
     if _COMPARED.search(text) and re.search(r"(?<=[\w})])\s*,?\s*\bor\b\s*(?=\S)", text):
         text = re.sub(r"\s*,?\s*\bor\b\s*", r" \\cup ", text)
+    text = re.sub(r"^\s*(?:either|both)\s+(?=\S)", "", text)
     text = re.sub(r"(?<=[\d}\w)|!])\s*,?\s+(?:or|and)\s+(?=\S)", ",", text)
     return re.sub(r"(?<=\S)\s*;\s*(?=\S)", ",", text)
 
@@ -541,11 +547,7 @@ def _same_right_side(one: _Shape, other: _Shape) -> bool:
     if _is_asked(left):
         return _same(right, _rebuilt(other))
     if other.kind == "plain" and len(one.parts) > 1 and re.search(r"\d", left):  # 2 + 3 = 5
-        try:
-            sides = list(map(values_at_points, one.parts))
-        except UnreadableError:
-            return False
-        return all(closely_equal(sides[0], side) for side in sides[1:]) and _same(right, _rebuilt(other))
+        return all(_same(left, side) for side in one.parts[1:]) and _same(right, _rebuilt(other))
     return False
 
 
@@ -625,7 +627,7 @@ def _same_equation(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
 def _same_expression(one: str, other: str) -> bool:
     one, other = _unworded(one), _unworded(other)
     if _WORD.search(one) or _WORD.search(other):
-        return _words(one) == _words(other)
+        return _words(one) == _words(other) or _spelled(one, other) or _spelled(other, one)
     try:
         first, second = values_at_points(one), values_at_points(other)
     except UnreadableError:
@@ -641,6 +643,13 @@ def _same_expression(one: str, other: str) -> bool:
     return closely_equal(first, second)
 
 
+def _spelled(one: str, other: str) -> bool:
+    """Whether one is a number in words and the other that number."""
+    if not re.fullmatch(r"[A-Za-z\s-]+", one) or not re.fullmatch(r"-?\d+", other):
+        return False
+    return number_in_words(one) == int(other) and len(one.split()) <= _MOST_WORDS
+
+
 def _words(text: str) -> str:
     """A verbal answer without case, spaces, articles and the brackets of a choice such as (C)."""
-    return re.sub(r"^(?:the|an?)(?=\s)|[\s{}()]", "", text.strip(), flags=re.IGNORECASE).lower()
+    return re.sub(r"^(?:the|an?|on)(?=\s)|[\s{}()]", "", text.strip(), flags=re.IGNORECASE).lower()

@@ -62,6 +62,8 @@ def _marked(text: str) -> str | None:
 
 
 def _is_firm(statement: Statement, phrase: str) -> bool:
+    if statement.kind == "reversed":
+        return False
     if statement.kind == "hashes":
         return not re.search(r"[A-Za-z]{3,}", re.sub(r"\\[A-Za-z]+", "", phrase))
     return statement.is_firm or _MATHEMATICAL.match(phrase) is not None
@@ -76,6 +78,8 @@ def _phrase(statement: Statement) -> str | None:
         line = said.split("\n")[0].strip()
         if not _MATHEMATICAL.match(line) or re.match(r"\d+\s*[.):]\s*\**[A-Za-z]|[A-Za-z]{2,}", line):
             return None
+    if statement.kind == "reversed":
+        return _last_formula(said)
     first = re.match(r"(?:[ \t]*(?:[*_#>-]*|\\begin\{center\}|The\s+answer\s+is:?)[ \t]*\n)*", said)
     said = said[first.end() if first is not None else 0 :].lstrip(" \t:*_`\"'\n")
     return _formula(said)
@@ -142,6 +146,15 @@ def _runs(text: str) -> Iterator[str]:
                 break
             place = ended.end()
         yield _run(text[opened.start() : place])
+
+
+def _last_formula(said: str) -> str | None:
+    """The last formula of a few words, or the number that they end in."""
+    runs = list(_runs(said))
+    if runs:
+        return runs[-1]
+    plain = re.search(r"(?:^|\s)([-+]?[\d.,/]*\d)$", said)
+    return plain[1] if plain is not None else None
 
 
 def _unit_behind(rest: str) -> str:

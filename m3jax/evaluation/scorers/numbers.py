@@ -125,7 +125,7 @@ def parse_number(text: str) -> Fraction | None:
     for side in reversed(exact.split("=")):
         if re.search(r"\d", side):
             return _reading(side)
-    return _in_words(text)
+    return number_in_words(text)
 
 
 def stated_number(text: str) -> Reading:
@@ -149,7 +149,8 @@ def _stated(text: str) -> Reading:
         phrase = _phrase(found)
         if phrase is None:
             continue
-        if found.kind != "hashes" or len(re.findall(r"[A-Za-z]{2,}", phrase)) <= 1:
+        is_talk = found.kind == "reversed" or len(re.findall(r"[A-Za-z]{2,}", phrase)) > 1
+        if found.kind not in ("hashes", "reversed") or not is_talk:
             return Reading(parse_number(phrase), phrase.strip() or found.kind)
         talkative = talkative or phrase
     if talkative is not None:
@@ -160,7 +161,7 @@ def _stated(text: str) -> Reading:
 def _phrase(found: Statement) -> str | None:
     """The words of a statement that give the number; None where it gives none."""
     said = found.said
-    if found.kind in ("boxed", "tagged"):
+    if found.kind in ("boxed", "tagged", "reversed"):
         return said if _has_number(said) else None
     line = _first_line(said)
     if found.kind == "hashes":
@@ -190,7 +191,7 @@ def _first_line(said: str) -> str:
 
 
 def _has_number(text: str) -> bool:
-    return re.search(r"\d|[½⅓⅔¼¾⅛⅜⅝⅞]", text) is not None or _in_words(_plain(text)) is not None
+    return re.search(r"\d|[½⅓⅔¼¾⅛⅜⅝⅞]", text) is not None or number_in_words(_plain(text)) is not None
 
 
 def _is_only_number(line: str) -> bool:
@@ -204,7 +205,7 @@ def _is_only_number(line: str) -> bool:
 
 def _unmarked(text: str) -> Reading:
     """What a text ends in that marks no answer."""
-    line = last_line(text)
+    line = re.sub(r"^[\W_]*[A-Za-z][A-Za-z ]{0,30}[*_]*:[*_]*(?=\s)", "", last_line(text)).strip()
     if line and _is_only_number(line):
         return Reading(parse_number(line), line)
     concluded = conclusion(text) or (last_sentence(text) if "=" in text else "")
@@ -264,6 +265,8 @@ def _reading(side: str) -> Fraction | None:
     if value is None:
         return None
     after = side[arithmetic.place :]
+    if value.denominator != 1 and re.match(r"\s+of\s+(?:the\s+)?[$€£]?\d", after):
+        return None  # a third of 60
     cents = _CENTS.match(after)
     if cents is not None:
         return value + Fraction(int(cents[1]), 100) * (-1 if value < 0 else 1)
@@ -379,7 +382,7 @@ class _Arithmetic:
 _BARE = re.compile(_NUMBER.pattern.replace(r"(?<![\w.^])", r"\s*", 1))
 
 
-def _in_words(text: str) -> Fraction | None:
+def number_in_words(text: str) -> Fraction | None:
     """A number in words at the beginning of a text: "eighteen", "two hundred and five"."""
     total = current = 0
     seen = False

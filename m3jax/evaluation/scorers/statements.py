@@ -38,6 +38,10 @@ _NO = re.compile(
     r"\s*(?:not\b|n['’]t\b|correct\b|right\b|reasonable\b|wrong\b|incorrect\b|verified\b|unknown\b|in\s+the\b)", re.I
 )
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox|ovalbox)\s*")
+_REVERSED = re.compile(
+    r"(?<![^\s.!?])(?P<said>[^\n.!?]{1,60}?)\s+(?:is|are)\s+(?:the|our|my)\s+(?:(?:final|correct|right)\s+)?answer\b",
+    re.IGNORECASE,
+)
 _TAKEN_BACK = re.compile(r"\b(?:not|than|instead\s+of)\s*\W{0,3}\s*\\(?:boxed|fbox)\s*$")
 _ASKED = re.compile(r"^\s*Q(?:uestion)?\s*\d*\s*:", re.MULTILINE)
 _REPLY = re.compile(r"^[ \t*]*A[*]*\s*:", re.MULTILINE)
@@ -56,7 +60,7 @@ class Statement(NamedTuple):
     Attributes:
         said: The words that state it, to the end of the text.
         place: Where they begin.
-        kind: "boxed", "tagged", "hashes", "label", "sentence" or "conclusion".
+        kind: "boxed", "tagged", "hashes", "label", "sentence", or "reversed": "5 is the answer".
         is_firm: Whether it can be nothing but the answer, not mere talk about one.
     """
 
@@ -103,9 +107,10 @@ def _all(text: str) -> Iterator[Statement]:
     for found in _HASHES.finditer(text):
         if text[found.end() : found.end() + _LONGEST].strip():
             yield Statement(text[found.end() : found.end() + _LONGEST], found.end(), "hashes", False)
-    taken: list[int] = []
+    for found in _REVERSED.finditer(text):
+        if not _DENIED.search(text[max(0, found.start() - 60) : found.start("said")]):
+            yield Statement(found["said"], found.start("said"), "reversed", False)
     for found in _SAYS.finditer(text):
-        taken.append(found.end())
         if not _is_talk(text, found.start(), found.end()):
             yield _following(text, found.end(), "sentence", found["colon"] is not None)
     for found in _LABEL.finditer(text):
