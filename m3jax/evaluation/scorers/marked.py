@@ -92,9 +92,9 @@ def _formula(said: str) -> str | None:
     if _OPENED.match(behind) or re.match(r"\**\(?[A-Z]\)", behind):
         said = behind
     sentence = _END.split(said, maxsplit=1)[0]
-    boxed = last_boxed(sentence)
-    if boxed is not None:
-        return boxed
+    boxed = [found.said for found in statements(sentence) if found.kind == "boxed"] if "box" in sentence else []
+    if boxed:
+        return boxed[-1]
     if _OPENED.match(said):
         return _run(said)
     words = _REASON.split(sentence, maxsplit=1)[0].strip().rstrip(".*_`").strip()
@@ -206,5 +206,5 @@ def last_boxed(text: str) -> str | None:
         >>> last_boxed(r"so $x = \\boxed{\\frac{1}{2}}$.")
         '\\\\frac{1}{2}'
     """
-    found = [inside for _, inside in boxes(text)]
+    found = [box.inside for box in boxes(text)]
     return found[-1] if found else None

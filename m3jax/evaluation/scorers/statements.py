@@ -42,6 +42,9 @@ _REVERSED = re.compile(
     r"(?<![^\s.!?])(?P<said>[^\n.!?]{1,60}?)\s+(?:is|are)\s+(?:the|our|my)\s+(?:(?:final|correct|right)\s+)?answer\b",
     re.IGNORECASE,
 )
+_JOINS_BOXES = re.compile(
+    r"\s*\$?\s*(?:[,;]|,?\s*(?:and|or|\\text\s*\{\s*(?:and|or)\s*\}))\s*\$?\s*(?:[A-Za-z]\w*\s*=\s*)?"
+)
 _TAKEN_BACK = re.compile(r"\b(?:not|than|instead\s+of)\s*\W{0,3}\s*\\(?:boxed|fbox)\s*$")
 _ASKED = re.compile(r"^\s*Q(?:uestion)?\s*\d*\s*:", re.MULTILINE)
 _REPLY = re.compile(r"^[ \t*]*A[*]*\s*:", re.MULTILINE)
@@ -98,7 +101,7 @@ def deciding_part(text: str, is_answer: Callable[[str], bool]) -> str:
 def _all(text: str) -> Iterator[Statement]:
     for found in _TAG.finditer(text):
         yield Statement(found["said"], found.start("said"), "tagged", True)
-    for start, inside in boxes(text):
+    for start, inside in _joined_boxes(text):
         if not _TAKEN_BACK.search(text[max(0, start - 40) : start]):
             yield Statement(inside, start, "boxed", True)
     if _ASKED.search(text):
@@ -136,18 +139,39 @@ def _is_talk(text: str, start: int, end: int) -> bool:
     return _DENIED.search(text[max(0, start - 60) : start]) is not None or _NO.match(text[end:]) is not None
 
 
-def boxes(text: str) -> Iterator[tuple[int, str]]:
-    """The places and contents of \\boxed{…}, with their braces balanced, an inner box read through."""
+class Box(NamedTuple):
+    """A \\boxed{…}: where it begins, where its contents do, where it ends, and what it holds."""
+
+    start: int
+    place: int
+    end: int
+    inside: str
+
+
+def boxes(text: str) -> Iterator[Box]:
+    """Each \\boxed{…}, with its braces balanced."""
     for found in _BOX.finditer(text):
         rest = text[found.end() :]
         if not rest.startswith("{"):
             word = re.match(r"[^\s$.,{}\\]+", rest)  # \boxed 5
             if word:
-                yield found.end(), word.group()
+                yield Box(found.start(), found.end(), found.end() + word.end(), word.group())
             continue
         end = closing_brace(rest)
         if end is not None:
-            yield found.end(), rest[1:end].strip()
+            yield Box(found.start(), found.end(), found.end() + end + 1, rest[1:end].strip())
+
+
+def _joined_boxes(text: str) -> Iterator[tuple[int, str]]:
+    """The places and contents of boxes; those that "and", "or" or a comma joins are one list."""
+    together: list[Box] = []
+    for box in boxes(text):
+        if together and not _JOINS_BOXES.fullmatch(text[together[-1].end : box.start]):
+            yield together[-1].place, ", ".join(dict.fromkeys(part.inside for part in together))
+            together = []
+        together.append(box)
+    if together:
+        yield together[-1].place, ", ".join(dict.fromkeys(part.inside for part in together))
 
 
 def closing_brace(text: str) -> int | None:
