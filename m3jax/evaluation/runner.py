@@ -12,7 +12,7 @@ from m3jax.evaluation.protocol import Completion, GenerationSettings, Generator
 from m3jax.evaluation.records import Journal, Record, digest, open_journal
 from m3jax.evaluation.sandbox import why_no_sandbox
 from m3jax.evaluation.statistics import matthews_correlation, wilson_interval
-from m3jax.evaluation.tasks import Example, Execution, Task, get_task
+from m3jax.evaluation.tasks import Example, Execution, Task, get_task, graded_by
 from m3jax.evaluation.tasks.base import Answer
 
 Progress = Callable[[int, int], None]
@@ -145,7 +145,7 @@ def evaluate_named(
         grader: Whose rule judges: "m3jax", "paper" or "math_verify".
         **options: As of `evaluate_task`.
     """
-    task = get_task(name, grader)
+    task = graded_by(get_task(name), grader)
     check_code(task, options.get("run_code", False), options.get("execution") or Execution())
     return evaluate_task(task, read_examples(task, source), generator, **options)
 
