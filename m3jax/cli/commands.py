@@ -278,6 +278,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(metavar="N", help="Do the first N examples only.")] = None,
     batch_size: options.BatchSize = 8,
     answers: options.Answers,
+    grader: options.Grader = "m3jax",
     overflow: options.Overflow = "error",
     weights: options.Weights,
     programs: options.Programs,
@@ -294,7 +295,7 @@ def evaluate(
         include_path=include_path,
         out=out,
         resume=resume,
-        how=Evaluation(limit, batch_size, *answers, overflow, *programs),
+        how=Evaluation(limit, batch_size, *answers, overflow, *programs, grader),
         dtype=weights.dtype,
         mesh=weights.mesh,
     )

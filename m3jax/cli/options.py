@@ -74,6 +74,7 @@ _OVERFLOW_HELP = "What becomes of prompts that leave an answer no room."
 Overflow = Annotated[str, typer.Option(metavar="error|truncate|skip", help=_OVERFLOW_HELP)]
 AttackOverflow = Annotated[str, typer.Option(metavar="error|truncate", help=_OVERFLOW_HELP)]
 Dtype = Annotated[str | None, typer.Option(metavar="NAME", help="Of the weights.  [default: their own]")]
+Grader = Annotated[str, typer.Option(metavar="m3jax|paper|math_verify", help="Whose rule judges answers.")]
 RunCode = Annotated[bool, typer.Option("--run-code", help="Run programs that the model wrote, sandboxed.")]
 AllowUnsandboxed = Annotated[
     bool, typer.Option("--allow-unsandboxed", help="Run them with limits only where no sandbox is possible.")

@@ -8,9 +8,10 @@ from m3jax.evaluation.protocol import Completion, GenerationSettings, Generator,
 from m3jax.evaluation.records import Record
 from m3jax.evaluation.runner import Progress, Summary, evaluate_named, evaluate_task
 from m3jax.evaluation.sandbox import Limits, Outcome, Program, run_program, run_programs, why_no_sandbox
-from m3jax.evaluation.tasks import TASKS, Example, Execution, Judgement, Task, classification, get_task
+from m3jax.evaluation.tasks import GRADERS, TASKS, Example, Execution, Judgement, Task, classification, get_task
 
 __all__ = [
+    "GRADERS",
     "TASKS",
     "TEMPLATE_NAMES",
     "Completion",

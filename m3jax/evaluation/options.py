@@ -6,7 +6,7 @@ from typing import NamedTuple
 from m3jax.evaluation.checks import check_choice, check_count
 from m3jax.evaluation.prompts import TEMPLATE_NAMES
 from m3jax.evaluation.protocol import OVERFLOWS, GenerationSettings
-from m3jax.evaluation.tasks import Execution, Task
+from m3jax.evaluation.tasks import GRADERS, Execution, Task
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -22,6 +22,7 @@ class Evaluation(NamedTuple):
         overflow: What becomes of prompts that leave an answer no room.
         run_code: Run programs that the model wrote, sandboxed.
         allow_unsandboxed: Run them with limits only where no sandbox is possible.
+        grader: Whose rule judges answers.
     """
 
     limit: int | None = None
@@ -31,6 +32,7 @@ class Evaluation(NamedTuple):
     overflow: str = "error"
     run_code: bool = False
     allow_unsandboxed: bool = False
+    grader: str = "m3jax"
 
     @property
     def execution(self) -> Execution:
@@ -58,6 +60,7 @@ def check_evaluation(how: Evaluation, dtype: str | None = None, overflows: Colle
         M3Error: They cannot be followed.
     """
     check_choice("--overflow", how.overflow, overflows)
+    check_choice("--grader", how.grader, GRADERS)
     if how.template is not None:
         check_choice("--template", how.template, TEMPLATE_NAMES)
     if dtype is not None:

@@ -33,6 +33,7 @@ class Record(NamedTuple):
         skipped: Whether the prompt did not fit and the example was left out.
         tokens: Number of generated tokens.
         detail: Why it is wrong, where more is known.
+        unclear: Whether it answers, but says no one thing; such an example counts as wrong.
     """
 
     number: int
@@ -48,6 +49,7 @@ class Record(NamedTuple):
     skipped: bool
     tokens: int
     detail: str
+    unclear: bool = False
 
 
 def digest(value: Any) -> str:

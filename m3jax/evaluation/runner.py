@@ -12,7 +12,7 @@ from m3jax.evaluation.protocol import Completion, GenerationSettings, Generator
 from m3jax.evaluation.records import Record, RunJournal, digest, open_journal
 from m3jax.evaluation.sandbox import why_no_sandbox
 from m3jax.evaluation.statistics import matthews_correlation, wilson_interval
-from m3jax.evaluation.tasks import Example, Execution, Task, get_task
+from m3jax.evaluation.tasks import Example, Execution, Task, get_task, graded_by
 from m3jax.evaluation.tasks.base import Answer
 
 Progress = Callable[[int, int], None]
@@ -37,6 +37,8 @@ class Summary(NamedTuple):
         tokens: Tokens generated.
         correlation: Matthews' correlation, for classification.
         answers: The file written for a judge elsewhere.
+        unclear: Those whose answer says no one thing: neither label, a range; they count as wrong, and not as unparsed.
+        grader: Whose rule judged.
     """
 
     task: str
@@ -53,6 +55,8 @@ class Summary(NamedTuple):
     tokens: int
     correlation: float | None
     answers: str | None
+    unclear: int = 0
+    grader: str = "m3jax"
 
 
 def evaluate_task(
@@ -129,16 +133,19 @@ def evaluate_task(
     return _concluded(task, model, examples, records, journal)
 
 
-def evaluate_named(name: str, source: str | Path | None, generator: Generator, **options: Any) -> Summary:
+def evaluate_named(
+    name: str, source: str | Path | None, generator: Generator, *, grader: str = "m3jax", **options: Any
+) -> Summary:
     """Load a task's test set and evaluate: what the command line does.
 
     Args:
         name: Name of the task.
         source: A data file, a hub data set, or None for the task's own on the hub.
         generator: The model.
+        grader: Whose rule judges: "m3jax", "paper" or "math_verify".
         **options: As of `evaluate_task`.
     """
-    task = get_task(name)
+    task = graded_by(get_task(name), grader)
     check_code(task, options.get("run_code", False), options.get("execution") or Execution())
     return evaluate_task(task, read_examples(task, source), generator, **options)
 
@@ -227,6 +234,7 @@ def _identity(
     data = digest([[example.id, example.gold, dict(example.extra)] for example in examples])
     return {
         "task": task.name,
+        "grader": task.grader,
         "model": model,
         "template": template,
         "settings": settings._asdict(),
@@ -276,12 +284,13 @@ def _run_batch(
                 parsed=verdict.parsed if verdict is not None else None,
                 gold=example.gold,
                 correct=verdict.correct if verdict is not None else None,
-                unparsed=verdict is not None and verdict.parsed is None,
+                unparsed=verdict is not None and verdict.parsed is None and not verdict.unclear,
                 truncated=_is_truncated(completion),
                 prompt_truncated=completion.prompt_truncated,
                 skipped=completion.skipped,
                 tokens=completion.tokens,
                 detail=verdict.detail if verdict is not None else "the prompt does not fit in the model's context",
+                unclear=verdict is not None and verdict.unclear,
             )
         )
     return records
@@ -319,6 +328,8 @@ def _concluded(
         tokens=sum(record.tokens for record in records),
         correlation=_correlation(task, records),
         answers=answers,
+        unclear=sum(record.unclear for record in records),
+        grader=task.grader,
     )
     if journal is not None:
         journal.finish(summary._asdict())

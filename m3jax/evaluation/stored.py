@@ -48,7 +48,7 @@ def check(wanted: EvaluateOptions) -> None:
 
 
 def _check_task(name: str, wanted: EvaluateOptions) -> None:
-    task = get_task(name)
+    task = get_task(name, wanted.how.grader)
     if wanted.include_path is not None:
         raise M3Error("--include-path is for --harness: leave it out")
     if wanted.resume and wanted.out is None:
@@ -62,7 +62,7 @@ def _check_harness(wanted: EvaluateOptions) -> None:
     how = wanted.how
     idle: dict[str, object] = {"--data": wanted.data, "--template": how.template, "--max-tokens": how.max_tokens}
     idle |= {"--resume": wanted.resume, "--run-code": how.run_code, "--overflow": how.overflow != "error"}
-    idle |= {"--allow-unsandboxed": how.allow_unsandboxed}
+    idle |= {"--allow-unsandboxed": how.allow_unsandboxed, "--grader": how.grader != "m3jax"}
     for option, given in idle.items():
         if given:
             raise M3Error(f"{option} has no meaning with --harness, whose tasks bring their own: leave it out")
@@ -94,7 +94,7 @@ def _open(name: str, wanted: EvaluateOptions) -> "StoredModel":
 
 
 def _run_task(name: str, wanted: EvaluateOptions, tell: Tell | None) -> dict[str, Any]:
-    task, how = get_task(cast(str, wanted.task)), wanted.how
+    task, how = get_task(cast(str, wanted.task), wanted.how.grader), wanted.how
     overflow = cast(Overflow, how.overflow)
     examples = read_examples(task, wanted.data)
     from m3jax.evaluation import models

@@ -86,7 +86,7 @@ def test_one_record_per_example_in_their_order(tmp_path: Path) -> None:
         "number": 3, "id": "3", "prompt": found[3]["prompt"], "completion": "The answer is: 4", "parsed": "4",
         "gold": "3", "correct": False,
         "unparsed": False, "truncated": False, "prompt_truncated": False, "skipped": False, "tokens": 6,
-        "detail": "",
+        "detail": "", "unclear": False,
     }  # fmt: skip
     assert found[5]["unparsed"] is True
     assert found[5]["correct"] is False

@@ -25,7 +25,7 @@ def evaluation_lines(outcome: dict[str, Any]) -> Iterator[str]:
         yield f"{outcome['task']}: {outcome['examples']} examples, none judged"
     if outcome["correlation"] is not None:
         yield f"Matthews correlation {outcome['correlation']:.3f}"
-    counted = [("unparsed", "no answer found"), ("truncated", "cut at the token limit")]
+    counted = [("unparsed", "no answer found"), ("unclear", "unclear"), ("truncated", "cut at the token limit")]
     counted += [("prompts_truncated", "prompts cut"), ("skipped", "prompts skipped")]
     said = [f"{outcome[key]} {words}" for key, words in counted if outcome[key]]
     if said:

@@ -1,18 +1,69 @@
 """Class names in what a model wrote."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from m3jax.evaluation.scorers.spoken import spoken, turns
+
+_CLAUSES = re.compile(
+    r"[,.;:!?\n()]|\s[–—-]{1,2}\s|\b(?:but|however|although|though|while|whereas|yet|because|since|instead|despite|so|as\s+it)\b",
+    re.IGNORECASE,
+)
+_NEGATIONS = re.compile(
+    r"\b(?:not|never|cannot|neither|nor|hardly|barely|scarcely|no|nothing|devoid\s+of|without|lacks?|(?:is|was|are|were|do|does|did|would|could|should|ca|wo)n['’]?t"
+    r"|far\s+from|anything\s+but|rules?\s+out|fails?\s+to\s+be|opposite\s+of|contrary\s+of)\b|\bnon[- ]?$",
+    re.IGNORECASE,
+)
+_NO_NEGATION = re.compile(
+    r"\bnot\s+(?:only|just|merely|solely|simply)\b|\bno\s+(?:doubt|question)\b|\bwithout\s+(?:a\s+)?(?:doubt|question)\b|\bnot\s+surprising\w*",
+    re.IGNORECASE,
+)
+_HEDGE = re.compile(
+    r"\b(?:not\s+(?:necessarily|sure|clear(?:\s+(?:if|whether))?|certain|obvious|possible)|unclear|uncertain|unsure|whether|if(?!\s+anything)|could\s+be|might|may\s+be|argu\w+|either"
+    r"|cannot\s+(?:tell|say|determine|decide|classify)|ambiguous)\b",
+    re.IGNORECASE,
+)
+_FINAL = re.compile(
+    r"(?:\b(?:answer|sentiment|label|classification|class|category|verdict|conclusion|prediction|judge?ment|output|result|grammar)\b"
+    r"[^.\n,;]{0,40}?(?:\bis\b|\bwould\s+be\b|\bshould\s+be\b|\bas\b|:|=|->|→)"
+    r"|\b(?:classif\w+|label\w*|judged?|rated?|consider\w*|describ\w+|call\w*|choose|say)\b[^.\n,;]{0,40}?(?:\bas\b|\bit\b|:|\bto\s+be\b|['\"*]|\bis\b)"
+    r"|\b(?:overall|therefore|thus|hence|in\s+(?:short|sum|summary|conclusion)|ultimately|finally|all\s+in\s+all|on\s+balance|so)\b)",
+    re.IGNORECASE,
+)
+_NEITHER = re.compile(
+    r"\b(?:neutral|mixed|neither|ambiguous|both|undetermined|undecided|unclear|cannot|can['’]t|unable)\b", re.IGNORECASE
+)
+_AGAINST = re.compile(
+    r"(?:\b(?:rather|other|more|instead)\s+(?:\w+\s+)?(?:than|of)|\bthan|\bvs\.?|\bversus|\bas\s+opposed\s+to)\s+"
+    r"(?:an?\s+)?['\"“‘]?$",
+    re.IGNORECASE,
+)
+_LONGEST = 300  # letters of a sentence or a quotation
+_WOULD = re.compile(r"\bwould\s+(?:then\s+|only\s+)?be\s+$", re.IGNORECASE)
+_LESS = re.compile(r"\bless\s+$", re.IGNORECASE)
+
+
+class Label(NamedTuple):
+    """What a text says of a class.
+
+    Attributes:
+        word: The class that it commits itself to; None where it does not.
+        is_unclear: Whether it speaks of classes, or says that it cannot tell, without committing itself to one.
+    """
+
+    word: str | None
+    is_unclear: bool = False
+
+
+class _Mention(NamedTuple):
+    word: str | None
+    place: int
+    is_final: bool
 
 
 def parse_label(text: str, labels: Sequence[str]) -> str | None:
-    """The first label named in the text, as a whole word; "not" before one of two labels names the other.
-
-    Args:
-        text: What the model wrote.
-        labels: The labels' words.
-
-    Returns:
-        The label, or None where the text names none.
+    """The label that a text commits itself to; None where it commits itself to none. See `read_label`.
 
     Example:
         >>> parse_label("The sentiment is **Positive**.", ("negative", "positive"))
@@ -20,11 +71,101 @@ def parse_label(text: str, labels: Sequence[str]) -> str | None:
         >>> parse_label("Not acceptable", ("unacceptable", "acceptable"))
         'unacceptable'
     """
+    return read_label(text, labels).word
+
+
+def read_label(text: str, labels: Sequence[str]) -> Label:
+    """The label that a text finally commits itself to.
+
+    Labels are whole words, negated ("not", "isn't", "non-", "far from") or not: of two, what is not the one is the
+    other. An echo of the choice ("positive or negative?") and what is only compared ("rather than negative") is no
+    commitment. The last explicit statement ("the answer is", "overall") counts, else the label that the text begins
+    with, else what all mentions agree on.
+
+    Args:
+        text: What the model wrote.
+        labels: The labels' words.
+
+    Returns:
+        The label; unclear where the text speaks of several and settles on none, or says "neither", "mixed", "neutral".
+
+    Example:
+        >>> read_label("Is it positive or negative? It is not positive.", ("negative", "positive"))
+        Label(word='negative', is_unclear=False)
+        >>> read_label("Neither.", ("negative", "positive"))
+        Label(word=None, is_unclear=True)
+    """
     words = "|".join(sorted(map(re.escape, labels), key=len, reverse=True))
-    found = re.search(rf"(?P<negated>\b(?:not|isn['’]t)\s+(?:an?\s+)?)?\b(?P<label>{words})\b", text, re.IGNORECASE)
-    if found is None:
-        return None
-    label = next(label for label in labels if label.lower() == found["label"].lower())
-    if found["negated"] is not None and len(labels) == 2:
-        return labels[1 - list(labels).index(label)]
-    return label
+    named = re.compile(rf"(?<![\w-])(?:non[- ]?)?(?P<label>{words})(?!\w)", re.IGNORECASE)
+    kept = ""
+    for part in turns(re.sub(r"[ \t]{20,}", " ", spoken(text))):
+        if kept and _read(kept, labels, named) != Label(None):
+            break
+        kept += part
+    return _read(kept, labels, named)
+
+
+def _read(text: str, labels: Sequence[str], named: re.Pattern[str]) -> Label:
+    text = re.sub(r"[*_`]+", "", text)
+    label = named.pattern.replace("(?P<label>", "(?:")
+    text = re.sub(  # what is quoted and names no label is the sentence, or a word of it
+        rf"(?<!\w)['\"“‘](?:(?!{label})[^\n]){{1,{_LONGEST}}}['\"”’](?=[\s.,;:!?)]|$)",
+        "quoted",
+        text,
+        flags=re.IGNORECASE,
+    )
+    plain = _without_echoes(text, named)
+    mentions = list(_mentions(plain, labels, named))
+    final = [mention for mention in mentions if mention.is_final]
+    committed = [mention for mention in mentions if mention.word is not None]
+    if final and final[-1].word is not None:
+        return Label(final[-1].word)
+    first = re.match(r"[\W\d]*(?:(?:it(?:['’]s|\s+is)|this\s+is|the\s+sentence\s+is|sentence\s+is)\s+)?", plain)
+    start = first.end() if first is not None else 0
+    if committed and committed[0].place <= start:
+        return Label(committed[0].word)
+    if committed and len({mention.word for mention in committed}) == 1:
+        return Label(committed[0].word)
+    return Label(None, is_unclear=bool(named.search(text)) or _NEITHER.search(text) is not None)
+
+
+def _without_echoes(text: str, named: re.Pattern[str]) -> str:
+    """The text without questions and without the choice itself: "positive or negative", "neither … nor …"."""
+    label = named.pattern.replace("(?P<label>", "(?:")
+    quoted = rf"['\"“”‘’]?{label}['\"“”‘’]?"
+    joint = r"\s*(?:,|/|\||\bor\b|\bnor\b|\band\b|\bvs\.?|\bversus\b)\s*(?:or\s+|nor\s+|and\s+)?(?:as\s+)?"
+    choice = rf"(?:neither|either|both|between|not)?\s*\(?{quoted}(?:{joint}{quoted})+\)?"
+    text = re.sub(
+        rf"\bneither\b[^.!?\n]{{0,60}}?{label}[^.!?\n]{{0,60}}?\bn?or\b[^.!?\n]{{0,60}}?{label}",
+        " mixed ",
+        text,
+        flags=re.IGNORECASE,
+    )
+    text = re.sub(
+        choice,
+        lambda found: " " * 3 if "neither" not in found.group().lower() else " mixed ",
+        text,
+        flags=re.IGNORECASE,
+    )
+    return re.sub(rf"[^.!?\n]{{0,{_LONGEST}}}?{label}[^.!?\n]{{0,{_LONGEST}}}\?", " ", text, flags=re.IGNORECASE)
+
+
+def _mentions(text: str, labels: Sequence[str], named: re.Pattern[str]) -> Iterator[_Mention]:
+    last = 0
+    for found in named.finditer(text):
+        before, begins, last = text[: found.start("label")], last, found.end()
+        if _AGAINST.search(before) or re.match(
+            r"[\s'\"]*(?:and|or|but)?\s*(?:aspects|elements|parts|words|connotations?|tone\s+words|side|points)\b",
+            text[found.end() :],
+        ):
+            continue
+        ends = [clause.end() for clause in _CLAUSES.finditer(before)]
+        clause = before[max(ends[-1] if ends else 0, begins) :]
+        word: str | None = next(label for label in labels if label.lower() == found["label"].lower())
+        is_weak = _WOULD.search(before) is not None and (begins > 0 or named.search(text, found.end()) is not None)
+        if _HEDGE.search(clause) or is_weak:  # what would be so is not, where something else is said to be
+            word = None
+        elif (len(_NEGATIONS.findall(_NO_NEGATION.sub("", clause))) + bool(_LESS.search(clause))) % 2:
+            word = labels[1 - list(labels).index(str(word))] if len(labels) == 2 else None
+        sentence = re.split(r"[.!?\n]\s", before)[-1]
+        yield _Mention(word, found.start(), _FINAL.search(sentence) is not None)

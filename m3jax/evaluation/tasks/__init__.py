@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 from m3jax.evaluation.checks import check_name
 from m3jax.evaluation.tasks.alpaca_eval import alpaca_eval
-from m3jax.evaluation.tasks.base import Example, Execution, Judgement, Task
+from m3jax.evaluation.tasks.base import GRADERS, Example, Execution, Judgement, Task, graded_by
 from m3jax.evaluation.tasks.classification import classification, cola, sst2
 from m3jax.evaluation.tasks.livebench import livebench_coding, livebench_instruction_following, livebench_typos
 from m3jax.evaluation.tasks.mathematics import gsm8k, math
 from m3jax.evaluation.tasks.programming import humaneval, mbpp
 
-__all__ = ["TASKS", "Example", "Execution", "Judgement", "Task", "classification", "get_task"]
+__all__ = ["GRADERS", "TASKS", "Example", "Execution", "Judgement", "Task", "classification", "get_task", "graded_by"]
 
 TASKS: dict[str, Callable[[], Task]] = {
     "gsm8k": gsm8k,
@@ -26,15 +26,19 @@ TASKS: dict[str, Callable[[], Task]] = {
 }
 
 
-def get_task(name: str) -> Task:
+def get_task(name: str, grader: str = "m3jax") -> Task:
     """The task of that name.
 
+    Args:
+        name: What users call it.
+        grader: Whose rule judges, one of `GRADERS`.
+
     Raises:
-        M3Error: There is none.
+        M3Error: There is none, or the grader cannot judge it.
 
     Example:
         >>> get_task("gsm8k").template
         'wizardmath'
     """
     check_name("task", name, TASKS)
-    return TASKS[name]()
+    return graded_by(TASKS[name](), grader)

@@ -4,9 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m3jax.errors import M3Error
+from m3jax.evaluation.checks import check_name
 from m3jax.evaluation.data import HubSet, Row
 from m3jax.evaluation.protocol import GenerationSettings
 from m3jax.evaluation.sandbox import Limits
+from m3jax.evaluation.scorers.verified import why_no_math_verify
 
 
 class Example(NamedTuple):
@@ -32,11 +35,13 @@ class Judgement(NamedTuple):
         correct: Whether it is right; None where only a judge elsewhere can say.
         parsed: The answer found in it; None where none was found, which counts as wrong.
         detail: Why it is wrong, where more is known.
+        unclear: Whether it answers, but says no one thing: a range, two labels, neither. It counts as wrong.
     """
 
     correct: bool | None
     parsed: str | None
     detail: str = ""
+    unclear: bool = False
 
 
 class Execution(NamedTuple):
@@ -80,6 +85,8 @@ class Task(NamedTuple):
         has_correlation: Whether the summary gives Matthews' correlation too.
         judged_elsewhere: Whether only another program can judge, so that no verdict is given here.
         export: Writes the answers as a judge elsewhere reads them: given the answers, the model's name and a directory.
+        grader: Whose rule `judge` follows, one of `GRADERS`.
+        graders: The judges that follow the rules of others, by name.
     """
 
     name: str
@@ -93,6 +100,33 @@ class Task(NamedTuple):
     has_correlation: bool = False
     judged_elsewhere: bool = False
     export: Export | None = None
+    grader: str = "m3jax"
+    graders: Mapping[str, Judge] = {}
+
+
+GRADERS = ("m3jax", "paper", "math_verify")
+"""Whose rule decides what the answer is and whether it is right: ours, the M³ paper's, or the package math-verify's."""
+
+
+def graded_by(task: Task, grader: str) -> Task:
+    """The task, judged by another's rule.
+
+    Args:
+        task: The task.
+        grader: One of `GRADERS`.
+
+    Raises:
+        M3Error: There is no such grader, it has no rule for this task, or its package is missing.
+    """
+    check_name("grader", grader, GRADERS)
+    if grader == task.grader:
+        return task
+    if grader not in task.graders:
+        own = ", ".join([task.grader, *task.graders])
+        raise M3Error(f"the grader {grader} has no rule for {task.name}; choose among {own}")
+    if grader == "math_verify" and (why_not := why_no_math_verify()) is not None:
+        raise M3Error(f"the grader math_verify {why_not}")
+    return task._replace(judge=task.graders[grader], grader=grader)
 
 
 def each(judge_one: Callable[[Example, str], Judgement]) -> Judge:

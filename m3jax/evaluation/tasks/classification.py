@@ -1,12 +1,16 @@
 """SST-2 and CoLA, and any other task of naming a sentence's class."""
 
+import re
 from collections.abc import Sequence
 
 from m3jax.errors import M3Error
 from m3jax.evaluation.data import Field, HubSet, Row, read_fields
 from m3jax.evaluation.protocol import GenerationSettings
-from m3jax.evaluation.scorers import parse_label
+from m3jax.evaluation.scorers.labels import read_label
+from m3jax.evaluation.scorers.paper import paper_label
 from m3jax.evaluation.tasks.base import Example, Judgement, Task, each
+
+_FEWEST_WORDS = 3  # of a sentence that an answer may repeat; "positive" alone may be both
 
 
 def classification(
@@ -33,12 +37,18 @@ def classification(
                 id=str(row.get("id", number)),
                 instruction=f"{question}\nSentence: {str(row['sentence']).strip()}\nAnswer:",
                 gold=_gold(row["label"], labels, name, number + 1),
+                extra={"sentence": str(row["sentence"]).strip()},
             )
             for number, row in enumerate(read_fields(rows, fields, name))
         ]
 
     def judge_one(example: Example, text: str) -> Judgement:
-        said = parse_label(text, labels)
+        said, is_unclear = read_label(_without_sentence(text, example), labels)
+        detail = "the answer settles on no label" if is_unclear else ""
+        return Judgement(said == example.gold, said, detail, unclear=is_unclear)
+
+    def judge_as_paper(example: Example, text: str) -> Judgement:
+        said = paper_label(text, labels)
         return Judgement(said == example.gold, said)
 
     return Task(
@@ -50,7 +60,16 @@ def classification(
         hub=hub,
         columns=columns,
         has_correlation=True,
+        graders={"paper": each(judge_as_paper)},
     )
+
+
+def _without_sentence(text: str, example: Example) -> str:
+    """The answer without the sentence it is about, which may speak of labels and negate them itself."""
+    sentence = str(example.extra.get("sentence", ""))
+    if len(sentence.split()) < _FEWEST_WORDS:
+        return text
+    return re.sub(re.escape(sentence), "quoted", text, flags=re.IGNORECASE)
 
 
 def _gold(label: object, labels: Sequence[str], task: str, number: int) -> str:

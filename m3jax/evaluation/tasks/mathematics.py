@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from m3jax.errors import M3Error
 from m3jax.evaluation.data import Field, HubSet, Row, read_fields
 from m3jax.evaluation.protocol import GenerationSettings
-from m3jax.evaluation.scorers import equivalent, last_boxed, marked_answer, parse_number
+from m3jax.evaluation.scorers import equivalent, last_boxed, marked_answer, parse_number, stated_number
+from m3jax.evaluation.scorers.paper import paper_answer, paper_equal, paper_number
+from m3jax.evaluation.scorers.verified import verified
 from m3jax.evaluation.tasks.base import Example, Judgement, Task, each
 
 # Where a model starts to write the next exercise itself; as in the evaluation that the paper follows.
@@ -15,7 +17,7 @@ _STOP = ("Instruction:", "Instruction", "Response:", "Response")
 def gsm8k() -> Task:
     """Grade-school word problems with a number for an answer (Cobbe et al., 2021).
 
-    The number after the last "The answer is:", "####" or in the last \\boxed{} must equal the gold one exactly. (The
+    The number that the answer's statement gives (`scorers.stated_number`) must equal the gold one exactly. (The
     evaluation that the paper follows rounds both to integers first.)
     """
     return Task(
@@ -25,6 +27,7 @@ def gsm8k() -> Task:
         template="wizardmath",
         settings=GenerationSettings(max_tokens=1024, stop=_STOP),
         hub=HubSet("openai/gsm8k", "main"),
+        graders={"paper": each(_judge_gsm8k_as_paper), "math_verify": each(_judge_by_math_verify)},
     )
 
 
@@ -36,7 +39,7 @@ def _read_gsm8k(rows: Sequence[Row]) -> list[Example]:
     examples = []
     for number, row in enumerate(read_fields(rows, fields, "gsm8k"), 1):
         gold = str(row["answer"]).rpartition("####")[2].strip()
-        if parse_number(gold) is None:
+        if parse_number(gold) is None or not any(map(str.isdigit, gold)):
             raise M3Error(
                 f"example {number} is not gsm8k data: its answer ends in no number after '####': {gold[:80]!r}"
             )
@@ -45,22 +48,31 @@ def _read_gsm8k(rows: Sequence[Row]) -> list[Example]:
 
 
 def _judge_gsm8k(example: Example, text: str) -> Judgement:
-    marked = _last_hash_mark(text) or marked_answer(text)
-    number = parse_number(marked) if marked is not None else None
+    number, said = stated_number(text)
+    if number is None and said:
+        return Judgement(False, None, f"the answer {said[:80]!r} is no single number", unclear=True)
     if number is None:
         return Judgement(False, None)
     return Judgement(number == parse_number(example.gold), str(number))
 
 
-def _last_hash_mark(text: str) -> str | None:
-    _, mark, after = text.rpartition("####")
-    return after.strip().split("\n")[0] if mark and after.strip() else None
+def _judge_gsm8k_as_paper(example: Example, text: str) -> Judgement:
+    number = paper_number(text)
+    if number is None:
+        return Judgement(False, None)
+    return Judgement(number == parse_number(example.gold), str(number))
+
+
+def _judge_by_math_verify(example: Example, text: str) -> Judgement:
+    correct, said = verified(text, example.gold)
+    return Judgement(correct, said)
 
 
 def math() -> Task:
     """Competition problems with an answer in LaTeX (Hendrycks et al., 2021).
 
-    What follows the last "The answer is:", else the last \\boxed{}, must mean the same as the gold answer.
+    The answer that the solution states (`scorers.marked_answer`) must mean the same as the gold answer
+    (`scorers.equivalent`).
     """
     return Task(
         name="math",
@@ -69,6 +81,7 @@ def math() -> Task:
         template="wizardmath",
         settings=GenerationSettings(max_tokens=2048, stop=_STOP),
         hub=HubSet("HuggingFaceH4/MATH-500"),
+        graders={"paper": each(_judge_math_as_paper), "math_verify": each(_judge_by_math_verify)},
     )
 
 
@@ -96,3 +109,10 @@ def _judge_math(example: Example, text: str) -> Judgement:
     if answer is None:
         return Judgement(False, None)
     return Judgement(equivalent(answer, example.gold), answer)
+
+
+def _judge_math_as_paper(example: Example, text: str) -> Judgement:
+    answer = paper_answer(text)
+    if answer is None:
+        return Judgement(False, None)
+    return Judgement(paper_equal(answer, example.gold), answer)

@@ -1,13 +1,15 @@
 """HumanEval and MBPP: functions to write, judged by running their tests."""
 
-import textwrap
 from collections.abc import Callable, Sequence
 
 from m3jax.errors import M3Error
 from m3jax.evaluation.data import Field, HubSet, Row, read_fields
 from m3jax.evaluation.protocol import GenerationSettings
 from m3jax.evaluation.sandbox import Program, run_programs
-from m3jax.evaluation.scorers.code import continuation, defines, extract_code, is_python
+from m3jax.evaluation.scorers.code import continued as continued_program
+from m3jax.evaluation.scorers.code import defines, extract_code, is_python
+from m3jax.evaluation.scorers.paper import paper_program
+from m3jax.evaluation.scorers.slices import called_names
 from m3jax.evaluation.tasks.base import Example, Execution, Judge, Judgement, Task
 
 
@@ -21,6 +23,7 @@ def humaneval() -> Task:
         settings=GenerationSettings(max_tokens=2048),
         hub=HubSet("openai/openai_humaneval"),
         runs_code=True,
+        graders={"paper": _judged_by_tests(_humaneval_program_of_paper)},
     )
 
 
@@ -51,14 +54,17 @@ def _humaneval_program(example: Example, text: str) -> str | None:
     """The program to test: the answer's own, under the prompt's imports and helpers, or the prompt continued."""
     prompt, name = example.extra["prompt"], example.extra["name"]
     code = extract_code(text, name)
-    if code is not None and defines(code, name):
+    if code is not None and defines(code, name) and is_python(code):
         header = prompt[: prompt.rindex(f"def {name}")]
         return f"{header}\n{code}"
-    # A fenced block without the function is its body; text without a fence continues the prompt.
-    body = textwrap.indent(code, "    ") if code is not None and "```" in text else continuation(text)
-    if not body.strip():
-        return None
-    return f"{prompt.expandtabs(4).rstrip()}\n{body}\n"
+    continued = continued_program(prompt, name, text)
+    if continued is not None and is_python(continued):
+        return continued
+    return code if code is not None else continued
+
+
+def _humaneval_program_of_paper(example: Example, text: str) -> str:
+    return f"{example.extra['prompt']}{paper_program(text, 'humaneval')}\n"
 
 
 def mbpp() -> Task:
@@ -71,6 +77,7 @@ def mbpp() -> Task:
         settings=GenerationSettings(max_tokens=2048),
         hub=HubSet("google-research-datasets/mbpp", "full"),
         runs_code=True,
+        graders={"paper": _judged_by_tests(_mbpp_program_of_paper)},
     )
 
 
@@ -102,7 +109,22 @@ def _read_mbpp(rows: Sequence[Row]) -> list[Example]:
 
 
 def _mbpp_program(example: Example, text: str) -> str | None:
-    return extract_code(text)
+    return extract_code(text, called_names(example.extra["tests"]))
+
+
+def _mbpp_program_of_paper(_: Example, text: str) -> str:
+    return paper_program(text, "mbpp")
+
+
+def program_finders(task: str) -> dict[str, Callable[[Example, str], str | None]]:
+    """How each grader finds the program of a completion.
+
+    Args:
+        task: "humaneval" or "mbpp".
+    """
+    if task == "humaneval":
+        return {"m3jax": _humaneval_program, "paper": _humaneval_program_of_paper}
+    return {"m3jax": _mbpp_program, "paper": _mbpp_program_of_paper}
 
 
 _NO_PROGRAM = "no program found"
