@@ -12,6 +12,7 @@ import typer
 
 from m3jax.checkpoints import formats
 from m3jax.cli import options, shell, terminal
+from m3jax.cli.displays.anatomy import anatomy_lines
 from m3jax.cli.displays.checkpoints import comparison_lines, overview_lines
 from m3jax.cli.displays.evaluation import attack_lines, evaluation_lines
 from m3jax.cli.displays.exploration import exploration_json, exploration_lines, reporter
@@ -213,6 +214,9 @@ def inspect(
     pattern: Annotated[
         str | None, typer.Option("--filter", metavar="REGEX", help="Only tensors in whose names this is found.")
     ] = None,
+    anatomy: Annotated[
+        bool, typer.Option("--anatomy", help="Show what the tensors are: towers, blocks, kinds, tied ones.")
+    ] = False,
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -220,6 +224,15 @@ def inspect(
     from m3jax.checkpoints import inspection
 
     width = terminal.width()
+    if anatomy:
+        if other is not None or pattern is not None:
+            raise M3Error("--anatomy is of one whole model: leave out OTHER and --filter")
+        from m3jax.anatomy import summarise
+        from m3jax.anatomy.stored import inspect_anatomy
+
+        found = summarise(*inspect_anatomy(path))
+        shell.print_result(found.to_json, lambda: anatomy_lines(found, width), as_json)
+        return
     if other is None:
         overview = inspection.look_at(path, pattern)
         shell.print_result(overview.to_json, lambda: overview_lines(overview, width), as_json)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from m3jax.anatomy import Overrides, anatomy_of
+from m3jax.anatomy import Overrides
+from m3jax.anatomy.stored import stored_anatomy
 from m3jax.arithmetic import SCHEME, SCHEMES
 from m3jax.checkpoints import (
     Checkpoint,
@@ -115,9 +116,8 @@ def _opened(role: str, place: ModelDirectory, checkpoint: Checkpoint, job: Merge
     if job.scheme == SCHEMES[0]:
         anatomy = as_stored(checkpoint.tensors, config)
     else:
-        anatomy = anatomy_of(
-            checkpoint.tensors, config, checkpoint.metadata, Overrides(**overrides) if overrides else None
-        )
+        said = Overrides(**overrides) if overrides else None
+        anatomy = stored_anatomy(checkpoint, place.path, config, said)
     return OpenedModel(role, place, checkpoint, Input(place.name, checkpoint.tensors, anatomy))
 
 

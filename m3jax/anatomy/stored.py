@@ -1,0 +1,69 @@
+"""The anatomy of a checkpoint where it is stored: with its config.json and what its trainer wrote beside it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from m3jax.anatomy.building import anatomy_of
+from m3jax.anatomy.types import Anatomy, Overrides
+from m3jax.checkpoints import Checkpoint, TensorInfo, open_checkpoint, sketch_model
+
+_STEP_METADATA = "_CHECKPOINT_METADATA"  # of Orbax, in the directory of a step, beside its items
+
+
+def step_metadata(path: Path) -> dict[str, str]:
+    """What a trainer had Orbax write beside a step, such as MaxText's `scan_layers`; nothing where there is nothing.
+
+    Args:
+        path: Of a checkpoint: a step, or one of its items.
+    """
+    for place in (path, path.parent):
+        try:
+            told = json.loads((place / _STEP_METADATA).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue
+        custom = told.get("custom_metadata") if isinstance(told, dict) else None
+        if isinstance(custom, dict):
+            return {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in custom.items()}
+    return {}
+
+
+def stored_anatomy(
+    checkpoint: Checkpoint, path: Path, config: Mapping[str, Any] | None, overrides: Overrides | None = None
+) -> Anatomy:
+    """What the tensors of an opened checkpoint, or of a view of one, are.
+
+    Args:
+        checkpoint: Open.
+        path: Where it is stored.
+        config: Its config.json.
+        overrides: What a recipe says.
+
+    Raises:
+        M3Error: As `anatomy_of`.
+    """
+    return anatomy_of(checkpoint.tensors, config, {**checkpoint.metadata, **step_metadata(path)}, overrides)
+
+
+def inspect_anatomy(name: str) -> tuple[Anatomy, Mapping[str, TensorInfo]]:
+    """The anatomy of a model, from headers and small files alone.
+
+    Args:
+        name: A model directory, a weight file or a hub id.
+
+    Returns:
+        It, and the tensors that it is of.
+
+    Raises:
+        M3Error: There is no such model, or it cannot be read.
+    """
+    place = sketch_model(name)
+    directory = place.path if place.path.is_dir() else place.path.parent
+    try:
+        config = json.loads((directory / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        config = None
+    with open_checkpoint(place.path) as checkpoint:
+        found = stored_anatomy(checkpoint, place.path, config if isinstance(config, dict) else None)
+        return found, dict(checkpoint.tensors)
