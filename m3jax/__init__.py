@@ -1,14 +1,27 @@
-"""m3jax: Mixup Model Merge in JAX, exact, sharded and out of core."""
+"""m3jax: Mixup Model Merge in JAX, exact, sharded and out of core.
+
+Functions in small letters merge, evaluate and explore. What they are made of has capitals, and is what extends them:
+`Method`, `Sparsifier`, `Measure` and its `Round`s, the `MethodRow` and `Parameter`s by which recipes know a method,
+`Checkpoint` and `Task`.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from m3jax.checkpoints.protocol import Checkpoint as Checkpoint
     from m3jax.errors import M3Error as M3Error
     from m3jax.evaluation.models import evaluate as evaluate
     from m3jax.evaluation.robustness import attack as attack
+    from m3jax.evaluation.tasks.base import Task as Task
     from m3jax.exploration import explore as explore
+    from m3jax.methods.base import Measure as Measure
+    from m3jax.methods.base import Method as Method
+    from m3jax.methods.base import Round as Round
+    from m3jax.methods.base import Sparsifier as Sparsifier
     from m3jax.methods.breadcrumbs import breadcrumbs as breadcrumbs
+    from m3jax.methods.catalogue import MethodRow as MethodRow
+    from m3jax.methods.catalogue import Parameter as Parameter
     from m3jax.methods.dare import dare as dare
     from m3jax.methods.della import della as della
     from m3jax.methods.linear import linear as linear
@@ -30,6 +43,16 @@ if TYPE_CHECKING:
 # Public names are imported when first used, so that commands that need no JAX start without it.
 _HOMES = {
     "M3Error": "errors",
+    # For extending; docs/extend.md.
+    "Checkpoint": "checkpoints.protocol",
+    "Measure": "methods.base",
+    "Method": "methods.base",
+    "MethodRow": "methods.catalogue",
+    "Parameter": "methods.catalogue",
+    "Round": "methods.base",
+    "Sparsifier": "methods.base",
+    "Task": "evaluation.tasks.base",
+    # For using.
     "convert": "outputs.conversion",
     "attack": "evaluation.robustness",
     "breadcrumbs": "methods.breadcrumbs",
