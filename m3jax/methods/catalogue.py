@@ -8,8 +8,9 @@ so, and at which level it may be given. A package outside adds a method by an en
 import functools
 import importlib
 import importlib.metadata
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from m3jax.errors import M3Error
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 GROUP = "m3jax.methods"
 """The group of entry points that add methods."""
+
+_Made = TypeVar("_Made")
 
 
 class Parameter(NamedTuple):
@@ -385,11 +388,17 @@ class Origin(NamedTuple):
     package: str
     version: str
 
+    def __str__(self) -> str:
+        return f"{self.package} {self.version}"
+
 
 @functools.cache
-def _entry_points() -> Mapping[str, importlib.metadata.EntryPoint]:
-    found = importlib.metadata.entry_points(group=GROUP)
-    return {entry.name: entry for entry in found if entry.name not in {row.name for row in METHODS}}
+def _entry_points() -> Mapping[str, tuple[importlib.metadata.EntryPoint, ...]]:
+    """What packages outside bring, by the method's name: several where they clash with each other."""
+    found: dict[str, tuple[importlib.metadata.EntryPoint, ...]] = {}
+    for entry in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: (entry.name, _origin(entry))):
+        found[entry.name] = (*found.get(entry.name, ()), entry)
+    return found
 
 
 def _origin(entry: importlib.metadata.EntryPoint) -> Origin:
@@ -398,19 +407,38 @@ def _origin(entry: importlib.metadata.EntryPoint) -> Origin:
     return Origin(entry.dist.name, entry.dist.version)
 
 
+def own_row(name: object) -> MethodRow | None:
+    """The row of a method of our own; None where it is none.
+
+    Args:
+        name: What may be its name.
+    """
+    return next((row for row in METHODS if row.name == name), None)
+
+
 def names() -> tuple[str, ...]:
     """The names of all methods, those of packages outside last."""
-    return (*(row.name for row in METHODS), *sorted(_entry_points()))
+    return (*(row.name for row in METHODS), *(name for name in _entry_points() if own_row(name) is None))
+
+
+def clashes() -> tuple[str, ...]:
+    """What packages outside bring that is ignored because it has the name of a method of our own, a sentence each."""
+    return tuple(
+        f"merge method {name!r} of the package {_origin(entry)} is ignored: m3jax has a method of this name"
+        for name, entries in _entry_points().items()
+        if own_row(name) is not None
+        for entry in entries
+    )
 
 
 def origin_of(name: str) -> Origin | None:
-    """The package outside that brings a method; None for our own.
+    """The package outside that brings a method; None for our own, and for a name that nobody brings.
 
     Args:
         name: A method's name.
     """
-    entry = _entry_points().get(name)
-    return None if entry is None else _origin(entry)
+    entries = () if own_row(name) is not None else _entry_points().get(name, ())
+    return _origin(entries[0]) if entries else None
 
 
 def method_row(name: str) -> MethodRow:
@@ -426,21 +454,77 @@ def method_row(name: str) -> MethodRow:
         >>> method_row("slerp").experts
         (2, 2)
     """
-    own = next((row for row in METHODS if row.name == name), None)
-    if own is not None:
-        return own
-    entry = _entry_points().get(name)
-    if entry is None:
+    return own_row(name) or _row_from_outside(name)
+
+
+@functools.cache
+def _row_from_outside(name: str) -> MethodRow:
+    entries = _entry_points().get(name, ())
+    if not entries:
         raise M3Error(f"{name!r} is no merge method here: there are {', '.join(names())}")
-    origin = _origin(entry)
-    said = f"merge method {name!r} of the package {origin.package} {origin.version}"
+    if len(entries) > 1:
+        packages = " and ".join(str(_origin(entry)) for entry in entries)
+        raise M3Error(f"merge method {name!r} is brought by the packages {packages}: remove all but one")
+    said = _said(name)
     try:
-        row = entry.load()
+        row = entries[0].load()
     except Exception as error:  # whatever a package outside raises when it is imported
-        raise M3Error(f"{said} cannot be imported ({type(error).__name__}: {error}): mend or remove it") from error
+        raise M3Error(f"{said} cannot be imported ({_told(error)}): mend or remove it") from error
     if not isinstance(row, MethodRow):
         raise M3Error(f"{said} gives a {type(row).__name__} where a MethodRow is wanted: mend or remove it")
-    return row._replace(name=name)
+    row = row._replace(name=name)
+    wrong = _fault(row)
+    if wrong:
+        raise M3Error(f"{said} has a row that cannot be read: {wrong}: mend or remove it")
+    return row
+
+
+def _said(name: str) -> str:
+    return f"merge method {name!r} of the package {origin_of(name)}"
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+
+
+_KINDS, _LEVELS = ("number", "flag", "choice"), ("expert", "tensor", "merge")
+_BASES, _WEIGHTINGS = ("task_vectors", "expert", "first"), ("each", "position", "none")
+
+
+def _fault(row: MethodRow) -> str:
+    """What is wrong with a row that a package outside gives; empty if nothing is."""
+    texts = (row.method, row.summary, row.formula, row.paper, row.without, row.sparsifier or "")
+    if not all(isinstance(text, str) for text in texts):
+        return "method, summary, formula, paper, without and sparsifier are texts"
+    if not all(isinstance(parameter, Parameter) for parameter in row.parameters):
+        return "parameters holds something that is no Parameter"
+    for field, value, known in (("base", row.base, _BASES), ("weighting", row.weighting, _WEIGHTINGS)):
+        if value not in known:
+            return f"{field} is {value!r}, not one of {', '.join(known)}"
+    twice = [name for name, count in Counter(parameter.name for parameter in row.parameters).items() if count > 1]
+    if twice:
+        return f"the parameter {twice[0]} is there twice"
+    return next((f"the parameter {p.name}: {fault}" for p in row.parameters if (fault := _parameter_fault(p))), "")
+
+
+def _parameter_fault(parameter: Parameter) -> str:
+    whose, _, argument = parameter.sets.partition(".")
+    for field, value, known in (("kind", parameter.kind, _KINDS), ("level", parameter.level, _LEVELS)):
+        if value not in known:
+            return f"{field} is {value!r}, not one of {', '.join(known)}"
+    if parameter.sets not in ("weights", "scale", "") and not (whose in ("method", "sparsifier") and argument):
+        return f"sets is {parameter.sets!r}, not weights, scale, method.ARGUMENT or sparsifier.ARGUMENT"
+    if parameter.kind != "number" and parameter.level != "merge":
+        return f"a {parameter.kind} is the same in the whole merge, so its level is merge"
+    if parameter.sets in ("weights", "scale") and parameter.level == "merge":
+        return f"{parameter.sets} may vary between tensors, so its level is tensor or expert"
+    default = parameter.default
+    fits = {
+        "number": isinstance(default, int | float) and not isinstance(default, bool),
+        "flag": isinstance(default, bool),
+        "choice": default in parameter.choices,
+    }
+    return "" if default is None or fits[parameter.kind] else f"the default {default!r} is no {parameter.kind}"
 
 
 def sparsifier_row(name: str) -> SparsifierRow:
@@ -503,15 +587,60 @@ def _made(place: str, parameters: tuple[Parameter, ...], owner: str, values: Map
     return _factory(place)(**leaf, **given, **more)
 
 
+def _made_outside(row: MethodRow, make: Callable[[], _Made]) -> _Made:
+    """What a factory makes; where a package outside brings it, its faults are told as its own.
+
+    Raises:
+        M3Error: The factory refuses its arguments, or it is one of a package outside and fails.
+    """
+    if origin_of(row.name) is None:
+        return make()
+    try:
+        return make()
+    except M3Error:
+        raise
+    except Exception as error:  # whatever a package outside raises
+        raise M3Error(f"{_said(row.name)} cannot be made ({_told(error)}): mend or remove it") from error
+
+
 def make_method(row: MethodRow, values: Mapping[str, Any]) -> "Method":
     """The method of a row; what may differ between tensors is in each leaf's settings.
 
     Args:
         row: Of `method_row`.
         values: The parameters of the whole merge, by name.
+
+    Raises:
+        M3Error: A parameter is out of range; or a package outside brings the method, and what it makes is no method or
+            is not what its row says.
     """
-    method: Method = _made(row.method, row.parameters, "method", values)
+    method: Method = _made_outside(row, lambda: _made(row.method, row.parameters, "method", values))
+    if origin_of(row.name) is not None:
+        _check_outside(row, method)
     return method
+
+
+def _check_outside(row: MethodRow, method: Any) -> None:
+    """Raise M3Error unless a method is what its row says: recipes are read by the row alone."""
+    from m3jax.methods.base import Method
+
+    said = _said(row.name)
+    if not isinstance(method, Method):
+        raise M3Error(f"{said} makes a {type(method).__name__} where a Method is wanted: mend or remove it")
+    told = {
+        "weighting": (row.weighting, method.weighting),
+        "experts": (tuple(row.experts), tuple(method.experts)),
+        "base": (row.base == "task_vectors", method.uses_base),
+        "sparsifies": (row.sparsifies, method.sparsifies),
+        "parameters": (sorted(arguments(row.parameters, "method", "leaf")), sorted(dict(method.parameters))),
+    }
+    odd = next((field for field, (asked, made) in told.items() if asked != made), None)
+    if odd is not None:
+        raise M3Error(f"{said}: its row and the method that it makes say different things of {odd}: mend or remove it")
+    try:
+        hash(method)
+    except TypeError as error:
+        raise M3Error(f"{said} cannot be hashed ({error}), so no program is compiled for it: mend it") from error
 
 
 def make_sparsifier(
@@ -527,3 +656,19 @@ def make_sparsifier(
     """
     sparsifier: Sparsifier = _made(place, parameters, "sparsifier", values, target=target)
     return sparsifier
+
+
+def make_own_sparsifier(row: MethodRow, values: Mapping[str, Any]) -> "Sparsifier | None":
+    """The sparsifier that a method always has, if any.
+
+    Args:
+        row: Of `method_row`.
+        values: The parameters of the whole merge, by name.
+
+    Raises:
+        M3Error: As `make_method`.
+    """
+    place = row.sparsifier
+    if place is None:
+        return None
+    return _made_outside(row, lambda: make_sparsifier(place, row.parameters, values))

@@ -160,11 +160,14 @@ def check_whole(recipe: "Recipe") -> None:
 
 def check_normalizer(recipe: "Recipe") -> None:
     """Weights that are divided by their sum have one."""
-    if not recipe.flag("normalize") or recipe.mixup is not None:
+    switch = parameters_of(recipe.row).get("normalize")
+    names = weight_parameters(recipe.row)
+    normalizes = switch is not None and switch.kind == "flag" and recipe.flag("normalize")
+    if not normalizes or not names or recipe.mixup is not None:
         return
     for part in recipe.slices or (None,):
         settings = [
-            next(level["weight"] for level in recipe.levels(expert, part) if "weight" in level)
+            next((level[name] for level in recipe.levels(expert, part) for name in names if name in level), None)
             for expert in recipe.experts
         ]
         weights = [weight for weight in settings if isinstance(weight, float)]

@@ -219,8 +219,9 @@ def mergekits(name: str) -> bool:
 
 
 def users_of(name: str) -> list[str]:
-    """Our methods that have a parameter."""
-    return [row.name for row in catalogue.METHODS if name in {parameter.name for parameter in row.parameters}]
+    """The methods that have a parameter, those of packages outside too."""
+    rows = (row for row in catalogue.rows() if isinstance(row, MethodRow))
+    return [row.name for row in rows if name in {parameter.name for parameter in row.parameters}]
 
 
 def read_parameters(raw: object, method: MethodRow, place: Place = ()) -> dict[str, Setting]:
@@ -236,7 +237,9 @@ def read_parameters(raw: object, method: MethodRow, place: Place = ()) -> dict[s
     known = {**_all_parameters(), **parameters_of(method)}
     for name in raw:
         if name not in known:
-            raise RecipeError(f"unknown parameter; {nearest(str(name), known)}", *place, str(name))
+            users = ", ".join(users_of(name))  # methods of packages outside, or none
+            said = f"{method.name} does not use it, {users} does" if users else "unknown parameter"
+            raise RecipeError(f"{said}; {nearest(str(name), known)}", *place, str(name))
     return {name: read_setting(value, (*place, name), known[name]) for name, value in raw.items() if value is not None}
 
 

@@ -31,7 +31,8 @@ def read_method(raw: object) -> MethodRow:
     Raises:
       RecipeError: there is none of this name, or the package that brings it is at fault.
     """
-    return _row(raw, catalogue.names(), catalogue.method_row)
+    # Packages outside are only looked through for what is not ours.
+    return catalogue.own_row(raw) or _row(raw, catalogue.names(), catalogue.method_row)
 
 
 def read_sparsifier(raw: object) -> SparsifierRow:

@@ -112,10 +112,8 @@ def method_of(recipe: Recipe) -> Method:
 
 def sparsifier_of(recipe: Recipe) -> Sparsifier | None:
     """The sparsifier that a recipe asks for; its parameters per tensor are in each tensor's settings."""
-    if recipe.row.sparsifier is not None:
-        return catalogue.make_sparsifier(recipe.row.sparsifier, recipe.row.parameters, recipe.parameters)
     if recipe.sparsify is None:
-        return None
+        return catalogue.make_own_sparsifier(recipe.row, recipe.parameters)
     row, asked = recipe.sparsify.row, recipe.sparsify
     return catalogue.make_sparsifier(row.sparsifier, row.parameters, asked.parameters, asked.target)
 
@@ -248,7 +246,7 @@ def _settings(recipe: Recipe, pipeline: Pipeline, piece: _Piece, drawn: DrawnWei
         if recipe.sparsify is None
         else recipe.sparsify.numbers(name, t, pipeline.num_experts)
     )
-    (scale,) = {values[0] for values in recipe.numbers("scale", name, t).values()} or {1.0}
+    (scale,) = {values[0] for values in recipe.numbers("scale", name, t).values()} or {pipeline.method.scale}
     weights = _weights_of(recipe, pipeline, piece, drawn)
     return settings_of(pipeline, weights, scale, sparsifier, recipe.numbers("method", name, t))
 
