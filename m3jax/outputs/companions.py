@@ -11,7 +11,9 @@ from m3jax.checkpoints import ModelDirectory, digest_file
 from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.locate import named_companions
 from m3jax.errors import M3Error
+from m3jax.methods import catalogue
 from m3jax.methods.mixup import draw_weights
+from m3jax.outputs import provenance
 from m3jax.outputs.layers import untied, with_layers
 from m3jax.recipe import Recipe
 
@@ -151,7 +153,8 @@ def card(recipe: Recipe, weights: Mapping[str, Sequence[float]]) -> str:
     )
     title = recipe.name or " + ".join(Path(name).name for name in names)
     lines = ["---", head, "---", "", f"# {title}", ""]
-    lines.append(f"A merge of {', '.join(f'`{name}`' for name in names)} made with m3jax ({recipe.merge_method}).")
+    method = provenance.said(recipe.merge_method, catalogue.origin_of(recipe.merge_method))
+    lines.append(f"A merge of {', '.join(f'`{name}`' for name in names)} made with m3jax ({method}).")
     if recipe.mixup is not None:
         lines += ["", _weights(recipe, weights)]
     lines += ["", "```yaml", _yaml(recipe.resolved()), "```", ""]

@@ -12,10 +12,12 @@ from m3jax.arithmetic import SCHEME, SCHEMES
 from m3jax.checkpoints import ALGORITHM, TensorInfo, digest_checkpoint, digest_file, digest_tensor, open_safetensors
 from m3jax.checkpoints.remote import as_path
 from m3jax.errors import M3Error
+from m3jax.methods import catalogue
+from m3jax.outputs import provenance
 from m3jax.progress import Progress
 from m3jax.recipe import Recipe
 
-FILE_NAME = "m3jax.json"
+FILE_NAME = provenance.FILE_NAME
 _PACKAGES = ("m3jax", "jax", "jaxlib", "numpy", "scipy", "ml_dtypes")
 
 TensorDigests = Mapping[str, tuple[TensorInfo, str]]
@@ -56,15 +58,20 @@ class Verification(NamedTuple):
     differences: tuple[str, ...]
 
 
-def versions() -> dict[str, str]:
-    """The versions that a merge's bits could depend on if something were wrong."""
+def versions(method: str | None = None) -> dict[str, str]:
+    """The versions that a merge's bits could depend on if something were wrong.
+
+    Args:
+        method: Of the merge: if a package outside brings it, that one's too.
+    """
     found = {"python": platform.python_version()}
+    origin = catalogue.origin_of(method) if method is not None else None
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return found if origin is None else {**found, origin.package: origin.version}
 
 
 def _whole(tensors: TensorDigests) -> str:
@@ -98,6 +105,7 @@ def build(
         "bits": scheme,
         "digest_algorithm": ALGORITHM,
         "recipe": recipe.resolved(),
+        **provenance.record_of(recipe.merge_method),
         "seed": recipe.seed,
         **({} if anatomy is None else {"anatomy": dict(anatomy)}),
         "weights": {
@@ -123,7 +131,7 @@ def build(
             },
             "files": dict(sorted(files.items())),
         },
-        "versions": versions(),
+        "versions": versions(recipe.merge_method),
     }
 
 
@@ -168,6 +176,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _check(manifest: Mapping[str, Any]) -> None:
     """Raise KeyError, TypeError or ValueError unless the fields that are used have their types."""
     str(manifest["bits"])
+    provenance.recorded_origin(manifest)
     for key in ("recipe", "weights", "output"):
         _check_object(manifest, key)
     for key in ("tensors", "files"):

@@ -229,7 +229,7 @@ def _identity(recipe: Recipe, plan: MergePlan, inputs: Any, rest: Any, scheme: s
     """Digest of everything that the output's bytes depend on."""
     told = {
         "bits": scheme,
-        "versions": manifest.versions(),
+        "versions": manifest.versions(recipe.merge_method),
         "recipe": recipe.resolved(),
         "weights": {group: [w.hex() for w in map(float, ws)] for group, ws in plan.weights.items()},
         "inputs": inputs,

@@ -22,7 +22,7 @@ from m3jax.checkpoints.views import stored_at
 from m3jax.cluster.processes import ALONE, Cluster, Processes, gather, share
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs import companions as modelcard
-from m3jax.outputs import manifest
+from m3jax.outputs import manifest, provenance
 from m3jax.outputs.local import Staging, Workplace
 from m3jax.outputs.remote import RemoteStaging, RemoteWorkplace
 from m3jax.progress import Progress
@@ -32,7 +32,7 @@ from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, MergeJob, OpenedModel, Read
 from m3jax.streaming.passes import Circumstances, Passes
 from m3jax.streaming.plan import DrawnWeights, MergePlan, TensorPlan, divide
 from m3jax.streaming.reading import Loaded, default_chunk_entries
-from m3jax.streaming.writing import Shards
+from m3jax.streaming.writing import OtherBytesError, Shards
 
 AnyWorkplace: TypeAlias = Workplace | RemoteWorkplace
 _TOLD_PER_TENSOR = 2**11  # bytes of journal and manifest, generously
@@ -380,10 +380,11 @@ def replay(
         progress: Called after every chunk.
 
     Raises:
-        M3Error: The manifest is damaged, an input has changed since (the message names its file), or, on a machine
-            that computes something else, the bytes differ.
+        M3Error: The manifest is damaged, the package outside that brought the method is missing, an input has changed
+            since (the message names its file), or, on a machine that computes something else, the bytes differ.
     """
     recorded = manifest.read(source)
+    provenance.check(recorded)
     recipe = Recipe.model_validate(recorded["recipe"])
     recorded_size = recorded["output"]["max_shard_size"]
     size = parse_size(recorded_size if max_shard_size is None else max_shard_size)
@@ -395,5 +396,10 @@ def replay(
     job = MergeJob(
         recipe, as_path(out), overwrite, size, chunk_entries, mesh, nonfinite, progress, recorded, sources or {}
     )
-    with _together(distributed) as processes:
-        return _merge(job, processes)
+    changed = provenance.change(recorded)
+    try:
+        with _together(distributed) as processes:
+            result = _merge(job, processes)
+    except OtherBytesError as error:
+        raise M3Error(f"{error} ({changed})" if changed else str(error)) from error
+    return result._replace(notes=(*result.notes, *([changed] if changed else [])))

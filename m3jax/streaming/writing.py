@@ -15,6 +15,10 @@ from m3jax.streaming.plan import FLOATS
 from m3jax.streaming.reading import Loaded, check_finite
 
 
+class OtherBytesError(M3Error):
+    """A replay gives other bytes than its manifest records."""
+
+
 class Shards:
     """The thread that writes merged chunks, finishes shards and keeps the journal; entering the context starts it."""
 
@@ -102,7 +106,7 @@ class Shards:
     def _finish_tensor(self, info: TensorInfo, file: str) -> None:
         digest = self._digest.hexdigest()
         if self._expected.get(info.name, digest) != digest:
-            raise M3Error(
+            raise OtherBytesError(
                 f"{info.name}: the replay gives other bytes than the manifest records: "
                 "run it with the versions that the manifest names"
             )
