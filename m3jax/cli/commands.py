@@ -25,6 +25,7 @@ from m3jax.cli.displays.merges import (
     verification_json,
     verification_lines,
 )
+from m3jax.cli.displays.methods import merged_by_line, method_json, method_lines, methods_json, methods_lines
 from m3jax.errors import M3Error
 
 if TYPE_CHECKING:
@@ -234,12 +235,33 @@ def inspect(
         shell.print_result(found.to_json, lambda: anatomy_lines(found, width), as_json)
         return
     if other is None:
-        overview = inspection.look_at(path, pattern)
-        shell.print_result(overview.to_json, lambda: overview_lines(overview, width), as_json)
+        from m3jax.outputs.provenance import method_of
+
+        overview, merged_by = inspection.look_at(path, pattern), method_of(path)
+        shell.print_result(
+            lambda: {**overview.to_json(), "merged_by": merged_by},
+            lambda: (*overview_lines(overview, width), *merged_by_line(merged_by)),
+            as_json,
+        )
         return
     with terminal.progress_reporter() as progress:
         comparison = inspection.compare(path, other, pattern, progress)
     shell.print_result(comparison.to_json, lambda: comparison_lines(comparison, width), as_json)
+
+
+@_command
+def methods(
+    *,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The one to explain.", show_default=False)] = None,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """List merge methods and sparsifiers, or explain one."""
+    width = terminal.width()
+    if name is None:
+        shell.print_result(methods_json, lambda: methods_lines(width), as_json)
+        return
+    shell.print_result(lambda: method_json(name), lambda: method_lines(name, width), as_json)
 
 
 @_command

@@ -103,6 +103,9 @@ _SLOW = ("jax", "rich", "transformers", "scipy", "flax")
         (["merge", "--help"], (*_SLOW, "numpy")),
         (["merge"], (*_SLOW, "numpy")),
         (["inspect", "MODEL"], _SLOW),
+        (["methods"], (*_SLOW, "numpy", "yaml")),
+        (["methods", "ties", "--json"], (*_SLOW, "numpy")),
+        (["methods", "della"], (*_SLOW, "numpy")),
         (["inspect", "MODEL", "MODEL", "--json"], ("jax", "transformers", "scipy", "flax")),
     ],
 )
@@ -126,7 +129,7 @@ def test_version(capsys: Capture) -> None:
 def test_help_names_every_command(capsys: Capture) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(command in shown for command in ("merge", "replay", "verify", "inspect", "demo"))
+    assert all(command in shown for command in ("merge", "replay", "verify", "inspect", "methods", "demo"))
     assert max(map(len, shown.splitlines())) <= 80
 
 
