@@ -402,9 +402,11 @@ def _entry_points() -> Mapping[str, tuple[importlib.metadata.EntryPoint, ...]]:
 
 
 def _origin(entry: importlib.metadata.EntryPoint) -> Origin:
-    if entry.dist is None:
-        return Origin(entry.module, "unknown")
-    return Origin(entry.dist.name, entry.dist.version)
+    try:
+        told = (entry.dist.name, entry.dist.version) if entry.dist is not None else (None, None)
+    except Exception:  # what an installer left in pieces
+        told = None, None
+    return Origin(told[0] or entry.module, told[1] or "unknown")
 
 
 def own_row(name: object) -> MethodRow | None:

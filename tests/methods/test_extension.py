@@ -336,6 +336,16 @@ def test_two_packages_bring_one_name(path, tmp_path):
     assert str(told.value) == sentence
 
 
+@pytest.mark.parametrize("metadata", [None, "", "Name: m3jax-toy\n", "\x00\n\n"])
+def test_a_package_whose_metadata_are_damaged(path, tmp_path, metadata):
+    told = lay_out_toy(tmp_path / "site") / "m3jax_toy-1.0.dist-info" / "METADATA"
+    told.unlink() if metadata is None else told.write_text(metadata)
+    path(tmp_path / "site")
+    assert catalogue.method_row("toy_clip").summary == "weighted sum of task vectors, outliers clipped"
+    name = "m3jax-toy" if metadata and "toy" in metadata else "m3jax_toy.rows"
+    assert catalogue.origin_of("toy_clip") == catalogue.Origin(name, "unknown")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
