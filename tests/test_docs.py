@@ -1,0 +1,114 @@
+"""The documents: every example of docs/extend.md runs, and docs/architecture.md knows every room."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from support.outside import forget
+
+from m3jax.anatomy import families
+from m3jax.checkpoints import formats
+from m3jax.evaluation.tasks import TASKS
+
+ROOT = Path(__file__).parent.parent
+EXTEND = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
+SECTIONS = {part.split("\n")[0]: part for part in EXTEND.split("\n## ")[1:]}
+
+
+def blocks(text):
+    """The code of a section: language and text of each block."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def file_of(code):
+    """The file that a block is the content of, as its first line says; None if it is to be run."""
+    named = re.match(r"# (\S+\.\w+)\n", code)
+    return named[1] if named else None
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    """A working directory that is on the path; what examples add to tables is taken away again."""
+    for module, name in ((formats, "FORMATS"), (families, "_UNTIED"), (families, "_PECULIAR")):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    before = dict(TASKS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    monkeypatch.undo()
+    TASKS.clear()
+    TASKS.update(before)
+    forget("m3jax_capped")
+
+
+def install(folder, project):
+    """What pip makes of a pyproject.toml: the entry points, beside the modules."""
+    told = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    told.mkdir()
+    (told / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    lines = [
+        line
+        for group, entries in project["entry-points"].items()
+        for line in (f"[{group}]", *(f"{name} = {target}" for name, target in entries.items()))
+    ]
+    (told / "entry_points.txt").write_text("\n".join(lines) + "\n")
+    forget()
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_examples_run(folder, title):
+    found = blocks(SECTIONS[title])
+    assert [code for language, code in found if language == "python" and "assert" in code] != []
+    namespace = {"__name__": "example"}
+    for language, code in found:
+        file = file_of(code)
+        if file is None:
+            assert language == "python"
+            exec(compile(code, f"docs/extend.md, {title}", "exec"), namespace)
+            continue
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(code, encoding="utf-8")
+        if file == "pyproject.toml":
+            install(folder, tomllib.loads(code)["project"])
+
+
+def test_sections_are_those_that_the_page_promises():
+    assert list(SECTIONS) == ["A method", "A format of checkpoints", "A task", "A family of tensor names"]
+
+
+def floors():
+    """The floor of each room, as docs/architecture.md has it."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)(?:/|\.py)` \| (\d+) \|", page, re.MULTILINE)
+    return {room: int(floor) for room, floor in rows}
+
+
+def imports(path):
+    """The rooms that a file imports anything of, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            named = [f"{node.module}.{alias.name}" for alias in node.names]
+        yield from (name.split(".")[1] for name in named if name.startswith("m3jax."))
+
+
+def test_architecture_is_true():
+    known, found = floors(), []
+    for path in (ROOT / "m3jax").rglob("*.py"):
+        room = path.relative_to(ROOT / "m3jax").parts[0].removesuffix(".py")
+        if room not in ("__init__", "__main__"):
+            # Who may import the command line is not a matter of floors.
+            others = set(imports(path)) - {room, "cli", "__version__"}
+            found += [(str(path), other) for other in others if known[other] >= known[room]]
+    assert found == []
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/extend.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_and_files_that_pages_name_are_there(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = {link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
+    assert [link for link in links if link and not ((ROOT / page).parent / link).exists()] == []
+    named = set(re.findall(r"`((?:m3jax|tests|scripts|docs|configs)/[\w/.]*)`", text))
+    assert [name for name in named if not (ROOT / name).exists()] == []
