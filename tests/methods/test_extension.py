@@ -1,6 +1,7 @@
 """A package outside brings a method with a measure of its own: found, used everywhere, recorded, and missed."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -400,3 +401,25 @@ def test_methods_that_are_not_what_their_rows_say(path, tmp_path, file, old, new
 def test_the_card_of_our_own_method_names_no_package():
     asked = load_recipe({"merge_method": "linear", "models": ["a", "b"]})
     assert "made with m3jax (linear)." in companions.card(asked, {})
+
+
+# --- public names -------------------------------------------------------------------------------------------------
+
+NAMES = ("Checkpoint", "Measure", "Method", "MethodRow", "Parameter", "Round", "Sparsifier", "Task")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_extends_is_public_and_documented(name):
+    found = getattr(m3jax, name)
+    assert found.__name__ == name
+    assert name in m3jax.__all__
+    assert name in m3jax.__doc__
+    documented = found.__doc__
+    fields = getattr(found, "_fields", ())
+    assert [field for field in fields if f"        {field}: " not in documented] == []
+
+
+def test_rows_are_written_without_jax():
+    program = "import sys; from m3jax import MethodRow, Parameter; print('jax' in sys.modules, 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"
