@@ -474,11 +474,19 @@ def _row_from_outside(name: str) -> MethodRow:
         raise M3Error(f"{said} cannot be imported ({_told(error)}): mend or remove it") from error
     if not isinstance(row, MethodRow):
         raise M3Error(f"{said} gives a {type(row).__name__} where a MethodRow is wanted: mend or remove it")
-    row = row._replace(name=name)
-    wrong = _fault(row)
+    try:
+        wrong = _fault(row)
+    except Exception as error:  # fields of other types than they have
+        wrong = _told(error)
     if wrong:
         raise M3Error(f"{said} has a row that cannot be read: {wrong}: mend or remove it")
-    return row
+    return row._replace(name=name, parameters=tuple(map(_as_read, row.parameters)))
+
+
+def _as_read(parameter: Parameter) -> Parameter:
+    """A parameter whose default is what a recipe that gives it reads, so that a replay's is the same."""
+    number = parameter.kind == "number" and parameter.default is not None
+    return parameter._replace(default=float(parameter.default)) if number else parameter  # type: ignore[arg-type]
 
 
 def _said(name: str) -> str:
@@ -503,10 +511,21 @@ def _fault(row: MethodRow) -> str:
     for field, value, known in (("base", row.base, _BASES), ("weighting", row.weighting, _WEIGHTINGS)):
         if value not in known:
             return f"{field} is {value!r}, not one of {', '.join(known)}"
+    for parameter in row.parameters:
+        if fault := _parameter_fault(parameter):
+            return f"the parameter {parameter.name}: {fault}"
     twice = [name for name, count in Counter(parameter.name for parameter in row.parameters).items() if count > 1]
     if twice:
         return f"the parameter {twice[0]} is there twice"
-    return next((f"the parameter {p.name}: {fault}" for p in row.parameters if (fault := _parameter_fault(p))), "")
+    sets = Counter(parameter.sets.partition(".")[0] for parameter in row.parameters)
+    wanted = 0 if row.weighting == "none" else 1
+    if sets["weights"] != wanted:
+        return f"{sets['weights']} parameters set the weights, where weighting {row.weighting!r} needs {wanted}"
+    if sets["scale"] > 1:
+        return "several parameters set the scale"
+    if sets["sparsifier"] and row.sparsifier is None:
+        return "parameters are a sparsifier's, but there is none"
+    return ""
 
 
 def _parameter_fault(parameter: Parameter) -> str:
@@ -526,7 +545,12 @@ def _parameter_fault(parameter: Parameter) -> str:
         "flag": isinstance(default, bool),
         "choice": default in parameter.choices,
     }
-    return "" if default is None or fits[parameter.kind] else f"the default {default!r} is no {parameter.kind}"
+    if default is None:
+        return ""
+    if not fits[parameter.kind]:
+        return f"the default {default!r} is no {parameter.kind}"
+    inside = parameter.kind != "number" or parameter.low <= float(default) <= parameter.high
+    return "" if inside else f"the default {default!r} is outside [{parameter.low:g}, {parameter.high:g}]"
 
 
 def sparsifier_row(name: str) -> SparsifierRow:
@@ -627,20 +651,30 @@ def _check_outside(row: MethodRow, method: Any) -> None:
     from m3jax.methods.base import Method
 
     said = _said(row.name)
-    if not isinstance(method, Method):
-        raise M3Error(f"{said} makes a {type(method).__name__} where a Method is wanted: mend or remove it")
+    _check_made(row, method, Method, "method")
     told = {
         "weighting": (row.weighting, method.weighting),
         "experts": (tuple(row.experts), tuple(method.experts)),
         "base": (row.base == "task_vectors", method.uses_base),
         "sparsifies": (row.sparsifies, method.sparsifies),
-        "parameters": (sorted(arguments(row.parameters, "method", "leaf")), sorted(dict(method.parameters))),
     }
     odd = next((field for field, (asked, made) in told.items() if asked != made), None)
     if odd is not None:
         raise M3Error(f"{said}: its row and the method that it makes say different things of {odd}: mend or remove it")
+
+
+def _check_made(row: MethodRow, made: Any, kind: type, owner: str) -> None:
+    """Raise M3Error unless what a factory of a package outside made can be used, with the parameters of its row."""
+    said = _said(row.name)
+    if not isinstance(made, kind):
+        raise M3Error(f"{said} makes a {type(made).__name__} where a {kind.__name__} is wanted: mend or remove it")
+    asked = sorted(arguments(row.parameters, owner, "leaf"))
+    if asked != sorted(dict(made.parameters)):  # type: ignore[attr-defined]
+        raise M3Error(
+            f"{said}: its row and the {owner} that it makes say different things of parameters: mend or remove it"
+        )
     try:
-        hash(method)
+        hash(made)
     except TypeError as error:
         raise M3Error(f"{said} cannot be hashed ({error}), so no program is compiled for it: mend it") from error
 
@@ -670,7 +704,12 @@ def make_own_sparsifier(row: MethodRow, values: Mapping[str, Any]) -> "Sparsifie
     Raises:
         M3Error: As `make_method`.
     """
+    from m3jax.methods.base import Sparsifier
+
     place = row.sparsifier
     if place is None:
         return None
-    return _made_outside(row, lambda: make_sparsifier(place, row.parameters, values))
+    sparsifier = _made_outside(row, lambda: make_sparsifier(place, row.parameters, values))
+    if origin_of(row.name) is not None:
+        _check_made(row, sparsifier, Sparsifier, "sparsifier")
+    return sparsifier

@@ -362,6 +362,13 @@ def test_a_package_whose_metadata_are_damaged(path, tmp_path, metadata):
         ('"strength"', '"limit"', "the parameter limit is there twice"),
         ("parameters=(", 'base="task_vector", parameters=(', "base is 'task_vector', not one of"),
         ("parameters=(", "parameters=(3, ", "holds something that is no Parameter"),
+        ("parameters=(", "parameters=(lambda *_: None)(", "has a row that cannot be read: TypeError"),
+        ('magnitude", 0.5', 'magnitude", 1.5', "the default 1.5 is outside [0, 1]"),
+        ('"portion", "weights"', '"portion", "method.portion"', "0 parameters set the weights, where"),
+        ('"limit", "method.limit"', '"limit", "weights"', "2 parameters set the weights, where"),
+        ('"limit", "method.limit"', '"limit", "scale"', "several parameters set the scale"),
+        ('"limit", "method.limit"', '"limit", "sparsifier.limit"', "are a sparsifier's, but there is none"),
+        ("parameters=(", 'weighting="none", parameters=(', "1 parameters set the weights, where"),
     ],
 )
 def test_rows_that_cannot_be_read(path, tmp_path, old, new, said):
@@ -396,6 +403,49 @@ def test_methods_that_are_not_what_their_rows_say(path, tmp_path, file, old, new
         catalogue.make_method(catalogue.method_row("toy_clip"), {"one_sided": False})
     assert str(told.value).startswith("merge method 'toy_clip' of the package m3jax-toy 1.0")
     assert said in str(told.value)
+
+
+SPARSE = (
+    ROWS.replace(
+        'method="m3jax_toy.clipping:clipped",', 'method="m3jax.methods.linear:task_arithmetic", sparsifier="PLACE",'
+    )
+    .replace('"method.limit"', '"sparsifier.density"')
+    .replace('"method.one_sided"', '"sparsifier.rescale"')
+)
+
+
+def test_a_method_from_outside_has_a_sparsifier_of_its_own(path, tmp_path):
+    base, experts = write_models(tmp_path / "in", shapes={"w": (64, 4)})
+    path(lay_out_toy(tmp_path / "site", rows=SPARSE.replace("PLACE", "m3jax.methods.dare:dare")))
+    asked = recipe(tmp_path / "in", merge_method="toy_clip", parameters={"limit": 0.3}, seed=9)
+    m3jax.merge_checkpoint(asked, tmp_path / "out")
+    unscaled = m3jax.dare(0.3, rescale=False)
+    want = m3jax.merge(experts, m3jax.task_arithmetic(), base=base, sparsify=unscaled, key=9)
+    assert same(read(tmp_path / "out"), want) == (True, [])
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("m3jax.methods.dare:dance", "cannot be made (AttributeError"),
+        ("m3jax.methods.breadcrumbs:breadcrumbs", "say different things of parameters"),
+        ("builtins:dict", "makes a dict where a Sparsifier is wanted"),
+    ],
+)
+def test_a_sparsifier_of_its_own_that_is_none(path, tmp_path, place, said):
+    path(lay_out_toy(tmp_path / "site", rows=SPARSE.replace("PLACE", place)))
+    with pytest.raises(M3Error) as told:
+        catalogue.make_own_sparsifier(catalogue.method_row("toy_clip"), {"one_sided": False})
+    assert str(told.value).startswith("merge method 'toy_clip' of the package m3jax-toy 1.0")
+    assert said in str(told.value)
+
+
+def test_whole_numbers_are_read_as_a_replay_reads_them(path, tmp_path):
+    write_models(tmp_path / "in", shapes={"w": (8, 4)})
+    path(lay_out_toy(tmp_path / "site", rows=ROWS.replace("1.0, level=", "1, level=")))
+    m3jax.merge_checkpoint(recipe(tmp_path / "in", merge_method="toy_clip"), tmp_path / "out")
+    m3jax.replay(tmp_path / "out", tmp_path / "again")
+    assert (tmp_path / "out" / "m3jax.json").read_bytes() == (tmp_path / "again" / "m3jax.json").read_bytes()
 
 
 def test_the_card_of_our_own_method_names_no_package():
