@@ -237,10 +237,20 @@ def read_parameters(raw: object, method: MethodRow, place: Place = ()) -> dict[s
     known = {**_all_parameters(), **parameters_of(method)}
     for name in raw:
         if name not in known:
-            users = ", ".join(users_of(name))  # methods of packages outside, or none
-            said = f"{method.name} does not use it, {users} does" if users else "unknown parameter"
-            raise RecipeError(f"{said}; {nearest(str(name), known)}", *place, str(name))
+            raise RecipeError(_unknown(str(name), method, known), *place, str(name))
     return {name: read_setting(value, (*place, name), known[name]) for name, value in raw.items() if value is not None}
+
+
+def _unknown(name: str, method: MethodRow, known: Mapping[str, Parameter]) -> str:
+    """What to say of a parameter that neither a method nor one of our own has."""
+    users = ", ".join(users_of(name))
+    if users:  # of packages outside
+        return f"{method.name} does not use it, {users} does; remove it or change the method"
+    own = parameters_of(method)
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    if close and close[0] not in own:
+        return f"unknown parameter; did you mean {close[0]!r}, which is for {', '.join(users_of(close[0]))}?"
+    return f"unknown parameter; {nearest(name, own)}"
 
 
 def defaults_of(method: MethodRow) -> dict[str, Setting]:

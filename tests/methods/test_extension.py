@@ -104,6 +104,8 @@ def test_set_reaches_its_parameters(toy):
         ("models.0.parameters.one_sided=true", "it is set for the whole merge"),
         ("parameters.trim_scope=model", "toy_clip does not use it, ties, dare_ties do"),
         ("merge_method=linear", "linear does not use it, toy_clip does"),
+        ("parameters.trim_scop=model", "did you mean 'trim_scope', which is for ties, dare_ties?"),
+        ("parameters.qqq=1", "unknown parameter; known are portion, limit, strength, one_sided, int8_mask"),
         ("merge_method=toy_clap", "did you mean 'toy_clip'?"),
         ("base_model=null", "toy_clip works on differences from it; name it"),
     ],

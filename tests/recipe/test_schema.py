@@ -369,7 +369,7 @@ WRONG = [
     (merge(parameters={"wieght": 1}), "parameters.wieght: unknown parameter; did you mean 'weight'?"),
     (
         merge(models=["a", {"model": "b", "parameters": {"denisty": 1}}]),
-        "models.1.parameters.denisty: unknown parameter; did you mean 'density'?",
+        "models.1.parameters.denisty: unknown parameter; did you mean 'density', which is for ties, dare_linear",
     ),
     (
         merge(parameters={"weight": [{"filtr": "x", "value": 1}]}),
