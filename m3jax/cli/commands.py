@@ -97,7 +97,7 @@ def merge(
         from m3jax.streaming.estimate import estimate_recipe
 
         processes = machines.num_processes or 1
-        given = changes.overrides or ()
+        given = changes.all()
         estimate = estimate_recipe(recipe, out, given, changes.seed, overwrite, max_shard_size, processes)
         width = terminal.width()
         shell.print_result(estimate.to_json, lambda: estimate_lines(estimate, width), speech.as_json)
@@ -106,7 +106,7 @@ def merge(
     def prepare() -> _Start:
         from m3jax.recipe import load_recipe
 
-        loaded = load_recipe(recipe, changes.overrides or (), changes.seed)
+        loaded = load_recipe(recipe, changes.all(), changes.seed)
 
         def start(**how: Any) -> "MergeResult":
             from m3jax.streaming.merging import merge_checkpoint
@@ -454,7 +454,7 @@ def explore(
     """
     from m3jax.recipe import load_recipe
 
-    loaded = load_recipe(recipe, changes.overrides or (), changes.seed)
+    loaded = load_recipe(recipe, changes.all(), changes.seed)
     wanted = options.read_tasks(tasks)
     if granularity is not None and optimize is None:
         raise M3Error("--granularity is for --optimize: add it, or write mixup.granularity into the recipe")

@@ -149,11 +149,22 @@ class Speech(NamedTuple):
     debug: Debug = False
 
 
+Only = Annotated[
+    list[str] | None,
+    typer.Option("--only", metavar="NAME", help="Merge this collection alone, such as params; may be repeated."),
+]
+
+
 class Changes(NamedTuple):
     """What a command changes in a recipe."""
 
     seed: Seed = None
     overrides: Overrides = None
+    only: Only = None
+
+    def all(self) -> list[str]:
+        """The overrides, those that options of their own stand for last."""
+        return [*(self.overrides or ()), *([f"only=[{', '.join(self.only)}]"] if self.only else [])]
 
 
 class Machines(NamedTuple):

@@ -65,6 +65,10 @@ class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
+def _as_list(raw: object) -> object:
+    return [raw] if isinstance(raw, str) else raw
+
+
 def _method_name(raw: object) -> str:
     return read_method(raw).name
 
@@ -193,6 +197,8 @@ class Recipe(_Strict):
     tokenizer_source: Name | None = None
     chat_template: str | None = None
     exclude: tuple[Regex, ...] = ()
+    only: Annotated[tuple[Name, ...], BeforeValidator(_as_list)] = ()
+    keep_state: Literal["first"] | None = None
     anatomy: AnatomySettings | None = None
 
     @field_validator("parameters")
@@ -392,8 +398,9 @@ class Recipe(_Strict):
         """
         everything = self.model_dump(mode="json")
         del everything["models" if self.slices else "slices"]
-        if self.anatomy is None:
-            del everything["anatomy"]
+        for key in ("anatomy", "only", "keep_state"):  # what most recipes have not
+            if not everything[key]:
+                del everything[key]
         return everything
 
     def notes(self) -> tuple[str, ...]:

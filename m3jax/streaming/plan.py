@@ -283,8 +283,14 @@ def output_dtype(recipe: Recipe, info: TensorInfo) -> str:
 
 
 def _excluded(recipe: Recipe, model: Input, names: Sequence[str]) -> set[str]:
-    """The tensors that are not merged: those that a pattern matches, and whatever is one with them."""
+    """The tensors that are not merged: those that a pattern or `only` leaves out, and whatever is one with them."""
     matched = {name for name in names if recipe.excludes(name)}
+    if recipe.only:
+        chosen = {name for name in names if name.split(".")[0] in recipe.only}
+        if not chosen:
+            there = ", ".join(sorted({name.split(".")[0] for name in names})[:10])
+            raise M3Error(f"only: {', '.join(recipe.only)} begins no name of {model.name}: its collections are {there}")
+        matched |= set(names) - chosen
     for pattern in recipe.exclude:
         if not any(re.search(pattern, name) for name in matched):
             raise M3Error(f"exclude: {pattern!r} matches no tensor of {model.name}: mend it or leave it out")
@@ -293,7 +299,7 @@ def _excluded(recipe: Recipe, model: Input, names: Sequence[str]) -> set[str]:
     return matched | originals | {name for name, original in aliases.items() if original in matched | originals}
 
 
-def _check_kinds(inputs: Sequence[Input]) -> None:
+def _check_kinds(inputs: Sequence[Input], excluded: set[str]) -> None:
     """Refuse what must not be interpolated, and what no one can interpolate."""
     for model in inputs:
         if model.anatomy.quantisation is not None:
@@ -301,7 +307,8 @@ def _check_kinds(inputs: Sequence[Input]) -> None:
                 f"{model.name}: its weights are quantised ({model.anatomy.quantisation}), and quantised numbers cannot "
                 "be averaged: give the model in bfloat16, float16 or float32"
             )
-        factor = next((name for name, part in model.anatomy.parts.items() if part.kind == "adapter"), None)
+        parts = model.anatomy.parts.items()
+        factor = next((name for name, part in parts if part.kind == "adapter" and name not in excluded), None)
         if factor is not None:
             raise M3Error(
                 f"{model.name}: holds LoRA factors ({factor}), and the average of factors is not that of what they "
@@ -360,9 +367,9 @@ def make_plan(
     template = len(inputs) - 1 if base is not None else 0
     used = (*((template,) if pipeline.uses_base else ()), *range(count))
     models = [inputs[i] for i in used]
-    _check_kinds([inputs[i] for i in sorted({template, *used})])
     names = sorted({name for i in {template, *used} for name in inputs[i].tensors}, key=natural_key)
     excluded = _excluded(recipe, inputs[template], names)
+    _check_kinds([inputs[i] for i in sorted({template, *used})], excluded)
     state = {name for model in models for name in _state(model, names)} - excluded
     tied = _tied_copies(models, names) - excluded
     _check_names(models, excluded | state | tied)
@@ -384,6 +391,9 @@ def make_plan(
         weights = draws_of(recipe, pipeline.method, [piece for own in pieces.values() for piece in own])
 
     plans = []
+    if recipe.keep_state == "first":
+        own = [name for name in names if name in state and name in inputs[0].tensors]
+        plans += [TensorPlan(inputs[0].tensors[name], (0,)) for name in own]
     for name in kept:
         if name in excluded:
             plans.append(TensorPlan(inputs[template].tensors[name], (template,)))
@@ -401,7 +411,8 @@ def make_plan(
             plans.append(_of_statistics(recipe, pipeline, reference, pieces[name], weights))
             continue
         plans.append(_merged(recipe, pipeline, reference, used, part, pieces[name], weights))
-    notes = tuple(_notes(models[0], state, merged))
+    notes = tuple(_notes(models[0], state, merged, recipe.keep_state))
+    plans.sort(key=lambda plan: natural_key(plan.output.name))
     return MergePlan(pipeline, tuple(_comparable(pipeline, plans)), weights, inputs, template, notes)
 
 
@@ -442,11 +453,12 @@ def _of_statistics(
     return TensorPlan(reference, tuple(range(count)), average, blocks)
 
 
-def _notes(model: Input, state: set[str], merged: Sequence[str]) -> Iterator[str]:
+def _notes(model: Input, state: set[str], merged: Sequence[str], kept: str | None) -> Iterator[str]:
     if state:
         example = min(state, key=natural_key)
+        done = "left out" if kept is None else f"those of the {kept} model"
         yield (
-            f"{len(state)} tensors of training state ({example}, …) are left out: optimizer moments, steps and random "
+            f"{len(state)} tensors of training state ({example}, …) are {done}: optimizer moments, steps and random "
             "states are not merged"
         )
     statistics = [name for name in merged if model.anatomy.parts[name].kind == "statistics"]

@@ -317,3 +317,33 @@ def test_a_doubt_that_matters_is_refused_with_its_key(tmp_path):
     m3jax.merge_checkpoint(asked, tmp_path / "whole")  # nothing depends on it
     with pytest.raises(M3Error, match=r"anatomy"):
         m3jax.merge_checkpoint({**asked, "mixup": {"alpha": 1, "granularity": "layer"}}, tmp_path / "out")
+
+
+def test_state_of_the_first_model_is_kept_on_request(tmp_path):
+    for seed, name in enumerate(("base", "expert-0", "expert-1")):
+        params = {f"params.{n}": v for n, v in block_by_block(seed).items()}
+        write(
+            tmp_path / name, params | {"opt_state.mu.w": np.full(2, seed, np.float32), "step": np.array(seed, np.int32)}
+        )
+    asked = recipe(tmp_path, merge_method="task_arithmetic", keep_state="first")
+    result = m3jax.merge_checkpoint(asked, tmp_path / "out")
+    got = read(tmp_path / "out")
+    assert got["opt_state.mu.w"].tolist() == [1.0, 1.0]
+    assert got["step"] == 1
+    assert any("are those of the first model" in note for note in result.notes)
+    assert m3jax.replay(tmp_path / "out", tmp_path / "again").digest == result.digest
+
+
+def test_only_one_collection_is_merged(tmp_path):
+    for seed, name in enumerate(("base", "expert-0", "expert-1")):
+        tree = block_by_block(seed)
+        write(tmp_path / name, {f"params.{n}": v for n, v in tree.items()} | {"ema.w": np.full(2, seed, np.float32)})
+    got = {}
+    for only in (None, "params"):
+        asked = recipe(tmp_path, merge_method="task_arithmetic") | ({} if only is None else {"only": only})
+        m3jax.merge_checkpoint(asked, tmp_path / str(only))
+        got[only] = read(tmp_path / str(only))
+    assert got["params"]["ema.w"].tolist() == [0.0, 0.0]
+    assert all(np.array_equal(got["params"][n], v) for n, v in got[None].items() if n.startswith("params."))
+    with pytest.raises(M3Error, match=r"only: parms begins no name of .*: its collections are ema, params"):
+        m3jax.merge_checkpoint(recipe(tmp_path, merge_method="task_arithmetic", only="parms"), tmp_path / "no")
