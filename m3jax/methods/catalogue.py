@@ -75,6 +75,7 @@ class MethodRow(NamedTuple):
         weighting: As `Method.weighting`.
         without: The method that is the same without the sparsifier.
         sparsifies: Whether recipes may put a sparsifier before it.
+        fixed: Arguments of the factory that no parameter sets.
     """
 
     name: str
@@ -89,6 +90,7 @@ class MethodRow(NamedTuple):
     weighting: str = "each"
     without: str = ""
     sparsifies: bool = True
+    fixed: tuple[tuple[str, Any], ...] = ()
 
 
 class SparsifierRow(NamedTuple):
@@ -161,6 +163,7 @@ def _trimmed(name: str, mergekit: bool = True) -> Parameter:
     )
 
 
+_UNTRIMMED = (("density", 1.0),)
 _SPARSE = _DENSITY._replace(sets="sparsifier.density")
 _SHARE = Parameter("", "", "", None, low=0.0, high=1.0, level="expert")
 _GAMMA = _SHARE._replace(
@@ -261,6 +264,7 @@ METHODS: tuple[MethodRow, ...] = (
         (_WEIGHT, _normalize(False), _LAMBDA, _SPARSE, _GAMMA, _KEPT_AS_IS, _SIGN_ELECTION),
         sparsifier="m3jax.methods.breadcrumbs:breadcrumbs",
         without="ties",
+        fixed=_UNTRIMMED,
     ),
     MethodRow(
         "della_linear",
@@ -281,6 +285,7 @@ METHODS: tuple[MethodRow, ...] = (
         (_WEIGHT, _normalize(True), _LAMBDA, _SPARSE, _EPSILON, _RESCALE_DELLA, _SIGN_ELECTION),
         sparsifier="m3jax.methods.della:della",
         without="ties",
+        fixed=_UNTRIMMED,
     ),
     MethodRow(
         "model_stock",
@@ -640,7 +645,7 @@ def make_method(row: MethodRow, values: Mapping[str, Any]) -> "Method":
         M3Error: A parameter is out of range; or a package outside brings the method, and what it makes is no method or
             is not what its row says.
     """
-    method: Method = _made_outside(row, lambda: _made(row.method, row.parameters, "method", values))
+    method: Method = _made_outside(row, lambda: _made(row.method, row.parameters, "method", values, **dict(row.fixed)))
     if origin_of(row.name) is not None:
         _check_outside(row, method)
     return method

@@ -169,15 +169,15 @@ def settings_of(
         pipeline: What is done.
         weights: `pipeline.num_weights` of them.
         scale: λ.
-        sparsifier: The sparsifier's parameters; by default those that it was made with.
-        method: The method's, likewise.
+        sparsifier: Parameters of the sparsifier in place of those that it was made with.
+        method: Parameters of the method, likewise.
 
     Raises:
         M3Error: A parameter is out of range.
     """
     n = pipeline.num_experts
-    own = numbers_of(pipeline.sparsifier, n) if sparsifier is None else sparsifier
-    others = numbers_of(pipeline.method, n) if method is None else method
+    own = {**numbers_of(pipeline.sparsifier, n), **(sparsifier or {})}
+    others = {**numbers_of(pipeline.method, n), **(method or {})}
     for owner, numbers in ((pipeline.sparsifier, own), (pipeline.method, others)):
         if owner is not None and owner.check is not None:
             owner.check(owner.options, numbers)

@@ -2,8 +2,12 @@
 
 import numpy as np
 import pytest
+from support import oracle
+from support.directories import WIDE, read, recipe, write_models
+from support.matrix import same
 
 import m3jax
+from m3jax.methods import catalogue
 from m3jax.recipe import load_recipe
 
 
@@ -88,3 +92,41 @@ def test_one_expert_is_a_legal_merge():
     assert np.asarray(scaled["w"]).tolist() == [2.0] * 3
     assert np.asarray(m3jax.merge([expert], m3jax.ties(1.0), base=base)["w"]).tolist() == [3.0] * 3
     assert len(load_recipe({"merge_method": "ties", "base_model": "b", "models": ["a"]}).experts) == 1
+
+
+ROWS = {
+    "della_linear": (
+        {"density": 0.5, "epsilon": 0.2},
+        {"method": "task_arithmetic", "sparsify": "della", "keep": 0.5, "epsilon": 0.2},
+    ),
+    "della": ({"density": 0.6}, {"method": "ties", "normalize": True, "sparsify": "della", "keep": 0.6}),
+    "breadcrumbs": (
+        {"density": 0.6, "gamma": 0.1},
+        {"method": "task_arithmetic", "sparsify": "breadcrumbs", "keep": 0.6, "gamma": 0.1},
+    ),
+    "breadcrumbs_ties": (
+        {"density": 0.6},
+        {"method": "ties", "normalize": False, "sparsify": "breadcrumbs", "keep": 0.6},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_recipes_of_these_names_are_the_oracles(tmp_path, name):
+    parameters, told = ROWS[name]
+    base, experts = write_models(tmp_path / "in", n=3, shapes=WIDE)
+    asked = recipe(tmp_path / "in", 3, merge_method=name, parameters=parameters, seed=5)
+    m3jax.merge_checkpoint(asked, tmp_path / "out", chunk_entries=2**16)
+    assert same(read(tmp_path / "out"), oracle.merge(experts, base, seed=5, **told)) == (True, [])
+
+
+@pytest.mark.parametrize("row", catalogue.METHODS, ids=lambda row: row.name)
+def test_every_row_merges_with_its_defaults(tmp_path, row):
+    count = row.experts[1] or 3
+    write_models(tmp_path / "in", n=count, shapes={"model.layers.0.w": (8, 6), "model.norm.weight": (6,)})
+    asked = recipe(tmp_path / "in", count, merge_method=row.name)
+    needed = {p.name: 0.5 for p in row.parameters if p.default is None}
+    if row.base != "task_vectors":
+        del asked["base_model"]
+    m3jax.merge_checkpoint({**asked, "parameters": needed}, tmp_path / "out")
+    assert m3jax.replay(tmp_path / "out", tmp_path / "again").digest == m3jax.verify(tmp_path / "out").digest
