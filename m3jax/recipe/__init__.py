@@ -1,5 +1,6 @@
 """The recipe: what to merge and how, in a superset of mergekit's YAML."""
 
+from m3jax.recipe.matching import unmatched
 from m3jax.recipe.schema import MixupSettings, ModelEntry, Recipe, Slice, Source, Sparsify, load_recipe
 from m3jax.recipe.settings import Filtered, Setting
 
@@ -13,4 +14,5 @@ __all__ = [
     "Source",
     "Sparsify",
     "load_recipe",
+    "unmatched",
 ]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from m3jax.recipe import Recipe
 
 
-def _blocks(recipe: "Recipe") -> Iterator[tuple[Place, dict[str, Setting]]]:
+def placed_blocks(recipe: "Recipe") -> Iterator[tuple[Place, dict[str, Setting]]]:
     """Every block of parameters in the recipe, with its place."""
     yield ("parameters",), recipe.parameters
     for i, entry in enumerate(recipe.models):
@@ -54,7 +54,7 @@ def check_slices(recipe: "Recipe") -> None:
 def check_names(recipe: "Recipe") -> None:
     """Each parameter is one that the method has, at a level where it can vary."""
     known = parameters_of(recipe.row)
-    for place, block in _blocks(recipe):
+    for place, block in placed_blocks(recipe):
         levels = ("expert",) if "sources" in place or "models" in place else ("expert", "tensor")
         for name, value in block.items():
             if name not in known:
@@ -106,7 +106,7 @@ def check_mixup(recipe: "Recipe") -> None:
         raise RecipeError("draws how experts share, and there is one only; remove it or add a model", "mixup")
     if isinstance(recipe.mixup.alpha, tuple) and len(recipe.experts) != 2:
         raise RecipeError(f"a pair is for two experts, not {len(recipe.experts)}; write one number", "mixup", "alpha")
-    for place, block in _blocks(recipe):
+    for place, block in placed_blocks(recipe):
         for drawn in weight_parameters(recipe.row):
             if drawn in block:
                 raise RecipeError("given, but mixup draws it; remove this or mixup", *place, drawn)
@@ -151,7 +151,7 @@ def check_whole(recipe: "Recipe") -> None:
     for name, parameter in parameters_of(recipe.row).items():
         if parameter.whole is None or recipe.parameters.get(parameter.whole[0]) != parameter.whole[1]:
             continue
-        for place, block in _blocks(recipe):
+        for place, block in placed_blocks(recipe):
             by_layer = place[0] == "slices" and len(recipe.slices or ()) > 1
             if name in block and (by_layer or not isinstance(block[name], float)):
                 said = ": ".join(parameter.whole)
