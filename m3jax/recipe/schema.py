@@ -32,6 +32,7 @@ from m3jax.errors import M3Error
 from m3jax.methods.catalogue import MethodRow, SparsifierRow, arguments
 from m3jax.naming import block_of, position
 from m3jax.recipe.blocks import read_blocks, read_sparsify, weight_parameters
+from m3jax.recipe.chat_templates import read_chat_template
 from m3jax.recipe.checks import CHECKS
 from m3jax.recipe.dialect import from_dialect, read_yaml, with_override
 from m3jax.recipe.settings import (
@@ -195,7 +196,7 @@ class Recipe(_Strict):
     dtype: Dtype = None
     out_dtype: Dtype = None
     tokenizer_source: Name | None = None
-    chat_template: str | None = None
+    chat_template: Annotated[str, AfterValidator(read_chat_template)] | None = None
     exclude: tuple[Regex, ...] = ()
     only: Annotated[tuple[Name, ...], BeforeValidator(_as_list)] = ()
     keep_state: Literal["first"] | None = None
