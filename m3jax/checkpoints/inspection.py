@@ -18,7 +18,7 @@ import numpy.typing as npt
 from m3jax.checkpoints import DTYPES, Checkpoint, TensorInfo, locate_model, sketch_model
 from m3jax.checkpoints.copying import pieces
 from m3jax.checkpoints.opening import open_checkpoint, recognise
-from m3jax.checkpoints.storage import is_dir
+from m3jax.checkpoints.storage import is_dir, read_file
 from m3jax.errors import M3Error
 from m3jax.progress import Progress
 from m3jax.text import shape_text
@@ -178,7 +178,7 @@ def _read_facts(path: Path) -> ModelFacts | None:
     """What config.json says; a missing or damaged one is no reason not to show the weights."""
     directory = path if is_dir(path) else path.parent
     try:
-        config = json.loads((directory / "config.json").read_bytes())
+        config = json.loads(read_file(directory / "config.json"))
     except (OSError, ValueError, RecursionError, M3Error):
         return None
     if not isinstance(config, dict):

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from m3jax.checkpoints.formats import PUBLISHED
 from m3jax.checkpoints.remote import RemotePath, absent, as_path, is_url
 from m3jax.checkpoints.storage import is_dir, list_names
+from m3jax.checkpoints.trust import check_companion, check_size
 from m3jax.errors import M3Error, saying_what_failed
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[^@\s]+))?", re.ASCII)
@@ -130,7 +131,7 @@ def sketch_model(name: str) -> ModelDirectory:
         except errors.NotASafetensorsRepoError:
             return locate_model(name)
     with saying_what_failed(name):
-        sketch = Path(tempfile.mkdtemp(dir=_scratch()))
+        sketch = Path(tempfile.mkdtemp(dir=scratch()))
         for path in (path for pattern in _SMALL for path in snapshot.glob(pattern)):
             shutil.copyfile(path, sketch / path.name)
         for file, header in files.items():
@@ -213,11 +214,15 @@ def companions(directory: Path) -> list[Path]:
         or for a remote one each a copy; never weights, model cards or code.
 
     Raises:
-        M3Error: The directory cannot be listed, or a remote one cannot be read.
+        M3Error: The directory cannot be listed, a remote one cannot be read, or a file is none of the model's own;
+            see `check_companion`.
     """
     if isinstance(directory, RemotePath):
         directory = download_companions(directory)
-    return sorted(path for path in _like_companions(directory) if os.path.isfile(path))
+    found = sorted(path for path in _like_companions(directory) if not os.path.isdir(path))
+    for path in found:
+        check_companion(path, directory)
+    return found
 
 
 def named_companions(model: Path) -> dict[str, Path]:
@@ -230,7 +235,7 @@ def named_companions(model: Path) -> dict[str, Path]:
         As `companions` gives them.
 
     Raises:
-        M3Error: The directory cannot be listed, or a remote one cannot be read.
+        M3Error: As `companions`.
     """
     directory = model if is_dir(model) else model.parent
     if isinstance(directory, RemotePath):
@@ -250,9 +255,10 @@ def download_companions(directory: RemotePath) -> Path:
     Raises:
         M3Error: The directory cannot be listed or read.
     """
-    copies = Path(tempfile.mkdtemp(dir=_scratch()))
+    copies = Path(tempfile.mkdtemp(dir=scratch()))
     for path in _like_companions(directory):
         if path.is_file():
+            check_size(path, path.stat().st_size)
             copy = copies / path.key.relative_to(directory.key)
             copy.parent.mkdir(exist_ok=True)
             copy.write_bytes(path.read_bytes())
@@ -268,8 +274,8 @@ def _like_companions(directory: _AnyPath) -> list[_AnyPath]:
 
 
 @cache
-def _scratch() -> str:
-    """A directory for the copies that this process makes."""
+def scratch() -> str:
+    """A directory for the copies that this process makes; it is deleted when the process ends."""
     directory = tempfile.mkdtemp(prefix="m3jax-")
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     return directory

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from m3jax.checkpoints import companions
 from m3jax.decoder import DecoderConfig, encode
 from m3jax.errors import M3Error
 
@@ -27,13 +28,20 @@ def load_tokenizer(name: str, directory: Path) -> Any:
         directory: The model directory.
 
     Raises:
-        M3Error: It has none, or one that cannot be read.
+        M3Error: It has none, one that cannot be read, one that is Python code, or files that are not the model's own;
+            see `check_companion`.
     """
+    companions(directory)  # before the libraries follow its links
     if not any(path for pattern in _VOCABULARIES for path in directory.glob(pattern)):
         raise M3Error(f"{name}: has no tokenizer: copy tokenizer.json and tokenizer_config.json of its base into it")
     try:
-        return import_transformers().AutoTokenizer.from_pretrained(directory)
+        # Said in so many words: by default transformers asks on standard input whether to run a model's code.
+        return import_transformers().AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the libraries behind it raise every kind, a bare Exception among them
+        if "trust_remote_code" in str(error):
+            raise M3Error(
+                f"{name}: its tokenizer is Python code of its own, which is never run: save it as tokenizer.json"
+            ) from error
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise M3Error(f"{name}: its tokenizer cannot be read ({said}): copy that of its base") from error
 

@@ -1,0 +1,154 @@
+"""What is not taken from a model directory as it comes: links that lead out of it, what is no file, and code."""
+
+import json
+import stat
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from m3jax.checkpoints import formats
+from m3jax.checkpoints.protocol import Checkpoint
+from m3jax.checkpoints.remote import RemotePath
+from m3jax.checkpoints.storage import is_dir, list_names, read_file
+from m3jax.errors import M3Error
+
+LARGEST_COMPANION = 2**28
+"""Bytes that a file beside the weights may have; the largest tokenizers have some tens of millions."""
+
+_CODE_KEYS = ("auto_map", "custom_pipelines")  # whose values name classes in Python files, which loaders may import
+_CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "*processor_config.json")
+_NAMED = 3  # files that a sentence names
+
+
+def check_companion(path: Path, directory: Path) -> None:
+    """Checks that a file beside the weights is the model's own, before it is opened.
+
+    Args:
+        path: A local file under `directory`.
+        directory: The model directory.
+
+    Raises:
+        M3Error: It is a link that leads out of the model and out of the hub cache's copy of it, no regular file, or
+            larger than any such file is.
+    """
+    try:
+        real = path.resolve(strict=True)
+        told = real.stat()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        raise M3Error(f"{path} is a link to what is not there, or cannot be seen: remove it or mend it.") from error
+    if not any(real.is_relative_to(root) for root in _own_places(directory.resolve())):
+        raise M3Error(
+            f"{path} leads out of the model, to {real}: put a copy there in place of the link, if it is meant."
+        )
+    if not stat.S_ISREG(told.st_mode):
+        raise M3Error(f"{path} is not a regular file: remove it from the model.")
+    check_size(path, told.st_size)
+
+
+def check_size(path: Path, size: int) -> None:
+    """Raise M3Error if a file beside the weights is too large to be one."""
+    if size > LARGEST_COMPANION:
+        raise M3Error(
+            f"{path} has {size:,} bytes, more than any tokenizer or configuration ({LARGEST_COMPANION:,}): remove it."
+        )
+
+
+def _own_places(root: Path) -> Iterator[Path]:
+    """Where the files of a model are: its directory, and the blobs that links in a hub cache's snapshot lead to."""
+    yield root
+    for parent in root.parents:
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
+            yield parent.parent / "blobs"
+
+
+# --- Code ------------------------------------------------------------------------------------------------
+
+
+def is_config(name: str) -> bool:
+    """Whether a companion is one whose keys may ask a loader to run code.
+
+    Example:
+        >>> is_config("preprocessor_config.json"), is_config("tokenizer.json")
+        (True, False)
+    """
+    return any(fnmatchcase(name, pattern) for pattern in _CONFIGS)
+
+
+def without_code(entries: Any) -> Any:
+    """The content of a configuration without the keys that name code, at any depth.
+
+    Example:
+        >>> without_code({"model_type": "x", "auto_map": {"AutoConfig": "my.Config"}, "text_config": {"auto_map": []}})
+        {'model_type': 'x', 'text_config': {}}
+    """
+    if isinstance(entries, dict):
+        return {key: without_code(entry) for key, entry in entries.items() if key not in _CODE_KEYS}
+    return [without_code(entry) for entry in entries] if isinstance(entries, list) else entries
+
+
+def _code_keys(entries: Any) -> set[str]:
+    """The keys that name code, at any depth."""
+    if isinstance(entries, dict):
+        return (entries.keys() & set(_CODE_KEYS)).union(*map(_code_keys, entries.values()))
+    return set().union(*map(_code_keys, entries)) if isinstance(entries, list) else set()
+
+
+def _code_beside(directory: Path, names: Sequence[str]) -> list[str]:
+    """The Python files of a directory, and the keys in its configurations that name code, in words."""
+    files = sorted(name for name in names if name.endswith(".py"))
+    told = files[:_NAMED] + ([f"{len(files) - _NAMED} more .py files"] if len(files) > _NAMED else [])
+    for name in sorted(filter(is_config, names)):
+        try:
+            if not isinstance(directory, RemotePath):
+                check_companion(directory / name, directory)
+            keys = _code_keys(json.loads(read_file(directory / name)))
+            told += [f"{key} in {name}" for key in _CODE_KEYS if key in keys]
+        except (M3Error, ValueError, RecursionError):  # whoever needs the file says what is wrong with it
+            continue
+    return told
+
+
+# --- What a user should know -----------------------------------------------------------------------------
+
+
+def code_note(name: str, path: Path) -> str | None:
+    """What to say of a model that brings code; None of one that does not.
+
+    Args:
+        name: What the user calls the model.
+        path: Its directory, or a weight file in it.
+
+    Raises:
+        M3Error: The directory cannot be listed.
+    """
+    directory = path if is_dir(path) else path.parent
+    told = _code_beside(directory, list_names(directory))
+    if not told:
+        return None
+    return f"{name} brings Python code ({', '.join(told)}): it is never run, and neither files nor keys are copied."
+
+
+def remarks(name: str, path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What a user should know of how a model was read: weights that were left alone, and code.
+
+    Args:
+        name: What the user calls it.
+        path: Its directory, or a weight file in it.
+        checkpoint: What was opened there.
+
+    Raises:
+        M3Error: The directory cannot be listed.
+    """
+    said = []
+    if is_dir(path):
+        names, read = set(list_names(path)), {file.name for file in checkpoint.files()}
+        for format in formats.FORMATS:
+            single, index = format.single_file, format.index_file
+            if {single, index} <= names and single not in read and any(map(format.names, read)):
+                said.append(
+                    f"{name}: {single} is not read, as {index} beside it says where the weights are: remove one of the"
+                    f" two, because some software reads {single}."
+                )
+    code = code_note(name, path)
+    return (*said, *([code] if code is not None else []))
