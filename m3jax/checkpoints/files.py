@@ -25,12 +25,12 @@ def find_index(source: Path, format: Format) -> Path | None:
         format: Whose names a directory's files have.
 
     Returns:
-        The index; None where there is none, or where a single file has the weights.
+        The index; None where there is none. A single file beside one is not read: `trust.remarks` says so.
     """
     if source.name.endswith(INDEX_ENDING):
         return source
     index = source / format.index_file
-    return index if is_file(index) and not is_file(source / format.single_file) else None
+    return index if is_file(index) else None
 
 
 def read_index(index: Path) -> dict[str, str]:
@@ -66,7 +66,9 @@ def _check_present(index: Path, files: Iterable[str]) -> None:
     listed = set(list_names(index.parent)) if isinstance(index, RemotePath) else set()
     for file in sorted(files, key=natural_key):
         if file not in listed and not is_file(index.parent / file):
-            raise M3Error(f"{index} names {file!r}, which is not there: download the model again.")
+            single = index.parent / index.name.removesuffix(INDEX_ENDING)
+            other = f", or remove the index if {single.name} has all weights" if is_file(single) else ""
+            raise M3Error(f"{index} names {file!r}, which is not there: download the model again{other}.")
 
 
 def joined_metadata(of_files: Iterable[Mapping[str, str]]) -> Mapping[str, str]:

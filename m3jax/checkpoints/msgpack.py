@@ -124,8 +124,8 @@ def open_msgpack(path: str | os.PathLike[str]) -> Checkpoint:
     "1", …). Numbers, truth values and short texts are found in `metadata`; other leaves are left out.
 
     Args:
-        path: A msgpack file of any name, an index, or a directory, where `flax_model.msgpack` is taken, else the
-            files that `flax_model.msgpack.index.json` lists, else the only `*.msgpack` file, else the
+        path: A msgpack file of any name, an index, or a directory, where the files are taken that
+            `flax_model.msgpack.index.json` lists, else `flax_model.msgpack`, else the only `*.msgpack` file, else the
             `checkpoint_…` file with the highest number.
 
     Returns:

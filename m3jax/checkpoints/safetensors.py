@@ -121,9 +121,9 @@ def open_safetensors(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens the safetensors weights at a path; reads headers only.
 
     Args:
-        path: A `.safetensors` file, an index, or a model directory, where `model.safetensors` is taken,
-            else the files that `model.safetensors.index.json` lists, else all `*.safetensors` files; here, or as
-            `s3://bucket/path` or `gs://bucket/path`.
+        path: A `.safetensors` file, an index, or a model directory, where the files are taken that
+            `model.safetensors.index.json` lists, else `model.safetensors`, else all `*.safetensors` files; here, or
+            as `s3://bucket/path` or `gs://bucket/path`.
 
     Returns:
         The checkpoint; use it as a context manager.
@@ -155,7 +155,12 @@ def _check_index(index: Path, weight_map: Mapping[str, str], headers: Mapping[st
             raise M3Error(f"{index} places tensor {name!r} in {file!r}, but {found}: {mend}.")
     for file, header in headers.items():
         for name in header.tensors:
-            if weight_map.get(name) != file:
+            if name in weight_map and weight_map[name] != file:
+                raise M3Error(
+                    f"{index} places tensor {name!r} in {weight_map[name]!r}, but {file!r} holds it too, and software"
+                    " differs in which it reads: download the model again."
+                )
+            if name not in weight_map:
                 raise M3Error(f"{index} does not place tensor {name!r} in {file!r}, which holds it: {mend}.")
 
 

@@ -32,6 +32,7 @@ from m3jax.checkpoints import (
     write_msgpack,
     write_safetensors,
 )
+from m3jax.checkpoints.trust import remarks
 from m3jax.errors import M3Error
 
 SINGLE, INDEX = "flax_model.msgpack", "flax_model.msgpack.index.json"
@@ -294,6 +295,14 @@ def indexed(directory: Path, weight_map: dict[str, str], **files: Any) -> Path:
 
 
 ONE, TWO = np.ones(1, np.float32), np.ones(2, np.float32)
+
+
+def test_the_index_decides_what_is_read_and_the_single_file_beside_it_is_left(tmp_path: Path) -> None:
+    indexed(tmp_path, {"b": "y.msgpack"}, y={"b": TWO})
+    saved(tmp_path, {"stray": ONE}, SINGLE)
+    with open_msgpack(tmp_path) as checkpoint:
+        assert list(checkpoint.tensors) == ["b"]
+        assert f"{SINGLE} is not read, as {INDEX} beside it" in remarks("mine", tmp_path, checkpoint)[0]
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from m3jax.checkpoints import (
     plan_shards,
     write_index,
 )
+from m3jax.checkpoints.trust import remarks
 from m3jax.errors import M3Error
 
 
@@ -139,11 +140,28 @@ def test_files_that_the_index_does_not_list_are_not_read(tmp_path) -> None:
         assert checkpoint.files() == (tmp_path / "a.safetensors",)
 
 
-def test_the_single_file_is_taken_before_all_others(tmp_path) -> None:
+def test_the_index_decides_what_is_read_and_the_single_file_beside_it_is_left(tmp_path) -> None:
     sharded(tmp_path, ("a.safetensors", small("w")))
     write(tmp_path / "model.safetensors", small("v"))
     with open_safetensors(tmp_path) as checkpoint:
+        assert list(checkpoint.tensors) == ["w"]
+        (note,) = remarks("mine", tmp_path, checkpoint)
+    assert note.startswith("mine: model.safetensors is not read, as model.safetensors.index.json beside it says where")
+    (tmp_path / "model.safetensors").unlink()
+    with open_safetensors(tmp_path) as checkpoint:
+        assert remarks("mine", tmp_path, checkpoint) == ()
+    (tmp_path / "a.safetensors").rename(tmp_path / "model.safetensors")
+    sharded(tmp_path, w="model.safetensors")
+    with open_safetensors(tmp_path) as checkpoint:  # the index names it, so it is no stray
+        assert remarks("mine", tmp_path, checkpoint) == ()
+
+
+def test_the_single_file_is_taken_before_others_where_there_is_no_index(tmp_path) -> None:
+    write(tmp_path / "a.safetensors", small("w"))
+    write(tmp_path / "model.safetensors", small("v"))
+    with open_safetensors(tmp_path) as checkpoint:
         assert list(checkpoint.tensors) == ["v"]
+        assert remarks("mine", tmp_path, checkpoint) == ()
 
 
 def test_files_without_an_index(tmp_path) -> None:
@@ -230,7 +248,9 @@ def test_index_leads_out_of_the_directory(tmp_path, file) -> None:
 
 def test_index_names_an_absent_file(tmp_path) -> None:
     sharded(tmp_path, ("a.safetensors", small("w")), v="b.safetensors")
-    refused(tmp_path, "names 'b.safetensors', which is not there", "download")
+    refused(tmp_path, "names 'b.safetensors', which is not there", "download the model again.")
+    write(tmp_path / "model.safetensors", small("w", "v"))
+    refused(tmp_path, "download the model again, or remove the index if model.safetensors has all weights")
 
 
 def test_index_names_a_tensor_that_no_file_holds(tmp_path) -> None:
@@ -241,6 +261,11 @@ def test_index_names_a_tensor_that_no_file_holds(tmp_path) -> None:
 def test_index_names_a_tensor_that_another_file_holds(tmp_path) -> None:
     shards = ("a.safetensors", small("w", "u")), ("b.safetensors", small("v"))
     refused(sharded(tmp_path, *shards, w="b.safetensors"), "'w' in 'b.safetensors', but 'a.safetensors' holds it")
+
+
+def test_a_tensor_that_two_files_hold(tmp_path) -> None:
+    sharded(tmp_path, ("a.safetensors", small("w")), ("b.safetensors", small("v", "w")), w="a.safetensors")
+    refused(tmp_path, "places tensor 'w' in 'a.safetensors', but 'b.safetensors' holds it too", "download")
 
 
 def test_index_leaves_out_a_tensor(tmp_path) -> None:
