@@ -286,6 +286,7 @@ def convert(
         result = conversion.convert(
             source, out, to, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
         )
+    shell.print_notes(result.notes, speech.quiet)
     shell.print_result(lambda: convert_json(result), lambda: convert_lines(result), speech.as_json, speech.quiet)
 
 

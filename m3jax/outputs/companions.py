@@ -1,25 +1,35 @@
 """What stands beside the weights: config, tokenizer, chat template, and the model card."""
 
 import json
+import os
+import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
 from m3jax.checkpoints import ModelDirectory, digest_file
 from m3jax.checkpoints.formats import SAFETENSORS
-from m3jax.checkpoints.locate import named_companions
+from m3jax.checkpoints.locate import named_companions, scratch
+from m3jax.checkpoints.remote import RemotePath
+from m3jax.checkpoints.trust import check_companion
 from m3jax.errors import M3Error
 from m3jax.methods import catalogue
 from m3jax.methods.mixup import draw_weights
 from m3jax.outputs import provenance
+from m3jax.outputs.copies import CHAT_TEMPLATE_JSON, read_entries, write_copy
 from m3jax.outputs.layers import untied, with_layers
+from m3jax.outputs.modes import copy_mode
+from m3jax.outputs.vocabularies import check_same_vocabularies
 from m3jax.recipe import Recipe
+from m3jax.recipe.chat_templates import AUTO, BUILT_IN
 
 _CONFIG = "config.json"
 _GENERAL = ("config.json", "generation_config.json")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 _CHAT_TEMPLATE = "chat_template.jinja"
 
 
@@ -27,9 +37,11 @@ def read_config(model: Path) -> dict[str, Any] | None:
     """A model's config.json; None where there is none.
 
     Raises:
-        M3Error: It is not a JSON object.
+        M3Error: It is not a JSON object, or not the model's own; see `check_companion`.
     """
     path = model / _CONFIG
+    if not isinstance(path, RemotePath) and os.path.lexists(path) and not path.is_dir():
+        check_companion(path, model)
     if not path.is_file():
         return None
     try:
@@ -48,17 +60,35 @@ def _is_tokenizer(name: str) -> bool:
 
 
 def gather(recipe: Recipe, models: Sequence[ModelDirectory], template: int) -> dict[str, Path]:
-    """The files to carry over, by name: the template's, with the tokenizer that the recipe asks for.
+    """The files to carry over, by name: the template's, with the tokenizer and chat template that the recipe asks for.
 
     Raises:
-        M3Error: `tokenizer_source` cannot be followed.
+        M3Error: `tokenizer_source` cannot be followed, or a file is none of the model's own.
     """
-    files = named_companions(models[template].path)
+    files = _with_tokenizer(recipe, models, named_companions(models[template].path))
+    if recipe.chat_template != AUTO:
+        return files
+    # The template's own comes first among equals.
+    order = [models[template], *(model for model in models if model is not models[template])]
+    told = [found for model in order if (found := _chat_template(named_companions(model.path))) is not None]
+    if not told:
+        return files
+    commonest = Counter(found.text for found in told).most_common(1)[0][0]
+    if (own := _chat_template(files)) is not None and own.text == commonest:
+        return files
+    copy = Path(tempfile.mkdtemp(dir=scratch())) / _CHAT_TEMPLATE
+    copy.write_text(commonest, encoding="utf-8")
+    copy_mode(next(found.file for found in told if found.text == commonest), copy)
+    return files | {_CHAT_TEMPLATE: copy}
+
+
+def _with_tokenizer(recipe: Recipe, models: Sequence[ModelDirectory], files: dict[str, Path]) -> dict[str, Path]:
+    """The template's files with the tokenizer that the recipe asks for."""
     source = recipe.tokenizer_source
     if source is None or source == "base":
         return files
     if source == "union":
-        _check_same_tokenizers(models)
+        check_same_vocabularies({model.name: named_companions(model.path) for model in models})
         return files
     chosen = next((model for model in models if model.name == source), None)
     if chosen is None:
@@ -67,37 +97,54 @@ def gather(recipe: Recipe, models: Sequence[ModelDirectory], template: int) -> d
     return general | {name: path for name, path in named_companions(chosen.path).items() if _is_tokenizer(name)}
 
 
-def _vocabulary(model: ModelDirectory) -> dict[str, str]:
-    """The digests of the files that hold a model's vocabulary, by name."""
-    files = named_companions(model.path)
-    return {name: digest_file(path) for name, path in files.items() if name.startswith(("tokenizer.", "vocab"))}
+class _Template(NamedTuple):
+    """A chat template and the file that has it."""
+
+    text: str
+    file: Path
 
 
-def _check_same_tokenizers(models: Sequence[ModelDirectory]) -> None:
-    """Raise M3Error unless all vocabularies are the same, so that their union is each of them."""
-    vocabularies = list(map(_vocabulary, models))
-    for model, vocabulary in zip(models[1:], vocabularies[1:], strict=True):
-        if vocabulary != vocabularies[0]:
-            raise M3Error(
-                f"tokenizer_source: union of different vocabularies ({models[0].name}, {model.name}) is not "
-                "available: write base or one of the models"
-            )
+def _chat_template(files: Mapping[str, Path]) -> _Template | None:
+    """A model's chat template, from where transformers looks for it first; None where it has none."""
+    if _CHAT_TEMPLATE in files:
+        return _Template(_text(files[_CHAT_TEMPLATE]), files[_CHAT_TEMPLATE])
+    for name in (CHAT_TEMPLATE_JSON, _TOKENIZER_CONFIG):
+        told = read_entries(files[name]) if name in files else None
+        found = told.get("chat_template") if isinstance(told, dict) else None
+        if isinstance(found, list):  # several, by name
+            named = {each.get("name"): each.get("template") for each in found if isinstance(each, dict)}
+            found = named.get("default")
+        if isinstance(found, str):
+            return _Template(found, files[name])
+    return None
 
 
-def _merged_config(path: Path, dtype: str | None, picked: Sequence[int] | None, unties: bool) -> str:
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise M3Error(f"{path}: is not UTF-8 text: restore the file") from None
+
+
+def _chosen_template(recipe: Recipe, files: Mapping[str, Path]) -> str | None:
+    """The text of the chat template that a recipe asks for; None where the template's files stay as they are."""
+    if recipe.chat_template is None:
+        return None
+    if recipe.chat_template == AUTO:
+        found = _chat_template(files)
+        return None if found is None else found.text
+    return BUILT_IN.get(recipe.chat_template, recipe.chat_template)
+
+
+def _merged_config(
+    config: dict[str, Any], dtype: str | None, picked: Sequence[int] | None, unties: bool
+) -> dict[str, Any]:
     """The template's config with the dtype and the layers that were written, under the keys that it uses."""
-    text = path.read_text(encoding="utf-8")
-    config = json.loads(text)
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
-    written = config if dtype is None else {**config, **dict.fromkeys(keys, dtype)}
+    written = config if dtype is None else config | dict.fromkeys(keys, dtype)
     if picked is not None:
         written = with_layers(written, picked)
-    if unties:
-        written = untied(written)
-    if written == config:
-        return text
-    config = written
-    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    return untied(written) if unties else written
 
 
 def write_companions(
@@ -121,17 +168,21 @@ def write_companions(
     Returns:
         The digest of each file written, by name.
     """
+    template = _chosen_template(recipe, files)
+
+    def edited(name: str, entries: dict[str, Any]) -> dict[str, Any]:
+        if name == _CONFIG:
+            return _merged_config(entries, recipe.output_dtype, picked, unties)
+        if template is None or "chat_template" not in entries:
+            return entries
+        return entries | {"chat_template": template}
+
     written = []
     for name, path in files.items():
-        target = directory / name
-        target.parent.mkdir(exist_ok=True)
-        if name == _CONFIG:
-            target.write_text(_merged_config(path, recipe.output_dtype, picked, unties), encoding="utf-8")
-        else:
-            target.write_bytes(path.read_bytes())
+        write_copy(path, directory, name, edited)
         written.append(name)
-    if recipe.chat_template not in (None, "auto"):
-        (directory / _CHAT_TEMPLATE).write_text(str(recipe.chat_template), encoding="utf-8")
+    if template is not None and recipe.chat_template != AUTO:
+        (directory / _CHAT_TEMPLATE).write_text(template, encoding="utf-8")
         written.append(_CHAT_TEMPLATE)
     (directory / "README.md").write_text(card(recipe, weights), encoding="utf-8")
     written.append("README.md")

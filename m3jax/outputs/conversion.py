@@ -1,7 +1,6 @@
 """convert(): the same tensors in another format, bit for bit, in memory that does not grow with the model."""
 
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -27,8 +26,11 @@ from m3jax.checkpoints.locate import named_companions
 from m3jax.checkpoints.opening import open_checkpoint
 from m3jax.checkpoints.protocol import Closing
 from m3jax.checkpoints.remote import is_url
+from m3jax.checkpoints.trust import remarks
 from m3jax.errors import M3Error, saying_what_failed
+from m3jax.outputs.copies import write_copy
 from m3jax.outputs.local import Staging, check_free, replaced_with
+from m3jax.outputs.modes import narrow
 from m3jax.progress import Progress
 
 Report: TypeAlias = Callable[[Progress], None]
@@ -47,6 +49,7 @@ class ConvertResult(NamedTuple):
         digest: BLAKE3 of all tensors, whatever their format and files; as `m3jax.json` records for a merge.
         files: Names of the other files that were carried over.
         seconds: Wall time.
+        notes: What a user should know of how the source was read.
     """
 
     directory: Path
@@ -56,6 +59,7 @@ class ConvertResult(NamedTuple):
     digest: str
     files: tuple[str, ...]
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 def convert(
@@ -110,8 +114,8 @@ def convert(
         raise M3Error(f"{out} is the model to convert, or holds it: choose another output.")
     with saying_what_failed(out), open_checkpoint(place) as source:
         total, digest, files = _convert(source, named_companions(place), out, format, size, overwrite, progress)
-        tensors = len(source.tensors)
-    return ConvertResult(out, format.name, tensors, total, digest, files, time.perf_counter() - begun)
+        tensors, notes = len(source.tensors), remarks(os.fspath(src), place, source)
+    return ConvertResult(out, format.name, tensors, total, digest, files, time.perf_counter() - begun, notes)
 
 
 def _convert(
@@ -128,15 +132,16 @@ def _convert(
     total = sum(info.nbytes for info in source.tensors.values())
     small = sum(file.stat().st_size for file in beside.values()) + _TOLD_PER_TENSOR * len(source.tensors)
     with Staging(out, f"convert to {to.name}", total + small, overwrite) as staging:
+        narrow(staging.path, source.files())  # before there is anything in it
         watched = _Watched(source, _Stage("converting", total, progress))
         assert to.write is not None  # `written` gives no other
         to.write(staging.path, watched, max_shard_size)
         for name, file in beside.items():
-            (staging.path / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, staging.path / name)
+            write_copy(file, staging.path, name)
         digest = _verify(staging.path, to, watched, _Stage("verifying", total, progress))
         if source.fingerprint() != before:
             raise M3Error(f"{source.location} changed while it was being converted: convert again once it is at rest.")
+        narrow(staging.path, source.files())
         staging.publish()
     return total, digest, tuple(beside)
 

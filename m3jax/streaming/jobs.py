@@ -26,6 +26,7 @@ from m3jax.checkpoints import (
     plan_shards,
 )
 from m3jax.checkpoints.remote import RemotePath, as_path
+from m3jax.checkpoints.trust import remarks
 from m3jax.checkpoints.views import prefix_view, renamed, selected, stacked_layers
 from m3jax.cluster.processes import ALONE, Processes, gather
 from m3jax.errors import M3Error, saying_what_failed
@@ -212,6 +213,7 @@ class Ready(NamedTuple):
         identity: Digest of everything that the output's bytes depend on.
         picked: Where layers are stacked, for each which layer of the template it is taken to be; else None.
         unties: Whether the output has an output embedding of its own where the template has none.
+        notes: What a user should know of how the inputs were read.
     """
 
     models: list[OpenedModel]
@@ -223,6 +225,7 @@ class Ready(NamedTuple):
     identity: str
     picked: list[int] | None
     unties: bool
+    notes: tuple[str, ...]
 
 
 def _identity(recipe: Recipe, plan: MergePlan, inputs: Any, rest: Any, scheme: str = SCHEME) -> str:
@@ -289,7 +292,8 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
         not stacked
         and models[plan.template].checkpoint.tensors.keys() > sources[plan.template].checkpoint.tensors.keys()
     )
-    ready = Ready(models, sources, plan, shards, beside_weights, fingerprints, identity, picked, unties)
+    notes = tuple(note for m in models for note in remarks(m.input.name, m.place.path, m.checkpoint))
+    ready = Ready(models, sources, plan, shards, beside_weights, fingerprints, identity, picked, unties, notes)
     _check_agreement(processes, job.recipe, ready, rest)
     return ready
 

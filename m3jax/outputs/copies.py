@@ -1,0 +1,62 @@
+"""Copies of the files beside weights, as an output has them; no JAX."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from m3jax.checkpoints.trust import is_config, without_code
+from m3jax.errors import M3Error
+from m3jax.outputs.modes import copy_mode
+
+Edit: TypeAlias = Callable[[str, dict[str, Any]], dict[str, Any]]
+"""From a file's name and the object in it to the object that an output has."""
+
+CHAT_TEMPLATE_JSON = "chat_template.json"
+"""Where processors had their chat template before chat_template.jinja."""
+
+
+def read_entries(path: Path) -> Any:
+    """What a JSON file says; None where it is no JSON.
+
+    Raises:
+        M3Error: It is nested without end.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError:
+        raise M3Error(f"{path}: brackets inside brackets without end: restore the file") from None
+    except ValueError:
+        return None
+
+
+def write_copy(path: Path, directory: Path, name: str, edit: Edit | None = None) -> None:
+    """Writes a file as an output has it, open to nobody who may not read the input's.
+
+    Args:
+        path: The input's file.
+        directory: The output.
+        name: What the file is called in a model directory; keys of configurations that name Python code are left out.
+        edit: What else becomes of a configuration's content, by its name; where nothing changes, bytes stay.
+
+    Raises:
+        M3Error: The file is damaged in a way that could hide something.
+        OSError: The operating system fails.
+    """
+    target = directory / name
+    target.parent.mkdir(exist_ok=True)
+    target.write_bytes(_content(path, name, edit))
+    copy_mode(path, target)
+
+
+def _content(path: Path, name: str, edit: Edit | None) -> bytes:
+    """A file as an output has it: the same bytes, unless something in it does not hold of the output."""
+    entries = read_entries(path) if is_config(name) or name == CHAT_TEMPLATE_JSON else None
+    if not isinstance(entries, dict):
+        return path.read_bytes()
+    told = without_code(entries)
+    if edit is not None:
+        told = edit(name, told)
+    if told == entries:
+        return path.read_bytes()
+    return (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,295 @@
+"""What stands beside merged and converted weights: templates, vocabularies, and nothing that is not the model's."""
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.directories import write
+
+import m3jax
+from m3jax.errors import M3Error
+from m3jax.outputs.companions import gather
+from m3jax.outputs.conversion import convert
+from m3jax.recipe.chat_templates import BUILT_IN
+from m3jax.streaming.jobs import prepared
+
+ONE = {"model.layers.0.w": np.float32([1, 2])}
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> list[Path]:
+    return [write(tmp_path / name, ONE) for name in ("a", "b", "c")]
+
+
+def merge(models: list[Path], out: str = "out", **keys: Any) -> Path:
+    place = models[0].parent / out
+    m3jax.merge_checkpoint({"merge_method": "linear", "models": list(map(str, models)), **keys}, place)
+    return place
+
+
+# --- Chat templates --------------------------------------------------------------------------------------
+
+
+def test_a_named_template_and_jinja_text_are_written(models: list[Path]) -> None:
+    assert (merge(models, "named", chat_template="chatml") / "chat_template.jinja").read_text() == BUILT_IN["chatml"]
+    text = "{% for message in messages %}{{ message }}{% endfor %}"
+    assert (merge(models, "text", chat_template=text) / "chat_template.jinja").read_text() == text
+
+
+def test_every_place_that_repeats_the_template_has_the_new_one(models: list[Path]) -> None:
+    (models[0] / "tokenizer_config.json").write_text('{"eos_token": "é", "chat_template": "{{ old }}"}')
+    (models[0] / "chat_template.json").write_text('{"chat_template": "{{ old }}"}')
+    (models[0] / "chat_template.jinja").write_text("{{ old }}")
+    out = merge(models, chat_template="llama3")
+    told = json.loads((out / "tokenizer_config.json").read_text())
+    assert told == {"eos_token": "é", "chat_template": BUILT_IN["llama3"]}
+    assert json.loads((out / "chat_template.json").read_text()) == {"chat_template": BUILT_IN["llama3"]}
+    assert (out / "chat_template.jinja").read_text() == BUILT_IN["llama3"]
+    assert m3jax.verify(out).differences == ()
+
+
+def test_auto_takes_the_commonest(models: list[Path]) -> None:
+    (models[0] / "tokenizer_config.json").write_text('{"chat_template": "{{ mine }}"}')
+    (models[1] / "chat_template.jinja").write_text("{{ theirs }}")
+    named = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": "{{ theirs }}"}]
+    (models[2] / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    out = merge(models, chat_template="auto")
+    assert (out / "chat_template.jinja").read_text() == "{{ theirs }}"
+    assert json.loads((out / "tokenizer_config.json").read_text()) == {"chat_template": "{{ theirs }}"}
+    assert m3jax.verify(out).differences == ()
+
+
+def test_auto_keeps_what_the_template_has_where_that_is_as_common(models: list[Path]) -> None:
+    for model, text in zip(models, ("{{ b }}", "{{ a }}", None), strict=True):
+        if text is not None:
+            (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": text}))
+    out = merge(models, chat_template="auto")
+    assert (out / "tokenizer_config.json").read_bytes() == (models[0] / "tokenizer_config.json").read_bytes()
+    assert not (out / "chat_template.jinja").exists()
+
+
+def test_auto_of_models_without_a_template_writes_none(models: list[Path]) -> None:
+    assert not (merge(models, chat_template="auto") / "chat_template.jinja").exists()
+
+
+# --- Code ------------------------------------------------------------------------------------------------
+
+CODE = {"auto_map": {"AutoConfig": "mine.MineConfig"}}
+
+
+def test_code_is_neither_copied_nor_named_in_outputs(models: list[Path]) -> None:
+    (models[0] / "config.json").write_text(json.dumps({"model_type": "mine", "torch_dtype": "float32", **CODE}))
+    (models[0] / "tokenizer_config.json").write_text(json.dumps({"eos_token": "x", **CODE}))
+    (models[0] / "vocab.json").write_text('{"auto_map": 0}')
+    (models[0] / "mine.py").write_text("raise SystemExit('run')")
+    converted = convert(models[0], models[0].parent / "converted")
+    assert any(
+        "mine.py, auto_map in config.json, auto_map in tokenizer_config.json" in note for note in converted.notes
+    )
+    for out in (merge(models), converted.directory):
+        assert json.loads((out / "config.json").read_text()) == {"model_type": "mine", "torch_dtype": "float32"}
+        assert json.loads((out / "tokenizer_config.json").read_text()) == {"eos_token": "x"}
+        assert (out / "vocab.json").read_text() == '{"auto_map": 0}'
+        assert not list(out.glob("*.py"))
+
+
+def test_configurations_without_code_are_copied_as_they_are(models: list[Path]) -> None:
+    text = '{ "model_type":"x", "torch_dtype" : "float32", "a":1.0 }'
+    (models[0] / "config.json").write_text(text)
+    (models[0] / "tokenizer_config.json").write_text("no json")
+    for out in (merge(models, dtype="float32"), convert(models[0], models[0].parent / "converted").directory):
+        assert (out / "config.json").read_text() == text
+        assert (out / "tokenizer_config.json").read_text() == "no json"
+
+
+def test_what_was_left_alone_is_told(models: list[Path]) -> None:
+    (models[1] / "mine.py").touch()
+    weights = (models[2] / "model.safetensors").rename(models[2] / "a.safetensors")
+    index = {"weight_map": dict.fromkeys(ONE, weights.with_name("a.safetensors").name)}
+    (models[2] / "model.safetensors.index.json").write_text(json.dumps(index))
+    (models[2] / "model.safetensors").write_bytes(b"stray")
+    asked = m3jax.load_recipe({"merge_method": "linear", "models": list(map(str, models))})
+    with prepared(asked, models[0].parent / "out") as ready:
+        code, stray = ready.notes
+    assert code.startswith(f"{models[1]} brings Python code (mine.py)")
+    assert stray.startswith(f"{models[2]}: model.safetensors is not read, as model.safetensors.index.json")
+
+
+# --- Files that are not the model's own ------------------------------------------------------------------
+
+
+def hostile(place: Path, kind: str) -> None:
+    match kind:
+        case "environment":
+            place.symlink_to("/proc/self/environ")
+        case "outside":
+            (place.parent.parent / "secret").write_text("secret")
+            place.symlink_to("../secret")
+        case "pipe":
+            os.mkfifo(place)
+        case "device":
+            place.symlink_to("/dev/zero")
+        case "huge":
+            with open(place, "wb") as file:
+                file.truncate(2**40)
+
+
+KINDS = ("environment", "outside", "pipe", "device", "huge")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "config.json"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_merge_and_convert_refuse_what_is_not_the_models(models: list[Path], kind: str, name: str) -> None:
+    (models[0] / name).unlink(missing_ok=True)
+    hostile(models[0] / name, kind)
+    for attempt in (lambda: merge(models), lambda: convert(models[0], models[0].parent / "out")):
+        with pytest.raises(M3Error, match=rf"a/{name} (leads out of|is not a regular file|has 1,099,511,627,776)"):
+            attempt()
+    assert sorted(path.name for path in models[0].parent.glob("out*")) == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_models_are_refused_where_their_files_are_used(models: list[Path], kind: str) -> None:
+    hostile(models[1] / "tokenizer.model", kind)
+    for keys in ({"tokenizer_source": str(models[1])}, {"tokenizer_source": "union"}, {"chat_template": "auto"}):
+        with pytest.raises(M3Error, match=r"b/tokenizer\.model (leads out of|is not a regular file|has )"):
+            merge(models, **keys)
+    merge(models)  # which uses none of them
+    (models[2] / "config.json").unlink()
+    hostile(models[2] / "config.json", kind)
+    with pytest.raises(M3Error, match=r"c/config\.json (leads out of|is not a regular file|has )"):
+        merge(models, "other")
+
+
+# --- Modes -----------------------------------------------------------------------------------------------
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_outputs_open_to_nobody_what_inputs_keep_closed(models: list[Path]) -> None:
+    for path in (models[0], models[0] / "model.safetensors", models[0] / "config.json"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    (models[0] / "tokenizer.json").write_text("{}")
+    (models[0] / "tokenizer.json").chmod(0o400)
+    assert mode(merge(models) / "tokenizer.json") == 0o600
+    out = convert(models[0], models[0].parent / "open").directory
+    assert [mode(out), mode(out / "model.safetensors"), mode(out / "tokenizer.json")] == [0o755, 0o644, 0o600]
+    (models[0] / "model.safetensors").chmod(0o640)
+    models[0].chmod(0o710)
+    out = convert(models[0], models[0].parent / "closed").directory
+    assert [mode(out), mode(out / "model.safetensors"), mode(out / "config.json")] == [0o710, 0o640, 0o640]
+
+
+def test_a_chat_template_is_as_closed_as_the_file_that_it_comes_from(models: list[Path]) -> None:
+    for model in models[1:]:
+        (model / "tokenizer_config.json").write_text('{"chat_template": "{{ x }}"}')
+        (model / "tokenizer_config.json").chmod(0o600)
+    assert mode(merge(models, chat_template="auto") / "chat_template.jinja") == 0o600
+
+
+# --- Vocabularies ----------------------------------------------------------------------------------------
+
+TOKENIZER = {
+    "added_tokens": [{"id": 0, "content": "<s>", "special": True}],
+    "model": {"type": "BPE", "vocab": {"<s>": 0, "a": 1, "b": 2, "ab": 3, "ba": 4}, "merges": ["a b", "b a"]},
+}
+
+
+def changed(**model: Any) -> dict[str, Any]:
+    return {**TOKENIZER, "model": {**TOKENIZER["model"], **model}}
+
+
+def union(models: list[Path]) -> Path:
+    return merge(models, tokenizer_source="union")
+
+
+def test_vocabularies_written_in_other_ways_are_the_same(models: list[Path]) -> None:
+    listed = [list(pair.split(" ")) for pair in TOKENIZER["model"]["merges"]]
+    with_more = {**changed(merges=listed), "version": "1.0", "truncation": None}
+    (models[0] / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    (models[1] / "tokenizer.json").write_text(json.dumps(with_more, indent=2, sort_keys=True))
+    (models[2] / "vocab.json").write_text(json.dumps(TOKENIZER["model"]["vocab"]))
+    (models[2] / "merges.txt").write_text("#version: 0.2\na b\nb a\n")
+    assert (union(models) / "tokenizer.json").read_bytes() == (models[0] / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("other", "beside", "sentence"),
+    [
+        (
+            changed(vocab={"<s>": 0, "a": 2, "b": 1, "ab": 3}),
+            {},
+            r"3 tokens differ \('a' is 1 and 2, 'b' is 2 and 1, 'b",
+        ),
+        (changed(vocab={f"t{i}": i for i in range(9)}), {}, "13 tokens differ .*, 10 more"),
+        (changed(merges=["a b", "a a"]), {}, "the tokens are the same, but their merges differ from number 1 on"),
+        (changed(merges=["a b"]), {}, "merges differ from number 1 on"),
+        (TOKENIZER, {"added_tokens.json": {"[PAD]": 5}}, r"1 token differs \('\[PAD\]' is absent and 5\)"),
+        (
+            TOKENIZER,
+            {"tokenizer_config.json": {"added_tokens_decoder": {"5": {"content": "[PAD]"}}}},
+            r"1 token differs \('\[PAD\]' is absent and 5\)",
+        ),
+        ({**TOKENIZER, "added_tokens": []}, {}, "'<s>' is an added token of .*/a alone"),
+        ({"model": {"type": "odd"}}, {}, "their files differ"),
+        (None, {}, "b has no tokenizer"),
+    ],
+)
+def test_the_union_of_different_vocabularies_says_what_differs(
+    models: list[Path], other: Any, beside: dict[str, Any], sentence: str
+) -> None:
+    (models[0] / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    if other is not None:
+        (models[1] / "tokenizer.json").write_text(json.dumps(other))
+    for name, told in beside.items():
+        (models[1] / name).write_text(json.dumps(told))
+    start = r"tokenizer_source: union of different vocabularies \(.*a, .*b\) is not available: .*"
+    with pytest.raises(M3Error, match=start + sentence):
+        union(models[:2])
+
+
+def test_pieces_of_sentencepiece_are_compared_with_a_tokenizer_json(models: list[Path]) -> None:
+    from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+    text = models[0].parent / "text.txt"
+    text.write_text("merging models is mixing models\n" * 40)
+    how = {"vocab_size": 16, "hard_vocab_limit": False, "minloglevel": 2}
+    SentencePieceTrainer.Train(input=str(text), model_prefix=str(models[0] / "tokenizer"), **how)
+    (models[0] / "tokenizer.vocab").unlink()
+    pieces = SentencePieceProcessor()
+    pieces.Load(str(models[0] / "tokenizer.model"))
+    listed = [[pieces.IdToPiece(i), pieces.GetScore(i)] for i in range(pieces.GetPieceSize())]
+    (models[1] / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": listed}}))
+    assert (union(models[:2]) / "tokenizer.model").exists()
+    (models[1] / "tokenizer.json").write_text(json.dumps({"model": {"type": "Unigram", "vocab": listed[:-1]}}))
+    with pytest.raises(M3Error, match="1 token differs"):
+        merge(models[:2], "other", tokenizer_source="union")
+
+
+def test_models_without_tokenizers_have_one_vocabulary(models: list[Path]) -> None:
+    assert not list(union(models).glob("tok*"))
+
+
+def test_files_that_cannot_be_read_are_compared_as_they_are(models: list[Path]) -> None:
+    for model in models:
+        (model / "tekken.json").write_text("[1]")
+        (model / "tokenizer.model").write_bytes(b"\xff no model")
+    union(models)
+    (models[2] / "tekken.json").write_text("[2]")
+    with pytest.raises(M3Error, match="their files differ"):
+        merge(models, "other", tokenizer_source="union")
+
+
+def test_what_is_gathered_is_looked_at_before_anything_is_read(models: list[Path]) -> None:
+    from m3jax.checkpoints import locate_model
+
+    hostile(models[0] / "tokenizer_config.json", "pipe")
+    asked = m3jax.load_recipe({"merge_method": "linear", "models": ["a", "b"], "chat_template": "auto"})
+    with pytest.raises(M3Error, match=r"tokenizer_config\.json is not a regular file"):
+        gather(asked, [locate_model(str(model)) for model in models[:2]], 1)
