@@ -9,8 +9,9 @@ import jax
 
 from m3jax import decoder
 from m3jax.arithmetic import threefry
-from m3jax.checkpoints import digest_checkpoint, digest_tensor, locate_model, open_checkpoint
+from m3jax.checkpoints import companions, digest_checkpoint, digest_tensor, locate_model, open_checkpoint
 from m3jax.checkpoints.protocol import DTYPES
+from m3jax.checkpoints.trust import remarks
 from m3jax.cluster.meshes import parse_mesh
 from m3jax.decoder import ApplyFn, DecoderConfig
 from m3jax.errors import M3Error
@@ -62,7 +63,7 @@ class StoredModel(NamedTuple):
         dtype: Of the parameters, once they are loaded; each keeps its own if None.
         mesh: Where they will lie.
         weight_bytes: Size of the weights on disk.
-        note: What is worth knowing of it, if anything.
+        notes: What is worth knowing of it.
     """
 
     name: str
@@ -72,7 +73,7 @@ class StoredModel(NamedTuple):
     dtype: str | None
     mesh: jax.sharding.Mesh | None
     weight_bytes: int
-    note: str | None
+    notes: tuple[str, ...]
 
     def load(self, tell: Tell | None = None) -> LanguageModel:
         """Loads the weights.
@@ -84,8 +85,8 @@ class StoredModel(NamedTuple):
             M3Error: They are incomplete or do not fit the config.
         """
         if tell is not None:
-            if self.note is not None:
-                tell(f"note: {self.note}")
+            for note in self.notes:
+                tell(f"note: {note}")
             tell(f"loading {self.name} ({size_text(self.weight_bytes)})")
         params = decoder.load_params(self.path, self.config, self.dtype, self.mesh)
         return LanguageModel(self.name, params, self.config, self.tokenizer)
@@ -113,17 +114,20 @@ def open_model(name: str, dtype: str | None = None, mesh: jax.sharding.Mesh | No
         mesh: Where to put them, see `decoder.load_params`.
 
     Raises:
-        M3Error: It is absent, of an unknown architecture, or lacks weights or a tokenizer.
+        M3Error: It is absent, of an unknown architecture, lacks weights or a tokenizer, or has files that are not its
+            own; see `check_companion`.
     """
     place = locate_model(name)
     if not place.path.is_dir():
         raise M3Error(f"{name}: is a weight file without config and tokenizer: give the model's directory")
+    companions(place.path)  # before any of them is opened
     config = DecoderConfig.from_directory(place.path)
     tokenizer = tokens.load_tokenizer(name, place.path)
     note = decoder.check_vocabulary(name, tokenizer, config)
     with open_checkpoint(place.path) as checkpoint:
         size = sum(info.nbytes for info in checkpoint.tensors.values())
-    return StoredModel(name, place.path, config, tokenizer, dtype, mesh, size, note)
+        notes = (*([note] if note is not None else []), *remarks(name, place.path, checkpoint))
+    return StoredModel(name, place.path, config, tokenizer, dtype, mesh, size, notes)
 
 
 def load_model(name: str, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None) -> LanguageModel:

@@ -187,8 +187,9 @@ def _prepare_scores(
     config = _config_of(ready) if apply_fn is None else None
     tokenizer = _tokenizer_of(ready)
     note = check_vocabulary(ready.models[ready.plan.template].input.name, tokenizer, config) if config else None
-    if note is not None and tell is not None:
-        tell(f"note: {note}")
+    if tell is not None:
+        for said in (*([note] if note is not None else []), *ready.notes):
+            tell(f"note: {said}")
     for dev in devs:
         dev.prompts(tokenizer)  # a template that cannot be followed is said before weights are loaded
     told = {dev.task.name: digest([dev.identity(), how.overflow]) for dev in devs}

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from m3jax.checkpoints import locate_model
+from m3jax.checkpoints import companions, locate_model
 from m3jax.decoder import length_bucket
 from m3jax.errors import M3Error
 from m3jax.evaluation import tokens
@@ -41,6 +41,7 @@ def load_masked_words(name: str) -> MaskedWords:
     place = locate_model(name)
     if not place.path.is_dir():
         raise M3Error(f"{name}: is a weight file without config and tokenizer: give the model's directory")
+    companions(place.path)  # before any of them is opened
     config = BertConfig.from_directory(place.path)
     tokenizer = tokens.load_tokenizer(name, place.path)
     if len(tokenizer) > config.vocab_size:
