@@ -1,6 +1,7 @@
 """What is not taken from a model directory as it comes: links that lead out of it, what is no file, and code."""
 
 import json
+import os
 import stat
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
@@ -18,6 +19,7 @@ LARGEST_COMPANION = 2**28
 
 _CODE_KEYS = ("auto_map", "custom_pipelines")  # whose values name classes in Python files, which loaders may import
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "*processor_config.json")
+_READ_BY_TOKENIZERS = (".json", ".jinja", ".txt", ".model", ".spm", ".bpe", ".codes", ".vocab", ".tiktoken")
 _NAMED = 3  # files that a sentence names
 
 
@@ -32,6 +34,24 @@ def check_companion(path: Path, directory: Path) -> None:
         M3Error: It is a link that leads out of the model and out of the hub cache's copy of it, no regular file, or
             larger than any such file is.
     """
+    check_size(path, _own_file(path, directory).st_size)
+
+
+def check_tokenizer_files(directory: Path) -> None:
+    """Checks all that a tokenizer's class, which a model names as it likes, may open in a model directory.
+
+    Raises:
+        M3Error: As `check_companion`, but for the size, as not all of it is a tokenizer's; or the directory cannot be
+            listed.
+    """
+    for name in list_names(directory):
+        weights = any(format.names(name) for format in formats.FORMATS)
+        if name.endswith(_READ_BY_TOKENIZERS) and not weights and not (directory / name).is_dir():
+            _own_file(directory / name, directory)
+
+
+def _own_file(path: Path, directory: Path) -> os.stat_result:
+    """What the operating system says of a regular file of the model's own."""
     try:
         real = path.resolve(strict=True)
         told = real.stat()
@@ -43,7 +63,7 @@ def check_companion(path: Path, directory: Path) -> None:
         )
     if not stat.S_ISREG(told.st_mode):
         raise M3Error(f"{path} is not a regular file: remove it from the model.")
-    check_size(path, told.st_size)
+    return told
 
 
 def check_size(path: Path, size: int) -> None:

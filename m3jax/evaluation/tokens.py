@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from m3jax.checkpoints import companions
+from m3jax.checkpoints.trust import check_tokenizer_files
 from m3jax.decoder import DecoderConfig, encode
 from m3jax.errors import M3Error
 
@@ -31,7 +32,8 @@ def load_tokenizer(name: str, directory: Path) -> Any:
         M3Error: It has none, one that cannot be read, one that is Python code, or files that are not the model's own;
             see `check_companion`.
     """
-    companions(directory)  # before the libraries follow its links
+    companions(directory)
+    check_tokenizer_files(directory)  # before the libraries follow its links
     if not any(path for pattern in _VOCABULARIES for path in directory.glob(pattern)):
         raise M3Error(f"{name}: has no tokenizer: copy tokenizer.json and tokenizer_config.json of its base into it")
     try:

@@ -11,7 +11,7 @@ import pytest
 
 from m3jax.checkpoints import companions
 from m3jax.checkpoints.locate import named_companions
-from m3jax.checkpoints.trust import LARGEST_COMPANION, code_note, without_code
+from m3jax.checkpoints.trust import LARGEST_COMPANION, check_tokenizer_files, code_note, without_code
 from m3jax.errors import M3Error
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -109,6 +109,19 @@ def test_huge_files(model: Path) -> None:
     with open(model / "tokenizer.model", "wb") as file:
         file.truncate(2**40)
     refused(model, "tokenizer.model has 1,099,511,627,776 bytes, more than any tokenizer")
+
+
+def test_a_tokenizers_class_opens_nothing_that_is_not_the_models(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "weights").write_text("elsewhere, as it may be")
+    for name in ("model.safetensors", "pytorch_model.bin.index.json", "README.md"):
+        (model / name).symlink_to("../weights")
+    with open(model / "training.json", "wb") as file:
+        file.truncate(2 * LARGEST_COMPANION)
+    check_tokenizer_files(model)
+    (model / "source.spm").symlink_to("/dev/zero")
+    assert list(named_companions(model)) == ["config.json"]
+    with pytest.raises(M3Error, match=r"source\.spm leads out of the model"):
+        check_tokenizer_files(model)
 
 
 # --- Code ------------------------------------------------------------------------------------------------
