@@ -8,6 +8,7 @@ from typing import Any
 from m3jax.anatomy.building import anatomy_of
 from m3jax.anatomy.types import Anatomy, Overrides
 from m3jax.checkpoints import Checkpoint, TensorInfo, open_checkpoint, sketch_model
+from m3jax.checkpoints.remote import RemotePath
 
 _STEP_METADATA = "_CHECKPOINT_METADATA"  # of Orbax, in the directory of a step, beside its items
 
@@ -18,7 +19,7 @@ def step_metadata(path: Path) -> dict[str, str]:
     Args:
         path: Of a checkpoint: a step, or one of its items.
     """
-    for place in (path, path.parent):
+    for place in () if isinstance(path, RemotePath) else (path, path.parent):  # Orbax is read from this disk alone
         try:
             told = json.loads((place / _STEP_METADATA).read_bytes())
         except (OSError, ValueError, RecursionError):

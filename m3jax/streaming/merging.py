@@ -24,6 +24,7 @@ from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs import companions as modelcard
 from m3jax.outputs import manifest, provenance
 from m3jax.outputs.local import Staging, Workplace
+from m3jax.outputs.modes import narrow
 from m3jax.outputs.remote import RemoteStaging, RemoteWorkplace
 from m3jax.progress import Progress
 from m3jax.recipe import Recipe, load_recipe
@@ -81,6 +82,7 @@ def _open_workplace(job: MergeJob, ready: Ready, processes: Processes, stack: Ex
         space = weights + small + _TOLD_PER_TENSOR * len(ready.plan.tensors)
         shared = processes.count > 1
         staging = stack.enter_context(Staging(job.out, ready.identity, space, job.overwrite, shared))
+        narrow(staging.path, _weight_files(ready))
     share(processes, [ready.identity, staging.finished])
     return staging
 
@@ -115,12 +117,7 @@ def _merge(job: MergeJob, processes: Processes) -> MergeResult:
         sum(read for _, read, _ in told),
         sum(wrote for _, _, wrote in told),
         len(finished),
-        (
-            *job.recipe.notes(),
-            *ready.plan.notes,
-            *_idle(ready.shards, finished, processes.count),
-            *_bare(ready.companions),
-        ),
+        tuple(_notes(job, ready, finished, processes.count)),
         tuple(read for _, read, _ in told),
     )
 
@@ -165,6 +162,7 @@ def _notes(job: MergeJob, ready: Ready, finished: Mapping[str, Any], count: int)
     """What a reader of the recipe should know."""
     yield from job.recipe.notes()
     yield from ready.plan.notes
+    yield from ready.notes
     yield from _idle(ready.shards, finished, count)
     yield from _bare(ready.companions)
 
@@ -263,6 +261,11 @@ def _source_at(ready: Ready, position: int, location: str) -> int:
     return position if position in there else there[0]
 
 
+def _weight_files(ready: Ready) -> list[Path]:
+    """The files of all inputs, whose permissions bound the output's."""
+    return [file for model in ready.models for file in model.checkpoint.files()]
+
+
 def _publish(job: MergeJob, ready: Ready, staging: Staging | RemoteStaging, record: dict[str, Any]) -> None:
     """Write what stands beside the weights, complete `record`, and let the output appear."""
     if len(ready.shards) > 1:
@@ -272,6 +275,8 @@ def _publish(job: MergeJob, ready: Ready, staging: Staging | RemoteStaging, reco
     )
     record["output"]["files"] = dict(sorted(files.items()))
     (staging.path / manifest.FILE_NAME).write_text(manifest.to_json(record), encoding="utf-8")
+    if isinstance(staging, Staging):
+        narrow(staging.path, _weight_files(ready))
     staging.publish()
 
 

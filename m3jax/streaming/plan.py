@@ -1,6 +1,5 @@
 """The plan of a merge: what happens to each tensor, from a recipe and the tensors' names and shapes alone."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from m3jax.methods.leaf import Pipeline, check_pipeline, comparable, settings_of
 from m3jax.methods.linear import linear
 from m3jax.methods.mixup import draw
 from m3jax.naming import block_of, layer_position
-from m3jax.recipe import Recipe
+from m3jax.recipe import Recipe, unmatched
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _DTYPE_NAMES = {name: dtype for dtype, name in FLOATS.items()}
@@ -291,9 +290,6 @@ def _excluded(recipe: Recipe, model: Input, names: Sequence[str]) -> set[str]:
             there = ", ".join(sorted({name.split(".")[0] for name in names})[:10])
             raise M3Error(f"only: {', '.join(recipe.only)} begins no name of {model.name}: its collections are {there}")
         matched |= set(names) - chosen
-    for pattern in recipe.exclude:
-        if not any(re.search(pattern, name) for name in matched):
-            raise M3Error(f"exclude: {pattern!r} matches no tensor of {model.name}: mend it or leave it out")
     aliases = {name: part.alias_of for name, part in model.anatomy.parts.items() if part.alias_of is not None}
     originals = {aliases[name] for name in matched if name in aliases}
     return matched | originals | {name for name, original in aliases.items() if original in matched | originals}
@@ -368,6 +364,9 @@ def make_plan(
     used = (*((template,) if pipeline.uses_base else ()), *range(count))
     models = [inputs[i] for i in used]
     names = sorted({name for i in {template, *used} for name in inputs[i].tensors}, key=natural_key)
+    blocks = [own for model in inputs for part in model.anatomy.parts.values() for own in part.block_names]
+    if drawn is None and (said := unmatched(recipe, names, blocks)) is not None:  # a replay does as was done
+        raise M3Error(said)
     excluded = _excluded(recipe, inputs[template], names)
     _check_kinds([inputs[i] for i in sorted({template, *used})], excluded)
     state = {name for model in models for name in _state(model, names)} - excluded

@@ -12,7 +12,8 @@ def test_options_of_a_group_stand_in_its_place() -> None:
         """Does something."""
 
     flat = options.grouped(command)
-    assert [*inspect.signature(flat).parameters] == ["out", "seed", "overrides", "limit", "as_json", "quiet", "debug"]
+    changes = ["seed", "overrides", "only"]
+    assert [*inspect.signature(flat).parameters] == ["out", *changes, "limit", "as_json", "quiet", "debug"]
     assert inspect.signature(flat).parameters["quiet"].default is False
     assert (flat.__name__, flat.__doc__) == ("command", "Does something.")
 
@@ -30,3 +31,4 @@ def test_a_command_is_given_its_groups() -> None:
         ("place", options.Changes(4, ["a=1", "b=2"]), options.Speech(quiet=True)),
         ("place", options.Changes(), options.Speech()),
     ]
+    assert options.Changes(None, ["a=1"], ["params"]).all() == ["a=1", "only=[params]"]
