@@ -29,6 +29,7 @@ from m3jax.methods.base import (
     Values,
     per_expert,
 )
+from m3jax.methods.linear import linear
 
 
 class Pipeline(NamedTuple):
@@ -349,3 +350,33 @@ def merged_leaf(
     if pipeline.uses_base and base is not None:
         merged = exact.add(merged, exact.widen(base))
     return exact.narrow(jnp.asarray(merged), dtype)
+
+
+# --- running statistics -------------------------------------------------------------------------------------------
+
+
+def statistics_pipeline(num_experts: int) -> Pipeline:
+    """What is done to means and variances of batch normalisation, whatever is done to parameters: their mean."""
+    return Pipeline(linear(), None, num_experts)
+
+
+def statistics_weights(pipeline: Pipeline, weights: Sequence[Any]) -> tuple[Any, ...]:
+    """The weights of running statistics: those of the parameters where each expert has one, else equal ones.
+
+    Args:
+        pipeline: What is done to parameters.
+        weights: Those of a parameter; weights that sum to 0 have no mean, and count as equal.
+    """
+    known = all(isinstance(weight, float) for weight in weights)
+    if pipeline.method.weighting != "each" or (known and sum(weights) == 0.0):
+        return (1.0,) * pipeline.num_experts
+    return tuple(weights)
+
+
+# --- leaves that stack blocks -------------------------------------------------------------------------------------
+
+
+def with_conclusion(scalars: LeafScalars, stage: Stage, concluded: Any) -> LeafScalars:
+    """The scalars with what a measure has concluded: of many blocks, stacked along a first axis."""
+    own = {**scalars.found[stage.owner], stage.measure.name: concluded}
+    return scalars._replace(found={**scalars.found, stage.owner: own})

@@ -4,7 +4,8 @@ The jitted functions here see whole arrays, on one device or on many, under mesh
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,31 +20,66 @@ from m3jax.arithmetic import exact, threefry
 from m3jax.arithmetic.ranking import add_counts
 from m3jax.errors import M3Error
 from m3jax.methods.base import Extent, Place, Round, Settings, Words
-from m3jax.methods.leaf import LeafScalars, Pipeline, Stage, counted, merged_leaf, with_found
+from m3jax.methods.leaf import LeafScalars, Pipeline, Stage, counted, merged_leaf, with_conclusion, with_found
 from m3jax.trees.matching import is_traced
 
 _EVERYWHERE = PartitionSpec()  # type: ignore[no-untyped-call]
 _AHEAD = 4  # counts dispatched before the first is waited for
 
 
+class Stacked(NamedTuple):
+    """How a leaf stacks blocks, each of which is a tensor of its own; hashable, as jitted functions are told it.
+
+    Attributes:
+        axis: Along which axis of its arrays.
+        varied: Whether blocks have settings of their own, so that what they fold into is stacked along axis 0.
+        found: The measures whose conclusions are stacked along axis 0, by `Stage.key`.
+    """
+
+    axis: int
+    varied: bool
+    found: frozenset[str] = frozenset()
+
+    def axes_of(self, scalars: LeafScalars) -> LeafScalars:
+        """Which of a leaf's scalars are stacked, as `jax.vmap` takes it; keys of masks always are."""
+        own = 0 if self.varied else None
+        found = {
+            owner: {name: 0 if f"{owner}.{name}" in self.found else None for name in concluded}
+            for owner, concluded in scalars.found.items()
+        }
+        return LeafScalars(own, own, found, 0, own)
+
+
 class Column(NamedTuple):
     """One parameter of all models, and the scalars found for it so far.
 
     Attributes:
-        name: Its path joined by dots.
+        name: What the tree calls it.
         experts: One array per expert.
         base: The base's array, where task vectors are taken from it.
         template: The array whose dtype and sharding the merged one gets: the base's, or else the first expert's.
-        settings: Its weights and densities.
+        settings: Its weights and densities; of each of its blocks, where it stacks some.
         scalars: What they fold into, and what was measured.
+        stacked: How it stacks blocks, if it does.
     """
 
     name: str
     experts: tuple[Array, ...]
     base: Array | None
     template: Array
-    settings: Settings
+    settings: tuple[Settings, ...]
     scalars: LeafScalars
+    stacked: Stacked | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of one tensor: of the leaf, or of each of its blocks."""
+        return tensor_shape(np.shape(self.experts[0]), None if self.stacked is None else self.stacked.axis)
+
+
+def tensor_shape(shape: tuple[int, ...], axis: int | None) -> tuple[int, ...]:
+    """The shape of a leaf, or of each of its blocks if it stacks them along an axis."""
+    return shape if axis is None else (*shape[:axis], *shape[axis + 1 :])
 
 
 # --- shardings ----------------------------------------------------------------------------------------------------
@@ -79,6 +115,13 @@ def _on_any_mesh(function: Callable[..., Array], spec: PartitionSpec, *operands:
     return result
 
 
+def is_manual(x: Any) -> bool:
+    """Whether an array is a shard that `jax.shard_map` made of a larger one."""
+    if not isinstance(x, jax.core.Tracer):
+        return False
+    return AxisType.Manual in jax.typeof(x).sharding.mesh.axis_types
+
+
 def home_of(leaf: Column) -> Any:
     """The sharding that the leaf's merged array gets: the template's, or else the first that someone chose.
 
@@ -88,8 +131,12 @@ def home_of(leaf: Column) -> Any:
     Returns:
         A `jax.sharding.Sharding`; None where it is left to JAX: nothing is placed, or a trace knows only Auto axes.
     """
-    arrays = [leaf.template, *leaf.experts]
-    if is_traced(leaf.template, leaf.experts, leaf.base):
+    return home_of_arrays([leaf.template, *leaf.experts], is_traced(leaf.template, leaf.experts, leaf.base))
+
+
+def home_of_arrays(arrays: Sequence[Any], traced: bool) -> Any:
+    """`home_of` of the template and the experts' arrays."""
+    if traced:
         return next((sharding for x in arrays if (sharding := _explicit(x)) is not None), None)
     placed = [x for x in arrays if isinstance(x, jax.Array)]
     chosen = [x for x in placed if len(x.sharding.device_set) > 1 or getattr(x, "committed", True)]
@@ -119,9 +166,16 @@ def brought(leaf: Column) -> tuple[tuple[Array, ...], Array | None]:
 # --- jitted pieces, compiled once per (pipeline, shapes, dtypes, shardings) ---------------------------------------
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def merge_array(
-    pipe: Pipeline, dtype: DTypeLike, home: Any, experts: Any, base: Any, scalars: Any, zero: exact.Zero
+    pipe: Pipeline,
+    dtype: DTypeLike,
+    home: Any,
+    stacked: Stacked | None,
+    experts: Any,
+    base: Any,
+    scalars: Any,
+    zero: exact.Zero,
 ) -> Array:
     """The merged parameter.
 
@@ -129,6 +183,7 @@ def merge_array(
         pipe: What is done.
         dtype: Of the result.
         home: The result's sharding, of `home_of`.
+        stacked: How the arrays stack blocks, if they do.
         experts: One array per expert.
         base: The base's array, where it is used.
         scalars: Of the leaf, with what `measured` found.
@@ -139,10 +194,17 @@ def merge_array(
     """
 
     def merged(experts: Any, base: Any, scalars: Any, zero: Any) -> Array:
-        shape = experts[0].shape
-        experts, base = _in_rows(pipe, experts), None if base is None else _in_rows(pipe, base)
-        index = threefry.flat_index(experts[0].shape)
-        return merged_leaf(pipe, experts, base, scalars, index, zero, dtype).reshape(shape)
+        def tensor(experts: Any, base: Any, scalars: Any) -> Array:
+            shape = experts[0].shape
+            experts, base = _in_rows(pipe, experts), None if base is None else _in_rows(pipe, base)
+            index = threefry.flat_index(experts[0].shape)
+            return merged_leaf(pipe, experts, base, scalars, index, zero, dtype).reshape(shape)
+
+        if stacked is None:
+            return tensor(experts, base, scalars)
+        axes = (stacked.axis, stacked.axis, stacked.axes_of(scalars))
+        whole: Array = jax.vmap(tensor, in_axes=axes, out_axes=stacked.axis)(experts, base, scalars)
+        return whole
 
     if not isinstance(home, NamedSharding):
         return merged(experts, base, scalars, zero)
@@ -174,26 +236,34 @@ def _stage(pipe: Pipeline, key: str) -> Stage:
     return next(stage for stage in pipe.stages if stage.key == key)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _count(
     pipe: Pipeline,
     key: str,
     name: str,
     place: Place,
+    stacked: Stacked | None,
     experts: Any,
     base: Any,
     scalars: Any,
     state: Any,
     zero: exact.Zero,
 ) -> Any:
-    """What a round of a measure counts of a whole array."""
+    """What a round of a measure counts of a whole array, or of each block that it stacks, along axis 0."""
     stage = _stage(pipe, key)
     step = stage.round(place, name)
 
     def counts(experts: Any, base: Any, scalars: Any, state: Any, zero: Any) -> Any:
-        experts, base = _in_rows(pipe, experts), None if base is None else _in_rows(pipe, base)
-        index = threefry.flat_index(experts[0].shape)
-        return counted(pipe, stage, step, experts, base, scalars, state, index, zero)
+        def of_tensor(experts: Any, base: Any, scalars: Any, state: Any) -> Any:
+            experts, base = _in_rows(pipe, experts), None if base is None else _in_rows(pipe, base)
+            index = threefry.flat_index(experts[0].shape)
+            return counted(pipe, stage, step, experts, base, scalars, state, index, zero)
+
+        if stacked is None:
+            return of_tensor(experts, base, scalars, state)
+        own_state = None if stage.measure.scope == "model" else 0
+        axes = (stacked.axis, stacked.axis, stacked.axes_of(scalars), own_state)
+        return jax.vmap(of_tensor, in_axes=axes)(experts, base, scalars, state)
 
     return _on_any_mesh(counts, _EVERYWHERE, experts, base, scalars, state, zero)
 
@@ -202,8 +272,9 @@ def _count(
 
 
 def _check_countable(leaf: Column) -> None:
-    if leaf.experts[0].size >= 2**32:
-        raise M3Error(f"{leaf.name}: has {leaf.experts[0].size} entries, too many to count in memory: use m3jax merge")
+    size = math.prod(leaf.shape)
+    if size >= 2**32:
+        raise M3Error(f"{leaf.name}: has {size} entries, too many to count in memory: use m3jax merge")
 
 
 def _at_hand(counts: Array) -> Any:
@@ -216,30 +287,47 @@ def _added(total: Words | None, counts: Any) -> Words:
     return add_counts((zeros, zeros) if total is None else total, counts)
 
 
+def _added_blocks(total: Words | None, counts: Any) -> Words:
+    """Counts of all blocks of a leaf added up: half words first, whose sums have room for 2¹⁶ blocks."""
+    xp: Any = jnp if is_traced(counts) else np
+    half = np.uint32(16)
+    low = xp.sum(counts & np.uint32(0xFFFF), axis=0, dtype=np.uint32)
+    high = xp.sum(counts >> half, axis=0, dtype=np.uint32)
+    words = _added(_added(total, low), high << half)
+    return words[0] + (high >> half), words[1]
+
+
 def _largest(total: Any, counts: Any) -> Any:
     return counts if total is None else (jnp if is_traced(total, counts) else np).maximum(total, counts)
 
 
-def _ahead(group: list[Column], count: Callable[[Column], Any]) -> Iterator[Any]:
+def _largest_blocks(total: Any, counts: Any) -> Any:
+    return _largest(total, counts.max(axis=0))
+
+
+def _ahead(group: list[Column], count: Callable[[Column], Any]) -> Iterator[tuple[Column, Any]]:
     """Counts of every leaf of a group in order; a few are under way at a time, so that a device need not wait."""
-    under_way: list[Any] = []
+    under_way: list[tuple[Column, Any]] = []
     for leaf in group:
         _check_countable(leaf)
-        under_way.append(count(leaf))
+        under_way.append((leaf, count(leaf)))
         if len(under_way) > _AHEAD:
-            yield _at_hand(under_way.pop(0))
-    yield from map(_at_hand, under_way)
+            done, counts = under_way.pop(0)
+            yield done, _at_hand(counts)
+    for done, counts in under_way:
+        yield done, _at_hand(counts)
 
 
 def _totals(pipe: Pipeline, stage: Stage, step: Round, place: Place, group: list[Column], state: Any, zero: Any) -> Any:
     def count(leaf: Column) -> Any:
         experts, base = brought(leaf)
-        return _count(pipe, stage.key, step.name, place, experts, base, leaf.scalars, state, zero)
+        return _count(pipe, stage.key, step.name, place, leaf.stacked, experts, base, leaf.scalars, state, zero)
 
-    reduce = _largest if step.reduction == "max" else _added
+    together = stage.measure.scope == "model"
+    reductions = (_largest, _largest_blocks) if step.reduction == "max" else (_added, _added_blocks)
     total: Any = None
-    for counts in _ahead(group, count):
-        total = reduce(total, counts)
+    for leaf, counts in _ahead(group, count):
+        total = reductions[together and leaf.stacked is not None](total, counts)
     return total
 
 
@@ -250,17 +338,43 @@ def _platform_of(array: Any) -> str:
     return jax.default_backend()
 
 
+def joined(pieces: Sequence[Any]) -> Any:
+    """Pytrees of blocks stacked along axis 0, on the host where they are there.
+
+    Args:
+        pieces: Of one structure.
+    """
+    xp: Any = jnp if is_traced(pieces) else np
+    return jax.tree.map(lambda *xs: xp.stack([xp.asarray(x) for x in xs]), *pieces)
+
+
+def _piece(stacked: Any, index: int) -> Any:
+    return jax.tree.map(lambda x: x[index], stacked)
+
+
 def _state(pipe: Pipeline, stage: Stage, group: list[Column], zero: exact.Zero) -> Any:
-    """The last state of a measure over a group of leaves."""
-    rows = group[0].experts[0].shape[:-1] if stage.measure.scope == "row" else ()
-    entries = sum(leaf.experts[0].size for leaf in group)
-    state = stage.begin(pipe, group[0].settings, Extent(entries, rows, pipe.num_experts))
-    place = Place(False, _platform_of(group[0].experts[0]), 0)
+    """The last state of a measure over a group of leaves; over a leaf that stacks blocks, each block's own."""
+    leaf, options = group[0], stage.options(pipe)
+    together = stage.measure.scope == "model"
+    by_block = leaf.stacked is not None and not together
+    rows = leaf.shape[:-1] if stage.measure.scope == "row" else ()
+    entries = sum(each.experts[0].size for each in group) if together else math.prod(leaf.shape)
+    extent = Extent(entries, rows, pipe.num_experts)
+    place = Place(False, _platform_of(leaf.experts[0]), 0)
+    begun = [stage.begin(pipe, own, extent) for own in (leaf.settings if by_block else leaf.settings[:1])]
+    state = joined(begun) if by_block else begun[0]
     for step in stage.measure.rounds(place):
 
-        def go(state: Any, step: Round = step) -> Any:
+        def advance(state: Any, totals: Any, step: Round = step) -> Any:
+            return stage.measure.advance(options, step.name, state, totals)
+
+        def go(state: Any, step: Round = step, advance: Callable[..., Any] = advance) -> Any:
             totals = _totals(pipe, stage, step, place, group, state, zero)
-            return stage.measure.advance(stage.options(pipe), step.name, state, totals)
+            if not by_block:
+                return advance(state, totals)
+            if is_traced(state, totals):
+                return jax.vmap(advance)(state, totals)
+            return joined([advance(_piece(state, i), _piece(totals, i)) for i in range(len(leaf.settings))])
 
         if step.repeats > 1 and zero is None:  # traced: one loop keeps the program as small as one step
             state = lax.fori_loop(0, step.repeats, lambda _, now: go(now), jax.tree.map(jnp.asarray, state))
@@ -268,6 +382,24 @@ def _state(pipe: Pipeline, stage: Stage, group: list[Column], zero: exact.Zero) 
         for _ in range(step.repeats):
             state = go(state)
     return state
+
+
+def _concluded(pipe: Pipeline, stage: Stage, leaf: Column, state: Any) -> Column:
+    """A leaf with what a measure concludes from its last state."""
+    options, conclude = stage.options(pipe), stage.measure.conclude
+    alike = leaf.stacked is None or not leaf.stacked.varied
+    if leaf.stacked is None or (stage.measure.scope == "model" and alike):
+        return leaf._replace(scalars=with_found(pipe, leaf.scalars, stage, state, leaf.settings[0]))
+    if stage.measure.scope == "model":
+        found = joined([conclude(options, state, own) for own in leaf.settings])
+    elif alike and is_traced(state, leaf.settings):
+        found = jax.vmap(lambda own: conclude(options, own, leaf.settings[0]))(state)
+    else:
+        found = joined([conclude(options, _piece(state, i), own) for i, own in enumerate(leaf.settings)])
+    return leaf._replace(
+        scalars=with_conclusion(leaf.scalars, stage, found),
+        stacked=leaf.stacked._replace(found=leaf.stacked.found | {stage.key}),
+    )
 
 
 def measured(pipe: Pipeline, leaves: list[Column], zero: exact.Zero) -> list[Column]:
@@ -285,13 +417,11 @@ def measured(pipe: Pipeline, leaves: list[Column], zero: exact.Zero) -> list[Col
         M3Error: A leaf has too many entries to be counted in 32 bits.
     """
     for stage in pipe.stages:
-        needed = [leaf for leaf in leaves if stage.needed(pipe, leaf.settings)]
+        needed = [leaf for leaf in leaves if stage.needed(pipe, leaf.settings[0])]
         together = needed and stage.measure.scope == "model"
         concluded = {}
         for group in [leaves] if together else [[leaf] for leaf in needed]:
             state = _state(pipe, stage, group, zero)
-            for leaf in group:
-                scalars = with_found(pipe, leaf.scalars, stage, state, leaf.settings)
-                concluded[leaf.name] = leaf._replace(scalars=scalars)
-        leaves = [concluded.get(leaf.name, leaf) for leaf in leaves]
+            concluded |= {id(leaf): _concluded(pipe, stage, leaf, state) for leaf in group}
+        leaves = [concluded.get(id(leaf), leaf) for leaf in leaves]
     return leaves

@@ -1,8 +1,13 @@
 """merge(): parameter trees in, a parameter tree out; pure, under jit, on any sharding."""
 
+import difflib
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+import hashlib
+import inspect
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +15,31 @@ import numpy as np
 from jaxtyping import ArrayLike, PyTree
 from numpy.typing import DTypeLike
 
+from m3jax.anatomy import MODEL_KINDS, Kind
 from m3jax.arithmetic import threefry
 from m3jax.arithmetic.double import Double
 from m3jax.errors import M3Error
 from m3jax.methods import linear
 from m3jax.methods.base import Method, Settings, Sparsifier
-from m3jax.methods.leaf import LeafScalars, Pipeline, check_pipeline, scalars_from, settings_of
+from m3jax.methods.leaf import (
+    LeafScalars,
+    Pipeline,
+    check_pipeline,
+    scalars_from,
+    settings_of,
+    statistics_pipeline,
+    statistics_weights,
+)
 from m3jax.methods.mixup import Mixup, draw
-from m3jax.naming import block_group
 from m3jax.trees import arrays, matching
-from m3jax.trees.arrays import Column
+from m3jax.trees.arrays import Column, Stacked, joined, tensor_shape
 from m3jax.trees.matching import is_traced
 from m3jax.trees.matching import leaf_name as leaf_name
 from m3jax.trees.matching import named_leaves as named_leaves
+from m3jax.trees.parts import AnatomyOf, Tree, check_blocks, groups_of, tree_of
+from m3jax.trees.parts import canonical_leaves as canonical_leaves
+
+_LOG = logging.getLogger("m3jax")
 
 Weights = Mixup | Mapping[str, ArrayLike] | Sequence[ArrayLike] | ArrayLike | None
 
@@ -42,22 +59,106 @@ def _as_scalars(values: Any, count: int, where: str) -> tuple[Any, ...]:
     return tuple(float(w) for w in flat)
 
 
-def _group(weights: Weights, name: str) -> str | None:
-    """The leaves that share their weights with leaf `name`; None for all of them."""
+# --- whose weights ------------------------------------------------------------------------------------------------
+
+
+class _Tensor(NamedTuple):
+    """One tensor of the merge: a leaf, or a block of one that stacks several.
+
+    Attributes:
+        name: Its canonical name.
+        spelled: What the tree calls its leaf.
+        layer: The group that it shares a draw per layer with.
+    """
+
+    name: str
+    spelled: str
+    layer: str
+
+
+def _tensors(tree: Tree, name: str) -> list[_Tensor]:
+    part = tree.parts[name]
+    if part.stack_axis is None:
+        return [_Tensor(part.canonical, name, tree.group(name, "layer"))]
+    return [_Tensor(own, name, group) for own, group in zip(part.block_names, part.groups, strict=True)]
+
+
+def _is_prefix(key: str, name: str) -> bool:
+    return not key or name == key or name.startswith(f"{key}.")
+
+
+def _key_of(weights: Mapping[str, ArrayLike], tensor: _Tensor) -> str | None:
+    """The key of a mapping whose weights a tensor gets: the longest that it goes by."""
+    fitting = [
+        key for key in weights if key == tensor.layer or any(_is_prefix(key, n) for n in (tensor.name, tensor.spelled))
+    ]
+    return max(fitting, key=len, default=None)
+
+
+class _Weights(NamedTuple):
+    """Where each tensor's weights come from.
+
+    Attributes:
+        given: What the caller gave.
+        rows: The row of each layer, of an array of weights by layer; else empty.
+    """
+
+    given: Weights
+    rows: Mapping[str, int]
+
+    def group(self, tensor: _Tensor) -> str | None:
+        """The tensors that share their weights with one; None for all of them."""
+        if isinstance(self.given, Mapping):
+            found = _key_of(self.given, tensor)
+            if found is None:
+                raise M3Error(f"weights: none given for {tensor.name}: name it, its block or a prefix of its name")
+            return found
+        if isinstance(self.given, Mixup):
+            by_layer = {"model": None, "tensor": tensor.name, "layer": tensor.layer}
+            return by_layer[self.given.granularity]
+        return tensor.layer if self.rows else None
+
+
+def _weights_of(weights: Weights, tree: Tree, names: Sequence[str]) -> _Weights:
+    """Weights that fit a tree.
+
+    Raises:
+        M3Error: They are by block, but blocks cannot be told; they name no tensor; or there is not a row for each.
+    """
+    if isinstance(weights, Mixup) and weights.granularity == "layer":
+        check_blocks(tree, names, 'mixup: granularity is "layer"')
     if isinstance(weights, Mapping):
-        return name
-    if isinstance(weights, Mixup) and weights.granularity != "model":
-        return block_group(name, weights.granularity)
-    return None
+        known = [tensor for name in tree.leaves for tensor in _tensors(tree, name)]
+        for key in weights:
+            if not any(key == t.layer or _is_prefix(key, t.name) or _is_prefix(key, t.spelled) for t in known):
+                there = {text for t in known for text in (t.name, t.layer)}
+                near = difflib.get_close_matches(key, sorted(there), 1)
+                hint = f": did you mean {near[0]!r}?" if near else ": give a leaf's name, a block's, or a prefix"
+                raise M3Error(f"weights: {key!r} is no name of the tree{hint}")
+    if isinstance(weights, Mixup | Mapping | None) or len(_shape_of(weights)) < 2:
+        return _Weights(weights, {})
+    shape = _shape_of(weights)
+    check_blocks(tree, names, f"weights of shape {list(shape)} are by block")
+    groups = groups_of(tree)
+    if len(shape) != 2 or shape[0] != len(groups):
+        raise M3Error(
+            f"weights: are of shape {list(shape)}, but there are {len(groups)} groups of leaves, {groups[0]} to "
+            f"{groups[-1]}: give one row for each, in the order of m3jax.trees.parts.layer_groups"
+        )
+    return _Weights(weights, {group: row for row, group in enumerate(groups)})
 
 
-def _group_weights(pipe: Pipeline, weights: Weights, key: Any, group: str | None) -> tuple[Any, ...]:
-    method, count = pipe.method, pipe.num_weights
-    if weights is not None and not count:
+def _shape_of(weights: Any) -> tuple[int, ...]:
+    return np.shape(weights) if hasattr(weights, "shape") or not is_traced(weights) else (len(weights),)
+
+
+def _group_weights(pipe: Pipeline, weights: _Weights, key: Any, group: str | None) -> tuple[Any, ...]:
+    method, count, given = pipe.method, pipe.num_weights, weights.given
+    if given is not None and not count:
         raise M3Error(f"{method.name}: takes no weights, but some are given: leave them out")
-    if weights is None:
+    if given is None:
         return (0.5,) if method.weighting == "position" else (1.0,) * count
-    if isinstance(weights, Mixup):
+    if isinstance(given, Mixup):
         if key is None:
             raise M3Error("mixup: weights are drawn from a key, but none is given: pass key=jax.random.key(seed)")
         if is_traced(key):
@@ -65,24 +166,68 @@ def _group_weights(pipe: Pipeline, weights: Weights, key: Any, group: str | None
                 "mixup: weights are drawn on the host, but the key is traced: before jit or vmap, draw them with "
                 "weights = numpy.array([m3jax.draw_weights(k, alpha) for k in keys]), and map merge over weights"
             )
-        return draw(method.weighting, key, weights.alpha, count, group)
-    if isinstance(weights, Mapping):
-        if group is None or group not in weights:
-            raise M3Error(f"weights: none given for {group}")
-        return _as_scalars(weights[group], count, str(group))
-    return _as_scalars(weights, count, "merge")
+        return draw(method.weighting, key, given.alpha, count, group)
+    if group is None:
+        return _as_scalars(given, count, "merge")
+    if isinstance(given, Mapping):
+        return _as_scalars(given[group], count, group)
+    rows: Any = given
+    return _as_scalars(rows[weights.rows[group]], count, group)
+
+
+# --- columns ------------------------------------------------------------------------------------------------------
+
+
+def _mask_keys(root: Any, names: Sequence[str], num_experts: int) -> Any:
+    """`threefry.pair_keys` of many names in one go: uint32[names, pairs, 2]."""
+    traced = is_traced(root)
+    xp: Any = jnp if traced else np
+    digests = b"".join(hashlib.sha256(name.encode()).digest()[:8] for name in names)
+    words = np.frombuffer(digests, ">u4").astype(np.uint32).reshape(len(names), 2)
+    start = threefry.fold_in(root, threefry.MASKS)
+    zeros = np.zeros(len(names), np.uint32)
+    with np.errstate(over="ignore"):
+        own = threefry.threefry2x32((start[0] + zeros, start[1] + zeros), (zeros, words[:, 0]))
+        own = threefry.threefry2x32(own, (zeros, words[:, 1]))
+        pairs = [threefry.threefry2x32(own, (zeros, zeros + np.uint32(j))) for j in range((num_experts + 1) // 2)]
+    return xp.stack([xp.stack(pair, axis=-1) for pair in pairs], axis=1)
+
+
+class _Piece(NamedTuple):
+    """Where the merge of a column goes.
+
+    Attributes:
+        name: The tree's name of the leaf.
+        index: Which block of it, along its axis, where its blocks are merged one by one; None for all of it.
+    """
+
+    name: str
+    index: int | None = None
 
 
 def _columns_to_merge(
-    pipe: Pipeline, columns: Mapping[str, list[Any]], has_base: bool, weights: Weights, key: Any
-) -> list[Column]:
-    """The parameters, with the scalars that are known before any entry is looked at."""
-    root = None if key is None else threefry.key_words(key)
+    pipe: Pipeline,
+    tree: Tree,
+    columns: Mapping[str, list[Any]],
+    has_base: bool,
+    weights: _Weights,
+    key: Any,
+    numbers_of: Callable[[str | None], Settings],
+) -> list[tuple[_Piece, Column]]:
+    """Columns with the scalars that are known before any entry is looked at; `numbers_of` gives those of a group."""
+    tensors = {name: _tensors(tree, name) for name in columns}
+    keys: dict[str, Any] = {}
+    if pipe.random:
+        every = [tensor.name for own in tensors.values() for tensor in own]
+        drawn, start = _mask_keys(threefry.key_words(key), every, pipe.num_experts), 0
+        for name, own in tensors.items():
+            keys[name] = drawn[start : start + len(own)]
+            start += len(own)
 
     @functools.cache
     def shared(group: str | None) -> tuple[Settings, Any]:
-        """What the leaves of a group share: traced weights are folded once for all of them."""
-        settings = settings_of(pipe, _group_weights(pipe, weights, key, group), pipe.method.scale)
+        """What the tensors of a group share: traced weights are folded once for all of them."""
+        settings = numbers_of(group)
         return settings, pipe.method.fold(pipe.method.options, settings)
 
     @functools.cache
@@ -90,15 +235,36 @@ def _columns_to_merge(
         settings, folded = shared(group)
         return scalars_from(pipe, settings, shape, None, folded)
 
-    leaves = []
-    for name, column in columns.items():
-        group, experts = _group(weights, name), tuple(column[-pipe.num_experts :])
-        scalars = scalars_of(group, np.shape(experts[0]))
-        if pipe.random:
-            scalars = scalars._replace(mask_keys=threefry.pair_keys(root, name, pipe.num_experts))
-        own_base = column[0] if has_base and pipe.uses_base else None
-        leaves.append(Column(name, experts, own_base, column[0], shared(group)[0], scalars))
-    return leaves
+    def column(name: str) -> Iterator[tuple[_Piece, Column]]:
+        axis, arrays = tree.parts[name].stack_axis, columns[name]
+        experts = tuple(arrays[-pipe.num_experts :])
+        base, template = arrays[0] if has_base and pipe.uses_base else None, arrays[0]
+        groups = [weights.group(tensor) for tensor in tensors[name]]
+        shape = tensor_shape(np.shape(experts[0]), axis)
+        scalars = [scalars_of(group, shape) for group in groups]
+        settings = tuple(shared(group)[0] for group in groups)
+        own = keys.get(name)
+        if axis is None:
+            mask_keys = None if own is None else own[0]
+            only = scalars[0]._replace(mask_keys=mask_keys)
+            yield _Piece(name), Column(name, experts, base, template, settings, only)
+        elif len({jax.tree.structure(each) for each in scalars}) == 1:
+            varied = any(group != groups[0] for group in groups)
+            folded = joined(scalars) if varied else scalars[0]
+            whole = Column(name, experts, base, template, settings, folded._replace(mask_keys=own))
+            yield _Piece(name), whole._replace(stacked=Stacked(axis, varied))
+        else:  # blocks whose numbers fold into something else than others' are merged one by one
+            for i, each in enumerate(scalars):
+                mask_keys = None if own is None else own[i]
+                part = [jnp.take(jnp.asarray(x), i, axis=axis) for x in (*experts, template)]
+                part_base = None if base is None else jnp.take(jnp.asarray(base), i, axis=axis)
+                single = each._replace(mask_keys=mask_keys)
+                yield (
+                    _Piece(name, i),
+                    Column(name, tuple(part[:-1]), part_base, part[-1], settings[i : i + 1], single),
+                )
+
+    return [pair for name in columns for pair in column(name)]
 
 
 def _last_uses(leaves: list[Column], kept: Sequence[Any]) -> list[list[jax.Array]]:
@@ -112,6 +278,91 @@ def _last_uses(leaves: list[Column], kept: Sequence[Any]) -> list[list[jax.Array
     return uses[::-1]
 
 
+def _planned(
+    pipe: Pipeline,
+    tree: Tree,
+    kinds: Mapping[str, Kind],
+    columns: Mapping[str, list[Any]],
+    has_base: bool,
+    weights: _Weights,
+    key: Any,
+    zero: Any,
+) -> list[tuple[Pipeline, _Piece, Column]]:
+    """Every column with what is done to it and all that was measured: parameters, then running statistics."""
+    parameters = {name: column for name, column in columns.items() if kinds[name] == "parameter"}
+    statistics = {name: column for name, column in columns.items() if kinds[name] == "statistics"}
+    plain = statistics_pipeline(pipe.num_experts)
+
+    def of_parameters(group: str | None) -> Settings:
+        return settings_of(pipe, _group_weights(pipe, weights, key, group), pipe.method.scale)
+
+    def of_statistics(group: str | None) -> Settings:
+        return settings_of(plain, statistics_weights(pipe, _group_weights(pipe, weights, key, group)), 1.0)
+
+    pairs = _columns_to_merge(pipe, tree, parameters, has_base, weights, key, of_parameters)
+    measured = arrays.measured(pipe, [column for _, column in pairs], zero)
+    planned = [(pipe, piece, column) for (piece, _), column in zip(pairs, measured, strict=True)]
+    others = _columns_to_merge(plain, tree, statistics, has_base, weights, key, of_statistics)
+    return planned + [(plain, piece, column) for piece, column in others]
+
+
+def _check_call(experts: Any, method: Any, sparsify: Any) -> None:
+    """Raises M3Error where arguments are of another type than they must be, as hands slip."""
+    if isinstance(experts, str) or not isinstance(experts, Sequence):
+        raise M3Error("merge: takes its trees as one list: call m3jax.merge([a, b], ...)")
+    for role, given, wanted in (("method", method, Method), ("sparsify", sparsify, Sparsifier)):
+        if given is None or isinstance(given, wanted):
+            continue
+        if isinstance(given, str):
+            raise M3Error(f"{role}: is the text {given!r}: call its function instead, such as m3jax.{given}(...)")
+        if inspect.isfunction(given):
+            raise M3Error(f"{role}: is the function {given.__name__} itself: call it, m3jax.{given.__name__}(...)")
+        if role == "method" and isinstance(given, Sparsifier):
+            raise M3Error(f"method: {given.name} is a sparsifier: pass sparsify={given.name}(...) beside a method")
+        raise M3Error(
+            f"{role}: is of type {type(given).__name__}: trees go into one list, m3jax.merge([a, b], method), and "
+            f"{role} is made by a function such as m3jax.{'linear()' if role == 'method' else 'dare(density)'}"
+        )
+
+
+def _check_places(pipe: Pipeline, columns: Mapping[str, list[Any]]) -> None:
+    """Raises M3Error under manual mesh axes, where an array is a shard, if the merge needs to know the whole."""
+    if not (pipe.random or pipe.stages or pipe.rows):
+        return
+    for name, column in columns.items():
+        if any(arrays.is_manual(x) for x in column):
+            raise M3Error(
+                f"{name}: is a shard under jax.shard_map, but {_needs_whole(pipe)} the place of its entries in the "
+                "whole array: merge outside of shard_map, where shardings are honoured, or on a mesh with Auto axes"
+            )
+
+
+def _needs_whole(pipe: Pipeline) -> str:
+    sparsifier = pipe.sparsifier
+    if sparsifier is not None and (sparsifier.random or sparsifier.measures or sparsifier.rows):
+        return f"{sparsifier.name} depends on"
+    return f"{pipe.method.name} depends on"
+
+
+def _note_kept(tree: Tree) -> None:
+    """Says which leaves are no parameters, to whoever listens to the package's log."""
+    kept = Counter(part.kind for part in tree.parts.values() if part.kind not in MODEL_KINDS)
+    if kept:
+        said = ", ".join(f"{count} of kind {kind}" for kind, count in sorted(kept.items()))
+        _LOG.info("merge: leaves that are no parameters stay as they are in the first tree: %s", said)
+
+
+def _aliases(tree: Tree, kinds: Mapping[str, Kind], by_name: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Leaves that are one with another, by what anatomy says and their values do not deny; and that other."""
+    spelled = {stored: name for name, stored in tree.stored.items()}
+    found = {}
+    for name in kinds:
+        original = spelled.get(tree.parts[name].alias_of or "")
+        if original in kinds and all(matching.equal_arrays(m[name], m[original]) for m in by_name):
+            found[name] = original
+    return found
+
+
 def merge(
     experts: Sequence[PyTree],
     method: Method | None = None,
@@ -122,6 +373,7 @@ def merge(
     key: Any = None,
     dtype: DTypeLike | None = None,
     only: matching.Only = None,
+    anatomy: AnatomyOf = None,
     donate: bool = False,
 ) -> PyTree:
     """Merge parameter trees; the bits do not depend on jit, device, mesh or sharding.
@@ -130,21 +382,33 @@ def merge(
     key traced, on meshes with Auto or Explicit axes. Differentiable in the parameters and the weights, and `vmap` over
     weights and keys gives a batch of merges. Slerp in a trace calls back to the host for its angles.
 
+    What each leaf is, is told from names, shapes and the types of Flax's variables (`anatomy`). Parameters are merged;
+    running statistics of batch normalisation get their mean, with the same weights where each expert has one; other
+    buffers are copied and must be equal; steps, optimizer and random states are the template's, and need not be equal.
+    A leaf that stacks blocks along an axis is merged as if each block were a leaf of its own: the bits are the same.
+    Masks and draws go by canonical names (`m3jax.trees.parts.canonical_leaves`), in which neither boxes of Flax nor a
+    wrapper around the whole tree are.
+
     Args:
         experts: n ≥ 1 trees of float32, bfloat16 or float16 arrays: dicts (nested or flat), linen variables, Flax
-            states and modules, dataclasses, any pytree. Leaves are matched by name, their path joined by dots. Other
-            dtypes (integer buffers) are copied when equal.
+            states and modules, train states, dataclasses, any pytree. Leaves are matched by name, their path joined by
+            dots, or else by canonical name.
         method: Of `m3jax.methods`; default `linear()`, the average.
         base: The tree that task vectors are taken from, for methods that use them.
-        weights: n numbers for the whole model; a mapping from leaf name to n numbers; `mixup(alpha)` to draw them
-            (M³); None for ones. For slerp, one position t instead of n numbers.
+        weights: n numbers for the whole model; a mapping to n numbers from leaf names, blocks ("layers.3") or prefixes
+            of names, of which the longest that fits a leaf counts; an array [groups, n] with a row for each block of
+            each tower and a last one for what is outside blocks, in the order of `m3jax.trees.parts.layer_groups`;
+            `mixup(alpha)` to draw them (M³); None for ones. For slerp, one position t instead of n numbers.
         sparsify: `dare(density)` or `magnitude(density)`, applied before the method.
         key: Integer seed or threefry2x32 key for DARE's masks and M³'s draws. Draws need a key known on the host.
         dtype: Of merged leaves; default: each leaf's dtype in the base, or else in the first expert.
         only: What is merged; the other leaves come from the base, or else from the first expert, as they are, and
             need not be equal in the other trees or even be there. A collection or several: "params" of linen variables
             or of a train state (the first key of a path), and of `nnx.State` what is `nnx.Param`. Or a type of
-            `nnx.Variable`, or a predicate on leaf names. Default: every leaf.
+            `nnx.Variable`, or a predicate on leaf names. Default: every leaf that is of the model.
+        anatomy: What is known of the template beside names, shapes and types, and outranks them: an
+            `m3jax.anatomy.Overrides` or a mapping with its keys, such as {"stacked": {"layers": 1}, "kinds": {"ema":
+            "optimizer"}}; patterns are searched in leaf names.
         donate: Free each array of the experts once it is merged, so that no more than inputs and one leaf are in
             memory; the base's arrays are kept. In a trace this has no effect: there the caller's `donate_argnums` has.
 
@@ -152,7 +416,9 @@ def merge(
         A tree like the base, or else like the first expert, of the same type, its leaves sharded as there.
 
     Raises:
-        M3Error: The trees differ, or an argument cannot be used; the message says which.
+        M3Error: The trees differ, or an argument cannot be used; the message says which. Factors of adapters and
+            quantised weights cannot be merged, blocks cannot be told where weights are by block, or arrays are shards
+            under `jax.shard_map` and the merge depends on the whole.
 
     Example:
         >>> import jax.numpy as jnp
@@ -165,6 +431,7 @@ def merge(
         Zhou et al., Mixup Model Merge, arXiv 2502.15434, 2025.
     """
     method = linear.linear() if method is None else method
+    _check_call(experts, method, sparsify)
     pipe = Pipeline(method, sparsify, len(experts))
     check_pipeline(pipe, base is not None)
     if sparsify is not None and sparsify.random and key is None:
@@ -172,24 +439,37 @@ def merge(
     models, labels = list(experts), [f"expert {i}" for i in range(len(experts))]
     if base is not None:
         models, labels = [base, *models], ["the base", *labels]
-    by_name, chosen = matching.match(models, labels, only)
+    leaves = [matching.leaves_of(model) for model in models]
+    tree = tree_of(leaves[0], anatomy)
+    by_name, kinds = matching.match(leaves, tree.parts, labels, only)
     template = by_name[0]
-    merged_names = [name for name in template if name in chosen and matching.is_parameter(template[name])]
     if method.copies and method.scale == 1.0 and dtype is None:
-        merged_names = []  # the template is the one expert
-    columns = {name: [tree[name] for tree in by_name] for name in merged_names}
+        kinds = {}  # the template is the one expert
+    _note_kept(tree)
+    aliases = _aliases(tree, kinds, by_name)
+    columns = {name: [model[name] for model in by_name] for name in kinds if name not in aliases}
+    _check_places(pipe, columns)
     # Under a jit whose arguments are none of the merge's, a zero would be a constant of the program, and no fence.
     in_trace = is_traced(columns, weights, key, jnp.zeros((), jnp.uint32))
     zero: Any = None if in_trace else np.uint32(0)
 
-    leaves = arrays.measured(pipe, _columns_to_merge(pipe, columns, base is not None, weights, key), zero)
+    whose = _weights_of(weights, tree, list(kinds))
+    planned = _planned(pipe, tree, kinds, columns, base is not None, whose, key, zero)
     kept = [leaf for name, leaf in template.items() if base is not None or name not in columns]
-    doomed = _last_uses(leaves, kept) if donate and not in_trace else [[]] * len(leaves)
-    merged = dict(template)
-    for leaf, free in zip(leaves, doomed, strict=True):
+    doomed = _last_uses([leaf for _, _, leaf in planned], kept) if donate and not in_trace else [[]] * len(planned)
+    merged: dict[str, Any] = dict(template)
+    blocks: dict[str, list[Any]] = {}
+    for (own, piece, leaf), free in zip(planned, doomed, strict=True):
         out, home = jnp.dtype(dtype or leaf.template.dtype), arrays.home_of(leaf)
-        array = arrays.merge_array(pipe, out, home, *arrays.brought(leaf), leaf.scalars, zero)
-        merged[leaf.name] = arrays.settled(array, home)
+        array = arrays.merge_array(own, out, home, leaf.stacked, *arrays.brought(leaf), leaf.scalars, zero)
+        if piece.index is None:
+            merged[leaf.name] = arrays.settled(array, home)
+        else:
+            blocks.setdefault(leaf.name, []).append(array)
         for used in free:
             used.delete()
+    for name, parts in blocks.items():
+        whole = jnp.stack(parts, axis=tree.parts[name].stack_axis or 0)
+        merged[name] = arrays.settled(whole, arrays.home_of_arrays(columns[name], is_traced(columns[name])))
+    merged |= {name: merged[original] for name, original in aliases.items()}
     return jax.tree.unflatten(jax.tree.structure(models[0]), list(merged.values()))

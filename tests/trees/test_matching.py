@@ -173,14 +173,21 @@ def test_variables_of_nnx_are_selected_by_collection_type_or_name(only):
     assert np.asarray(named_leaves(merged)["layers.0.kernel"]).tobytes() == want.tobytes()
 
 
-def test_random_keys_are_copied_when_equal_and_refused_when_not():
+def test_random_states_are_the_templates():
     def made(seed):
-        return nnx.state(nnx.Dropout(0.5, rngs=nnx.Rngs(seed))), {"w": jnp.ones(2)}
+        return nnx.state(nnx.Dropout(0.5, rngs=nnx.Rngs(seed))), {"w": jnp.full(2, seed, jnp.float32)}
 
     first = made(1)
-    assert named_leaves(m3jax.merge([first, made(1)]))["0.rngs.key"] is named_leaves(first)["0.rngs.key"]
-    with pytest.raises(M3Error, match=r"differ: 0\.rngs\.key \(key<fry>\)"):
-        m3jax.merge([made(1), made(2)])
+    merged = named_leaves(m3jax.merge([first, made(3)]))
+    assert merged["0.rngs.key"] is named_leaves(first)["0.rngs.key"]
+    assert merged["1.w"].tolist() == [2.0, 2.0]
+
+
+def test_keys_that_no_one_knows_to_be_random_states_are_copied_when_equal_and_refused_when_not():
+    first, same_key, other = ({"w": jnp.ones(2), "salt": jax.random.key(seed)} for seed in (1, 1, 2))
+    assert m3jax.merge([first, same_key])["salt"] is first["salt"]
+    with pytest.raises(M3Error, match=r"differ: salt \(key<fry>\)"):
+        m3jax.merge([first, other])
 
 
 def test_a_train_state_keeps_its_step_and_optimizer():
@@ -213,7 +220,7 @@ def test_every_difference_is_listed_once():
         "the trees to merge differ: missing in expert 1: a; in expert 1 but not in expert 0: d; "
         "shapes in expert 0 and expert 1 differ: b ([3] and [3, 1]); "
         "dtypes in expert 0 and expert 1 cannot be merged: c (float32 and int32); "
-        "only float32, bfloat16, float16 are merged, and what is copied must be equal, "
+        "only parameters of float32, bfloat16, float16 are merged; what is copied must be equal, "
         "but in expert 0 and expert 1 differ: i (int64)"
     )
 
