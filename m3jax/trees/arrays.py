@@ -419,7 +419,7 @@ def measured(pipe: Pipeline, leaves: list[Column], zero: exact.Zero) -> list[Col
     for stage in pipe.stages:
         needed = [leaf for leaf in leaves if stage.needed(pipe, leaf.settings[0])]
         together = needed and stage.measure.scope == "model"
-        concluded = {}
+        concluded: dict[int, Column] = {}
         for group in [leaves] if together else [[leaf] for leaf in needed]:
             state = _state(pipe, stage, group, zero)
             concluded |= {id(leaf): _concluded(pipe, stage, leaf, state) for leaf in group}

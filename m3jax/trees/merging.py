@@ -198,11 +198,11 @@ class _Piece(NamedTuple):
 
     Attributes:
         name: The tree's name of the leaf.
-        index: Which block of it, along its axis, where its blocks are merged one by one; None for all of it.
+        number: Which block of it, along its axis, where its blocks are merged one by one; None for all of it.
     """
 
     name: str
-    index: int | None = None
+    number: int | None = None
 
 
 def _columns_to_merge(
@@ -358,7 +358,9 @@ def _aliases(tree: Tree, kinds: Mapping[str, Kind], by_name: Sequence[Mapping[st
     found = {}
     for name in kinds:
         original = spelled.get(tree.parts[name].alias_of or "")
-        if original in kinds and all(matching.equal_arrays(m[name], m[original]) for m in by_name):
+        if original is None or original not in kinds:
+            continue
+        if all(matching.equal_arrays(model[name], model[original]) for model in by_name):
             found[name] = original
     return found
 
@@ -462,7 +464,7 @@ def merge(
     for (own, piece, leaf), free in zip(planned, doomed, strict=True):
         out, home = jnp.dtype(dtype or leaf.template.dtype), arrays.home_of(leaf)
         array = arrays.merge_array(own, out, home, leaf.stacked, *arrays.brought(leaf), leaf.scalars, zero)
-        if piece.index is None:
+        if piece.number is None:
             merged[leaf.name] = arrays.settled(array, home)
         else:
             blocks.setdefault(leaf.name, []).append(array)

@@ -85,7 +85,9 @@ def _info(name: str, leaf: Leaf) -> TensorInfo:
 
 
 def _kind(name: str, leaf: Leaf) -> Kind | None:
-    """What Flax itself says of a leaf; None if it says nothing."""
+    """What types say of a leaf, Flax's and its own; None if they say nothing."""
+    if jnp.issubdtype(getattr(leaf.value, "dtype", np.uint8), jax.dtypes.prng_key):
+        return "random"
     if leaf.top in _SCRATCH and leaf.box is None:
         return "buffer"
     for module, kind_of_variable, kind in _VARIABLES:
