@@ -62,9 +62,9 @@ def test_merging_and_measuring_lower_everywhere(method, sparsifier, dtype, platf
                     count = functools.partial(findings.count_chunk, *static, shape)
                     lowered(count, flat, flat_base, scalars, state, START, SIZE, ZERO)
                 else:
-                    lowered(functools.partial(arrays._count, *static), experts, base, scalars, state, ZERO)
+                    lowered(functools.partial(arrays._count, *static, None), experts, base, scalars, state, ZERO)
         scalars = with_found(pipe, scalars, stage, state, settings)
-    lowered(functools.partial(arrays.merge_array, pipe, jnp.dtype(dtype), None), experts, base, scalars, ZERO)
+    lowered(functools.partial(arrays.merge_array, pipe, jnp.dtype(dtype), None, None), experts, base, scalars, ZERO)
     lowered(functools.partial(passes.merge_chunk, pipe, dtype, shape), flat, flat_base, scalars, START, ZERO)
 
 
@@ -93,6 +93,11 @@ IN_TURN = [(*case, list(DTYPES)[i % 3]) for i, case in enumerate(ALL)]
 def test_merges_in_a_callers_jit_lower_everywhere(method, sparsifier, dtype, by_scatter, monkeypatch):
     monkeypatch.setattr(arrays, "_platform_of", lambda _: "cpu" if by_scatter else "gpu")
     text = lowered(callers_jit(method, sparsifier), *trees(dtype, 2), jnp.ones(2), jnp.zeros(2, jnp.uint32))
+    assert "callback" not in text
+    stacked = [
+        {"layers.kernel": jnp.zeros((3, 16, 8), DTYPES[dtype]), "layers.bias": jnp.zeros((3, 16), DTYPES[dtype])}
+    ]
+    text = lowered(callers_jit(method, sparsifier), stacked * 2, stacked[0], jnp.ones(2), jnp.zeros(2, jnp.uint32))
     assert "callback" not in text
 
 

@@ -11,7 +11,7 @@ from support import oracle
 from support.matrix import DTYPES, METHODS, SPARSIFIERS, few, models, same
 
 import m3jax
-from m3jax.trees import arrays
+from m3jax.trees import arrays, matching
 
 WEIGHTS = [0.3, 0.45]
 SHAPES = {"cube": (8, 16, 4), "matrix": (40, 16), "vector": (4104,), "scalar": ()}
@@ -166,3 +166,72 @@ def test_rankings_exchange_counts_and_no_parameters(kind, by_scatter, monkeypatc
     text = jax.jit(lambda e, b: call(e, b)).lower(leaf[:2], leaf[2]).compile().as_text()
     assert "all-reduce" in text
     assert not [word for word in COLLECTIVES[1:] if word in text]
+
+
+# --- manual axes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+@pytest.mark.parametrize(
+    ("method", "sparsifier"), [("task_arithmetic", "dare"), ("ties_paper", "none"), ("slerp", "none")]
+)
+def test_a_shard_is_not_merged_as_if_it_were_the_whole(method, sparsifier, kind, check_vma):
+    call, experts, base, _ = call_and_oracle(method, sparsifier)
+    mesh = mesh_of("line", kind)
+    trees = [put({"matrix": tree["matrix"]}, mesh, ("x",)) for tree in (*experts, base)]
+    spec = {"matrix": PartitionSpec("x")}
+    mapped = jax.shard_map(
+        lambda a, b, base: call([a, b], base), mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=check_vma
+    )
+    for run in (mapped, jax.jit(mapped)):
+        with pytest.raises(m3jax.M3Error, match=r"matrix: is a shard under jax\.shard_map.*merge outside of shard_map"):
+            run(*trees)
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_what_every_entry_knows_is_merged_in_a_shard(kind):
+    call, experts, base, want = call_and_oracle("task_arithmetic", "none")
+    mesh = mesh_of("line", kind)
+    trees = [put({"matrix": tree["matrix"]}, mesh, ("x",)) for tree in (*experts, base)]
+    spec = {"matrix": PartitionSpec("x")}
+    mapped = jax.shard_map(lambda a, b, base: call([a, b], base), mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+    assert same(jax.jit(mapped)(*trees), {"matrix": want["matrix"]}) == (True, [])
+
+
+def test_arrays_that_a_shard_map_closes_over_are_whole():
+    call, experts, base, want = call_and_oracle("ties_paper", "dare")
+    mesh = mesh_of("line")
+    whole = jax.shard_map(
+        lambda x: (x, call(experts, base)),
+        mesh=mesh,
+        in_specs=PartitionSpec("x"),
+        out_specs=(PartitionSpec("x"), PartitionSpec()),
+        check_vma=False,
+    )
+    assert same(jax.jit(whole)(jnp.ones(8))[1], want) == (True, [])
+
+
+# --- buffers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit"])
+def test_sharded_buffers_are_compared_shard_by_shard(kind, monkeypatch):
+    mesh, other = mesh_of("plane", kind), mesh_of("line", kind)
+    ids = np.arange(16)
+
+    def tree(values, mesh, spec):
+        return {"w": jnp.ones(2), "ids": jax.device_put(jnp.asarray(values), NamedSharding(mesh, PartitionSpec(*spec)))}
+
+    a, equal = (tree(ids, mesh, ("x",)) for _ in range(2))
+    read, asarray = [], np.asarray
+    monkeypatch.setattr(np, "asarray", lambda x, *rest: read.append(np.shape(x)) or asarray(x, *rest))
+    assert matching.equal_arrays(a["ids"], equal["ids"])
+    assert set(read) == {(4,)}
+    monkeypatch.undo()
+    for b in (tree(ids, other, ("x",)), tree(ids, mesh, ("y",)), {"w": jnp.ones(2), "ids": ids}):
+        assert m3jax.merge([a, b])["ids"] is a["ids"]
+        wrong = {"w": b["w"], "ids": b["ids"] + (np.arange(16) == 13).astype(b["ids"].dtype)}
+        for pair in ([a, wrong], [wrong, a]):
+            with pytest.raises(m3jax.M3Error, match="differ: ids"):
+                m3jax.merge(pair)
