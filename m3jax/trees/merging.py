@@ -325,23 +325,31 @@ def _check_call(experts: Any, method: Any, sparsify: Any) -> None:
         )
 
 
-def _check_places(pipe: Pipeline, columns: Mapping[str, list[Any]]) -> None:
+def _check_places(pipe: Pipeline, tree: Tree, columns: Mapping[str, list[Any]], weights: _Weights) -> None:
     """Raises M3Error under manual mesh axes, where an array is a shard, if the merge needs to know the whole."""
-    if not (pipe.random or pipe.stages or pipe.rows):
-        return
+    by_block = bool(weights.rows) or isinstance(weights.given, Mapping)
+    by_block |= isinstance(weights.given, Mixup) and weights.given.granularity != "model"
+    needs = _needs_whole(pipe)
     for name, column in columns.items():
-        if any(arrays.is_manual(x) for x in column):
+        what = needs or ("the block's weights" if by_block and tree.parts[name].stack_axis is not None else None)
+        if what is not None and any(arrays.is_manual(x) for x in column):
             raise M3Error(
-                f"{name}: is a shard under jax.shard_map, but {_needs_whole(pipe)} the place of its entries in the "
-                "whole array: merge outside of shard_map, where shardings are honoured, or on a mesh with Auto axes"
+                f"{name}: is a shard under jax.shard_map, but {what} depend on the whole array: merge outside of "
+                "shard_map, where shardings are honoured, or on a mesh with Auto axes"
             )
 
 
-def _needs_whole(pipe: Pipeline) -> str:
+def _needs_whole(pipe: Pipeline) -> str | None:
+    """What of a merge depends on more than the entries themselves; None if nothing does."""
     sparsifier = pipe.sparsifier
-    if sparsifier is not None and (sparsifier.random or sparsifier.measures or sparsifier.rows):
-        return f"{sparsifier.name} depends on"
-    return f"{pipe.method.name} depends on"
+    if sparsifier is not None and sparsifier.random:
+        return f"{sparsifier.name}'s masks"
+    numbers = settings_of(pipe, (1.0,) * pipe.num_weights, pipe.method.scale)
+    stage = next((stage for stage in pipe.stages if stage.needed(pipe, numbers)), None)
+    if stage is not None:
+        owner = pipe.method.name if stage.owner == "method" or sparsifier is None else sparsifier.name
+        return f"{owner}'s measures"
+    return "whole rows" if pipe.rows else None
 
 
 def _note_kept(tree: Tree) -> None:
@@ -450,12 +458,12 @@ def merge(
     _note_kept(tree)
     aliases = _aliases(tree, kinds, by_name)
     columns = {name: [model[name] for model in by_name] for name in kinds if name not in aliases}
-    _check_places(pipe, columns)
     # Under a jit whose arguments are none of the merge's, a zero would be a constant of the program, and no fence.
     in_trace = is_traced(columns, weights, key, jnp.zeros((), jnp.uint32))
     zero: Any = None if in_trace else np.uint32(0)
 
     whose = _weights_of(weights, tree, list(kinds))
+    _check_places(pipe, tree, columns, whose)
     planned = _planned(pipe, tree, kinds, columns, base is not None, whose, key, zero)
     kept = [leaf for name, leaf in template.items() if base is not None or name not in columns]
     doomed = _last_uses([leaf for _, _, leaf in planned], kept) if donate and not in_trace else [[]] * len(planned)

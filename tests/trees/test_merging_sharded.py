@@ -1,6 +1,9 @@
 """Meshes with Auto and Explicit axes: the oracle's bits, the template's sharding, nothing exchanged in vain."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support import oracle
+from support.clusters import free_port
 from support.matrix import DTYPES, METHODS, SPARSIFIERS, few, models, same
 
 import m3jax
@@ -190,13 +194,32 @@ def test_a_shard_is_not_merged_as_if_it_were_the_whole(method, sparsifier, kind,
 
 
 @pytest.mark.parametrize("kind", ["auto", "explicit"])
-def test_what_every_entry_knows_is_merged_in_a_shard(kind):
-    call, experts, base, want = call_and_oracle("task_arithmetic", "none")
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties_untrimmed_sum"])
+def test_what_every_entry_knows_is_merged_in_a_shard(method, kind):
+    call, experts, base, want = call_and_oracle(method, "none")
     mesh = mesh_of("line", kind)
     trees = [put({"matrix": tree["matrix"]}, mesh, ("x",)) for tree in (*experts, base)]
     spec = {"matrix": PartitionSpec("x")}
     mapped = jax.shard_map(lambda a, b, base: call([a, b], base), mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
     assert same(jax.jit(mapped)(*trees), {"matrix": want["matrix"]}) == (True, [])
+
+
+def test_a_shard_of_a_stack_does_not_know_its_blocks():
+    mesh = mesh_of("line")
+    rng = np.random.default_rng(0)
+    trees = [
+        {f"layers.w{n}.kernel": rng.standard_normal((16, n, 3)).astype(np.float32) for n in (4, 5)} for _ in range(2)
+    ]
+    spec = dict.fromkeys(trees[0], PartitionSpec("x"))
+
+    def merged(weights, key=None):
+        call = lambda a, b: m3jax.merge([a, b], weights=weights, key=key)  # noqa: E731
+        return jax.jit(jax.shard_map(call, mesh=mesh, in_specs=(spec, spec), out_specs=spec))(*trees)
+
+    assert same(merged([0.25, 0.75]), oracle.merge(trees, weights=[0.25, 0.75])) == (True, [])
+    for weights in (m3jax.mixup(0.5, "layer"), m3jax.mixup(0.5, "tensor"), {"": [1, 1], "layers.1": [1, 2]}):
+        with pytest.raises(m3jax.M3Error, match=r"layers\.\w+\.kernel: is a shard .* the block's weights depend on"):
+            merged(weights, 1)
 
 
 def test_arrays_that_a_shard_map_closes_over_are_whole():
@@ -235,3 +258,48 @@ def test_sharded_buffers_are_compared_shard_by_shard(kind, monkeypatch):
         for pair in ([a, wrong], [wrong, a]):
             with pytest.raises(m3jax.M3Error, match="differ: ids"):
                 m3jax.merge(pair)
+
+
+PROCESS = """
+import sys
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+port, index = sys.argv[1:]
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(index))
+import m3jax
+mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+def tree(weight, ids):
+    whole = {"w": np.full((4, 2), weight, np.float32), "ids": np.asarray(ids, np.int32)}
+    place = NamedSharding(mesh, PartitionSpec("x"))
+    return {n: jax.make_array_from_callback(x.shape, place, lambda at, x=x: x[at]) for n, x in whole.items()}
+a, b, wrong = tree(1, range(8)), tree(2, range(8)), tree(2, [0, 9, 2, 3, 4, 5, 9, 7])
+assert not a["ids"].is_fully_addressable
+merged = m3jax.merge([a, b], weights=[1.0, 3.0])
+assert merged["ids"] is a["ids"]
+assert all(np.array_equal(shard.data, [[1.75, 1.75]]) for shard in merged["w"].addressable_shards)
+assert m3jax.merge([a, tree(2, range(8)) | {"ids": np.arange(8, dtype=np.int32)}])["ids"] is a["ids"]
+try:
+    m3jax.merge([a, wrong])
+except m3jax.M3Error as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_buffers_over_processes_are_compared_where_they_lie():
+    port = free_port()
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(port), str(index)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for index in range(2)
+    ]
+    for process in running:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert "in expert 0 and expert 1 differ: ids (int32)" in out
