@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from m3jax.anatomy import OUTSIDE_BLOCKS, Anatomy, Kind, Overrides, Part, anatomy_of, group_of
+from m3jax.anatomy.kinds import kind_of, quantised
 from m3jax.checkpoints.protocol import DTYPE_NAMES, TensorInfo
 from m3jax.errors import M3Error
 from m3jax.trees.matching import Leaf, leaves_of
@@ -135,10 +136,11 @@ def tree_of(leaves: Mapping[str, Leaf], anatomy: AnatomyOf = None) -> Tree:
     stored = _stored_names(leaves)
     infos = {stored[name]: _info(stored[name], leaf) for name, leaf in leaves.items()}
     said = overrides_of(anatomy)
+    schemes = quantised(infos)
     told: dict[Kind, list[str]] = {}
     for name, leaf in leaves.items():
         kind = _kind(name, leaf)
-        if kind is not None:
+        if kind is not None and kind != kind_of(infos[stored[name]], infos, schemes):  # few: names mostly agree
             told.setdefault(kind, []).append(stored[name])
     kinds = {_exactly(names): kind for kind, names in told.items()} | _of_stored(said.kinds, stored)
     found = anatomy_of(infos, overrides=said._replace(stacked=_of_stored(said.stacked, stored), kinds=kinds))
