@@ -1,4 +1,4 @@
-"""The house: which room may import which, what starts without JAX, and that a public name means one thing."""
+"""The house: which room may import which, what starts without JAX, tests by themselves, names that mean one thing."""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -212,6 +212,40 @@ def test_a_way_to_jax_is_found() -> None:
     assert ways_to_jax("m3jax.ledger", files) == ["m3jax.ledger > jax.numpy (m3jax/ledger.py:2)"]
     assert ways_to_jax("m3jax.methods.catalogue", files) == ["m3jax.methods > flax.nnx (m3jax/methods/__init__.py:2)"]
     assert ways_to_jax("m3jax.methods.catalogue", {**files, "m3jax/methods/__init__.py": ""}) == []
+
+
+# --- Tests -------------------------------------------------------------------------------------------------------
+
+
+def imports_of_tests(files: Mapping[str, str]) -> list[str]:
+    """Each import of a test by a file of tests, with its place: what tests share is in tests/support."""
+    tests = {Path(file).stem for file in files if Path(file).name.startswith("test_")}
+    return [
+        f"{file}:{line}: {name}"
+        for file, source in files.items()
+        for line, name in all_imports(file, source)
+        if not name.startswith(f"{PACKAGE}.") and tests & set(name.split("."))
+    ]
+
+
+def test_no_test_imports_another() -> None:
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    assert imports_of_tests({path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in files}) == []
+
+
+def test_an_import_of_a_test_is_found() -> None:
+    files = {
+        "tests/trees/test_a.py": "from support import oracle\nfrom m3jax.test_b import c",
+        "tests/test_b.py": "def late():\n    from tests.trees.test_a import case",
+        "tests/support/c.py": "import test_b",
+        "tests/trees/test_d.py": "from .test_a import case\nfrom trees import test_a",
+    }
+    assert imports_of_tests(files) == [
+        "tests/test_b.py:2: tests.trees.test_a.case",
+        "tests/support/c.py:1: test_b",
+        "tests/trees/test_d.py:1: tests.trees.test_a.case",
+        "tests/trees/test_d.py:2: trees.test_a",
+    ]
 
 
 # --- Names -------------------------------------------------------------------------------------------------------
