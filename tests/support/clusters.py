@@ -38,7 +38,7 @@ def run_all(file, out, count, *options, devices=1):
     """Exit codes, outputs and errors of all processes."""
     port = free_port()
     running = [start(file, out, index, count, port, *options, devices=devices) for index in range(count)]
-    ended = [process.communicate(timeout=120) for process in running]
+    ended = [process.communicate(timeout=300) for process in running]
     return [process.returncode for process in running], [out for out, _ in ended], [err for _, err in ended]
 
 
