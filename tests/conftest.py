@@ -1,4 +1,4 @@
-"""Eight fake CPU devices, and JAX at its strictest."""
+"""Eight fake CPU devices, JAX at its strictest, and the annotated shapes and types of the core checked at run time."""
 
 import os
 from pathlib import Path
@@ -6,8 +6,18 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
+import hypothesis
 import jax
 import pytest
+from jaxtyping import install_import_hook
+from support.shapes import checked
+
+# Every call of these rooms is checked against its annotations: shapes that disagree with each other too. The hook acts
+# when a module is imported, so it comes before any test imports one.
+install_import_hook(
+    ["m3jax.arithmetic", "m3jax.methods", "m3jax.trees", "m3jax.streaming"],
+    f"{checked.__module__}.{checked.__qualname__}",
+)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -16,6 +26,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+# How long an example takes is a matter of what else the machine does.
+hypothesis.settings.register_profile("m3jax", deadline=None)
+hypothesis.settings.load_profile("m3jax")
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,13 @@ they please; each of these changes bits. The functions here leave them no choice
 Each function is an identity (or the plain operation) to automatic differentiation.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Float, Shaped, UInt32
 from numpy.typing import DTypeLike
 
 _SIGN = np.uint32(0x80000000)
@@ -24,8 +26,8 @@ _MAGNITUDE = np.uint32(0x7FFFFFFF)
 _EXPONENT_ABOVE_ONE = np.uint32(0x7F000000)  # exponent field minus its last bit: zero below 2**-125
 _INFINITY = np.uint32(0x7F800000)
 
-Zero = UInt32[Array, ""] | None
-"""A zero known only at run time, or None where none can be passed in: see `fence`."""
+Zero = UInt32[Any, ""] | None
+"""A zero known only at run time, of the host or of a device, or None where none can be passed in: see `fence`."""
 
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -118,7 +120,7 @@ def _float32_to_bfloat16_jvp(primals, tangents):  # type: ignore[no-untyped-def]
     return _float32_to_bfloat16(*primals), tangents[0].astype(jnp.bfloat16)
 
 
-def widen(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def widen(x: Shaped[Any, "..."]) -> Float[Array, "..."]:
     """`x` (float32, bfloat16 or float16) as flushed float32, without rounding.
 
     Raises:

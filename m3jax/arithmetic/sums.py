@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Integer, UInt32
 
 from m3jax.arithmetic import exact
 from m3jax.arithmetic.exact import Zero
@@ -125,7 +125,9 @@ def _to_integers(limbs: np.ndarray) -> np.ndarray:
     return total
 
 
-def inner_products(largest_bits: Int[Any, "*rows pairs"], limbs: Int[Any, "*rows 2 pairs limbs"]) -> np.ndarray:
+def inner_products(
+    largest_bits: Integer[Any, "*rows pairs"], limbs: Integer[Any, "*rows 2 pairs limbs"]
+) -> np.ndarray:
     """Inner products from what was counted over everything, on the host.
 
     Args:

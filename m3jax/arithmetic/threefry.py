@@ -204,7 +204,7 @@ def flat_index(shape: tuple[int, ...]) -> tuple[UInt32[Array, "..."], UInt32[Arr
 
 
 def range_index(
-    start_high: UInt32[Array, ""], start_low: UInt32[Array, ""], size: int
+    start_high: UInt32[Any, ""], start_low: UInt32[Any, ""], size: int
 ) -> tuple[UInt32[Array, " size"], UInt32[Array, " size"]]:
     """The words of the indices start, start + 1, …, start + size − 1."""
     offset = lax.iota(jnp.uint32, size)
