@@ -1,17 +1,19 @@
 """Methods without a weight for each expert: the oracle's bits in memory, on meshes, out of core and replayed."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support import oracle
 from support.directories import WIDE, read, recipe, write_models
-from support.matrix import ALONE, DTYPES, few, models, same
+from support.matrix import ALONE, DTYPES, few, models, pairwise, same
 
 import m3jax
 from m3jax.cluster.meshes import parse_mesh
 
-EVERY = [(method, dtype) for method in ALONE for dtype in DTYPES]
+EVERY = list(itertools.product(ALONE, DTYPES, ("eager", "jit")))
 
 
 def most(method):
@@ -19,9 +21,9 @@ def most(method):
     return 2 if method == "slerp" else 3
 
 
-@pytest.mark.parametrize("how", ["eager", "jit"])
 @pytest.mark.parametrize(
-    ("method", "dtype"), few(EVERY, *((method, dtype) for method in ALONE for dtype in ("bfloat16", "float32")))
+    ("method", "dtype", "how"),
+    few(EVERY, *pairwise(ALONE, ("bfloat16", "float32"), ("eager", "jit"))),
 )
 def test_merges_are_the_oracles(method, dtype, how):
     made, _, told, weights = ALONE[method]
@@ -34,9 +36,10 @@ def test_merges_are_the_oracles(method, dtype, how):
     assert same((jax.jit(call) if how == "jit" else call)(experts, base), want) == (True, [])
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("spec", [("x", None), (None, "x"), ("x", "y")], ids=str)
-@pytest.mark.parametrize("method", ALONE)
+@pytest.mark.parametrize(
+    ("method", "spec", "kind"),
+    pairwise(ALONE, (("x", None), (None, "x"), ("x", "y")), (AxisType.Auto, AxisType.Explicit)),
+)
 def test_no_sharding_changes_a_bit(method, spec, kind):
     made, _, told, weights = ALONE[method]
     base, experts = models(DTYPES["bfloat16"], most(method))
@@ -53,9 +56,7 @@ def test_no_sharding_changes_a_bit(method, spec, kind):
     assert same(traced(there, here), want) == (True, [])
 
 
-@pytest.mark.parametrize("chunk", [2**16, 2**17])
-@pytest.mark.parametrize("mesh", ["x=1", "x=8"])
-@pytest.mark.parametrize("method", ALONE)
+@pytest.mark.parametrize(("method", "mesh", "chunk"), pairwise(ALONE, ("x=1", "x=8"), (2**16, 2**17)))
 def test_out_of_core_and_replayed_are_the_oracles(tmp_path, method, mesh, chunk):
     _, keys, told, weights = ALONE[method]
     base, experts = write_models(tmp_path / "in", n=most(method), shapes=WIDE)

@@ -1,5 +1,7 @@
 """The matrix that every merge method goes through, in memory and out of core."""
 
+import itertools
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -105,6 +107,44 @@ ALONE = {
 def few(names, *fast):
     """Parameters of which all but a few are slow tests."""
     return [pytest.param(*n, marks=[] if n in fast else pytest.mark.slow) for n in names]
+
+
+def pairwise(*axes, apart=()):
+    """Rows of the product of all axes in which every two values of two axes meet at least once.
+
+    Args:
+        *axes: The values of each axis.
+        apart: Pairs of axes, by number, whose values need not all meet.
+
+    Example:
+        >>> pairwise("ab", "xy", (1, 2))
+        [('a', 'x', 1), ('a', 'y', 2), ('b', 'x', 2), ('b', 'y', 1)]
+    """
+    axes = [list(axis) for axis in axes]
+    sizes = [range(len(axis)) for axis in axes]
+    together = [pair for pair in itertools.combinations(range(len(axes)), 2) if pair not in apart]
+
+    def meetings(row):
+        return {(i, row[i], j, row[j]) for i, j in together}
+
+    missing = {(i, a, j, b) for i, j in together for a in sizes[i] for b in sizes[j]}
+    met = {(i, value): 0 for i, size in enumerate(sizes) for value in size}
+    rows = []
+    while missing:
+        # The pair that comes first, and for the other axes what meets most; what was seldom met goes first.
+        i, a, j, b = min(missing)
+        row = {i: a, j: b}
+        for k in sorted(set(range(len(axes))) - row.keys()):
+            row[k] = max(
+                sizes[k],
+                key=lambda c: (sum((min((k, c), m) + max((k, c), m)) in missing for m in row.items()), -met[k, c]),
+            )
+        row = tuple(row[k] for k in range(len(axes)))
+        missing -= meetings(row)
+        for place in enumerate(row):
+            met[place] += 1
+        rows.append(tuple(axis[value] for axis, value in zip(axes, row, strict=True)))
+    return rows
 
 
 # Each method and each sparsifier at least once.

@@ -2,13 +2,14 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from support import oracle
-from support.matrix import ALL, DTYPES, FAST, METHODS, SPARSIFIERS, few, models, same
+from support.matrix import DTYPES, FAST, METHODS, SPARSIFIERS, few, models, pairwise, same
 
 import m3jax
 from m3jax import M3Error
@@ -24,22 +25,6 @@ def case(method, sparsifier, dtype="bfloat16", n=2):
     return base, experts, made, sparse, told | told_sparse
 
 
-@pytest.mark.parametrize(("method", "sparsifier"), few(ALL, *FAST))
-def test_merges_are_the_oracles(method, sparsifier):
-    base, experts, made, sparse, told = case(method, sparsifier)
-    got = m3jax.merge(experts, made, base=base, weights=WEIGHTS[:2], sparsify=sparse, key=5)
-    assert same(got, oracle.merge(experts, base, weights=WEIGHTS[:2], seed=5, **told)) == (True, [])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize(("method", "sparsifier"), ALL)
-def test_merges_of_three_are_the_oracles_in_every_dtype(method, sparsifier, dtype):
-    base, experts, made, sparse, told = case(method, sparsifier, dtype, 3)
-    got = m3jax.merge(experts, made, base=base, weights=WEIGHTS, sparsify=sparse, key=5)
-    assert same(got, oracle.merge(experts, base, weights=WEIGHTS, seed=5, **told)) == (True, [])
-
-
 def jitted(made, sparse):
     return jax.jit(
         lambda experts, base, weights, key: m3jax.merge(
@@ -48,14 +33,37 @@ def jitted(made, sparse):
     )
 
 
-@pytest.mark.parametrize(("method", "sparsifier"), few(ALL, *FAST[1:6]))
+def check(method, sparsifier, dtype, count, how):
+    """A merge is the oracle's, as written or under jit with traced weights (then float32) and a traced key."""
+    base, experts, made, sparse, told = case(method, sparsifier, dtype, count)
+    if how == "jit":
+        traced = np.array(WEIGHTS[:count], np.float32)
+        weights = [float(w) for w in traced]
+        got = jitted(made, sparse)(experts, base, traced, jax.random.key(5, impl="threefry2x32"))
+    else:
+        weights = WEIGHTS[:count]
+        got = m3jax.merge(experts, made, base=base, weights=weights, sparsify=sparse, key=5)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, base)
+    assert same(got, oracle.merge(experts, base, weights=weights, seed=5, **told)) == (True, [])
+
+
+@pytest.mark.parametrize(("method", "sparsifier"), FAST)
+def test_merges_are_the_oracles(method, sparsifier):
+    check(method, sparsifier, "bfloat16", 2, "eager")
+
+
+@pytest.mark.parametrize(("method", "sparsifier"), FAST[1:6])
 def test_merges_under_jit_with_traced_weights_and_key_are_the_oracles(method, sparsifier):
-    base, experts, made, sparse, told = case(method, sparsifier)
-    weights = np.array(WEIGHTS[:2], np.float32)
-    key = jax.random.key(5, impl="threefry2x32")
-    got = jitted(made, sparse)(experts, base, weights, key)
-    want = oracle.merge(experts, base, weights=[float(w) for w in weights], seed=5, **told)
-    assert same(got, want) == (True, [])
+    check(method, sparsifier, "bfloat16", 2, "jit")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "sparsifier", "dtype", "count", "how"),
+    pairwise(METHODS, SPARSIFIERS, DTYPES, (3, 2), ("jit", "eager")),
+)
+def test_merges_are_the_oracles_everywhere(method, sparsifier, dtype, count, how):
+    check(method, sparsifier, dtype, count, how)
 
 
 def sharded(tree, mesh, spec):
@@ -143,8 +151,9 @@ def test_slerp_is_sharding_independent_and_differentiable():
     assert np.isclose(slope, (near[1] - near[0]) / 0.04, rtol=2e-2)
 
 
-@pytest.mark.parametrize("granularity", ["model", "layer", "tensor"])
-@pytest.mark.parametrize("method", ["linear", "ties_paper"])
+@pytest.mark.parametrize(
+    ("method", "granularity"), [("linear", "model"), ("ties_paper", "layer"), ("linear", "tensor")]
+)
 def test_drawn_weights_of_every_granularity(method, granularity):
     base, experts, made, _, told = case(method, "none")
     got = m3jax.merge(experts, made, base=base, weights=m3jax.mixup(0.5, granularity), key=8)

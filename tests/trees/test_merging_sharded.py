@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support import oracle
 from support.clusters import free_port
-from support.matrix import DTYPES, METHODS, SPARSIFIERS, few, models, same
+from support.matrix import DTYPES, METHODS, SPARSIFIERS, few, models, pairwise, same
 
 import m3jax
 from m3jax.trees import arrays, matching
@@ -27,18 +27,20 @@ MESHES = {
 }
 PLACES = [(mesh, place) for mesh, (_, _, specs) in MESHES.items() for place in range(len(specs))]
 KINDS = ("auto", "explicit", "mixed")
-CASES = [(m, s) for m in METHODS for s in ("none", "dare", "magnitude_model", "della", "breadcrumbs")] + [
-    ("slerp", "none")
-]
 FAST = [
     ("linear", "none", "cube", 0, "explicit"),
     ("linear", "none", "plane", 0, "mixed"),
     ("task_arithmetic", "dare", "plane", 1, "explicit"),
     ("ties_mergekit", "magnitude_model", "cube", 1, "explicit"),
 ]
-# Every method, on the places and the kinds of axes in turn; and one method that does everything on each of them.
-ALL = [(*case, *PLACES[i % len(PLACES)], KINDS[i % len(KINDS)]) for i, case in enumerate(CASES)]
-ALL = list(dict.fromkeys(FAST + ALL + [("ties_paper", "dare", *place, kind) for place in PLACES for kind in KINDS]))
+# Every place with every kind of axes, and on these the methods and sparsifiers in turn, each pair of which meets.
+ALL = [
+    (method, sparsifier, *place, kind)
+    for method, sparsifier, place, kind in pairwise(
+        METHODS, ("none", "dare", "magnitude_model", "della", "breadcrumbs"), PLACES, KINDS, apart=((0, 2), (1, 2))
+    )
+]
+ALL = list(dict.fromkeys([*FAST, *ALL, *(("slerp", "none", "plane", 0, kind) for kind in KINDS)]))
 
 
 def mesh_of(name, kind="auto"):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import oracle
-from support.matrix import ALL, DTYPES, METHODS, SPARSIFIERS, few, models, same
+from support.matrix import DTYPES, METHODS, SPARSIFIERS, few, models, pairwise, same
 
 import m3jax
 from m3jax import M3Error
@@ -17,7 +17,13 @@ from m3jax.trees import arrays
 
 SHAPES = {"layers.0.w": (12, 8), "layers.1.w": (12, 8)}
 WEIGHTS = np.array([[0.2, 0.8], [0.5, 0.5], [0.9, 0.3]], np.float32)
-EVERY = [*ALL, ("slerp", "none")]
+# Every method with one sparsifier and every sparsifier with one method: how the two go together, test_merging shows.
+STAR = [
+    *((method, "dare") for method in METHODS),
+    *(("ties_paper", sparsifier) for sparsifier in SPARSIFIERS if sparsifier != "dare"),
+    ("linear", "none"),
+    ("slerp", "none"),
+]
 
 
 def caller(method, sparsifier, dtype="bfloat16", shapes=SHAPES):
@@ -35,7 +41,7 @@ def keys(count):
 
 @pytest.mark.parametrize(
     ("method", "sparsifier"),
-    few(EVERY, ("linear", "none"), ("ties_mergekit", "dare"), ("slerp", "none")),
+    few(STAR, ("linear", "none"), ("ties_mergekit", "dare"), ("slerp", "none")),
 )
 def test_a_batch_over_weights_and_keys_is_one_merge_at_a_time(method, sparsifier):
     call, experts, base = caller(method, sparsifier)
@@ -216,10 +222,19 @@ def test_a_program_of_constants_is_fenced_too(monkeypatch):
     assert zeros[2:] == [0, 0]
 
 
-@pytest.mark.parametrize(
-    ("method", "sparsifier"), few(ALL, ("ties_paper", "dare"), ("ties_mergekit", "magnitude_model"))
+# All that is ranked, with and without another ranking after it.
+COUNTED = [("ties_paper", "dare", "eager"), ("ties_paper", "dare", "jit"), ("ties_mergekit", "magnitude_model", "jit")]
+RANKED = pairwise(
+    ("ties_mergekit", "ties_paper", "task_arithmetic"),
+    ("magnitude", "magnitude_model", "magnitude_weights", "breadcrumbs", "della"),
+    ("eager", "jit"),
 )
-@pytest.mark.parametrize("how", ["eager", "jit"])
+
+
+@pytest.mark.parametrize(
+    ("method", "sparsifier", "how"),
+    few(dict.fromkeys([*COUNTED, *RANKED]), *COUNTED),
+)
 def test_thresholds_found_by_counting_are_the_oracles(method, sparsifier, how, monkeypatch):
     monkeypatch.setattr(arrays, "_platform_of", lambda _: "gpu")
     monkeypatch.setattr(ranking, "tally", None)
