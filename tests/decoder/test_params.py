@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,12 +30,10 @@ def test_files_and_trees_give_the_same_parameters(name, tmp_path):
     save_file(flat, tmp_path / "model.safetensors")
     read = load_params(tmp_path, config)
     for tree in (flat, nested(flat)):
-        jax.tree.map(np.testing.assert_array_equal, read, params_from_tree(tree, config))
+        chex.assert_trees_all_equal(read, params_from_tree(tree, config))
     with open_safetensors(tmp_path) as checkpoint:
-        jax.tree.map(np.testing.assert_array_equal, read, load_params(checkpoint, config))
-    shapes = jax.tree.map(lambda leaf: leaf.shape, abstract_params(config))
-    assert jax.tree.map(lambda leaf: leaf.shape, read) == shapes
-    assert jax.tree.map(lambda leaf: leaf.shape, random_params(config)) == shapes
+        chex.assert_trees_all_equal(read, load_params(checkpoint, config))
+    chex.assert_trees_all_equal_shapes(read, abstract_params(config), random_params(config))
 
 
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])

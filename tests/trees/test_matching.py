@@ -86,11 +86,11 @@ def test_every_kind_of_tree_has_the_dicts_names_and_bits_and_keeps_its_type(kind
     made = [KINDS[kind](tree) for tree in trees]
     assert set(named_leaves(made[0])) == set(ARRAYS)
     merged = m3jax.merge(made, **DARE)
-    assert jax.tree.structure(merged) == jax.tree.structure(made[0])
+    chex.assert_trees_all_equal_shapes_and_dtypes(merged, made[0])
     want = oracle.merge(trees, weights=DARE["weights"], sparsify="dare", keep=0.5, target="weights", seed=3)
     assert same(named_leaves(merged), want) == (True, [])
     under_jit = jax.jit(lambda trees: m3jax.merge(trees, **DARE))(made)
-    assert jax.tree.structure(under_jit) == jax.tree.structure(made[0])
+    chex.assert_trees_all_equal_shapes_and_dtypes(under_jit, made[0])
     assert same(named_leaves(under_jit), want) == (True, [])
 
 
