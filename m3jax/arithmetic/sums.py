@@ -125,9 +125,7 @@ def _to_integers(limbs: np.ndarray) -> np.ndarray:
     return total
 
 
-def inner_products(
-    largest_bits: Integer[Any, "*rows pairs"], limbs: Integer[Any, "*rows 2 pairs limbs"]
-) -> np.ndarray:
+def inner_products(largest_bits: Integer[Any, "*rows pairs"], limbs: Integer[Any, "*rows 2 pairs limbs"]) -> np.ndarray:
     """Inner products from what was counted over everything, on the host.
 
     Args:

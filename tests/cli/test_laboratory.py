@@ -6,10 +6,7 @@ from pathlib import Path
 
 import pytest
 
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "m3jax.laboratory", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+from m3jax.cli import laboratory
 
 
 @pytest.fixture
@@ -29,10 +26,38 @@ def phrases(tmp_path: Path) -> dict[str, str]:
         ("few", ("--seeds", "0"), "seeds: is 0, but must be at least 1"),
     ],
 )
-def test_what_will_not_do(tmp_path: Path, phrases: dict[str, str], train: str, options: tuple[str, ...], sentence: str):
-    found = run("--train", phrases[train], "--held-out", phrases["few"], "--out", str(tmp_path / "lab"), *options)
-    assert found.returncode == 2, found.stderr
-    (line,) = found.stderr.splitlines()
+def test_what_will_not_do(
+    tmp_path: Path,
+    phrases: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    train: str,
+    options: tuple[str, ...],
+    sentence: str,
+) -> None:
+    given = ["--train", phrases[train], "--held-out", phrases["few"], "--out", str(tmp_path / "lab"), *options]
+    monkeypatch.setattr(sys, "argv", ["scripts/lab", *given])
+    with pytest.raises(SystemExit) as ended:
+        laboratory.run()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("m3jax: ")
     assert sentence in line
     assert not (tmp_path / "lab").exists()
+
+
+def test_it_is_a_module_to_run(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "m3jax.laboratory",
+        "--train",
+        "nowhere",
+        "--held-out",
+        "nowhere",
+        "--out",
+        str(tmp_path / "lab"),
+    ]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (found.returncode, found.stderr.count("\n")) == (2, 1)
+    assert found.stderr.startswith("m3jax: there is no data file ")

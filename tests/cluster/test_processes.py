@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from support.clusters import SHAPES, SHARD, free_port, recipe_file, run_all, start
 from support.directories import recipe, write_models
-from support.matrix import METHODS
+from support.matrix import METHODS, few
 
 from m3jax import merge_checkpoint
 from m3jax.cli.commands import main
@@ -191,10 +191,19 @@ def contents(directory):
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
-@pytest.mark.parametrize("keys", [ELEMENTWISE, TIES], ids=["elementwise", "ties"])
-@pytest.mark.parametrize(("axes", "chunk"), [("x=2", 2**16), ("fsdp=4,tp=2", 2**17), ("x=3", None), (None, 2**16)])
-def test_one_process_with_many_devices(place, reference, tmp_path, keys, axes, chunk):
-    name = "ties" if keys is TIES else "elementwise"
+SPREAD = [("x=2", 2**16), ("fsdp=4,tp=2", 2**17), ("x=3", None), (None, 2**16)]
+RECIPES = {"elementwise": ELEMENTWISE, "ties": TIES, "pruned": PRUNED}
+
+
+@pytest.mark.parametrize(
+    ("name", "axes", "chunk"),
+    few(
+        [(name, *spread) for spread in SPREAD for name in ("elementwise", "ties")],
+        *((("ties", "elementwise")[i % 2], *spread) for i, spread in enumerate(SPREAD)),
+    ),
+)
+def test_one_process_with_many_devices(place, reference, tmp_path, name, axes, chunk):
+    keys = RECIPES[name]
     mesh = None if axes is None else parse_mesh(axes)
     merge_checkpoint(recipe(place, **keys), tmp_path / "out", max_shard_size=SHARD, mesh=mesh, chunk_entries=chunk)
     assert contents(tmp_path / "out") == contents(reference(name, keys))
@@ -205,7 +214,7 @@ def test_one_process_with_many_devices(place, reference, tmp_path, keys, axes, c
     ("name", "count", "devices"), [("elementwise", 4, 1), ("ties", 2, 4), ("ties", 4, 2), ("pruned", 3, 1)]
 )
 def test_several_processes(place, reference, tmp_path, name, count, devices):
-    keys = {"elementwise": ELEMENTWISE, "ties": TIES, "pruned": PRUNED}[name]
+    keys = RECIPES[name]
     file = recipe_file(place, tmp_path, keys)
     codes, outputs, errors = run_all(file, tmp_path / "out", count, "--json", "--quiet", devices=devices)
     assert codes == [0] * count, errors

@@ -260,6 +260,7 @@ def test_meshes_that_cannot_be(axes):
         models.make_mesh(axes)
 
 
+@pytest.mark.slow
 def test_parameters_on_a_mesh(place, model):
     mesh = models.make_mesh("fsdp=2,tp=2")
     spread = model._replace(params=load_params(place / "expert-a", model.config, "float32", mesh))

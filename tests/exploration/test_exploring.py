@@ -85,7 +85,7 @@ RECIPES = {
 }
 
 
-FAST = ("linear, layers", "ties of the paper")
+FAST = ("ties of the paper",)
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ def told(place: Path) -> tuple[dict[str, object], list[str]]:
     return demo.main(place, lines.append, TINY), lines
 
 
+@pytest.mark.slow
 def test_the_account(place: Path, told) -> None:
     account, lines = told
     assert json.loads(json.dumps(account)) == account
@@ -48,6 +49,7 @@ def test_the_account(place: Path, told) -> None:
     assert "'" in lines[-1]  # a path with a space, quoted for the shell
 
 
+@pytest.mark.slow
 def test_the_exploration_takes_the_best_draw(told) -> None:
     exploration = told[0]["exploration"]
     means = [sum(trial["dev"].values()) for trial in exploration["trials"]]
@@ -55,12 +57,14 @@ def test_the_exploration_takes_the_best_draw(told) -> None:
     assert exploration["ratio"] == exploration["trials"][means.index(max(means))]["weights"][0]
 
 
+@pytest.mark.slow
 def test_the_picture(place: Path, told) -> None:
     picture = (place / "lambda.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
     assert min(struct.unpack(">II", picture[16:24])) > 500
 
 
+@pytest.mark.slow
 def test_recipes_and_data_are_of_use(place: Path, told) -> None:
     for name in ("average", "task-arithmetic-dare", "ties"):
         assert load_recipe(place / "recipes" / f"{name}.yaml").mixup is not None
@@ -69,6 +73,7 @@ def test_recipes_and_data_are_of_use(place: Path, told) -> None:
         assert len(get_task(task).read(load_rows(place / "data" / f"{skill}-dev.jsonl"))) == 4
 
 
+@pytest.mark.slow
 def test_models_are_used_again(place: Path, told) -> None:
     lines: list[str] = []
     again = demo.main(place, lines.append, TINY)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.matrix import few
 
 from m3jax.errors import M3Error
 from m3jax.laboratory import conducting
@@ -120,8 +121,9 @@ def test_the_output_may_not_be_a_file(tmp_path: Path) -> None:
         conduct(tmp_path, SKILLS, TINY, lambda _: None, "")
 
 
-@pytest.mark.parametrize("dare", [False, True])
-@pytest.mark.parametrize("method", [AVERAGE, TASK_ARITHMETIC, TIES])
+@pytest.mark.parametrize(
+    ("method", "dare"), few([(m, d) for m in (AVERAGE, TASK_ARITHMETIC, TIES) for d in (False, True)], (TIES, True))
+)
 def test_a_merge_has_all_arms_and_is_the_same_again(lab: Laboratory, papers: Papers, method: str, dare: bool) -> None:
     job = Experiment("merge", 0, PAIR, method, dare, 0.5)
     line = do(lab, job, papers)
@@ -136,6 +138,7 @@ def test_a_merge_has_all_arms_and_is_the_same_again(lab: Laboratory, papers: Pap
     assert timeless(do(lab, job, papers)) == timeless(line)
 
 
+@pytest.mark.slow
 def test_the_ends_of_the_curve_are_the_experts(lab: Laboratory, papers: Papers) -> None:
     curve = do(lab, Experiment("curve", 0, PAIR), papers)["curve"]
     assert [point["weights"] for point in curve] == [[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]]

@@ -5,6 +5,7 @@ import struct
 
 import pytest
 from support.ledgers import SETTINGS, SKILLS, make_ledger, without
+from support.matrix import few
 
 from m3jax.errors import M3Error
 from m3jax.laboratory.experiments import AVERAGE, DRAW, EQUAL, M3, TUNED
@@ -199,7 +200,7 @@ def test_a_missing_arm_is_said(ledger):
     assert found.missing[0] == f"merge, sentiment+arithmetic, {AVERAGE}, 0.5, seed 0: arm tuned"
 
 
-@pytest.mark.parametrize("kind", ["models", "merge", "alpha", "curve"])
+@pytest.mark.parametrize("kind", few(["models", "merge", "alpha", "curve"], "merge", "curve"))
 def test_a_kind_alone_and_all_but_it(tmp_path, ledger, kind):
     """Whatever is missing, the report says what there is; pictures of an earlier one do not stay."""
     for name in FILES:

@@ -66,6 +66,7 @@ def test_the_loss_is_the_mean_over_what_counts(whole: bool) -> None:
     assert float(loss) == pytest.approx(-sum(score.log_prob for score in scores) / count, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_training_learns_and_models_are_kept(tmp_path: Path) -> None:
     lines: list[str] = []
     places = make_models(tmp_path / "models", SKILLS, TINY, lines.append)

@@ -106,7 +106,8 @@ ALONE = {
 
 def few(names, *fast):
     """Parameters of which all but a few are slow tests."""
-    return [pytest.param(*n, marks=[] if n in fast else pytest.mark.slow) for n in names]
+    rows = [(name, name if isinstance(name, tuple) else (name,)) for name in names]
+    return [pytest.param(*row, marks=[] if name in fast else pytest.mark.slow) for name, row in rows]
 
 
 def pairwise(*axes, apart=()):
