@@ -16,7 +16,7 @@ from m3jax.trees.parts import layer_groups
 
 DEPTH = 4
 INNER = {"norm.scale": (8,), "up.kernel": (8, 12), "attention.kernel": (2, 8, 6)}
-OUTER = {"embed.embedding": (40, 8), "head.kernel": (8, 40)}
+OUTER = {"embed.embedding": (40, 8), "head.kernel": (8, 12)}
 SHAPES = OUTER | {f"layers.{i}.{name}": shape for i in range(DEPTH) for name, shape in INNER.items()}
 EVERY = [*ALL, *((method, "alone") for method in ALONE)]
 QUICK = [("linear", "none"), ("ties_paper", "dare"), ("ties_mergekit", "della"), ("model_stock_rows", "alone")]
