@@ -36,7 +36,7 @@ from m3jax.trees.arrays import Column, Stacked, joined, tensor_shape
 from m3jax.trees.matching import is_traced
 from m3jax.trees.matching import leaf_name as leaf_name
 from m3jax.trees.matching import named_leaves as named_leaves
-from m3jax.trees.parts import AnatomyOf, Tree, check_blocks, groups_of, tree_of
+from m3jax.trees.parts import AnatomyOf, ParameterTree, check_blocks, groups_of, tree_of
 from m3jax.trees.parts import canonical_leaves as canonical_leaves
 
 _LOG = logging.getLogger("m3jax")
@@ -76,7 +76,7 @@ class _Tensor(NamedTuple):
     layer: str
 
 
-def _tensors(tree: Tree, name: str) -> list[_Tensor]:
+def _tensors(tree: ParameterTree, name: str) -> list[_Tensor]:
     part = tree.parts[name]
     if part.stack_axis is None:
         return [_Tensor(part.canonical, name, tree.group(name, "layer"))]
@@ -119,7 +119,7 @@ class _Weights(NamedTuple):
         return tensor.layer if self.rows else None
 
 
-def _weights_of(weights: Weights, tree: Tree, names: Sequence[str]) -> _Weights:
+def _weights_of(weights: Weights, tree: ParameterTree, names: Sequence[str]) -> _Weights:
     """Weights that fit a tree.
 
     Raises:
@@ -207,7 +207,7 @@ class _Piece(NamedTuple):
 
 def _columns_to_merge(
     pipe: Pipeline,
-    tree: Tree,
+    tree: ParameterTree,
     columns: Mapping[str, list[Any]],
     has_base: bool,
     weights: _Weights,
@@ -280,7 +280,7 @@ def _last_uses(leaves: list[Column], kept: Sequence[Any]) -> list[list[jax.Array
 
 def _planned(
     pipe: Pipeline,
-    tree: Tree,
+    tree: ParameterTree,
     kinds: Mapping[str, Kind],
     columns: Mapping[str, list[Any]],
     has_base: bool,
@@ -325,7 +325,7 @@ def _check_call(experts: Any, method: Any, sparsify: Any) -> None:
         )
 
 
-def _check_places(pipe: Pipeline, tree: Tree, columns: Mapping[str, list[Any]], weights: _Weights) -> None:
+def _check_places(pipe: Pipeline, tree: ParameterTree, columns: Mapping[str, list[Any]], weights: _Weights) -> None:
     """Raises M3Error under manual mesh axes, where an array is a shard, if the merge needs to know the whole."""
     by_block = bool(weights.rows) or isinstance(weights.given, Mapping)
     by_block |= isinstance(weights.given, Mixup) and weights.given.granularity != "model"
@@ -352,7 +352,7 @@ def _needs_whole(pipe: Pipeline) -> str | None:
     return "whole rows" if pipe.rows else None
 
 
-def _note_kept(tree: Tree) -> None:
+def _note_kept(tree: ParameterTree) -> None:
     """Says which leaves are no parameters, to whoever listens to the package's log."""
     kept = Counter(part.kind for part in tree.parts.values() if part.kind not in MODEL_KINDS)
     if kept:
@@ -360,7 +360,7 @@ def _note_kept(tree: Tree) -> None:
         _LOG.info("merge: leaves that are no parameters stay as they are in the first tree: %s", said)
 
 
-def _aliases(tree: Tree, kinds: Mapping[str, Kind], by_name: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def _aliases(tree: ParameterTree, kinds: Mapping[str, Kind], by_name: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Leaves that are one with another, by what anatomy says and their values do not deny; and that other."""
     spelled = {stored: name for name, stored in tree.stored.items()}
     found = {}

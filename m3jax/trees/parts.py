@@ -35,7 +35,7 @@ AnatomyOf = Overrides | Mapping[str, Any] | None
 """What a caller says of a tree: as a recipe's key `anatomy`."""
 
 
-class Tree(NamedTuple):
+class ParameterTree(NamedTuple):
     """The leaves of a tree and what they are.
 
     Attributes:
@@ -121,7 +121,7 @@ def _of_stored(patterns: Mapping[str, Any], stored: Mapping[str, str]) -> dict[s
     return found
 
 
-def tree_of(leaves: Mapping[str, Leaf], anatomy: AnatomyOf = None) -> Tree:
+def tree_of(leaves: Mapping[str, Leaf], anatomy: AnatomyOf = None) -> ParameterTree:
     """What the leaves of a tree are.
 
     What the caller says outranks the types of Flax's variables, and these names and shapes.
@@ -145,7 +145,7 @@ def tree_of(leaves: Mapping[str, Leaf], anatomy: AnatomyOf = None) -> Tree:
     kinds = {_exactly(names): kind for kind, names in told.items()} | _of_stored(said.kinds, stored)
     found = anatomy_of(infos, overrides=said._replace(stacked=_of_stored(said.stacked, stored), kinds=kinds))
     parts = {name: found.parts[other] for name, other in stored.items()}
-    return Tree(leaves, parts, found, stored)
+    return ParameterTree(leaves, parts, found, stored)
 
 
 def canonical_leaves(tree: PyTree, anatomy: AnatomyOf = None) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def canonical_leaves(tree: PyTree, anatomy: AnatomyOf = None) -> dict[str, Any]:
 
     Example:
         >>> list(canonical_leaves({"params": {"layers_3": {"kernel": 1.0}, "head": {"kernel": 2.0}}}))
-        ['layers.3.kernel', 'head.kernel']
+        ['head.kernel', 'layers.3.kernel']
     """
     found = tree_of(leaves_of(tree), anatomy)
     return {found.parts[name].canonical: leaf.value for name, leaf in found.leaves.items()}
@@ -193,7 +193,7 @@ def layer_groups(tree: PyTree, anatomy: AnatomyOf = None) -> tuple[str, ...]:
     return groups_of(tree_of(leaves_of(tree), anatomy))
 
 
-def groups_of(tree: Tree) -> tuple[str, ...]:
+def groups_of(tree: ParameterTree) -> tuple[str, ...]:
     """`layer_groups` of a tree that is known."""
     towers = list(tree.anatomy.towers)
     found: dict[str, tuple[int, int]] = {}
@@ -209,7 +209,7 @@ def groups_of(tree: Tree) -> tuple[str, ...]:
     return (*sorted(found, key=lambda group: found[group]), *((OUTSIDE_BLOCKS,) if outside else ()))
 
 
-def check_blocks(tree: Tree, names: Iterable[str], wanted: str) -> None:
+def check_blocks(tree: ParameterTree, names: Iterable[str], wanted: str) -> None:
     """Raises M3Error where weights by block are wanted, but blocks cannot be told.
 
     Args:
