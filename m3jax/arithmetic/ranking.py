@@ -145,7 +145,7 @@ def advance(search: Search, counts: Count, shift: int) -> tuple[Search, Bool[Any
 
 
 def count_below(
-    values: Values, low: UInt32[Array, " n"], shift: UInt32[Array, ""], valid: Bool[Array, "..."] | None = None
+    values: Values, low: UInt32[Array, " n"], shift: UInt32[Any, ""], valid: Bool[Array, "..."] | None = None
 ) -> UInt32[Array, "n 7"]:
     """How many magnitudes lie below low + j·2^shift for j = 1 … 7, for arrays of fewer than 2³² entries.
 

@@ -161,7 +161,6 @@ FAST = [
     ("task_arithmetic", "breadcrumbs"),
     ("ties_mergekit", "della"),
 ]
-ALL = [(method, sparsifier) for method in METHODS for sparsifier in SPARSIFIERS]
 
 SHAPES = {
     "model.embed_tokens.weight": (40, 16),

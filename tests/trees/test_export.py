@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from support.matrix import ALL, DTYPES, FAST, METHODS, SPARSIFIERS, few
+from support.matrix import DTYPES, FAST, METHODS, SPARSIFIERS, few, pairwise
 
 import m3jax
 from m3jax.arithmetic import threefry
@@ -42,11 +42,11 @@ def prepared(method, sparsifier, dtype, shape, n=2):
     return pipe, (leaf,) * n, leaf if pipe.uses_base else None, scalars, settings
 
 
-EVERY = [(*case, dtype) for case in ALL for dtype in DTYPES]
+SOME = [(*case, "bfloat16", platform) for case in FAST[3:6] for platform in ("cpu", "gpu")]
+EVERY = pairwise(METHODS, SPARSIFIERS, DTYPES, ("cpu", "gpu"))
 
 
-@pytest.mark.parametrize(("method", "sparsifier", "dtype"), few(EVERY, *((*case, "bfloat16") for case in FAST[3:6])))
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize(("method", "sparsifier", "dtype", "platform"), few(dict.fromkeys([*SOME, *EVERY]), *SOME))
 def test_merging_and_measuring_lower_everywhere(method, sparsifier, dtype, platform):
     pipe, experts, base, scalars, settings = prepared(method, sparsifier, dtype, SHAPE)
     _, flat, flat_base, _, _ = prepared(method, sparsifier, dtype, (SIZE_OF_ALL,))
@@ -80,15 +80,16 @@ def trees(dtype, n, put=lambda x: x):
     return [tree] * n, tree
 
 
-IN_TURN = [(*case, list(DTYPES)[i % 3]) for i, case in enumerate(ALL)]
+OF_CALLERS = [
+    ("linear", "none", "float32", True),
+    ("ties_paper", "dare", "float16", False),
+    ("ties_mergekit", "none", "float32", True),
+]
 
 
-@pytest.mark.parametrize("by_scatter", [True, False])
 @pytest.mark.parametrize(
-    ("method", "sparsifier", "dtype"),
-    few(
-        IN_TURN, ("linear", "none", "float32"), ("ties_paper", "dare", "float16"), ("ties_mergekit", "none", "float32")
-    ),
+    ("method", "sparsifier", "dtype", "by_scatter"),
+    few(dict.fromkeys([*OF_CALLERS, *pairwise(METHODS, SPARSIFIERS, DTYPES, (True, False))]), *OF_CALLERS),
 )
 def test_merges_in_a_callers_jit_lower_everywhere(method, sparsifier, dtype, by_scatter, monkeypatch):
     monkeypatch.setattr(arrays, "_platform_of", lambda _: "cpu" if by_scatter else "gpu")
@@ -108,18 +109,15 @@ def test_only_slerp_calls_back_in_a_callers_jit():
 
 
 COLLECTIVES = ("all-reduce", "all-gather", "collective-permute", "all-to-all", "reduce-scatter")
-ELEMENTWISE = [
-    (m, s)
-    for m, s in ALL
-    if not s.startswith(("magnitude", "breadcrumbs", "della"))
-    and (m in ("linear", "ties_untrimmed_sum") or m.startswith("task_arithmetic"))
-]
-
-
-@pytest.mark.parametrize(
-    ("method", "sparsifier"), few(ELEMENTWISE, ("linear", "dare"), ("ties_untrimmed_sum", "dare_weights"))
+APART = [("linear", "dare", AxisType.Auto), ("ties_untrimmed_sum", "dare_weights", AxisType.Explicit)]
+ELEMENTWISE = pairwise(
+    [m for m in METHODS if m in ("linear", "ties_untrimmed_sum") or m.startswith("task_arithmetic")],
+    [s for s in SPARSIFIERS if not s.startswith(("magnitude", "breadcrumbs", "della"))],
+    (AxisType.Auto, AxisType.Explicit),
 )
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+
+
+@pytest.mark.parametrize(("method", "sparsifier", "kind"), few(dict.fromkeys([*APART, *ELEMENTWISE]), *APART))
 def test_elementwise_merges_of_sharded_inputs_exchange_nothing(method, sparsifier, kind):
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
     place = NamedSharding(mesh, PartitionSpec("x", "y"))

@@ -52,7 +52,9 @@ def test_merges_are_the_oracles(method, sparsifier):
     check(method, sparsifier, "bfloat16", 2, "eager")
 
 
-@pytest.mark.parametrize(("method", "sparsifier"), FAST[1:6])
+@pytest.mark.parametrize(
+    ("method", "sparsifier"), [("linear", "dare"), ("ties_paper", "dare"), ("ties_mergekit", "magnitude_model")]
+)
 def test_merges_under_jit_with_traced_weights_and_key_are_the_oracles(method, sparsifier):
     check(method, sparsifier, "bfloat16", 2, "jit")
 
@@ -87,7 +89,7 @@ SHARDED = [(method, mesh) for method in ("linear", "task_arithmetic", "ties_merg
 
 @pytest.mark.parametrize(
     ("method", "mesh"),
-    few(SHARDED, ("linear", "columns"), ("task_arithmetic", "crossed"), ("ties_paper", "both"), ("ties_paper", "rows")),
+    few(SHARDED, ("linear", "columns"), ("ties_paper", "rows")),
 )
 def test_no_sharding_changes_a_bit(method, mesh):
     shape, names, spec = MESHES[mesh]
@@ -115,9 +117,7 @@ def test_elementwise_methods_exchange_nothing():
         assert collective not in text.as_text(), collective
 
 
-@pytest.mark.parametrize(
-    ("dtype", "t"), few([(d, t) for d in DTYPES for t in (0.0, 0.3, 1.0)], ("bfloat16", 0.3), ("float32", 1.0))
-)
+@pytest.mark.parametrize(("dtype", "t"), few([(d, t) for d in DTYPES for t in (0.0, 0.3, 1.0)], ("bfloat16", 0.3)))
 def test_slerp_is_the_oracles(dtype, t):
     _, experts = models(DTYPES[dtype], 2)
     experts[1]["model.norm.weight"] = experts[0]["model.norm.weight"]  # nearly parallel: a line
@@ -162,9 +162,7 @@ def test_drawn_weights_of_every_granularity(method, granularity):
     assert same(got, oracle.merge(experts, base, weights=weights, seed=8, **told)) == (True, [])
 
 
-@pytest.mark.parametrize(
-    "method", [m if m in ("linear", "ties_paper") else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
-)
+@pytest.mark.parametrize("method", few(METHODS, "linear"))
 def test_weights_have_derivatives(method):
     base, experts = models(DTYPES["float32"], 2, {"w": (12,)})
     made = METHODS[method][0]
