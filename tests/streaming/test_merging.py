@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from support import oracle
 from support.directories import WIDE, read, recipe, write, write_models
-from support.matrix import DTYPES, FAST, METHODS, SHAPES, SPARSIFIERS, models, pairwise, same
+from support.matrix import DTYPES, METHODS, SHAPES, SPARSIFIERS, models, pairwise, same
 
 import m3jax
 from m3jax import M3Error
@@ -44,7 +44,16 @@ def check(place, tmp_path, told, keys, dtype="bfloat16", n=2, chunk=2**16, shape
 
 # Magnitude pruning ranks each tensor and TIES then the model: a phase that measures tensors and does not merge.
 @pytest.mark.parametrize(
-    ("method", "sparsifier"), [*(case for case in FAST if case[1] != "magnitude_weights"), ("ties_paper", "magnitude")]
+    ("method", "sparsifier"),
+    [
+        ("linear", "none"),
+        ("task_arithmetic", "dare_weights"),
+        ("ties_paper", "dare"),
+        ("ties_paper", "magnitude"),
+        ("ties_mergekit", "magnitude_model"),
+        ("task_arithmetic", "breadcrumbs"),
+        ("ties_mergekit", "della"),
+    ],
 )
 def test_bytes_are_the_oracles(tmp_path, method, sparsifier):
     _, keys, told = METHODS[method]
@@ -67,6 +76,7 @@ def test_bytes_are_the_oracles_everywhere(tmp_path, method, sparsifier, dtype, g
     check(tmp_path / "in", tmp_path, told | told_sparse, asked, dtype, 3, chunk, weights=weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["linear", "ties_paper"])
 def test_one_digest_at_every_chunk_size(tmp_path, method):
     write_models(tmp_path / "in", n=3)
