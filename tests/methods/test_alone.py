@@ -13,6 +13,12 @@ from support.matrix import ALONE, DTYPES, few, models, pairwise, same
 import m3jax
 from m3jax.cluster.meshes import parse_mesh
 
+PLACED = [
+    ("slerp", ("x", None), AxisType.Explicit),
+    ("model_stock", (None, "x"), AxisType.Auto),
+    ("model_stock_rows", ("x", "y"), AxisType.Explicit),
+]
+STREAMED = [("slerp", "x=1", 2**17), ("model_stock", "x=8", 2**16), ("model_stock_rows", "x=8", 2**17)]
 EVERY = list(itertools.product(ALONE, DTYPES, ("eager", "jit")))
 
 
@@ -23,7 +29,13 @@ def most(method):
 
 @pytest.mark.parametrize(
     ("method", "dtype", "how"),
-    few(EVERY, *pairwise(ALONE, ("bfloat16", "float32"), ("eager", "jit"))),
+    few(
+        EVERY,
+        ("slerp", "float32", "jit"),
+        ("slerp", "bfloat16", "eager"),
+        ("model_stock", "float32", "eager"),
+        ("model_stock_rows", "bfloat16", "jit"),
+    ),
 )
 def test_merges_are_the_oracles(method, dtype, how):
     made, _, told, weights = ALONE[method]
@@ -38,7 +50,10 @@ def test_merges_are_the_oracles(method, dtype, how):
 
 @pytest.mark.parametrize(
     ("method", "spec", "kind"),
-    pairwise(ALONE, (("x", None), (None, "x"), ("x", "y")), (AxisType.Auto, AxisType.Explicit)),
+    few(
+        dict.fromkeys([*PLACED, *pairwise(ALONE, [spec for _, spec, _ in PLACED], (AxisType.Auto, AxisType.Explicit))]),
+        *PLACED,
+    ),
 )
 def test_no_sharding_changes_a_bit(method, spec, kind):
     made, _, told, weights = ALONE[method]
@@ -56,7 +71,13 @@ def test_no_sharding_changes_a_bit(method, spec, kind):
     assert same(traced(there, here), want) == (True, [])
 
 
-@pytest.mark.parametrize(("method", "mesh", "chunk"), pairwise(ALONE, ("x=1", "x=8"), (2**16, 2**17)))
+@pytest.mark.parametrize(
+    ("method", "mesh", "chunk"),
+    few(
+        [*STREAMED, *(row for row in pairwise(ALONE, ("x=1", "x=8"), (2**16, 2**17)) if row not in STREAMED)],
+        *STREAMED,
+    ),
+)
 def test_out_of_core_and_replayed_are_the_oracles(tmp_path, method, mesh, chunk):
     _, keys, told, weights = ALONE[method]
     base, experts = write_models(tmp_path / "in", n=most(method), shapes=WIDE)
