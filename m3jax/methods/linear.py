@@ -67,7 +67,9 @@ def fold_sum(options: Sum, settings: Settings) -> Float[Any, " n"]:
     return stack(fold_weights(settings, tuple(range(len(weights))), options.normalize))
 
 
-def weighted_sum(coefficients: Float[Array, " n"], values: Values, zero: Zero) -> Float[Array, "..."]:
+def weighted_sum(
+    coefficients: Float[Array, " n"], values: Sequence[Float[Array, "..."]], zero: Zero
+) -> Float[Array, "..."]:
     """Σ cᵢ·vᵢ in float32, expert 0 first."""
     terms = [exact.multiply(coefficients[i], value, zero) for i, value in enumerate(values)]
     return functools.reduce(exact.add, terms)

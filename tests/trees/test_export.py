@@ -14,7 +14,7 @@ import m3jax
 from m3jax.arithmetic import threefry
 from m3jax.methods.base import Extent, Place
 from m3jax.methods.leaf import Pipeline, leaf_scalars, settings_of, with_found
-from m3jax.streaming import findings, passes
+from m3jax.streaming import findings
 from m3jax.trees import arrays
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -50,7 +50,7 @@ EVERY = pairwise(METHODS, SPARSIFIERS, DTYPES, ("cpu", "gpu"))
 def test_merging_and_measuring_lower_everywhere(method, sparsifier, dtype, platform):
     pipe, experts, base, scalars, settings = prepared(method, sparsifier, dtype, SHAPE)
     _, flat, flat_base, _, _ = prepared(method, sparsifier, dtype, (SIZE_OF_ALL,))
-    shape = SHAPE if pipe.rows else (SIZE_OF_ALL,)
+    layout = findings.Layout(1, 0, SHAPE if pipe.rows else (SIZE_OF_ALL,))
     for stage in pipe.stages:
         rows = {"row": SHAPE[:1]}.get(stage.measure.scope, ())
         state = stage.begin(pipe, settings, Extent(SIZE_OF_ALL, rows, len(experts)))
@@ -59,13 +59,13 @@ def test_merging_and_measuring_lower_everywhere(method, sparsifier, dtype, platf
             for each in stage.measure.rounds(place):
                 static = (pipe, stage.key, each.name, place)
                 if streamed:
-                    count = functools.partial(findings.count_chunk, *static, shape)
+                    count = functools.partial(findings.count_chunk, *static, layout)
                     lowered(count, flat, flat_base, scalars, state, START, SIZE, ZERO)
                 else:
                     lowered(functools.partial(arrays._count, *static, None), experts, base, scalars, state, ZERO)
         scalars = with_found(pipe, scalars, stage, state, settings)
     lowered(functools.partial(arrays.merge_array, pipe, jnp.dtype(dtype), None, None), experts, base, scalars, ZERO)
-    lowered(functools.partial(passes.merge_chunk, pipe, dtype, shape), flat, flat_base, scalars, START, ZERO)
+    lowered(functools.partial(findings.merge_chunk, pipe, dtype, layout), flat, flat_base, scalars, START, ZERO)
 
 
 def callers_jit(method, sparsifier):
