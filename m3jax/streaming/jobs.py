@@ -122,8 +122,16 @@ def _opened(role: str, place: ModelDirectory, checkpoint: Checkpoint, job: Merge
     return OpenedModel(role, place, checkpoint, Input(place.name, checkpoint.tensors, anatomy))
 
 
-def _open_models(job: MergeJob, stack: ExitStack) -> tuple[list[OpenedModel], list[OpenedModel]]:
-    """The inputs of the plan, and the models that are read for them: the same, or views of them."""
+class _Opened(NamedTuple):
+    """The inputs of a plan, the models that are read for them, and whether layers are stacked."""
+
+    models: list[OpenedModel]
+    sources: list[OpenedModel]
+    stacked: bool
+
+
+def _open_models(job: MergeJob, stack: ExitStack) -> _Opened:
+    """The inputs of the plan: the models that are read, or views of them."""
     recipe, role = job.recipe, job.recipe.base_role
     if recipe.stacks:
         return _stack_models(job, role, {}, stack)
@@ -132,7 +140,7 @@ def _open_models(job: MergeJob, stack: ExitStack) -> tuple[list[OpenedModel], li
         return _stack_models(job, role, {model.place.name: model for model in models}, stack)
     if recipe.base_model is not None and role is not None:
         models.append(_open_model(recipe.base_model, role, job, stack))
-    return _with_heads(_alike(models, job), job), models
+    return _Opened(_with_heads(_alike(models, job), job), models, False)
 
 
 def _alike(models: Sequence[OpenedModel], job: MergeJob) -> list[OpenedModel]:
@@ -178,9 +186,7 @@ def _depth(checkpoint: Checkpoint) -> int:
     return 1 + max((block[1] for block in map(block_of, checkpoint.tensors) if block), default=-1)
 
 
-def _stack_models(
-    job: MergeJob, role: str | None, opened: dict[str, OpenedModel], stack: ExitStack
-) -> tuple[list[OpenedModel], list[OpenedModel]]:
+def _stack_models(job: MergeJob, role: str | None, opened: dict[str, OpenedModel], stack: ExitStack) -> _Opened:
     """The inputs of a merge whose slices stack layers: each a view of the models that its layers come from."""
     recipe = job.recipe
     columns = recipe.stacked_experts()
@@ -196,7 +202,7 @@ def _stack_models(
         base = opened.get(recipe.base_model) or _open_model(recipe.base_model, role, job, stack)
         opened[recipe.base_model] = base
         models.append(_opened(role, base.place, selected(base.checkpoint, *recipe.stacked_base()), job))
-    return models, list(opened.values())
+    return _Opened(models, list(opened.values()), True)
 
 
 class Ready(NamedTuple):
@@ -271,10 +277,7 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
         check_remote_free(job.out, job.overwrite)
     elif processes.index == 0:
         check_free(job.out, job.overwrite)
-    models, sources = _open_models(job, stack)
-    stacked = (bool(job.recipe.slices) and len(models) != len(sources)) or (
-        bool(job.recipe.slices) and job.recipe.declared_layers != _depth(sources[0].checkpoint)
-    )
+    models, sources, stacked = _open_models(job, stack)
     _check_apart(job.out, sources)
     drawn: DrawnWeights | None = manifest.drawn_weights(job.recorded) if job.recorded is not None else job.chosen
     base = models[-1].input if models[-1].role != "expert" else None
