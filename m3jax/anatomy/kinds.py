@@ -15,7 +15,7 @@ _OPTIMIZERS = frozenset({"opt_state", "opt_states", "optimizer_state", "optimize
 _OPTIMIZER_ROOTS = frozenset({"optimizer", "opt", "optim"})
 _INSIDE_OPTIMIZER = frozenset({"target", "model"})  # old flax.optim and nnx.Optimizer hold the model itself
 _MOMENTS = re.compile(
-    r"^(?:\d+\.)*(?:inner_state\.|inner_states\.[^.]+\.)*(?:mu|nu|trace|count|exp_avg|exp_avg_sq|sum_of_squares)(?:\.|$)"
+    r"^(?:\d+\.|inner_state\.|inner_states\.[^.]+\.)+(?:mu|nu|trace|count|exp_avg|exp_avg_sq|sum_of_squares)(?:\.|$)"
 )
 _STEPS = frozenset({"step", "steps", "global_step", "step_count", "num_steps", "training_time_hours"})
 _RANDOM = frozenset({"rng", "rngs", "dropout_rng", "rng_key", "prng_key", "rng_state", "nnx_aux", "RngState"})

@@ -7,6 +7,7 @@ that stay in memory while many merges are tried (`exploration`).
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
@@ -380,3 +381,22 @@ def with_conclusion(scalars: LeafScalars, stage: Stage, concluded: Any) -> LeafS
     """The scalars with what a measure has concluded: of many blocks, stacked along a first axis."""
     own = {**scalars.found[stage.owner], stage.measure.name: concluded}
     return scalars._replace(found={**scalars.found, stage.owner: own})
+
+
+def joined(pieces: Sequence[Any]) -> Any:
+    """Pytrees of blocks stacked along axis 0, on the host where they are there.
+
+    Args:
+        pieces: Alike, but that a factor which is None in some, as it changes nothing, may be an array in others.
+    """
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(pieces))
+    xp: Any = jnp if traced else np
+
+    def join(*leaves: Any) -> Any:
+        like = next((leaf for leaf in leaves if leaf is not None), None)
+        if like is None:
+            return None
+        ones = np.ones(np.shape(like), like.dtype)
+        return xp.stack([xp.asarray(ones if leaf is None else leaf) for leaf in leaves])
+
+    return jax.tree.map(join, *pieces, is_leaf=lambda leaf: leaf is None)

@@ -17,7 +17,7 @@ from jax import lax
 from m3jax.arithmetic import threefry
 from m3jax.cluster.processes import Buffer, Processes
 from m3jax.methods.base import Extent, Place, Round
-from m3jax.methods.leaf import LeafScalars, Pipeline, Stage, counted, leaf_scalars, merged_leaf, with_found
+from m3jax.methods.leaf import LeafScalars, Pipeline, Stage, counted, joined, leaf_scalars, merged_leaf, with_found
 from m3jax.streaming.plan import BlockPlan, MergePlan, TensorPlan, row_size, total_entries
 from m3jax.streaming.reading import Loaded, Visit, slice_of, unit_of, visits
 
@@ -173,11 +173,6 @@ def size_of(visit: Visit) -> int:
     return visit.size // len(visit.plan.blocks) if visit.block is None else visit.size
 
 
-def stacked(scalars: Sequence[Any]) -> Any:
-    """Pytrees of equal structure with their arrays along a new first axis."""
-    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *scalars)
-
-
 def stage_of(pipe: Pipeline, key: str) -> Stage:
     """A pipeline's measure of a key."""
     return next(stage for stage in pipe.stages if stage.key == key)
@@ -224,11 +219,11 @@ def _needs(stage: Stage, tensor: TensorPlan) -> bool:
 
 
 def applies(step: Step, tensor: TensorPlan) -> bool:
-    """Whether a pass has anything to do for a tensor; what is known by several names is counted once."""
+    """Whether a pass has anything to do for a tensor; of the whole model, whether it counts there."""
     if step == MERGE:
         return True
     stage = next((s for s in tensor.pipeline.stages if s.key == step.stage), None) if tensor.pipeline else None
-    return stage is not None and _needs(stage, tensor) and not (tensor.is_alias and step.scope == "model")
+    return stage is not None and _needs(stage, tensor) and not (tensor.apart and step.scope == "model")
 
 
 def samples(
@@ -273,7 +268,7 @@ class Findings:
         """The scalars of a tensor's block as far as they are known; of all blocks, along a first axis, for None."""
         if block is None:
             each = [self.scalars(tensor, root, number) for number in range(len(tensor.blocks))]
-            whole: LeafScalars = stacked(each)
+            whole: LeafScalars = joined(each)
             return whole
         if tensor.pipeline is None:
             raise ValueError(f"{tensor.output.name} is copied and has no scalars")
@@ -327,7 +322,7 @@ class Findings:
             raise ValueError(f"{tensor.output.name} is copied and not measured")
         stage = stage_of(tensor.pipeline, step.stage)
         state: Any = [self._state(stage, tensor, block) for block in _blocks_of(visit)]
-        state = stacked(state) if visit.block is None else state[0]
+        state = joined(state) if visit.block is None else state[0]
         if stage.measure.scope == "row":
             state = _cut(state, visit)
         if tensor.pipeline.rows:

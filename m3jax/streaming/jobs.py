@@ -172,7 +172,9 @@ def _with_heads(models: Sequence[OpenedModel], job: MergeJob) -> list[OpenedMode
 
     def with_head(model: OpenedModel) -> OpenedModel:
         embedding = model.input.anatomy.embedding
-        if head is None or embedding is None or head in model.checkpoint.tensors:
+        if model.input.anatomy.ties_embeddings is False or head in model.checkpoint.tensors:
+            return model  # one that is not tied lacks its head, which the plan says
+        if head is None or embedding is None:
             return model
         view = renamed(model.checkpoint, {head: embedding, embedding: embedding})
         opened = _opened(model.role, model.place, view, job)

@@ -8,8 +8,15 @@ from m3jax.checkpoints import TensorInfo, natural_key
 from m3jax.errors import M3Error
 from m3jax.methods import catalogue
 from m3jax.methods.base import Method, Settings, Sparsifier
-from m3jax.methods.leaf import Pipeline, check_pipeline, comparable, settings_of, without_idle_sparsifier
-from m3jax.methods.linear import linear
+from m3jax.methods.leaf import (
+    Pipeline,
+    check_pipeline,
+    comparable,
+    settings_of,
+    statistics_pipeline,
+    statistics_weights,
+    without_idle_sparsifier,
+)
 from m3jax.methods.mixup import draw
 from m3jax.naming import block_of, layer_position
 from m3jax.recipe import Recipe, unmatched
@@ -62,7 +69,8 @@ class TensorPlan(NamedTuple):
         pipeline: What is done; None if it is copied, from the first source, all sources being equal.
         blocks: What it consists of: itself, or the blocks that it stacks; nothing if it is copied.
         axis: Along which it stacks blocks; None if it does not.
-        is_alias: It is another name of a tensor that is counted there.
+        apart: It does not count in what is measured of the whole model: it is another name of a tensor that does, or
+            running statistics.
     """
 
     output: TensorInfo
@@ -70,7 +78,7 @@ class TensorPlan(NamedTuple):
     pipeline: Pipeline | None = None
     blocks: tuple[BlockPlan, ...] = ()
     axis: int | None = None
-    is_alias: bool = False
+    apart: bool = False
 
     @property
     def has_base(self) -> bool:
@@ -267,7 +275,7 @@ def settings_in(plans: Iterable[TensorPlan]) -> list[Settings]:
 
 def _check_rankings(pipeline: Pipeline, plans: Sequence[TensorPlan]) -> None:
     """Raise M3Error where one measurement of the whole model would need several numbers."""
-    settings = settings_in(plan for plan in plans if plan.pipeline is None or plan.pipeline.method == pipeline.method)
+    settings = settings_in(plan for plan in plans if not plan.apart)
     for stage in pipeline.stages:
         if stage.measure.scope != "model":
             continue
@@ -407,7 +415,7 @@ def make_plan(
             continue
         part = models[0].anatomy.parts[name]
         if part.kind == "statistics":
-            plans.append(_of_statistics(recipe, pipeline, reference, pieces[name], weights))
+            plans.append(_of_statistics(recipe, pipeline, reference, part, pieces[name], weights))
             continue
         plans.append(_merged(recipe, pipeline, reference, used, part, pieces[name], weights))
     notes = tuple(_notes(models[0], state, merged, recipe.keep_state))
@@ -438,18 +446,22 @@ def _merged(
 
 
 def _of_statistics(
-    recipe: Recipe, pipeline: Pipeline, reference: TensorInfo, pieces: Sequence[_Piece], drawn: DrawnWeights
+    recipe: Recipe,
+    pipeline: Pipeline,
+    reference: TensorInfo,
+    part: Part,
+    pieces: Sequence[_Piece],
+    drawn: DrawnWeights,
 ) -> TensorPlan:
     """Statistics of batch normalisation: their weighted average, whatever the method."""
     count = pipeline.num_experts
-    average = Pipeline(linear(), None, count)
+    average = statistics_pipeline(count)
 
     def weights(piece: _Piece) -> tuple[float, ...]:
-        given = _weights_of(recipe, pipeline, piece, drawn) if pipeline.method.weighting == "each" else ()
-        return given if sum(given) else (1.0,) * count
+        return statistics_weights(pipeline, _weights_of(recipe, pipeline, piece, drawn))
 
     blocks = tuple(BlockPlan(p.name, p.key, p.group, settings_of(average, weights(p), 1.0)) for p in pieces)
-    return TensorPlan(reference, tuple(range(count)), average, blocks)
+    return TensorPlan(reference, tuple(range(count)), average, blocks, part.stack_axis, apart=True)
 
 
 def _notes(model: Input, state: set[str], merged: Sequence[str], kept: str | None) -> Iterator[str]:
@@ -483,8 +495,8 @@ def row_size(plan: TensorPlan) -> int:
 
 
 def total_entries(plans: Sequence[TensorPlan]) -> int:
-    """N of a ranking over these tensors, each of them once."""
-    return sum(plan.output.size for plan in plans if plan.pipeline is not None and not plan.is_alias)
+    """N of a ranking over these tensors: of those that count, each once."""
+    return sum(plan.output.size for plan in plans if plan.pipeline is not None and not plan.apart)
 
 
 def divide(sizes: Sequence[int], count: int) -> list[int]:

@@ -20,7 +20,7 @@ from m3jax.arithmetic import exact, threefry
 from m3jax.arithmetic.ranking import add_counts
 from m3jax.errors import M3Error
 from m3jax.methods.base import Extent, Place, Round, Settings, Words
-from m3jax.methods.leaf import LeafScalars, Pipeline, Stage, counted, merged_leaf, with_conclusion, with_found
+from m3jax.methods.leaf import LeafScalars, Pipeline, Stage, counted, joined, merged_leaf, with_conclusion, with_found
 from m3jax.trees.matching import is_traced
 
 _EVERYWHERE = PartitionSpec()  # type: ignore[no-untyped-call]
@@ -336,16 +336,6 @@ def _platform_of(array: Any) -> str:
         platforms = {device.platform for device in array.devices()}
         return "cpu" if platforms == {"cpu"} else (platforms - {"cpu"}).pop()
     return jax.default_backend()
-
-
-def joined(pieces: Sequence[Any]) -> Any:
-    """Pytrees of blocks stacked along axis 0, on the host where they are there.
-
-    Args:
-        pieces: Of one structure.
-    """
-    xp: Any = jnp if is_traced(pieces) else np
-    return jax.tree.map(lambda *xs: xp.stack([xp.asarray(x) for x in xs]), *pieces)
 
 
 def _piece(stacked: Any, index: int) -> Any:

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ from m3jax.methods.leaf import (
     LeafScalars,
     Pipeline,
     check_pipeline,
+    joined,
     scalars_from,
     settings_of,
     statistics_pipeline,
@@ -32,7 +33,7 @@ from m3jax.methods.leaf import (
 )
 from m3jax.methods.mixup import Mixup, draw
 from m3jax.trees import arrays, matching
-from m3jax.trees.arrays import Column, Stacked, joined, tensor_shape
+from m3jax.trees.arrays import Column, Stacked, tensor_shape
 from m3jax.trees.matching import is_traced
 from m3jax.trees.matching import leaf_name as leaf_name
 from m3jax.trees.matching import named_leaves as named_leaves
@@ -193,18 +194,6 @@ def _mask_keys(root: Any, names: Sequence[str], num_experts: int) -> Any:
     return xp.stack([xp.stack(pair, axis=-1) for pair in pairs], axis=1)
 
 
-class _Piece(NamedTuple):
-    """Where the merge of a column goes.
-
-    Attributes:
-        name: The tree's name of the leaf.
-        number: Which block of it, along its axis, where its blocks are merged one by one; None for all of it.
-    """
-
-    name: str
-    number: int | None = None
-
-
 def _columns_to_merge(
     pipe: Pipeline,
     tree: ParameterTree,
@@ -213,7 +202,7 @@ def _columns_to_merge(
     weights: _Weights,
     key: Any,
     numbers_of: Callable[[str | None], Settings],
-) -> list[tuple[_Piece, Column]]:
+) -> list[Column]:
     """Columns with the scalars that are known before any entry is looked at; `numbers_of` gives those of a group."""
     tensors = {name: _tensors(tree, name) for name in columns}
     keys: dict[str, Any] = {}
@@ -235,7 +224,7 @@ def _columns_to_merge(
         settings, folded = shared(group)
         return scalars_from(pipe, settings, shape, None, folded)
 
-    def column(name: str) -> Iterator[tuple[_Piece, Column]]:
+    def column(name: str) -> Column:
         axis, arrays = tree.parts[name].stack_axis, columns[name]
         experts = tuple(arrays[-pipe.num_experts :])
         base, template = arrays[0] if has_base and pipe.uses_base else None, arrays[0]
@@ -245,26 +234,14 @@ def _columns_to_merge(
         settings = tuple(shared(group)[0] for group in groups)
         own = keys.get(name)
         if axis is None:
-            mask_keys = None if own is None else own[0]
-            only = scalars[0]._replace(mask_keys=mask_keys)
-            yield _Piece(name), Column(name, experts, base, template, settings, only)
-        elif len({jax.tree.structure(each) for each in scalars}) == 1:
-            varied = any(group != groups[0] for group in groups)
-            folded = joined(scalars) if varied else scalars[0]
-            whole = Column(name, experts, base, template, settings, folded._replace(mask_keys=own))
-            yield _Piece(name), whole._replace(stacked=Stacked(axis, varied))
-        else:  # blocks whose numbers fold into something else than others' are merged one by one
-            for i, each in enumerate(scalars):
-                mask_keys = None if own is None else own[i]
-                part = [jnp.take(jnp.asarray(x), i, axis=axis) for x in (*experts, template)]
-                part_base = None if base is None else jnp.take(jnp.asarray(base), i, axis=axis)
-                single = each._replace(mask_keys=mask_keys)
-                yield (
-                    _Piece(name, i),
-                    Column(name, tuple(part[:-1]), part_base, part[-1], settings[i : i + 1], single),
-                )
+            only = scalars[0]._replace(mask_keys=None if own is None else own[0])
+            return Column(name, experts, base, template, settings, only)
+        varied = any(group != groups[0] for group in groups)
+        folded = (joined(scalars) if varied else scalars[0])._replace(mask_keys=own)
+        whole = Column(name, experts, base, template, settings, folded)
+        return whole._replace(stacked=Stacked(axis, varied))
 
-    return [pair for name in columns for pair in column(name)]
+    return [column(name) for name in columns]
 
 
 def _last_uses(leaves: list[Column], kept: Sequence[Any]) -> list[list[jax.Array]]:
@@ -287,7 +264,7 @@ def _planned(
     weights: _Weights,
     key: Any,
     zero: Any,
-) -> list[tuple[Pipeline, _Piece, Column]]:
+) -> list[tuple[Pipeline, Column]]:
     """Every column with what is done to it and all that was measured: parameters, then running statistics."""
     parameters = {name: column for name, column in columns.items() if kinds[name] == "parameter"}
     statistics = {name: column for name, column in columns.items() if kinds[name] == "statistics"}
@@ -299,11 +276,9 @@ def _planned(
     def of_statistics(group: str | None) -> Settings:
         return settings_of(plain, statistics_weights(pipe, _group_weights(pipe, weights, key, group)), 1.0)
 
-    pairs = _columns_to_merge(pipe, tree, parameters, has_base, weights, key, of_parameters)
-    measured = arrays.measured(pipe, [column for _, column in pairs], zero)
-    planned = [(pipe, piece, column) for (piece, _), column in zip(pairs, measured, strict=True)]
+    own = _columns_to_merge(pipe, tree, parameters, has_base, weights, key, of_parameters)
     others = _columns_to_merge(plain, tree, statistics, has_base, weights, key, of_statistics)
-    return planned + [(plain, piece, column) for piece, column in others]
+    return [(pipe, column) for column in arrays.measured(pipe, own, zero)] + [(plain, column) for column in others]
 
 
 def _check_call(experts: Any, method: Any, sparsify: Any) -> None:
@@ -466,20 +441,13 @@ def merge(
     _check_places(pipe, tree, columns, whose)
     planned = _planned(pipe, tree, kinds, columns, base is not None, whose, key, zero)
     kept = [leaf for name, leaf in template.items() if base is not None or name not in columns]
-    doomed = _last_uses([leaf for _, _, leaf in planned], kept) if donate and not in_trace else [[]] * len(planned)
+    doomed = _last_uses([leaf for _, leaf in planned], kept) if donate and not in_trace else [[]] * len(planned)
     merged: dict[str, Any] = dict(template)
-    blocks: dict[str, list[Any]] = {}
-    for (own, piece, leaf), free in zip(planned, doomed, strict=True):
+    for (own, leaf), free in zip(planned, doomed, strict=True):
         out, home = jnp.dtype(dtype or leaf.template.dtype), arrays.home_of(leaf)
         array = arrays.merge_array(own, out, home, leaf.stacked, *arrays.brought(leaf), leaf.scalars, zero)
-        if piece.number is None:
-            merged[leaf.name] = arrays.settled(array, home)
-        else:
-            blocks.setdefault(leaf.name, []).append(array)
+        merged[leaf.name] = arrays.settled(array, home)
         for used in free:
             used.delete()
-    for name, parts in blocks.items():
-        whole = jnp.stack(parts, axis=tree.parts[name].stack_axis or 0)
-        merged[name] = arrays.settled(whole, arrays.home_of_arrays(columns[name], is_traced(columns[name])))
     merged |= {name: merged[original] for name, original in aliases.items()}
     return jax.tree.unflatten(jax.tree.structure(models[0]), list(merged.values()))

@@ -223,9 +223,9 @@ def test_tied_embeddings(tmp_path):
     shapes = {"model.embed_tokens.weight": (8, 4), "model.norm.weight": (4,)}
     base, experts = models(DTYPES["bfloat16"], 2, shapes)
     head = {"lm_head.weight": base["model.embed_tokens.weight"]}
-    write(tmp_path / "in" / "base", base)
+    write(tmp_path / "in" / "base", base, {"tie_word_embeddings": True})
     write(tmp_path / "in" / "expert-0", experts[0] | head, {"tie_word_embeddings": True})
-    write(tmp_path / "in" / "expert-1", experts[1])
+    write(tmp_path / "in" / "expert-1", experts[1], {"tie_word_embeddings": True})
     asked = recipe(tmp_path / "in", merge_method="task_arithmetic")
     m3jax.merge_checkpoint(asked, tmp_path / "out")
     assert set(read(tmp_path / "out")) == set(shapes)
