@@ -136,10 +136,15 @@ def _spread(mesh: Mesh | None, shape: Sequence[int]) -> Sharding | None:
 
 def _load(ready: Ready, mesh: Mesh | None) -> dict[str, tuple[Array, ...]]:
     """The arrays of every tensor; copied ones must be equal in all sources, of which one is kept."""
-    used = sorted({position for tensor in ready.plan.tensors for position in tensor.sources})
+    wanted: dict[int, list[str]] = {}  # what is left out of the merge, as training state, is left where it is
+    for tensor in ready.plan.tensors:
+        for position in tensor.sources:
+            wanted.setdefault(position, []).append(tensor.output.name)
     loaded = {
-        position: loading.load_checkpoint(ready.models[position].checkpoint, lambda name, shape: _spread(mesh, shape))
-        for position in used
+        position: loading.load_checkpoint(
+            ready.models[position].checkpoint, names, lambda name, shape: _spread(mesh, shape)
+        )
+        for position, names in wanted.items()
     }
     arrays = {}
     for tensor in ready.plan.tensors:

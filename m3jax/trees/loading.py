@@ -1,7 +1,7 @@
 """From a checkpoint of any format onto devices: every process reads what its own shards hold, and no more."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from typing import Any, TypeAlias
 
@@ -67,25 +67,29 @@ def load(
     with open_checkpoint(locate_model(os.fspath(path)).path) as checkpoint:
         if not flat:
             check_tree(checkpoint.tensors, f"{checkpoint.location}, which flat=True loads,")
-        arrays = _load_all(checkpoint, place, wanted)
+        arrays = _load_all(checkpoint, checkpoint.tensors, place, wanted)
     return arrays if flat else _nested(arrays)
 
 
-def load_checkpoint(checkpoint: Checkpoint, sharding: Any = None) -> dict[str, jax.Array]:
-    """The tensors of an opened checkpoint, or of a view of one, as `load` with flat=True gives those of a path.
+def load_checkpoint(checkpoint: Checkpoint, names: Iterable[str], sharding: Any = None) -> dict[str, jax.Array]:
+    """Tensors of an opened checkpoint, or of a view of one, as `load` with flat=True gives those of a path.
 
     Args:
         checkpoint: Open.
+        names: Which.
         sharding: As for `load`.
 
     Raises:
         M3Error: As `load`.
     """
-    return _load_all(checkpoint, _as_function(sharding), None)
+    return _load_all(checkpoint, names, _as_function(sharding), None)
 
 
-def _load_all(checkpoint: Checkpoint, place: Placement, dtype: np.dtype[Any] | None) -> dict[str, jax.Array]:
-    return {name: _load(checkpoint, info, place(name, info.shape), dtype) for name, info in checkpoint.tensors.items()}
+def _load_all(
+    checkpoint: Checkpoint, names: Iterable[str], place: Placement, dtype: np.dtype[Any] | None
+) -> dict[str, jax.Array]:
+    infos = [checkpoint.tensors[name] for name in names]
+    return {info.name: _load(checkpoint, info, place(info.name, info.shape), dtype) for info in infos}
 
 
 def _checked(dtype: np.dtype[Any]) -> np.dtype[Any]:
