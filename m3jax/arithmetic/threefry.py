@@ -9,6 +9,7 @@ References:
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -129,8 +130,30 @@ def sample_key(root: Words, sample: int) -> Words:
     return fold_in(fold_in(root, SAMPLES), sample)
 
 
+def mask_keys(root: Words, names: Sequence[str], num_experts: int) -> Words:
+    """Keys of the mask streams of tensors, all in one go; the words of one hash serve two experts.
+
+    Args:
+        root: uint32[2], the merge's root key.
+        names: The tensors' names.
+        num_experts: How many experts are merged.
+
+    Returns:
+        uint32[names, ⌈num_experts/2⌉, 2]; row j of a tensor serves experts 2j and 2j + 1.
+    """
+    digests = b"".join(hashlib.sha256(name.encode()).digest()[:8] for name in names)
+    words = np.frombuffer(digests, ">u4").astype(np.uint32).reshape(len(names), 2)
+    start, zeros = fold_in(root, MASKS), np.zeros(len(names), np.uint32)
+    with np.errstate(over="ignore"):
+        own = threefry2x32((start[0] + zeros, start[1] + zeros), (zeros, words[:, 0]))
+        own = threefry2x32(own, (zeros, words[:, 1]))
+        pairs = [threefry2x32(own, (zeros, zeros + np.uint32(j))) for j in range((num_experts + 1) // 2)]
+    xp: Any = np if isinstance(start, np.ndarray) else jnp
+    return xp.stack([xp.stack(pair, axis=-1) for pair in pairs], axis=1)
+
+
 def pair_keys(root: Words, name: str, num_experts: int) -> Words:
-    """Keys of the mask streams of a tensor; the words of one hash serve two experts.
+    """`mask_keys` of one tensor.
 
     Args:
         root: uint32[2], the merge's root key.
@@ -138,11 +161,9 @@ def pair_keys(root: Words, name: str, num_experts: int) -> Words:
         num_experts: How many experts are merged.
 
     Returns:
-        uint32[⌈num_experts/2⌉, 2]; row j serves experts 2j and 2j + 1.
+        uint32[⌈num_experts/2⌉, 2].
     """
-    tensor = fold_in_name(fold_in(root, MASKS), name)
-    keys = [fold_in(tensor, pair) for pair in range((num_experts + 1) // 2)]
-    return np.stack(keys) if isinstance(tensor, np.ndarray) else jnp.stack(keys)
+    return mask_keys(root, [name], num_experts)[0]
 
 
 def mask_words(

@@ -2,7 +2,6 @@
 
 import difflib
 import functools
-import hashlib
 import inspect
 import logging
 from collections import Counter
@@ -179,21 +178,6 @@ def _group_weights(pipe: Pipeline, weights: _Weights, key: Any, group: str | Non
 # --- columns ------------------------------------------------------------------------------------------------------
 
 
-def _mask_keys(root: Any, names: Sequence[str], num_experts: int) -> Any:
-    """`threefry.pair_keys` of many names in one go: uint32[names, pairs, 2]."""
-    traced = is_traced(root)
-    xp: Any = jnp if traced else np
-    digests = b"".join(hashlib.sha256(name.encode()).digest()[:8] for name in names)
-    words = np.frombuffer(digests, ">u4").astype(np.uint32).reshape(len(names), 2)
-    start = threefry.fold_in(root, threefry.MASKS)
-    zeros = np.zeros(len(names), np.uint32)
-    with np.errstate(over="ignore"):
-        own = threefry.threefry2x32((start[0] + zeros, start[1] + zeros), (zeros, words[:, 0]))
-        own = threefry.threefry2x32(own, (zeros, words[:, 1]))
-        pairs = [threefry.threefry2x32(own, (zeros, zeros + np.uint32(j))) for j in range((num_experts + 1) // 2)]
-    return xp.stack([xp.stack(pair, axis=-1) for pair in pairs], axis=1)
-
-
 def _columns_to_merge(
     pipe: Pipeline,
     tree: ParameterTree,
@@ -208,7 +192,7 @@ def _columns_to_merge(
     keys: dict[str, Any] = {}
     if pipe.random:
         every = [tensor.name for own in tensors.values() for tensor in own]
-        drawn, start = _mask_keys(threefry.key_words(key), every, pipe.num_experts), 0
+        drawn, start = threefry.mask_keys(threefry.key_words(key), every, pipe.num_experts), 0
         for name, own in tensors.items():
             keys[name] = drawn[start : start + len(own)]
             start += len(own)
