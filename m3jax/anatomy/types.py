@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple, TypeAlias
 
+from m3jax.naming import OUTSIDE_BLOCKS as OUTSIDE_BLOCKS
+from m3jax.naming import position as position
+
 Kind: TypeAlias = Literal["parameter", "buffer", "statistics", "optimizer", "step", "random", "adapter", "quantised"]
 """What a tensor is for; "statistics" are the running mean and variance of batch normalisation."""
 
@@ -19,9 +22,6 @@ KINDS: tuple[Kind, ...] = (
 )
 MODEL_KINDS: frozenset[Kind] = frozenset({"parameter", "buffer", "statistics", "adapter", "quantised"})
 """Kinds that are of the model itself, not of its training."""
-
-OUTSIDE_BLOCKS = "outside blocks"
-"""The group of all tensors that belong to no block (embeddings, final norm, head)."""
 
 
 class Part(NamedTuple):
@@ -112,8 +112,3 @@ class Overrides(NamedTuple):
     stacked: Mapping[str, int] = MappingProxyType({})
     kinds: Mapping[str, Kind] = MappingProxyType({})
     tied: bool | None = None
-
-
-def position(index: int, count: int) -> float:
-    """Where block `index` of `count` stands in [0, 1]; a lone block stands at 1, as in mergekit."""
-    return min(index / (count - 1), 1.0) if count > 1 else 1.0

@@ -17,6 +17,7 @@ from m3jax.methods.base import (
     checked_target,
     plain_density,
 )
+from m3jax.methods.magnitude import drops_some
 from m3jax.methods.measures import rank_magnitudes
 
 
@@ -34,11 +35,7 @@ def _ranks(options: None, numbers: Numbers, size: int) -> list[tuple[int, int]]:
     return found
 
 
-def _drops_some(options: None, numbers: Numbers) -> bool:
-    return min(numbers["density"]) < 1.0
-
-
-_MEASURES = (rank_magnitudes("kept", "tensor", _ranks, _drops_some, "given"),)
+_MEASURES = (rank_magnitudes("kept", "tensor", _ranks, drops_some, "given"),)
 
 
 def _fold(options: None, numbers: Numbers, shape: tuple[int, ...]) -> None:

@@ -76,6 +76,10 @@ class Pipeline(NamedTuple):
             *(Stage("method", number, measure) for number, measure in enumerate(self.method.measures)),
         )
 
+    def stage(self, key: str) -> "Stage":
+        """The measure of a key."""
+        return next(stage for stage in self.stages if stage.key == key)
+
 
 class Stage(NamedTuple):
     """A measure of a pipeline.

@@ -14,7 +14,7 @@ from m3jax.methods.base import (
     checked_target,
     plain_density,
 )
-from m3jax.methods.measures import rank_magnitudes
+from m3jax.methods.measures import always, rank_magnitudes
 
 
 def dropped_below(options: object, numbers: Numbers, size: int) -> list[tuple[int]]:
@@ -27,14 +27,8 @@ def drops_some(options: object, numbers: Numbers) -> bool:
     return min(numbers["density"]) < 1.0
 
 
-def _everywhere(options: object, numbers: Numbers) -> bool:
-    return True  # what is ranked over the model is counted in every tensor
-
-
 _MEASURES = {
-    scope: (
-        rank_magnitudes("threshold", scope, dropped_below, drops_some if scope == "tensor" else _everywhere, "given"),
-    )
+    scope: (rank_magnitudes("threshold", scope, dropped_below, drops_some if scope == "tensor" else always, "given"),)
     for scope in SCOPES
 }
 

@@ -141,7 +141,8 @@ def rank_magnitudes(
 # --- inner products -----------------------------------------------------------------------------------------------
 
 
-def _always(options: Any, numbers: Numbers) -> bool:
+def always(options: Any, numbers: Numbers) -> bool:
+    """A measure that every leaf needs."""
     return True
 
 
@@ -215,7 +216,7 @@ def measure_products(
         name=name,
         label="measuring angles",
         scope=scope,
-        needed=_always,
+        needed=always,
         begin=_begin_products,
         rounds=functools.partial(_product_rounds, by_row),
         advance=_advance_products,

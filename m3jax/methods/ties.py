@@ -32,7 +32,7 @@ from m3jax.methods.base import (
     plain_density,
 )
 from m3jax.methods.magnitude import dropped_below, drops_some
-from m3jax.methods.measures import rank_magnitudes
+from m3jax.methods.measures import always, rank_magnitudes
 
 MAX_EXPERTS = 16
 _SELECTED_UP_TO = 4  # beyond this a gather from the table beats a tree of selects
@@ -191,12 +191,8 @@ def _keep_totals(options: Election, name: str, state: Words, totals: Words) -> W
     return totals
 
 
-def _always(options: Election, numbers: Numbers) -> bool:
-    return True
-
-
 _MAJORITY = Measure(
-    "majority", "counting signs", "model", _always, _begin_majority, _majority_rounds, _keep_totals, _majority
+    "majority", "counting signs", "model", always, _begin_majority, _majority_rounds, _keep_totals, _majority
 )
 _TRIM = {scope: rank_magnitudes("trim", scope, dropped_below, drops_some, prepare=_comparable) for scope in SCOPES}
 

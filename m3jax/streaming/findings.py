@@ -124,7 +124,7 @@ def count_chunk(
     zero: Any,
 ) -> Any:
     """What a round of a measure counts of the first `size` entries of a chunk's block, or of each of its blocks."""
-    stage = stage_of(pipe, key)
+    stage = pipe.stage(key)
     step, index = stage.round(place, name), _index(start, layout)
     valid = (lax.iota(jnp.uint32, math.prod(layout.of_block)) < size).reshape(layout.of_block)
 
@@ -171,11 +171,6 @@ def start_of(visit: Visit) -> np.ndarray:
 def size_of(visit: Visit) -> int:
     """Entries of a chunk that are of one block."""
     return visit.size // len(visit.plan.blocks) if visit.block is None else visit.size
-
-
-def stage_of(pipe: Pipeline, key: str) -> Stage:
-    """A pipeline's measure of a key."""
-    return next(stage for stage in pipe.stages if stage.key == key)
 
 
 # --- passes -------------------------------------------------------------------------------------------------------
@@ -320,7 +315,7 @@ class Findings:
         experts, base = split(loaded)
         if tensor.pipeline is None:
             raise ValueError(f"{tensor.output.name} is copied and not measured")
-        stage = stage_of(tensor.pipeline, step.stage)
+        stage = tensor.pipeline.stage(step.stage)
         state: Any = [self._state(stage, tensor, block) for block in _blocks_of(visit)]
         state = joined(state) if visit.block is None else state[0]
         if stage.measure.scope == "row":
@@ -334,7 +329,7 @@ class Findings:
         return self._place if stage.measure.scope == "model" else self._place._replace(entries=0)
 
     def _round(self, step: Step) -> tuple[Stage, Round]:
-        stage = stage_of(self._plan.pipeline, step.stage)
+        stage = self._plan.pipeline.stage(step.stage)
         return stage, stage.round(self._there(stage), step.round)
 
     def absorb(self, visit: Visit, measured: Any) -> None:
@@ -428,7 +423,7 @@ class Findings:
         """Take over what `to_json` gave in an earlier run or another process."""
         by_name = {b.name: (tensor, n) for tensor in self._plan.tensors for n, b in enumerate(tensor.blocks)}
         for key, scope, leaves in found:
-            stage = stage_of(self._plan.pipeline, key)
+            stage = self._plan.pipeline.stage(key)
             of_model = ((tensor, 0) for tensor in self._plan.tensors if _needs(stage, tensor))
             tensor, block = by_name[scope] if scope is not None else next(of_model)
             arrays = [np.array(flat, dtype).reshape(shape) for dtype, shape, flat in leaves]

@@ -232,10 +232,6 @@ def _in_rows(pipe: Pipeline, arrays: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(1) if pipe.rows and x.ndim == 0 else x, arrays)
 
 
-def _stage(pipe: Pipeline, key: str) -> Stage:
-    return next(stage for stage in pipe.stages if stage.key == key)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
 def _count(
     pipe: Pipeline,
@@ -250,7 +246,7 @@ def _count(
     zero: exact.Zero,
 ) -> Any:
     """What a round of a measure counts of a whole array, or of each block that it stacks, along axis 0."""
-    stage = _stage(pipe, key)
+    stage = pipe.stage(key)
     step = stage.round(place, name)
 
     def counts(experts: Any, base: Any, scalars: Any, state: Any, zero: Any) -> Any:
