@@ -8,6 +8,7 @@ tell an array from a chunk, one device from many, or memory from disk.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
 
@@ -176,7 +177,7 @@ class Method(NamedTuple):
         options: Its own hyper-parameters, hashable: equal methods share compiled programs.
         parameters: Those that may differ between tensors, each a number or one per expert.
         uses_base: Works on task vectors, so it needs a base.
-        scale: λ, applied after normalisation.
+        scale: λ, applied after normalisation; a host float, but `m3jax.merge` takes a traced scalar too.
         weighting: "each": one weight per expert; "position": one position t between two experts; "none".
         experts: The fewest and the most that it can merge; None for any number.
         sparsifies: Whether a sparsifier may go before it.
@@ -192,7 +193,7 @@ class Method(NamedTuple):
     options: Any = None
     parameters: tuple[tuple[str, Density], ...] = ()
     uses_base: bool = False
-    scale: float = 1.0
+    scale: Scalar = 1.0
     weighting: str = "each"
     experts: tuple[int, int | None] = (1, None)
     sparsifies: bool = True
@@ -256,14 +257,20 @@ def checked_share(where: str, name: str, value: float | Sequence[float]) -> Dens
     """A share or several, of any parameter, as hashable numbers.
 
     Raises:
-        M3Error: One is not in [0, 1].
+        M3Error: One is not in [0, 1], or is known only to a trace: ranks and masks are integers made of it on the host.
     """
-    values = [value] if isinstance(value, int | float | np.number) else list(value)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
+        raise M3Error(
+            f"{where}: {name} is traced, but which entries are kept is decided by integers made of it on the host: "
+            "give a number, and make one merge for each outside of jit or vmap"
+        )
+    value = float(value) if np.ndim(value) == 0 else value
+    values = [value] if isinstance(value, float) else list(value)
     for each in values:
         if not 0 <= each <= 1:
             raise M3Error(f"{where}: {name} is {each:g}, but must lie between 0 and 1")
     numbers = tuple(float(each) for each in values)
-    return numbers[0] if isinstance(value, int | float | np.number) else numbers
+    return numbers[0] if isinstance(value, float) else numbers
 
 
 def per_expert(name: str, value: float | Sequence[float], num_experts: int) -> tuple[float, ...]:

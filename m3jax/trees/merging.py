@@ -45,13 +45,14 @@ Weights = Mixup | Mapping[str, ArrayLike] | Sequence[ArrayLike] | ArrayLike | No
 
 
 def _as_scalars(values: Any, count: int, where: str) -> tuple[Any, ...]:
-    """`count` scalars, host floats where they are known and `Double`s where they are traced."""
+    """`count` scalars, host floats where they are known and `Double`s where they are traced; one stands for all."""
     if is_traced(values):
         stacked = jnp.stack([jnp.asarray(v) for v in values]) if isinstance(values, list | tuple) else values
-        if stacked.shape not in [(count,), (1,) * (stacked.ndim == 1), ()][: 1 if count > 1 else 3]:
+        if stacked.shape not in ((count,), ()):
             raise M3Error(f"{where}: weights of shape {list(stacked.shape)} given for {count} experts")
-        return tuple(Double.of(w) for w in stacked.reshape(count))
-    flat = np.asarray(values, np.float64).reshape(-1)
+        return tuple(Double.of(w) for w in jnp.broadcast_to(stacked, (count,)))
+    given = np.asarray(values, np.float64)
+    flat = np.broadcast_to(given, (count,)) if given.ndim == 0 else given.reshape(-1)
     if flat.size != count:
         raise M3Error(f"{where}: {flat.size} weights given where {count} are needed")
     if not np.isfinite(flat).all():
@@ -246,6 +247,7 @@ def _planned(
     columns: Mapping[str, list[Any]],
     has_base: bool,
     weights: _Weights,
+    scale: Any,
     key: Any,
     zero: Any,
 ) -> list[tuple[Pipeline, Column]]:
@@ -255,7 +257,7 @@ def _planned(
     plain = statistics_pipeline(pipe.num_experts)
 
     def of_parameters(group: str | None) -> Settings:
-        return settings_of(pipe, _group_weights(pipe, weights, key, group), pipe.method.scale)
+        return settings_of(pipe, _group_weights(pipe, weights, key, group), scale)
 
     def of_statistics(group: str | None) -> Settings:
         return settings_of(plain, statistics_weights(pipe, _group_weights(pipe, weights, key, group)), 1.0)
@@ -296,6 +298,22 @@ def _check_places(pipe: Pipeline, tree: ParameterTree, columns: Mapping[str, lis
                 f"{name}: is a shard under jax.shard_map, but {what} depend on the whole array: merge outside of "
                 "shard_map, where shardings are honoured, or on a mesh with Auto axes"
             )
+
+
+def _apart_from_scale(method: Method) -> tuple[Method, Any]:
+    """A method that can be hashed, and its λ: a host float, or a traced scalar.
+
+    Raises:
+        M3Error: λ is no one number, or is traced where the method makes its factors on the host.
+    """
+    if np.ndim(method.scale):
+        raise M3Error(f"{method.name}: scale has shape {list(np.shape(method.scale))}: give one number")
+    if not is_traced(method.scale):
+        scale = float(method.scale)
+        return method._replace(scale=scale), scale
+    if method.weighting != "each":
+        raise M3Error(f"{method.name}: scale is traced, but its factors are made on the host: give a number")
+    return method._replace(scale=1.0), Double.of(method.scale)
 
 
 def _needs_whole(pipe: Pipeline) -> str | None:
@@ -362,10 +380,11 @@ def merge(
         experts: n ≥ 1 trees of float32, bfloat16 or float16 arrays: dicts (nested or flat), linen variables, Flax
             states and modules, train states, dataclasses, any pytree. Leaves are matched by name, their path joined by
             dots, or else by canonical name.
-        method: Of `m3jax.methods`; default `linear()`, the average.
+        method: Of `m3jax.methods`; default `linear()`, the average. Its `scale` may be traced, for methods that weigh
+            each expert.
         base: The tree that task vectors are taken from, for methods that use them.
-        weights: n numbers for the whole model; a mapping to n numbers from leaf names, blocks ("layers.3") or prefixes
-            of names, of which the longest that fits a leaf counts; an array [groups, n] with a row for each block of
+        weights: n numbers for the whole model, or one for every expert; a mapping to such from leaf names, blocks
+            ("layers.3") or prefixes of names, of which the longest that fits a leaf counts; an array [groups, n] with a row for each block of
             each tower and a last one for what is outside blocks, in the order of `m3jax.trees.parts.layer_groups`;
             `mixup(alpha)` to draw them (M³); None for ones. For slerp, one position t instead of n numbers.
         sparsify: `dare(density)` or `magnitude(density)`, applied before the method.
@@ -401,6 +420,7 @@ def merge(
     """
     method = linear.linear() if method is None else method
     _check_call(experts, method, sparsify)
+    method, scale = _apart_from_scale(method)
     pipe = Pipeline(method, sparsify, len(experts))
     check_pipeline(pipe, base is not None)
     if sparsify is not None and sparsify.random and key is None:
@@ -412,18 +432,18 @@ def merge(
     tree = tree_of(leaves[0], anatomy)
     by_name, kinds = matching.match(leaves, tree.parts, labels, only)
     template = by_name[0]
-    if method.copies and method.scale == 1.0 and dtype is None:
+    if method.copies and scale == 1.0 and dtype is None:
         kinds = {}  # the template is the one expert
     _note_kept(tree)
     aliases = _aliases(tree, kinds, by_name)
     columns = {name: [model[name] for model in by_name] for name in kinds if name not in aliases}
     # Under a jit whose arguments are none of the merge's, a zero would be a constant of the program, and no fence.
-    in_trace = is_traced(columns, weights, key, jnp.zeros((), jnp.uint32))
+    in_trace = isinstance(scale, Double) or is_traced(columns, weights, key, jnp.zeros((), jnp.uint32))
     zero: Any = None if in_trace else np.uint32(0)
 
     whose = _weights_of(weights, tree, list(kinds))
     _check_places(pipe, tree, columns, whose)
-    planned = _planned(pipe, tree, kinds, columns, base is not None, whose, key, zero)
+    planned = _planned(pipe, tree, kinds, columns, base is not None, whose, scale, key, zero)
     kept = [leaf for name, leaf in template.items() if base is not None or name not in columns]
     doomed = _last_uses([leaf for _, leaf in planned], kept) if donate and not in_trace else [[]] * len(planned)
     merged: dict[str, Any] = dict(template)

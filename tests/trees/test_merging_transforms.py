@@ -51,6 +51,46 @@ def test_a_batch_over_weights_and_keys_is_one_merge_at_a_time(method, sparsifier
         assert same({k: v[i] for k, v in batch.items()}, one) == (True, []), i
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties_paper"])
+def test_scale_may_be_traced_mapped_and_differentiated(method):
+    base, experts = models(DTYPES["bfloat16"], 2, SHAPES)
+    made = METHODS[method][0]
+
+    def call(scale, base=base):
+        scaled = made._replace(scale=scale)
+        return m3jax.merge(experts, scaled, base=base, weights=[0.3, 0.45], sparsify=m3jax.dare(0.5), key=3)
+
+    scales = np.array([0.0, 0.7, -1.5], np.float32)
+    batch = jax.jit(jax.vmap(call))(scales)
+    for i, scale in enumerate(scales):
+        assert same({k: v[i] for k, v in batch.items()}, call(float(scale))) == (True, []), scale
+        assert same(call(jnp.asarray(scale)), call(float(scale))) == (True, [])
+    wide = {name: leaf.astype(np.float32) for name, leaf in base.items()}
+    total = lambda scale: sum(jnp.sum(leaf) for leaf in call(scale, wide).values())  # noqa: E731
+    assert np.isclose(jax.grad(total)(0.7), float(total(1.0)) - float(total(0.0)), rtol=1e-2)
+
+
+def test_numbers_that_must_be_known_on_the_host_say_so():
+    base, experts = models(DTYPES["float32"], 2, SHAPES)
+    stock = lambda scale: m3jax.merge(experts, m3jax.model_stock(scale=scale), base=base)  # noqa: E731
+    with pytest.raises(M3Error, match="model_stock: scale is traced"):
+        jax.jit(stock)(0.5)
+    with pytest.raises(M3Error, match=r"task_arithmetic: scale has shape \[2\]: give one number"):
+        m3jax.merge(experts, m3jax.task_arithmetic(scale=np.ones(2)), base=base)
+    for sparsifier in (m3jax.dare, m3jax.magnitude, m3jax.della):
+        with pytest.raises(M3Error, match=r"density is traced, but which entries are kept"):
+            jax.jit(lambda density, made=sparsifier: made(density) and 0)(0.5)
+    assert m3jax.dare(jnp.float32(0.5)) == m3jax.dare(0.5)
+
+
+def test_one_weight_is_every_experts():
+    base, experts = models(DTYPES["bfloat16"], 2, SHAPES)
+    call = lambda w: m3jax.merge(experts, m3jax.task_arithmetic(), base=base, weights=w)  # noqa: E731
+    want = call([0.25, 0.25])
+    for got in (call(0.25), call(np.float32(0.25)), jax.jit(call)(0.25), call({"": 0.25})):
+        assert same(got, want) == (True, [])
+
+
 OVER_EXPERTS = [*((method, "dare") for method in METHODS), ("ties_paper", "magnitude_model"), ("slerp", "none")]
 
 
