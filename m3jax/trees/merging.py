@@ -384,9 +384,10 @@ def merge(
             each expert.
         base: The tree that task vectors are taken from, for methods that use them.
         weights: n numbers for the whole model, or one for every expert; a mapping to such from leaf names, blocks
-            ("layers.3") or prefixes of names, of which the longest that fits a leaf counts; an array [groups, n] with a row for each block of
-            each tower and a last one for what is outside blocks, in the order of `m3jax.trees.parts.layer_groups`;
-            `mixup(alpha)` to draw them (M³); None for ones. For slerp, one position t instead of n numbers.
+            ("layers.3") or prefixes of names, of which the longest that fits a leaf counts; an array [groups, n] with a
+            row for each block of each tower and a last one for what is outside blocks, in the order of
+            `m3jax.trees.parts.layer_groups`; `mixup(alpha)` to draw them (M³); None for ones. For slerp, one position
+            t instead of n numbers.
         sparsify: `dare(density)` or `magnitude(density)`, applied before the method.
         key: Integer seed or threefry2x32 key for DARE's masks and M³'s draws. Draws need a key known on the host.
         dtype: Of merged leaves; default: each leaf's dtype in the base, or else in the first expert.
