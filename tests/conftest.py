@@ -1,5 +1,6 @@
 """Eight fake CPU devices, JAX at its strictest, and the annotated shapes and types of the core checked at run time."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -27,9 +28,21 @@ jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent 
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
+MOST_MAPS = 15_000
+
 # How long an example takes is a matter of what else the machine does.
 hypothesis.settings.register_profile("m3jax", deadline=None)
 hypothesis.settings.load_profile("m3jax")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_let_go():
+    """Each program that XLA compiles maps memory, of which a process has 65,530 pieces; beyond them it crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ def golden():
 
 
 @pytest.mark.parametrize(
-    ("first", "every"), [pytest.param(3, 60, id="few"), pytest.param(1, 5, id="many", marks=pytest.mark.slow)]
+    ("first", "every"), [pytest.param(3, 60, id="few"), pytest.param(1, 25, id="many", marks=pytest.mark.slow)]
 )
 def test_bits_are_those_that_were_kept(first, every):
     found = golden().compute(first=first, every=every)
