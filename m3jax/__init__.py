@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from m3jax.methods.base import Round as Round
     from m3jax.methods.base import Sparsifier as Sparsifier
     from m3jax.methods.breadcrumbs import breadcrumbs as breadcrumbs
-    from m3jax.methods.catalogue import MethodRow as MethodRow
-    from m3jax.methods.catalogue import Parameter as Parameter
     from m3jax.methods.dare import dare as dare
     from m3jax.methods.della import della as della
     from m3jax.methods.linear import linear as linear
@@ -30,6 +28,8 @@ if TYPE_CHECKING:
     from m3jax.methods.mixup import draw_weights as draw_weights
     from m3jax.methods.mixup import mixup as mixup
     from m3jax.methods.model_stock import model_stock as model_stock
+    from m3jax.methods.rows import MethodRow as MethodRow
+    from m3jax.methods.rows import Parameter as Parameter
     from m3jax.methods.slerp import slerp as slerp
     from m3jax.methods.ties import ties as ties
     from m3jax.outputs.conversion import convert as convert

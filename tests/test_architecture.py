@@ -47,6 +47,7 @@ LIGHT = (
     "m3jax.errors",
     "m3jax.ledger",
     "m3jax.methods.catalogue",
+    "m3jax.methods.rows",
     "m3jax.naming",
     "m3jax.outputs.manifest",
     "m3jax.outputs.provenance",

@@ -264,13 +264,11 @@ def checked_share(where: str, name: str, value: float | Sequence[float]) -> Dens
             f"{where}: {name} is traced, but which entries are kept is decided by integers made of it on the host: "
             "give a number, and make one merge for each outside of jit or vmap"
         )
-    value = float(value) if np.ndim(value) == 0 else value
-    values = [value] if isinstance(value, float) else list(value)
-    for each in values:
+    shares = [float(each) for each in np.atleast_1d(value)]
+    for each in shares:
         if not 0 <= each <= 1:
             raise M3Error(f"{where}: {name} is {each:g}, but must lie between 0 and 1")
-    numbers = tuple(float(each) for each in values)
-    return numbers[0] if isinstance(value, float) else numbers
+    return tuple(shares) if np.ndim(value) else shares[0]
 
 
 def per_expert(name: str, value: float | Sequence[float], num_experts: int) -> tuple[float, ...]:

@@ -6,110 +6,15 @@ so, and at which level it may be given. A package outside adds a method by an en
 """
 
 import functools
-import importlib
 import importlib.metadata
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 from m3jax.errors import M3Error
-
-if TYPE_CHECKING:
-    from m3jax.methods.base import Method, Sparsifier
+from m3jax.methods.rows import MethodRow, Parameter, SparsifierRow, as_read, fault_of
 
 GROUP = "m3jax.methods"
 """The group of entry points that add methods."""
-
-_Made = TypeVar("_Made")
-
-
-class Parameter(NamedTuple):
-    """One parameter of a method or sparsifier, as recipes give it.
-
-    Attributes:
-        name: In recipes.
-        sets: What it sets: "weights", "scale", "method.ARGUMENT" or "sparsifier.ARGUMENT" (an argument of the
-            factory).
-        help: What it is, in a few words.
-        default: Its value when nobody says; None if it must be given.
-        kind: "number", "flag" or "choice".
-        low: The smallest number.
-        high: The largest number.
-        choices: Of a choice.
-        level: Where it may vary: "expert" (and tensor), "tensor", or "merge" (the same in the whole merge).
-        whole: (parameter, value): where that parameter has that value, this one is one number for the merge.
-        only: Why it can have no value but its default.
-        note: What a reader who knows mergekit should be told where the flag is set.
-        mergekit: Whether mergekit has it; methods that do not use it then ignore it, with a note.
-    """
-
-    name: str
-    sets: str
-    help: str
-    default: float | bool | str | None
-    kind: str = "number"
-    low: float = -float("inf")
-    high: float = float("inf")
-    choices: tuple[str, ...] = ()
-    level: str = "merge"
-    whole: tuple[str, str] | None = None
-    only: str = ""
-    note: str = ""
-    mergekit: bool = True
-
-
-class MethodRow(NamedTuple):
-    """One merge method, as recipes call it.
-
-    Attributes:
-        name: `merge_method` in recipes.
-        method: Its factory, "module:function", imported when it is used.
-        summary: What it does, in one line.
-        formula: The merged parameter.
-        paper: Where it comes from: authors, title, year, arXiv number.
-        parameters: In the order in which they are shown.
-        sparsifier: The factory of the sparsifier that it always has, if any.
-        base: "task_vectors": differences from the base are merged; "expert": a base among the models is one of them;
-            "first": the base is the first expert.
-        experts: The fewest and the most experts; None for any number.
-        weighting: As `Method.weighting`.
-        without: The method that is the same without the sparsifier.
-        sparsifies: Whether recipes may put a sparsifier before it.
-        fixed: Arguments of the factory that no parameter sets.
-    """
-
-    name: str
-    method: str
-    summary: str
-    formula: str
-    paper: str
-    parameters: tuple[Parameter, ...]
-    sparsifier: str | None = None
-    base: str = "task_vectors"
-    experts: tuple[int, int | None] = (1, None)
-    weighting: str = "each"
-    without: str = ""
-    sparsifies: bool = True
-    fixed: tuple[tuple[str, Any], ...] = ()
-
-
-class SparsifierRow(NamedTuple):
-    """One sparsifier, as the `sparsify` block of recipes calls it.
-
-    Attributes:
-        name: `sparsify.method` in recipes.
-        sparsifier: Its factory, "module:function".
-        summary: What it does, in one line.
-        paper: Where it comes from.
-        parameters: Its own, beside `target`.
-    """
-
-    name: str
-    sparsifier: str
-    summary: str
-    paper: str
-    parameters: tuple[Parameter, ...]
-
 
 # --- parameters that several methods have -------------------------------------------------------------------------
 
@@ -472,90 +377,30 @@ def _row_from_outside(name: str) -> MethodRow:
     if len(entries) > 1:
         packages = " and ".join(str(_origin(entry)) for entry in entries)
         raise M3Error(f"merge method {name!r} is brought by the packages {packages}: remove all but one")
-    said = _said(name)
+    said = said_of(name)
     try:
         row = entries[0].load()
     except Exception as error:  # whatever a package outside raises when it is imported
-        raise M3Error(f"{said} cannot be imported ({_told(error)}): mend or remove it") from error
+        raise M3Error(f"{said} cannot be imported ({told_of(error)}): mend or remove it") from error
     if not isinstance(row, MethodRow):
         raise M3Error(f"{said} gives a {type(row).__name__} where a MethodRow is wanted: mend or remove it")
     try:
-        wrong = _fault(row)
+        wrong = fault_of(row)
     except Exception as error:  # fields of other types than they have
-        wrong = _told(error)
+        wrong = told_of(error)
     if wrong:
         raise M3Error(f"{said} has a row that cannot be read: {wrong}: mend or remove it")
-    return row._replace(name=name, parameters=tuple(map(_as_read, row.parameters)))
+    return row._replace(name=name, parameters=tuple(map(as_read, row.parameters)))
 
 
-def _as_read(parameter: Parameter) -> Parameter:
-    """A parameter whose default is what a recipe that gives it reads, so that a replay's is the same."""
-    number = parameter.kind == "number" and parameter.default is not None
-    return parameter._replace(default=float(parameter.default)) if number else parameter  # type: ignore[arg-type]
-
-
-def _said(name: str) -> str:
+def said_of(name: str) -> str:
+    """What a method of a package outside is called in sentences."""
     return f"merge method {name!r} of the package {origin_of(name)}"
 
 
-def _told(error: Exception) -> str:
+def told_of(error: Exception) -> str:
+    """What a package outside raised, in a line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
-
-
-_KINDS, _LEVELS = ("number", "flag", "choice"), ("expert", "tensor", "merge")
-_BASES, _WEIGHTINGS = ("task_vectors", "expert", "first"), ("each", "position", "none")
-
-
-def _fault(row: MethodRow) -> str:
-    """What is wrong with a row that a package outside gives; empty if nothing is."""
-    texts = (row.method, row.summary, row.formula, row.paper, row.without, row.sparsifier or "")
-    if not all(isinstance(text, str) for text in texts):
-        return "method, summary, formula, paper, without and sparsifier are texts"
-    if not all(isinstance(parameter, Parameter) for parameter in row.parameters):
-        return "parameters holds something that is no Parameter"
-    for field, value, known in (("base", row.base, _BASES), ("weighting", row.weighting, _WEIGHTINGS)):
-        if value not in known:
-            return f"{field} is {value!r}, not one of {', '.join(known)}"
-    for parameter in row.parameters:
-        if fault := _parameter_fault(parameter):
-            return f"the parameter {parameter.name}: {fault}"
-    twice = [name for name, count in Counter(parameter.name for parameter in row.parameters).items() if count > 1]
-    if twice:
-        return f"the parameter {twice[0]} is there twice"
-    sets = Counter(parameter.sets.partition(".")[0] for parameter in row.parameters)
-    wanted = 0 if row.weighting == "none" else 1
-    if sets["weights"] != wanted:
-        return f"{sets['weights']} parameters set the weights, where weighting {row.weighting!r} needs {wanted}"
-    if sets["scale"] > 1:
-        return "several parameters set the scale"
-    if sets["sparsifier"] and row.sparsifier is None:
-        return "parameters are a sparsifier's, but there is none"
-    return ""
-
-
-def _parameter_fault(parameter: Parameter) -> str:
-    whose, _, argument = parameter.sets.partition(".")
-    for field, value, known in (("kind", parameter.kind, _KINDS), ("level", parameter.level, _LEVELS)):
-        if value not in known:
-            return f"{field} is {value!r}, not one of {', '.join(known)}"
-    if parameter.sets not in ("weights", "scale", "") and not (whose in ("method", "sparsifier") and argument):
-        return f"sets is {parameter.sets!r}, not weights, scale, method.ARGUMENT or sparsifier.ARGUMENT"
-    if parameter.kind != "number" and parameter.level != "merge":
-        return f"a {parameter.kind} is the same in the whole merge, so its level is merge"
-    if parameter.sets in ("weights", "scale") and parameter.level == "merge":
-        return f"{parameter.sets} may vary between tensors, so its level is tensor or expert"
-    default = parameter.default
-    fits = {
-        "number": isinstance(default, int | float) and not isinstance(default, bool),
-        "flag": isinstance(default, bool),
-        "choice": default in parameter.choices,
-    }
-    if default is None:
-        return ""
-    if not fits[parameter.kind]:
-        return f"the default {default!r} is no {parameter.kind}"
-    inside = parameter.kind != "number" or parameter.low <= float(default) <= parameter.high
-    return "" if inside else f"the default {default!r} is outside [{parameter.low:g}, {parameter.high:g}]"
 
 
 def sparsifier_row(name: str) -> SparsifierRow:
@@ -584,137 +429,3 @@ def rows() -> Iterator[MethodRow | M3Error]:
             yield method_row(name)
         except M3Error as error:
             yield error
-
-
-# --- building -----------------------------------------------------------------------------------------------------
-
-
-def _factory(place: str) -> Any:
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def arguments(parameters: tuple[Parameter, ...], owner: str, level: str) -> dict[str, str]:
-    """The arguments of a factory that parameters of one level set: parameter names by argument.
-
-    Args:
-        parameters: Of a row.
-        owner: "method" or "sparsifier".
-        level: "merge", or "leaf" for those that may differ between tensors.
-    """
-    found = {}
-    for parameter in parameters:
-        whose, _, argument = parameter.sets.partition(".")
-        if whose == owner and argument and (parameter.level == "merge") == (level == "merge"):
-            found[argument] = parameter.name
-    return found
-
-
-def _made(place: str, parameters: tuple[Parameter, ...], owner: str, values: Mapping[str, Any], **more: Any) -> Any:
-    given = {argument: values[name] for argument, name in arguments(parameters, owner, "merge").items()}
-    defaults = {parameter.name: parameter.default for parameter in parameters}
-    # Each leaf has its own: what the factory gets is what nobody asks for.
-    leaf = {a: 1.0 if defaults[n] is None else defaults[n] for a, n in arguments(parameters, owner, "leaf").items()}
-    return _factory(place)(**leaf, **given, **more)
-
-
-def _made_outside(row: MethodRow, make: Callable[[], _Made]) -> _Made:
-    """What a factory makes; where a package outside brings it, its faults are told as its own.
-
-    Raises:
-        M3Error: The factory refuses its arguments, or it is one of a package outside and fails.
-    """
-    if origin_of(row.name) is None:
-        return make()
-    try:
-        return make()
-    except M3Error:
-        raise
-    except Exception as error:  # whatever a package outside raises
-        raise M3Error(f"{_said(row.name)} cannot be made ({_told(error)}): mend or remove it") from error
-
-
-def make_method(row: MethodRow, values: Mapping[str, Any]) -> "Method":
-    """The method of a row; what may differ between tensors is in each leaf's settings.
-
-    Args:
-        row: Of `method_row`.
-        values: The parameters of the whole merge, by name.
-
-    Raises:
-        M3Error: A parameter is out of range; or a package outside brings the method, and what it makes is no method or
-            is not what its row says.
-    """
-    method: Method = _made_outside(row, lambda: _made(row.method, row.parameters, "method", values, **dict(row.fixed)))
-    if origin_of(row.name) is not None:
-        _check_outside(row, method)
-    return method
-
-
-def _check_outside(row: MethodRow, method: Any) -> None:
-    """Raise M3Error unless a method is what its row says: recipes are read by the row alone."""
-    from m3jax.methods.base import Method
-
-    said = _said(row.name)
-    _check_made(row, method, Method, "method")
-    told = {
-        "weighting": (row.weighting, method.weighting),
-        "experts": (tuple(row.experts), tuple(method.experts)),
-        "base": (row.base == "task_vectors", method.uses_base),
-        "sparsifies": (row.sparsifies, method.sparsifies),
-    }
-    odd = next((field for field, (asked, made) in told.items() if asked != made), None)
-    if odd is not None:
-        raise M3Error(f"{said}: its row and the method that it makes say different things of {odd}: mend or remove it")
-
-
-def _check_made(row: MethodRow, made: Any, kind: type, owner: str) -> None:
-    """Raise M3Error unless what a factory of a package outside made can be used, with the parameters of its row."""
-    said = _said(row.name)
-    if not isinstance(made, kind):
-        raise M3Error(f"{said} makes a {type(made).__name__} where a {kind.__name__} is wanted: mend or remove it")
-    asked = sorted(arguments(row.parameters, owner, "leaf"))
-    if asked != sorted(dict(made.parameters)):  # type: ignore[attr-defined]
-        raise M3Error(
-            f"{said}: its row and the {owner} that it makes say different things of parameters: mend or remove it"
-        )
-    try:
-        hash(made)
-    except TypeError as error:
-        raise M3Error(f"{said} cannot be hashed ({error}), so no program is compiled for it: mend it") from error
-
-
-def make_sparsifier(
-    place: str, parameters: tuple[Parameter, ...], values: Mapping[str, Any], target: str = "delta"
-) -> "Sparsifier":
-    """The sparsifier of a row.
-
-    Args:
-        place: Its factory.
-        parameters: Of the row.
-        values: The parameters of the whole merge, by name.
-        target: What it drops entries of.
-    """
-    sparsifier: Sparsifier = _made(place, parameters, "sparsifier", values, target=target)
-    return sparsifier
-
-
-def make_own_sparsifier(row: MethodRow, values: Mapping[str, Any]) -> "Sparsifier | None":
-    """The sparsifier that a method always has, if any.
-
-    Args:
-        row: Of `method_row`.
-        values: The parameters of the whole merge, by name.
-
-    Raises:
-        M3Error: As `make_method`.
-    """
-    from m3jax.methods.base import Sparsifier
-
-    place = row.sparsifier
-    if place is None:
-        return None
-    sparsifier = _made_outside(row, lambda: make_sparsifier(place, row.parameters, values))
-    if origin_of(row.name) is not None:
-        _check_made(row, sparsifier, Sparsifier, "sparsifier")
-    return sparsifier

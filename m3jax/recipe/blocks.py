@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from m3jax.methods.catalogue import SPARSIFIERS, MethodRow, SparsifierRow
+from m3jax.methods.catalogue import SPARSIFIERS
+from m3jax.methods.rows import MethodRow, SparsifierRow
 from m3jax.recipe.settings import Place, RecipeError, Setting, nearest, read_parameters, read_setting
 from m3jax.recipe.values import read_method, read_sparsifier
 

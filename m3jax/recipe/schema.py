@@ -29,7 +29,7 @@ from pydantic import (
 )
 
 from m3jax.errors import M3Error
-from m3jax.methods.catalogue import MethodRow, SparsifierRow, arguments
+from m3jax.methods.rows import MethodRow, SparsifierRow, arguments
 from m3jax.naming import block_of, position
 from m3jax.recipe.blocks import read_blocks, read_sparsify, weight_parameters
 from m3jax.recipe.chat_templates import read_chat_template

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from m3jax.methods import catalogue
-from m3jax.methods.catalogue import MethodRow, Parameter
+from m3jax.methods.rows import MethodRow, Parameter
 
 Place: TypeAlias = tuple[str | int, ...]
 

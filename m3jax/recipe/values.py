@@ -7,7 +7,7 @@ from typing import Literal, TypeVar
 
 from m3jax.errors import M3Error
 from m3jax.methods import catalogue
-from m3jax.methods.catalogue import MethodRow, SparsifierRow
+from m3jax.methods.rows import MethodRow, SparsifierRow
 from m3jax.recipe.settings import Place, RecipeError, nearest, number
 
 Row = TypeVar("Row", MethodRow, SparsifierRow)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from m3jax.anatomy import MODEL_KINDS, OUTSIDE_BLOCKS, Anatomy, Part, Tower, block_position
 from m3jax.checkpoints import TensorInfo, natural_key
 from m3jax.errors import M3Error
-from m3jax.methods import catalogue
+from m3jax.methods import factories
 from m3jax.methods.base import Method, Settings, Sparsifier
 from m3jax.methods.leaf import (
     Pipeline,
@@ -114,15 +114,15 @@ class MergePlan(NamedTuple):
 
 def method_of(recipe: Recipe) -> Method:
     """The merge method that a recipe asks for, with the parameters that hold for the whole merge."""
-    return catalogue.make_method(recipe.row, recipe.parameters)
+    return factories.make_method(recipe.row, recipe.parameters)
 
 
 def sparsifier_of(recipe: Recipe) -> Sparsifier | None:
     """The sparsifier that a recipe asks for; its parameters per tensor are in each tensor's settings."""
     if recipe.sparsify is None:
-        return catalogue.make_own_sparsifier(recipe.row, recipe.parameters)
+        return factories.make_own_sparsifier(recipe.row, recipe.parameters)
     row, asked = recipe.sparsify.row, recipe.sparsify
-    return catalogue.make_sparsifier(row.sparsifier, row.parameters, asked.parameters, asked.target)
+    return factories.make_sparsifier(row.sparsifier, row.parameters, asked.parameters, asked.target)
 
 
 def as_stored(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any] | None) -> Anatomy:

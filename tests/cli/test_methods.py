@@ -11,7 +11,8 @@ from support.outside import lay_out_toy
 
 from m3jax.cli.commands import main
 from m3jax.cli.displays.methods import example, method_lines, methods_lines
-from m3jax.methods.catalogue import METHODS, SPARSIFIERS, MethodRow, Parameter
+from m3jax.methods.catalogue import METHODS, SPARSIFIERS
+from m3jax.methods.rows import MethodRow, Parameter
 from m3jax.recipe import Recipe
 
 NAMES = sorted({row.name for row in (*METHODS, *SPARSIFIERS)})

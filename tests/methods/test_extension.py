@@ -16,7 +16,7 @@ from support.outside import CLIPPING, ROWS, TOY_ENTRIES, forget, lay_out, lay_ou
 import m3jax
 from m3jax import M3Error, load_recipe
 from m3jax.cli.commands import main
-from m3jax.methods import catalogue
+from m3jax.methods import catalogue, factories
 from m3jax.outputs import companions, manifest, provenance
 
 ROWS_ONLY = {"__init__.py": "", "rows.py": ROWS}
@@ -160,7 +160,7 @@ def test_mixup_draws_its_weights(toy, tmp_path):
 def test_under_jit_on_eight_devices(toy, tmp_path, one_sided):
     base, experts = write_models(tmp_path / "in", shapes={"w": (64, 24), "v": (16,)})
     row = catalogue.method_row("toy_clip")
-    method = catalogue.make_method(row, {"one_sided": one_sided})
+    method = factories.make_method(row, {"one_sided": one_sided})
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("fsdp"))
     placed = [jax.tree.map(lambda x: jax.device_put(x, rows), tree) for tree in (base, *experts)]
@@ -181,7 +181,7 @@ def test_a_sparsifier_goes_before_it(toy, tmp_path):
     base, experts = write_models(tmp_path / "in", shapes=WIDE)
     asked = recipe(tmp_path / "in", merge_method="toy_clip", sparsify={"method": "dare", "density": 0.5}, seed=4)
     m3jax.merge_checkpoint(asked, tmp_path / "out")
-    method = catalogue.make_method(catalogue.method_row("toy_clip"), {"one_sided": False})
+    method = factories.make_method(catalogue.method_row("toy_clip"), {"one_sided": False})
     want = m3jax.merge(experts, method, base=base, sparsify=m3jax.dare(0.5), key=4)
     assert same(read(tmp_path / "out"), want) == (True, [])
 
@@ -402,7 +402,7 @@ def test_methods_that_are_not_what_their_rows_say(path, tmp_path, file, old, new
     assert old in text
     path(lay_out_toy(tmp_path / "site", **{file: text.replace(old, new, 1)}))
     with pytest.raises(M3Error) as told:
-        catalogue.make_method(catalogue.method_row("toy_clip"), {"one_sided": False})
+        factories.make_method(catalogue.method_row("toy_clip"), {"one_sided": False})
     assert str(told.value).startswith("merge method 'toy_clip' of the package m3jax-toy 1.0")
     assert said in str(told.value)
 
@@ -437,7 +437,7 @@ def test_a_method_from_outside_has_a_sparsifier_of_its_own(path, tmp_path):
 def test_a_sparsifier_of_its_own_that_is_none(path, tmp_path, place, said):
     path(lay_out_toy(tmp_path / "site", rows=SPARSE.replace("PLACE", place)))
     with pytest.raises(M3Error) as told:
-        catalogue.make_own_sparsifier(catalogue.method_row("toy_clip"), {"one_sided": False})
+        factories.make_own_sparsifier(catalogue.method_row("toy_clip"), {"one_sided": False})
     assert str(told.value).startswith("merge method 'toy_clip' of the package m3jax-toy 1.0")
     assert said in str(told.value)
 

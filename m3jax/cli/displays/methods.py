@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from m3jax.errors import M3Error
 from m3jax.methods import catalogue
-from m3jax.methods.catalogue import MethodRow, Parameter, SparsifierRow
+from m3jax.methods.rows import MethodRow, Parameter, SparsifierRow
 
 Described: TypeAlias = MethodRow | SparsifierRow
 
