@@ -89,7 +89,10 @@ OF_CALLERS = [
 
 @pytest.mark.parametrize(
     ("method", "sparsifier", "dtype", "by_scatter"),
-    few(dict.fromkeys([*OF_CALLERS, *pairwise(METHODS, SPARSIFIERS, DTYPES, (True, False))]), *OF_CALLERS),
+    few(
+        dict.fromkeys([*OF_CALLERS, *pairwise(METHODS, SPARSIFIERS, DTYPES, (True, False), apart=((0, 1),))]),
+        *OF_CALLERS,
+    ),
 )
 def test_merges_in_a_callers_jit_lower_everywhere(method, sparsifier, dtype, by_scatter, monkeypatch):
     monkeypatch.setattr(arrays, "_platform_of", lambda _: "cpu" if by_scatter else "gpu")

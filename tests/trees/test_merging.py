@@ -84,7 +84,12 @@ MESHES = {
     "one axis over two": ((2, 4), ("fsdp", "tp"), (None, ("fsdp", "tp"))),
     "one device": ((1,), ("fsdp",), ("fsdp", None)),
 }
-SHARDED = [(method, mesh) for method in ("linear", "task_arithmetic", "ties_mergekit", "ties_paper") for mesh in MESHES]
+SHARDED = [
+    *(("ties_paper", mesh) for mesh in MESHES),
+    ("linear", "columns"),
+    ("task_arithmetic", "both"),
+    ("ties_mergekit", "crossed"),
+]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +122,7 @@ def test_elementwise_methods_exchange_nothing():
         assert collective not in text.as_text(), collective
 
 
-@pytest.mark.parametrize(("dtype", "t"), few([(d, t) for d in DTYPES for t in (0.0, 0.3, 1.0)], ("bfloat16", 0.3)))
+@pytest.mark.parametrize(("dtype", "t"), few(zip(DTYPES, (0.0, 0.3, 1.0), strict=True), ("bfloat16", 0.3)))
 def test_slerp_is_the_oracles(dtype, t):
     _, experts = models(DTYPES[dtype], 2)
     experts[1]["model.norm.weight"] = experts[0]["model.norm.weight"]  # nearly parallel: a line

@@ -37,7 +37,11 @@ FAST = [
 ALL = [
     (method, sparsifier, *place, kind)
     for method, sparsifier, place, kind in pairwise(
-        METHODS, ("none", "dare", "magnitude_model", "della", "breadcrumbs"), PLACES, KINDS, apart=((0, 2), (1, 2))
+        METHODS,
+        ("none", "dare", "magnitude_model", "della", "breadcrumbs"),
+        PLACES,
+        KINDS,
+        apart=((0, 2), (1, 2), (0, 3), (1, 3)),
     )
 ]
 ALL = list(dict.fromkeys([*FAST, *ALL, *(("slerp", "none", "plane", 0, kind) for kind in KINDS)]))
