@@ -16,6 +16,7 @@ from m3jax.cli.displays.anatomy import anatomy_lines
 from m3jax.cli.displays.checkpoints import comparison_lines, overview_lines
 from m3jax.cli.displays.evaluation import attack_lines, evaluation_lines
 from m3jax.cli.displays.exploration import exploration_json, exploration_lines, reporter
+from m3jax.cli.displays.machine import examination_lines
 from m3jax.cli.displays.merges import (
     convert_json,
     convert_lines,
@@ -247,6 +248,21 @@ def inspect(
     with terminal.progress_reporter() as progress:
         comparison = inspection.compare(path, other, pattern, progress)
     shell.print_result(comparison.to_json, lambda: comparison_lines(comparison, width), as_json)
+
+
+@_command
+def doctor(
+    *,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Check that this machine makes the bits that all make."""
+    from m3jax.trees import reference
+
+    found = reference.examine(lambda line: print(line, file=sys.stderr))
+    shell.print_result(found.to_json, lambda: examination_lines(found, terminal.width()), as_json)
+    if not found.right:
+        raise typer.Exit(shell.BAD_INPUT)
 
 
 @_command

@@ -1,0 +1,24 @@
+"""`m3jax doctor`: what it says and how it ends."""
+
+import json
+
+import pytest
+
+from m3jax.cli import commands
+from m3jax.trees import reference
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_the_verdict(right, monkeypatch, capsys):
+    made = (reference.Made("linear", True, 0.31), reference.Made("slerp", right, 1.0))
+    device = reference.Examined("gpu:0", "a \x1b[31mcard", made)
+    found = reference.Examination("m3jax-2", {"jax": "0.10"}, {"XLA_FLAGS": "--x"}, (device,))
+    monkeypatch.setattr(reference, "examine", lambda tell: found)
+    assert commands.main(["doctor"]) == (0 if right else 2)
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert "set here: XLA_FLAGS=--x" in said
+    assert ("1 of 2 merges have other bits than on every other machine" in said) is not right
+    assert ("every device makes the bits that every machine makes" in said) is right
+    assert commands.main(["doctor", "--json"]) == (0 if right else 2)
+    assert json.loads(capsys.readouterr().out)["right"] is right
