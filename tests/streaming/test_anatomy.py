@@ -80,7 +80,7 @@ FEW = [
 
 
 @pytest.mark.parametrize(
-    ("method", "sparsifier"), few(dict.fromkeys([*FEW, *in_turn(2), *((m, "none") for m in ALONE)]), *FEW)
+    ("method", "sparsifier"), few(dict.fromkeys([*FEW, *in_turn(), *((m, "none") for m in ALONE)]), *FEW)
 )
 def test_every_layout_of_one_model_gives_the_same_values(place, tmp_path, method, sparsifier):
     keys = (METHODS.get(method) or ALONE[method])[1] | SPARSIFIERS[sparsifier][1]

@@ -110,14 +110,10 @@ def few(names, *fast):
     return [pytest.param(*row, marks=[] if name in fast else pytest.mark.slow) for name, row in rows]
 
 
-def in_turn(times=1):
-    """Every sparsifier with some methods, each method as often as the others."""
+def in_turn():
+    """Every sparsifier with some method, each method about as often as the others."""
     names = list(METHODS)
-    return [
-        (names[(i + turn * len(names) // times) % len(names)], sparsifier)
-        for turn in range(times)
-        for i, sparsifier in enumerate(SPARSIFIERS)
-    ]
+    return [(names[i % len(names)], sparsifier) for i, sparsifier in enumerate(SPARSIFIERS)]
 
 
 def pairwise(*axes, apart=()):
