@@ -19,7 +19,7 @@ from m3jax.cluster.processes import Buffer, Processes
 from m3jax.methods.base import Extent, Place, Round
 from m3jax.methods.leaf import LeafScalars, Pipeline, Stage, counted, joined, leaf_scalars, merged_leaf, with_found
 from m3jax.streaming.plan import BlockPlan, MergePlan, TensorPlan, row_size, total_entries
-from m3jax.streaming.reading import Loaded, Visit, slice_of, unit_of, visits
+from m3jax.streaming.reading import Loaded, Visit, inside_of, slice_of, unit_of, visits
 
 
 class Step(NamedTuple):
@@ -164,7 +164,8 @@ def start_of(visit: Visit) -> np.ndarray:
     if visit.block is None:
         start = start // len(tensor.blocks)
     elif tensor.axis is not None:
-        start -= visit.block * math.prod(tensor.block_shape)
+        inside = max(inside_of(tensor), 1)
+        start = start // (inside * len(tensor.blocks)) * inside + start % inside
     return np.array([start >> 32, start & 0xFFFFFFFF], np.uint32)
 
 
@@ -236,7 +237,7 @@ def samples(
     stride = max(_SAMPLE_BLOCK, total_entries([t for t in model if applies(step, t)]) // _SAMPLED * _SAMPLE_BLOCK)
     due = 0
     for tensor in [t for t in tensors if applies(step, t)]:
-        unit = max(unit_of(tensor), 1)
+        unit = max(unit_of(tensor, chunk_entries), 1)
         piece = max(_SAMPLE_BLOCK // unit, 1) * unit
         while due < tensor.output.size:
             start = due // unit * unit
@@ -382,7 +383,7 @@ class Findings:
     def conclude(self, visit: Visit) -> None:
         """Let a measure go on from the totals of the blocks that `visit` was the last of."""
         stage, _ = self._round(visit.stage)
-        for block in _blocks_of(visit):
+        for block in range(len(visit.plan.blocks)) if visit.plan.axis else _blocks_of(visit):
             name = visit.plan.blocks[block].name
             total = self._totals.pop((stage.key, name))
             total = np.concatenate(total).astype(np.int64) if stage.measure.scope == "row" else total
@@ -491,7 +492,8 @@ def scope_of(visit: Visit) -> str | None:
     if visit.stage.scope == "model":
         return None
     tensor = visit.plan
-    return tensor.output.name if visit.block is None or not tensor.blocks else tensor.blocks[visit.block].name
+    together = visit.block is None or tensor.axis  # blocks along a later axis than the first end together
+    return tensor.output.name if together or not tensor.blocks else tensor.blocks[visit.block or 0].name
 
 
 def split(loaded: Loaded) -> tuple[tuple[np.ndarray, ...], np.ndarray | None]:

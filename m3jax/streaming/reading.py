@@ -18,6 +18,7 @@ _IN_FLIGHT = 4  # chunks that may be computed or written while their buffers are
 _ALIGNMENT = 64  # bytes: below this alignment XLA copies host arrays
 _POLL_SECONDS = 0.2
 _BUFFER_BYTES = 160_000_000
+_LONGEST_SLICE = 4  # in chunks: longer slices through all blocks are read block by block
 _CACHED_BYTES = 2**20  # a piece that is read, hashed and checked while it is in the processor's cache
 
 # By dtype: an unsigned and a signed word, and the bits of infinity. NaN and infinity are the largest of their sign: as
@@ -81,25 +82,39 @@ def slice_of(plan: TensorPlan) -> int:
     return math.prod(plan.output.shape[plan.axis :])
 
 
-def unit_of(plan: TensorPlan) -> int:
-    """Entries that a chunk of a tensor must have together: one, a row, or slices through all blocks that it stacks."""
+def inside_of(plan: TensorPlan) -> int:
+    """Entries of one block that lie together in a tensor that stacks blocks: behind the axis of blocks."""
+    return math.prod(plan.output.shape[(plan.axis or 0) + 1 :])
+
+
+def _in_slices(plan: TensorPlan, chunk_entries: int) -> bool:
+    """Whether a tensor is read in slices through all blocks that it stacks: on a later axis, and not too far apart."""
+    return bool(plan.axis) and plan.pipeline is not None and slice_of(plan) <= _LONGEST_SLICE * chunk_entries
+
+
+def unit_of(plan: TensorPlan, chunk_entries: int) -> int:
+    """Entries that a chunk of a tensor must have together: one, a row, or slices through all blocks that it stacks.
+
+    Args:
+        plan: The tensor.
+        chunk_entries: Of the largest chunk.
+    """
     if plan.pipeline is None:
         return 1
     row = row_size(plan) if plan.pipeline.rows else 1
-    if not plan.axis:
+    if not _in_slices(plan, chunk_entries):
         return row
-    inside = math.prod(plan.output.shape[plan.axis + 1 :])
-    return slice_of(plan) * (row // math.gcd(row, max(inside, 1)))
+    return slice_of(plan) * (row // math.gcd(row, max(inside_of(plan), 1)))
 
 
-def _stretches(plan: TensorPlan, start: int, stop: int) -> Iterator[tuple[int, int, int | None]]:
-    """Runs of entries that chunks do not leave, each with its block: of leaves that stack along axis 0, the blocks."""
-    if plan.axis != 0 or plan.pipeline is None:
+def _stretches(plan: TensorPlan, start: int, stop: int, chunk_entries: int) -> Iterator[tuple[int, int, int | None]]:
+    """Runs of entries that chunks do not leave, each with its block; None where they have entries of all blocks."""
+    if plan.axis is None or plan.pipeline is None or _in_slices(plan, chunk_entries):
         yield start, stop, None if plan.axis and plan.pipeline is not None else 0
         return
-    size = max(math.prod(plan.block_shape), 1)
-    for block in range(start // size, -(-stop // size)):
-        yield max(start, block * size), min(stop, (block + 1) * size), block
+    size = max(inside_of(plan), 1)
+    for run in range(start // size, -(-stop // size)):
+        yield max(start, run * size), min(stop, (run + 1) * size), run % len(plan.blocks)
 
 
 def visits(
@@ -115,9 +130,9 @@ def visits(
     stop = plan.output.size if stop is None else stop
     if plan.pipeline is None:  # copied: wide entries take no more memory than bfloat16's
         chunk_entries = chunk_entries * 2 // max(2, DTYPES[plan.output.dtype].itemsize)
-    unit = max(unit_of(plan), 1)
+    unit = max(unit_of(plan, chunk_entries), 1)
     chunk = max(chunk_entries // unit, 1) * unit  # whole units, however long they are
-    for first, end, block in _stretches(plan, start, stop) if stop > start else ((start, stop, 0),):
+    for first, end, block in _stretches(plan, start, stop, chunk_entries) if stop > start else ((start, stop, 0),):
         for begin in range(first, max(end, first + 1), chunk):
             size = min(chunk, end - begin)
             if plan.pipeline is None:

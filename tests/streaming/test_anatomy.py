@@ -12,6 +12,10 @@ from support.matrix import ALONE, METHODS, SPARSIFIERS, few, in_turn
 
 import m3jax
 from m3jax import M3Error
+from m3jax.checkpoints import TensorInfo
+from m3jax.methods.leaf import Pipeline
+from m3jax.streaming.plan import BlockPlan, TensorPlan
+from m3jax.streaming.reading import visits
 
 LAYERS = 3
 FIXTURE = Path(__file__).parent / "fixtures" / "m3jax-1"
@@ -97,6 +101,39 @@ def test_every_layout_of_one_model_gives_the_same_values(place, tmp_path, method
     for layout in ("axis 0", "axis 1"):
         for name, value in found["by block"].items():
             assert np.array_equal(value, found[layout][name]), (layout, name)
+
+
+@pytest.mark.parametrize(
+    ("method", "sparsifier"), [("ties_paper", "dare"), ("ties_mergekit", "della"), ("model_stock_rows", "none")]
+)
+def test_slices_longer_than_chunks_are_read_block_by_block(tmp_path, method, sparsifier):
+    """Experts of a mixture, scanned: blocks along axis 1, so large that a slice through all would grow with them."""
+    rng = np.random.default_rng(0)
+    trees = [
+        {f"layers_{i}.w": np.round(rng.standard_normal((2, 170, 401)) * 16).astype(np.float32) / 16 for i in range(4)}
+        for _ in range(3)
+    ]
+    keys = (METHODS.get(method) or ALONE[method])[1] | SPARSIFIERS[sparsifier][1] | {"seed": 1}
+    found = {}
+    for layout in ("by block", "stacked"):
+        for tree, name in zip(trees, ("base", "expert-0", "expert-1"), strict=True):
+            held = tree if layout == "by block" else {"layers.w": np.stack(list(tree.values()), 1)}
+            write(tmp_path / layout / name, held, {"num_hidden_layers": 4})
+        m3jax.merge_checkpoint(recipe(tmp_path / layout, **keys), tmp_path / layout / "out", chunk_entries=2**16)
+        found[layout] = read(tmp_path / layout / "out")
+    for i in range(4):
+        assert np.array_equal(found["by block"][f"layers_{i}.w"], found["stacked"]["layers.w"][:, i]), i
+
+
+@pytest.mark.parametrize("shape", [(8, 48, 512, 1024), (48, 8, 512, 1024), (4096, 48, 1024), (8, 512, 48)])
+def test_chunks_do_not_grow_with_the_blocks_that_a_leaf_stacks(shape):
+    pipeline = Pipeline(m3jax.linear(), None, 2)
+    blocks = tuple(BlockPlan(f"{i}", f"{i}", "", None) for i in range(48))
+    plan = TensorPlan(TensorInfo("layers.w", shape, "BF16"), (0, 1), pipeline, blocks, shape.index(48))
+    chunks = list(visits("merge", plan, 2**18, False))
+    assert max(chunk.padded for chunk in chunks) <= 2**20
+    assert [chunk.start for chunk in chunks[1:]] == [chunk.start + chunk.size for chunk in chunks[:-1]]
+    assert chunks[-1].start + chunks[-1].size == np.prod(shape)
 
 
 def test_gradients_run_over_the_layers_of_every_layout(place, tmp_path):
