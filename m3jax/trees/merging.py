@@ -36,7 +36,7 @@ from m3jax.trees.arrays import Column, Stacked, tensor_shape
 from m3jax.trees.matching import is_traced
 from m3jax.trees.matching import leaf_name as leaf_name
 from m3jax.trees.matching import named_leaves as named_leaves
-from m3jax.trees.parts import AnatomyOf, ParameterTree, check_blocks, groups_of, tree_of
+from m3jax.trees.parts import AnatomyOf, ParameterTree, check_blocks, groups_of, laid_out_as, tree_of
 from m3jax.trees.parts import canonical_leaves as canonical_leaves
 
 _LOG = logging.getLogger("m3jax")
@@ -373,6 +373,7 @@ def merge(
     running statistics of batch normalisation get their mean, with the same weights where each expert has one; other
     buffers are copied and must be equal; steps, optimizer and random states are the template's, and need not be equal.
     A leaf that stacks blocks along an axis is merged as if each block were a leaf of its own: the bits are the same.
+    Trees that store the same blocks otherwise, one by one or along another axis, are laid out as the template is.
     Masks and draws go by canonical names (`m3jax.trees.parts.canonical_leaves`), in which neither boxes of Flax nor a
     wrapper around the whole tree are.
 
@@ -431,6 +432,7 @@ def merge(
         models, labels = [base, *models], ["the base", *labels]
     leaves = [matching.leaves_of(model) for model in models]
     tree = tree_of(leaves[0], anatomy)
+    leaves = [leaves[0], *(laid_out_as(tree, other, anatomy) for other in leaves[1:])]
     by_name, kinds = matching.match(leaves, tree.parts, labels, only)
     template = by_name[0]
     if method.copies and scale == 1.0 and dtype is None:

@@ -148,6 +148,77 @@ def tree_of(leaves: Mapping[str, Leaf], anatomy: AnatomyOf = None) -> ParameterT
     return ParameterTree(leaves, parts, found, stored)
 
 
+class _Piece(NamedTuple):
+    """Where a tree has a tensor of a block: a leaf, or one entry of it along the axis of blocks."""
+
+    leaf: str
+    axis: int | None
+    at: int
+
+
+def _pieces(tree: ParameterTree) -> dict[str, _Piece]:
+    """Where each tensor is, by canonical name; a leaf that stacks blocks has one for each."""
+    found: dict[str, _Piece] = {}
+    for name, part in tree.parts.items():
+        if part.stack_axis is None:
+            found[part.canonical] = _Piece(name, None, 0)
+        for at, own in enumerate(part.block_names):
+            found[own] = _Piece(name, part.stack_axis, at)
+    return found
+
+
+def laid_out_as(tree: ParameterTree, other: dict[str, Leaf], anatomy: AnatomyOf = None) -> dict[str, Leaf]:
+    """The leaves of another tree with its blocks stacked as a tree stacks them, where it stores the same otherwise.
+
+    Args:
+        tree: The template.
+        other: Leaves of a tree that may be block by block where the template is stacked, or the other way round, or
+            stacked along another axis.
+        anatomy: What the caller says of trees, as far as it fits the other one.
+
+    Returns:
+        The leaves; `other` itself where nothing is to be laid out otherwise.
+    """
+    stacks = {name: tree.parts[name].stack_axis for name in tree.leaves}
+    odd = [n for n, leaf in tree.leaves.items() if n not in other or np.shape(other[n].value) != np.shape(leaf.value)]
+    if not odd:
+        return other
+    known = tree_of(other, _fitting(anatomy, other))
+    pieces = _pieces(known)
+    if all(stacks[name] is None for name in odd) and all(piece.axis is None for piece in pieces.values()):
+        return other
+
+    def tensor(piece: _Piece) -> Any:
+        value = other[piece.leaf].value
+        return value if piece.axis is None else value[(slice(None),) * piece.axis + (piece.at,)]
+
+    found, used = dict(other), set()
+    for name in odd:
+        part, axis = tree.parts[name], stacks[name]
+        own = [pieces.get(block) for block in part.block_names] if axis is not None else [pieces.get(part.canonical)]
+        if None in own or (axis is None and own[0] is not None and own[0].axis is None):
+            continue
+        there = [piece for piece in own if piece is not None]
+        values = [tensor(piece) for piece in there]
+        if len({np.shape(value) for value in values}) > 1:
+            continue
+        hosted = all(isinstance(value, np.ndarray | np.generic) for value in values)
+        value = values[0] if axis is None else (np if hosted else jnp).stack(values, axis)
+        found[name] = tree.leaves[name]._replace(value=value)
+        used |= {piece.leaf for piece in there}
+    return {name: leaf for name, leaf in found.items() if name not in used or name in odd}
+
+
+def _fitting(anatomy: AnatomyOf, leaves: Mapping[str, Leaf]) -> AnatomyOf:
+    """What the caller says of trees, without patterns that a tree which is stored otherwise does not have."""
+    said = overrides_of(anatomy)
+
+    def there(patterns: Mapping[str, Any]) -> dict[str, Any]:
+        return {pattern: value for pattern, value in patterns.items() if any(re.search(pattern, n) for n in leaves)}
+
+    return said._replace(stacked=there(said.stacked), kinds=there(said.kinds))
+
+
 def canonical_leaves(tree: PyTree, anatomy: AnatomyOf = None) -> dict[str, Any]:
     """The leaves of a tree by canonical name, in the tree's order.
 

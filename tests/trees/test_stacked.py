@@ -22,13 +22,9 @@ APART = [(method, "alone") for method in ALONE]
 SOME = [*in_turn(), ("task_arithmetic", "dare"), ("ties_paper", "dare"), *APART]
 QUICK = [("linear", "none"), ("ties_paper", "dare")]
 # Some methods over every axis and kind of mesh, the others over these in turn.
-SPREAD = [
-    *(("task_arithmetic", "dare", axis, kind) for axis in (0, 1) for kind in (AxisType.Auto, AxisType.Explicit)),
-    *(
-        (*case, i % 2, (AxisType.Auto, AxisType.Explicit)[i // 2 % 2])
-        for i, case in enumerate(dict.fromkeys(SOME[::2]))
-    ),
-]
+KINDS = (AxisType.Auto, AxisType.Explicit)
+SPREAD = [("task_arithmetic", "dare", axis, kind) for axis in (0, 1) for kind in KINDS]
+TURNS = [(*case, i % 2, KINDS[i // 2 % 2]) for i, case in enumerate(SOME[:-4:2])]
 GRANULARITIES = ("model", "layer", "tensor")
 
 
@@ -71,6 +67,31 @@ def test_stacked_on_any_axis_is_block_by_block(method, sparsifier):
             assert same(unstacked(got, axis), want) == (True, []), (granularity, axis)
 
 
+@pytest.mark.parametrize("how", ["eager", "jit"])
+@pytest.mark.parametrize("template", ["by block", "axis 0", "axis 1"])
+def test_trees_that_are_stacked_otherwise_are_laid_out_as_the_template(template, how):
+    call, (a, b), base, _ = call_of("task_arithmetic", "dare")
+    want = call([a, b], base, "layer")
+    run = jax.jit(call, static_argnums=2) if how == "jit" else call
+    if template == "by block":
+        assert same(run([stacked(a, 0), stacked(b, 1)], base, "layer"), want) == (True, [])
+        return
+    axis = int(template[-1])
+    got = run([a, stacked(b, 1 - axis)], stacked(base, axis), "layer")
+    assert set(got) == set(stacked(base, axis))
+    assert same(unstacked(got, axis), want) == (True, [])
+
+
+def test_a_block_that_is_missing_is_still_said():
+    base, (a, _) = models(DTYPES["float32"], 2, SHAPES)
+    shorter = {name: leaf for name, leaf in a.items() if not name.startswith(f"layers.{DEPTH - 1}.")}
+    with pytest.raises(M3Error, match=r"missing in expert 1: .*layers\.up\.kernel"):
+        m3jax.merge([stacked(base, 0), shorter])
+    fewer = {name: leaf[: DEPTH - 1] if name.startswith("layers.") else leaf for name, leaf in stacked(a, 0).items()}
+    with pytest.raises(M3Error, match=rf"missing in expert 1: .*layers\.{DEPTH - 1}\.norm\.scale"):
+        m3jax.merge([base, fewer])
+
+
 @pytest.mark.parametrize(("method", "sparsifier"), few(dict.fromkeys(SOME), ("ties_paper", "dare")))
 def test_stacked_under_jit_is_block_by_block(method, sparsifier):
     call, experts, base, granularities = call_of(method, sparsifier)
@@ -80,7 +101,7 @@ def test_stacked_under_jit_is_block_by_block(method, sparsifier):
         assert same(unstacked(got, axis), call(experts, base, granularity)) == (True, []), (granularity, axis)
 
 
-@pytest.mark.parametrize(("method", "sparsifier", "axis", "kind"), few(SPREAD, *SPREAD[:4]))
+@pytest.mark.parametrize(("method", "sparsifier", "axis", "kind"), few([*SPREAD, *TURNS], *SPREAD))
 def test_the_axis_of_blocks_may_be_sharded(method, sparsifier, axis, kind):
     call, experts, base, granularities = call_of(method, sparsifier)
     mesh = jax.make_mesh((4, 2), ("blocks", "x"), axis_types=(kind, kind))
@@ -142,6 +163,7 @@ def test_counts_of_blocks_add_up_beyond_a_word():
     assert [(int(h) << 32) + int(x) for h, x in zip(high, low, strict=True)] == want.tolist()
 
 
+@pytest.mark.slow
 def test_batches_and_derivatives_of_stacked_leaves():
     base, experts = models(DTYPES["float32"], 2, SHAPES)
     weights = jnp.array([[0.2, 0.8], [0.6, 0.3]], jnp.float32)
