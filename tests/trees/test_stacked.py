@@ -24,7 +24,15 @@ QUICK = [("linear", "none"), ("ties_paper", "dare")]
 # Some methods over every axis and kind of mesh, the others over these in turn.
 KINDS = (AxisType.Auto, AxisType.Explicit)
 SPREAD = [("task_arithmetic", "dare", axis, kind) for axis in (0, 1) for kind in KINDS]
-TURNS = [(*case, i % 2, KINDS[i // 2 % 2]) for i, case in enumerate(SOME[:-4:2])]
+OTHERS = [
+    ("ties_paper", "dare"),
+    ("ties_untrimmed_sum", "magnitude_model"),
+    ("ties_mergekit", "della_weights"),
+    ("linear", "breadcrumbs"),
+    ("slerp", "alone"),
+    ("model_stock_rows", "alone"),
+]
+TURNS = [(*case, i % 2, KINDS[i // 2 % 2]) for i, case in enumerate(OTHERS)]
 GRANULARITIES = ("model", "layer", "tensor")
 
 
