@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from m3jax.checkpoints.formats import INDEX_ENDING, Format
 from m3jax.checkpoints.headers import parse_json
-from m3jax.checkpoints.protocol import FileFingerprint, RemoteFingerprint, natural_key
+from m3jax.checkpoints.protocol import FileFingerprint, LocalFingerprint, RemoteFingerprint, natural_key
 from m3jax.checkpoints.remote import Identity, RemotePath, changed
 from m3jax.checkpoints.storage import ByteSource, is_file, list_names, open_source, read_file
 from m3jax.errors import M3Error
@@ -177,10 +177,12 @@ class WeightFiles:
     def _fingerprint_of(self, file: str) -> FileFingerprint:
         path, seen = self._root / file, self._seen[file]
         if not isinstance(path, RemotePath):
-            (_, size, mtime_ns), digest = self._look(path)
-            return {"size": size, "mtime_ns": mtime_ns, "header_blake3": digest}
+            (inode, size, mtime_ns, ctime_ns), digest = self._look(path)
+            return LocalFingerprint(
+                size=size, mtime_ns=mtime_ns, header_blake3=digest, inode=int(inode), ctime_ns=ctime_ns
+            )
         # A remote one that is still the one that was seen is not read again.
-        (tag, size, mtime_ns), digest = seen if path.identity() == seen.identity else self._look(path)
+        (tag, size, mtime_ns, _), digest = seen if path.identity() == seen.identity else self._look(path)
         return RemoteFingerprint(size=size, mtime_ns=mtime_ns, header_blake3=digest, tag=str(tag))
 
     def close(self) -> None:

@@ -38,6 +38,7 @@ class Format(NamedTuple):
         index_file: The name of the index of several files; empty where there is none.
         divides: Whether its writer divides weights among files of a largest size.
         remote: Whether `open` takes paths in remote storage.
+        patterns: Of the files that its writer makes beside those that the endings and names above tell.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Format(NamedTuple):
     index_file: str = ""
     divides: bool = False
     remote: bool = False
+    patterns: tuple[str, ...] = ()
 
     def names(self, file: str) -> bool:
         """Whether a file's name, or an index's, is one of this format.
@@ -89,6 +91,7 @@ ORBAX = Format(
     open=_later("orbax.open_orbax"),
     write=_later("orbax_writer.fill_with_orbax"),
     resembles=_later("orbax_tree.is_orbax"),
+    patterns=("_METADATA", "_CHECKPOINT_METADATA", "commit_success.txt", "manifest.ocdbt", "d/*", "orbax/*", "orbax.*"),
 )
 MSGPACK = Format(
     name="msgpack",

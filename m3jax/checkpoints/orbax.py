@@ -38,6 +38,7 @@ from m3jax.checkpoints.protocol import (
     Checkpoint,
     Closing,
     FileFingerprint,
+    LocalFingerprint,
     TensorInfo,
     as_bytes,
     in_natural_order,
@@ -240,7 +241,13 @@ class OrbaxCheckpoint(Closing):
             except OSError as error:
                 raise unreadable(path, error) from error
             name = path.relative_to(self._item).as_posix()
-            fingerprints[name] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "header_blake3": head}
+            fingerprints[name] = LocalFingerprint(
+                size=status.st_size,
+                mtime_ns=status.st_mtime_ns,
+                header_blake3=head,
+                inode=status.st_ino,
+                ctime_ns=status.st_ctime_ns,
+            )
         if not fingerprints:
             raise M3Error(f"{self._item} has gone since it was opened: start again.")
         return fingerprints

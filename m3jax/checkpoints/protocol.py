@@ -88,6 +88,18 @@ class FileFingerprint(TypedDict):
     header_blake3: str
 
 
+class LocalFingerprint(FileFingerprint):
+    """What is cheap to know of a file on this disk.
+
+    Attributes:
+        inode: Its number, which tells a file from another that took its name.
+        ctime_ns: Time of the last change of content, name or mode, in nanoseconds, which nobody can set back.
+    """
+
+    inode: int
+    ctime_ns: int
+
+
 class RemoteFingerprint(FileFingerprint):
     """What is cheap to know of a remote file.
 

@@ -32,11 +32,13 @@ class Identity(NamedTuple):
         tag: The inode, or the object's ETag or generation.
         size: In bytes.
         mtime_ns: Time of last modification, in nanoseconds.
+        ctime_ns: Of a local file, the time of its last change, in nanoseconds.
     """
 
     tag: int | str
     size: int
     mtime_ns: int
+    ctime_ns: int = 0
 
 
 # --- Remote paths ----------------------------------------------------------------------------------------
@@ -123,7 +125,7 @@ class RemotePath(_Base):
         Raises:
             M3Error: There is no such object.
         """
-        _, size, mtime_ns = self.identity()
+        _, size, mtime_ns, _ = self.identity()
         return os.stat_result((stat.S_IFREG | 0o444, 0, 0, 1, 0, 0, size, *[mtime_ns // 10**9] * 3))
 
     def identity(self) -> Identity:

@@ -16,6 +16,9 @@ from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.protocol import DTYPES, BytesLike, TensorInfo, as_bytes
 from m3jax.errors import M3Error, mend
 
+WEIGHTS_METADATA = MappingProxyType({"format": "pt"})
+"""The texts of weight files, where nothing else is asked for."""
+
 _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
@@ -54,7 +57,7 @@ class ShardWriter:
         self,
         path: Path,
         tensors: Sequence[TensorInfo],
-        metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
+        metadata: Mapping[str, str] = WEIGHTS_METADATA,
     ) -> None:
         """Creates the file at its full size, so that a disk too small shows before any work is done.
 
@@ -141,7 +144,7 @@ class ShardWriter:
             descriptor, self._descriptor = self._descriptor, None
             os.close(descriptor)
             os.replace(self._temporary, self._path)
-            _sync_directory(self._path.parent)
+            sync(self._path.parent)
         except OSError as error:
             _discard(self._temporary)
             raise self._unwritable(error) from error
@@ -190,14 +193,18 @@ def _discard(temporary: Path) -> None:
         temporary.unlink()
 
 
-def _sync_directory(directory: Path) -> None:
-    """Makes a rename survive a power cut, on file systems that can."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+def sync(path: Path) -> None:
+    """Makes the bytes of a file, or the names in a directory, survive a power cut, on file systems that can.
+
+    Raises:
+        OSError: The operating system fails; it names the path.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(descriptor)
 
@@ -222,7 +229,7 @@ def appearing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_directory(path.parent)
+        sync(path.parent)
     except BaseException:
         _discard(temporary)
         raise

@@ -49,7 +49,7 @@ def list_names(directory: Path) -> list[str]:
 
 def identity(file: os.stat_result) -> Identity:
     """What tells a file from others, from what the operating system says of it."""
-    return Identity(file.st_ino, file.st_size, file.st_mtime_ns)
+    return Identity(file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns)
 
 
 def unreadable(path: Path, error: OSError | ValueError) -> M3Error:

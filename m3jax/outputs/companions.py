@@ -31,6 +31,7 @@ _GENERAL = ("config.json", "generation_config.json")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _CHAT_TEMPLATE = "chat_template.jinja"
+_CARD = "README.md"
 
 
 def read_config(model: Path) -> dict[str, Any] | None:
@@ -147,6 +148,11 @@ def _merged_config(
     return untied(written) if unties else written
 
 
+def possible_names(files: Mapping[str, Path]) -> set[str]:
+    """All that `write_companions` could make of some files, whatever the recipe."""
+    return {*files, _CHAT_TEMPLATE, _CARD, SAFETENSORS.index_file}
+
+
 def write_companions(
     directory: Path,
     files: Mapping[str, Path],
@@ -184,8 +190,8 @@ def write_companions(
     if template is not None and recipe.chat_template != AUTO:
         (directory / _CHAT_TEMPLATE).write_text(template, encoding="utf-8")
         written.append(_CHAT_TEMPLATE)
-    (directory / "README.md").write_text(card(recipe, weights), encoding="utf-8")
-    written.append("README.md")
+    (directory / _CARD).write_text(card(recipe, weights), encoding="utf-8")
+    written.append(_CARD)
     if (index := directory / SAFETENSORS.index_file).is_file():
         written.append(index.name)
     return {name: digest_file(directory / name) for name in sorted(set(written))}

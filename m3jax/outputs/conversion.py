@@ -1,5 +1,7 @@
 """convert(): the same tensors in another format, bit for bit, in memory that does not grow with the model."""
 
+import hashlib
+import json
 import os
 import threading
 import time
@@ -29,7 +31,8 @@ from m3jax.checkpoints.remote import is_url
 from m3jax.checkpoints.trust import remarks
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs.copies import write_copy
-from m3jax.outputs.local import Staging, check_free, replaced_with
+from m3jax.outputs.local import CONVERSION, Staging, check_free, exactly, replaced_with
+from m3jax.outputs.manifest import versions
 from m3jax.outputs.modes import narrow
 from m3jax.progress import Progress
 
@@ -82,7 +85,7 @@ def convert(
             `StandardCheckpointer().restore(dst)` expects it.
         to: The name of the format to write, one of `formats.WRITTEN`: safetensors, orbax or msgpack.
         max_shard_size: Bytes of tensors per file at most, as a number or as in "5GB"; Orbax divides by itself.
-        overwrite: Replace `dst` if it exists.
+        overwrite: Replace `dst` if it is a directory that m3jax has made: `m3jax-conversion.json` marks a conversion.
         progress: Called after every few megabytes.
 
     Returns:
@@ -100,8 +103,8 @@ def convert(
         ...     shard.write("w", 0, np.float32([1, 2]))
         ...     shard.finish()
         >>> result = convert(place / "model.safetensors", place / "flax", to="msgpack")
-        >>> result.tensors, result.bytes, [path.name for path in result.directory.iterdir()]
-        (1, 8, ['flax_model.msgpack'])
+        >>> result.tensors, result.bytes, sorted(path.name for path in result.directory.iterdir())
+        (1, 8, ['flax_model.msgpack', 'm3jax-conversion.json'])
     """
     begun = time.perf_counter()
     out, size = Path(dst), parse_size(max_shard_size)
@@ -131,7 +134,9 @@ def _convert(
     before = source.fingerprint()
     total = sum(info.nbytes for info in source.tensors.values())
     small = sum(file.stat().st_size for file in beside.values()) + _TOLD_PER_TENSOR * len(source.tensors)
-    with Staging(out, f"convert to {to.name}", total + small, overwrite) as staging:
+    told = [to.name, max_shard_size, source.location, before, sorted(beside)]
+    identity = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    with Staging(out, identity, total + small, overwrite, names=_names(to, beside)) as staging:
         narrow(staging.path, source.files())  # before there is anything in it
         watched = _Watched(source, _Stage("converting", total, progress))
         assert to.write is not None  # `written` gives no other
@@ -141,9 +146,17 @@ def _convert(
         digest = _verify(staging.path, to, watched, _Stage("verifying", total, progress))
         if source.fingerprint() != before:
             raise M3Error(f"{source.location} changed while it was being converted: convert again once it is at rest.")
+        mark = {"m3jax": versions()["m3jax"], "format": to.name, "digest": digest}
+        (staging.path / CONVERSION).write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
         narrow(staging.path, source.files())
         staging.publish()
     return total, digest, tuple(beside)
+
+
+def _names(to: Format, beside: Mapping[str, Path]) -> tuple[str, ...]:
+    """Patterns of the files of a conversion."""
+    weights = [f"*{ending}" for ending in to.endings] + ([to.index_file] if to.index_file else [])
+    return (*weights, *to.patterns, *exactly([*beside, CONVERSION]))
 
 
 # --- Verifying -------------------------------------------------------------------------------------------

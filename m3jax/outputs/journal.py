@@ -24,10 +24,12 @@ class Journal(NamedTuple):
     Attributes:
         identity: Digest of everything that the output's bytes depend on; empty where the journal is damaged.
         entries: What it has finished.
+        names: Patterns of the files that the merge makes, as far as it has told them.
     """
 
     identity: str
     entries: list[Entry]
+    names: tuple[str, ...] = ()
 
 
 def finished_in(journals: Iterable[Journal], identity: str) -> list[Entry]:

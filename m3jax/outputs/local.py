@@ -1,29 +1,52 @@
 """The output directory: made beside its place, published by one rename, resumable until then.
 
 Several processes may fill one directory: process 0 opens and publishes it, each keeps a journal of its own.
+
+A directory is a merge's own as long as its journal is in it, so the journal is the last thing to go: out of an output
+once that has its name, and out of a directory that is given up. A crash at any moment leaves the old output or the new
+one whole, and what the next command needs to go on or to tidy up.
 """
 
+import ctypes
 import errno
 import fcntl
+import glob
+import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from m3jax.checkpoints import TensorInfo, digest_tensor, open_safetensors
 from m3jax.checkpoints.remote import RemotePath
+from m3jax.checkpoints.shards import WEIGHTS_METADATA, appearing, sync
 from m3jax.errors import M3Error
 from m3jax.outputs.journal import Entry, Journal, Journalled, finished_in, is_weights
+from m3jax.outputs.provenance import FILE_NAME
+
+CONVERSION = "m3jax-conversion.json"
+"""What tells that a directory is the output of a conversion, as the manifest tells that it is a merge's."""
 
 _JOURNAL = "m3jax-journal.jsonl"
 _JOURNALS = "m3jax-journal*.jsonl"
+_TAKEN = "m3jax-journal.taken"
+_OWN = (_JOURNALS, _TAKEN)
+_REPLACES = "replaces"  # the key of the entry that names what an output takes the place of
 _VISIBLE_SECONDS, _LOOK_SECONDS = 40, 0.2
 _SPARE = 2**20  # bytes beyond those announced
+_HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
+_LOCKLESS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
+_NO_EXCHANGE = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
+_HERE, _EXCHANGE = -100, 2  # Linux's AT_FDCWD and RENAME_EXCHANGE
 
 
 def partial_directory(out: Path) -> Path:
@@ -47,25 +70,106 @@ def replaced_with(out: Path, place: Path) -> Path | None:
 
 
 def check_free(out: Path, overwrite: bool) -> None:
-    """Raise M3Error if `out` is taken, if its parent is not there, or if `OUT.partial` is not a merge's."""
+    """Raise M3Error if `out` is taken, if its parent is not there, or if `OUT.partial` is not a merge's.
+
+    An output that a crash left with its journal may be this very merge's, which `Staging` knows.
+    """
     if not out.name or out.name == "..":
         raise M3Error(f"{out}: is not a name for a new directory: give one")
     if not out.parent.is_dir():
         state = "is a file" if out.parent.exists() else "does not exist"
         raise M3Error(f"{out}: its parent {state}: make a directory there, or choose another place")
-    taken = out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))
-    if taken and not overwrite:
-        raise M3Error(f"{out}: exists already: choose another output, or pass --overwrite")
-    if taken and (out.is_symlink() or not out.is_dir()):
-        raise M3Error(f"{out}: is not a directory, and only a directory is overwritten: choose another output")
+    if overwrite:
+        _check_replaceable(out)
+    elif _is_taken(out) and not _published(out):
+        raise _exists(out)
     partial = partial_directory(out)
-    if partial.is_symlink() or (partial.exists() and not _is_ours(partial)):
+    if partial.is_symlink() or (partial.exists() and not _is_ours(partial) and _replaced_by(out) != partial):
         raise M3Error(f"{partial}: is where the merge would be made, but holds something else: move it away")
 
 
+def unfinished(out: Path) -> str | None:
+    """What a crash has left of an output that is not there, and the mend; None where nothing is."""
+    partial = partial_directory(out)
+    if isinstance(out, RemotePath) or os.path.lexists(out) or not _is_ours(partial):
+        return None
+    old = _replaced_by(partial)
+    kept = "" if old is None else f", and what it was to replace is in {old}"
+    return f"an interrupted merge is in {partial}{kept}: run the same command again to go on"
+
+
+def _published(out: Path) -> str:
+    """The identity of the merge that a crash ended just after its output had appeared; empty where none did."""
+    return "" if out.is_symlink() else _read_journal(out / _JOURNAL).identity
+
+
+def _exists(out: Path) -> M3Error:
+    return M3Error(f"{out}: exists already: choose another output, or pass --overwrite")
+
+
+def _is_taken(out: Path) -> bool:
+    """Whether something is there that a rename would not replace: all but an empty directory."""
+    return out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))
+
+
+def _check_replaceable(out: Path) -> None:
+    """Raise M3Error if what is at `out` is not a directory that m3jax has made."""
+    if not _is_taken(out):
+        return
+    if out.is_symlink() or not out.is_dir():
+        raise M3Error(f"{out}: is not a directory, and only a directory is overwritten: choose another output")
+    if not any((out / name).is_file() for name in (FILE_NAME, CONVERSION)):
+        raise M3Error(
+            f"{out}: holds no {FILE_NAME}, and only what m3jax has made is overwritten: choose another output, "
+            "or move it away"
+        )
+
+
 def _is_ours(directory: Path) -> bool:
-    """Whether a directory is an unfinished merge, or empty."""
-    return directory.is_dir() and ((directory / _JOURNAL).is_file() or not any(directory.iterdir()))
+    """Whether a directory is an unfinished merge, or holds no more than the beginning of a journal."""
+    return directory.is_dir() and ((directory / _JOURNAL).is_file() or foreign(directory, ()) is None)
+
+
+def foreign(directory: Path, names: Collection[str]) -> str | None:
+    """The first thing in a directory that m3jax has not put there; None if all is its own.
+
+    Args:
+        directory: Where an output is made.
+        names: Patterns of the files that may be there beside journals, also as they are being written (`.tmp`).
+    """
+    known = (*_OWN, *names)
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_dir() and not path.is_symlink():
+            own = any(path.iterdir()) or any(p.startswith(f"{name}/") or fnmatchcase(name, p) for p in known)
+        else:
+            own = any(fnmatchcase(name.removesuffix(".tmp"), pattern) for pattern in known)
+        if not own:
+            return name
+    return None
+
+
+def exactly(names: Collection[str]) -> tuple[str, ...]:
+    """The patterns that match these names and no others."""
+    return tuple(glob.escape(name) for name in names)
+
+
+def holds_tensors(file: Path, infos: Sequence[TensorInfo], digests: Mapping[str, str]) -> bool:
+    """Whether a weight file that a merge has finished is as it was.
+
+    Args:
+        file: The file.
+        infos: What it holds.
+        digests: Of each tensor, by name.
+    """
+    try:
+        with open_safetensors(file) as checkpoint:
+            told = {info.name: info for info in infos}
+            if dict(checkpoint.tensors) != told or dict(checkpoint.metadata) != dict(WEIGHTS_METADATA):
+                return False
+            return all(digest_tensor(checkpoint, name) == digests.get(name) for name in told)
+    except M3Error:
+        return False
 
 
 def check_space(place: Path, needed: int) -> None:
@@ -104,10 +208,9 @@ class Workplace(Journalled):
 
     def _begin(self, journal: Journal) -> None:
         """Write the journal anew: a line that a crash cut would otherwise swallow the next one."""
-        whole = self._journal.with_name(self._journal.name + ".tmp")
-        lines = [{"identity": journal.identity}, *journal.entries]
-        whole.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        whole.replace(self._journal)
+        lines = [{"identity": journal.identity, "names": list(journal.names)}, *journal.entries]
+        with appearing(self._journal) as file:
+            file.write("".join(map(_line, lines)).encode())
 
     def holds(self, file: str) -> bool:
         """Whether a finished weight file is still there."""
@@ -115,23 +218,27 @@ class Workplace(Journalled):
 
     def _store(self, entry: Entry) -> Entry:
         """Add an entry to the journal; the weight file that it tells of is on the disk."""
-        with open(self._journal, "a", encoding="utf-8") as journal:
-            journal.write(json.dumps(entry) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
+        _append(self._journal, entry)
         return entry
 
 
 class Staging(Workplace):
     """The directory in which an output is made, with a journal of what is finished.
 
-    The journal's first line identifies the merge; a directory left by another merge is emptied. Leaving the context
-    by an exception keeps what is finished if anything is, and removes the directory otherwise. The directory itself
-    is locked, so that the lock goes where a rename takes it.
+    The journal's first line identifies the merge and names its files; a directory left by another merge is emptied.
+    Leaving the context by an exception keeps what is finished if anything is, and removes the directory otherwise,
+    unless something is in it that is not ours. The directory itself is locked, so that the lock goes where a rename
+    takes it.
     """
 
     def __init__(
-        self, out: Path, identity: str, space_needed: int, overwrite: bool = False, shared: bool = False
+        self,
+        out: Path,
+        identity: str,
+        space_needed: int,
+        overwrite: bool = False,
+        shared: bool = False,
+        names: Collection[str] = ("*.safetensors",),
     ) -> None:
         """Open or make the directory.
 
@@ -141,6 +248,7 @@ class Staging(Workplace):
             space_needed: Bytes that will be written.
             overwrite: Replace what is there when the output appears.
             shared: Other processes write there too, so that it is never this one's to remove.
+            names: Patterns of the files that will be made.
 
         Raises:
             M3Error: Another merge is at work there, something else is there, or the disk is too small.
@@ -148,75 +256,162 @@ class Staging(Workplace):
         Journalled.__init__(self, partial_directory(out), [])
         self.out = out
         self._journal = self.path / _JOURNAL
+        self._names = tuple(names)
         self._overwrite = overwrite
         self._shared = shared
+        self._mark: Path | None = None
+        self._opened = self._published = False
         self._lock = self._take()
-        self._published = False
         try:
-            self.finished = self._resume(identity)
+            self._settle(identity)
+            self._resume(identity)
             written = sum(f.stat().st_size for f in self.path.iterdir() if is_weights(f.name))
             check_space(self.out, space_needed - written)
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
 
+    # --- Opening --------------------------------------------------------------------------------------------------
+
     def _take(self) -> int:
         """A lock on the directory, made if it is missing."""
         while True:
-            self.path.mkdir(exist_ok=True)
-            lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            is_new = _make(self.path)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                lock = _open_directory(self.path)
+            except FileNotFoundError:  # given up by another merge just now
+                continue
+            try:
+                locked = _lock(lock, self.path)
+                # Whoever held the lock before may have renamed or removed the directory: then this is not it.
+                if _is_at(lock, self.path):
+                    if is_new or _replaced_by(self.out) != self.path:
+                        self._mark = None if locked else _mark(self.path)
+                        return lock
+                    # An old output whose place a new one has taken; a crash came before it was removed.
+                    shutil.rmtree(self.path)
+            except BaseException:
                 os.close(lock)
-                raise M3Error(
-                    f"{self.path}: another merge is writing there: wait for it, or choose another output"
-                ) from None
-            # Whoever held the lock before may have renamed or removed the directory: then this is not it.
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock), os.stat(self.path)):
-                    return lock
+                raise
             os.close(lock)
 
-    def _resume(self, identity: str) -> list[Entry]:
-        """What all journals tell, if they are this merge's."""
-        finished = finished_in(map(_read_journal, sorted(self.path.glob(_JOURNALS))), identity)
-        if _read_journal(self._journal).identity != identity:
-            if not _is_ours(self.path):
-                raise M3Error(f"{self.path}: holds something else than an unfinished merge: move it away")
-            for entry in self.path.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-            finished = []
-        for unfinished in self.path.glob("*.tmp"):
-            unfinished.unlink()
-        self._begin(Journal(identity, finished))
+    def _settle(self, identity: str) -> None:
+        """Bring `out` to rest after a crash while something was published there, and see that it may be replaced."""
+        old = _replaced_by(self.path)
+        if old is not None and not os.path.lexists(self.out):  # between the two renames where one does not do
+            os.rename(old, self.out)
+        published = _published(self.out)
+        if published and self._tidy():
+            # What this very merge has published is replaced by the same, so that no other command is needed.
+            self._overwrite = self._overwrite or published == identity
+            if not self._overwrite:
+                _remove_journals(self.out)
+        if self._overwrite:
+            _check_replaceable(self.out)
+        elif _is_taken(self.out):
+            raise _exists(self.out)
+
+    def _tidy(self) -> bool:
+        """Remove what the output that is there has replaced; False if whoever published it is still at that."""
+        lock = _open_directory(self.out)
+        try:
+            _lock(lock, self.out)
+            old = _replaced_by(self.out)
+            if old is not None:
+                if old != self.path:  # that one is new, and has but the number of one that is gone
+                    shutil.rmtree(old)
+                _append(self.out / _JOURNAL, {_REPLACES: None})
+        except M3Error:
+            return False
+        finally:
+            os.close(lock)
+        return True
+
+    def _resume(self, identity: str) -> None:
+        """Take over what all journals tell, if they are this merge's, and empty the directory otherwise."""
+        own = _read_journal(self._journal)
+        self.finished = finished_in(map(_read_journal, sorted(self.path.glob(_JOURNALS))), identity)
+        self.finished = [entry for entry in self.finished if _REPLACES not in entry]
+        self._check_own((*self._names, *own.names))
+        self._opened = True
+        if own.identity != identity or not self.finished:
+            self.finished = []
+            _empty(self.path)
+        for cut in self.path.glob("*.tmp"):
+            cut.unlink()
+        self._begin(Journal(identity, self.finished, self._names))
         for journal in self.path.glob(_JOURNALS):
             if journal != self._journal:
                 journal.unlink()
-        return finished
 
-    def publish(self) -> None:
-        """Make the directory the output, by one rename."""
+    def _check_own(self, names: Collection[str]) -> None:
+        """Raise M3Error if something is in the directory that is neither to be published nor ours to remove."""
+        odd = foreign(self.path, names)
+        if odd is not None:
+            raise M3Error(
+                f"{self.path / odd}: is no part of the merge that is made there: move it away, then start again"
+            ) from OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    # --- Publishing -----------------------------------------------------------------------------------------------
+
+    def publish(self, names: Collection[str] | None = None) -> None:
+        """Make the directory the output, in one step where the system has one.
+
+        Args:
+            names: The files that it is made of; whatever the patterns that were announced match if None.
+
+        Raises:
+            M3Error: A file is missing, or one is there that is not the merge's; `out` was taken meanwhile.
+            OSError: The operating system fails.
+        """
+        gone = next((name for name in names or () if not (self.path / name).is_file()), None)
+        if gone is not None:
+            raise M3Error(f"{self.path / gone}: has gone since it was made: start again") from OSError()
+        self._check_own(self._names if names is None else exactly(names))
         _sync_files(self.path)
-        for journal in self.path.glob(_JOURNALS):
-            journal.unlink()
-        replaced = None
-        if self.out.is_dir() and not any(self.out.iterdir()):
-            self.out.rmdir()
-        elif self._overwrite and self.out.exists():
-            replaced = Path(tempfile.mkdtemp(prefix=self.out.name + ".replaced-", dir=self.out.parent))
-            self.out.rename(replaced / self.out.name)
+        if not _is_taken(self.out):
+            self._rename()  # which replaces an empty directory
+            self._appeared(None)
+            return
+        if not self._overwrite:
+            raise _exists(self.out) from OSError(errno.EEXIST, "File exists")
+        _check_replaceable(self.out)
+        old = _open_directory(self.out)
         try:
-            self.path.rename(self.out)
+            _lock(old, self.out)  # also for whoever finds it where this merge was made
+            self._appeared(self._replace(os.fstat(old).st_ino))
+        finally:
+            os.close(old)
+
+    def _replace(self, inode: int) -> Path:
+        """Take the place of what is there; returns where that is now."""
+        # Names without what they name could be anybody's: the inode goes where a rename takes the directory.
+        _append(self._journal, {_REPLACES: {"name": self.path.name, "inode": inode}})
+        if _exchange(self.path, self.out):
+            return self.path
+        aside = self.out.with_name(f"{self.out.name}.replaced-{secrets.token_hex(4)}")
+        _append(self._journal, {_REPLACES: {"name": aside.name, "inode": inode}})
+        os.rename(self.out, aside)
+        try:
+            self._rename()
+        except M3Error:
+            os.rename(aside, self.out)
+            raise
+        return aside
+
+    def _rename(self) -> None:
+        try:
+            os.rename(self.path, self.out)
         except OSError as error:
-            if replaced is not None:
-                (replaced / self.out.name).rename(self.out)
-                replaced.rmdir()
             raise M3Error(f"{self.out}: cannot be made: {error.strerror}: check the place") from error
+
+    def _appeared(self, old: Path | None) -> None:
+        """Make the new name last, and remove what is not needed any more, the journal at the end."""
         self._published = True
-        _sync(self.out.parent)
-        if replaced is not None:
-            shutil.rmtree(replaced)
+        sync(self.out.parent)
+        if old is not None:
+            shutil.rmtree(old)
+        _remove_journals(self.out)
 
     def __enter__(self) -> Self:
         return self
@@ -226,10 +421,135 @@ class Staging(Workplace):
     ) -> None:
         # What can be mended without changing the merge (space, an interrupt) is worth resuming from.
         mendable = error is not None and (not isinstance(error, M3Error) or isinstance(error.__cause__, OSError))
-        removable = not self._shared and not (mendable and self.finished)
-        if not self._published and removable and _is_ours(self.path):
-            shutil.rmtree(self.path, ignore_errors=True)
-        os.close(self._lock)
+        kept = self._shared or (mendable and bool(self.finished)) or _replaced_by(self.path) is not None
+        try:
+            with suppress(OSError):
+                if not self._published and _is_at(self._lock, self.path):
+                    if self._opened and not kept and foreign(self.path, self._names) is None:
+                        _empty(self.path)
+                        _remove_journals(self.path)
+                    elif self._mark is not None:
+                        self._mark.unlink(missing_ok=True)
+                    if not self._shared:
+                        self.path.rmdir()  # where nothing is in it
+        finally:
+            os.close(self._lock)
+
+
+def _empty(directory: Path) -> None:
+    """Remove everything but the journals, which tell until the end that it was ours to remove."""
+    for path in directory.iterdir():
+        if not any(fnmatchcase(path.name, pattern) for pattern in _OWN):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _remove_journals(directory: Path) -> None:
+    """Remove all journals, process 0's last."""
+    own = [path for path in directory.iterdir() if any(fnmatchcase(path.name, pattern) for pattern in _OWN)]
+    for path in sorted(own, key=lambda path: path.name == _JOURNAL):
+        path.unlink()
+    sync(directory)
+
+
+# --- Locks --------------------------------------------------------------------------------------------------------
+
+
+def _open_directory(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _make(directory: Path) -> bool:
+    """Make a directory; False if it was there already."""
+    try:
+        directory.mkdir()
+    except FileExistsError:
+        return False
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open directory is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(descriptor: int, directory: Path) -> bool:
+    """Lock an open directory; False where the file system has no locks.
+
+    Raises:
+        M3Error: Another process holds the lock.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            raise M3Error(
+                f"{directory}: another merge is writing there: wait for it, or choose another output"
+            ) from None
+        if error.errno not in _LOCKLESS:
+            raise OSError(error.errno, error.strerror, str(directory)) from error
+        return False
+    return True
+
+
+def _mark(directory: Path) -> Path:
+    """Say in a file that a directory is taken, where the file system has no locks.
+
+    Going on without would mix two merges, refusing would shut out file systems that merge well otherwise. A file is
+    made by one process alone on all of them; unlike a lock it does not go with a process that is killed.
+    """
+    mark = directory / _TAKEN
+    try:
+        os.close(os.open(mark, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+    except FileExistsError:
+        raise M3Error(
+            f"{directory}: its file system has no locks, and {_TAKEN} in it says that another merge is writing there: "
+            "if none is, remove that file and start again"
+        ) from None
+    return mark
+
+
+# --- Exchanging ---------------------------------------------------------------------------------------------------
+
+
+@cache
+def _renameat2() -> Any:
+    """The system's function that exchanges two names; None where there is none."""
+    try:
+        return ctypes.CDLL(None, use_errno=True).renameat2 if sys.platform == "linux" else None
+    except (OSError, AttributeError):
+        return None
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two directories in one step; False where the system or the file system cannot."""
+    function = _renameat2()
+    if function is None:
+        return False
+    names = [ctypes.c_char_p(os.fsencode(path)) for path in (one, other)]
+    if function(_HERE, names[0], _HERE, names[1], ctypes.c_uint(_EXCHANGE)) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _replaced_by(directory: Path) -> Path | None:
+    """What an output has replaced or was about to, as its journal names it, if that is still there."""
+    told = [entry[_REPLACES] for entry in _read_journal(directory / _JOURNAL).entries if _REPLACES in entry]
+    if not told or not isinstance(told[-1], dict):
+        return None
+    place = directory.with_name(str(told[-1].get("name")))
+    try:
+        return place if place.lstat().st_ino == told[-1].get("inode") else None
+    except FileNotFoundError:
+        return None
+
+
+# --- Journals -----------------------------------------------------------------------------------------------------
 
 
 def _appears(path: Path) -> bool:
@@ -242,29 +562,44 @@ def _appears(path: Path) -> bool:
     return True
 
 
+def _line(told: Mapping[str, Any]) -> str:
+    """A line of a journal, with a sum that tells whether it is as it was written."""
+    text = json.dumps(told)
+    return f"{_sum(text)} {text}\n"
+
+
+def _sum(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _whole_lines(journal: Path) -> Iterator[dict[str, Any] | None]:
+    """What each line tells; None for one that a crash cut or a disk changed."""
+    with suppress(OSError):
+        for line in journal.read_bytes().decode(errors="replace").split("\n")[:-1]:
+            said, _, text = line.partition(" ")
+            yield json.loads(text) if said == _sum(text) else None
+
+
 def _read_journal(journal: Path) -> Journal:
-    """What a journal's whole lines tell, the first its identity; a last line cut by a crash is left out."""
-    lines: list[Any] = []
-    with suppress(OSError, ValueError):
-        for line in journal.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                lines.append(json.loads(line))
-    first, *entries = [line for line in lines if isinstance(line, dict)] or [{}]
-    return Journal(str(first.get("identity", "")), entries)
+    """What a journal's whole lines tell, the first its identity."""
+    first, *others = list(_whole_lines(journal)) or [None]
+    if first is None:
+        return Journal("", [])
+    told = [line for line in others if line is not None]
+    return Journal(str(first.get("identity", "")), told, tuple(first.get("names", ())))
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        with suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _append(journal: Path, entry: Mapping[str, Any]) -> None:
+    """Add a line to a journal, safely stored before this returns."""
+    with open(journal, "a", encoding="utf-8") as file:
+        file.write(_line(entry))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync_files(directory: Path) -> None:
-    """Sync every small file and the directory; weight files were synced when they were finished."""
+    """Sync every small file and every directory; weight files were synced when they were finished."""
     for path in sorted(directory.rglob("*")):
-        if path.is_file() and not is_weights(path.name):
-            _sync(path)
-    _sync(directory)
+        if not path.is_symlink() and not is_weights(path.name):
+            sync(path)
+    sync(directory)

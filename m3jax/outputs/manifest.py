@@ -14,6 +14,7 @@ from m3jax.checkpoints.remote import as_path
 from m3jax.errors import M3Error
 from m3jax.methods import catalogue
 from m3jax.outputs import provenance
+from m3jax.outputs.local import unfinished
 from m3jax.progress import Progress
 from m3jax.recipe import Recipe
 
@@ -144,6 +145,8 @@ def locate(path: str | os.PathLike[str]) -> Path:
     given = as_path(path)
     found = given / FILE_NAME if given.is_dir() else given
     if not found.is_file():
+        if (left := unfinished(given)) is not None:
+            raise M3Error(f"{given}: is not there, but {left}")
         raise M3Error(f"{given}: there is no {FILE_NAME}: give a directory that m3jax merge wrote, or the file itself")
     return found
 

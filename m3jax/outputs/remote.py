@@ -198,8 +198,8 @@ def _is_there(entry: Mapping[str, Any], found: Mapping[str, dict[str, Any]]) -> 
 
 def _told(info: Mapping[str, Any]) -> list[Any]:
     """What tells an object from another one under its name."""
-    tag, size, _ = identity_of(dict(info))
-    return [str(tag), size]
+    told = identity_of(dict(info))
+    return [str(told.tag), told.size]
 
 
 def _send(local: Path, target: RemotePath) -> list[Any]:

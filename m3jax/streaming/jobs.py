@@ -109,6 +109,8 @@ def _open_model(name: str, role: str, job: MergeJob, stack: ExitStack) -> Opened
         hint = f"if it has moved, --input {name}=HERE says where it is"
         raise M3Error(f"{str(error).rstrip('.')}; {hint}") from error
     checkpoint = stack.enter_context(open_checkpoint(place.path))
+    if not checkpoint.tensors:
+        raise M3Error(f"{name}: holds no tensors, so there is nothing to merge: give a model that has weights")
     return _opened(role, place._replace(name=name), checkpoint, job)
 
 

@@ -16,14 +16,15 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from m3jax.anatomy import summarise
-from m3jax.checkpoints import DTYPES, TensorInfo, parse_size, write_index
+from m3jax.checkpoints import DTYPES, FileFingerprint, TensorInfo, digest_tensor, parse_size, write_index
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.checkpoints.views import stored_at
 from m3jax.cluster.processes import ALONE, Cluster, Processes, gather, share
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs import companions as modelcard
 from m3jax.outputs import manifest, provenance
-from m3jax.outputs.local import Staging, Workplace
+from m3jax.outputs.journal import weights_in
+from m3jax.outputs.local import Staging, Workplace, exactly, holds_tensors
 from m3jax.outputs.modes import narrow
 from m3jax.outputs.remote import RemoteStaging, RemoteWorkplace
 from m3jax.progress import Progress
@@ -65,13 +66,16 @@ class MergeResult(NamedTuple):
     process_reads: tuple[int, ...]
 
 
-def _open_workplace(job: MergeJob, ready: Ready, processes: Processes, stack: ExitStack) -> AnyWorkplace:
-    """The place to fill: process 0 makes it, the others join."""
+def _open_workplace(
+    job: MergeJob, ready: Ready, processes: Processes, stack: ExitStack
+) -> tuple[AnyWorkplace, list[str]]:
+    """The place to fill, which process 0 makes and the others join, and notes on what is no longer as it was left."""
     if processes.index:
         identity, finished = share(processes, None)
         if isinstance(job.out, RemotePath):
-            return stack.enter_context(RemoteWorkplace(job.out, identity, finished, processes.index))
-        return Workplace(job.out, identity, finished, processes.index)
+            return stack.enter_context(RemoteWorkplace(job.out, identity, finished, processes.index)), []
+        return Workplace(job.out, identity, finished, processes.index), []
+    damaged: list[str] = []
     staging: Staging | RemoteStaging
     if isinstance(job.out, RemotePath):
         largest = max(sum(info.nbytes for info in infos) for _, infos in ready.shards)
@@ -81,25 +85,46 @@ def _open_workplace(job: MergeJob, ready: Ready, processes: Processes, stack: Ex
         small = sum(path.stat().st_size for path in ready.companions.values())
         space = weights + small + _TOLD_PER_TENSOR * len(ready.plan.tensors)
         shared = processes.count > 1
-        staging = stack.enter_context(Staging(job.out, ready.identity, space, job.overwrite, shared))
+        possible = modelcard.possible_names(ready.companions)
+        names = exactly([*(file for file, _ in ready.shards), *possible, manifest.FILE_NAME])
+        staging = stack.enter_context(Staging(job.out, ready.identity, space, job.overwrite, shared, names))
         narrow(staging.path, _weight_files(ready))
+        damaged = _damaged(staging, ready.shards, job.progress)
+        staging.finished = [entry for entry in staging.finished if entry.get("shard") not in damaged]
     share(processes, [ready.identity, staging.finished])
-    return staging
+    return staging, [f"{staging.path / file} was not as it had been finished, and was made again" for file in damaged]
+
+
+def _damaged(
+    staging: Staging, shards: Sequence[tuple[str, list[TensorInfo]]], progress: Callable[[Progress], None] | None
+) -> list[str]:
+    """Those of the shards that an earlier run has finished that are not as it has told."""
+    told = weights_in(staging.finished)
+    damaged, done = [], 0
+    resumed = [(file, infos) for file, infos in shards if file in told]
+    total = sum(info.nbytes for _, infos in resumed for info in infos)
+    for file, infos in resumed:
+        digests = {name: tensor["digest"] for name, tensor in told[file]["tensors"].items()}
+        if not holds_tensors(staging.path / file, infos, digests):
+            damaged.append(file)
+        done += sum(info.nbytes for info in infos)
+        if progress is not None:
+            progress(Progress("checking what is finished", done, total))
+    return damaged
 
 
 def _merge(job: MergeJob, processes: Processes) -> MergeResult:
     begun = time.perf_counter()
     with saying_what_failed(job.out), ExitStack() as stack:
         ready = prepare(job, processes, stack)
-        workplace = _open_workplace(job, ready, processes, stack)
+        workplace, mended = _open_workplace(job, ready, processes, stack)
         checkpoints = [m.checkpoint for m in ready.models]
         entries = _chunk_size(job.chunk_entries, ready.plan, ready.models)
         how = Circumstances(entries, _local_mesh(job.mesh), processes, job.allow_nonfinite, job.progress)
         passes = Passes(ready.plan, checkpoints, job.recipe.seed, recorded_digests(ready, job.recorded), how)
         finished = _finished(workplace, ready.shards)
         written = _produce(passes, workplace, ready.shards, finished, job.expected)
-        if ready.fingerprints != [checkpoint.fingerprint() for checkpoint in checkpoints]:
-            raise M3Error(f"{job.out}: an input changed while it was being merged: merge again once it is at rest")
+        _check_at_rest(job, ready, passes)
         told = gather(processes, [_own_shards(workplace, finished), passes.bytes_read, written])
         made = {file: entry for shards, _, _ in told for file, entry in shards.items()}
         tensors = finished | {file: entry["tensors"] for file, entry in made.items()}
@@ -117,9 +142,32 @@ def _merge(job: MergeJob, processes: Processes) -> MergeResult:
         sum(read for _, read, _ in told),
         sum(wrote for _, _, wrote in told),
         len(finished),
-        tuple(_notes(job, ready, finished, processes.count)),
+        (*_notes(job, ready, finished, processes.count), *mended),
         tuple(read for _, read, _ in told),
     )
+
+
+def _check_at_rest(job: MergeJob, ready: Ready, passes: Passes) -> None:
+    """Raise M3Error if an input has changed since it was opened.
+
+    A link or a mode changes a file's ctime, and so does whoever sets its mtime back: then the bytes decide.
+    """
+    for position, (model, before) in enumerate(zip(ready.models, ready.fingerprints, strict=True)):
+        checkpoint = model.checkpoint
+        now = checkpoint.fingerprint()
+        if now == before:
+            continue
+        read = {name: told[position] for name, told in passes.digests.items() if position in told}
+        if _but_ctime(now) != _but_ctime(before) or any(
+            digest_tensor(checkpoint, name) != digest for name, digest in read.items()
+        ):
+            raise M3Error(
+                f"{job.out}: {checkpoint.location} changed while it was being merged: merge again once it is at rest"
+            )
+
+
+def _but_ctime(told: Mapping[str, FileFingerprint]) -> dict[str, Any]:
+    return {file: {key: value for key, value in seen.items() if key != "ctime_ns"} for file, seen in told.items()}
 
 
 def _local_mesh(mesh: Mesh | None) -> Mesh | None:
@@ -277,7 +325,9 @@ def _publish(job: MergeJob, ready: Ready, staging: Staging | RemoteStaging, reco
     (staging.path / manifest.FILE_NAME).write_text(manifest.to_json(record), encoding="utf-8")
     if isinstance(staging, Staging):
         narrow(staging.path, _weight_files(ready))
-    staging.publish()
+        staging.publish([*(file for file, _ in ready.shards), *files, manifest.FILE_NAME])
+    else:
+        staging.publish()
 
 
 def merge_checkpoint(
@@ -302,7 +352,7 @@ def merge_checkpoint(
     Args:
         recipe: A `Recipe`, its YAML file, or its content as a mapping.
         out: The directory to make; its parent exists.
-        overwrite: Replace `out` if it exists.
+        overwrite: Replace `out` if it is a directory that m3jax has made.
         max_shard_size: Bytes of tensors per file at most, as a number or as in "5GB".
         allow_nonfinite: Merge inputs that hold NaN or infinities.
         chunk_entries: Entries per chunk, a power of two of at least 65,536; memory grows with it, the bits do not

@@ -87,14 +87,17 @@ class Passes:
         self._multiple = 1 if how.mesh is None else how.mesh.size
 
     def _note_digest(self, position: int, name: str, digest: str) -> None:
-        """Record the digest of an input's tensor; refuse a replay whose input has changed."""
+        """Record the digest of an input's tensor; refuse one that has changed since a recorded merge or pass."""
         stored = stored_at(self._checkpoints[position], name)
         if self._recorded is not None and self._recorded[stored.location].get(stored.name, digest) != digest:
             raise M3Error(
                 f"{stored.location}: {stored.name} is not what was merged: its bytes have changed since; "
                 "restore the file, or make a new merge with m3jax merge"
             )
-        self.take_digests(name, {position: digest})
+        with self._lock:
+            first = self.digests.setdefault(name, {}).setdefault(position, digest)
+        if first != digest:
+            raise M3Error(f"{stored.location}: {stored.name} changed while it was read: merge again once it is at rest")
 
     def take_digests(self, name: str, digests: Mapping[int, str]) -> None:
         """Add digests of a tensor, by input."""

@@ -39,7 +39,8 @@ class Visit(NamedTuple):
         start: First entry.
         size: Number of entries.
         padded: Entries of the arrays handed out, at least `size`; what is beyond `size` is arbitrary.
-        first_reading: Whether the tensor is read for the first time, and so hashed and checked.
+        first_reading: Whether the tensor is read for the first time, and so checked.
+        whole: Whether the stage reads all of the tensor, and so hashes it.
         last: Whether it is the tensor's last chunk at this stage.
         block: Which block of the tensor the chunk is of; None if it has entries of all that the tensor stacks.
     """
@@ -50,6 +51,7 @@ class Visit(NamedTuple):
     size: int
     padded: int
     first_reading: bool
+    whole: bool
     last: bool
     block: int | None = 0
 
@@ -127,6 +129,7 @@ def visits(
     multiple: int = 1,
 ) -> Iterator[Visit]:
     """The chunks of one tensor (or of a part of it) at one stage; a tensor without entries has one empty chunk."""
+    whole = stop is None
     stop = plan.output.size if stop is None else stop
     if plan.pipeline is None:  # copied: wide entries take no more memory than bfloat16's
         chunk_entries = chunk_entries * 2 // max(2, DTYPES[plan.output.dtype].itemsize)
@@ -141,7 +144,7 @@ def visits(
                 padded = padded_rows(size // unit, chunk // unit, multiple) * unit
             else:
                 padded = padded_size(size, chunk_entries, multiple)
-            yield Visit(stage, plan, begin, size, padded, first_reading, begin + size == stop, block)
+            yield Visit(stage, plan, begin, size, padded, first_reading, whole, begin + size == stop, block)
 
 
 def _aligned_empty(nbytes: int) -> np.ndarray:
@@ -220,8 +223,8 @@ class ChunkReader:
         Args:
             checkpoints: The inputs by position.
             schedule: What to read, in order.
-            on_digest: Called with (input, tensor name, digest) when a tensor was read for the first time; may be
-                called from any thread and may raise.
+            on_digest: Called with (input, tensor name, digest) whenever all of a tensor was read; may be called from
+                any thread and may raise.
             allow_nonfinite: Let NaN and infinities pass.
         """
         sizes = dict.fromkeys(checkpoints, 1)
@@ -297,7 +300,7 @@ class ChunkReader:
                 buffer = self._take(lane.free)
                 buffer = _aligned_empty(lane.chunk_bytes) if buffer is None else buffer
                 self._read(position, visit, buffer, digest)
-                if visit.first_reading and visit.last:
+                if visit.whole and visit.last:
                     self._on_digest(position, visit.plan.output.name, digest.hexdigest())
                     digest = TensorDigest()
                 self._put(lane.ready, buffer)
@@ -317,10 +320,9 @@ class ChunkReader:
         for start in range(0, raw.size, _CACHED_BYTES):
             piece = raw[start : start + _CACHED_BYTES]
             checkpoint.read_into(info.name, visit.start * width + start, piece)
-            if not visit.first_reading:
-                continue
-            digest.update(piece)
-            if not self._allow_nonfinite and visit.plan.pipeline is not None:
+            if visit.whole:
+                digest.update(piece)
+            if visit.first_reading and not self._allow_nonfinite and visit.plan.pipeline is not None:
                 check_finite(
                     piece,
                     info.dtype,

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import stat
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -477,8 +478,11 @@ def test_a_fingerprint_notices_a_change(tmp_path) -> None:
     assert before.keys() == {"model.safetensors"}
     assert before == open_safetensors(path).fingerprint()
     os.utime(path, ns=(0, 0))
-    touched = checkpoint.fingerprint()
-    assert touched["model.safetensors"] == before["model.safetensors"] | {"mtime_ns": 0}
+    touched = checkpoint.fingerprint()["model.safetensors"]
+    assert touched == before["model.safetensors"] | {"mtime_ns": 0, "ctime_ns": touched["ctime_ns"]}
+    time.sleep(0.02)  # longer than the file system's clock stands still
+    os.utime(path, ns=(0, before["model.safetensors"]["mtime_ns"]))
+    assert checkpoint.fingerprint() != before
     write(path, small("v"))
     assert (
         checkpoint.fingerprint()["model.safetensors"]["header_blake3"] != (before["model.safetensors"]["header_blake3"])

@@ -207,8 +207,10 @@ def test_bad_requests(tmp_path: Path, model: Path) -> None:
     refused("is not on this disk", model, "s3://bucket/out")
     refused("its parent does not exist", model, tmp_path / "absent" / "out")
     refused("exists already", model, save(tmp_path / "other", {}))
-    refused("is the model to convert, or holds it", model, model, overwrite=True)
-    refused("is the model to convert, or holds it", model, tmp_path, overwrite=True)
+    refused("only what m3jax has made is overwritten", model, tmp_path / "other", overwrite=True)
+    for place in (model, tmp_path):
+        (place / "m3jax.json").write_text("{}")
+        refused("is the model to convert, or holds it", model, place, overwrite=True)
     refused("does not exist", tmp_path / "nothing", tmp_path / "out")
 
 
@@ -228,11 +230,11 @@ def test_a_disk_that_is_too_small(tmp_path: Path, model: Path, monkeypatch: pyte
 
 
 def test_overwriting(tmp_path: Path, model: Path) -> None:
-    out = save(tmp_path / "out", {"old": np.ones(1, np.int8)})
+    out = convert(save(tmp_path / "other", {"old": np.ones(1, np.int8)}), tmp_path / "out").directory
     convert(model, out, "msgpack", overwrite=True)
     assert contents(out) == contents(model)
     assert not list(out.glob("*.safetensors"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "other", "out"]
 
 
 @pytest.mark.parametrize("to", WRITTEN)

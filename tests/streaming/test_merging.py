@@ -483,7 +483,10 @@ def test_outputs_that_cannot_be(tmp_path, place):
     (tmp_path / "taken" / "precious").write_text("x")
     with pytest.raises(M3Error, match="exists already"):
         m3jax.merge_checkpoint(asked, tmp_path / "taken")
+    with pytest.raises(M3Error, match=r"holds no m3jax\.json, and only what m3jax has made is overwritten"):
+        m3jax.merge_checkpoint(asked, tmp_path / "taken", overwrite=True)
     assert (tmp_path / "taken" / "precious").exists()
+    (tmp_path / "taken" / "m3jax.json").write_text("{}")
     m3jax.merge_checkpoint(asked, tmp_path / "taken", overwrite=True)
     assert not (tmp_path / "taken" / "precious").exists()
     with pytest.raises(M3Error, match="its parent does not exist"):
@@ -516,7 +519,7 @@ def test_what_is_not_ours_is_never_emptied(tmp_path, place):
             {**asked, "models": [str(tmp_path / "new.partial"), asked["models"][1]]}, tmp_path / "new"
         )
     assert (tmp_path / "new.partial" / "model.safetensors").exists()
-    shutil.copytree(tmp_path / "real", tmp_path / "again")
+    m3jax.merge_checkpoint(asked, tmp_path / "again")
     shutil.copytree(tmp_path / "real", tmp_path / "again.replaced")
     m3jax.merge_checkpoint(asked, tmp_path / "again", overwrite=True)
     assert (tmp_path / "again.replaced" / "thesis.txt").exists()
@@ -527,15 +530,17 @@ def test_a_lock_taken_while_another_merge_publishes_is_not_its_output(tmp_path, 
     """Whoever waits for the directory gets a new one once the old one has become the output."""
     from m3jax.outputs import local
 
-    first = local.Staging(tmp_path / "out", "one", 1)
-    (first.path / "model.safetensors").write_bytes(b"x")
+    first = local.Staging(tmp_path / "out", "one", 1, names=["m3jax.json"])
+    (first.path / "m3jax.json").write_bytes(b"x")
     with pytest.raises(M3Error, match="another merge"):
         local.Staging(tmp_path / "out", "two", 1)
     first.publish()
     first.__exit__(None, None, None)
-    with local.Staging(tmp_path / "out", "two", 1) as second:
+    with pytest.raises(M3Error, match="exists already"):
+        local.Staging(tmp_path / "out", "two", 1)
+    with local.Staging(tmp_path / "out", "two", 1, overwrite=True) as second:
         assert second.path.is_dir()
-        assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.safetensors"]
+        assert [p.name for p in (tmp_path / "out").iterdir()] == ["m3jax.json"]
 
 
 def test_leftovers_of_a_kill_do_not_count_as_a_full_disk(tmp_path):
@@ -559,6 +564,7 @@ def test_leftovers_of_a_kill_do_not_count_as_a_full_disk(tmp_path):
 
 def test_an_input_cannot_be_overwritten_while_it_is_read(tmp_path, place):
     asked = recipe(place, merge_method="task_arithmetic")
+    (place / "expert-0" / "m3jax.json").write_text("{}")  # a merge itself
     with pytest.raises(M3Error, match="is one of the models"):
         m3jax.merge_checkpoint(asked, place / "expert-0", overwrite=True)
     assert (place / "expert-0" / "model.safetensors").exists()
