@@ -1,0 +1,160 @@
+"""Every call that changes an output's place fails or is the last: what is there then, and what the same command does.
+
+A kill is an exception that no handler outlives: from then on every call raises it and changes nothing, so that the
+place stays as a process that is gone has left it. `exit` ends the process instead.
+"""
+
+import builtins
+import errno
+import io
+import os
+import shutil
+import threading
+from collections import Counter
+from contextlib import ExitStack
+from unittest import mock
+
+from m3jax.errors import M3Error
+from m3jax.outputs import local
+
+KINDS = {"kill": None, "torn": None, "exit": None, "EIO": errno.EIO, "ENOSPC": errno.ENOSPC}
+CALLS = ("rename", "replace", "unlink", "remove", "rmdir", "mkdir", "fsync", "pwrite", "posix_fallocate", "chmod")
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+class Faults:
+    """Counts the calls that change what is below a directory; the one of a number fails, or is where it all ends."""
+
+    def __init__(self, root, at=0, kind="kill"):
+        self.root, self.at, self.kind = str(root), at, kind
+        self.calls = []
+        self.is_dead = False
+        self._is_last = lambda call: False
+        self._lock = threading.RLock()
+        self._stack = ExitStack()
+
+    def __enter__(self):
+        for name in CALLS:
+            self._patch(os, name, lambda plain, *a, **k: (_place(*a[:1], k.get("dir_fd")), plain, a, k))
+        self._patch(os, "open", self._opened)
+        for module in (builtins, io):
+            self._patch(module, "open", self._opened_file)
+        self._patch(local, "_exchange", lambda plain, *a: (str(a[1]), plain, a, {}))
+        return self
+
+    def __exit__(self, *_):
+        self._stack.close()
+
+    def until(self, is_last):
+        """Let it all end at the first call of which something is true."""
+        self._is_last = is_last
+        return self
+
+    def _patch(self, module, name, told):
+        plain = getattr(module, name)
+
+        def patched(*args, **keys):
+            place, call, args, keys = told(plain, *args, **keys)
+            if place is not None and place.startswith(self.root):
+                self._pass(name, place, lambda: call(*args, **keys))
+                if name == "fsync":  # no power is cut here, and it is what takes the time
+                    return None
+            return call(*args, **keys)
+
+        self._stack.enter_context(mock.patch.object(module, name, patched))
+
+    def _opened(self, plain, path, flags, *args, **keys):
+        changes = flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR)
+        return (_place(path, keys.get("dir_fd")) if changes else None), plain, (path, flags, *args), keys
+
+    def _opened_file(self, plain, file, mode="r", *args, **keys):
+        changes = set(mode) & set("wax+") and not isinstance(file, int)
+        return (_place(file, None) if changes else None), plain, (file, mode, *args), keys
+
+    def _pass(self, name, place, call):
+        with self._lock:
+            if self.is_dead:
+                raise Killed
+            self.calls.append(f"{name} {place.removeprefix(self.root)}")
+            if len(self.calls) != self.at and not self._is_last(self.calls[-1]):
+                return
+            if self.kind in ("kill", "torn"):
+                if self.kind == "torn" and name == "open":  # there, and nothing in it
+                    made = call()
+                    os.close(made) if isinstance(made, int) else made.close()
+                self.is_dead = True
+                raise Killed
+            if self.kind == "exit":
+                os._exit(9)
+            raise OSError(KINDS[self.kind], os.strerror(KINDS[self.kind]), place)
+
+
+def _place(target, directory):
+    """The path that a call is about."""
+    if isinstance(target, int):
+        return os.readlink(f"/proc/self/fd/{target}")
+    path = os.fspath(target)
+    path = path.decode() if isinstance(path, bytes) else path
+    return path if directory is None else f"{os.readlink(f'/proc/self/fd/{directory}')}/{path}"
+
+
+def contents(directory):
+    """The bytes of every file, journals aside; None where there is no directory."""
+    if not directory.exists():
+        return None
+    files = [path for path in directory.rglob("*") if path.is_file() and not path.name.startswith("m3jax-journal")]
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
+
+
+def step_through(command, start, place, reference, kind, stride=1, first=1):
+    """Run a command with a fault at each call in turn, and then again without one.
+
+    Args:
+        command: Makes the output that it is given; raises M3Error.
+        start: A directory with what is there before, copied for every run.
+        place: Where to; it is removed.
+        reference: The contents of the output.
+        kind: Of `KINDS`.
+        stride: Take every so many calls.
+        first: The first.
+
+    Returns:
+        How often each outcome was there after the fault, the number of calls, and what is wrong.
+    """
+    old = contents(start / "out")
+    outcomes, wrong = Counter(), []
+    at, calls = first, 10**6
+    while at <= calls:
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(start, place)
+        ended = "finished"
+        with Faults(place, at, kind) as faults:
+            try:
+                command(place / "out")
+            except (Killed, M3Error) as error:
+                ended = "killed" if isinstance(error, Killed) else "refused"
+        if len(faults.calls) < at:
+            calls = len(faults.calls)
+            break
+        there = contents(place / "out")
+        state = "new" if there == reference else "old" if there == old and old else "none" if there is None else "OTHER"
+        said = f"{kind} at {at} ({faults.calls[at - 1]}), {ended}, then {state}"
+        if state == "OTHER" or (ended == "finished" and state != "new"):
+            wrong.append(said)
+        outcomes[f"{ended}, {state} output"] += 1
+        try:
+            command(place / "out")
+        except M3Error as error:
+            # The very last call but one: nothing is left that would tell that this command was not through.
+            if not (state == "new" and "exists already" in str(error)):
+                wrong.append(f"{said}; again: {error}")
+        left = [path.name for path in place.iterdir() if path.name != "out"]
+        journals = [path.name for path in (place / "out").glob("m3jax-journal*")]
+        if contents(place / "out") != reference or left or journals:
+            wrong.append(f"{said}; left {left + journals}")
+        at += stride
+    shutil.rmtree(place, ignore_errors=True)
+    return outcomes, calls, wrong
