@@ -11,11 +11,19 @@ import os
 import shutil
 import threading
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
+
+import m3jax
 from m3jax.errors import M3Error
 from m3jax.outputs import local
+from m3jax.outputs.conversion import convert
+from support.directories import recipe, write
 
 KINDS = {"kill": None, "torn": None, "exit": None, "EIO": errno.EIO, "ENOSPC": errno.ENOSPC}
 CALLS = ("rename", "replace", "unlink", "remove", "rmdir", "mkdir", "fsync", "pwrite", "posix_fallocate", "chmod")
@@ -109,24 +117,84 @@ def contents(directory):
     return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
 
 
-def step_through(command, start, place, reference, kind, stride=1, first=1):
-    """Run a command with a fault at each call in turn, and then again without one.
+SHAPES = {"a": (40, 30), "b": (50, 30), "c": (30, 30)}
+STARTS = ("fresh", "resumed", "overwriting", "without exchange")
 
-    Args:
+
+def make_inputs(place):
+    """Three small models."""
+    for seed, name in enumerate(("base", "expert-0", "expert-1")):
+        rng = np.random.default_rng(seed)
+        write(place / name, {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()})
+
+
+def commands(inputs, kind, overwrite):
+    """The command, and one that makes another output of the kind."""
+    if kind == "convert":
+        return (
+            lambda out: convert(inputs / "expert-0", out, "msgpack", max_shard_size=5000, overwrite=overwrite),
+            lambda out: convert(inputs / "expert-1", out, "safetensors"),
+        )
+    asked = recipe(inputs, merge_method="ties", parameters={"density": 0.5, "trim_scope": "model"})
+    other = recipe(inputs, merge_method="task_arithmetic")
+    return (
+        lambda out: m3jax.merge_checkpoint(asked, out, max_shard_size=5000, overwrite=overwrite),
+        lambda out: m3jax.merge_checkpoint(other, out),
+    )
+
+
+class Scenario(NamedTuple):
+    """A command, in all that it needs to be stepped through.
+
+    Attributes:
         command: Makes the output that it is given; raises M3Error.
         start: A directory with what is there before, copied for every run.
         place: Where to; it is removed.
         reference: The contents of the output.
+        exchanges: Whether the system has a call that exchanges two names.
+    """
+
+    command: Callable[[Path], Any]
+    start: Path
+    place: Path
+    reference: dict[str, bytes]
+    exchanges: bool
+
+
+def prepare(inputs, tmp_path, kind, start):
+    """A merge or a conversion that begins at one of `STARTS`."""
+    command, other = commands(inputs, kind, start in STARTS[2:])
+    for name in ("start", "whole"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    command(tmp_path / "whole" / "out")
+    if start in STARTS[2:]:
+        other(tmp_path / "start" / "out")
+    if start == "resumed":
+        last = Faults(tmp_path / "start").until(lambda call: call.startswith("fsync") and "model-00003" in call)
+        with suppress(Killed), last:
+            command(tmp_path / "start" / "out")
+    reference = contents(tmp_path / "whole" / "out")
+    return Scenario(command, tmp_path / "start", tmp_path / "place", reference, start != STARTS[3])
+
+
+def step_through(scenario, kind, stride=1):
+    """Run a command with a fault at each call in turn, and then again without one.
+
+    Args:
+        scenario: The command.
         kind: Of `KINDS`.
         stride: Take every so many calls.
-        first: The first.
 
     Returns:
         How often each outcome was there after the fault, the number of calls, and what is wrong.
     """
+    if not scenario.exchanges:
+        with mock.patch.object(local, "_renameat2", return_value=None):
+            return step_through(scenario._replace(exchanges=True), kind, stride)
+    command, start, place, reference, _ = scenario
     old = contents(start / "out")
     outcomes, wrong = Counter(), []
-    at, calls = first, 10**6
+    at, calls = 1, 10**6
     while at <= calls:
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(start, place)
