@@ -24,14 +24,15 @@ from m3jax.outputs.journal import (
     Journalled,
     finished_in,
     in_order,
-    is_weights,
     makes_a_model,
     weights_in,
 )
 from m3jax.outputs.local import check_space
+from m3jax.outputs.provenance import FILE_NAME
 
 _JOURNAL = "m3jax-journal-{}.json"
 _JOURNALS = "m3jax-journal-*.json"
+_OURS = "ours"  # the key of the entry that names objects which are a merge's to replace or remove
 _PART = 2**24  # bytes of a part of a large object
 _MOST_PARTS = 10_000
 
@@ -100,12 +101,13 @@ class RemoteStaging(RemoteWorkplace):
         found = _objects(out)
         journals = {name: _read_journal(out / name) for name in found if fnmatchcase(name, _JOURNALS)}
         _check_free(out, found, journals, overwrite)
-        told = finished_in(journals.values(), identity)
+        told = [entry for entry in finished_in(journals.values(), identity) if _OURS not in entry]
         arrived = [entry for entry in told if "shard" not in entry or _is_there(entry, found)]
         super().__init__(out, identity, arrived, 0)
+        self._ours = {name for name in found if name not in journals}
         try:
             check_space(self.path, largest)
-            self._own.entries.extend(self.finished)
+            self._own.entries.extend([*self.finished, {_OURS: sorted(self._ours)}])
             self._write_journal()
             _abort_parts(out)
             # Not before the journal is there, which tells that the rest is ours to replace.
@@ -125,8 +127,15 @@ class RemoteStaging(RemoteWorkplace):
                 raise M3Error(
                     f"{self.out / name} is not as it was sent: see that nobody else writes there, then start again."
                 ) from OSError()
-        foreign = [n for n in found if n not in small and n not in weights and not fnmatchcase(n, _JOURNALS)]
-        _remove(self.out, foreign)
+        others = [n for n in found if n not in small and n not in weights and not fnmatchcase(n, _JOURNALS)]
+        foreign = next((name for name in others if name not in self._ours), None)
+        if foreign is not None:
+            raise M3Error(
+                f"{self.out / foreign}: is no part of the merge that is made there: move it away, then start again"
+            ) from OSError()
+        _remove(self.out, others)
+        self._own.entries.append({_OURS: sorted(small)})
+        self._write_journal()
         for name in in_order(small):
             _send(small[name], self.out / name)
         _remove(self.out, [name for name in found if fnmatchcase(name, _JOURNALS)])
@@ -135,7 +144,7 @@ class RemoteStaging(RemoteWorkplace):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, traceback)
-        if error is not None and not self.finished:
+        if error is not None and not self.finished and not self._ours:
             with suppress(M3Error):
                 _remove(self.out, [self._journal.name])
 
@@ -163,13 +172,17 @@ def check_remote_free(out: RemotePath, overwrite: bool) -> None:
 
 
 def _check_free(out: RemotePath, found: Mapping[str, Any], journals: Mapping[str, Journal], overwrite: bool) -> None:
-    begun = weights_in(entry for journal in journals.values() for entry in journal.entries)
-    others = [name for name in found if name not in begun and name not in journals]
-    if not others or (overwrite and any(makes_a_model(name) or is_weights(name) for name in others)):
+    entries = [entry for journal in journals.values() for entry in journal.entries]
+    ours = {*weights_in(entries), *(name for entry in entries for name in entry.get(_OURS, ()))}
+    others = [name for name in found if name not in ours and name not in journals]
+    if not others or (overwrite and FILE_NAME in others):
         return
     if not overwrite:
         raise M3Error(f"{out} exists already: choose another output, or pass --overwrite.")
-    raise M3Error(f"{out} holds no model, and only a model is overwritten: choose another output.")
+    raise M3Error(
+        f"{out} holds no {FILE_NAME}, and only what m3jax has made is overwritten: choose another output, "
+        "or move it away."
+    )
 
 
 def _objects(out: RemotePath) -> dict[str, dict[str, Any]]:

@@ -95,6 +95,43 @@ def test_an_interrupted_merge_is_no_model_and_goes_on(s3, place, monkeypatch) ->
     assert stored(s3) == contents(place / "reference")
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_a_merge_goes_on_wherever_its_sending_ends(s3, place, monkeypatch, old) -> None:
+    """At the small files too, which come last, and where the model that it replaces is none any more."""
+    plain, sends = s3.driver.put_file, len(contents(place / "reference"))
+    for allowed in (0, sends - 4, sends - 1):
+        left = [None] * allowed
+        for name in s3.names("out"):
+            s3.driver.rm_file(f"{s3.bucket}/out/{name}")
+        for name in ("m3jax.json", "model.safetensors", "tokenizer.json") if old else ():
+            s3.driver.pipe_file(f"{s3.bucket}/out/{name}", b"{}")
+
+        def put(*args, left=left, **options):
+            if not left:
+                raise KeyboardInterrupt
+            left.pop()
+            plain(*args, **options)
+
+        monkeypatch.setattr(s3.driver, "put_file", put)
+        with pytest.raises(KeyboardInterrupt):
+            merge(place, f"{s3.url}/out", overwrite=old)
+        monkeypatch.setattr(s3.driver, "put_file", plain)
+        merge(place, f"{s3.url}/out", overwrite=old)
+        assert stored(s3) == contents(place / "reference")
+
+
+def test_what_somebody_puts_there_meanwhile_is_named_and_stays(s3, place) -> None:
+    def drop(progress):
+        s3.driver.pipe_file(f"{s3.bucket}/out/notes.txt", b"mine")
+
+    with pytest.raises(M3Error, match=r"notes\.txt: is no part of the merge"):
+        merge(place, f"{s3.url}/out", progress=drop)
+    assert stored(s3)["notes.txt"] == b"mine"
+    s3.driver.rm_file(f"{s3.bucket}/out/notes.txt")
+    assert merge(place, f"{s3.url}/out").resumed_shards > 0
+    assert stored(s3) == contents(place / "reference")
+
+
 def test_another_merge_begins_anew(s3, place, monkeypatch) -> None:
     plain, left = s3.driver.put_file, [None] * 3
 
@@ -117,11 +154,14 @@ def test_what_is_there_is_kept_unless_overwritten(s3, place) -> None:
     s3.driver.pipe_file(f"{s3.bucket}/out/config.json", b"{}")
     with pytest.raises(M3Error, match="exists already"):
         merge(place, f"{s3.url}/out")
+    with pytest.raises(M3Error, match=r"holds no m3jax\.json, and only what m3jax has made is overwritten"):
+        merge(place, f"{s3.url}/out", overwrite=True)
     assert stored(s3) == {"model.safetensors": b"old", "config.json": b"{}"}
+    s3.driver.pipe_file(f"{s3.bucket}/out/m3jax.json", b"{}")
     merge(place, f"{s3.url}/out", overwrite=True)
     assert stored(s3) == contents(place / "reference")
     s3.driver.pipe_file(f"{s3.bucket}/notes/plan.txt", b"mine")
-    with pytest.raises(M3Error, match="holds no model"):
+    with pytest.raises(M3Error, match=r"holds no m3jax\.json"):
         merge(place, f"{s3.url}/notes", overwrite=True)
     assert stored(s3, "notes") == {"plan.txt": b"mine"}
 
