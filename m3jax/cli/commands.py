@@ -291,7 +291,7 @@ def convert(
         str, typer.Option("--to", metavar="|".join(formats.WRITTEN), help="The format to write.")
     ] = formats.SAFETENSORS.name,
     max_shard_size: options.MaxShardSize = "5GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if m3jax has made it.")] = False,
     speech: options.Speech,
 ) -> None:
     """Write a checkpoint in another format, bit for bit."""

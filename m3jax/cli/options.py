@@ -20,7 +20,7 @@ Out = Annotated[
     str,
     typer.Argument(metavar="OUT", help="The directory to make, or an s3:// or gs:// URL.", show_default=False),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if m3jax has made it.")]
 MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")]
 
 # --- Recipes and manifests ----------------------------------------------------------------------------------------
