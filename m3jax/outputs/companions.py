@@ -21,6 +21,7 @@ from m3jax.methods.mixup import draw_weights
 from m3jax.outputs import provenance
 from m3jax.outputs.copies import CHAT_TEMPLATE_JSON, read_entries, write_copy
 from m3jax.outputs.layers import untied, with_layers
+from m3jax.outputs.manifest import README
 from m3jax.outputs.modes import copy_mode
 from m3jax.outputs.vocabularies import check_same_vocabularies
 from m3jax.recipe import Recipe
@@ -184,8 +185,8 @@ def write_companions(
     if template is not None and recipe.chat_template != AUTO:
         (directory / _CHAT_TEMPLATE).write_text(template, encoding="utf-8")
         written.append(_CHAT_TEMPLATE)
-    (directory / "README.md").write_text(card(recipe, weights), encoding="utf-8")
-    written.append("README.md")
+    (directory / README).write_text(card(recipe, weights), encoding="utf-8")
+    written.append(README)
     if (index := directory / SAFETENSORS.index_file).is_file():
         written.append(index.name)
     return {name: digest_file(directory / name) for name in sorted(set(written))}
