@@ -43,6 +43,13 @@ def read_bounded(path: Path, largest: int) -> bytes:
 # --- JSON --------------------------------------------------------------------------------------------------------
 
 
+class TooDeepError(ValueError):
+    """Plain data is deeper than anything that is meant."""
+
+    def __init__(self) -> None:
+        super().__init__("brackets inside brackets without end")
+
+
 def parse_json(raw: bytes | str, unique: bool = False, halves: bool = False) -> Any:
     """What JSON says.
 
@@ -64,13 +71,10 @@ def parse_json(raw: bytes | str, unique: bool = False, halves: bool = False) -> 
         if not halves:
             json.dumps(told, ensure_ascii=False).encode()
     except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
+        raise TooDeepError from None
     except UnicodeEncodeError:
         raise ValueError("it holds half a character (a lone surrogate such as \\ud800)") from None
     return told
-
-
-_TOO_DEEP = "brackets inside brackets without end"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -82,14 +86,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_depth(told: Any) -> None:
-    """Raise ValueError where plain data is deeper than anything that is meant."""
+    """Raise TooDeepError where plain data is deeper than anything that is meant."""
     level = [told]
     for _ in range(DEEPEST + 1):
         holders = [each for each in level if isinstance(each, dict | list)]
         if not holders:
             return
         level = [inner for each in holders for inner in (each.values() if isinstance(each, dict) else each)]
-    raise ValueError(_TOO_DEEP)
+    raise TooDeepError
 
 
 # --- Regular expressions -----------------------------------------------------------------------------------------

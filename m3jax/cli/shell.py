@@ -15,6 +15,7 @@ import typer
 from m3jax.cluster.supervision import Rendezvous, work_together
 from m3jax.errors import M3Error
 from m3jax.progress import Tell
+from m3jax.text import safe_text
 
 BAD_INPUT = 2
 _FAILURE, _INTERRUPTED, _PIPE_CLOSED = 1, 130, 141
@@ -91,12 +92,15 @@ def reported(work: Callable[[], int | None], debug: bool, silent: bool = False) 
     except BrokenPipeError:
         _abandon(sys.stdout)
         return _PIPE_CLOSED
-    except (Exception, KeyboardInterrupt) as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # panics of libraries in Rust are no Exceptions
         if debug:
             traceback.print_exception(error)
         sentence, code = _explain(error)
         if not silent:
-            print(sentence, file=sys.stderr)
+            for line in sentence.split("\n") if _is_help(error) else [sentence]:
+                say(line, sys.stderr)
         return code
 
 
@@ -118,6 +122,8 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return f"m3jax: {error}", BAD_INPUT
         case KeyboardInterrupt():
             return f"m3jax: interrupted{f': {error}' if error.args else ''}.", _INTERRUPTED
+        case RecursionError():
+            return "m3jax: something that was read is nested without end; run with --debug to see where.", BAD_INPUT
         case MemoryError():
             return "m3jax: out of memory; run with --debug to see where.", _FAILURE
         case OSError() if error.filename is None and error.errno in _CANNOT_PRINT:
@@ -132,11 +138,21 @@ def _explain(error: BaseException) -> tuple[str, int]:
 def _usage(error: Any) -> str:
     """The sentence for a command line that cannot be read; all of the help where nothing was asked."""
     message: str = error.format_message()
-    if type(error).__name__ == "NoArgsIsHelpError":
+    if _is_help(error):
         return message
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "m3jax"
     return f"m3jax: {' '.join(message.split()).rstrip('.')}; see `{command} --help`."
+
+
+def _is_help(error: BaseException) -> bool:
+    """Whether what is said of an error is the help, which has lines."""
+    return type(error).__name__ == "NoArgsIsHelpError"
+
+
+def say(line: str, stream: TextIO) -> None:
+    """Prints a line, in one piece, in which nothing that a file holds can steer the terminal."""
+    stream.write(f"{safe_text(line)}\n")
 
 
 def _print_anything(stream: TextIO) -> None:
@@ -193,7 +209,7 @@ def resumable(out: str, known: str | None = None) -> Iterator[None]:
 def print_notes(notes: Iterable[str], quiet: bool) -> None:
     """Prints what a user should know, on standard error."""
     for note in () if quiet else notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}", sys.stderr)
 
 
 def teller(quiet: bool) -> Tell | None:
@@ -202,9 +218,7 @@ def teller(quiet: bool) -> Tell | None:
 
 
 def _print_progress(line: str) -> None:
-    # In one piece: an interruption comes before a line or after it.
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    say(line, sys.stderr)
 
 
 def print_result(
@@ -215,7 +229,7 @@ def print_result(
         print_json(data())
     elif not quiet:
         for line in lines():
-            print(line)
+            say(line, sys.stdout)
 
 
 def print_json(data: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Texts as token ids: what a tokenizer makes of them and of ids, and how much of a prompt the model reads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
 from m3jax.decoder.config import DecoderConfig
@@ -11,6 +12,26 @@ Overflow: TypeAlias = Literal["error", "truncate_left"]
 
 
 # --- Tokenizers --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def failing_plainly(what: str, mend: str = "copy the tokenizer of its base into the model") -> Iterator[None]:
+    """Says in a sentence what the libraries behind tokenizers raise: every kind, Rust's panics among them.
+
+    Args:
+        what: What fails.
+        mend: What to do about it.
+
+    Raises:
+        M3Error: In place of whatever is raised.
+    """
+    try:
+        yield
+    except (M3Error, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic is no Exception
+        said = " ".join(str(error).splitlines()[:1]) or type(error).__name__
+        raise M3Error(f"{what} ({said:.500}): {mend}") from error
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -33,10 +54,12 @@ def encode(tokenizer: Any, text: str) -> list[int]:
         >>> encode(SimpleNamespace(bos_token="<s>", bos_token_id=1, encode=letters), "ab")
         [1, 97, 98]
     """
-    plain = list(tokenizer.encode(text, add_special_tokens=False))
+    with failing_plainly("the tokenizer cannot read a text"):
+        plain = list(tokenizer.encode(text, add_special_tokens=False))
     if tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token):
         return plain
-    whole = list(tokenizer.encode(text, add_special_tokens=True))
+    with failing_plainly("the tokenizer cannot read a text"):
+        whole = list(tokenizer.encode(text, add_special_tokens=True))
     if not plain:
         return whole[: int(whole[:1] == [tokenizer.bos_token_id])]
     starts = range(len(whole) - len(plain) + 1)
@@ -61,7 +84,8 @@ def detokenizer(tokenizer: Any) -> Callable[[Tokens], str]:
 
     def decode(tokens: Tokens) -> str:
         known = [token for token in tokens if token < count]
-        return str(tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        with failing_plainly("the tokenizer cannot write a text"):
+            return str(tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     return decode
 

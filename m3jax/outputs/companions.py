@@ -1,6 +1,5 @@
 """What stands beside the weights: config, tokenizer, chat template, and the model card."""
 
-import json
 import os
 import tempfile
 from collections import Counter
@@ -15,6 +14,7 @@ from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.locate import named_companions, scratch
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.trust import check_companion
+from m3jax.documents import parse_json
 from m3jax.errors import M3Error
 from m3jax.methods import catalogue
 from m3jax.methods.mixup import draw_weights
@@ -46,7 +46,7 @@ def read_config(model: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise M3Error(f"{path}: is not JSON ({error}): restore the file") from None
     except OSError as error:
