@@ -5,6 +5,8 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +151,26 @@ class Pattern:
 def pattern(text: str) -> Pattern:
     """A regular expression, read once; see `Pattern`."""
     return Pattern(text)
+
+
+# --- Libraries -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def failing_plainly(what: str, mend: str) -> Iterator[None]:
+    """Says in a sentence what the libraries behind tokenizers raise: every kind, Rust's panics among them.
+
+    Args:
+        what: What fails.
+        mend: What to do about it.
+
+    Raises:
+        M3Error: In place of whatever is raised.
+    """
+    try:
+        yield
+    except (M3Error, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic is no Exception
+        said = " ".join(str(error).splitlines()[:1]) or type(error).__name__
+        raise M3Error(f"{what} ({said:.500}): {mend}") from error

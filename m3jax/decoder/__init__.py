@@ -9,7 +9,7 @@ from m3jax.decoder.params import load_params, params_from_tree
 from m3jax.decoder.rotary import Rope
 from m3jax.decoder.running import ApplyFn
 from m3jax.decoder.scoring import Likelihood, log_likelihoods
-from m3jax.decoder.texts import check_vocabulary, detokenizer, encode, failing_plainly, prompt_room
+from m3jax.decoder.texts import check_vocabulary, detokenizer, encode, prompt_room
 
 __all__ = [
     "PADDING",
@@ -29,7 +29,6 @@ __all__ = [
     "check_vocabulary",
     "detokenizer",
     "encode",
-    "failing_plainly",
     "generate",
     "length_bucket",
     "load_params",

@@ -1,37 +1,19 @@
 """Texts as token ids: what a tokenizer makes of them and of ids, and how much of a prompt the model reads."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 from m3jax.decoder.config import DecoderConfig
+from m3jax.documents import failing_plainly
 from m3jax.errors import M3Error
+
+_MEND = "copy the tokenizer of its base into the model"
 
 Tokens: TypeAlias = Sequence[int]
 Overflow: TypeAlias = Literal["error", "truncate_left"]
 
 
 # --- Tokenizers --------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def failing_plainly(what: str, mend: str = "copy the tokenizer of its base into the model") -> Iterator[None]:
-    """Says in a sentence what the libraries behind tokenizers raise: every kind, Rust's panics among them.
-
-    Args:
-        what: What fails.
-        mend: What to do about it.
-
-    Raises:
-        M3Error: In place of whatever is raised.
-    """
-    try:
-        yield
-    except (M3Error, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # a panic is no Exception
-        said = " ".join(str(error).splitlines()[:1]) or type(error).__name__
-        raise M3Error(f"{what} ({said:.500}): {mend}") from error
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -54,11 +36,11 @@ def encode(tokenizer: Any, text: str) -> list[int]:
         >>> encode(SimpleNamespace(bos_token="<s>", bos_token_id=1, encode=letters), "ab")
         [1, 97, 98]
     """
-    with failing_plainly("the tokenizer cannot read a text"):
+    with failing_plainly("the tokenizer cannot read a text", _MEND):
         plain = list(tokenizer.encode(text, add_special_tokens=False))
     if tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token):
         return plain
-    with failing_plainly("the tokenizer cannot read a text"):
+    with failing_plainly("the tokenizer cannot read a text", _MEND):
         whole = list(tokenizer.encode(text, add_special_tokens=True))
     if not plain:
         return whole[: int(whole[:1] == [tokenizer.bos_token_id])]
@@ -84,7 +66,7 @@ def detokenizer(tokenizer: Any) -> Callable[[Tokens], str]:
 
     def decode(tokens: Tokens) -> str:
         known = [token for token in tokens if token < count]
-        with failing_plainly("the tokenizer cannot write a text"):
+        with failing_plainly("the tokenizer cannot write a text", _MEND):
             return str(tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     return decode

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from m3jax.decoder import failing_plainly
+from m3jax.documents import failing_plainly
 from m3jax.errors import M3Error
 
 _MEND = "mend it, or choose another prompt with --template"

@@ -7,7 +7,8 @@ from typing import Any
 
 from m3jax.checkpoints import companions
 from m3jax.checkpoints.trust import check_tokenizer_files
-from m3jax.decoder import DecoderConfig, encode, failing_plainly
+from m3jax.decoder import DecoderConfig, encode
+from m3jax.documents import failing_plainly
 from m3jax.errors import M3Error
 
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")

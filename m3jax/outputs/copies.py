@@ -60,4 +60,7 @@ def _content(path: Path, name: str, edit: Edit | None) -> bytes:
         told = edit(name, told)
     if told == entries:
         return path.read_bytes()
-    return (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        return (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can only have escaped
+        return (json.dumps(told, indent=2) + "\n").encode()
