@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -38,6 +39,7 @@ def main(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         _print_anything(getattr(sys, name))
+    warnings.showwarning = _say_warning
     return reported(lambda: _invoke(app, given), wants_debug(given))
 
 
@@ -153,6 +155,17 @@ def _is_help(error: BaseException) -> bool:
 def say(line: str, stream: TextIO) -> None:
     """Prints a line, in one piece, in which nothing that a file holds can steer the terminal."""
     stream.write(f"{safe_text(line)}\n")
+
+
+_show = warnings.showwarning
+
+
+def _say_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """Says a warning of ours as a note; one of others as Python does."""
+    if category.__module__.partition(".")[0] == "m3jax":
+        say(f"note: {message}", sys.stderr)
+    else:
+        _show(message, category, *where)
 
 
 def _print_anything(stream: TextIO) -> None:

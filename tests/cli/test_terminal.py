@@ -3,6 +3,7 @@
 import io
 import sys
 import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from m3jax.cli import shell
 from m3jax.cli.commands import main
 from m3jax.cli.terminal import Lines, Pace, Reporter, progress_reporter
 from m3jax.errors import M3Error
+from m3jax.evaluation.sandbox import UnsandboxedWarning
 from m3jax.progress import Progress
 
 
@@ -174,6 +176,15 @@ def test_nothing_that_is_said_steers_the_terminal(capsys: pytest.CaptureFixture[
     assert len(said.err.splitlines()) == 6
     assert len(said.out.splitlines()) == 1
     assert (said.out + said.err).replace("\n", "").isprintable()
+
+
+def test_a_warning_of_ours_is_a_note(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    assert main(["--version"]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn(UnsandboxedWarning("no namespaces"), stacklevel=1)
+    assert capsys.readouterr().err.startswith("note: programs that the model wrote run without a sandbox")
 
 
 def test_what_no_exception_is_and_what_is_nested_without_end_are_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from m3jax.errors import M3Error
 from m3jax.evaluation.sandbox import kernel
 
-__all__ = ["Limits", "Outcome", "Program", "run_program", "run_programs", "why_no_sandbox"]
+__all__ = ["Limits", "Outcome", "Program", "UnsandboxedWarning", "run_program", "run_programs", "why_no_sandbox"]
 
 _GRACE_SECONDS = 10.0
 _CANNOT_CONFINE = 3
@@ -37,6 +37,16 @@ for name, place in zip(sys.argv[1::2], sys.argv[2::2]):
 from m3jax.evaluation.sandbox.launcher import main
 main()
 """
+
+
+class UnsandboxedWarning(UserWarning):
+    """Programs that a model wrote run without walls."""
+
+    def __init__(self, why_not: str) -> None:
+        super().__init__(
+            f"programs that the model wrote run without a sandbox, which this system does not allow ({why_not}): they "
+            "have limits on time and memory, but reach the network and whatever this user may read or write"
+        )
 
 
 class Limits(NamedTuple):
