@@ -19,6 +19,7 @@ from m3jax.progress import Tell
 from m3jax.text import safe_text
 
 BAD_INPUT = 2
+_LONGEST_SENTENCE = 4000  # characters
 _FAILURE, _INTERRUPTED, _PIPE_CLOSED = 1, 130, 141
 _CANNOT_PRINT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -121,7 +122,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
     """What to say of an error, and the exit code."""
     match error:
         case M3Error():
-            return f"m3jax: {error}", BAD_INPUT
+            return f"m3jax: {_shortened(str(error))}", BAD_INPUT
         case KeyboardInterrupt():
             return f"m3jax: interrupted{f': {error}' if error.args else ''}.", _INTERRUPTED
         case RecursionError():
@@ -135,6 +136,12 @@ def _explain(error: BaseException) -> tuple[str, int]:
         return _usage(error), BAD_INPUT
     words = " ".join(str(error).split())
     return f"m3jax: unexpected {type(error).__name__}{f': {words}' if words else ''}; run with --debug.", _FAILURE
+
+
+def _shortened(sentence: str) -> str:
+    """A sentence without the middle of what a file made too long to read; its end is the mend."""
+    half = _LONGEST_SENTENCE // 2
+    return sentence if len(sentence) <= _LONGEST_SENTENCE else f"{sentence[:half]} … {sentence[-half:]}"
 
 
 def _usage(error: Any) -> str:

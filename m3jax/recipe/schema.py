@@ -53,9 +53,16 @@ from m3jax.recipe.values import OutputDtype, read_alpha, read_dtype, read_method
 Name: TypeAlias = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Regex: TypeAlias = Annotated[str, AfterValidator(read_regex)]
 Dtype: TypeAlias = Annotated[OutputDtype | None, PlainValidator(read_dtype)]
+
+
+def _as_read(raw: object) -> dict[Any, Any]:
+    """Parameters, which were read before the schema by what the method's row says; of no method there is nothing."""
+    return dict(raw) if isinstance(raw, Mapping) else {}
+
+
 Parameters: TypeAlias = Annotated[
     dict[str, Setting],
-    PlainValidator(dict),  # read before the schema, by what the method's row says
+    PlainValidator(_as_read),
     PlainSerializer(plain_parameters, return_type=dict[str, Any]),
 ]
 

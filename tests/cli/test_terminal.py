@@ -187,6 +187,16 @@ def test_a_warning_of_ours_is_a_note(monkeypatch: pytest.MonkeyPatch, capsys: py
     assert capsys.readouterr().err.startswith("note: programs that the model wrote run without a sandbox")
 
 
+def test_names_without_end_are_not_said_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise M3Error(f"{'x' * 10**6} is no model: give another")
+
+    assert shell.reported(fail, debug=False) == 2
+    said = capsys.readouterr().err
+    assert len(said) < 5000
+    assert said.endswith("xx is no model: give another\n")
+
+
 def test_what_no_exception_is_and_what_is_nested_without_end_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     class PanicException(BaseException):
         pass

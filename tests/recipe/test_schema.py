@@ -670,6 +670,10 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
         ("seed: !!float ''", "not valid YAML"),
         ("seed: !!int ''", "not valid YAML"),
         ("? [a, b]\n: c", "not valid YAML"),
+        (
+            "merge_method: no\nmodels:\n- model: a\n  parameters:\n",
+            "merge_method: 'no' is not here|merge_method: False",
+        ),
         ("seed: 2001-99-99", "not valid YAML"),
         ("merge_method: linear\nmodels: [a, b]\nseed: 0b", "seed: '0b' is not a whole number"),
     ],

@@ -18,8 +18,10 @@ from m3jax.anatomy import anatomy_of
 from m3jax.checkpoints import TensorInfo, inspection, open_msgpack, open_safetensors, write_msgpack
 from m3jax.decoder import DecoderConfig
 from m3jax.evaluation import get_task, load_rows, report
+from m3jax.evaluation.attacks.words import read_embeddings
 from m3jax.evaluation.chats import _check_numbers
 from m3jax.evaluation.records import Record, open_journal
+from m3jax.exploration.journal import SampleJournal
 from m3jax.ledger import Ledger
 from m3jax.outputs import companions, copies, manifest, provenance
 from m3jax.outputs.vocabularies import check_same_vocabularies
@@ -97,6 +99,12 @@ def _ledger(place: Path) -> None:
     Ledger(place / "journal.jsonl", {"a": 1}, "experiment", "with --out DIR").__exit__(None, None, None)
 
 
+def _samples(place: Path) -> None:
+    line = (place / "samples.json").read_bytes()
+    (place / "journal.jsonl").write_bytes(b'{"a": 1}\n' + line.replace(b"\n", b" ") + b"\n")
+    SampleJournal(place, {"a": 1}).__exit__(None, None, None)
+
+
 def _template(place: Path) -> None:
     _check_numbers((place / "chat_template.jinja").read_text(errors="surrogateescape"))
 
@@ -141,6 +149,10 @@ _ATTACK = {
     "shifts": [{"shift": "typos", "drop": _DROP}],
 }
 _RECORD = Record(0, "a", "p", "c", None, "g", True, False, False, False, False, 3, "", False)
+_SAMPLE = {
+    **{"sample": 1, "weights": {"model": ["0x1p-1", "0x1p-1"]}, "share": 1.0, "scores": {"sst2": 0.5}},
+    **{"seconds": 1.5, "granularity": "model", "optimized": None, "learning": None},
+}
 _TOKENIZER = {
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]},
     "added_tokens": [{"id": 2, "content": "<s>"}],
@@ -189,6 +201,13 @@ PARSERS: dict[str, Parser] = {
     "attack": Parser("attack.json", _dumped(_ATTACK), _reported),
     "records": Parser("records.jsonl", lambda: json.dumps(_RECORD._asdict()).encode() + b"\n", _records),
     "ledger": Parser("journal.jsonl", lambda: b'{"a": 1}\n{"b": [1]}\n', _ledger, False),
+    "samples": Parser("samples.json", _dumped(_SAMPLE), _samples),
+    "embeddings": Parser(
+        "vectors.txt",
+        lambda: b"2 3\ngood 0.1 0.2 0.3\nbad -1e3 2 .5\n",
+        lambda p: read_embeddings(p / "vectors.txt"),
+        False,
+    ),
     "chat template": Parser("chat_template.jinja", lambda: b"{% if a %}{{ 'x' * 3 }}{% endif %}", _template, False),
     "pattern": Parser("pattern.txt", lambda: rb"^model\.(layers|h)\.(\d{1,3})\.(?=q)", _pattern, False),
 }
