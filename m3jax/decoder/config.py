@@ -150,6 +150,7 @@ _ACTIVATIONS = MappingProxyType(
         "gelu_fast": "gelu_pytorch_tanh",
     }
 )
+_MOST_LAYERS = 10_000
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -162,6 +163,8 @@ def _from_dict(stated: Mapping[str, Any], where: str) -> DecoderConfig:
     entries.refuse("is_encoder_decoder", False, "the decoder reads one text only")
     entries.get("is_decoder")  # said of GPT-NeoX, either way
     layers, heads, width = entries.count("num_hidden_layers"), entries.count("num_attention_heads"), head_dim(entries)
+    if layers > _MOST_LAYERS:  # before there is anything for each of them
+        raise entries.error(f"has {layers:,} layers, more than any model", "get the file from its source")
     features = family.read(entries)
     if "ropes" not in features:
         features["ropes"] = (read_rope(entries, width),) * layers
