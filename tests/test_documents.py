@@ -27,7 +27,7 @@ def test_half_a_character_is_no_text_but_where_it_may_be() -> None:
 
 def test_a_key_written_twice() -> None:
     assert parse_json('{"a": 1, "a": 2}') == {"a": 2}
-    with pytest.raises(ValueError, match="'a' is there twice"):
+    with pytest.raises(ValueError, match="it names 'a' twice"):
         parse_json('{"a": 1, "a": 2}', unique=True)
 
 
