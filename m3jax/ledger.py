@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 
 
@@ -65,8 +66,8 @@ class Ledger:
             self._write(identity)
             return
         try:
-            known, *self.entries = [dict(json.loads(line)) for line in lines]
-        except (ValueError, TypeError) as error:
+            known, *self.entries = [dict(parse_json(line, halves=True)) for line in lines]
+        except FAULTS as error:
             raise self.no_ledger(error) from None
         different = [key for key in {**known, **identity} if known.get(key) != identity.get(key)]
         if different:

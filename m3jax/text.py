@@ -73,8 +73,15 @@ def shape_text(shape: Sequence[int]) -> str:
 
 
 def safe_text(text: str) -> str:
-    """`text` with control characters escaped, so that no file can steer a terminal by the names it holds."""
-    return text if text.isprintable() else text.encode("unicode_escape").decode()
+    """`text` with what is not to be seen escaped, so that no file can steer a terminal by the names it holds.
+
+    Example:
+        >>> safe_text("größe\\x1b[2J")
+        'größe\\\\x1b[2J'
+    """
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 # --- Tables ----------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ PACKAGE = "m3jax"
 # The floors of the house, the lowest first: a room imports from itself and from lower floors, from nothing beside it.
 FLOORS = (
     ("errors", "text", "naming"),
-    ("progress", "ledger"),
-    ("arithmetic",),
+    ("progress", "documents"),
+    ("arithmetic", "ledger"),
     ("methods",),
     ("recipe",),
     ("checkpoints",),
@@ -44,6 +44,7 @@ LIGHT = (
     "m3jax.cli.commands",
     "m3jax.cli.displays.checkpoints",
     "m3jax.cli.displays.methods",
+    "m3jax.documents",
     "m3jax.errors",
     "m3jax.ledger",
     "m3jax.methods.catalogue",

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from m3jax.anatomy.canonical import split_collection
 from m3jax.anatomy.families import SUBLAYERS, Family
+from m3jax.documents import Pattern
 
 
 class Spot(NamedTuple):
@@ -57,7 +58,7 @@ _NO_TOWER = re.compile(
 _SEGMENTS = {"dense_layers": "0", "moe_layers": "1"}  # MaxText writes a mixture's dense blocks as a list of their own
 
 
-def find_blocks(names: Iterable[str], family: Family, override: re.Pattern[str] | None = None) -> Numbered:
+def find_blocks(names: Iterable[str], family: Family, override: Pattern | None = None) -> Numbered:
     """Finds the block of every tensor whose name has a block's number.
 
     Args:
@@ -85,7 +86,7 @@ def _lists_of(spots: Mapping[str, Spot]) -> set[str]:
     return {spot.tower for spot in spots.values() if spot.group.rpartition(".")[0].endswith(tuple(_SEGMENTS))}
 
 
-def _by_pattern(name: str, pattern: re.Pattern[str]) -> Spot | None:
+def _by_pattern(name: str, pattern: Pattern) -> Spot | None:
     match = pattern.search(name)
     if match is None or match.group(1) is None:
         return None

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from m3jax import documents
 from m3jax.anatomy.aliases import find_aliases, read_ties
 from m3jax.anatomy.blocks import Spot, find_blocks, segment_offsets
 from m3jax.anatomy.canonical import canonical_names, is_flax_tree, split_collection
@@ -16,6 +17,7 @@ from m3jax.anatomy.towers import Placing, name_towers, place_towers, tower_of
 from m3jax.anatomy.types import KINDS, OUTSIDE_BLOCKS, Anatomy, Kind, Overrides, Part, Tower, position
 from m3jax.anatomy.vocabulary import Words, find_words
 from m3jax.checkpoints.protocol import TensorInfo
+from m3jax.documents import Pattern
 from m3jax.errors import M3Error
 
 _NUMBERLESS: frozenset[Kind] = frozenset({"optimizer", "step", "random"})
@@ -60,8 +62,7 @@ def anatomy_of(
     facts = _Facts(dict(config or {}), dict(metadata or {}), overrides)
     names = canonical_names(tensors)
     flax = is_flax_tree(tensors)
-    model_type = facts.config.get("model_type")
-    family = family_of(model_type if isinstance(model_type, str) else None)
+    family = family_of(facts.config.get("model_type"))
     text = family_of((subconfig(facts.config, "text") or {}).get("model_type"))
     family = family._replace(words=family.words or text.words)
     schemes = quantised(tensors)
@@ -137,10 +138,10 @@ class _Facts(NamedTuple):
     overrides: Overrides
 
 
-def _compiled(pattern: str, key: str) -> re.Pattern[str]:
+def _compiled(pattern: str, key: str) -> Pattern:
     try:
-        compiled = re.compile(pattern)
-    except re.error as error:
+        compiled = documents.pattern(pattern)
+    except ValueError as error:
         raise M3Error(f"anatomy: {key}: {pattern!r} is no regular expression ({error}): correct it.") from error
     if key == "blocks" and compiled.groups < 1:
         raise M3Error(f"anatomy: blocks: {pattern!r} has no group: put the block's number in parentheses.")

@@ -121,14 +121,14 @@ _PECULIAR: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 
-def family_of(model_type: str | None) -> Family:
-    """What is known of an architecture; nothing peculiar for one that is not in the table.
+def family_of(model_type: object) -> Family:
+    """What is known of an architecture; nothing peculiar for one that is not in the table, or is no name at all.
 
     Example:
         >>> family_of("gemma2").ties, family_of("llama").ties, family_of("unheard-of").ties
         (True, False, None)
     """
-    if model_type is None:
+    if not isinstance(model_type, str):
         return Family()
     ties = True if model_type in _TIED else False if model_type in _UNTIED else None
     return Family(model_type, ties, **_PECULIAR.get(model_type, {}))

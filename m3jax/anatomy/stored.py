@@ -9,6 +9,10 @@ from m3jax.anatomy.building import anatomy_of
 from m3jax.anatomy.types import Anatomy, Overrides
 from m3jax.checkpoints import Checkpoint, TensorInfo, open_checkpoint, sketch_model
 from m3jax.checkpoints.remote import RemotePath
+from m3jax.checkpoints.storage import read_file
+from m3jax.checkpoints.trust import LARGEST_COMPANION
+from m3jax.documents import parse_json, read_bounded
+from m3jax.errors import M3Error
 
 _STEP_METADATA = "_CHECKPOINT_METADATA"  # of Orbax, in the directory of a step, beside its items
 
@@ -21,8 +25,8 @@ def step_metadata(path: Path) -> dict[str, str]:
     """
     for place in () if isinstance(path, RemotePath) else (path, path.parent):  # Orbax is read from this disk alone
         try:
-            told = json.loads((place / _STEP_METADATA).read_bytes())
-        except (OSError, ValueError, RecursionError):
+            told = parse_json(read_bounded(place / _STEP_METADATA, LARGEST_COMPANION))
+        except (OSError, ValueError):
             continue
         custom = told.get("custom_metadata") if isinstance(told, dict) else None
         if isinstance(custom, dict):
@@ -62,8 +66,8 @@ def inspect_anatomy(name: str) -> tuple[Anatomy, Mapping[str, TensorInfo]]:
     place = sketch_model(name)
     directory = place.path if place.path.is_dir() else place.path.parent
     try:
-        config = json.loads((directory / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        config = parse_json(read_file(directory / "config.json"))
+    except (OSError, ValueError, M3Error):
         config = None
     with open_checkpoint(place.path) as checkpoint:
         found = stored_anatomy(checkpoint, place.path, config if isinstance(config, dict) else None)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from m3jax.checkpoints.protocol import natural_key as natural_key
     from m3jax.checkpoints.safetensors import open_safetensors as open_safetensors
     from m3jax.checkpoints.shards import ShardWriter as ShardWriter
+    from m3jax.checkpoints.shards import header_digest as header_digest
     from m3jax.checkpoints.shards import parse_size as parse_size
     from m3jax.checkpoints.shards import plan_shards as plan_shards
     from m3jax.checkpoints.shards import write_index as write_index
@@ -48,6 +49,7 @@ _HOMES = {
     "digest_checkpoint": "digest",
     "digest_file": "digest",
     "digest_tensor": "digest",
+    "header_digest": "shards",
     "locate_model": "locate",
     "natural_key": "protocol",
     "open_checkpoint": "opening",

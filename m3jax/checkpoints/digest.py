@@ -8,9 +8,11 @@ from blake3 import blake3
 
 from m3jax.checkpoints.copying import pieces
 from m3jax.checkpoints.protocol import BytesLike, Checkpoint, as_bytes
+from m3jax.checkpoints.storage import open_source
 from m3jax.errors import M3Error
 
 ALGORITHM = "blake3"
+_BLOCK = 1 << 24  # bytes in memory at a time
 
 
 class TensorDigest:
@@ -69,10 +71,16 @@ def digest_file(path: Path) -> str:
     Raises:
         M3Error: The file cannot be read.
     """
+    source = open_source(path)
+    state, block = blake3(), memoryview(bytearray(min(_BLOCK, max(source.identity.size, 1))))
     try:
-        return blake3(path.read_bytes()).hexdigest()
+        for start in range(0, source.identity.size, len(block)):
+            state.update(block[: source.read_into(block, start, source.identity.size)])
     except OSError as error:
         raise M3Error(f"{path}: cannot be read: {error.strerror}; check the file.") from error
+    finally:
+        source.close()
+    return state.hexdigest()
 
 
 def digest_checkpoint(digests: Mapping[str, tuple[str, Sequence[int], str]]) -> str:

@@ -14,6 +14,9 @@ from m3jax.checkpoints.remote import Identity, RemotePath, changed
 from m3jax.checkpoints.storage import ByteSource, is_file, list_names, open_source, read_file
 from m3jax.errors import M3Error
 
+_LONGEST_PATH = 4096 // 4  # characters, of up to four bytes
+
+
 # --- Indexes ---------------------------------------------------------------------------------------------
 
 
@@ -49,16 +52,23 @@ def read_index(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise M3Error(f"{index} has no weight_map of tensors to files: get it again from its source.")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not _is_below(file):
+        if not isinstance(file, str) or not is_below(file):
             raise M3Error(f"{index} places {name!r} in {brief(file)}, which is outside the model: do not trust it.")
     _check_present(index, set(weight_map.values()))
     return weight_map
 
 
-def _is_below(file: str) -> bool:
-    """Whether a name in an index stays below the index's directory."""
+def is_below(file: str) -> bool:
+    """Whether a name that a file gives is one of a file below the model's directory, and can be one.
+
+    Example:
+        >>> is_below("a/b.json"), is_below("../b.json"), is_below("/proc/self/environ"), is_below("a" * 300)
+        (True, False, False, False)
+    """
     path = PurePosixPath(file)
-    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in file
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in file:
+        return False
+    return len(file) < _LONGEST_PATH and all(len(part.encode("utf-8", "replace")) < 256 for part in path.parts)
 
 
 def _check_present(index: Path, files: Iterable[str]) -> None:

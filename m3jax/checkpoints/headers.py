@@ -5,7 +5,6 @@ A file is an 8-byte little-endian length, a JSON header of that length, and the 
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple, TypeGuard
 
 from blake3 import blake3
 
+from m3jax import documents
 from m3jax.checkpoints.protocol import DTYPES, TensorInfo
 from m3jax.checkpoints.remote import Identity
 from m3jax.checkpoints.storage import open_source, unreadable
@@ -45,20 +45,11 @@ def not_fetched(path: Path) -> M3Error:
 
 def parse_json(raw: bytes, where: str) -> dict[str, Any]:
     """The JSON object in `raw`; a key that appears twice is an error, as either value could be meant."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        parsed = dict(pairs)
-        if len(parsed) < len(pairs):
-            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-            raise damaged(f"{where} names {twice!r} twice")
-        return parsed
-
     try:
-        parsed = json.loads(raw.decode(), object_pairs_hook=unique)
-        # Escaped lone surrogates and NaN pass the parser, but the first are no text and the second is no JSON.
-        json.dumps(parsed, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise damaged(f"{where} is not valid JSON") from error
+        parsed = documents.parse_json(raw.decode(), unique=True)
+        json.dumps(parsed, allow_nan=False)  # NaN passes the parser, but is no JSON
+    except ValueError as error:
+        raise damaged(f"{where} is not valid JSON ({error})") from error
     if not isinstance(parsed, dict):
         raise damaged(f"{where} is not a JSON object")
     return parsed

@@ -4,9 +4,7 @@ Looking at one checkpoint reads headers only. Comparing two reads each weight on
 not grow with the models.
 """
 
-import json
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from m3jax import documents
 from m3jax.checkpoints import DTYPES, Checkpoint, TensorInfo, locate_model, sketch_model
 from m3jax.checkpoints.copying import pieces
 from m3jax.checkpoints.opening import open_checkpoint, recognise
@@ -154,8 +153,8 @@ def look_at(name: str, pattern: str | None = None) -> Overview:
 def _select(checkpoint: Checkpoint, pattern: str | None) -> dict[str, TensorInfo]:
     """The tensors in whose names a regular expression is found."""
     try:
-        wanted = re.compile(pattern or "")
-    except re.error as error:
+        wanted = documents.pattern(pattern or "")
+    except ValueError as error:
         raise M3Error(f"{pattern!r} is no regular expression ({error}): mend it, as in 'layers\\.0\\.'.") from None
     return {name: info for name, info in checkpoint.tensors.items() if wanted.search(name)}
 
@@ -178,8 +177,8 @@ def _read_facts(path: Path) -> ModelFacts | None:
     """What config.json says; a missing or damaged one is no reason not to show the weights."""
     directory = path if is_dir(path) else path.parent
     try:
-        config = json.loads(read_file(directory / "config.json"))
-    except (OSError, ValueError, RecursionError, M3Error):
+        config = documents.parse_json(read_file(directory / "config.json"))
+    except (OSError, ValueError, M3Error):
         return None
     if not isinstance(config, dict):
         return None

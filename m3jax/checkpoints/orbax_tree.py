@@ -6,13 +6,13 @@ thought small, in a msgpack file `checkpoint`. Orbax's own interface (`PyTreeChe
 describes neither those early files nor leaves inside msgpack, and it imports JAX, so the files are read here.
 """
 
-import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m3jax import documents
 from m3jax.checkpoints.headers import parse_json
 from m3jax.checkpoints.msgpack import open_msgpack
 from m3jax.checkpoints.protocol import Checkpoint, natural_key
@@ -68,7 +68,7 @@ def _unfinished(directory: Path) -> bool:
     if not (directory / STEP).is_file() or (directory / COMMITTED).exists():
         return False
     try:
-        told = json.loads(read_file(directory / STEP))  # its metrics may be NaN
+        told = documents.parse_json(read_file(directory / STEP))  # its metrics may be NaN
     except ValueError:
         return True
     if not isinstance(told, dict):

@@ -12,11 +12,13 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, BinaryIO, Self
 
+from blake3 import blake3
+
 from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.protocol import DTYPES, BytesLike, TensorInfo, as_bytes
 from m3jax.errors import M3Error, mend
 
-WEIGHTS_METADATA = MappingProxyType({"format": "pt"})
+WEIGHTS_METADATA: Mapping[str, str] = MappingProxyType({"format": "pt"})
 """The texts of weight files, where nothing else is asked for."""
 
 _UNSUPPORTED = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
@@ -33,6 +35,23 @@ def _encode_header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
+
+
+def _layout(tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
+    """Tensors in the order of their file, widest entries first: sizes are multiples of every later width, so that all
+    are aligned."""
+    return sorted(tensors, key=lambda info: -DTYPES[info.dtype].itemsize)
+
+
+def header_digest(tensors: Sequence[TensorInfo]) -> str:
+    """BLAKE3 of the header that `ShardWriter` gives a file, as fingerprints have it.
+
+    With the digests of its tensors it tells all of a file, in which nothing else is.
+
+    Args:
+        tensors: What the file holds.
+    """
+    return blake3(_encode_header(_layout(tensors), WEIGHTS_METADATA)[8:]).hexdigest()
 
 
 class ShardWriter:
@@ -70,8 +89,7 @@ class ShardWriter:
             M3Error: The file cannot be created or the disk is too small for it.
             ValueError: Two tensors have one name.
         """
-        # Widest entries first: sizes are then multiples of every later width, so all tensors are aligned.
-        layout = sorted(tensors, key=lambda info: -DTYPES[info.dtype].itemsize)
+        layout = _layout(tensors)
         self._tensors = {info.name: info for info in layout}
         if len(self._tensors) < len(layout):
             raise ValueError(f"two tensors for {path} have one name")

@@ -1,6 +1,5 @@
 """What is not taken from a model directory as it comes: links that lead out of it, what is no file, and code."""
 
-import json
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -12,6 +11,7 @@ from m3jax.checkpoints import formats
 from m3jax.checkpoints.protocol import Checkpoint
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.storage import is_dir, list_names, read_file
+from m3jax.documents import parse_json
 from m3jax.errors import M3Error
 
 LARGEST_COMPANION = 2**28
@@ -122,9 +122,9 @@ def _code_beside(directory: Path, names: Sequence[str]) -> list[str]:
         try:
             if not isinstance(directory, RemotePath):
                 check_companion(directory / name, directory)
-            keys = _code_keys(json.loads(read_file(directory / name)))
+            keys = _code_keys(parse_json(read_file(directory / name), halves=True))
             told += [f"{key} in {name}" for key in _CODE_KEYS if key in keys]
-        except (M3Error, ValueError, RecursionError):  # whoever needs the file says what is wrong with it
+        except (M3Error, ValueError):  # whoever needs the file says what is wrong with it
             continue
     return told
 

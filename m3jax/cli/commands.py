@@ -127,6 +127,9 @@ def replay(
     ],
     out: options.Out,
     inputs: options.Inputs = None,
+    allow_other_files: Annotated[
+        bool, typer.Option("--allow-other-files", help="Go on where config or tokenizer are others than then.")
+    ] = False,
     max_shard_size: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Largest weight file.  [default: as recorded]", show_default=False),
@@ -143,7 +146,7 @@ def replay(
         def start(**how: Any) -> "MergeResult":
             from m3jax.streaming.merging import replay as replay_manifest
 
-            return replay_manifest(manifest, out, sources=sources, **how)
+            return replay_manifest(manifest, out, sources=sources, allow_other_files=allow_other_files, **how)
 
         return (), start
 

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,8 +16,10 @@ import typer
 from m3jax.cluster.supervision import Rendezvous, work_together
 from m3jax.errors import M3Error
 from m3jax.progress import Tell
+from m3jax.text import safe_text
 
 BAD_INPUT = 2
+_LONGEST_SENTENCE = 4000  # characters
 _FAILURE, _INTERRUPTED, _PIPE_CLOSED = 1, 130, 141
 _CANNOT_PRINT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
@@ -37,6 +40,7 @@ def main(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         _print_anything(getattr(sys, name))
+    warnings.showwarning = _say_warning  # type: ignore[assignment]  # its further arguments go on as they come
     return reported(lambda: _invoke(app, given), wants_debug(given))
 
 
@@ -91,12 +95,15 @@ def reported(work: Callable[[], int | None], debug: bool, silent: bool = False) 
     except BrokenPipeError:
         _abandon(sys.stdout)
         return _PIPE_CLOSED
-    except (Exception, KeyboardInterrupt) as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # panics of libraries in Rust are no Exceptions
         if debug:
             traceback.print_exception(error)
         sentence, code = _explain(error)
         if not silent:
-            print(sentence, file=sys.stderr)
+            for line in sentence.split("\n") if _is_help(error) else [sentence]:
+                say(line, sys.stderr)
         return code
 
 
@@ -115,9 +122,11 @@ def _explain(error: BaseException) -> tuple[str, int]:
     """What to say of an error, and the exit code."""
     match error:
         case M3Error():
-            return f"m3jax: {error}", BAD_INPUT
+            return f"m3jax: {_shortened(str(error))}", BAD_INPUT
         case KeyboardInterrupt():
             return f"m3jax: interrupted{f': {error}' if error.args else ''}.", _INTERRUPTED
+        case RecursionError():
+            return "m3jax: something that was read is nested without end; run with --debug to see where.", BAD_INPUT
         case MemoryError():
             return "m3jax: out of memory; run with --debug to see where.", _FAILURE
         case OSError() if error.filename is None and error.errno in _CANNOT_PRINT:
@@ -129,14 +138,41 @@ def _explain(error: BaseException) -> tuple[str, int]:
     return f"m3jax: unexpected {type(error).__name__}{f': {words}' if words else ''}; run with --debug.", _FAILURE
 
 
+def _shortened(sentence: str) -> str:
+    """A sentence without the middle of what a file made too long to read; its end is the mend."""
+    half = _LONGEST_SENTENCE // 2
+    return sentence if len(sentence) <= _LONGEST_SENTENCE else f"{sentence[:half]} … {sentence[-half:]}"
+
+
 def _usage(error: Any) -> str:
     """The sentence for a command line that cannot be read; all of the help where nothing was asked."""
     message: str = error.format_message()
-    if type(error).__name__ == "NoArgsIsHelpError":
+    if _is_help(error):
         return message
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "m3jax"
     return f"m3jax: {' '.join(message.split()).rstrip('.')}; see `{command} --help`."
+
+
+def _is_help(error: BaseException) -> bool:
+    """Whether what is said of an error is the help, which has lines."""
+    return type(error).__name__ == "NoArgsIsHelpError"
+
+
+def say(line: str, stream: TextIO) -> None:
+    """Prints a line, in one piece, in which nothing that a file holds can steer the terminal."""
+    stream.write(f"{safe_text(line)}\n")
+
+
+_show = warnings.showwarning
+
+
+def _say_warning(message: Warning | str, category: type[Warning], *where: Any) -> None:
+    """Says a warning of ours as a note; one of others as Python does."""
+    if category.__module__.partition(".")[0] == "m3jax":
+        say(f"note: {message}", sys.stderr)
+    else:
+        _show(message, category, *where)
 
 
 def _print_anything(stream: TextIO) -> None:
@@ -193,7 +229,7 @@ def resumable(out: str, known: str | None = None) -> Iterator[None]:
 def print_notes(notes: Iterable[str], quiet: bool) -> None:
     """Prints what a user should know, on standard error."""
     for note in () if quiet else notes:
-        print(f"note: {note}", file=sys.stderr)
+        say(f"note: {note}", sys.stderr)
 
 
 def teller(quiet: bool) -> Tell | None:
@@ -202,9 +238,7 @@ def teller(quiet: bool) -> Tell | None:
 
 
 def _print_progress(line: str) -> None:
-    # In one piece: an interruption comes before a line or after it.
-    sys.stderr.write(f"{line}\n")
-    sys.stderr.flush()
+    say(line, sys.stderr)
 
 
 def print_result(
@@ -215,7 +249,7 @@ def print_result(
         print_json(data())
     elif not quiet:
         for line in lines():
-            print(line)
+            say(line, sys.stdout)
 
 
 def print_json(data: dict[str, Any]) -> None:

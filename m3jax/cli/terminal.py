@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from m3jax.text import size_text, time_text
+from m3jax.text import safe_text, size_text, time_text
 
 if TYPE_CHECKING:  # nothing that --help has no use for is imported
     from m3jax.progress import Progress
@@ -122,7 +122,7 @@ class Lines:
 
     def draw(self, step: "Progress", pace: Pace) -> None:
         """Writes a line."""
-        print(f"{step.stage}: {_state(step, pace)}", file=self._stream, flush=True)
+        print(f"{safe_text(step.stage)}: {_state(step, pace)}", file=self._stream, flush=True)
 
 
 def _state(step: "Progress", pace: Pace) -> str:
@@ -162,7 +162,7 @@ class Bars:
         # An empty stage is a full bar: rich would show one of unknown length.
         total, completed = (step.total, pace.done) if step.total else (1, 1)
         if step.stage not in self._tasks:
-            self._tasks[step.stage] = self.live.add_task(step.stage, total=total, state="")
+            self._tasks[step.stage] = self.live.add_task(safe_text(step.stage), total=total, state="")
         self.live.update(self._tasks[step.stage], total=total, completed=completed, state=_state(step, pace))
 
 

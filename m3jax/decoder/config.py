@@ -10,6 +10,8 @@ from typing import Any, Literal
 from m3jax.decoder.entries import Entries, read_json
 from m3jax.decoder.families import FAMILIES, DecoderFamily, Experts, head_dim
 from m3jax.decoder.rotary import Rope, read_rope
+from m3jax.documents import FAULTS
+from m3jax.errors import M3Error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,11 @@ class DecoderConfig:
             >>> DecoderConfig.from_dict({"model_type": "llama", **sizes, **counts}).head_dim
             2
         """
-        return _from_dict(entries, where)
+        try:
+            return _from_dict(entries, where)
+        except FAULTS as error:  # a kind of value that no entry of any model has
+            said = str(error) or type(error).__name__
+            raise M3Error(f"{where} has an impossible value ({said}): get the file again from its source.") from error
 
     @classmethod
     def from_directory(cls, directory: str | os.PathLike[str]) -> "DecoderConfig":
@@ -144,6 +150,7 @@ _ACTIVATIONS = MappingProxyType(
         "gelu_fast": "gelu_pytorch_tanh",
     }
 )
+_MOST_LAYERS = 10_000
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -156,6 +163,8 @@ def _from_dict(stated: Mapping[str, Any], where: str) -> DecoderConfig:
     entries.refuse("is_encoder_decoder", False, "the decoder reads one text only")
     entries.get("is_decoder")  # said of GPT-NeoX, either way
     layers, heads, width = entries.count("num_hidden_layers"), entries.count("num_attention_heads"), head_dim(entries)
+    if layers > _MOST_LAYERS:  # before there is anything for each of them
+        raise entries.error(f"has {layers:,} layers, more than any model", "get the file from its source")
     features = family.read(entries)
     if "ropes" not in features:
         features["ropes"] = (read_rope(entries, width),) * layers

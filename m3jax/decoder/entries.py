@@ -1,11 +1,12 @@
 """The entries of a model's configuration file, read with checks and with a record of what was read."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from m3jax.checkpoints.trust import LARGEST_COMPANION
+from m3jax.documents import parse_json, read_bounded
 from m3jax.errors import M3Error
 
 _NOTHING: Mapping[str, Any] = {}
@@ -35,13 +36,13 @@ def read_json(path: Path) -> dict[str, Any]:
         M3Error: It is absent, cannot be read or holds something else.
     """
     try:
-        entries = json.loads(path.read_bytes())
+        entries = parse_json(read_bounded(path, LARGEST_COMPANION))
     except FileNotFoundError as error:
         raise M3Error(f"{path} does not exist: give a model directory that has one.") from error
     except OSError as error:
         raise M3Error(f"{path} cannot be read: {error.strerror}; check the path and its mode.") from error
     except ValueError as error:
-        raise M3Error(f"{path} is not valid JSON: get the file again from its source.") from error
+        raise M3Error(f"{path} is not valid JSON ({error}): get the file again from its source.") from error
     if not isinstance(entries, dict):
         raise M3Error(f"{path} is not a JSON object: get the file again from its source.")
     return entries

@@ -4,7 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 from m3jax.decoder.config import DecoderConfig
+from m3jax.documents import failing_plainly
 from m3jax.errors import M3Error
+
+_MEND = "copy the tokenizer of its base into the model"
 
 Tokens: TypeAlias = Sequence[int]
 Overflow: TypeAlias = Literal["error", "truncate_left"]
@@ -33,10 +36,12 @@ def encode(tokenizer: Any, text: str) -> list[int]:
         >>> encode(SimpleNamespace(bos_token="<s>", bos_token_id=1, encode=letters), "ab")
         [1, 97, 98]
     """
-    plain = list(tokenizer.encode(text, add_special_tokens=False))
+    with failing_plainly("the tokenizer cannot read a text", _MEND):
+        plain = list(tokenizer.encode(text, add_special_tokens=False))
     if tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token):
         return plain
-    whole = list(tokenizer.encode(text, add_special_tokens=True))
+    with failing_plainly("the tokenizer cannot read a text", _MEND):
+        whole = list(tokenizer.encode(text, add_special_tokens=True))
     if not plain:
         return whole[: int(whole[:1] == [tokenizer.bos_token_id])]
     starts = range(len(whole) - len(plain) + 1)
@@ -61,7 +66,8 @@ def detokenizer(tokenizer: Any) -> Callable[[Tokens], str]:
 
     def decode(tokens: Tokens) -> str:
         known = [token for token in tokens if token < count]
-        return str(tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        with failing_plainly("the tokenizer cannot write a text", _MEND):
+            return str(tokenizer.decode(known, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     return decode
 

@@ -3,19 +3,23 @@
 import csv
 import gzip
 import io
-import json
 import logging
 import os
 import reprlib
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m3jax.documents import parse_json
 from m3jax.errors import M3Error
+from m3jax.text import size_text
 
 Row = Mapping[str, Any]
 
+_GZIP = b"\x1f\x8b"
+_LARGEST = 2**30  # bytes of text, unpacked; the largest test set here has 15 million
 _INSTALL = "pip install 'm3jax[eval]'"
 
 
@@ -114,12 +118,29 @@ def _from_file(path: Path, columns: Sequence[str]) -> list[Row]:
         return _from_parquet(path)
     if kind not in _READERS:
         raise M3Error(f"{path}: cannot read this kind of file; known are {', '.join(_READERS)} (and .gz) and .parquet")
+    if not path.is_file():
+        raise M3Error(f"{path} is no regular file; give one with the data in it")
     try:
-        blob = path.read_bytes()
-        text = (gzip.decompress(blob) if blob[:2] == b"\x1f\x8b" else blob).decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise M3Error(f"cannot read {path}: it is damaged or no text ({type(error).__name__}); get it again") from error
+        blob = _content(path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise M3Error(f"cannot read {path}: it is damaged ({type(error).__name__}); get it again") from error
+    if len(blob) > _LARGEST:
+        raise M3Error(f"cannot read {path}: it holds more than {size_text(_LARGEST)}, more than any test set; split it")
+    try:
+        text = blob.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise M3Error(f"cannot read {path}: it is no text in UTF-8; get it again") from error
     return _READERS[kind](text, path, columns)
+
+
+def _content(path: Path) -> bytes:
+    """What is in a file, unpacked; a byte more than the largest where it has more."""
+    with open(path, "rb") as file:
+        if file.read(2) != _GZIP:
+            file.seek(0)
+            return file.read(_LARGEST + 1)
+    with gzip.open(path) as unpacked:
+        return unpacked.read(_LARGEST + 1)
 
 
 def _from_json_lines(text: str, path: Path, columns: Sequence[str]) -> list[Row]:
@@ -145,9 +166,9 @@ def _from_json(text: str, path: Path, columns: Sequence[str]) -> list[Row]:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except ValueError as error:
-        raise M3Error(f"{where} is not JSON; mend it, or give the file in its own format") from error
+        raise M3Error(f"{where} is not JSON ({error}); mend it, or give the file in its own format") from error
 
 
 def _check_row(row: Any, where: str) -> None:
@@ -191,7 +212,7 @@ def _from_parquet(path: Path) -> list[Row]:
         raise M3Error(f"reading {path} needs pyarrow; install it with {_INSTALL}, or give the file as JSONL") from error
     try:
         rows: list[Row] = parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:
+    except Exception as error:  # pyarrow raises of every kind
         raise M3Error(f"cannot read {path}: it is damaged or no Parquet file; get it again") from error
     return rows
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from m3jax.errors import M3Error
+from m3jax.evaluation.chats import chat_text
 from m3jax.evaluation.harness_tasks import HarnessTasks, harness_class, load_harness_tasks, said, surroundings
 from m3jax.evaluation.protocol import GenerationSettings, Generator, Pair, Scorer
 from m3jax.progress import Tell, progress_lines
@@ -62,13 +63,11 @@ def make_harness_model(
         def apply_chat_template(
             self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True, **options: Any
         ) -> str:
-            return str(
-                tokenizer.apply_chat_template(
-                    chat_history,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=not add_generation_prompt,
-                )
+            return chat_text(
+                tokenizer,
+                chat_history,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
             )
 
         @property

@@ -7,6 +7,7 @@ The wordings are those of the models that the M³ paper (arXiv 2502.15434) merge
 from typing import Any
 
 from m3jax.errors import M3Error
+from m3jax.evaluation.chats import chat_text
 
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -54,5 +55,4 @@ def _chat(instruction: str, tokenizer: Any) -> str:
             "the template 'chat' is the tokenizer's own, and this model's tokenizer has none; choose another with "
             f"--template: {', '.join(_TEMPLATES)}"
         )
-    messages = [{"role": "user", "content": instruction}]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    return chat_text(tokenizer, [{"role": "user", "content": instruction}], add_generation_prompt=True)

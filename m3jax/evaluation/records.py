@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 
 _IDENTITY = "run.json"
@@ -50,6 +51,13 @@ class Record(NamedTuple):
     tokens: int
     detail: str
     unclear: bool = False
+
+
+_TEXT, _FLAG, _COUNT = (str,), (bool,), (int,)
+_KINDS: tuple[tuple[type, ...], ...] = (
+    *(_COUNT, _TEXT, _TEXT, _TEXT, (str, type(None)), _TEXT, (bool, type(None))),
+    *(_FLAG, _FLAG, _FLAG, _FLAG, _COUNT, _TEXT, _FLAG),
+)
 
 
 def digest(value: Any) -> str:
@@ -182,8 +190,8 @@ def _writing(path: Path, what: str = "write") -> Iterator[None]:
 
 def _read_identity(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return dict(parse_json(path.read_text(encoding="utf-8"), halves=True))
+    except (OSError, *FAULTS) as error:
         raise M3Error(f"cannot read {path}: {error}; give another output directory") from error
 
 
@@ -212,13 +220,24 @@ def _read_records(path: Path) -> dict[int, Record]:
     done = {}
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
-            record = Record(**json.loads(line))
-        except (ValueError, TypeError) as error:
+            record = _record(parse_json(line, halves=True))
+        except FAULTS as error:
             raise M3Error(
                 f"{path} line {number} is no record of a run ({error}); give another output directory"
             ) from error
         done[record.number] = record
     return done
+
+
+def _record(told: Any) -> Record:
+    """A record as its line tells it; raises of every kind if it tells something else."""
+    record = Record(**told)
+    for value, kind in zip(record, _KINDS, strict=True):
+        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind):
+            raise TypeError(f"{value!r:.50} is not of its kind")
+    if record.number < 0 or record.tokens < 0:
+        raise ValueError("a count is below 0")
+    return record
 
 
 def _line(record: Record) -> str:

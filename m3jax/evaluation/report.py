@@ -6,8 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 from m3jax.evaluation.records import make_directory, write_whole
+from m3jax.text import safe_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 ATTACK_FILE, SUMMARY_FILE = "attack.json", "summary.json"
 FILES = ("report.md", "report.json", "report.png")
 _CLEAN = "clean"
+_MOST = 1e6  # of a figure: accuracies are shares, drop rates may be below 0, but not by much
+_LONGEST_NAME = 80  # in a picture
 _WIDEST = 18.0  # inches; wider, letters shrink too much on a screen
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
 
@@ -100,9 +104,9 @@ def _read(directory: Path) -> list[Line]:
     lines: list[Line] = []
     for name in found:
         try:
-            content = json.loads((directory / name).read_text(encoding="utf-8"))
+            content = parse_json((directory / name).read_text(encoding="utf-8"), halves=True)
             lines += _attack_lines(content, directory) if name == ATTACK_FILE else [_clean_line(content, directory)]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, *FAULTS) as error:
             said = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise M3Error(f"cannot read {directory / name}: {said}; make it again with m3jax") from error
     return lines
@@ -112,11 +116,28 @@ def _pair(value: Any) -> tuple[float, float] | None:
     if value is None:
         return None
     low, high = value
-    return float(low), float(high)
+    return _finite(low), _finite(high)
 
 
 def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
+    return None if value is None else _finite(value)
+
+
+def _finite(value: Any) -> float:
+    """A figure; bars of a picture have to be drawn of it, which no program means to be longer than this."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _MOST:
+        raise ValueError(f"{value!r:.50} where a figure is due")
+    return float(value)
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r:.50} where a count is due")
+    return value
+
+
+def _text_or_none(value: Any) -> str | None:
+    return None if value is None else str(value)
 
 
 def _clean_line(content: dict[str, Any], directory: Path) -> Line:
@@ -126,18 +147,18 @@ def _clean_line(content: dict[str, Any], directory: Path) -> Line:
         task=str(content["task"]),
         condition=_CLEAN,
         kind=_CLEAN,
-        examples=int(content["examples"]),
+        examples=_count(content["examples"]),
         clean=accuracy,
         accuracy=accuracy,
         accuracy_interval=_pair(content["interval"]),
         pdr=None,
         pdr_interval=None,
         queries=None,
-        profile=content.get("profile"),
-        prompt=content.get("prompt"),
+        profile=_text_or_none(content.get("profile")),
+        prompt=_text_or_none(content.get("prompt")),
         source=str(directory),
-        data=None if data is None else str(data),
-        limit=None if limit is None else int(limit),
+        data=_text_or_none(data),
+        limit=None if limit is None else _count(limit),
         complete=bool(content.get("complete", True)),
     )
 
@@ -152,14 +173,14 @@ def _attack_lines(content: dict[str, Any], directory: Path) -> list[Line]:
                 first._replace(
                     condition=_condition(str(entry[kind]), kind, str(content["profile"])),
                     kind=kind,
-                    clean=float(drop["clean"]),
-                    accuracy=float(drop["attacked"]),
+                    clean=_finite(drop["clean"]),
+                    accuracy=_finite(drop["attacked"]),
                     accuracy_interval=None,
                     pdr=_number(drop["pdr"]),
                     pdr_interval=_pair(drop["interval"]),
-                    queries=entry.get("queries"),
+                    queries=None if entry.get("queries") is None else _count(entry["queries"]),
                     profile=str(content["profile"]) if kind == "attack" else None,
-                    prompt=entry.get("prompt"),
+                    prompt=_text_or_none(entry.get("prompt")),
                 )
             )
     return lines
@@ -190,7 +211,7 @@ def table_lines(report: Report) -> Iterator[str]:
     originals = {(line.source, line.kind): line.prompt for line in report.lines}
     for line in changed:
         yield ""
-        yield f"{line.model}, {line.task}, {line.condition}:"
+        yield safe_text(f"{line.model}, {line.task}, {line.condition}:")
         yield f"- original: `{_code(originals[line.source, _CLEAN])}`"
         yield f"- attacked: `{_code(line.prompt)}`"
 
@@ -209,7 +230,7 @@ def _data_lines(report: Report) -> Iterator[str]:
         parts += [] if line.limit is None else [f"limit {line.limit:,}"]
         parts += [f"{line.examples:,} examples measured"]
         parts += [] if line.complete else ["incomplete: the attack was interrupted"]
-        yield f"- {line.model}, {line.task} ({line.source}): {', '.join(parts)}"
+        yield f"- {safe_text(f'{line.model}, {line.task} ({line.source})')}: {', '.join(parts)}"
 
 
 def _share(value: float | None) -> str:
@@ -230,11 +251,11 @@ def _interval(interval: tuple[float, float] | None, kind: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    return safe_text(text.replace("|", "\\|").replace("\n", " "))
 
 
 def _code(text: str | None) -> str:
-    return "" if text is None else text.replace("\n", "⏎").replace("`", "'")
+    return "" if text is None else safe_text(text.replace("\n", "⏎").replace("`", "'"))
 
 
 # --- The files ---------------------------------------------------------------------------------------------------
@@ -292,6 +313,12 @@ def save_picture(report: Report, path: Path) -> None:
         raise M3Error(f"cannot write {path}: {error.strerror}; give another directory") from error
 
 
+def _drawn(name: str) -> str:
+    """A name as a picture has it, in which dollars would begin a formula and a first _ would hide a label."""
+    shown = safe_text(name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}…").replace("$", r"\$")
+    return f"\u200b{shown}" if shown.startswith("_") else shown
+
+
 def _labels(runs: Sequence[tuple[str, str, str]]) -> list[str]:
     """What the bars of each run are called: its model and task, and its directory where that is not enough."""
     short = [f"{Path(model).name or model}, {task}" for model, task, _ in runs]
@@ -325,8 +352,8 @@ def _draw(
             width,
             yerr=list(zip(*spans, strict=True)) if spans else None,
             capsize=2,
-            label=f"{labels[number]}{incomplete}",
+            label=f"{_drawn(labels[number])}{incomplete}",
             color=_COLOURS[number % len(_COLOURS)],
         )
     axes.set_xlim(-0.5, max(len(conditions), 1) - 0.5)
-    axes.set_xticks(range(len(conditions)), conditions, rotation=20, ha="right")
+    axes.set_xticks(range(len(conditions)), list(map(_drawn, conditions)), rotation=20, ha="right")

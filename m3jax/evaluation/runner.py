@@ -1,5 +1,6 @@
 """Running a task: prompts to the model, completions to the judge, verdicts to the journal, a summary at the end."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from m3jax.evaluation.data import HubSet, Row, load_rows
 from m3jax.evaluation.prompts import render
 from m3jax.evaluation.protocol import Completion, GenerationSettings, Generator
 from m3jax.evaluation.records import Record, RunJournal, digest, open_journal
-from m3jax.evaluation.sandbox import why_no_sandbox
+from m3jax.evaluation.sandbox import UnsandboxedWarning, why_no_sandbox
 from m3jax.evaluation.statistics import matthews_correlation, wilson_interval
 from m3jax.evaluation.tasks import Example, Execution, Task, get_task, graded_by
 from m3jax.evaluation.tasks.base import Answer
@@ -215,6 +216,8 @@ def check_code(task: Task, run_code: bool, execution: Execution) -> None:
             f"{task.name} runs programs that the model wrote, and this system does not allow a sandbox for them "
             f"({why_not}); pass --allow-unsandboxed to run them with limits only"
         )
+    if why_not is not None:
+        warnings.warn(UnsandboxedWarning(why_not), stacklevel=1)  # of one place, so that it is said once
 
 
 def _text(given: str | Callable[[], str]) -> str:

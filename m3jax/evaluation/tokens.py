@@ -8,6 +8,7 @@ from typing import Any
 from m3jax.checkpoints import companions
 from m3jax.checkpoints.trust import check_tokenizer_files
 from m3jax.decoder import DecoderConfig, encode
+from m3jax.documents import failing_plainly
 from m3jax.errors import M3Error
 
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
@@ -37,15 +38,15 @@ def load_tokenizer(name: str, directory: Path) -> Any:
     if not any(path for pattern in _VOCABULARIES for path in directory.glob(pattern)):
         raise M3Error(f"{name}: has no tokenizer: copy tokenizer.json and tokenizer_config.json of its base into it")
     try:
-        # Said in so many words: by default transformers asks on standard input whether to run a model's code.
-        return import_transformers().AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # the libraries behind it raise every kind, a bare Exception among them
-        if "trust_remote_code" in str(error):
+        with failing_plainly(f"{name}: its tokenizer cannot be read", "copy that of its base"):
+            # Said in so many words: by default transformers asks on standard input whether to run a model's code.
+            return import_transformers().AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except M3Error as error:
+        if "trust_remote_code" in str(error.__cause__):
             raise M3Error(
                 f"{name}: its tokenizer is Python code of its own, which is never run: save it as tokenizer.json"
             ) from error
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise M3Error(f"{name}: its tokenizer cannot be read ({said}): copy that of its base") from error
+        raise
 
 
 def first_token(tokenizer: Any) -> int | None:

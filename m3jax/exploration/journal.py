@@ -1,9 +1,11 @@
 """What an exploration has done so far: its samples, on disk after every one."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from m3jax.documents import FAULTS
 from m3jax.exploration.samples import from_hex, to_hex
 from m3jax.exploration.selection import Result
 from m3jax.ledger import Ledger
@@ -31,7 +33,7 @@ class SampleJournal(Ledger):
         super().__init__(directory / FILE, identity, "exploration", "with --journal DIR")
         try:
             self.done = [_result(entry) for entry in self.entries]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except FAULTS as error:
             self._file.close()
             raise self.no_ledger(error) from None
 
@@ -52,6 +54,10 @@ class SampleJournal(Ledger):
 
 def _result(entry: Mapping[str, Any]) -> Result:
     result = Result(**{**entry, "weights": from_hex(entry["weights"])})
-    if not isinstance(result.sample, int) or not all(isinstance(s, float | int) for s in result.scores.values()):
+    figures = [result.share, result.seconds, *result.scores.values()]
+    counts = [result.sample, *([] if result.optimized is None else [result.optimized])]
+    if not all(type(count) is int for count in counts) or not all(type(one) in (int, float) for one in figures):
         raise ValueError("a line is no result")
+    if not all(map(math.isfinite, figures)) or not result.scores:
+        raise ValueError("a line has no finite scores")
     return result

@@ -1,6 +1,5 @@
 """What stands beside the weights: config, tokenizer, chat template, and the model card."""
 
-import json
 import os
 import tempfile
 from collections import Counter
@@ -15,12 +14,14 @@ from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.locate import named_companions, scratch
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.trust import check_companion
+from m3jax.documents import parse_json
 from m3jax.errors import M3Error
 from m3jax.methods import catalogue
 from m3jax.methods.mixup import draw_weights
 from m3jax.outputs import provenance
 from m3jax.outputs.copies import CHAT_TEMPLATE_JSON, read_entries, write_copy
 from m3jax.outputs.layers import untied, with_layers
+from m3jax.outputs.manifest import README
 from m3jax.outputs.modes import copy_mode
 from m3jax.outputs.vocabularies import check_same_vocabularies
 from m3jax.recipe import Recipe
@@ -46,7 +47,7 @@ def read_config(model: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise M3Error(f"{path}: is not JSON ({error}): restore the file") from None
     except OSError as error:
@@ -190,8 +191,8 @@ def write_companions(
     if template is not None and recipe.chat_template != AUTO:
         (directory / _CHAT_TEMPLATE).write_text(template, encoding="utf-8")
         written.append(_CHAT_TEMPLATE)
-    (directory / _CARD).write_text(card(recipe, weights), encoding="utf-8")
-    written.append(_CARD)
+    (directory / README).write_text(card(recipe, weights), encoding="utf-8")
+    written.append(README)
     if (index := directory / SAFETENSORS.index_file).is_file():
         written.append(index.name)
     return {name: digest_file(directory / name) for name in sorted(set(written))}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from m3jax.checkpoints.trust import is_config, without_code
+from m3jax.documents import TooDeepError, parse_json
 from m3jax.errors import M3Error
 from m3jax.outputs.modes import copy_mode
 
@@ -20,12 +21,12 @@ def read_entries(path: Path) -> Any:
     """What a JSON file says; None where it is no JSON.
 
     Raises:
-        M3Error: It is nested without end.
+        M3Error: It is nested without end, so that what it holds cannot be looked through.
     """
     try:
-        return json.loads(path.read_bytes())
-    except RecursionError:
-        raise M3Error(f"{path}: brackets inside brackets without end: restore the file") from None
+        return parse_json(path.read_bytes(), halves=True)
+    except TooDeepError as error:
+        raise M3Error(f"{path}: {error}: restore the file") from None
     except ValueError:
         return None
 
@@ -59,4 +60,7 @@ def _content(path: Path, name: str, edit: Edit | None) -> bytes:
         told = edit(name, told)
     if told == entries:
         return path.read_bytes()
-    return (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        return (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can only have escaped
+        return (json.dumps(told, indent=2) + "\n").encode()

@@ -49,6 +49,11 @@ _NO_EXCHANGE = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EN
 _HERE, _EXCHANGE = -100, 2  # Linux's AT_FDCWD and RENAME_EXCHANGE
 
 
+def is_own(name: str) -> bool:
+    """Whether a file is one of those in which a merge keeps what it has done."""
+    return any(fnmatchcase(name, pattern) for pattern in _OWN)
+
+
 def partial_directory(out: Path) -> Path:
     """Where a merge is made before it becomes `out`."""
     return out.with_name(out.name + ".partial")
@@ -439,13 +444,13 @@ class Staging(Workplace):
 def _empty(directory: Path) -> None:
     """Remove everything but the journals, which tell until the end that it was ours to remove."""
     for path in directory.iterdir():
-        if not any(fnmatchcase(path.name, pattern) for pattern in _OWN):
+        if not is_own(path.name):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _remove_journals(directory: Path) -> None:
     """Remove all journals, process 0's last."""
-    own = [path for path in directory.iterdir() if any(fnmatchcase(path.name, pattern) for pattern in _OWN)]
+    own = [path for path in directory.iterdir() if is_own(path.name)]
     for path in sorted(own, key=lambda path: path.name == _JOURNAL):
         path.unlink()
     sync(directory)

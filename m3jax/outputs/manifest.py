@@ -1,24 +1,49 @@
-"""What was done: the manifest of a merge, and checking an output directory against it. Needs no JAX."""
+"""What was done: the manifest of a merge, and checking an output directory against it. Needs no JAX.
+
+A manifest tells all of its output: of each tensor the bytes, of each weight file the header, of each other file the
+bytes, and in its last entry its own content. It proves no origin: whoever may change the output may write another.
+"""
 
 import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
+from reprlib import repr as brief  # what a file says may be long without end
 from typing import Any, NamedTuple
 
+from blake3 import blake3
+
 from m3jax.arithmetic import SCHEME, SCHEMES
-from m3jax.checkpoints import ALGORITHM, TensorInfo, digest_checkpoint, digest_file, digest_tensor, open_safetensors
-from m3jax.checkpoints.remote import as_path
+from m3jax.checkpoints import (
+    ALGORITHM,
+    Checkpoint,
+    TensorInfo,
+    digest_checkpoint,
+    digest_file,
+    digest_tensor,
+    open_safetensors,
+)
+from m3jax.checkpoints.files import is_below
+from m3jax.checkpoints.remote import RemotePath, as_path
+from m3jax.checkpoints.storage import is_dir, list_names, read_file
+from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 from m3jax.methods import catalogue
 from m3jax.outputs import provenance
-from m3jax.outputs.local import unfinished
+from m3jax.outputs.local import is_own, unfinished
 from m3jax.progress import Progress
 from m3jax.recipe import Recipe
 
 FILE_NAME = provenance.FILE_NAME
+README = "README.md"
+EDITABLE = (README,)
+"""Files of an output that people are to edit: told of, never held against it."""
+
+_OWN_DIGEST = "manifest_digest"
+_TOOLS = (".git", ".gitattributes", ".gitignore", ".cache", ".DS_Store")  # which no loader of models reads
+_DEEPEST = 8  # directories in directories that are looked through
 _PACKAGES = ("m3jax", "jax", "jaxlib", "numpy", "scipy", "ml_dtypes")
 
 TensorDigests = Mapping[str, tuple[TensorInfo, str]]
@@ -50,6 +75,7 @@ class Verification(NamedTuple):
         tensors: How many tensors were compared.
         files: How many other files were compared.
         differences: One sentence each; empty when all is as recorded.
+        notes: What was not held against the directory, or could not be checked, one sentence each.
     """
 
     directory: Path
@@ -57,6 +83,7 @@ class Verification(NamedTuple):
     tensors: int
     files: int
     differences: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def versions(method: str | None = None) -> dict[str, str]:
@@ -84,19 +111,21 @@ def build(
     weights: Mapping[str, Sequence[float]],
     inputs: Sequence[InputRecord],
     output: TensorDigests,
-    files: Mapping[str, str],
+    weight_files: Mapping[str, str],
     max_shard_size: int,
     scheme: str = SCHEME,
     anatomy: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The manifest as plain data; the same merge gives the same manifest, wherever and whenever it is done.
 
+    It is complete when `completed` has seen the other files of the output.
+
     Args:
         recipe: As resolved.
         weights: What was drawn, by group.
         inputs: What was read.
         output: What was written.
-        files: Digests of the other files of the directory.
+        weight_files: Digests of the headers of the files with weights.
         max_shard_size: Bytes.
         scheme: How its bits were made.
         anatomy: What was known of the tensors, for people.
@@ -130,10 +159,29 @@ def build(
                 name: {"dtype": info.dtype, "shape": list(info.shape), "digest": digest}
                 for name, (info, digest) in output.items()
             },
-            "files": dict(sorted(files.items())),
+            "files": {},
+            "weight_files": dict(sorted(weight_files.items())),
+            "editable": list(EDITABLE),
         },
         "versions": versions(recipe.merge_method),
     }
+
+
+def completed(record: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
+    """A manifest with the digests of what stands beside the weights, and of itself.
+
+    Args:
+        record: As `build` makes it.
+        files: Digests of the other files, by name.
+    """
+    told = {**record, "output": {**record["output"], "files": dict(sorted(files.items()))}}
+    return {**told, _OWN_DIGEST: own_digest(told)}
+
+
+def own_digest(manifest: Mapping[str, Any]) -> str:
+    """BLAKE3 of all that a manifest says but this, as JSON with sorted keys and without spaces; hexadecimal."""
+    told = {key: entry for key, entry in manifest.items() if key != _OWN_DIGEST}
+    return blake3(json.dumps(told, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
@@ -155,20 +203,25 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A manifest from its file or its model directory, checked as far as replay and verify rely on it.
 
     Raises:
-        M3Error: It is missing, damaged or of another scheme.
+        M3Error: It is missing, damaged, edited or of another scheme.
     """
     file = locate(path)
+    manifest = _read(file)
+    if manifest.get(_OWN_DIGEST, own_digest(manifest)) != own_digest(manifest):
+        raise M3Error(f"{file}: was changed after it was written: restore the file that m3jax merge wrote")
+    return manifest
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A manifest whose own digest may be another."""
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = parse_json(read_file(file), unique=True)
         if not isinstance(manifest, dict):
             raise ValueError("not an object")
         _check(manifest)
-    except OSError as error:
-        raise M3Error(f"{file}: cannot be read: {error.strerror}: check the file") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise M3Error(
-            f"{file}: is not a manifest of m3jax ({error}): restore the file that m3jax merge wrote"
-        ) from None
+    except FAULTS as error:
+        said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise M3Error(f"{file}: is not a manifest of m3jax ({said}): restore the file that m3jax merge wrote") from None
     if manifest["bits"] not in SCHEMES:
         raise M3Error(
             f"{file}: was made with bits {manifest['bits']!r}, but this version makes {', '.join(SCHEMES)}: use another"
@@ -182,8 +235,15 @@ def _check(manifest: Mapping[str, Any]) -> None:
     provenance.recorded_origin(manifest)
     for key in ("recipe", "weights", "output"):
         _check_object(manifest, key)
-    for key in ("tensors", "files"):
+    for key in ("tensors", "files", *(["weight_files"] if "weight_files" in manifest["output"] else [])):
         _check_object(manifest["output"], key)
+    for name in (*manifest["output"]["files"], *manifest["output"].get("weight_files", ())):
+        if not is_below(name):
+            raise ValueError(f"it names the file {brief(name)}, which is outside the model")
+    if ("weight_files" in manifest["output"]) != (_OWN_DIGEST in manifest):
+        raise ValueError("it has lost a part")
+    if not all(name in EDITABLE for name in manifest["output"].get("editable", ())):
+        raise ValueError("it lets files be edited that m3jax checks")
     int(manifest["output"]["max_shard_size"])
     str(manifest["output"]["digest"])
     for values in manifest["weights"].values():
@@ -216,7 +276,9 @@ def to_json(manifest: Mapping[str, Any]) -> str:
 
 
 def verify(directory: str | os.PathLike[str], progress: Callable[[Progress], None] | None = None) -> Verification:
-    """Compare a model directory with the manifest in it, tensor by tensor and file by file.
+    """Compare a model directory with the manifest in it: every tensor, every file, and what is there besides.
+
+    A manifest of a version that recorded less is checked as far as it goes; notes say what it does not tell.
 
     Args:
         directory: What `m3jax merge` wrote.
@@ -225,32 +287,86 @@ def verify(directory: str | os.PathLike[str], progress: Callable[[Progress], Non
     Raises:
         M3Error: There is no manifest or no readable weights.
     """
-    place = locate(directory).parent
-    recorded = read(directory)["output"]
-    differences = []
+    file = locate(directory)
+    place, manifest = file.parent, _read(file)
+    recorded = manifest["output"]
+    differences, notes = [], []
+    if _OWN_DIGEST not in manifest:
+        notes.append(f"{file.name}: is of a version that recorded no digest of it: edits of it are not seen")
+    elif manifest[_OWN_DIGEST] != own_digest(manifest):
+        differences.append(f"{file.name}: was changed after it was written")
     with open_safetensors(place) as checkpoint:
-        total = sum(info.nbytes for info in checkpoint.tensors.values())
-        done, found = 0, {}
-        for name, info in checkpoint.tensors.items():
-            digest = digest_tensor(checkpoint, name)
-            found[name] = (info, digest)
-            expected = recorded["tensors"].get(name)
-            if expected is None:
-                differences.append(f"{name}: is not in the manifest")
-            elif (info.dtype, list(info.shape)) != (expected["dtype"], expected["shape"]):
-                differences.append(
-                    f"{name}: is {info.dtype}{list(info.shape)}, not {expected['dtype']}{expected['shape']}"
-                )
-            elif digest != expected["digest"]:
-                differences.append(f"{name}: its bytes are not those that were written")
-            done += info.nbytes
-            if progress is not None:
-                progress(Progress("verifying", done, total))
-    differences += [f"{name}: is missing" for name in recorded["tensors"] if name not in found]
-    for name, digest in recorded["files"].items():
-        path = place / name
-        if not path.is_file():
-            differences.append(f"{name}: is missing")
-        elif digest_file(path) != digest:
-            differences.append(f"{name}: has changed")
-    return Verification(place, _whole(found), len(found), len(recorded["files"]), tuple(differences))
+        found = _digests(checkpoint, progress)
+        headers = {name: told["header_blake3"] for name, told in checkpoint.fingerprint().items()}
+    differences += _differing_tensors(found, recorded["tensors"])
+    if "weight_files" in recorded:
+        differences += _differing_headers(headers, recorded["weight_files"])
+        known = {*recorded["files"], *recorded["weight_files"], file.name}
+        beside = list(_added(place, known))
+        notes += [f"{name}: is none of the model's, and not looked into" for name in beside if name in _TOOLS]
+        notes += [
+            f"{name}: a merge that was stopped as it ended left it, and it may go" for name in filter(is_own, beside)
+        ]
+        differences += [f"{n}: is not in the manifest" for n in beside if n not in _TOOLS and not is_own(n)]
+    else:
+        notes.append(f"{file.name}: is of a version that did not list all files: added ones and metadata are not seen")
+    for name, digest in sorted(recorded["files"].items()):
+        fault = _fault_of_file(place / name, digest)
+        if fault is not None and name in EDITABLE:
+            notes.append(f"{name}: {fault}, as people may edit it")
+        elif fault is not None:
+            differences.append(f"{name}: {fault}")
+    return Verification(place, _whole(found), len(found), len(recorded["files"]), tuple(differences), tuple(notes))
+
+
+def _digests(checkpoint: Checkpoint, progress: Callable[[Progress], None] | None) -> dict[str, tuple[TensorInfo, str]]:
+    """The tensors of a checkpoint with the digests of their bytes."""
+    total = sum(info.nbytes for info in checkpoint.tensors.values())
+    done, found = 0, {}
+    for name, info in checkpoint.tensors.items():
+        found[name] = (info, digest_tensor(checkpoint, name))
+        done += info.nbytes
+        if progress is not None:
+            progress(Progress("verifying", done, total))
+    return found
+
+
+def _differing_tensors(found: TensorDigests, recorded: Mapping[str, Any]) -> Iterator[str]:
+    for name, (info, digest) in found.items():
+        expected = recorded.get(name)
+        if expected is None:
+            yield f"{name}: is not in the manifest"
+        elif (info.dtype, list(info.shape)) != (expected["dtype"], expected["shape"]):
+            yield f"{name}: is {info.dtype}{list(info.shape)}, not {expected['dtype']}{expected['shape']}"
+        elif digest != expected["digest"]:
+            yield f"{name}: its bytes are not those that were written"
+    yield from (f"{name}: is missing" for name in recorded if name not in found)
+
+
+def _differing_headers(found: Mapping[str, str], recorded: Mapping[str, Any]) -> Iterator[str]:
+    for name, digest in found.items():
+        if name in recorded and recorded[name] != digest:
+            yield f"{name}: its header is not the one that was written: its metadata, or the order of its tensors"
+    yield from (f"{name}: is missing, or not read as a file of the model" for name in recorded if name not in found)
+
+
+def _fault_of_file(path: Path, digest: str) -> str | None:
+    """What is wrong with a file beside the weights; None where it is as recorded."""
+    if not path.is_file():
+        return "is missing"
+    return None if digest_file(path) == digest else "has changed"
+
+
+def _added(place: Path, known: Container[str], above: str = "", depth: int = 0) -> Iterator[str]:
+    """The names of files that are not known, also in directories; links and what other tools put there stay closed."""
+    for name in sorted(list_names(place)):
+        path, full = place / name, f"{above}{name}"
+        if full in known:
+            continue
+        link = not isinstance(path, RemotePath) and os.path.islink(path)
+        if full in _TOOLS or link or not is_dir(path):
+            yield full
+        elif depth == _DEEPEST:
+            yield f"{full}/"
+        else:
+            yield from _added(path, known, f"{full}/", depth + 1)

@@ -1,11 +1,12 @@
 """Which package outside brought the method of a merge: recorded, said, and checked by a replay. Needs no JAX."""
 
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
 from m3jax.checkpoints.remote import as_path
+from m3jax.checkpoints.storage import read_file
+from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 from m3jax.methods import catalogue
 from m3jax.methods.catalogue import Origin
@@ -91,8 +92,8 @@ def method_of(model: str | os.PathLike[str]) -> dict[str, str] | None:
     try:
         place = as_path(model)
         file = (place if place.is_dir() else place.parent) / FILE_NAME
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        manifest = parse_json(read_file(file))
         origin = recorded_origin(manifest)
         return None if origin is None else {"method": str(manifest["recipe"]["merge_method"]), **origin._asdict()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, M3Error):
+    except (OSError, M3Error, *FAULTS):
         return None  # whoever looks at weights is not to be stopped by what lies beside them

@@ -1,12 +1,12 @@
 """Vocabularies as the files beside the weights tell them: tokens with their ids, added tokens, and merges."""
 
-import json
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3jax.checkpoints import digest_file
+from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 
 _FILES = (
@@ -47,7 +47,7 @@ def read_vocabulary(files: Mapping[str, Path]) -> Vocabulary | None:
         if told is None:
             return None
         later = dict(_added_later(files))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, RuntimeError, OSError):
+    except (*FAULTS, RuntimeError, OSError):
         return None
     added = told.added if told.added is not None or not later else frozenset()
     return told._replace(tokens={**told.tokens, **later}, added=None if added is None else added | later.keys())
@@ -97,7 +97,7 @@ def _added_later(files: Mapping[str, Path]) -> Iterator[tuple[str, int]]:
 
 
 def _json(path: Path) -> Any:
-    return json.loads(path.read_bytes())
+    return parse_json(path.read_bytes(), halves=True)
 
 
 def _lines(path: Path) -> list[str]:

@@ -9,8 +9,12 @@ from typing import Any
 
 import yaml
 
+from m3jax.documents import DEEPEST, FAULTS, read_bounded
 from m3jax.errors import M3Error
 from m3jax.recipe.settings import RecipeError
+
+_LARGEST = 2**20  # bytes of a recipe; long ones have some thousands
+_MOST_NODES = 100_000  # of what a recipe says, everything counted where an alias repeats it
 
 
 class _Loader(yaml.SafeLoader):
@@ -28,15 +32,53 @@ class _Loader(yaml.SafeLoader):
 
 
 def _parse(text: str) -> object:
+    loader = None
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _check_size(root)
+        return loader.construct_document(root)
+    except RecipeError:
+        raise
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise RecipeError(f"{line}not valid YAML: {error.problem}") from None
     except RecursionError:
         raise RecipeError("not valid YAML: brackets inside brackets without end; mend them") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(f"not valid YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, *FAULTS) as error:  # PyYAML raises of every kind where a tag does not fit its text
+        raise RecipeError(f"not valid YAML: {' '.join(str(error).split()) or type(error).__name__}") from None
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Raise RecipeError where aliases make more of a text than anyone means, or something that is inside itself."""
+    sizes: dict[yaml.Node, int] = {}
+    open_: set[yaml.Node] = set()
+
+    def size(node: yaml.Node, depth: int) -> int:
+        if node in open_:
+            raise RecipeError(f"line {node.start_mark.line + 1}: an alias stands inside what it repeats; write it out")
+        if depth > DEEPEST:
+            raise RecipeError("not valid YAML: brackets inside brackets without end; mend them")
+        if node not in sizes:
+            open_.add(node)
+            sizes[node] = 1 + sum(size(inner, depth + 1) for inner in _inside(node))
+            open_.remove(node)
+            if sizes[node] > _MOST_NODES:
+                raise RecipeError(f"aliases make more than {_MOST_NODES:,} entries of it; write out what is meant")
+        return sizes[node]
+
+    size(root, 0)
+
+
+def _inside(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [inner for pair in node.value for inner in pair]
+    return list(node.value) if isinstance(node, yaml.SequenceNode) else []
 
 
 def read_yaml(path: str | os.PathLike[str]) -> object:
@@ -46,12 +88,16 @@ def read_yaml(path: str | os.PathLike[str]) -> object:
       M3Error: the file cannot be read, or is not YAML.
     """
     try:
-        return _parse(Path(path).read_text(encoding="utf-8"))
+        text = read_bounded(Path(path), _LARGEST).decode("utf-8")
     except FileNotFoundError:
         raise M3Error(f"{os.fspath(path)}: no such recipe file; check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+    except UnicodeDecodeError:
+        raise M3Error(f"{os.fspath(path)}: cannot be read (it is not UTF-8 text); name a YAML file") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise M3Error(f"{os.fspath(path)}: cannot be read ({reason}); name a YAML file") from None
+    try:
+        return _parse(text)
     except RecipeError as fault:
         raise M3Error(f"{os.fspath(path)}: {fault}") from None
 

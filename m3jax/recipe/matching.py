@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+from m3jax import documents
 from m3jax.recipe.checks import placed_blocks
 from m3jax.recipe.schema import Recipe
 from m3jax.recipe.settings import Filtered, Place, Setting, dotted, parameters_of
@@ -33,7 +34,7 @@ def unmatched(recipe: Recipe, names: Iterable[str], blocks: Iterable[str] = ()) 
         if not any(wanted in name for name in seen):
             return f"{dotted(place)}: {wanted!r} matches no tensor; {_nearest([wanted], seen)}"
     for i, pattern in enumerate(recipe.exclude):
-        if not any(re.search(pattern, name) for name in known):
+        if not any(documents.pattern(pattern).search(name) for name in known):
             return f"{dotted(('exclude', i))}: {pattern!r} matches no tensor; {_nearest(_literals(pattern), known)}"
     return None
 

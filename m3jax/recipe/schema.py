@@ -5,7 +5,6 @@ Every bad recipe is an `M3Error` with one sentence: at which dotted place, what 
 
 import json
 import os
-import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, TypeAlias
@@ -28,6 +27,7 @@ from pydantic import (
     model_validator,
 )
 
+from m3jax import documents
 from m3jax.errors import M3Error
 from m3jax.methods.rows import MethodRow, SparsifierRow, arguments
 from m3jax.naming import block_of, position
@@ -53,9 +53,16 @@ from m3jax.recipe.values import OutputDtype, read_alpha, read_dtype, read_method
 Name: TypeAlias = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Regex: TypeAlias = Annotated[str, AfterValidator(read_regex)]
 Dtype: TypeAlias = Annotated[OutputDtype | None, PlainValidator(read_dtype)]
+
+
+def _as_read(raw: object) -> dict[Any, Any]:
+    """Parameters, which were read before the schema by what the method's row says; of no method there is nothing."""
+    return dict(raw) if isinstance(raw, Mapping) else {}
+
+
 Parameters: TypeAlias = Annotated[
     dict[str, Setting],
-    PlainValidator(dict),  # read before the schema, by what the method's row says
+    PlainValidator(_as_read),
     PlainSerializer(plain_parameters, return_type=dict[str, Any]),
 ]
 
@@ -389,7 +396,7 @@ class Recipe(_Strict):
 
     def excludes(self, tensor_name: str) -> bool:
         """Whether some `exclude` pattern is found in a tensor's name."""
-        return any(re.search(pattern, tensor_name) for pattern in self.exclude)
+        return any(documents.pattern(pattern).search(tensor_name) for pattern in self.exclude)
 
     def resolved(self) -> dict[str, Any]:
         """The recipe as plain data for JSON or YAML, every default written out.

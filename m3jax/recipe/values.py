@@ -1,10 +1,10 @@
 """The recipe's single values: methods, dtypes, seeds, shapes, regular expressions."""
 
-import re
 import reprlib
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
+from m3jax import documents
 from m3jax.errors import M3Error
 from m3jax.methods import catalogue
 from m3jax.methods.rows import MethodRow, SparsifierRow
@@ -93,7 +93,8 @@ def read_seed(raw: object) -> int:
 def read_regex(pattern: str) -> str:
     """Reads a regular expression and sees that it is one."""
     try:
-        re.compile(pattern)
-    except re.error as error:
-        raise RecipeError(f"{pattern!r} is no regular expression ({error}); mend it, as in '.*rotary.*'") from None
+        documents.pattern(pattern)
+    except ValueError as error:
+        shown = reprlib.repr(pattern)
+        raise RecipeError(f"{shown} is no regular expression ({error}); mend it, as in '.*rotary.*'") from None
     return pattern

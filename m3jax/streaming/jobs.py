@@ -55,6 +55,7 @@ class MergeJob(NamedTuple):
         progress: Called after every chunk.
         recorded: The manifest that a replay follows.
         sources: Where its models are now, by the names that it records.
+        other_files: Let a replay write other files beside the weights than were there then.
         chosen: Weights to use in place of draws.
         locate: Finds the models; `sketch_model` where headers are all that is wanted of them.
     """
@@ -69,6 +70,7 @@ class MergeJob(NamedTuple):
     progress: Callable[[Progress], None] | None
     recorded: Mapping[str, Any] | None = None
     sources: Mapping[str, str] = MappingProxyType({})
+    other_files: bool = False
     chosen: DrawnWeights | None = None
     locate: Callable[[str], ModelDirectory] = locate_model
 

@@ -6,6 +6,7 @@ functions of flat chunks, one writes. The functions are those of the in-memory p
 
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,7 +17,17 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from m3jax.anatomy import summarise
-from m3jax.checkpoints import DTYPES, FileFingerprint, TensorInfo, digest_tensor, parse_size, write_index
+from m3jax.checkpoints import (
+    DTYPES,
+    FileFingerprint,
+    TensorInfo,
+    digest_tensor,
+    header_digest,
+    parse_size,
+    write_index,
+)
+from m3jax.checkpoints.formats import SAFETENSORS
+from m3jax.checkpoints.locate import scratch
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.checkpoints.views import stored_at
 from m3jax.cluster.processes import ALONE, Cluster, Processes, gather, share
@@ -117,6 +128,7 @@ def _merge(job: MergeJob, processes: Processes) -> MergeResult:
     begun = time.perf_counter()
     with saying_what_failed(job.out), ExitStack() as stack:
         ready = prepare(job, processes, stack)
+        other_files = _check_companions(job, ready) if processes.index == 0 else None
         workplace, mended = _open_workplace(job, ready, processes, stack)
         checkpoints = [m.checkpoint for m in ready.models]
         entries = _chunk_size(job.chunk_entries, ready.plan, ready.models)
@@ -132,7 +144,7 @@ def _merge(job: MergeJob, processes: Processes) -> MergeResult:
         if isinstance(workplace, Staging | RemoteStaging):
             workplace.finished = [entry for entry in workplace.finished if entry.get("shard") not in made]
             workplace.finished += made.values()
-            _publish(job, ready, workplace, record)
+            record = _publish(job, ready, workplace, record)
         record = share(processes, record)  # which waits until the output is there
     return MergeResult(
         job.out,
@@ -142,7 +154,7 @@ def _merge(job: MergeJob, processes: Processes) -> MergeResult:
         sum(read for _, read, _ in told),
         sum(wrote for _, _, wrote in told),
         len(finished),
-        (*_notes(job, ready, finished, processes.count), *mended),
+        (*_notes(job, ready, finished, processes.count), *mended, *([other_files] if other_files else [])),
         tuple(read for _, read, _ in told),
     )
 
@@ -300,7 +312,8 @@ def _record(job: MergeJob, ready: Ready, entries: Mapping[str, Any]) -> dict[str
     model = ready.models[ready.plan.template]
     told_anatomy = summarise(model.input.anatomy, model.checkpoint.tensors).to_json()
     size, weights = job.max_shard_size, ready.plan.weights
-    return manifest.build(job.recipe, weights, records, output, {}, size, job.scheme, told_anatomy)
+    headers = {file: header_digest(infos) for file, infos in ready.shards}
+    return manifest.build(job.recipe, weights, records, output, headers, size, job.scheme, told_anatomy)
 
 
 def _source_at(ready: Ready, position: int, location: str) -> int:
@@ -314,20 +327,59 @@ def _weight_files(ready: Ready) -> list[Path]:
     return [file for model in ready.models for file in model.checkpoint.files()]
 
 
-def _publish(job: MergeJob, ready: Ready, staging: Staging | RemoteStaging, record: dict[str, Any]) -> None:
-    """Write what stands beside the weights, complete `record`, and let the output appear."""
+def _publish(job: MergeJob, ready: Ready, staging: Staging | RemoteStaging, record: dict[str, Any]) -> dict[str, Any]:
+    """Write what stands beside the weights and the manifest, which is returned, and let the output appear."""
     if len(ready.shards) > 1:
         write_index(staging.path, ready.shards, sum(t.output.nbytes for t in ready.plan.tensors))
-    files = modelcard.write_companions(
-        staging.path, ready.companions, job.recipe, ready.plan.weights, ready.picked, ready.unties
-    )
-    record["output"]["files"] = dict(sorted(files.items()))
+    files = _write_companions(job, ready, staging.path)
+    record = manifest.completed(record, files)
     (staging.path / manifest.FILE_NAME).write_text(manifest.to_json(record), encoding="utf-8")
     if isinstance(staging, Staging):
         narrow(staging.path, _weight_files(ready))
         staging.publish([*(file for file, _ in ready.shards), *files, manifest.FILE_NAME])
     else:
         staging.publish()
+    return record
+
+
+def _write_companions(job: MergeJob, ready: Ready, directory: Path) -> dict[str, str]:
+    """Write what stands beside the weights; returns the digest of each file."""
+    return modelcard.write_companions(
+        directory, ready.companions, job.recipe, ready.plan.weights, ready.picked, ready.unties
+    )
+
+
+def _check_companions(job: MergeJob, ready: Ready) -> str | None:
+    """What a replay would write beside the weights, held against what was written then.
+
+    The index of shards is left out, as it follows their size, and so is what people may edit.
+
+    Returns:
+        A sentence on the files that would be others, if that is allowed; None where none would.
+
+    Raises:
+        M3Error: It is not allowed.
+    """
+    then = dict(job.recorded["output"]["files"]) if job.recorded is not None else {}
+    if job.recorded is None or not then:
+        return None
+    with tempfile.TemporaryDirectory(dir=scratch()) as place:
+        now = _write_companions(job, ready, Path(place))
+    left_out = {*manifest.EDITABLE, SAFETENSORS.index_file}
+    other = sorted(name for name in {**then, **now}.keys() - left_out if then.get(name) != now.get(name))
+    if not other:
+        return None
+    from_ = ready.companions.get(other[0])
+    said = (
+        f"{', '.join(other)} would not be as then"
+        f"{'' if from_ is None else f': {from_} has changed since, or this version writes it otherwise'}"
+    )
+    if not job.other_files:
+        raise M3Error(
+            f"{said}: restore what stood beside the models' weights, or allow it (--allow-other-files): the weights are"
+            " the same in any case"
+        )
+    return said
 
 
 def merge_checkpoint(
@@ -414,6 +466,7 @@ def replay(
     out: str | os.PathLike[str],
     *,
     sources: Mapping[str, str] | None = None,
+    allow_other_files: bool = False,
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
     chunk_entries: int | None = None,
@@ -427,6 +480,8 @@ def replay(
         source: A manifest, or the model directory that holds one.
         out: The directory to make.
         sources: Where models are now, by the names that the manifest records.
+        allow_other_files: Go on where config, tokenizer or chat template of the output would be others than then; a
+            note names them.
         overwrite: Replace `out` if it exists.
         max_shard_size: Bytes per file at most; as recorded if None.
         chunk_entries: As in `merge_checkpoint`.
@@ -435,8 +490,9 @@ def replay(
         progress: Called after every chunk.
 
     Raises:
-        M3Error: The manifest is damaged, the package outside that brought the method is missing, an input has changed
-            since (the message names its file), or, on a machine that computes something else, the bytes differ.
+        M3Error: The manifest is damaged or edited, the package outside that brought the method is missing, an input
+            has changed since, be it a file beside its weights (the message names the file), or, on a machine that
+            computes something else, the bytes differ.
     """
     recorded = manifest.read(source)
     provenance.check(recorded)
@@ -450,7 +506,7 @@ def replay(
             raise M3Error(f"{name}: is not a model of this manifest, which records {', '.join(sorted(named))}")
     job = MergeJob(
         recipe, as_path(out), overwrite, size, chunk_entries, mesh, nonfinite, progress, recorded, sources or {}
-    )
+    )._replace(other_files=allow_other_files)
     changed = provenance.change(recorded)
     try:
         with _together(distributed) as processes:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from m3jax import documents
 from m3jax.anatomy import OUTSIDE_BLOCKS, Anatomy, Kind, Overrides, Part, anatomy_of, group_of
 from m3jax.anatomy.kinds import kind_of, quantised
 from m3jax.checkpoints.protocol import DTYPE_NAMES, TensorInfo
@@ -114,8 +115,8 @@ def _of_stored(patterns: Mapping[str, Any], stored: Mapping[str, str]) -> dict[s
     found = {}
     for pattern, value in patterns.items():
         try:
-            names = [other for name, other in stored.items() if re.search(pattern, name)]
-        except re.error:
+            names = [other for name, other in stored.items() if documents.pattern(pattern).search(name)]
+        except ValueError:
             names = []
         found[_exactly(names) if names else pattern] = value
     return found

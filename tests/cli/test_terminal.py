@@ -1,13 +1,19 @@
 """Progress as lines and bars."""
 
 import io
+import sys
 import threading
+import warnings
 from typing import Any
 
 import pytest
 from support.terminals import Terminal
 
+from m3jax.cli import shell
+from m3jax.cli.commands import main
 from m3jax.cli.terminal import Lines, Pace, Reporter, progress_reporter
+from m3jax.errors import M3Error
+from m3jax.evaluation.sandbox import UnsandboxedWarning
 from m3jax.progress import Progress
 
 
@@ -146,3 +152,62 @@ def test_dumb_terminals_get_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     with progress_reporter() as progress:
         assert isinstance(progress, Reporter)
         assert isinstance(progress._display, Lines)
+
+
+# --- What terminals would obey ---------------------------------------------------------------------------------------
+
+HARM = "\x1b]0;owned\x07\x9b2J\u202e\r\n"
+
+
+def test_nothing_that_is_said_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise M3Error(f"{HARM}: is no model")
+
+    assert shell.reported(fail, debug=False) == 2
+    shell.print_notes([HARM], quiet=False)
+    teller = shell.teller(quiet=False)
+    assert teller is not None
+    teller(HARM)
+    Lines(sys.stderr).draw(Progress(f"reading {HARM}", 1, 2), Pace(0.0, 0))
+    shell.print_result(dict, lambda: [HARM], as_json=False)
+    assert main(["merge", f"{HARM}.yml", "out"]) == 2
+    assert main([HARM]) == 2
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 6
+    assert len(said.out.splitlines()) == 1
+    assert (said.out + said.err).replace("\n", "").isprintable()
+
+
+def test_a_warning_of_ours_is_a_note(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    assert main(["--version"]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.warn(UnsandboxedWarning("no namespaces"), stacklevel=1)
+    assert capsys.readouterr().err.startswith("note: programs that the model wrote run without a sandbox")
+
+
+def test_names_without_end_are_not_said_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise M3Error(f"{'x' * 10**6} is no model: give another")
+
+    assert shell.reported(fail, debug=False) == 2
+    said = capsys.readouterr().err
+    assert len(said) < 5000
+    assert said.endswith("xx is no model: give another\n")
+
+
+def test_what_no_exception_is_and_what_is_nested_without_end_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    class PanicException(BaseException):
+        pass
+
+    def panic() -> None:
+        raise PanicException("index out of bounds")
+
+    def nest() -> None:
+        raise RecursionError
+
+    assert (shell.reported(panic, debug=False), shell.reported(nest, debug=False)) == (1, 2)
+    panicked, nested = capsys.readouterr().err.splitlines()
+    assert panicked == "m3jax: unexpected PanicException: index out of bounds; run with --debug."
+    assert nested.startswith("m3jax: something that was read is nested without end")

@@ -122,6 +122,8 @@ def test_older_and_newer_files_mean_the_same():
         ({"num_key_value_heads": 3}, "4 heads for 3 key-value heads"),
         ({"head_dim": 7}, "rotates 7 of the 7 entries"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"num_hidden_layers": 2**62}, "4,611,686,018,427,387,904 layers, more than any model"),
+        ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "impossible value|factor"),
     ],
 )
 def test_what_cannot_run_is_said_in_one_sentence(entries, said):

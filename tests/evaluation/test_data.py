@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from m3jax.errors import M3Error
-from m3jax.evaluation import HubSet, get_task, load_rows
+from m3jax.evaluation import HubSet, data, get_task, load_rows
 from m3jax.evaluation.data import Field, read_fields
 
 ROWS = [{"sentence": 'a "quoted', "label": "1"}, {"sentence": "b, c", "label": "0"}]
@@ -100,3 +100,37 @@ def test_fields_found_and_wanted_are_said() -> None:
         M3Error, match=r"example 2 is not t data: it has the fields a, b, and t wants question or problem and answer"
     ):
         read_fields([{"problem": "p", "answer": 1}, {"a": 1, "b": 2}], fields, "t")
+
+
+# --- Files that mean harm ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.jsonl", b'{"a": ' + b"[" * 10**5, r"line 1 is not JSON \(brackets inside brackets without end\)"),
+        ("a.jsonl", b'{"a": "\\ud800"}', r"line 1 is not JSON \(it holds half a character"),
+        ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", "line 1 is not JSON"),
+        ("a.json", b"[" * 10**5, "without end"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-12], "it is damaged"),
+        ("a.jsonl.gz", gzip.compress(b"{}")[:10] + b"\xff" * 40, "it is damaged"),
+        ("a.csv", b"a\n" + b"x" * 200_000, "field larger than field limit"),
+    ],
+)
+def test_files_that_mean_harm(tmp_path: Path, name: str, content: bytes, sentence: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(M3Error, match=sentence):
+        load_rows(tmp_path / name)
+
+
+def test_a_bomb_is_unpacked_up_to_the_largest_test_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "_LARGEST", 1000)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b"\n" * 10**6))
+    with pytest.raises(M3Error, match=r"it holds more than 1\.0 kB, more than any test set; split it"):
+        load_rows(tmp_path / "a.jsonl.gz")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").symlink_to("/dev/zero")
+    with pytest.raises(M3Error, match="is no regular file"):
+        load_rows(tmp_path / "a.jsonl")

@@ -1,16 +1,21 @@
 """No program may harm the run, and none of these may pass."""
 
 import contextlib
+import json
 import os
+import platform
+import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
-from support.hostile import PROGRAMS
+from support.hostile import FORGER, PROGRAMS
 
 from m3jax.evaluation import sandbox
 from m3jax.evaluation.sandbox import Limits, kernel, run_program
@@ -152,3 +157,86 @@ def test_without_namespaces_programs_are_limited_and_swept(
 ) -> None:
     monkeypatch.setattr(sandbox, "why_no_sandbox", lambda: "for a test")
     run_hostile(PROGRAMS[name], surroundings, allow_unsandboxed=True)
+
+
+# --- As an ordinary user, and where the system lacks what walls are made of ---------------------------------------
+
+_PACKAGE = Path(sandbox.__file__).resolve().parents[2]
+_AS_NOBODY = """
+import json, os, sys
+from m3jax.evaluation.sandbox import Program, kernel, run_program, why_no_sandbox
+from m3jax.errors import M3Error
+order = json.load(sys.stdin)
+one = {
+    "namespaces": kernel.Refusal(tuple(order["unshare"])),
+    "filters": kernel.Refusal(tuple(order["prctl"]), argument=0, unless=tuple(order["allowed"])),
+}
+kernel.forbid_new_privileges()
+kernel.filter_system_calls([one[name] for name in order["without"]])
+said = {"why": why_no_sandbox()}
+try:
+    said["strict"] = run_program(order["source"], order["tests"])
+except M3Error as error:
+    said["strict"] = str(error)
+said["allowed"] = run_program(order["source"], order["tests"], allow_unsandboxed=True)
+print(json.dumps(said))
+"""
+_NUMBERS = {"x86_64": {"unshare": [272], "prctl": [157]}, "aarch64": {"unshare": [97], "prctl": [167]}}
+
+
+def _works_for_nobody(python: str) -> bool:
+    program = [python, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
+    try:
+        return subprocess.run(program, user=65534, group=65534, extra_groups=[], cwd="/").returncode == 0
+    except OSError:
+        return False
+
+
+def without(what: list[str], source: str) -> dict[str, Any]:
+    """What becomes of a program that an ordinary user runs where the kernel refuses something."""
+    if os.geteuid() != 0 or platform.machine() not in _NUMBERS:
+        pytest.skip("needs root, to become an ordinary user")
+    python = next(filter(_works_for_nobody, (os.path.realpath(sys.executable), "/usr/bin/python3")), None)
+    if python is None:
+        pytest.skip("an ordinary user can run no Python here")
+    order = {"without": what, "source": source, "tests": TESTS, **_NUMBERS[platform.machine()]}
+    order["allowed"] = [option for option in range(100) if option != 22]  # of prctl, PR_SET_SECCOMP being refused
+    with tempfile.TemporaryDirectory() as place:  # this checkout may lie where only root reads
+        os.chmod(place, 0o755)
+        for part in ("__init__.py", "errors.py", "evaluation/sandbox"):
+            source_of, target = _PACKAGE / part, Path(place, "m3jax", part)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if source_of.is_dir() else shutil.copyfile)(source_of, target)
+        Path(place, "m3jax", "evaluation", "__init__.py").touch()
+        done = subprocess.run(
+            [python, "-B", "-c", _AS_NOBODY],
+            input=json.dumps(order),
+            capture_output=True,
+            text=True,
+            cwd="/",
+            user=65534,
+            group=65534,
+            extra_groups=[],
+            env={"PYTHONPATH": place, "M3JAX_TEST_SECRET": "secret"},
+        )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+def test_without_namespaces_nothing_runs_unless_allowed() -> None:
+    said = without(["namespaces"], "def f(x): return x + 1")
+    assert "Operation not permitted" in said["why"]
+    assert said["strict"].startswith("cannot run generated code safely: this system does not allow a sandbox")
+    assert said["allowed"][0] is True
+
+
+def test_without_filters_of_system_calls_nothing_runs_unless_allowed() -> None:
+    said = without(["filters"], "def f(x): return x + 1")
+    assert "seccomp" in said["why"] or "Operation not permitted" in said["why"]
+    assert "pass --allow-unsandboxed" in said["strict"]
+    assert said["allowed"][0] is True
+
+
+def test_without_namespaces_no_program_reaches_its_launcher() -> None:
+    passed, reason, detail, output, _ = without(["namespaces"], FORGER)["allowed"]
+    assert (passed, reason, detail, output) == (False, "died", "the program ended before the tests did", "")

@@ -120,3 +120,40 @@ def test_directories_that_hold_no_results(tmp_path, name, content, sentence):
         (tmp_path / name).write_text(content)
     with pytest.raises(M3Error, match=sentence):
         report.collect([tmp_path])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"accuracy": 1e999},
+        {"accuracy": float("nan")},
+        {"accuracy": True},
+        {"accuracy": "0.8"},
+        {"interval": [1]},
+        {"interval": 3},
+        {"examples": -1},
+        {"examples": 1e999},
+        {"limit": []},
+    ],
+)
+def test_odd_figures_are_said(tmp_path, change):
+    place = run(tmp_path / "one", summary={**SUMMARY, **change})
+    with pytest.raises(M3Error, match=r"cannot read .*summary\.json: .*make it again"):
+        report.collect([place])
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, '{"a":' * 10**5, "9" * 5000, "[]", '"x"'])
+def test_results_that_are_none(tmp_path, text):
+    place = run(tmp_path / "one")
+    (place / "summary.json").write_text(text)
+    with pytest.raises(M3Error, match=r"cannot read .*summary\.json"):
+        report.collect([place])
+
+
+def test_names_that_mean_harm_are_written_and_drawn(tmp_path):
+    names = {"model": "$\\frac{\x1b[2J|\n", "task": "_hidden$", "data": "a`\x07", "prompt": "\u202ex"}
+    attacked = {**ATTACK, **names, "attacks": [{**ATTACK["attacks"][0], "attack": "$\\bad"}]}
+    report.write(report.collect([run(tmp_path / "one", attack=attacked)]), tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.replace("\n", "").isprintable()
+    assert "\\x1b[2J" in text

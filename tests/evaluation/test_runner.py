@@ -26,6 +26,7 @@ from m3jax.evaluation import (
     why_no_sandbox,
 )
 from m3jax.evaluation import records as records_module
+from m3jax.evaluation.sandbox import UnsandboxedWarning
 
 QUESTIONS = [
     {"question": f"Question {number}: " + "word " * (number * 7 % 11), "answer": f"#### {number}"}
@@ -304,6 +305,9 @@ def test_code_runs_only_when_allowed(task: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(runner, "why_no_sandbox", lambda: "no namespaces")
     with pytest.raises(M3Error, match=r"does not allow a sandbox .*\(no namespaces\); pass --allow-unsandboxed"):
         evaluate_task(get_task(task), [example], never, run_code=True)
+    allowed = Execution(allow_unsandboxed=True)
+    with pytest.warns(UnsandboxedWarning, match=r"without a sandbox, .*\(no namespaces\): they have limits"):
+        runner.check_code(get_task(task), True, allowed)
 
 
 @pytest.mark.skipif(why_no_sandbox() is not None, reason=f"no sandbox here: {why_no_sandbox()}")

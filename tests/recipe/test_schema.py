@@ -647,3 +647,55 @@ def test_mergekits_idle_parameters_are_ignored_with_a_note(method, parameters, u
     assert any(f"does not use {unused}, which is ignored" in note for note in made.notes())
     for name in unused.split(", "):
         assert made.parameter(name, UP.format(0), None, 0.5) is None
+
+
+# --- Texts that mean harm -------------------------------------------------------------------------------------------
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "\n".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("models: &a [*a]", "line 1: an alias stands inside what it repeats"),
+        ("a: &a {b: *a}", "line 1: an alias stands inside what it repeats"),
+        (BOMB, "aliases make more than 100,000 entries"),
+        (BOMB.replace("[", "[").replace("i: &i [", "i: {<<: [") + "}", "not valid YAML|aliases make more"),
+        ("[" * 200 + "]" * 200, "brackets inside brackets without end"),
+        ("seed: " + ":".join(["59"] * 400) + ".5", "not valid YAML"),
+        ("seed: !!bool maybe", "not valid YAML"),
+        ("seed: !!timestamp soon", "not valid YAML"),
+        ("seed: !!float ''", "not valid YAML"),
+        ("seed: !!int ''", "not valid YAML"),
+        ("? [a, b]\n: c", "not valid YAML"),
+        (
+            "merge_method: no\nmodels:\n- model: a\n  parameters:\n",
+            "merge_method: 'no' is not here|merge_method: False",
+        ),
+        ("seed: 2001-99-99", "not valid YAML"),
+        ("merge_method: linear\nmodels: [a, b]\nseed: 0b", "seed: '0b' is not a whole number"),
+    ],
+)
+def test_yaml_that_means_harm(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "recipe.yml").write_text(text)
+    with pytest.raises(M3Error, match=said):
+        load_recipe(tmp_path / "recipe.yml")
+
+
+def test_aliases_are_used_as_they_are_meant(tmp_path: Path) -> None:
+    text = "merge_method: linear\nmodels:\n- model: a\n  parameters: &p {weight: 0.5}\n- model: b\n  parameters: *p\n"
+    (tmp_path / "recipe.yml").write_text(text)
+    assert [entry.parameters for entry in load_recipe(tmp_path / "recipe.yml").models] == [{"weight": 0.5}] * 2
+
+
+def test_a_recipe_without_end_is_not_read() -> None:
+    with pytest.raises(M3Error, match=r"/dev/zero: cannot be read \(it has more than 1,048,576 bytes\)"):
+        load_recipe("/dev/zero")
+
+
+@pytest.mark.parametrize("pattern", ["a{9999999}", "(" * 3000 + ")" * 3000, "((a{1000}){1000}){1000}"])
+def test_patterns_that_mean_harm(pattern: str) -> None:
+    with pytest.raises(M3Error, match=r"exclude\.0: .* is no regular expression \(.*; mend it"):
+        load_recipe({"merge_method": "linear", "models": ["a", "b"], "exclude": [pattern]})

@@ -38,6 +38,27 @@ def _attempting(*actions: str) -> str:
     )
 
 
+# Without namespaces these are a program's neighbours: its launcher, and whoever started that.
+FORGER = f"""
+import os
+def parents():
+    number = os.getppid()
+    while number > 1:
+        yield number
+        number = int(open(f"/proc/{{number}}/stat").read().rpartition(")")[2].split()[1])
+for number in parents():
+    for name in ("environ", "mem"):
+        try:
+            if open(f"/proc/{{number}}/{{name}}", "rb").read(1) is not None: print("HARM", name)
+        except OSError: pass
+    for link in range(32):
+        try:
+            with open(f"/proc/{{number}}/fd/{{link}}", "wb", 0) as file: file.write({_FORGED!r}.encode())
+            print("HARM", link)
+        except OSError: pass
+os.killpg(0, 9)
+"""
+
 PROGRAMS: dict[str, str] = {
     # Too much of something.
     "fork bomb": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass" + _WRONG,
@@ -54,6 +75,8 @@ PROGRAMS: dict[str, str] = {
     "memory that no limit counts": _attempting(
         "[os.write(os.memfd_create('a'), bytes(1 << 20)) for _ in range(9999)]",
         "os.memfd_create('a')",
+        "__import__('mmap').mmap(-1, 1 << 20)",
+        "__import__('mmap').mmap(os.open('/dev/zero', os.O_RDWR), 1 << 20)",
         "(_ for _ in ()).throw(OSError) if ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) < 0 else None",
     ),
     "huge integer": "def f(x): return 10 ** (10 ** 9)",
@@ -125,6 +148,7 @@ PROGRAMS: dict[str, str] = {
         "socket.socket(socket.AF_UNIX).connect('\\0@UNIX@')",
         "socket.getaddrinfo('example.org', 80)",
         "socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)",
+        *(f"socket.socket({family}, {kind})" for family in (16, 17, 31, 38, 40) for kind in (1, 2, 3, 5)),
     ),
     "signals to the parent": _attempting(
         "os.kill(@PARENT@, signal.SIGKILL)", "os.kill(@PARENT@, signal.SIGTERM)", "os.killpg(@PARENT@, signal.SIGKILL)"
@@ -255,6 +279,14 @@ PROGRAMS: dict[str, str] = {
         "import sys\nfor name, module in list(sys.modules.items()):\n    if 'examiner' in name or 'wire' in name:\n"
         "        for key in dir(module):\n            if callable(getattr(module, key)) and not key.startswith('__'):\n"
         "                setattr(module, key, lambda *a, **k: {'reason': 'passed', 'detail': ''})" + _WRONG
+    ),
+    "packages of the machine": (
+        "import os, sys\nfor prefix in {'/usr', '/usr/local', sys.base_prefix}:\n"
+        "    for version in os.listdir(prefix + '/lib') if os.path.isdir(prefix + '/lib') else ():\n"
+        "        for name in ('site-packages', 'dist-packages'):\n"
+        "            place = f'{prefix}/lib/{version}/{name}'\n"
+        "            if version[:6] == 'python' and os.path.isdir(place) and os.listdir(place): print('HARM', place)"
+        + _WRONG
     ),
     "looks for the tests": (
         "import gc, os, sys\ndef f(x):\n    for thing in gc.get_objects():\n"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
-from m3jax.text import count_text, table, time_text
+from m3jax.text import count_text, safe_text, table, time_text
 
 if TYPE_CHECKING:  # so that --help starts without JAX
     from m3jax.exploration.exploring import Exploration, Watch
@@ -81,20 +81,22 @@ def _lines(board: _Board, stream: TextIO) -> "Watch":
         before = " (before)" if known else ""
         part = "" if result.share == 1.0 else f" on {result.share:.3g} of the examples"
         said = f"sample {_cells(result)[0]}{part}: {weights_text(result.weights)}: {scores}{before}; {board.state()}"
-        print(said, file=stream, flush=True)
+        print(safe_text(said), file=stream, flush=True)
 
     return watch
 
 
 def _draw(board: _Board, now: str) -> Any:
     from rich.table import Table
+    from rich.text import Text  # text as it is: names may hold what rich takes for markup
 
-    shown = Table(caption=f"{board.state()}; {now}" if now else board.state(), caption_justify="left")
+    said = f"{board.state()}; {now}" if now else board.state()
+    shown = Table(caption=Text(safe_text(said)), caption_justify="left")
     rows = board.best()
     for column in _head(rows[0]) if rows else ["sample"]:
-        shown.add_column(column, justify="left" if column == "weights" else "right")
+        shown.add_column(Text(safe_text(column)), justify="left" if column == "weights" else "right")
     for row in rows:
-        shown.add_row(*_cells(row))
+        shown.add_row(*(Text(safe_text(cell)) for cell in _cells(row)))
     return shown
 
 
@@ -114,7 +116,7 @@ def reporter(samples: int, quiet: bool) -> "Iterator[tuple[Watch | None, Callabl
         return
     board = _Board(samples)
     if not sys.stderr.isatty():
-        yield _lines(board, sys.stderr), lambda line: print(line, file=sys.stderr, flush=True)
+        yield _lines(board, sys.stderr), lambda line: print(safe_text(line), file=sys.stderr, flush=True)
         return
     from rich.console import Console
     from rich.live import Live

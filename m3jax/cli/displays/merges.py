@@ -77,6 +77,7 @@ def verification_lines(found: "Verification") -> Iterator[str]:
     """A directory compared with its manifest."""
     checked = f"{count_text(found.tensors, 'tensor')} and {count_text(found.files, 'other file')}"
     yield from map(safe_text, found.differences)
+    yield from (f"note: {safe_text(note)}" for note in found.notes)
     if found.differences:
         yield f"{found.directory}: not as recorded, {count_text(len(found.differences), 'difference')} in {checked}"
     else:

@@ -6,7 +6,6 @@ References:
 
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,9 @@ from jaxtyping import Array, Float, Int
 
 from m3jax.checkpoints import open_safetensors
 from m3jax.checkpoints.protocol import DTYPES, Checkpoint
+from m3jax.checkpoints.trust import LARGEST_COMPANION
 from m3jax.decoder.modeling import ACTIVATIONS, Linear
+from m3jax.documents import parse_json, read_bounded
 from m3jax.errors import M3Error
 
 Params: TypeAlias = Mapping[Any, Any]
@@ -78,7 +79,7 @@ class BertConfig:
         """
         path = directory / "config.json"
         try:
-            entries = json.loads(path.read_bytes())
+            entries = parse_json(read_bounded(path, LARGEST_COMPANION))
         except (OSError, ValueError) as error:
             raise M3Error(f"cannot read {path}: {error}; give the directory of a BERT masked language model") from error
         kind = entries.get("model_type") if isinstance(entries, dict) else None

@@ -56,6 +56,8 @@ def read_embeddings(path: str | Path) -> Embeddings:
         M3Error: It cannot be read, or a line is not of this form.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise M3Error(f"cannot read the embeddings {path}: it is no regular file; give a text file of word vectors")
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         said = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
@@ -74,14 +76,18 @@ def read_embeddings(path: str | Path) -> Embeddings:
     if not vectors:
         raise M3Error(f"{path} holds no word vectors: give lines of a word and its numbers")
     matrix = np.stack(vectors)
-    lengths = np.sqrt(np.sum(matrix * matrix, axis=1, keepdims=True))
+    with np.errstate(over="ignore"):
+        lengths = np.sqrt(np.sum(matrix * matrix, axis=1, keepdims=True))
+    if not np.isfinite(lengths).all():
+        raise M3Error(f"{path} holds numbers of which float32 has no squares: give word vectors")
     return Embeddings(rows, (matrix / np.where(lengths > 0, lengths, 1)).astype(np.float32))
 
 
 def _read_line(line: str, where: str) -> tuple[str, npt.NDArray[np.float32]]:
     word, *numbers = line.split()
     try:
-        vector = np.array([float(number) for number in numbers], np.float32)
+        with np.errstate(over="ignore"):  # what is too large is refused below
+            vector = np.array([float(number) for number in numbers], np.float32)
     except ValueError as error:
         raise M3Error(
             f"{where} is no word vector: it should hold a word and its numbers, with spaces between"

@@ -14,14 +14,16 @@ import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from m3jax.errors import M3Error
+from m3jax.evaluation.sandbox import kernel
 
-__all__ = ["Limits", "Outcome", "Program", "run_program", "run_programs", "why_no_sandbox"]
+__all__ = ["Limits", "Outcome", "Program", "UnsandboxedWarning", "run_program", "run_programs", "why_no_sandbox"]
 
 _GRACE_SECONDS = 10.0
 _CANNOT_CONFINE = 3
@@ -35,6 +37,16 @@ for name, place in zip(sys.argv[1::2], sys.argv[2::2]):
 from m3jax.evaluation.sandbox.launcher import main
 main()
 """
+
+
+class UnsandboxedWarning(UserWarning):
+    """Programs that a model wrote run without walls."""
+
+    def __init__(self, why_not: str) -> None:
+        super().__init__(
+            f"programs that the model wrote run without a sandbox, which this system does not allow ({why_not}): they "
+            "have limits on time and memory, but reach the network and whatever this user may read or write"
+        )
 
 
 class Limits(NamedTuple):
@@ -106,7 +118,7 @@ def run_program(
             empty environment and, if the caller is root, another user, but sees the network and every readable file.
 
     Raises:
-        M3Error: Namespaces are forbidden here and `allow_unsandboxed` is false.
+        M3Error: Namespaces or filters of system calls are forbidden here and `allow_unsandboxed` is false.
 
     Example:
         >>> run_program("def double(x): return 2 * x", "assert double(4) == 8").passed
@@ -170,22 +182,59 @@ def _launch(program: Program, limits: Limits, confined: bool) -> Outcome:
     try:
         if not confined:
             os.chmod(directory, 0o777)  # it runs as another user where it can; the parent directory is sticky
-        with tempfile.TemporaryFile() as tests:
-            # Tests travel apart from the program, so that the program's process never holds them.
-            tests.write(program.tests.encode("utf-8", "surrogatepass"))
-            tests.seek(0)
-            return _converse(program, limits, confined, directory, tests.fileno())
+        with (
+            _file_of(program.tests.encode("utf-8", "surrogatepass")) as tests,
+            _file_of(secret := _secret()) as key,
+            contextlib.nullcontext() if confined else _closed_to_others(),
+        ):
+            return _converse(program, limits, confined, directory, tests, key, secret)
     finally:
         _remove(directory)
 
 
-def _converse(program: Program, limits: Limits, confined: bool, directory: str, tests: int) -> Outcome:
+@contextlib.contextmanager
+def _file_of(content: bytes) -> Iterator[int]:
+    """A file without a name. What it holds travels apart from the program, whose process never holds it."""
+    with tempfile.TemporaryFile() as file:
+        file.write(content)
+        file.seek(0)
+        yield file.fileno()
+
+
+def _secret() -> bytes:
+    """What begins an outcome that is the launcher's own."""
+    return secrets.token_hex(16).encode()
+
+
+_running, _lock = 0, threading.Lock()
+
+
+@contextlib.contextmanager
+def _closed_to_others() -> Iterator[None]:
+    """Keeps other processes of the same user, programs among them, from this one's memory, environment and files."""
+    global _running
+    with _lock:
+        _running += 1
+        kernel.set_dumpable(False)
+    try:
+        yield
+    finally:
+        with _lock:
+            _running -= 1
+            if not _running:
+                kernel.set_dumpable(True)
+
+
+def _converse(
+    program: Program, limits: Limits, confined: bool, directory: str, tests: int, key: int, secret: bytes
+) -> Outcome:
     walls = limits._asdict()
     order = {
         "confined": confined,
         "directory": directory,
         "source": program.source,
         "tests": tests,
+        "secret": key,
         "output_bytes": walls.pop("output_bytes"),
         "walls": walls,
     }
@@ -197,7 +246,7 @@ def _converse(program: Program, limits: Limits, confined: bool, directory: str, 
         env={},
         cwd="/",
         start_new_session=True,
-        pass_fds=(tests,),
+        pass_fds=(tests, key),
     ) as launcher:
         try:
             answer, complaint = launcher.communicate(json.dumps(order).encode(), limits.wall_seconds + _GRACE_SECONDS)
@@ -209,8 +258,10 @@ def _converse(program: Program, limits: Limits, confined: bool, directory: str, 
     if launcher.returncode == _CANNOT_CONFINE:
         raise M3Error(complaint.decode(errors="replace"))
     try:
-        found = json.loads(answer)
+        found = json.loads(answer.removeprefix(secret)) if answer.startswith(secret) else None
     except ValueError:
+        found = None
+    if found is None:
         return Outcome(False, "died", complaint.decode(errors="replace")[:1000] or "the sandbox was killed", "", 0.0)
     return Outcome(found["reason"] == "passed", found["reason"], found["detail"], found["output"], found["seconds"])
 

@@ -1,5 +1,6 @@
 """The walls: namespaces, a file system of its own, an unprivileged user, limits."""
 
+import contextlib
 import os
 import resource
 import signal
@@ -11,6 +12,7 @@ from m3jax.evaluation.sandbox import kernel
 _SEPARATE = kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 _SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/nix", "/etc/ld.so.cache")
+_PACKAGES = ("site-packages", "dist-packages")
 _INNER_USER = 1000
 
 
@@ -100,6 +102,24 @@ def _interpreter_places() -> list[str]:
     return sorted(place for place in places if place != "/" and not f"{place}/".startswith("/usr/"))
 
 
+def _hide_packages(jail: str) -> None:
+    """Put an empty directory over each that has packages of the machine's: a verdict must not depend on them."""
+    prefixes = {sys.base_prefix, sys.base_exec_prefix, "/usr", "/usr/local"}
+    inside = {f"{os.path.realpath(prefix)}/lib/{name}" for prefix in prefixes for name in _versions_in(prefix)}
+    for place in sorted(f"{versioned}/{name}" for versioned in inside for name in _PACKAGES):
+        if os.path.isdir(jail + place):
+            flags = kernel.MS_NOSUID | kernel.MS_NODEV
+            kernel.mount("none", jail + place, "tmpfs", flags, "size=4k,nr_inodes=1,mode=0555")
+
+
+def _versions_in(prefix: str) -> list[str]:
+    """The directories of Pythons below a prefix, such as python3.12."""
+    try:
+        return [name for name in os.listdir(f"{prefix}/lib") if name.startswith("python")]
+    except OSError:
+        return []
+
+
 def build_root(directory: str, walls: Walls) -> int:
     """Replace the file system by a read-only view of the interpreter and a small, empty, writable /tmp.
 
@@ -119,6 +139,7 @@ def build_root(directory: str, walls: Walls) -> int:
         os.mkdir(directory + name)
     for place in (*_SYSTEM, *_interpreter_places(), *_DEVICES):
         _show(place, jail)
+    _hide_packages(jail)
     kernel.mount("proc", jail + "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
     processes = os.open(jail + "/proc", os.O_RDONLY | os.O_DIRECTORY)
     kernel.unmount(jail + "/proc")
@@ -138,13 +159,22 @@ def build_root(directory: str, walls: Walls) -> int:
     return processes
 
 
-def drop_privileges(user_instead_of_root: int) -> None:
-    """Become an unprivileged process that can gain nothing and that its own kind cannot look into."""
+def drop_privileges(user_instead_of_root: int, confined: bool) -> None:
+    """Become an unprivileged process that can gain nothing and that its own kind cannot look into.
+
+    Args:
+        user_instead_of_root: Whom root becomes.
+        confined: Whether system calls must be filtered; else they are where the kernel can.
+
+    Raises:
+        OSError: The kernel does not allow it.
+    """
     if os.geteuid() == 0:
         _leave_root(user_instead_of_root)
     kernel.drop_capabilities()
     kernel.forbid_new_privileges()
-    kernel.refuse_system_calls()
+    with contextlib.suppress(*([] if confined else [OSError])):
+        kernel.refuse_system_calls()
     kernel.set_dumpable(False)
     kernel.set_death_signal(signal.SIGKILL)
 

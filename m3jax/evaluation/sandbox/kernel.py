@@ -4,10 +4,13 @@ Runs inside the launcher, which sees the standard library only.
 """
 
 import ctypes
+import errno
 import os
 import platform
 import struct
 import sys
+from collections.abc import Iterable
+from typing import NamedTuple
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWUTS = 0x04000000
@@ -39,14 +42,38 @@ _SECCOMP_MODE_FILTER = 2
 _SECCOMP_RET_ALLOW = 0x7FFF0000
 _SECCOMP_RET_EPERM = 0x00050001
 
-# AUDIT_ARCH of each machine, and the system calls refused there: memory that no limit counts (memfd_create, shmget,
-# msgget, semget), looking into other processes (ptrace, process_vm_*), and wide kernel surface no solution needs
-# (add_key, request_key, keyctl, perf_event_open, bpf, userfaultfd, io_uring_*, memfd_secret).
+# The system calls refused everywhere: memory that no limit counts (memfd_create, shmget, msgget, semget, memfd_secret),
+# looking into other processes (ptrace, process_vm_*), and wide kernel surface no solution needs (add_key, request_key,
+# keyctl, perf_event_open, bpf, userfaultfd, io_uring_*).
 _ANYWHERE = (425, 426, 427, 447)
-_REFUSED = {
-    "x86_64": (0xC000003E, (29, 64, 68, 101, 248, 249, 250, 298, 310, 311, 319, 321, 323, *_ANYWHERE)),
-    "aarch64": (0xC00000B7, (117, 186, 190, 194, 217, 218, 219, 241, 270, 271, 279, 280, 282, *_ANYWHERE)),
+
+
+class Machine(NamedTuple):
+    """The numbers of a machine.
+
+    Attributes:
+        architecture: Its AUDIT_ARCH.
+        refused: Calls that are refused whatever their arguments.
+        mmap: The call that maps memory.
+        sockets: The calls that make sockets.
+    """
+
+    architecture: int
+    refused: tuple[int, ...]
+    mmap: int
+    sockets: tuple[int, ...]
+
+
+MACHINES = {
+    "x86_64": Machine(
+        0xC000003E, (29, 64, 68, 101, 248, 249, 250, 298, 310, 311, 319, 321, 323, *_ANYWHERE), 9, (41, 53)
+    ),
+    "aarch64": Machine(
+        0xC00000B7, (117, 186, 190, 194, 217, 218, 219, 241, 270, 271, 279, 280, 282, *_ANYWHERE), 222, (198, 199)
+    ),
 }
+_FAMILIES = (1, 2, 10)  # of sockets: AF_UNIX, AF_INET, AF_INET6; AF_VSOCK, for one, leads out of every namespace
+_MAP_SHARED = 0x1  # a bit of MAP_SHARED and of MAP_SHARED_VALIDATE: memory that stays when no process has it in sight
 _X32_BIT = 0x40000000
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -139,26 +166,69 @@ def _instruction(code: int, if_true: int, if_false: int, value: int) -> bytes:
     return struct.pack("=HBBI", code, if_true, if_false, value)
 
 
-def refuse_system_calls() -> None:
-    """Answer EPERM to the refused system calls, in this process and all it starts.
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _ANSWER = 0x20, 0x15, 0x35, 0x45, 0x06
 
-    On a machine whose numbers are not known here nothing is refused: the other walls stand without it.
+
+class Refusal(NamedTuple):
+    """System calls that are refused.
+
+    Attributes:
+        calls: Their numbers.
+        argument: The argument that decides; None where all are refused.
+        bits: They are refused where the argument has one of these bits.
+        unless: They are refused unless the argument is one of these.
     """
-    known = _REFUSED.get(platform.machine())
-    if known is None or sys.maxsize < 2**32:
-        return
-    architecture, numbers = known
-    load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
-    rest = len(numbers) + 2  # instructions after the architecture test, up to the allowing answer
+
+    calls: tuple[int, ...]
+    argument: int | None = None
+    bits: int = 0
+    unless: tuple[int, ...] = ()
+
+    def lines(self, call: int) -> list[bytes]:
+        """The filter for one of the calls, whose number is loaded; behind it the number is loaded again."""
+        refuse = _instruction(_ANSWER, 0, 0, _SECCOMP_RET_EPERM)
+        if self.argument is None:
+            return [_instruction(_EQUAL, 0, 1, call), refuse]
+        tests = [_instruction(_ANY_BIT, 0, 1, self.bits)] if self.bits else []
+        # One that is allowed jumps over those after it and over the refusal.
+        tests += [_instruction(_EQUAL, len(self.unless) - place, 0, one) for place, one in enumerate(self.unless)]
+        inner = [_instruction(_LOAD, 0, 0, 16 + 8 * self.argument), *tests, refuse, _instruction(_LOAD, 0, 0, 0)]
+        return [_instruction(_EQUAL, 0, len(inner), call), *inner]
+
+
+def filter_system_calls(refusals: Iterable[Refusal]) -> None:
+    """Answer EPERM to system calls, in this process and all it starts; to all calls of a foreign architecture too.
+
+    Args:
+        refusals: Which.
+
+    Raises:
+        OSError: This kernel has no filters, or the machine's numbers are not known here.
+    """
+    machine = MACHINES.get(platform.machine())
+    if machine is None or sys.maxsize < 2**32:
+        raise OSError(errno.ENOSYS, f"system calls of {platform.machine()} are not known here")
+    refuse = _instruction(_ANSWER, 0, 0, _SECCOMP_RET_EPERM)
     lines = [
-        _instruction(load, 0, 0, 4),
-        _instruction(equal, 0, rest, architecture),
-        _instruction(load, 0, 0, 0),
-        _instruction(at_least, len(numbers) + 1, 0, _X32_BIT),
-        *(_instruction(equal, len(numbers) - place, 0, number) for place, number in enumerate(numbers)),
-        _instruction(answer, 0, 0, _SECCOMP_RET_ALLOW),
-        _instruction(answer, 0, 0, _SECCOMP_RET_EPERM),
+        _instruction(_LOAD, 0, 0, 4),
+        _instruction(_EQUAL, 1, 0, machine.architecture),
+        refuse,
+        _instruction(_LOAD, 0, 0, 0),
+        _instruction(_AT_LEAST, 0, 1, _X32_BIT),
+        refuse,
+        *(line for refusal in refusals for call in refusal.calls for line in refusal.lines(call)),
+        _instruction(_ANSWER, 0, 0, _SECCOMP_RET_ALLOW),
     ]
-    # A foreign architecture's calls fall on the refusing answer, the last line.
     program = _Program(len(lines), b"".join(lines))
     _checked(_libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_MODE_FILTER), ctypes.byref(program), 0, 0), "seccomp")
+
+
+def refuse_system_calls() -> None:
+    """Refuse what would get round the other walls: uncounted memory, other processes, families of sockets.
+
+    Raises:
+        OSError: As `filter_system_calls`.
+    """
+    machine = MACHINES.get(platform.machine(), Machine(0, (), 0, ()))
+    shared = Refusal((machine.mmap,), argument=3, bits=_MAP_SHARED)
+    filter_system_calls((Refusal(machine.refused), shared, Refusal(machine.sockets, argument=0, unless=_FAMILIES)))

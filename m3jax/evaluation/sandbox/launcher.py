@@ -31,9 +31,10 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 def main() -> NoReturn:
     """Read the order from standard input, run it, write the outcome to standard output."""
     order = json.loads(sys.stdin.buffer.read())
-    given = order["tests"]
-    order["tests"] = os.dup(given)  # the lowest free number, so that all descriptors here are small
-    os.close(given)
+    for name in ("tests", "secret"):
+        given = order[name]
+        order[name] = os.dup(given)  # the lowest free number, so that all descriptors here are small
+        os.close(given)
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # should memory run out all the same, the kernel takes the program first
     user = confine.own_user()
@@ -42,6 +43,7 @@ def main() -> NoReturn:
             confine.separate(user)
         except OSError as error:
             _cannot(error)
+    kernel.set_dumpable(False)  # or a program of the same user could write to where the outcome goes
     keeper = os.fork()
     if keeper == 0:
         _guarded(lambda: _keep(order, user))
@@ -76,7 +78,7 @@ def _keep(order: dict[str, Any], user: int) -> None:
             kernel.become_subreaper()
             os.chdir(order["directory"])
         alone = order["confined"] or os.geteuid() == 0
-        confine.drop_privileges(user)
+        confine.drop_privileges(user, order["confined"])
     except OSError as error:
         _cannot(error)
     inside, outside = socket.socketpair()
@@ -100,11 +102,12 @@ def _keep(order: dict[str, Any], user: int) -> None:
     children = [_fork(run_examiner), _fork(run_candidate)]
     for end in (output_end, verdict_end, inside.fileno(), outside.fileno()):
         os.close(end)
+    secret = os.read(order["secret"], 1 << 10)  # only now, so that no child has it in its memory
     found, printed = _watch(walls, order["output_bytes"], processes, children[1], output, verdict)
     found |= {"output": printed.decode(errors="replace"), "seconds": time.monotonic() - started}
     if processes is None:
         _sweep(children)
-    os.write(1, json.dumps(found).encode())
+    os.write(1, secret + json.dumps(found).encode())
 
 
 def _fork(body: Callable[[], None]) -> int:

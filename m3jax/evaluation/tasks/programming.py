@@ -38,6 +38,8 @@ def _read_humaneval(rows: Sequence[Row]) -> list[Example]:
     examples = []
     for number, row in enumerate(read_fields(rows, fields, "humaneval")):
         prompt, name = str(row["prompt"]), str(row["entry_point"])
+        if f"def {name}" not in prompt:
+            raise M3Error(f"example {number + 1} is not humaneval data: its prompt defines no function {name!r}")
         examples.append(
             Example(
                 id=str(row.get("id", number)),
