@@ -305,7 +305,7 @@ def verify(directory: str | os.PathLike[str], progress: Callable[[Progress], Non
         beside = list(_added(place, known))
         notes += [f"{name}: is none of the model's, and not looked into" for name in beside if name in _TOOLS]
         notes += [
-            f"{name}: a merge that was stopped as it ended left it, and it may go" for name in filter(is_own, beside)
+            f"{name}: is left of a merge that was stopped as it ended, and may go" for name in beside if is_own(name)
         ]
         differences += [f"{n}: is not in the manifest" for n in beside if n not in _TOOLS and not is_own(n)]
     else:
