@@ -1,7 +1,5 @@
 """What stands beside the weights: config, tokenizer, chat template, and the model card."""
 
-import json
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,11 +8,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from m3jax.anatomy.float8 import without_quantisation
 from m3jax.checkpoints import ModelDirectory, digest_file
 from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.locate import named_companions, scratch
-from m3jax.checkpoints.remote import RemotePath
-from m3jax.checkpoints.trust import check_companion
 from m3jax.errors import M3Error
 from m3jax.methods import catalogue
 from m3jax.methods.mixup import draw_weights
@@ -32,28 +29,6 @@ _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _CHAT_TEMPLATE = "chat_template.jinja"
 _CARD = "README.md"
-
-
-def read_config(model: Path) -> dict[str, Any] | None:
-    """A model's config.json; None where there is none.
-
-    Raises:
-        M3Error: It is not a JSON object, or not the model's own; see `check_companion`.
-    """
-    path = model / _CONFIG
-    if not isinstance(path, RemotePath) and os.path.lexists(path) and not path.is_dir():
-        check_companion(path, model)
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise M3Error(f"{path}: is not JSON ({error}): restore the file") from None
-    except OSError as error:
-        raise M3Error(f"{path}: cannot be read: {error.strerror}: check the file") from error
-    if not isinstance(config, dict):
-        raise M3Error(f"{path}: is not a JSON object: restore the file")
-    return config
 
 
 def _is_tokenizer(name: str) -> bool:
@@ -178,7 +153,8 @@ def write_companions(
 
     def edited(name: str, entries: dict[str, Any]) -> dict[str, Any]:
         if name == _CONFIG:
-            return _merged_config(entries, recipe.output_dtype, picked, unties)
+            told = without_quantisation(entries) if recipe.dequantize else entries
+            return _merged_config(told, recipe.output_dtype, picked, unties)
         if template is None or "chat_template" not in entries:
             return entries
         return entries | {"chat_template": template}

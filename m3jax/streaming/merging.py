@@ -288,13 +288,18 @@ def _record(job: MergeJob, ready: Ready, entries: Mapping[str, Any]) -> dict[str
     read: list[dict[str, Any]] = [{} for _ in ready.sources]
     for position, model in enumerate(ready.models):
         for name in model.checkpoint.tensors:
-            digest = told[name]["inputs"].get(str(position)) if name in told else None
-            if digest is not None:
-                stored = stored_at(model.checkpoint, name)
-                source = _source_at(ready, position, stored.location)
-                read[source][stored.name] = ready.sources[source].checkpoint.tensors[stored.name], digest
+            digests = told[name]["inputs"].get(str(position), {}) if name in told else {}
+            source = _source_at(ready, position, stored_at(model.checkpoint, name).location)
+            for stored, digest in digests.items():
+                read[source][stored] = ready.sources[source].checkpoint.tensors[stored], digest
     records = [
-        manifest.InputRecord(source.input.name, source.role, source.place.revision, digests)
+        manifest.InputRecord(
+            source.input.name,
+            source.role,
+            source.place.revision,
+            digests,
+            None if source.dequantised is None else source.input.anatomy.quantisation,
+        )
         for source, digests in zip(ready.sources, read, strict=True)
     ]
     model = ready.models[ready.plan.template]
