@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from m3jax.anatomy import Overrides
 from m3jax.anatomy.float8 import Dequantisation, find_dequantisation, seen_dequantized, without_quantisation
+from m3jax.anatomy.namings import find_mapping
 from m3jax.anatomy.stored import stored_anatomy
 from m3jax.arithmetic import SCHEME, SCHEMES
 from m3jax.checkpoints import (
@@ -30,6 +31,7 @@ from m3jax.checkpoints.locate import read_config
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.checkpoints.trust import remarks
 from m3jax.checkpoints.views import Stored, prefix_view, renamed, selected, stacked_layers, stored_at
+from m3jax.checkpoints.views_assembled import assembled
 from m3jax.cluster.processes import ALONE, Processes, gather
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.naming import block_of
@@ -41,6 +43,7 @@ from m3jax.recipe import Recipe
 from m3jax.streaming.plan import DrawnWeights, Input, MergePlan, as_stored, as_untied, make_plan, untied_head
 
 DEFAULT_SHARD_SIZE = "5GB"
+_WEIGHTS = frozenset({"parameter", "statistics", "adapter", "quantised"})  # what every naming of a model has
 
 
 class MergeJob(NamedTuple):
@@ -96,6 +99,7 @@ class OpenedModel(NamedTuple):
         input: What the plan knows of it.
         dequantised: How its float8 weights are to be seen as numbers; None where they are not, or there are none.
         given_head: Whether its output embedding is its input embedding, seen under both names.
+        note: How its names are read, where they are not those of the others.
     """
 
     role: str
@@ -104,6 +108,7 @@ class OpenedModel(NamedTuple):
     input: Input
     dequantised: Dequantisation | None = None
     given_head: bool = False
+    note: str | None = None
 
 
 def _open_model(name: str, role: str, job: MergeJob, stack: ExitStack) -> OpenedModel:
@@ -126,7 +131,8 @@ def _open_model(name: str, role: str, job: MergeJob, stack: ExitStack) -> Opened
 
 def _viewed(model: OpenedModel, view: Checkpoint, job: MergeJob) -> OpenedModel:
     """The same model seen otherwise."""
-    return _opened(model.role, model.place, view, job, model.dequantised)
+    opened = _opened(model.role, model.place, view, job, model.dequantised)
+    return model._replace(checkpoint=view, input=opened.input)
 
 
 def _dequantised(model: OpenedModel, job: MergeJob) -> OpenedModel:
@@ -169,7 +175,7 @@ def _open_models(job: MergeJob, stack: ExitStack) -> _Opened:
     if recipe.base_model is not None and role is not None:
         sources.append(_open_model(recipe.base_model, role, job, stack))
     models = [_dequantised(model, job) for model in sources]
-    return _Opened(_with_heads(_alike(models, job), job), sources, False)
+    return _Opened(_with_heads(_under_one_naming(_alike(models, job), job), job), sources, False)
 
 
 def _alike(models: Sequence[OpenedModel], job: MergeJob) -> list[OpenedModel]:
@@ -190,6 +196,29 @@ def _alike(models: Sequence[OpenedModel], job: MergeJob) -> list[OpenedModel]:
         return _viewed(model, view, job)
 
     return [renamed_alike(model) for model in seen]
+
+
+def _under_one_naming(models: Sequence[OpenedModel], job: MergeJob) -> list[OpenedModel]:
+    """The models under the names of the base or the first, where they store one architecture under several."""
+    template = models[-1] if models[-1].role != "expert" else models[0]
+
+    def unnamed(model: OpenedModel) -> set[str]:
+        anatomy = model.input.anatomy
+        return {name for name, part in anatomy.parts.items() if part.kind not in _WEIGHTS or name == anatomy.head}
+
+    def under_it(model: OpenedModel) -> OpenedModel:
+        found = find_mapping(
+            model.checkpoint.tensors,
+            template.checkpoint.tensors,
+            called=(model.input.name, template.input.name),
+            optional=unnamed(model) | unnamed(template),
+            family=model.input.anatomy.family,
+        )
+        if found is None:
+            return model
+        return _viewed(model, assembled(model.checkpoint, found.assemblies), job)._replace(note=found.note)
+
+    return [model if model is template else under_it(model) for model in models]
 
 
 def _with_heads(models: Sequence[OpenedModel], job: MergeJob) -> list[OpenedModel]:
@@ -356,6 +385,7 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     unties = models[plan.template].given_head
     notes = tuple(note for m in models for note in remarks(m.input.name, m.place.path, m.checkpoint))
     notes += tuple(_on_float8(job.recipe, sources))
+    notes += tuple(model.note for model in models if model.note is not None)
     ready = Ready(models, sources, plan, shards, beside_weights, fingerprints, identity, picked, unties, notes)
     _check_agreement(processes, job.recipe, ready, rest)
     return ready
