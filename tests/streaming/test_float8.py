@@ -15,6 +15,7 @@ from m3jax.anatomy.float8 import find_dequantisation
 from m3jax.checkpoints import TensorInfo, digest_tensor, open_safetensors
 from m3jax.cli.commands import main
 from m3jax.outputs.conversion import convert
+from m3jax.recipe import load_recipe
 
 BLOCK = (16, 48)
 FP8 = {"quant_method": "fp8", "weight_block_size": list(BLOCK), "modules_to_not_convert": ["lm_head"]}
@@ -57,7 +58,7 @@ def averaged(place, *names, **keys):
 
 def test_a_merge_is_that_of_the_numbers(place, tmp_path):
     asked = {"merge_method": "ties", "parameters": {"density": 0.5, "trim_scope": "model"}}
-    told = recipe(place / "stored", dequantize=True, **asked)
+    told = load_recipe(recipe(place / "stored", **asked), ["dequantize=true"])
     result = m3jax.merge_checkpoint(told, tmp_path / "out", chunk_entries=2**16)  # measured first, then merged
     want = m3jax.merge_checkpoint(recipe(place / "numbers", **asked), tmp_path / "want", chunk_entries=2**16)
     assert result.digest == want.digest

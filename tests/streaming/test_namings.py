@@ -8,8 +8,8 @@ from support.float8 import numbers_of, quantised
 
 import m3jax
 from m3jax import M3Error
-from m3jax.anatomy.namings import common_names
-from m3jax.checkpoints import digest_tensor, open_safetensors
+from m3jax.anatomy.namings import common_names, find_mapping
+from m3jax.checkpoints import TensorInfo, digest_tensor, open_safetensors
 
 EXPERTS, WIDTH, INNER = 3, 16, 12
 
@@ -116,6 +116,14 @@ def test_namings_that_no_view_maps(place, tmp_path, first, second, words):
         merged(tmp_path, tmp_path / "out", str(place / f"{first}-0"), second)
 
 
+def test_a_model_without_a_head_keeps_its_names():
+    def infos(*names):
+        return {name: TensorInfo(name, (2, 2), "F32") for name in names}
+
+    own, wanted = infos("model.norm.weight", "norm.weight"), infos("model.norm.weight", "norm.weight", "lm_head.weight")
+    assert find_mapping(own, wanted, called=("a", "b")) is None
+
+
 def test_another_architecture_stays_another(place, tmp_path):
     """A language model is not the one inside a model that sees, and half a model not a whole one."""
     text = {"model.layers.0.w.weight": np.ones((2, 2), np.float32), "model.norm.weight": np.ones(2, np.float32)}
@@ -211,6 +219,6 @@ def test_old_and_new_names_as_transformers_writes_them(family, tmp_path):
         want = merged(tmp_path, tmp_path / f"{first}-want", f"{first}-1", base=f"{first}-0", **keys)
         got = merged(tmp_path, tmp_path / first, f"{second}-1", base=f"{first}-0", **keys)
         assert got.digest == want.digest
-    loaded, report = type(model).from_pretrained(tmp_path / "new", output_loading_info=True)
+    _, report = type(model).from_pretrained(tmp_path / "new", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
