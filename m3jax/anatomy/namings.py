@@ -66,6 +66,25 @@ _RENAMINGS = (
     _Renaming(re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"),
     _Renaming(re.compile(r"\.weight_g$"), ".parametrizations.weight.original0"),
     _Renaming(re.compile(r"\.weight_v$"), ".parametrizations.weight.original1"),
+    # ViT, BEiT, DINOv2, Swin, SegFormer
+    _Renaming(re.compile(r"(?<!\w)encoder\.block\.(\d+)\."), r"stages.\1.blocks."),
+    _Renaming(re.compile(r"(?<!\w)encoder\.patch_embeddings\.(\d+)\."), r"stages.\1.patch_embeddings."),
+    _Renaming(re.compile(r"(?<!\w)encoder\.layer_norm\.(\d+)\."), r"stages.\1.layer_norm."),
+    _Renaming(re.compile(r"(?<!\w)encoder\.layer\.(?=\d)"), "layers."),
+    _Renaming(re.compile(r"(?<=attention\.)(?:attention|self)\.query\."), "q_proj."),
+    _Renaming(re.compile(r"(?<=attention\.)(?:attention|self)\.key\."), "k_proj."),
+    _Renaming(re.compile(r"(?<=attention\.)(?:attention|self)\.value\."), "v_proj."),
+    _Renaming(re.compile(r"(?<=attention\.)self\.sr\."), "sequence_reduction.sequence_reduction."),
+    _Renaming(re.compile(r"(?<=attention\.)self\.layer_norm\."), "sequence_reduction.layer_norm."),
+    _Renaming(
+        re.compile(r"(?:attention\.)*(?:self\.)?(?:relative_position_bias\.)?(?=relative_position_bias_table$)"), ""
+    ),
+    _Renaming(re.compile(r"(?<=attention\.)output\.dense\."), "o_proj."),
+    _Renaming(re.compile(r"\.intermediate\.dense\."), ".mlp.fc1."),
+    _Renaming(re.compile(r"\.output\.dense\."), ".mlp.fc2."),
+    _Renaming(re.compile(r"\.mlp\.dense([12])\."), r".mlp.fc\1."),
+    _Renaming(re.compile(r"\.layer_norm_1\."), ".layernorm_before."),
+    _Renaming(re.compile(r"\.layer_norm_2\."), ".layernorm_after."),
     # Mixtral, PhiMoE, Granite and their kin
     _Renaming(re.compile(r"\.block_sparse_moe\.input_linear\.weight$"), ".mlp.experts.gate_up_proj"),
     _Renaming(re.compile(r"\.block_sparse_moe\.output_linear\.weight$"), ".mlp.experts.down_proj"),
