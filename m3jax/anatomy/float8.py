@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from m3jax.anatomy.kinds import quantised
+from m3jax.anatomy.kinds import mend_of, quantised
 from m3jax.checkpoints.protocol import Checkpoint, TensorInfo
 from m3jax.checkpoints.views_dequantized import Scaling, dequantized
 from m3jax.errors import M3Error
@@ -63,11 +63,19 @@ def find_dequantisation(
         or in another scheme.
 
     Raises:
-        M3Error: A float8 tensor has no scales, two, or some that do not lie on it.
+        M3Error: A float8 tensor has no scales, two, or some that do not lie on it, or other weights are quantised
+            otherwise.
     """
     weights = [name for name, info in tensors.items() if info.dtype in _WEIGHTS and info.size]
     declared = _declared(config)
-    if set(quantised(tensors).values()) - {SCHEME}:
+    schemes = dict.fromkeys(quantised(tensors).values())
+    others = [scheme for scheme in schemes if scheme != SCHEME]
+    if others and SCHEME in schemes:
+        raise M3Error(
+            f"{location}: its weights are quantised in several schemes ({', '.join(schemes)}), of which only {SCHEME}"
+            f" can be undone here: {mend_of(others[0])}."
+        )
+    if others:
         return None
     if not weights:
         stale = declared.get("quant_method") in _DECLARED

@@ -141,6 +141,13 @@ def _float8(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> bool:
     return fused != name and fused in tensors and tensors[fused].dtype.startswith("F8")
 
 
+def _nvfp4(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> bool:
+    parent, _, leaf = info.name.rpartition(".")
+    weight = tensors.get(f"{parent}.weight", info)
+    parts = {"weight", "weight_scale", "weight_scale_2", "input_scale"}
+    return leaf in parts and weight.dtype == "U8" and _beside(info.name, "weight_scale_2", tensors)
+
+
 def _mxfp4(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> bool:
     match = re.fullmatch(r"(.*)_(?:blocks|scales)", info.name)
     return match is not None and all(
@@ -183,6 +190,7 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("gptq", lambda info, tensors: _packed(info, tensors) and _beside(info.name, "g_idx", tensors)),
     Scheme("awq", _packed),
     Scheme("bitsandbytes", _bitsandbytes),
+    Scheme("nvfp4", _nvfp4),
     Scheme("fp8", _float8),
     Scheme("mxfp4", _mxfp4),
     Scheme("compressed-tensors", _compressed),
@@ -198,6 +206,7 @@ _MENDS: Mapping[str, str] = {
     "fp8": "write 'dequantize: true', or make one of bfloat16 first by m3jax convert SRC DST --dequantize",
     "gptq": f"make one of bfloat16 first by {_GPTQMODEL}",
     "awq": f"make one of bfloat16 first by {_GPTQMODEL}",
+    "nvfp4": f"make one of bfloat16 first by {_GPTQMODEL}",
     "compressed-tensors": f"make one of bfloat16 first by {_GPTQMODEL}",
     "bitsandbytes": "make one of bfloat16 first by model.dequantize() and model.save_pretrained(DST) of transformers",
     "mxfp4": (

@@ -272,6 +272,9 @@ def _check_expressible(
                 )
         apart = len(ours.members[mine[0].stored]) != len(theirs.members[others[0].stored])
         named = mine[0].stored, others[0].stored
+        if apart and prod(mine[0].shape) != prod(others[0].shape):
+            sizes = f"an expert's {atom} is {list(mine[0].shape)} in one and {list(others[0].shape)} in the other"
+            raise M3Error(f"{called[0]} and {called[1]}: {sizes}: merge models of one architecture")
         if apart and mine[0].shape != others[0].shape:
             raise _two_namings(called, named, "one stores the weights of experts transposed")
         if apart and family in _INTERLEAVED:

@@ -258,6 +258,11 @@ def test_dtype_of_numbers():
         ({W: (300, 300), f"{W}_scale_inv": (2, 3)}, None, r"\[300, 300\] and its scale .* \[2, 3\], .* 128x128, as "),
         ({W: (8, 8), f"{W}_scale": (4,)}, None, r"does not lie on it"),
         ({W: (8, 8), f"{W}_scale": (), f"{W}_scale_inv": ()}, None, r"has both .*scale_inv and .*scale, a scheme that"),
+        (
+            {W: (8, 8), f"{W}_scale": (), "b.qweight": (4,)},
+            None,
+            r"several schemes \(fp8, awq\), of which only fp8",
+        ),
         ({W: (8, 8), f"{W}_scale": (), f"{W}_zero_point": ()}, None, r"has both .*scale and .*zero_point"),
     ],
 )

@@ -100,6 +100,7 @@ def test_float8_experts_one_by_one_beside_experts_together(place, tmp_path):
     ("first", "second", "words"),
     [
         ("old", "transposed", r"two ways \(.*experts.*\), but one stores the weights of experts transposed: load one"),
+        ("old", "wider", r"an expert's .*gate_proj.weight is \[24, 16\] in one and \[12, 16\] in the other"),
         ("new", "transposed", r"two ways .* transposed"),
         ("old", "twice", r"but model.norm.weight and norm.weight of .*twice would be one tensor of the other"),
         ("new", "mixed", r"but its experts are of several dtypes \(BF16, F32\)"),
@@ -108,6 +109,7 @@ def test_float8_experts_one_by_one_beside_experts_together(place, tmp_path):
 def test_namings_that_no_view_maps(place, tmp_path, first, second, words):
     kinds = {
         "transposed": together(mixtral(1), transposed=True),
+        "wider": {n: np.concatenate([v, v], 1) if "gate_up" in n else v for n, v in together(mixtral(1)).items()},
         "twice": together(mixtral(1)) | {"norm.weight": mixtral(1)["model.norm.weight"]},
         "mixed": {n: v.astype(np.float32) if ".1.w3." in n else v for n, v in mixtral(1).items()},
     }
