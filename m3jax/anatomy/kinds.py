@@ -122,7 +122,16 @@ def _bitsandbytes(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> bool:
 
 def _float8(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> bool:
     name = info.name
-    scales = ("weight_scale_inv", "weight_scale", "weight_scale_2", "input_scale", "activation_scale", "scale_weight")
+    scales = (
+        "weight_scale_inv",
+        "weight_scale",
+        "weight_scale_2",
+        "input_scale",
+        "activation_scale",
+        "scale_weight",
+        "qscale_weight",
+        "qscale_act",
+    )
     if _leaf(name) in scales:
         return tensors.get(f"{name.rpartition('.')[0]}.weight", info).dtype.startswith("F8")
     stem = f"{name}_scale_inv" in tensors or f"{name}_scale" in tensors
@@ -130,6 +139,13 @@ def _float8(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> bool:
         return stem or any(_beside(name, scale, tensors) for scale in scales)
     fused = re.sub(r"_scale(?:_inv)?$", "", name)
     return fused != name and fused in tensors and tensors[fused].dtype.startswith("F8")
+
+
+def _nvfp4(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> bool:
+    parent, _, leaf = info.name.rpartition(".")
+    weight = tensors.get(f"{parent}.weight", info)
+    parts = {"weight", "weight_scale", "weight_scale_2", "input_scale"}
+    return leaf in parts and weight.dtype == "U8" and _beside(info.name, "weight_scale_2", tensors)
 
 
 def _mxfp4(info: TensorInfo, tensors: Mapping[str, TensorInfo]) -> bool:
@@ -174,6 +190,7 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("gptq", lambda info, tensors: _packed(info, tensors) and _beside(info.name, "g_idx", tensors)),
     Scheme("awq", _packed),
     Scheme("bitsandbytes", _bitsandbytes),
+    Scheme("nvfp4", _nvfp4),
     Scheme("fp8", _float8),
     Scheme("mxfp4", _mxfp4),
     Scheme("compressed-tensors", _compressed),
@@ -182,6 +199,31 @@ SCHEMES: tuple[Scheme, ...] = (
     Scheme("aqt", _aqt),
 )
 """In the order in which they are asked: GPTQ stores what AWQ stores, and its group indices."""
+
+
+_GPTQMODEL = "gptqmodel.utils.model_dequant.dequantize_model(SRC, DST)"
+_MENDS: Mapping[str, str] = {
+    "fp8": "write 'dequantize: true', or make one of bfloat16 first by m3jax convert SRC DST --dequantize",
+    "gptq": f"make one of bfloat16 first by {_GPTQMODEL}",
+    "awq": f"make one of bfloat16 first by {_GPTQMODEL}",
+    "nvfp4": f"make one of bfloat16 first by {_GPTQMODEL}",
+    "compressed-tensors": f"make one of bfloat16 first by {_GPTQMODEL}",
+    "bitsandbytes": "make one of bfloat16 first by model.dequantize() and model.save_pretrained(DST) of transformers",
+    "mxfp4": (
+        "make one of bfloat16 first by from_pretrained(SRC, quantization_config=Mxfp4Config(dequantize=True)) and "
+        "save_pretrained(DST) of transformers"
+    ),
+    "qwix": "make one of floats first by qwix.dequantize of each QArray",
+}
+
+
+def mend_of(scheme: str) -> str:
+    """What one whose model is quantised can do to have it merged, as the end of a sentence.
+
+    Args:
+        scheme: As `quantised` or config.json calls it.
+    """
+    return _MENDS.get(scheme, "give the model in bfloat16, float16 or float32")
 
 
 def quantised(tensors: Mapping[str, TensorInfo]) -> Mapping[str, str]:

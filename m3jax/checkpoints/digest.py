@@ -1,6 +1,7 @@
 """Digests of tensors and of whole checkpoints: the same weights, the same digest, however they are filed."""
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -63,6 +64,67 @@ def digest_tensor(checkpoint: Checkpoint, name: str, block: int = 1 << 24) -> st
     for _, piece in pieces(checkpoint, name, 0, checkpoint.tensors[name].nbytes, block):
         digest.update(piece)
     return digest.hexdigest()
+
+
+class _Running:
+    """The digest of a tensor as far as it was read in order."""
+
+    def __init__(self) -> None:
+        self.digest = TensorDigest()
+        self.reached = 0
+        self.lock = threading.Lock()
+
+
+class Passing:
+    """Digests of tensors from what passes by as they are read; one that was not read in order is read again."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Nothing has been read yet.
+
+        Args:
+            checkpoint: What is read from.
+        """
+        self._checkpoint = checkpoint
+        self._running: dict[str, _Running] = {}
+        self._done: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def take(self, name: str, start: int, data: BytesLike) -> None:
+        """Takes in what was read of a tensor.
+
+        Args:
+            name: The tensor.
+            start: The first byte, counted from the tensor's own.
+            data: The bytes.
+        """
+        with self._lock:
+            if name in self._done:
+                return
+            running = self._running.setdefault(name, _Running())
+        raw = as_bytes(data)
+        with running.lock:
+            if start != running.reached:
+                return
+            running.digest.update(raw)
+            running.reached += len(raw)
+            whole = running.reached == self._checkpoint.tensors[name].nbytes
+        if whole:
+            self._finish(name, running.digest.hexdigest())
+
+    def digest(self, name: str) -> str:
+        """The digest of a tensor.
+
+        Raises:
+            M3Error: It was not read in order, and cannot be read again.
+        """
+        if name not in self._done:
+            self._finish(name, digest_tensor(self._checkpoint, name))
+        return self._done[name]
+
+    def _finish(self, name: str, digest: str) -> None:
+        with self._lock:
+            self._running.pop(name, None)  # a model has many tensors
+            self._done[name] = digest
 
 
 def digest_file(path: Path) -> str:

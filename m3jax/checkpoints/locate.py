@@ -17,9 +17,11 @@ from m3jax.checkpoints.formats import PUBLISHED
 from m3jax.checkpoints.remote import RemotePath, absent, as_path, is_url
 from m3jax.checkpoints.storage import is_dir, list_names
 from m3jax.checkpoints.trust import check_companion, check_size
+from m3jax.documents import parse_json
 from m3jax.errors import M3Error, saying_what_failed
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[^@\s]+))?", re.ASCII)
+_CONFIG = "config.json"
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 _SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer.model.*", "*.tiktoken"]
@@ -241,6 +243,31 @@ def named_companions(model: Path) -> dict[str, Path]:
     if isinstance(directory, RemotePath):
         directory = download_companions(directory)
     return {str(path.relative_to(directory)): path for path in companions(directory)}
+
+
+def read_config(model: Path) -> dict[str, Any] | None:
+    """A model's config.json; None where there is none.
+
+    Args:
+        model: Its directory.
+
+    Raises:
+        M3Error: It is not a JSON object, or not the model's own; see `check_companion`.
+    """
+    path = model / _CONFIG
+    if not isinstance(path, RemotePath) and os.path.lexists(path) and not path.is_dir():
+        check_companion(path, model)
+    if not path.is_file():
+        return None
+    try:
+        config = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise M3Error(f"{path}: is not JSON ({error}): restore the file") from None
+    except OSError as error:
+        raise M3Error(f"{path}: cannot be read: {error.strerror}: check the file") from error
+    if not isinstance(config, dict):
+        raise M3Error(f"{path}: is not a JSON object: restore the file")
+    return config
 
 
 def download_companions(directory: RemotePath) -> Path:

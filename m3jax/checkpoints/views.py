@@ -1,7 +1,7 @@
 """One checkpoint seen as another: renamed, or with its blocks selected, by byte range and without copies.
 
 A view is a `Checkpoint` itself, so whatever reads checkpoints reads views, and views of views. Its bytes are those that
-are stored; `stored_at` tells under which name, for digests that are to hold for the files.
+are stored; `stored_at` tells under which name, and `stored_digests` gives digests that hold for the files.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -41,11 +41,14 @@ class Borrowing(Protocol):
     """What a view offers beyond `Checkpoint`; readers of files do without it, because `stored_at` knows both."""
 
     def source_name(self, name: str) -> Stored:
-        """Where a tensor is stored.
+        """Where a tensor is stored; the first of several places.
 
         Raises:
             M3Error: There is no such tensor.
         """
+
+    def source_digests(self, name: str, digest: str) -> dict[str, str]:
+        """The digests of what a tensor is made from; see `stored_digests`."""
 
 
 def stored_at(checkpoint: Checkpoint, name: str) -> Stored:
@@ -62,6 +65,20 @@ def stored_at(checkpoint: Checkpoint, name: str) -> Stored:
         M3Error: A view has no such tensor.
     """
     return checkpoint.source_name(name) if isinstance(checkpoint, Borrowing) else Stored(checkpoint.location, name)
+
+
+def stored_digests(checkpoint: Checkpoint, name: str, digest: str) -> dict[str, str]:
+    """The digests of the stored tensors that a tensor is made from, by their names in the files at `stored_at`.
+
+    Args:
+        checkpoint: A view, or a checkpoint that is none.
+        name: One of its tensors, which has been read.
+        digest: Of the tensor's bytes as `checkpoint` gives them.
+
+    Raises:
+        M3Error: What is stored cannot be read again, where it has not been read in order.
+    """
+    return checkpoint.source_digests(name, digest) if isinstance(checkpoint, Borrowing) else {name: digest}
 
 
 class View(Closing):
@@ -96,6 +113,10 @@ class View(Closing):
         if name not in self._places:
             raise M3Error(f"{self.location} has no tensor {name!r}: check the name.")
         return stored_at(*self._places[name])
+
+    def source_digests(self, name: str, digest: str) -> dict[str, str]:
+        """The digests of what a tensor is made from; see `stored_digests`."""
+        return stored_digests(*self._places[name], digest)
 
     def read_into(self, name: str, start: int, out: memoryview | npt.NDArray[np.uint8]) -> None:
         """Fills `out` with the tensor's little-endian bytes from `start` on; see `Checkpoint.read_into`."""

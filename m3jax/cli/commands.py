@@ -295,6 +295,9 @@ def convert(
     ] = formats.SAFETENSORS.name,
     max_shard_size: options.MaxShardSize = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace DST if m3jax has made it.")] = False,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Write float8 weights as numbers, without their scales.")
+    ] = False,
     speech: options.Speech,
 ) -> None:
     """Write a checkpoint in another format, bit for bit."""
@@ -303,7 +306,13 @@ def convert(
 
     with terminal.progress_reporter(speech.quiet) as progress:
         result = conversion.convert(
-            source, out, to, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
+            source,
+            out,
+            to,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            dequantize=dequantize,
+            progress=progress,
         )
     shell.print_notes(result.notes, speech.quiet)
     shell.print_result(lambda: convert_json(result), lambda: convert_lines(result), speech.as_json, speech.quiet)

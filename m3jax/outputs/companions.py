@@ -1,6 +1,5 @@
 """What stands beside the weights: config, tokenizer, chat template, and the model card."""
 
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,12 +8,10 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from m3jax.anatomy.float8 import without_quantisation
 from m3jax.checkpoints import ModelDirectory, digest_file
 from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.locate import named_companions, scratch
-from m3jax.checkpoints.remote import RemotePath
-from m3jax.checkpoints.trust import check_companion
-from m3jax.documents import parse_json
 from m3jax.errors import M3Error
 from m3jax.methods import catalogue
 from m3jax.methods.mixup import draw_weights
@@ -32,29 +29,6 @@ _GENERAL = ("config.json", "generation_config.json")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _CHAT_TEMPLATE = "chat_template.jinja"
-_CARD = "README.md"
-
-
-def read_config(model: Path) -> dict[str, Any] | None:
-    """A model's config.json; None where there is none.
-
-    Raises:
-        M3Error: It is not a JSON object, or not the model's own; see `check_companion`.
-    """
-    path = model / _CONFIG
-    if not isinstance(path, RemotePath) and os.path.lexists(path) and not path.is_dir():
-        check_companion(path, model)
-    if not path.is_file():
-        return None
-    try:
-        config = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise M3Error(f"{path}: is not JSON ({error}): restore the file") from None
-    except OSError as error:
-        raise M3Error(f"{path}: cannot be read: {error.strerror}: check the file") from error
-    if not isinstance(config, dict):
-        raise M3Error(f"{path}: is not a JSON object: restore the file")
-    return config
 
 
 def _is_tokenizer(name: str) -> bool:
@@ -151,7 +125,7 @@ def _merged_config(
 
 def possible_names(files: Mapping[str, Path]) -> set[str]:
     """All that `write_companions` could make of some files, whatever the recipe."""
-    return {*files, _CHAT_TEMPLATE, _CARD, SAFETENSORS.index_file}
+    return {*files, _CHAT_TEMPLATE, README, SAFETENSORS.index_file}
 
 
 def write_companions(
@@ -179,7 +153,8 @@ def write_companions(
 
     def edited(name: str, entries: dict[str, Any]) -> dict[str, Any]:
         if name == _CONFIG:
-            return _merged_config(entries, recipe.output_dtype, picked, unties)
+            told = without_quantisation(entries) if recipe.dequantize else entries
+            return _merged_config(told, recipe.output_dtype, picked, unties)
         if template is None or "chat_template" not in entries:
             return entries
         return entries | {"chat_template": template}

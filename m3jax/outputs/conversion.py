@@ -7,30 +7,34 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from m3jax.anatomy import anatomy_of
+from m3jax.anatomy.float8 import find_dequantisation, seen_dequantized, without_quantisation
+from m3jax.anatomy.kinds import mend_of
 from m3jax.checkpoints import (
     Checkpoint,
     FileFingerprint,
     TensorDigest,
     TensorInfo,
     digest_checkpoint,
-    digest_tensor,
     locate_model,
     parse_size,
 )
 from m3jax.checkpoints.copying import pieces
+from m3jax.checkpoints.digest import Passing
 from m3jax.checkpoints.formats import SAFETENSORS, Format, written
-from m3jax.checkpoints.locate import named_companions
+from m3jax.checkpoints.locate import named_companions, read_config
 from m3jax.checkpoints.opening import open_checkpoint
 from m3jax.checkpoints.protocol import Closing
 from m3jax.checkpoints.remote import is_url
+from m3jax.checkpoints.storage import is_dir
 from m3jax.checkpoints.trust import remarks
 from m3jax.errors import M3Error, saying_what_failed
-from m3jax.outputs.copies import write_copy
+from m3jax.outputs.copies import Edit, write_copy
 from m3jax.outputs.local import CONVERSION, Staging, check_free, exactly, replaced_with
 from m3jax.outputs.manifest import versions
 from m3jax.outputs.modes import narrow
@@ -72,9 +76,10 @@ def convert(
     *,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    dequantize: bool = False,
     progress: Report | None = None,
 ) -> ConvertResult:
-    """Write a checkpoint in another format, with the same names, dtypes, shapes and bits.
+    """Write a checkpoint in another format, with the same names, dtypes, shapes and bits unless it is dequantised.
 
     Everything written is read back and compared before the output appears, whole, by a rename. Names and the layout
     of weights stay as they are: a model of PyTorch does not become one of Flax by it.
@@ -86,6 +91,8 @@ def convert(
         to: The name of the format to write, one of `formats.WRITTEN`: safetensors, orbax or msgpack.
         max_shard_size: Bytes of tensors per file at most, as a number or as in "5GB"; Orbax divides by itself.
         overwrite: Replace `dst` if it is a directory that m3jax has made: `m3jax-conversion.json` marks a conversion.
+        dequantize: Write float8 weights as the numbers that they stand for, rounded to the dtype that config.json
+            gives the model, without their scales and without `quantization_config`.
         progress: Called after every few megabytes.
 
     Returns:
@@ -115,10 +122,29 @@ def convert(
     place = locate_model(os.fspath(src)).path
     if replaced_with(out, place) is not None:
         raise M3Error(f"{out} is the model to convert, or holds it: choose another output.")
-    with saying_what_failed(out), open_checkpoint(place) as source:
-        total, digest, files = _convert(source, named_companions(place), out, format, size, overwrite, progress)
+    with saying_what_failed(out), open_checkpoint(place) as stored:
+        source = _dequantized(stored, place, os.fspath(src)) if dequantize else stored
+        edit = _edited if dequantize else None
+        total, digest, files = _convert(source, named_companions(place), out, format, size, overwrite, edit, progress)
         tensors, notes = len(source.tensors), remarks(os.fspath(src), place, source)
     return ConvertResult(out, format.name, tensors, total, digest, files, time.perf_counter() - begun, notes)
+
+
+def _dequantized(stored: Checkpoint, place: Path, name: str) -> Checkpoint:
+    """A checkpoint with numbers in place of float8 weights and scales."""
+    config = read_config(place if is_dir(place) else place.parent)
+    found = find_dequantisation(stored.tensors, config, name)
+    if found is not None:
+        return seen_dequantized(stored, found, found.dtype)
+    scheme = anatomy_of(stored.tensors, config, stored.metadata).quantisation
+    if scheme is None:
+        raise M3Error(f"{name} has no float8 weights: convert it without dequantising.")
+    raise M3Error(f"{name} is quantised ({scheme}), which cannot be undone here: {mend_of(scheme)}.")
+
+
+def _edited(name: str, entries: dict[str, Any]) -> dict[str, Any]:
+    """A file beside weights that are quantised no more."""
+    return without_quantisation(entries) if name == "config.json" else entries
 
 
 def _convert(
@@ -128,6 +154,7 @@ def _convert(
     to: Format,
     max_shard_size: int,
     overwrite: bool,
+    edit: Edit | None,
     progress: Report | None,
 ) -> tuple[int, str, tuple[str, ...]]:
     """The work between opening and closing; returns bytes, digest and the names of the files carried over."""
@@ -142,7 +169,7 @@ def _convert(
         assert to.write is not None  # `written` gives no other
         to.write(staging.path, watched, max_shard_size)
         for name, file in beside.items():
-            write_copy(file, staging.path, name)
+            write_copy(file, staging.path, name, edit)
         digest = _verify(staging.path, to, watched, _Stage("verifying", total, progress))
         if source.fingerprint() != before:
             raise M3Error(f"{source.location} changed while it was being converted: convert again once it is at rest.")
@@ -206,40 +233,24 @@ class _Stage:
             self._report(Progress(self._name, done, self._total))
 
 
-class _Running:
-    """The digest of a tensor as far as it was read in order."""
-
-    def __init__(self) -> None:
-        self.digest = TensorDigest()
-        self.reached = 0
-        self.lock = threading.Lock()
-
-
 class _Watched(Closing):
     """A checkpoint that tells how much is read and digests on the way what is read in order."""
 
     def __init__(self, checkpoint: Checkpoint, stage: _Stage) -> None:
         self._checkpoint, self._stage = checkpoint, stage
-        self._running = {name: _Running() for name in checkpoint.tensors}
+        self._passing = Passing(checkpoint)
         self.location = checkpoint.location
         self.tensors: Mapping[str, TensorInfo] = checkpoint.tensors
         self.metadata: Mapping[str, str] = checkpoint.metadata
 
     def read_into(self, name: str, start: int, out: memoryview | npt.NDArray[np.uint8]) -> None:
         self._checkpoint.read_into(name, start, out)
-        running = self._running[name]
-        with running.lock:
-            if start == running.reached:
-                running.digest.update(out)
-                running.reached += out.nbytes
+        self._passing.take(name, start, out)
         self._stage.add(out.nbytes)
 
     def digest(self, name: str) -> str:
         """The digest of a tensor; reads it again if it was not read in order."""
-        running = self._running[name]
-        if running.reached == self.tensors[name].nbytes:
-            return running.digest.hexdigest()
-        return digest_tensor(self._checkpoint, name)
+        return self._passing.digest(name)
 
     def files(self) -> tuple[Path, ...]:
         return self._checkpoint.files()

@@ -57,13 +57,15 @@ class InputRecord(NamedTuple):
         name: As the recipe names it.
         role: "expert", "base", or "template" for a base of which only config and tokenizer are used.
         revision: The commit it was resolved to on the hub.
-        tensors: What was read of it.
+        tensors: What was read of it, as it is stored.
+        dequantised: The scheme of its weights where they were read as numbers; None where they were not quantised.
     """
 
     name: str
     role: str
     revision: str | None
     tensors: TensorDigests
+    dequantised: str | None = None
 
 
 class Verification(NamedTuple):
@@ -147,6 +149,7 @@ def build(
                 "name": record.name,
                 "role": record.role,
                 "revision": record.revision,
+                **({} if record.dequantised is None else {"dequantised": record.dequantised}),
                 "digest": _whole(record.tensors),
                 "tensors": {name: digest for name, (_, digest) in record.tensors.items()},
             }

@@ -202,6 +202,7 @@ class Recipe(_Strict):
     seed: Annotated[int, PlainValidator(read_seed)] = 0
     dtype: Dtype = None
     out_dtype: Dtype = None
+    dequantize: bool = False
     tokenizer_source: Name | None = None
     chat_template: Annotated[str, AfterValidator(read_chat_template)] | None = None
     exclude: tuple[Regex, ...] = ()
@@ -406,7 +407,7 @@ class Recipe(_Strict):
         """
         everything = self.model_dump(mode="json")
         del everything["models" if self.slices else "slices"]
-        for key in ("anatomy", "only", "keep_state"):  # what most recipes have not
+        for key in ("anatomy", "only", "keep_state", "dequantize"):  # what most recipes have not
             if not everything[key]:
                 del everything[key]
         return everything

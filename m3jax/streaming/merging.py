@@ -164,6 +164,7 @@ def _check_at_rest(job: MergeJob, ready: Ready, passes: Passes) -> None:
 
     A link or a mode changes a file's ctime, and so does whoever sets its mtime back: then the bytes decide.
     """
+    files = {source.checkpoint.location: source.checkpoint for source in ready.sources}
     for position, (model, before) in enumerate(zip(ready.models, ready.fingerprints, strict=True)):
         checkpoint = model.checkpoint
         now = checkpoint.fingerprint()
@@ -171,7 +172,9 @@ def _check_at_rest(job: MergeJob, ready: Ready, passes: Passes) -> None:
             continue
         read = {name: told[position] for name, told in passes.digests.items() if position in told}
         if _but_ctime(now) != _but_ctime(before) or any(
-            digest_tensor(checkpoint, name) != digest for name, digest in read.items()
+            digest_tensor(files[stored_at(checkpoint, name).location], stored) != digest
+            for name, told in read.items()
+            for stored, digest in told.items()
         ):
             raise M3Error(
                 f"{job.out}: {checkpoint.location} changed while it was being merged: merge again once it is at rest"
@@ -300,13 +303,18 @@ def _record(job: MergeJob, ready: Ready, entries: Mapping[str, Any]) -> dict[str
     read: list[dict[str, Any]] = [{} for _ in ready.sources]
     for position, model in enumerate(ready.models):
         for name in model.checkpoint.tensors:
-            digest = told[name]["inputs"].get(str(position)) if name in told else None
-            if digest is not None:
-                stored = stored_at(model.checkpoint, name)
-                source = _source_at(ready, position, stored.location)
-                read[source][stored.name] = ready.sources[source].checkpoint.tensors[stored.name], digest
+            digests = told[name]["inputs"].get(str(position), {}) if name in told else {}
+            source = _source_at(ready, position, stored_at(model.checkpoint, name).location)
+            for stored, digest in digests.items():
+                read[source][stored] = ready.sources[source].checkpoint.tensors[stored], digest
     records = [
-        manifest.InputRecord(source.input.name, source.role, source.place.revision, digests)
+        manifest.InputRecord(
+            source.input.name,
+            source.role,
+            source.place.revision,
+            digests,
+            None if source.dequantised is None else source.input.anatomy.quantisation,
+        )
         for source, digests in zip(ready.sources, read, strict=True)
     ]
     model = ready.models[ready.plan.template]

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m3jax.arithmetic import threefry
 from m3jax.checkpoints import DTYPES, Checkpoint, as_bytes
-from m3jax.checkpoints.views import stored_at
+from m3jax.checkpoints.views import stored_at, stored_digests
 from m3jax.cluster.processes import Processes
 from m3jax.errors import M3Error
 from m3jax.methods.leaf import LeafScalars
@@ -76,7 +76,8 @@ class Passes:
         """
         self.plan, self.how = plan, how
         self.findings = Findings(plan)
-        self.digests: dict[str, dict[int, str]] = {}
+        self.digests: dict[str, dict[int, Mapping[str, str]]] = {}
+        self._seen: dict[tuple[int, str], str] = {}
         self.bytes_read = 0
         self._checkpoints = checkpoints
         self._recorded = recorded
@@ -88,24 +89,28 @@ class Passes:
 
     def _note_digest(self, position: int, name: str, digest: str) -> None:
         """Record the digest of an input's tensor; refuse one that has changed since a recorded merge or pass."""
-        stored = stored_at(self._checkpoints[position], name)
-        if self._recorded is not None and self._recorded[stored.location].get(stored.name, digest) != digest:
+        checkpoint = self._checkpoints[position]
+        place, found = stored_at(checkpoint, name).location, stored_digests(checkpoint, name, digest)
+        recorded = {} if self._recorded is None else self._recorded[place]
+        changed = next((stored for stored, own in found.items() if recorded.get(stored, own) != own), None)
+        if changed is not None:
             raise M3Error(
-                f"{stored.location}: {stored.name} is not what was merged: its bytes have changed since; "
+                f"{place}: {changed} is not what was merged: its bytes have changed since; "
                 "restore the file, or make a new merge with m3jax merge"
             )
         with self._lock:
-            first = self.digests.setdefault(name, {}).setdefault(position, digest)
-        if first != digest:
-            raise M3Error(f"{stored.location}: {stored.name} changed while it was read: merge again once it is at rest")
+            first = self.digests.setdefault(name, {}).setdefault(position, found)
+            seen = self._seen.setdefault((position, name), digest)  # of a view, whose own digests are of its first pass
+        if (first, seen) != (found, digest):
+            raise M3Error(f"{place}: {name} changed while it was read: merge again once it is at rest")
 
-    def take_digests(self, name: str, digests: Mapping[int, str]) -> None:
-        """Add digests of a tensor, by input."""
+    def take_digests(self, name: str, digests: Mapping[int, Mapping[str, str]]) -> None:
+        """Add digests of what is stored for a tensor, by input and stored name."""
         with self._lock:
             self.digests.setdefault(name, {}).update(digests)
 
-    def input_digests(self, name: str) -> dict[str, str]:
-        """The digests of a tensor in the inputs that have been read, by position."""
+    def input_digests(self, name: str) -> dict[str, Mapping[str, str]]:
+        """The digests of what is stored for a tensor in the inputs that have been read, by position."""
         with self._lock:
             return {str(position): digest for position, digest in self.digests.get(name, {}).items()}
 

@@ -1,9 +1,11 @@
 """The plan of a merge: what happens to each tensor, from a recipe and the tensors' names and shapes alone."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from m3jax.anatomy import MODEL_KINDS, OUTSIDE_BLOCKS, Anatomy, Part, Tower, block_position
+from m3jax.anatomy.kinds import mend_of
 from m3jax.checkpoints import TensorInfo, natural_key
 from m3jax.errors import M3Error
 from m3jax.methods import factories
@@ -37,11 +39,13 @@ class Input(NamedTuple):
         name: As the recipe names it.
         tensors: What it holds.
         anatomy: What each of them is.
+        written: The dtype that those have in an output which are read wider than they are worth, by name.
     """
 
     name: str
     tensors: Mapping[str, TensorInfo]
     anatomy: Anatomy
+    written: Mapping[str, str] = MappingProxyType({})
 
 
 class BlockPlan(NamedTuple):
@@ -284,9 +288,10 @@ def _check_rankings(pipeline: Pipeline, plans: Sequence[TensorPlan]) -> None:
                 raise M3Error(f"{name}: is measured over the whole model at once, so it cannot vary between tensors")
 
 
-def output_dtype(recipe: Recipe, info: TensorInfo) -> str:
-    """The safetensors dtype of a merged tensor."""
-    return _DTYPE_NAMES[recipe.output_dtype] if recipe.output_dtype else info.dtype
+def output_dtype(recipe: Recipe, model: Input, name: str) -> str:
+    """The safetensors dtype of a merged tensor, by what it is in a model."""
+    told = model.written.get(name, model.tensors[name].dtype)
+    return _DTYPE_NAMES[recipe.output_dtype] if recipe.output_dtype else told
 
 
 def _excluded(recipe: Recipe, model: Input, names: Sequence[str]) -> set[str]:
@@ -309,7 +314,7 @@ def _check_kinds(inputs: Sequence[Input], excluded: set[str]) -> None:
         if model.anatomy.quantisation is not None:
             raise M3Error(
                 f"{model.name}: its weights are quantised ({model.anatomy.quantisation}), and quantised numbers cannot "
-                "be averaged: give the model in bfloat16, float16 or float32"
+                f"be averaged: {mend_of(model.anatomy.quantisation)}"
             )
         parts = model.anatomy.parts.items()
         factor = next((name for name, part in parts if part.kind == "adapter" and name not in excluded), None)
@@ -403,10 +408,11 @@ def make_plan(
         plans += [TensorPlan(inputs[0].tensors[name], (0,)) for name in own]
     for name in kept:
         if name in excluded:
-            plans.append(TensorPlan(inputs[template].tensors[name], (template,)))
+            plans.append(_taken(inputs, template, name))
             continue
         _check_shapes(name, models)
-        reference = (inputs[template] if template in used else inputs[0]).tensors[name]
+        teller = inputs[template] if template in used else inputs[0]
+        reference = teller.tensors[name]
         if name not in mergeable:
             if any(m.tensors[name].dtype != reference.dtype for m in models):
                 said = ", ".join(f"{m.tensors[name].dtype} in {m.name}" for m in models)
@@ -417,16 +423,31 @@ def make_plan(
         if part.kind == "statistics":
             plans.append(_of_statistics(recipe, pipeline, reference, part, pieces[name], weights))
             continue
-        plans.append(_merged(recipe, pipeline, reference, used, part, pieces[name], weights))
+        output = reference._replace(dtype=output_dtype(recipe, teller, name))
+        plans.append(_merged(recipe, pipeline, reference, output, used, part, pieces[name], weights))
     notes = tuple(_notes(models[0], state, merged, recipe.keep_state))
     plans.sort(key=lambda plan: natural_key(plan.output.name))
     return MergePlan(pipeline, tuple(_comparable(pipeline, plans)), weights, inputs, template, notes)
+
+
+def _taken(inputs: Sequence[Input], position: int, name: str) -> TensorPlan:
+    """A tensor as one model has it: copied, or rounded to what it is worth where it is read wider."""
+    model = inputs[position]
+    info, part = model.tensors[name], model.anatomy.parts[name]
+    if name not in model.written:
+        return TensorPlan(info, (position,))
+    itself = statistics_pipeline(1)
+    pieces = _pieces(model.anatomy, name)
+    blocks = tuple(BlockPlan(p.name, p.key, p.group, settings_of(itself, (1.0,), 1.0)) for p in pieces)
+    output = info._replace(dtype=model.written[name])
+    return TensorPlan(output, (position,), itself, blocks, part.stack_axis, apart=True)
 
 
 def _merged(
     recipe: Recipe,
     pipeline: Pipeline,
     reference: TensorInfo,
+    output: TensorInfo,
     used: tuple[int, ...],
     part: Part,
     pieces: Sequence[_Piece],
@@ -434,14 +455,12 @@ def _merged(
 ) -> TensorPlan:
     """What happens to a tensor that is merged."""
     settings = [_settings(recipe, pipeline, piece, drawn) for piece in pieces]
-    dtype = output_dtype(recipe, reference)
-    if pipeline.method.copies and dtype == reference.dtype and all(each.scale == 1.0 for each in settings):
+    if pipeline.method.copies and output == reference and all(each.scale == 1.0 for each in settings):
         return TensorPlan(reference, used)
     own = pipeline
     if all(without_idle_sparsifier(pipeline, each) != pipeline for each in settings):
         own = without_idle_sparsifier(pipeline, settings[0])
     blocks = tuple(BlockPlan(p.name, p.key, p.group, each) for p, each in zip(pieces, settings, strict=True))
-    output = TensorInfo(reference.name, reference.shape, dtype)
     return TensorPlan(output, used, own, blocks, part.stack_axis, part.alias_of is not None)
 
 

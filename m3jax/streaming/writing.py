@@ -27,7 +27,7 @@ class Shards:
         workplace: Journalled,
         shards: Sequence[tuple[str, Sequence[TensorInfo]]],
         release: Callable[[Loaded], None],
-        input_digests: Callable[[str], dict[str, str]],
+        input_digests: Callable[[str], Mapping[str, Mapping[str, str]]],
         expected: Mapping[str, str],
         allow_nonfinite: bool,
     ) -> None:

@@ -113,6 +113,15 @@ P = "model.layers.0.mlp.up_proj"
             },
         ),
         ("bitsandbytes", {f"{P}.weight": "I8", f"{P}.SCB": "F32", f"{P}.weight_format": "U8"}),
+        (
+            "nvfp4",
+            {
+                f"{P}.weight": "U8",
+                f"{P}.weight_scale": "F8_E4M3",
+                f"{P}.weight_scale_2": "F32",
+                f"{P}.input_scale": "F32",
+            },
+        ),
         ("mxfp4", {f"{P}_blocks": "U8", f"{P}_scales": "U8"}),
         ("compressed-tensors", {f"{P}.weight_packed": "I32", f"{P}.weight_scale": "BF16", f"{P}.weight_shape": "I64"}),
         ("int8", {f"{P}.weight": "I8", f"{P}.weight_scale": "F32"}),

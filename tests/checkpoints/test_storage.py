@@ -9,11 +9,10 @@ from support.object_store import SECRET, answering, cutting, google, nobody, poi
 
 from m3jax.checkpoints import companions, locate_model, open_safetensors
 from m3jax.checkpoints.inspection import look_at
-from m3jax.checkpoints.locate import download_companions
+from m3jax.checkpoints.locate import download_companions, read_config
 from m3jax.checkpoints.remote import RemotePath, as_path, file_system
 from m3jax.checkpoints.storage import RemoteSource
 from m3jax.errors import M3Error
-from m3jax.outputs.companions import read_config
 from m3jax.streaming.merging import merge_checkpoint
 
 PIECE = 2**20
