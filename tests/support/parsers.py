@@ -1,5 +1,6 @@
 """Every reader of files that others may have written: a good file each, and mutations of it."""
 
+import copy
 import json
 import os
 import random
@@ -247,14 +248,14 @@ def mutated_json(source: random.Random, good: bytes) -> bytes:
             break
         holder = source.choice(holders)
         keys: list[Any] = list(holder) if isinstance(holder, dict) else list(range(len(holder)))
-        key, odd = source.choice(keys), source.choice(_ODD)
+        key, odd = source.choice(keys), copy.deepcopy(source.choice(_ODD))
         match source.randint(0, 5):
             case 0:
                 del holder[key]
             case 1 if isinstance(holder, dict):
                 holder[source.choice(["", "a", "\x1b", "\ud800", "a" * 300, "../x"])] = odd
             case _:
-                holder[key] = json.loads(json.dumps(odd))
+                holder[key] = odd
     return json.dumps(told).encode()
 
 
