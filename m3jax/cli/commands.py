@@ -318,11 +318,10 @@ def evaluate(
     ] = None,
     data: options.Data = None,
     harness: Annotated[
-        str | None, typer.Option("--harness", metavar="TASKS", help="Tasks of lm-evaluation-harness, by comma.")
+        str | None,
+        typer.Option("--harness", metavar="TASKS", help="Tasks of lm-evaluation-harness or task files, by comma."),
     ] = None,
-    include_path: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Further task files for the harness.", show_default=False)
-    ] = None,
+    showing: options.Harness,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where records and the summary go.", show_default=False)
     ] = None,
@@ -338,13 +337,21 @@ def evaluate(
 ) -> None:
     """Score a model on a task."""
     from m3jax.evaluation import stored
+    from m3jax.evaluation.harness import Showing
     from m3jax.evaluation.options import Evaluation
 
     wanted = stored.EvaluateOptions(
         task=task,
         data=data,
         harness=harness,
-        include_path=include_path,
+        include_path=showing.include_path,
+        showing=Showing(
+            showing.num_fewshot,
+            showing.apply_chat_template,
+            showing.system_instruction,
+            not showing.fewshot_in_one_turn,
+        ),
+        allow_task_code=showing.allow_task_code,
         out=out,
         resume=resume,
         how=Evaluation(limit, batch_size, *answers, overflow, *programs, grader),

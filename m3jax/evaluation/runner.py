@@ -117,7 +117,7 @@ def evaluate_task(
     journal = None
     if out_dir is not None:
         identity = _identity(task, model, template, settings, execution, examples, prompts)
-        journal = open_journal(Path(out_dir), identity, resume, lambda: _text(fingerprint))
+        journal = open_journal(Path(out_dir), identity, resume, lambda: _text(fingerprint), Record)
     done = dict(journal.done) if journal is not None else {}
 
     if progress is not None:
@@ -301,7 +301,7 @@ def _is_truncated(completion: Completion) -> bool:
 
 
 def _concluded(
-    task: Task, model: str, examples: Sequence[Example], records: Sequence[Record], journal: RunJournal | None
+    task: Task, model: str, examples: Sequence[Example], records: Sequence[Record], journal: RunJournal[Record] | None
 ) -> Summary:
     verdicts = [record.correct for record in records if record.correct is not None]
     correct, judged = sum(verdicts), len(verdicts)

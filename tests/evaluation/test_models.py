@@ -307,7 +307,7 @@ def test_a_run_does_not_go_on_with_other_weights(place, tmp_path, capsys):
 def test_scores_where_a_token_spans_the_cut_and_of_nothing(model):
     score = models.make_scorer(model)
     nothing, spanning = score([("The", ""), ("The rat", "io of")])
-    assert nothing == (0.0, True)
+    assert nothing == (0.0, True, False)
     assert spanning.sum < 0
     spanned, alone = score([("T", "he ratio"), ("", "The ratio")])
     if len(model.tokenizer.encode("T", add_special_tokens=False)) == 1:  # one token begins in the context
