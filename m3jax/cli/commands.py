@@ -387,6 +387,7 @@ def attack(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an attack.json that is there.")] = False,
     batch_size: options.BatchSize = 64,
     answers: options.Answers,
+    grader: options.Grader = "m3jax",
     overflow: options.AttackOverflow = "error",
     weights: options.Weights,
     programs: options.Programs,
@@ -412,7 +413,7 @@ def attack(
         embeddings=embeddings,
         out=out,
         overwrite=overwrite,
-        how=Evaluation(limit, batch_size, *answers, overflow, *programs),
+        how=Evaluation(limit, batch_size, *answers, overflow, *programs, grader),
         dtype=weights.dtype,
         mesh=weights.mesh,
     )
@@ -465,6 +466,7 @@ def explore(
     limit: Annotated[int | None, typer.Option(metavar="N", help="Use the first N examples of each task only.")] = None,
     batch_size: options.BatchSize = 8,
     answers: options.Answers,
+    grader: options.Grader = "m3jax",
     overflow: options.Overflow = "error",
     mesh: options.DecoderMesh = None,
     programs: options.Programs,
@@ -487,7 +489,7 @@ def explore(
     from m3jax import exploration
     from m3jax.evaluation.models import make_mesh
 
-    how = exploration.Evaluation(limit, batch_size, *answers, overflow, *programs)
+    how = exploration.Evaluation(limit, batch_size, *answers, overflow, *programs, grader)
     learned = exploration.Optimization(optimize, steps, learning_rate, granularity, batch_size) if optimize else None
     kept = "finished samples are kept, and the same command goes on"
     with shell.resumable(out, kept), reporter(samples, speech.quiet) as (watch, tell):

@@ -93,6 +93,7 @@ def attack(
     batch_size: int = BATCH_SIZE,
     run_code: bool = False,
     execution: Execution | None = None,
+    grader: str = "m3jax",
     model: str = "parameters in memory",
     tell: Tell | None = None,
     **plan: Any,
@@ -114,6 +115,7 @@ def attack(
         batch_size: Prompts that run together.
         run_code: Allow running programs that the model wrote.
         execution: How they are run.
+        grader: Whose rule judges: "m3jax", "paper" or "math_verify".
         model: What the model is called.
         tell: Told in lines how far the work is, such as `print`.
         **plan: `attacks` and `shifts` by name; `profile`, "promptbench" or "m3-paper"; `key`, an integer seed or a
@@ -139,7 +141,7 @@ def attack(
     check_choice("overflow", overflow, _OVERFLOWS)
     check_count("batch size", batch_size)
     check_type("settings", settings, GenerationSettings, optional=True)
-    chosen = get_task(task)
+    chosen = get_task(task, grader)
     check_code(chosen, run_code, execution or Execution())
     made = make_plan(**plan)
     load = models.in_memory(params, config, tokenizer, apply_fn, model, tell)
@@ -206,7 +208,7 @@ def run(name: str, wanted: AttackOptions, tell: Tell | None) -> dict[str, Any]:
         M3Error: The model, the data, an option or the output directory cannot be used.
     """
     _check(wanted)
-    task, how = get_task(wanted.task), wanted.how
+    task, how = get_task(wanted.task, wanted.how.grader), wanted.how
     overflow = cast(Overflow, how.overflow)
     check_code(task, how.run_code, how.execution)
     chosen = {field: getattr(wanted, field) for field in _PLANNED}

@@ -79,6 +79,7 @@ class Robustness(NamedTuple):
         template: The template around the prompt.
         prompt: The prompt, with {content} where the example stands.
         protected: Words that were never touched.
+        grader: Whose rule judged.
         complete: Whether all attacks and shifts that were asked for are done.
         attacks: What each attack did.
         shifts: What each shift did.
@@ -98,6 +99,7 @@ class Robustness(NamedTuple):
     template: str
     prompt: str
     protected: tuple[str, ...]
+    grader: str
     complete: bool
     attacks: tuple[Attacked, ...] = ()
     shifts: tuple[Shifted, ...] = ()
@@ -254,6 +256,7 @@ def _before(task: Task, subject: Subject, bench: _Bench, plan: AttackPlan) -> Ro
         template=subject.template,
         prompt=subject.prompt,
         protected=(),
+        grader=task.grader,
         complete=not plan.attacks and not plan.shifts,
     )
 
