@@ -93,7 +93,14 @@ AllowTaskCode = Annotated[
     bool, typer.Option("--allow-task-code", help="Run Python code that task files of your own name (!function).")
 ]
 Dtype = Annotated[str | None, typer.Option(metavar="NAME", help="Of the weights.  [default: their own]")]
-Grader = Annotated[str, typer.Option(metavar="m3jax|paper|math_verify", help="Whose rule judges answers.")]
+Grader = Annotated[
+    str | None,
+    typer.Option(
+        metavar="m3jax|paper|math_verify",
+        help="Whose rule judges answers.  [default: m3jax, or the profile's]",
+        show_default=False,
+    ),
+]
 RunCode = Annotated[bool, typer.Option("--run-code", help="Run programs that the model wrote, sandboxed.")]
 AllowUnsandboxed = Annotated[
     bool, typer.Option("--allow-unsandboxed", help="Run them with limits only where no sandbox is possible.")
@@ -106,7 +113,7 @@ Attacks = Annotated[
     typer.Option(
         "--attack",
         metavar="NAMES",
-        help="By comma: deepwordbug, textbugger, bertattack, textfooler, stresstest, checklist; '' is none."
+        help="By comma: deepwordbug, textbugger, bertattack, textfooler, stresstest, checklist, semantic; '' is none."
         "  [default: those that need no further files]",
         show_default=False,
     ),
@@ -119,7 +126,12 @@ Shifts = Annotated[
         help="By comma: typos[=RATE], whitespace[=RATE], lowercase, uppercase, mixed-case, number-format, paraphrase.",
     ),
 ]
-Profile = Annotated[str, typer.Option(metavar="promptbench|m3-paper", help="How hard attacks try.")]
+Profile = Annotated[
+    str, typer.Option(metavar="promptbench|m3-paper", help="How hard attacks try, or the M³ paper's protocol.")
+]
+Protocol = Annotated[
+    str, typer.Option("--profile", metavar="m3jax|m3-paper", help="The task as it is here, or as the M³ paper sets it.")
+]
 SearchExamples = Annotated[
     int | None, typer.Option(metavar="N", help="Search on the first N examples, measure on the others.")
 ]

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from m3jax.errors import M3Error
+from m3jax.evaluation.checks import check_choice
 from m3jax.evaluation.harness import Showing, check_chat, check_showing, run_harness
 from m3jax.evaluation.harness_tasks import load_harness_tasks
 from m3jax.evaluation.options import Evaluation, check_evaluation
 from m3jax.evaluation.protocol import Overflow
 from m3jax.evaluation.records import Reply, count_records, make_directory, open_journal, write_whole
 from m3jax.evaluation.runner import check_code, evaluate_task, read_examples
-from m3jax.evaluation.tasks import get_task
+from m3jax.evaluation.tasks import PROTOCOLS, get_task
 from m3jax.progress import Tell, progress_lines
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ class EvaluateOptions(NamedTuple):
     include_path: str | None
     showing: Showing
     allow_task_code: bool
+    profile: str
     out: Path | None
     resume: bool
     how: Evaluation
@@ -42,6 +44,7 @@ def check(wanted: EvaluateOptions) -> None:
     if (wanted.task is None) == (wanted.harness is None):
         raise M3Error("give either --task NAME or --harness TASKS")
     check_evaluation(wanted.how, wanted.dtype)
+    check_choice("--profile", wanted.profile, PROTOCOLS)
     if wanted.resume and wanted.out is None:
         raise M3Error("--resume needs --out DIR, the directory of the run to go on with")
     if wanted.task is not None:
@@ -51,7 +54,7 @@ def check(wanted: EvaluateOptions) -> None:
 
 
 def _check_task(name: str, wanted: EvaluateOptions) -> None:
-    task = get_task(name, wanted.how.grader)
+    task = get_task(name, wanted.how.grader, wanted.profile)
     showing = wanted.showing
     idle: dict[str, object] = {"--include-path": wanted.include_path, "--allow-task-code": wanted.allow_task_code}
     idle |= {"--num-fewshot": showing.shots is not None, "--apply-chat-template": showing.chat}
@@ -68,7 +71,8 @@ def _check_harness(wanted: EvaluateOptions) -> None:
     how = wanted.how
     idle: dict[str, object] = {"--data": wanted.data, "--template": how.template, "--max-tokens": how.max_tokens}
     idle |= {"--run-code": how.run_code, "--overflow": how.overflow != "error"}
-    idle |= {"--allow-unsandboxed": how.allow_unsandboxed, "--grader": how.grader != "m3jax"}
+    idle |= {"--allow-unsandboxed": how.allow_unsandboxed, "--grader": how.grader}
+    idle |= {"--profile": wanted.profile != "m3jax"}
     for option, given in idle.items():
         if given:
             raise M3Error(f"{option} has no meaning with --harness, whose tasks bring their own: leave it out")
@@ -103,7 +107,7 @@ def _open(name: str, wanted: EvaluateOptions) -> "StoredModel":
 
 
 def _run_task(name: str, wanted: EvaluateOptions, tell: Tell | None) -> dict[str, Any]:
-    task, how = get_task(cast(str, wanted.task), wanted.how.grader), wanted.how
+    task, how = get_task(cast(str, wanted.task), wanted.how.grader, wanted.profile), wanted.how
     overflow = cast(Overflow, how.overflow)
     examples = read_examples(task, wanted.data)
     from m3jax.evaluation import models

@@ -175,7 +175,7 @@ def test_searches_may_see_other_examples_than_are_measured():
 
 def test_profiles_and_budgets():
     paper = tried(lambda text: len(text) % 5 > 0, profile="m3-paper", attacks=["deepwordbug"], rows=ROWS * 2)
-    assert paper.examples == 10
+    assert paper.examples == 16
     whole = tried(lambda text: len(text) % 5 > 0, attacks=["deepwordbug"], rows=ROWS * 2)
     assert (whole.examples, whole.attacks[0].exhausted) == (16, False)
     assert paper.attacks[0].queries < whole.attacks[0].queries
