@@ -99,9 +99,24 @@ def test_the_search_is_that_of_the_papers_code(name: str) -> None:
     def score(prompts: Sequence[str]) -> npt.NDArray[np.float64]:
         return np.array([accuracy(name, one) for one in prompts])
 
-    found = greedy(prompt, score, drawn, "unk", positions=(2, 3, 6), by_text=True)
+    found = greedy(prompt, score, drawn, "unk", positions=(2, 3, 6), takes_worst=True)
     told = printed["deepwordbug"]
     assert (found.prompt, found.score, found.clean) == (told["attacked"], told["score"], told["clean"])
+
+
+def test_the_first_word_is_edited_even_where_that_helps() -> None:
+    """In TextAttack the original has a score that everything beats."""
+    prompt = textattack.read_prompt(PRINTED["tasks"]["sst2"]["prompt"], LABELS["sst2"])
+
+    def score(prompts: Sequence[str]) -> npt.NDArray[np.float64]:
+        return np.array([0.5 if one == prompt.text else 0.75 for one in prompts])
+
+    found = make_attack("deepwordbug", 0, get_profile("m3-paper")).run(prompt, score, None)
+    assert (found.clean, found.score) == (0.5, 0.75)
+    assert [change.before for change in found.changes] == ["classifier"]
+    words = textattack.deepwordbug(0)(prompt, 3)
+    assert found.changes[0].after == min(words)
+    assert make_attack("deepwordbug", 0).run(prompt, score, None).prompt == prompt.text
 
 
 def test_letters_are_edited_as_textattack_edits_them() -> None:

@@ -108,7 +108,7 @@ def _greedy(
             positions=profile.positions,
             budget=budget,
             without=textattack.without if profile.to_the_letter else Wording.without,
-            by_text=profile.to_the_letter,
+            takes_worst=profile.to_the_letter,
         )
 
     return Attack(name, level, run, _reader(profile))

@@ -6,6 +6,7 @@ References:
     NLP, 2020.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -115,7 +116,7 @@ def greedy(
     positions: tuple[int, ...] | None = None,
     budget: int | None = None,
     without: Callable[[Wording, int], str] = Wording.without,
-    by_text: bool = False,
+    takes_worst: bool = False,
 ) -> Found:
     """Replaces words one by one, the most important first, each by its worst candidate.
 
@@ -133,17 +134,19 @@ def greedy(
         positions: Only these of the words that may change, counted from 0; all if None.
         budget: Most prompts to score, the original among them; no limit if None.
         without: How a word is left out.
-        by_text: Of candidates that are as bad take the first in the order of their texts, not the first tried.
+        takes_worst: As the M³ paper's code does, take the first word's worst candidate even where it is no worse than
+            the original, and of candidates that are as bad the first in the order of their texts.
     """
     account = _Account(score, budget)
     (clean,) = account.scores([prompt.text])
-    current, lowest, changes, candidate_count = prompt, clean, [], 0
-    open_words = modifiable(prompt, stop_words, positions) if clean > 0 else []
+    current, changes, candidate_count = prompt, list[Change](), 0
+    lowest = math.inf if takes_worst else clean
+    open_words = modifiable(prompt, stop_words, positions) if clean > 0 or takes_worst else []
     for index in _ranked(prompt, open_words, importance, account, without):
         if account.exhausted or lowest <= 0:
             break
         tried = [current.replaced(index, word) for word in candidates(current, index)]
-        if by_text:
+        if takes_worst:
             tried.sort(key=lambda one: one.text)
         if allowed is not None:
             tried = [one for one in tried if allowed(prompt.text, one.text)]
@@ -153,7 +156,10 @@ def greedy(
             best = scores.index(min(scores))
             lowest, current = scores[best], tried[best]
             changes.append(Change(index, prompt.words[index], current.words[index]))
-    return Found(current.text, lowest, clean, len(account.known), account.exhausted, candidate_count, tuple(changes))
+    score_found = lowest if changes else clean
+    return Found(
+        current.text, score_found, clean, len(account.known), account.exhausted, candidate_count, tuple(changes)
+    )
 
 
 def modifiable(prompt: Wording, stop_words: frozenset[str], positions: tuple[int, ...] | None = None) -> list[int]:
