@@ -329,12 +329,12 @@ def evaluate(
         str | None, typer.Option("--task", metavar="NAME", help="gsm8k, math, humaneval, mbpp, sst2, ….")
     ] = None,
     data: options.Data = None,
+    profile: options.Protocol = "m3jax",
     harness: Annotated[
-        str | None, typer.Option("--harness", metavar="TASKS", help="Tasks of lm-evaluation-harness, by comma.")
+        str | None,
+        typer.Option("--harness", metavar="TASKS", help="Tasks of lm-evaluation-harness or task files, by comma."),
     ] = None,
-    include_path: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Further task files for the harness.", show_default=False)
-    ] = None,
+    showing: options.Harness,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where records and the summary go.", show_default=False)
     ] = None,
@@ -342,7 +342,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(metavar="N", help="Do the first N examples only.")] = None,
     batch_size: options.BatchSize = 8,
     answers: options.Answers,
-    grader: options.Grader = "m3jax",
+    grader: options.Grader = None,
     overflow: options.Overflow = "error",
     weights: options.Weights,
     programs: options.Programs,
@@ -350,13 +350,22 @@ def evaluate(
 ) -> None:
     """Score a model on a task."""
     from m3jax.evaluation import stored
+    from m3jax.evaluation.harness import Showing
     from m3jax.evaluation.options import Evaluation
 
     wanted = stored.EvaluateOptions(
         task=task,
         data=data,
         harness=harness,
-        include_path=include_path,
+        include_path=showing.include_path,
+        showing=Showing(
+            showing.num_fewshot,
+            showing.apply_chat_template,
+            showing.system_instruction,
+            not showing.fewshot_in_one_turn,
+        ),
+        allow_task_code=showing.allow_task_code,
+        profile=profile,
         out=out,
         resume=resume,
         how=Evaluation(limit, batch_size, *answers, overflow, *programs, grader),
@@ -392,6 +401,7 @@ def attack(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an attack.json that is there.")] = False,
     batch_size: options.BatchSize = 64,
     answers: options.Answers,
+    grader: options.Grader = None,
     overflow: options.AttackOverflow = "error",
     weights: options.Weights,
     programs: options.Programs,
@@ -417,7 +427,7 @@ def attack(
         embeddings=embeddings,
         out=out,
         overwrite=overwrite,
-        how=Evaluation(limit, batch_size, *answers, overflow, *programs),
+        how=Evaluation(limit, batch_size, *answers, overflow, *programs, grader),
         dtype=weights.dtype,
         mesh=weights.mesh,
     )
@@ -470,6 +480,7 @@ def explore(
     limit: Annotated[int | None, typer.Option(metavar="N", help="Use the first N examples of each task only.")] = None,
     batch_size: options.BatchSize = 8,
     answers: options.Answers,
+    grader: options.Grader = None,
     overflow: options.Overflow = "error",
     mesh: options.DecoderMesh = None,
     programs: options.Programs,
@@ -492,7 +503,7 @@ def explore(
     from m3jax import exploration
     from m3jax.evaluation.models import make_mesh
 
-    how = exploration.Evaluation(limit, batch_size, *answers, overflow, *programs)
+    how = exploration.Evaluation(limit, batch_size, *answers, overflow, *programs, grader)
     learned = exploration.Optimization(optimize, steps, learning_rate, granularity, batch_size) if optimize else None
     kept = "finished samples are kept, and the same command goes on"
     with shell.resumable(out, kept), reporter(samples, speech.quiet) as (watch, tell):

@@ -73,8 +73,34 @@ Template = Annotated[str | None, typer.Option(metavar="NAME", help="Prompt templ
 _OVERFLOW_HELP = "What becomes of prompts that leave an answer no room."
 Overflow = Annotated[str, typer.Option(metavar="error|truncate|skip", help=_OVERFLOW_HELP)]
 AttackOverflow = Annotated[str, typer.Option(metavar="error|truncate", help=_OVERFLOW_HELP)]
+IncludePath = Annotated[
+    str | None, typer.Option(metavar="DIR", help="Further task files for the harness.", show_default=False)
+]
+NumFewshot = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="Examples that the harness shows.  [default: the task's]", show_default=False),
+]
+ApplyChatTemplate = Annotated[
+    bool, typer.Option("--apply-chat-template", help="Have the harness use the tokenizer's chat template.")
+]
+SystemInstruction = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="What the harness tells the model first.", show_default=False)
+]
+FewshotInOneTurn = Annotated[
+    bool, typer.Option("--fewshot-in-one-turn", help="In a chat, show the harness's examples in the question's turn.")
+]
+AllowTaskCode = Annotated[
+    bool, typer.Option("--allow-task-code", help="Run Python code that task files of your own name (!function).")
+]
 Dtype = Annotated[str | None, typer.Option(metavar="NAME", help="Of the weights.  [default: their own]")]
-Grader = Annotated[str, typer.Option(metavar="m3jax|paper|math_verify", help="Whose rule judges answers.")]
+Grader = Annotated[
+    str | None,
+    typer.Option(
+        metavar="m3jax|paper|math_verify",
+        help="Whose rule judges answers.  [default: m3jax, or the profile's]",
+        show_default=False,
+    ),
+]
 RunCode = Annotated[bool, typer.Option("--run-code", help="Run programs that the model wrote, sandboxed.")]
 AllowUnsandboxed = Annotated[
     bool, typer.Option("--allow-unsandboxed", help="Run them with limits only where no sandbox is possible.")
@@ -87,7 +113,7 @@ Attacks = Annotated[
     typer.Option(
         "--attack",
         metavar="NAMES",
-        help="By comma: deepwordbug, textbugger, bertattack, textfooler, stresstest, checklist; '' is none."
+        help="By comma: deepwordbug, textbugger, bertattack, textfooler, stresstest, checklist, semantic; '' is none."
         "  [default: those that need no further files]",
         show_default=False,
     ),
@@ -100,7 +126,12 @@ Shifts = Annotated[
         help="By comma: typos[=RATE], whitespace[=RATE], lowercase, uppercase, mixed-case, number-format, paraphrase.",
     ),
 ]
-Profile = Annotated[str, typer.Option(metavar="promptbench|m3-paper", help="How hard attacks try.")]
+Profile = Annotated[
+    str, typer.Option(metavar="promptbench|m3-paper", help="How hard attacks try, or the M³ paper's protocol.")
+]
+Protocol = Annotated[
+    str, typer.Option("--profile", metavar="m3jax|m3-paper", help="The task as it is here, or as the M³ paper sets it.")
+]
 SearchExamples = Annotated[
     int | None, typer.Option(metavar="N", help="Search on the first N examples, measure on the others.")
 ]
@@ -189,6 +220,17 @@ class Answers(NamedTuple):
 
     max_tokens: MaxTokens = None
     template: Template = None
+
+
+class Harness(NamedTuple):
+    """How the harness's tasks are found, and how it shows their examples."""
+
+    include_path: IncludePath = None
+    num_fewshot: NumFewshot = None
+    apply_chat_template: ApplyChatTemplate = False
+    system_instruction: SystemInstruction = None
+    fewshot_in_one_turn: FewshotInOneTurn = False
+    allow_task_code: AllowTaskCode = False
 
 
 class Weights(NamedTuple):

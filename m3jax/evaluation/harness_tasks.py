@@ -9,11 +9,13 @@ import logging
 import os
 import random
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
+import yaml
 
 from m3jax.errors import M3Error
 from m3jax.evaluation.checks import did_you_mean
@@ -50,16 +52,20 @@ class HarnessTasks(NamedTuple):
     loaded: dict[str, dict[str, Any]]
 
 
-def load_harness_tasks(names: Sequence[str], include_path: str | None = None, tell: Tell | None = None) -> HarnessTasks:
+def load_harness_tasks(
+    names: Sequence[str], include_path: str | None = None, tell: Tell | None = None, allow_code: bool = False
+) -> HarnessTasks:
     """Load tasks of the harness and their data; needs no model.
 
     Args:
-        names: Names of tasks, groups or tags.
+        names: Names of tasks, groups or tags; or a task file, or a directory of them for all that it holds.
         include_path: A directory with further task files.
         tell: Told what is loaded; progress bars are shown only with it.
+        allow_code: Run the Python code that task files beside the harness's own name.
 
     Raises:
-        M3Error: The harness is not installed, knows no such task, cannot load it, or the task needs what is not here.
+        M3Error: The harness is not installed, knows no such task, cannot load it, or the task needs what is not here;
+            or it names Python code and `allow_code` is false.
     """
     harness_class()
     if include_path is not None and not Path(include_path).is_dir():
@@ -70,9 +76,14 @@ def load_harness_tasks(names: Sequence[str], include_path: str | None = None, te
         for name in names:
             if tell is not None:
                 tell(f"loading the harness's task {name}")
-            found = _load(manager, name, complaints)
-            for kind, objects in loaded.items():
-                objects |= found[kind]
+            for member in _members(manager, name):
+                if member in loaded["tasks"]:  # with its group
+                    continue
+                if not allow_code:
+                    check_code_free(manager, member)
+                found = _load(manager, member, complaints)
+                for kind, objects in loaded.items():
+                    objects |= found[kind]
     return HarnessTasks(tuple(names), loaded)
 
 
@@ -80,16 +91,48 @@ def _manager(names: Sequence[str], include_path: str | None) -> Any:
     """The harness's index of tasks, without its own where none of them is asked for: reading those takes seconds."""
     from lm_eval.tasks import TaskManager  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
+    places = [Path(name) for name in names if _is_place(name)]
+    named = {name for name in names if not _is_place(name)}
+    own = [] if include_path is None else [Path(include_path)]
+    own += [place for place in places if place.is_dir()]
+    own += [place.parent for place in places if _group_of(place) is not None]
     try:
-        manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
-        if include_path is not None and not set(names) <= set(manager.all_subtasks):
-            manager = TaskManager(include_path=include_path)
+        manager = TaskManager(include_path=own or None, include_defaults=bool(named) and not own)
+        if own and (manager.all_groups or not named <= set(manager.all_subtasks)):
+            manager = TaskManager(include_path=own)
     except Exception as error:  # whatever stands in the task files
         raise M3Error(f"lm-evaluation-harness cannot read its task files: {said(error)}") from error
-    for name in names:
+    for name in named:
         if name not in manager.all_tasks:
             _raise_unknown(name, manager.all_tasks)
     return manager
+
+
+def _is_place(name: str) -> bool:
+    """Whether what was asked for is a file or directory, and no name."""
+    return name.endswith((".yaml", ".yml")) or os.sep in name
+
+
+def _group_of(place: Path) -> str | None:
+    """The group that a file is of, whose members stand in others; None where it is no such file."""
+    named = _entry(_read(place), "group") if place.is_file() else None
+    return None if named is None else str(named.value)
+
+
+def _members(manager: Any, name: str) -> list[str]:
+    """What the harness is to load for a name: itself, or all groups and tasks of a directory."""
+    place = Path(name).resolve()
+    if not _is_place(name) or place.is_file():
+        return [_group_of(place) or name] if _is_place(name) else [name]
+    within = [
+        task
+        for task in (*manager.all_groups, *manager.all_subtasks)
+        if (path := manager.task_index[task].yaml_path) is not None and path.resolve().is_relative_to(place)
+    ]
+    if not within:
+        why = "holds no task file" if place.is_dir() else "is not there"
+        raise M3Error(f"--harness {name} {why}: give a task's .yaml file, or a directory of such")
+    return within
 
 
 def harness_class() -> Any:
@@ -164,6 +207,122 @@ def said(error: BaseException, complaints: Sequence[str] = ()) -> str:
     return f"{type(error).__name__}{': ' if words else ''}{words}{logged}"
 
 
+# --- Task files of others --------------------------------------------------------------------------------------
+
+
+def check_code_free(manager: Any, name: str) -> None:
+    """Check that loading a task runs no code but the harness's own.
+
+    Args:
+        manager: The harness's index of tasks.
+        name: A task, a group, a tag or a task file.
+
+    Raises:
+        M3Error: A task file that is not the harness's own names Python code, or a metric that is fetched as code.
+    """
+    for path in sorted(_files(manager, name, set())):
+        _check_file(path)
+
+
+def _files(manager: Any, name: str, seen: set[str]) -> set[Path]:
+    """The task files behind a name, but for the harness's own; those of a group's or tag's members too."""
+    entry = manager.task_index.get(name)
+    path = Path(name) if entry is None else entry.yaml_path
+    found = set() if path is None else _with_included(path.resolve())
+    members = set(entry.tags) if entry is not None and path is None else set()
+    for own in found:
+        members |= _named_in(_read(own)) & set(manager.task_index)
+    for member in sorted(members - seen):
+        seen.add(member)
+        found |= _files(manager, member, seen)
+    return found
+
+
+def _with_included(path: Path) -> set[Path]:
+    """A task file and those that it includes, but for the harness's own."""
+    found: set[Path] = set()
+    left = [path]
+    while left:
+        path = left.pop().resolve()
+        if path in found or _is_harness_own(path) or not path.is_file():
+            continue
+        found.add(path)
+        left += [path.parent / name for name in _texts(_entry(_read(path), "include"))]
+    return found
+
+
+def _is_harness_own(path: Path) -> bool:
+    import lm_eval.tasks  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+    return path.is_relative_to(Path(lm_eval.tasks.__file__).resolve().parent)
+
+
+def _read(path: Path) -> yaml.Node | None:
+    """What a file says, as YAML's own tree: nothing is made of it."""
+    try:
+        return yaml.compose(path.read_bytes(), Loader=yaml.SafeLoader)
+    except (OSError, yaml.YAMLError) as error:
+        raise M3Error(f"{path} is no task file: {' '.join(str(error).split())}") from error
+
+
+def _nodes(root: yaml.Node | None) -> list[yaml.Node]:
+    """A tree and all that is in it, each once."""
+    found: dict[int, yaml.Node] = {}
+    left = [] if root is None else [root]
+    while left:
+        node = left.pop()
+        if id(node) in found:  # an alias
+            continue
+        found[id(node)] = node
+        if isinstance(node, yaml.MappingNode):
+            left += [one for pair in node.value for one in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            left += node.value
+    return list(found.values())
+
+
+def _entry(node: yaml.Node | None, key: str) -> yaml.Node | None:
+    """What a tree says under a key."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    return next((value for name, value in pairs if name.value == key), None)
+
+
+def _texts(node: yaml.Node | None) -> list[str]:
+    """The texts in a tree."""
+    return [str(one.value) for one in _nodes(node) if isinstance(one, yaml.ScalarNode)]
+
+
+def _named_in(node: yaml.Node | None) -> set[str]:
+    """The tasks and groups that a group has for members, as far as they may be such; a task names none."""
+    members = _entry(node, "task")
+    return set(_texts(members)) if isinstance(members, yaml.SequenceNode) else set()
+
+
+def _check_file(path: Path) -> None:
+    node = _read(path)
+    mend = "read it, and allow it with --allow-task-code"
+    for one in _nodes(node):
+        if not one.tag.startswith("tag:yaml.org,2002:") or "python" in one.tag:
+            raise M3Error(f"{path} names Python code ({one.tag} {one.value}), which is not run unasked: {mend}")
+        if isinstance(one, yaml.MappingNode):
+            trust = _entry(one, "trust_remote_code")
+            if trust is not None and trust.value not in ("false", "False"):
+                raise M3Error(f"{path} wants its data set to run code (trust_remote_code): {mend}")
+            _check_metric(path, one, mend)
+
+
+def _check_metric(path: Path, node: yaml.Node, mend: str) -> None:
+    """The package evaluate runs a metric that the harness does not know as code, fetched or from a directory here."""
+    from lm_eval.api import metrics, registry  # type: ignore[import-untyped, import-not-found, unused-ignore] # noqa: F401
+
+    name = _entry(node, "metric")
+    fetched = _entry(node, "hf_evaluate")
+    if not isinstance(name, yaml.ScalarNode) or not name.tag.endswith(":str"):
+        return
+    if name.value not in registry.metric_registry or (fetched is not None and fetched.value in ("true", "True")):
+        raise M3Error(f"{path} has the metric {name.value}, which the harness would fetch and run as code: {mend}")
+
+
 # --- What is around the harness ----------------------------------------------------------------------------------
 
 
@@ -185,9 +344,10 @@ def surroundings(tell: Tell | None) -> Iterator[list[str]]:
     try:
         # Standard output is for results.
         with (
-            contextlib.redirect_stdout(sys.stderr),
+            _said(tell is not None),
             quiet_hub(),
             _progress_bars(tell is not None),
+            _sandboxed_templates(),
             _collected_log() as complaints,
         ):
             yield complaints
@@ -198,6 +358,18 @@ def surroundings(tell: Tell | None) -> Iterator[list[str]]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _said(shown: bool) -> Iterator[None]:
+    """Put what the harness prints on standard error, or nowhere, and its warnings with it."""
+    if shown:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class _Complaints(logging.Handler):
@@ -220,6 +392,26 @@ def _collected_log() -> Iterator[list[str]]:
         yield complaints.said
     finally:
         logger.removeHandler(complaints)
+
+
+@contextlib.contextmanager
+def _sandboxed_templates() -> Iterator[None]:
+    """Keep what stands between braces in a task file from reaching Python: the harness itself would run it."""
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+    original = utils.env
+    confined = SandboxedEnvironment(
+        loader=original.loader,
+        undefined=original.undefined,
+        keep_trailing_newline=original.keep_trailing_newline,
+    )
+    confined.filters |= original.filters
+    utils.env = confined
+    try:
+        yield
+    finally:
+        utils.env = original
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from m3jax.evaluation.protocol import (
     Pair,
     Scorer,
 )
-from m3jax.evaluation.records import digest
+from m3jax.evaluation.records import Reply, RunJournal, digest
 from m3jax.evaluation.runner import Summary, evaluate_named
 from m3jax.progress import Tell, progress_lines
 from m3jax.text import size_text
@@ -171,7 +171,6 @@ def make_generator(
     overflow: Overflow = "error",
     tell: Tell | None = None,
     batch_size: int = 8,
-    cuts: Counter[str] | None = None,
 ) -> Generator:
     """The model as a writer.
 
@@ -183,7 +182,6 @@ def make_generator(
             it is skipped; the last two are counted in summaries.
         tell: Told what is being compiled.
         batch_size: Rows of a full batch; programs are compiled for it, and for powers of two below it.
-        cuts: Counts under "prompts" those that were cut.
     """
     tokenizer, config = model.tokenizer, model.config
     decode = decoder.detokenizer(tokenizer)
@@ -214,8 +212,6 @@ def make_generator(
             finished = one.finish in ("stop_token", "stop_string")
             text = tokens.cut(decode(one.tokens), settings.stop)
             completions[i] = Completion(text, len(one.tokens), finished, prompt_truncated=i in long)
-        if cuts is not None:
-            cuts["prompts"] += sum(completion.prompt_truncated for completion in completions)
         return completions
 
     return generator
@@ -271,22 +267,20 @@ def make_scorer(
     overflow: Overflow = "truncate",
     tell: Tell | None = None,
     batch_size: int = 8,
-    cuts: Counter[str] | None = None,
 ) -> Scorer:
-    """The model as a judge of likelihood.
+    """The model as a judge of likelihood, of texts cut as lm-evaluation-harness cuts them.
 
     Args:
         model: The model.
         overflow: What becomes of a context that leaves no room for its continuation: "error", or "truncate".
         tell: Told what is being compiled.
         batch_size: As of `make_generator`.
-        cuts: Counts under "contexts" those that were cut.
     """
 
     def split(pair: Pair) -> tuple[Sequence[int], Sequence[int]]:
         before, after = pair
         if isinstance(before, str) and isinstance(after, str):
-            return tokens.split(model.tokenizer, before, after)
+            return tokens.split_as_harness(model.tokenizer, before, after)
         return [int(token) for token in before], [int(token) for token in after]
 
     def scorer(pairs: Sequence[Pair]) -> list[LogLikelihood]:
@@ -303,15 +297,19 @@ def make_scorer(
             apply_fn=model.apply_fn,
         )
         for i, score in zip(scored, scores, strict=True):
-            found[i] = LogLikelihood(score.log_prob, score.is_greedy)
-        if cuts is not None:
-            cuts["contexts"] += sum(score.dropped > 0 for score in scores)
+            found[i] = LogLikelihood(score.log_prob, score.is_greedy, score.dropped > 0)
         return found
 
     return scorer
 
 
-def harness_model(model: LanguageModel, cuts: Counter[str], batch_size: int = 8, tell: Tell | None = None) -> Any:
+def harness_model(
+    model: LanguageModel,
+    cuts: Counter[str],
+    batch_size: int = 8,
+    tell: Tell | None = None,
+    journal: RunJournal[Reply] | None = None,
+) -> Any:
     """The model as lm-evaluation-harness wants one; texts that do not fit lose their left end, counted in `cuts`.
 
     Args:
@@ -319,15 +317,18 @@ def harness_model(model: LanguageModel, cuts: Counter[str], batch_size: int = 8,
         cuts: Counts the "prompts" and "contexts" that were cut.
         batch_size: As of `make_generator`.
         tell: Told what is compiled and how far the work is.
+        journal: Holds what is done already, and is given what gets done.
     """
     assert model.config is not None
     return make_harness_model(
-        make_generator(model, "truncate", tell, batch_size, cuts),
-        make_scorer(model, "truncate", tell, batch_size, cuts),
+        make_generator(model, "truncate", tell, batch_size),
+        make_scorer(model, "truncate", tell, batch_size),
         model.tokenizer,
         max_length=model.config.context_length,
         batch_size=batch_size,
         tell=tell,
+        cuts=cuts,
+        journal=journal,
     )
 
 

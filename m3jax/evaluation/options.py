@@ -22,7 +22,7 @@ class Evaluation(NamedTuple):
         overflow: What becomes of prompts that leave an answer no room.
         run_code: Run programs that the model wrote, sandboxed.
         allow_unsandboxed: Run them with limits only where no sandbox is possible.
-        grader: Whose rule judges answers.
+        grader: Whose rule judges answers; that of the profile if None.
     """
 
     limit: int | None = None
@@ -32,7 +32,7 @@ class Evaluation(NamedTuple):
     overflow: str = "error"
     run_code: bool = False
     allow_unsandboxed: bool = False
-    grader: str = "m3jax"
+    grader: str | None = None
 
     @property
     def execution(self) -> Execution:
@@ -60,7 +60,8 @@ def check_evaluation(how: Evaluation, dtype: str | None = None, overflows: Colle
         M3Error: They cannot be followed.
     """
     check_choice("--overflow", how.overflow, overflows)
-    check_choice("--grader", how.grader, GRADERS)
+    if how.grader is not None:
+        check_choice("--grader", how.grader, GRADERS)
     if how.template is not None:
         check_choice("--template", how.template, TEMPLATE_NAMES)
     if dtype is not None:

@@ -49,8 +49,13 @@ def render(template: str, instruction: str, tokenizer: Any = None) -> str:
     return _TEMPLATES[template].replace("{}", instruction)
 
 
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer brings a template of its own."""
+    return getattr(tokenizer, "chat_template", None) is not None
+
+
 def _chat(instruction: str, tokenizer: Any) -> str:
-    if getattr(tokenizer, "chat_template", None) is None:
+    if not has_chat_template(tokenizer):
         raise M3Error(
             "the template 'chat' is the tokenizer's own, and this model's tokenizer has none; choose another with "
             f"--template: {', '.join(_TEMPLATES)}"

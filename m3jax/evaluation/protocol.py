@@ -48,10 +48,17 @@ class Completion(NamedTuple):
 
 
 class LogLikelihood(NamedTuple):
-    """Natural logarithm of a continuation's probability, and whether greedy decoding would produce it."""
+    """How likely a continuation is.
+
+    Attributes:
+        sum: Natural logarithm of its probability.
+        is_greedy: Whether greedy decoding would produce it.
+        cut: Whether its context did not fit and was cut.
+    """
 
     sum: float
     is_greedy: bool
+    cut: bool = False
 
 
 Generator: TypeAlias = Callable[[Sequence[str], GenerationSettings], Sequence[Completion]]

@@ -1,4 +1,4 @@
-"""The journal of a run: one JSON line per example, written as examples finish, and resumed after an interruption."""
+"""The journal of a run: one JSON line per example or request, written as they finish, and resumed when interrupted."""
 
 import contextlib
 import errno
@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
@@ -53,11 +53,28 @@ class Record(NamedTuple):
     unclear: bool = False
 
 
+class Reply(NamedTuple):
+    """What a model gave for one request of lm-evaluation-harness.
+
+    Attributes:
+        request: Digest of the request.
+        answer: The text, or a score and whether it is greedy.
+        cut: Whether the request did not fit and was cut.
+    """
+
+    request: str
+    answer: Any
+    cut: bool
+
+
 _TEXT, _FLAG, _COUNT = (str,), (bool,), (int,)
 _KINDS: tuple[tuple[type, ...], ...] = (
     *(_COUNT, _TEXT, _TEXT, _TEXT, (str, type(None)), _TEXT, (bool, type(None))),
     *(_FLAG, _FLAG, _FLAG, _FLAG, _COUNT, _TEXT, _FLAG),
 )
+
+_Entry = TypeVar("_Entry", Record, Reply)
+"""What a journal holds; its first field tells one from another."""
 
 
 def digest(value: Any) -> str:
@@ -65,39 +82,47 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-class RunJournal:
-    """The records of one run in a directory; see `open_journal`."""
+class RunJournal(Generic[_Entry]):
+    """What is done of one run, in a directory; see `open_journal`."""
 
-    def __init__(self, directory: Path, done: dict[int, Record]) -> None:
+    def __init__(self, directory: Path, done: dict[Any, _Entry]) -> None:
         self.directory = directory
-        self.done = done
+        self.done: dict[Any, _Entry] = done
 
-    def add(self, records: Sequence[Record]) -> None:
-        """Append finished examples; they are on disk when this returns.
+    def add(self, lines: Sequence[_Entry]) -> None:
+        """Append what is finished; it is on disk when this returns.
 
         Raises:
-            M3Error: They cannot be written; what was there before stays, and a run resumes from it.
+            M3Error: It cannot be written; what was there before stays, and a run resumes from it.
         """
-        text = "".join(_line(record) for record in records)
+        text = "".join(map(_line, lines))
         with _writing(self.directory / _RECORDS), open(self.directory / _RECORDS, "a", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        self.done |= {record.number: record for record in records}
+        self.done |= {line[0]: line for line in lines}
 
-    def finish(self, summary: Mapping[str, Any]) -> None:
-        """Put the records in the order of the test set and write `summary.json`.
+    def finish(self, summary: Mapping[str, Any], name: str = "summary.json") -> None:
+        """Put what is done in order and write the summary.
+
+        Args:
+            summary: What came out, as JSON data.
+            name: Of the summary's file.
 
         Raises:
-            M3Error: They cannot be written; the records stay as they were.
+            M3Error: They cannot be written; the lines stay as they were.
         """
-        write_whole(self.directory / _RECORDS, "".join(_line(self.done[number]) for number in sorted(self.done)))
-        write_whole(self.directory / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_whole(self.directory / _RECORDS, "".join(_line(self.done[key]) for key in sorted(self.done)))
+        write_whole(self.directory / name, json.dumps(summary, indent=2) + "\n")
 
 
 def open_journal(
-    directory: Path, identity: Mapping[str, Any], resume: bool, weights: Callable[[], str] = lambda: ""
-) -> RunJournal:
+    directory: Path,
+    identity: Mapping[str, Any],
+    resume: bool,
+    weights: Callable[[], str],
+    kind: type[_Entry],
+) -> RunJournal[_Entry]:
     """Begin a run's journal, or go on with one.
 
     Args:
@@ -105,15 +130,16 @@ def open_journal(
         identity: What the run is of: JSON data. A run is gone on with only where all of it is the same.
         resume: Whether to go on with a run that is there. One that has no record yet is begun anew.
         weights: Identifies the weights, which may take long; asked for when all else is known to agree.
+        kind: What each line holds: `Record` or `Reply`.
 
     Raises:
         M3Error: There is a run and `resume` is false, or it is another run, or the directory cannot be written.
     """
     make_directory(directory)
     path, records = directory / _IDENTITY, directory / _RECORDS
-    done: dict[int, Record] = {}
+    done: dict[Any, _Entry] = {}
     if path.exists():
-        done = _read_records(records)
+        done = _read_lines(records, kind)
     elif records.exists():
         raise M3Error(f"{directory} holds records of a run but no {_IDENTITY}; give another output directory")
     if not done:
@@ -132,7 +158,7 @@ def open_journal(
 
 
 def count_records(directory: Path) -> int:
-    """How many examples the journal in a directory holds; 0 where there is none."""
+    """How many examples or requests the journal in a directory holds; 0 where there is none."""
     try:
         return (directory / _RECORDS).read_bytes().count(b"\n")
     except OSError:
@@ -205,8 +231,8 @@ def _check_identity(directory: Path, known: Mapping[str, Any], identity: Mapping
         )
 
 
-def _read_records(path: Path) -> dict[int, Record]:
-    """The whole records of a journal; a last line that an interruption cut short is removed."""
+def _read_lines(path: Path, kind: type[_Entry]) -> dict[Any, _Entry]:
+    """The whole lines of a journal; a last line that an interruption cut short is removed."""
     if not path.exists():
         return {}
     try:
@@ -220,12 +246,12 @@ def _read_records(path: Path) -> dict[int, Record]:
     done = {}
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
-            record = _record(parse_json(line, halves=True))
+            entry = _ENTRIES[kind](parse_json(line, halves=True))
         except FAULTS as error:
             raise M3Error(
-                f"{path} line {number} is no record of a run ({error}); give another output directory"
+                f"{path} line {number} is no record of such a run ({error}); give another output directory"
             ) from error
-        done[record.number] = record
+        done[entry[0]] = entry
     return done
 
 
@@ -240,6 +266,19 @@ def _record(told: Any) -> Record:
     return record
 
 
-def _line(record: Record) -> str:
+def _reply(told: Any) -> Reply:
+    """A reply as its line tells it; raises of every kind if it tells something else."""
+    reply = Reply(**told)
+    answer, named = reply.answer, isinstance(reply.request, str) and isinstance(reply.cut, bool)
+    scored = isinstance(answer, list) and [type(each) for each in answer] in ([float, bool], [int, bool])
+    if not named or not (scored or isinstance(answer, str)):
+        raise TypeError(f"{told!r:.50} is no reply")
+    return reply
+
+
+_ENTRIES: Mapping[type, Callable[[Any], Any]] = {Record: _record, Reply: _reply}
+
+
+def _line(record: Record | Reply) -> str:
     # Escaped, so that half a surrogate pair in what a model wrote can be stored.
     return json.dumps(record._asdict()) + "\n"

@@ -42,6 +42,7 @@ def make_plan(
     budget: int | None = None,
     masked_lm: str | None = None,
     embeddings: str | Path | None = None,
+    task: str | None = None,
 ) -> AttackPlan:
     """Checks what is asked for, and reads the attacks' sources; the arguments are those of `attack`.
 
@@ -64,9 +65,9 @@ def make_plan(
     sources = Sources(
         None if masked_lm is None else load_masked_words(masked_lm),
         None if embeddings is None else read_embeddings(embeddings),
+        task,
     )
     tried = tuple(make_attack(name, words, chosen, sources) for name in dict.fromkeys(attacks))
-    limit = chosen.limit if limit is None else limit
     return AttackPlan(tried, shifted, profile, np.asarray(words), limit, search_examples, budget)
 
 
@@ -93,6 +94,8 @@ def attack(
     batch_size: int = BATCH_SIZE,
     run_code: bool = False,
     execution: Execution | None = None,
+    grader: str | None = None,
+    profile: str = "promptbench",
     model: str = "parameters in memory",
     tell: Tell | None = None,
     **plan: Any,
@@ -114,9 +117,11 @@ def attack(
         batch_size: Prompts that run together.
         run_code: Allow running programs that the model wrote.
         execution: How they are run.
+        grader: Whose rule judges: "m3jax", "paper" or "math_verify"; the profile's if None.
+        profile: "promptbench", or "m3-paper" for the whole protocol of the M³ paper.
         model: What the model is called.
         tell: Told in lines how far the work is, such as `print`.
-        **plan: `attacks` and `shifts` by name; `profile`, "promptbench" or "m3-paper"; `key`, an integer seed or a
+        **plan: `attacks` and `shifts` by name; `key`, an integer seed or a
             threefry2x32 JAX key, of every random choice; `limit`, the first so many examples; `search_examples`, so
             many of which the searches see, to measure on the others; `budget`, the most prompts that an attack may
             score; `masked_lm`, a BERT by path or hub id, for bertattack; `embeddings`, a text file of word vectors,
@@ -139,9 +144,9 @@ def attack(
     check_choice("overflow", overflow, _OVERFLOWS)
     check_count("batch size", batch_size)
     check_type("settings", settings, GenerationSettings, optional=True)
-    chosen = get_task(task)
+    chosen = get_task(task, grader, profile)
     check_code(chosen, run_code, execution or Execution())
-    made = make_plan(**plan)
+    made = make_plan(**plan, profile=profile, task=task)
     load = models.in_memory(params, config, tokenizer, apply_fn, model, tell)
     return attack_task(
         chosen,
@@ -206,11 +211,11 @@ def run(name: str, wanted: AttackOptions, tell: Tell | None) -> dict[str, Any]:
         M3Error: The model, the data, an option or the output directory cannot be used.
     """
     _check(wanted)
-    task, how = get_task(wanted.task), wanted.how
+    task, how = get_task(wanted.task, wanted.how.grader, wanted.profile), wanted.how
     overflow = cast(Overflow, how.overflow)
     check_code(task, how.run_code, how.execution)
     chosen = {field: getattr(wanted, field) for field in _PLANNED}
-    plan = make_plan(**chosen, key=wanted.seed, limit=how.limit)
+    plan = make_plan(**chosen, key=wanted.seed, limit=how.limit, task=wanted.task)
     rows = read_rows(task, wanted.data)
     stored = models.open_model(name, wanted.dtype, models.make_mesh(wanted.mesh))
     with _keeping(wanted.out) as keep:

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3jax.errors import M3Error
-from m3jax.evaluation.checks import check_count, check_type
+from m3jax.evaluation.checks import check_choice, check_count, check_type
 from m3jax.evaluation.data import HubSet, Row, load_rows
 from m3jax.evaluation.prompts import render
 from m3jax.evaluation.protocol import Completion, GenerationSettings, Generator
 from m3jax.evaluation.records import Record, RunJournal, digest, open_journal
 from m3jax.evaluation.sandbox import UnsandboxedWarning, why_no_sandbox
 from m3jax.evaluation.statistics import matthews_correlation, wilson_interval
-from m3jax.evaluation.tasks import Example, Execution, Task, get_task, graded_by
+from m3jax.evaluation.tasks import PROTOCOLS, Example, Execution, Task, get_task
 from m3jax.evaluation.tasks.base import Answer
 
 Progress = Callable[[int, int], None]
@@ -40,6 +40,7 @@ class Summary(NamedTuple):
         answers: The file written for a judge elsewhere.
         unclear: Those whose answer says no one thing: neither label, a range; they count as wrong, and not as unparsed.
         grader: Whose rule judged.
+        protocol: Whose words, settings and limit the task had.
     """
 
     task: str
@@ -58,6 +59,7 @@ class Summary(NamedTuple):
     answers: str | None
     unclear: int = 0
     grader: str = "m3jax"
+    protocol: str = "m3jax"
 
 
 def evaluate_task(
@@ -92,7 +94,7 @@ def evaluate_task(
         template: Name of a prompt template; the task's own if not given.
         tokenizer: For the template "chat".
         settings: How to generate; the task's own if not given.
-        limit: Do the first so many examples only.
+        limit: Do the first so many examples only; as many as the task says if None.
         batch_size: Prompts given to the model at a time. Prompts of like length go together; verdicts do not depend
             on it as long as the model's completions do not.
         resume: Go on with the run in `out_dir`, if there is one.
@@ -111,14 +113,14 @@ def evaluate_task(
     check_type("settings", settings, GenerationSettings, optional=True)
     template = template or task.template
     settings = settings or task.settings
-    examples = list(examples[:limit])
+    examples = list(examples[: task.limit if limit is None else limit])
     if not examples:
         raise M3Error(f"{task.name}: there are no examples to evaluate")
     prompts = [render(template, example.instruction, tokenizer) for example in examples]
     journal = None
     if out_dir is not None:
         identity = _identity(task, model, template, settings, execution, examples, prompts)
-        journal = open_journal(Path(out_dir), identity, resume, lambda: _text(fingerprint))
+        journal = open_journal(Path(out_dir), identity, resume, lambda: _text(fingerprint), Record)
     done = dict(journal.done) if journal is not None else {}
 
     if progress is not None:
@@ -135,7 +137,13 @@ def evaluate_task(
 
 
 def evaluate_named(
-    name: str, source: str | Path | None, generator: Generator, *, grader: str = "m3jax", **options: Any
+    name: str,
+    source: str | Path | None,
+    generator: Generator,
+    *,
+    grader: str | None = None,
+    profile: str = "m3jax",
+    **options: Any,
 ) -> Summary:
     """Load a task's test set and evaluate: what the command line does.
 
@@ -143,10 +151,12 @@ def evaluate_named(
         name: Name of the task.
         source: A data file, a hub data set, or None for the task's own on the hub.
         generator: The model.
-        grader: Whose rule judges: "m3jax", "paper" or "math_verify".
+        grader: Whose rule judges: "m3jax", "paper" or "math_verify"; the profile's if None.
+        profile: "m3jax", or "m3-paper" for the task as the M³ paper sets it.
         **options: As of `evaluate_task`.
     """
-    task = graded_by(get_task(name), grader)
+    check_choice("profile", profile, PROTOCOLS)
+    task = get_task(name, grader, profile)
     check_code(task, options.get("run_code", False), options.get("execution") or Execution())
     return evaluate_task(task, read_examples(task, source), generator, **options)
 
@@ -304,7 +314,7 @@ def _is_truncated(completion: Completion) -> bool:
 
 
 def _concluded(
-    task: Task, model: str, examples: Sequence[Example], records: Sequence[Record], journal: RunJournal | None
+    task: Task, model: str, examples: Sequence[Example], records: Sequence[Record], journal: RunJournal[Record] | None
 ) -> Summary:
     verdicts = [record.correct for record in records if record.correct is not None]
     correct, judged = sum(verdicts), len(verdicts)
@@ -333,6 +343,7 @@ def _concluded(
         answers=answers,
         unclear=sum(record.unclear for record in records),
         grader=task.grader,
+        protocol=task.protocol,
     )
     if journal is not None:
         journal.finish(summary._asdict())

@@ -1,19 +1,19 @@
 """Stored models on a task, or on the harness's tasks: what `m3jax evaluate` does, from its options to plain data."""
 
-import json
 import math
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from m3jax.errors import M3Error
-from m3jax.evaluation.harness import run_harness
+from m3jax.evaluation.checks import check_choice
+from m3jax.evaluation.harness import Showing, check_chat, check_showing, run_harness
 from m3jax.evaluation.harness_tasks import load_harness_tasks
 from m3jax.evaluation.options import Evaluation, check_evaluation
 from m3jax.evaluation.protocol import Overflow
-from m3jax.evaluation.records import count_records, make_directory, write_whole
+from m3jax.evaluation.records import Reply, count_records, make_directory, open_journal, write_whole
 from m3jax.evaluation.runner import check_code, evaluate_task, read_examples
-from m3jax.evaluation.tasks import get_task
+from m3jax.evaluation.tasks import PROTOCOLS, get_task
 from m3jax.progress import Tell, progress_lines
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ class EvaluateOptions(NamedTuple):
     data: str | None
     harness: str | None
     include_path: str | None
+    showing: Showing
+    allow_task_code: bool
+    profile: str
     out: Path | None
     resume: bool
     how: Evaluation
@@ -41,6 +44,9 @@ def check(wanted: EvaluateOptions) -> None:
     if (wanted.task is None) == (wanted.harness is None):
         raise M3Error("give either --task NAME or --harness TASKS")
     check_evaluation(wanted.how, wanted.dtype)
+    check_choice("--profile", wanted.profile, PROTOCOLS)
+    if wanted.resume and wanted.out is None:
+        raise M3Error("--resume needs --out DIR, the directory of the run to go on with")
     if wanted.task is not None:
         _check_task(wanted.task, wanted)
     else:
@@ -48,11 +54,14 @@ def check(wanted: EvaluateOptions) -> None:
 
 
 def _check_task(name: str, wanted: EvaluateOptions) -> None:
-    task = get_task(name, wanted.how.grader)
-    if wanted.include_path is not None:
-        raise M3Error("--include-path is for --harness: leave it out")
-    if wanted.resume and wanted.out is None:
-        raise M3Error("--resume needs --out DIR, the directory of the run to go on with")
+    task = get_task(name, wanted.how.grader, wanted.profile)
+    showing = wanted.showing
+    idle: dict[str, object] = {"--include-path": wanted.include_path, "--allow-task-code": wanted.allow_task_code}
+    idle |= {"--num-fewshot": showing.shots is not None, "--apply-chat-template": showing.chat}
+    idle |= {"--system-instruction": showing.system, "--fewshot-in-one-turn": not showing.multiturn}
+    for option, given in idle.items():
+        if given:
+            raise M3Error(f"{option} is for --harness: leave it out")
     if task.judged_elsewhere and wanted.out is None:
         raise M3Error(f"{name} is judged elsewhere, so its answers must be kept: give --out DIR")
     check_code(task, wanted.how.run_code, wanted.how.execution)
@@ -61,11 +70,15 @@ def _check_task(name: str, wanted: EvaluateOptions) -> None:
 def _check_harness(wanted: EvaluateOptions) -> None:
     how = wanted.how
     idle: dict[str, object] = {"--data": wanted.data, "--template": how.template, "--max-tokens": how.max_tokens}
-    idle |= {"--resume": wanted.resume, "--run-code": how.run_code, "--overflow": how.overflow != "error"}
-    idle |= {"--allow-unsandboxed": how.allow_unsandboxed, "--grader": how.grader != "m3jax"}
+    idle |= {"--run-code": how.run_code, "--overflow": how.overflow != "error"}
+    idle |= {"--allow-unsandboxed": how.allow_unsandboxed, "--grader": how.grader}
+    idle |= {"--profile": wanted.profile != "m3jax"}
     for option, given in idle.items():
         if given:
             raise M3Error(f"{option} has no meaning with --harness, whose tasks bring their own: leave it out")
+    check_showing(wanted.showing)
+    if wanted.showing.chat is False and wanted.showing.multiturn is False:
+        raise M3Error("--fewshot-in-one-turn is for --apply-chat-template: add that, or leave it out")
     if not _harness_names(wanted):
         raise M3Error("--harness names no task: write such as --harness arc_easy,hellaswag")
 
@@ -94,7 +107,7 @@ def _open(name: str, wanted: EvaluateOptions) -> "StoredModel":
 
 
 def _run_task(name: str, wanted: EvaluateOptions, tell: Tell | None) -> dict[str, Any]:
-    task, how = get_task(cast(str, wanted.task), wanted.how.grader), wanted.how
+    task, how = get_task(cast(str, wanted.task), wanted.how.grader, wanted.profile), wanted.how
     overflow = cast(Overflow, how.overflow)
     examples = read_examples(task, wanted.data)
     from m3jax.evaluation import models
@@ -119,34 +132,48 @@ def _run_task(name: str, wanted: EvaluateOptions, tell: Tell | None) -> dict[str
             progress=progress_lines(tell),
         )
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_kept(wanted.out)) from None
+        raise KeyboardInterrupt(_kept(wanted.out, "examples")) from None
     return summary._asdict()
 
 
-def _kept(out: Path | None) -> str:
+def _kept(out: Path | None, what: str) -> str:
     """What an interruption leaves."""
     number = 0 if out is None else count_records(out)
     if number:
-        return f"{number} examples are in {out}, and the same command with --resume goes on"
+        return f"{number} {what} are in {out}, and the same command with --resume goes on"
     return "nothing is kept" + ("; with --out DIR it would be" if out is None else "")
 
 
 def _run_harness(name: str, wanted: EvaluateOptions, tell: Tell | None) -> dict[str, Any]:
     if wanted.out is not None:
-        if (make_directory(wanted.out) / _HARNESS_FILE).exists():
-            raise M3Error(f"{wanted.out / _HARNESS_FILE} is already there: give another output directory")
+        if (make_directory(wanted.out) / _HARNESS_FILE).exists() and not wanted.resume:
+            raise M3Error(f"{wanted.out / _HARNESS_FILE} is already there: give another output directory, or --resume")
         write_whole(wanted.out / f"{_HARNESS_FILE}.tried", "")  # better now than when the work is done
         (wanted.out / f"{_HARNESS_FILE}.tried").unlink()
-    tasks = load_harness_tasks(_harness_names(wanted), wanted.include_path, tell)
+    tasks = load_harness_tasks(_harness_names(wanted), wanted.include_path, tell, wanted.allow_task_code)
     from m3jax.evaluation import models
 
-    model = _open(name, wanted).load(tell)
-    cuts: Counter[str] = Counter()
-    adapter = models.harness_model(model, cuts, wanted.how.batch_size, tell)
-    results = run_harness(adapter, tasks, limit=wanted.how.limit, tell=tell)
-    outcome = {"model": name, "harness": _plain(results.get("results", {})), "cut": dict(cuts)}
+    stored = _open(name, wanted)
+    if wanted.showing.chat:
+        check_chat(stored.tokenizer)
+    journal = None
     if wanted.out is not None:
-        write_whole(wanted.out / _HARNESS_FILE, json.dumps(outcome, indent=2) + "\n")
+        identity = {"model": name, "harness": list(tasks.names), **wanted.showing._asdict(), "limit": wanted.how.limit}
+        journal = open_journal(wanted.out, identity, wanted.resume, lambda: stored.fingerprint("truncate"), Reply)
+    cuts: Counter[str] = Counter()
+    try:
+        adapter = models.harness_model(stored.load(tell), cuts, wanted.how.batch_size, tell, journal)
+        results = run_harness(adapter, tasks, limit=wanted.how.limit, showing=wanted.showing, tell=tell)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_kept(wanted.out, "requests")) from None
+    outcome = {
+        "model": name,
+        "harness": _plain(results.get("results", {})),
+        "shown": {**wanted.showing._asdict(), "shots": _plain(results.get("n-shot", {}))},
+        "cut": dict(cuts),
+    }
+    if journal is not None:
+        journal.finish(outcome, _HARNESS_FILE)
     return outcome
 
 

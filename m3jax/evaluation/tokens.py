@@ -69,16 +69,43 @@ def split(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], l
         >>> split(letters, "a ", "b"), split(letters, "", "b")
         (([97], [32, 98]), ([1], [98]))
     """
-    # A space before a continuation belongs to its first token, so it must not end the context.
-    tail = len(context) - len(context.rstrip())
-    if tail:
-        context, continuation = context[:-tail], context[-tail:] + continuation
+    context, continuation = _spaced(context, continuation)
     if not context:
         return _begun(tokenizer, list(tokenizer.encode(continuation, add_special_tokens=False)))
     before, whole = encode(tokenizer, context), encode(tokenizer, context + continuation)
     # Where a token spans the cut, the texts part before it.
     shared = next((i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
     return (whole[:shared], whole[shared:]) if shared else _begun(tokenizer, whole)
+
+
+def split_as_harness(tokenizer: Any, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Token ids of a context and of what follows it, cut where lm-evaluation-harness cuts them.
+
+    The context is read alone, and what follows it is as many tokens of both in one as are left. Where a token spans
+    the cut that is a text which no tokenizer writes, but the score is the harness's. Where none is left, at which the
+    harness fails, the cut is that of `split`.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        context: Empty for the beginning of a text.
+        continuation: What follows.
+
+    References:
+        lm_eval.api.model.TemplateLM._encode_pair of lm-eval 0.4.13.
+    """
+    before_cut, after_cut = _spaced(context, continuation)
+    if before_cut:
+        before = encode(tokenizer, before_cut)
+        after = encode(tokenizer, before_cut + after_cut)[len(before) :]
+        if before and after:
+            return before, after
+    return split(tokenizer, context, continuation)
+
+
+def _spaced(context: str, continuation: str) -> tuple[str, str]:
+    """Both texts with the space between them before the second, to whose first token it belongs."""
+    tail = len(context) - len(context.rstrip())
+    return (context[:-tail], context[-tail:] + continuation) if tail else (context, continuation)
 
 
 def _begun(tokenizer: Any, whole: list[int]) -> tuple[list[int], list[int]]:

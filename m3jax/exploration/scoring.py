@@ -57,7 +57,8 @@ class Dev(NamedTuple):
     def identity(self) -> str:
         """Digest of all that the scores depend on beside the model."""
         told = [[example.id, example.instruction, example.gold, dict(example.extra)] for example in self.examples]
-        return digest([self.task.name, self.template, self.settings._asdict(), told])
+        others = [] if self.task.grader == "m3jax" else [self.task.grader]
+        return digest([self.task.name, self.template, self.settings._asdict(), told, *others])
 
 
 def read_devs(tasks: Mapping[str, str | Path | None], how: Evaluation, root: threefry.Words) -> list[Dev]:
@@ -74,7 +75,7 @@ def read_devs(tasks: Mapping[str, str | Path | None], how: Evaluation, root: thr
     check_evaluation(how)
     devs = []
     for name, source in tasks.items():
-        task = get_task(name)
+        task = get_task(name, how.grader)
         if task.judged_elsewhere or name in (MEAN, PARETO):
             raise M3Error(f"{name} is judged elsewhere, so samples cannot be compared by it: take another task")
         check_code(task, how.run_code, how.execution)

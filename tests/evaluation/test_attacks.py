@@ -1,5 +1,6 @@
 """The transformations against examples worked by hand, the search, and the drop it is measured by."""
 
+import functools
 import hashlib
 import random
 import re
@@ -223,6 +224,10 @@ def test_masked_words_are_the_likeliest_words():
     assert candidates(Wording.of("a xyz film"), 1) == []
     two = masked_words(Pieces(), scores, 4)(Wording.of("films"), 0)
     assert two == ["goodgood", "goodthe", "thegood", "goodbad"]
+    letter = functools.partial(masked_words, Pieces(), scores, to_the_letter=True)
+    assert letter(4)(Wording.of("films"), 0) == ["goodgood", "goodthe", "goodbad", "goody"]  # not the best: the first
+    assert letter(6)(Wording.of("a good film"), 2) == ["good", "the", "bad", "Fine"]
+    assert letter(6)(Wording.of("a xyz film"), 1) == []
 
 
 def test_best_combinations_come_first():
@@ -373,7 +378,8 @@ def only_letters_of_ours(text):
 
 def substituted(text):
     """Whether one ASCII letter gave way to another, which deepwordbug alone does."""
-    return len(text) == len(PROMPT) and only_letters_of_ours(text) and sorted(text) != sorted(PROMPT)
+    near = len(text) == len(PROMPT) and sum(a != b for a, b in zip(text, PROMPT, strict=True)) < 9
+    return near and only_letters_of_ours(text) and sorted(text) != sorted(PROMPT)
 
 
 PLANTED = {
@@ -383,6 +389,7 @@ PLANTED = {
     "textfooler": lambda text: "temper" not in text.lower(),
     "stresstest": lambda text: "false is not true" not in text,
     "checklist": lambda text: not re.search(r"Answer [A-Za-z0-9]{10}:", text),
+    "semantic": lambda text: "emotional bent" not in text,
 }
 
 
@@ -390,13 +397,13 @@ PLANTED = {
 def sources(tmp_path_factory):
     path = tmp_path_factory.mktemp("vectors") / "vectors.txt"
     path.write_text("mood 1 0\ntemper 0.9 0.1\ntext -1 0\n")
-    return Sources(lambda most: lambda prompt, index: ["zebra"], read_embeddings(path))
+    return Sources(lambda most, to_the_letter: lambda prompt, index: ["zebra"], read_embeddings(path), "sst2")
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_planted_classifier_is_broken_by_its_attack_and_no_other(name, sources):
     assert set(PLANTED) == set(ATTACKS)
-    near = Sources(sources.masked_words)  # synonyms are textfooler's alone here, not textbugger's fifth bug
+    near = sources._replace(embeddings=None)  # synonyms are textfooler's alone here, not textbugger's fifth bug
     for planted, rule in PLANTED.items():
         attack = make_attack(name, 0, sources=sources if name == "textfooler" else near)
         found = attack.run(wording(), scoring(lambda text, rule=rule: float(rule(text))), None)

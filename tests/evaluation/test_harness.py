@@ -7,14 +7,18 @@ import os
 import random
 import re
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from jinja2.exceptions import TemplateError
+from support.tiny_models import build_models
 
+from m3jax.cli import commands
 from m3jax.errors import M3Error
 from m3jax.evaluation import (
     Completion,
@@ -25,7 +29,10 @@ from m3jax.evaluation import (
     make_harness_model,
     run_harness,
 )
-from m3jax.evaluation.harness import _settings, _windows
+from m3jax.evaluation.harness import Showing, _settings, _windows
+from m3jax.evaluation.models import harness_model, load_model
+from m3jax.evaluation.records import Reply, open_journal
+from m3jax.evaluation.tokens import split, split_as_harness
 
 needs_harness = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None or importlib.util.find_spec("datasets") is None,
@@ -75,6 +82,7 @@ class Words:
     """A tokenizer of words."""
 
     name_or_path = "tests/words"
+    chat_template = "a text"
 
     bos_token, bos_token_id, eos_token_id = "<s>", 1, 2
 
@@ -146,11 +154,236 @@ def test_tasks_of_a_local_file(tasks: Path) -> None:
 def test_limit_and_chat(tasks: Path) -> None:
     model = Model()
     adapter = make_harness_model(model.generate, model.score, Words(), max_length=64)
-    run_harness(adapter, ["m3jax_writing"], include_path=str(tasks), limit=2, chat=True)
+    run_harness(adapter, ["m3jax_writing"], include_path=str(tasks), limit=2, showing=Showing(chat=True))
     assert sorted(prompt for prompts, _ in model.asked for prompt in prompts) == [
         "<user>Colour 0?<assistant>", "<user>Colour 1?<assistant>",
     ]  # fmt: skip
     assert adapter.tokenizer_name == "tests__words"
+    bare = Words()
+    bare.chat_template = None  # type: ignore[assignment]
+    adapter = make_harness_model(model.generate, model.score, bare, max_length=64)
+    with pytest.raises(M3Error, match="no chat template: leave --apply-chat-template out"):
+        run_harness(adapter, ["m3jax_writing"], include_path=str(tasks), showing=Showing(chat=True))
+
+
+@needs_harness
+@pytest.mark.slow
+def test_shots_and_system_message_are_shown_as_the_harness_shows_them(tasks: Path) -> None:
+    """In turns of their own or in the question's, and without a message that the template refuses."""
+
+    class Strict(Words):
+        def apply_chat_template(self, history: list[dict[str, str]], **options: object) -> str:
+            if history[0]["role"] == "system":
+                raise TemplateError("no system role here")
+            return super().apply_chat_template(history, **options)
+
+    with (tasks / "writing.yaml").open("a") as file:
+        file.write("fewshot_split: test\nfewshot_config: {sampler: first_n}\n")
+
+    def asked(tokenizer: Words, showing: Showing) -> tuple[str, list[str]]:
+        model, told = Model(), list[str]()
+        adapter = make_harness_model(model.generate, model.score, tokenizer, max_length=64, tell=told.append)
+        run_harness(adapter, [str(tasks / "writing.yaml")], limit=1, showing=showing)
+        return model.asked[0][0][0], [line for line in told if line.startswith("note:")]
+
+    assert asked(Words(), Showing(1)) == ("Colour 1? 1?\n\nColour 0?", [])
+    turns, once = Showing(1, True, "Be brief."), Showing(1, True, "Be brief.", False)
+    shown = "<system>Be brief.<user>Colour 1?<assistant>1?<user>Colour 0?<assistant>"
+    assert asked(Words(), turns) == (shown, [])
+    assert asked(Words(), once)[0] == "<system>Be brief.<user>Colour 1? 1?\n\nColour 0?<assistant>"
+    prompt, notes = asked(Strict(), turns)
+    assert prompt == shown.removeprefix("<system>Be brief.")
+    assert notes == ["note: the tokenizer's chat template takes no system message, which is left out"]
+    with pytest.raises(M3Error, match="--num-fewshot is -1, but must be at least 0"):
+        asked(Words(), Showing(-1))
+
+
+# --- Texts as the harness cuts them ------------------------------------------------------------------------------
+
+
+def spanning_tokenizer() -> Any:
+    """Letters and spaces, with merges over the ends of words, behind a token that begins a text."""
+    from tokenizers import Tokenizer, models, processors
+    from transformers import PreTrainedTokenizerFast
+
+    merges = [("a", "b"), (" ", "b"), ("b", "c"), ("ab", "c"), ("c", " "), ("a", " "), ("a ", "bc"), ("ab", " b")]
+    names = ["<s>", "</s>", "a", "b", "c", " ", *("".join(pair) for pair in merges)]
+    made = Tokenizer(models.BPE({name: number for number, name in enumerate(names)}, merges))
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+def random_pairs(count: int) -> list[tuple[str, str]]:
+    draw = random.Random(5)
+    texts = ["".join(draw.choices("abc ", k=draw.randrange(1, 6))) for _ in range(2 * count)]
+    return [*zip(texts[::2], texts[1::2], strict=True), ("", "ab c"), ("  ", "bc")]
+
+
+def harness_reader(tokenizer: Any, score: Callable[[list[int], list[int]], tuple[float, bool]]) -> Any:
+    """A model of the harness's own kind, which cuts its texts itself."""
+    from lm_eval.api.model import TemplateLM
+
+    class Reader(TemplateLM):
+        eot_token_id, prefix_token_id = 1, 0
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
+            return list(tokenizer.encode(string, add_special_tokens=add_special_tokens is not False))
+
+        def _loglikelihood_tokens(self, requests: Sequence[Any], **_: object) -> list[tuple[float, bool]]:
+            return [score(before, after) for _, before, after in requests]
+
+        loglikelihood_rolling = generate_until = _loglikelihood_tokens
+
+    return Reader()
+
+
+@needs_harness
+def test_texts_are_cut_where_the_harness_cuts_them() -> None:
+    tokenizer, pairs = spanning_tokenizer(), random_pairs(300)
+    cut: list[tuple[list[int], list[int]]] = []
+    reader = harness_reader(tokenizer, lambda *parts: (cut.append(parts), (0.0, True))[1])
+    reader.loglikelihood([SimpleNamespace(args=pair) for pair in pairs], disable_tqdm=True)
+    ours = [split_as_harness(tokenizer, *pair) for pair in pairs]
+    assert 150 < sum(all(one) for one in cut) < len(pairs)  # at the others the harness's models fail
+    assert sum(one != split(tokenizer, *pair) for one, pair in zip(ours, pairs, strict=True)) > 20
+    for pair, mine, theirs in zip(pairs, ours, cut, strict=True):
+        assert mine == (theirs if all(theirs) else split(tokenizer, *pair))
+
+
+@needs_harness
+@pytest.mark.torch
+@pytest.mark.slow
+def test_scores_are_the_harnesss_own(tmp_path: Path) -> None:
+    """Of the same weights in PyTorch, read as the harness reads, spanning tokens and all."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    build_models(tmp_path)
+    tokenizer = spanning_tokenizer()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "expert-a", dtype=torch.float32)
+
+    def score(before: list[int], after: list[int]) -> tuple[float, bool]:
+        if not after:
+            return 0.0, True
+        with torch.no_grad():
+            logits = theirs(torch.tensor([before + after])).logits[0, len(before) - 1 : -1].log_softmax(-1)
+        return float(logits[range(len(after)), after].sum()), logits.argmax(-1).tolist() == after
+
+    requests = [SimpleNamespace(args=pair) for pair in random_pairs(60)]
+    wanted = harness_reader(tokenizer, score).loglikelihood(requests, disable_tqdm=True)
+    model = load_model(str(tmp_path / "expert-a"), "float32")._replace(tokenizer=tokenizer)
+    found = harness_model(model, Counter()).loglikelihood(requests)
+    scored = [(one, other) for one, other in zip(found, wanted, strict=True) if other[0]]
+    assert len(scored) > 40
+    for one, other in scored:
+        assert one == pytest.approx(other, abs=1e-3)
+
+
+# --- Resuming ----------------------------------------------------------------------------------------------------
+
+
+@needs_harness
+def test_a_killed_run_goes_on_from_what_is_finished(tmp_path: Path) -> None:
+    greedy, warm = {"until": [], "max_gen_toks": 3}, {"until": [], "do_sample": True}
+    texts = [SimpleNamespace(args=(text, greedy)) for text in ("a b", "c", "d e f", "g")]
+    texts += 2 * [SimpleNamespace(args=("h", warm))]
+    pairs = [SimpleNamespace(args=(text, " red")) for text in ("a", "b b", "c")]
+
+    def run(limit: int) -> tuple[list[Any], Model, Counter[str]]:
+        model, cuts = Model(), Counter[str]()
+
+        def generate(prompts: Sequence[str], settings: GenerationSettings) -> list[Completion]:
+            if len(model.asked) == limit:
+                raise KeyboardInterrupt
+            return [one._replace(prompt_truncated=one.text == "F") for one in model.generate(prompts, settings)]
+
+        journal = open_journal(tmp_path, {"model": "m"}, True, lambda: "w", Reply)
+        adapter = make_harness_model(
+            generate, model.score, Words(), max_length=64, batch_size=2, cuts=cuts, journal=journal
+        )
+        scores = adapter.loglikelihood(pairs)
+        return [scores, adapter.loglikelihood_rolling(pairs), adapter.generate_until(texts)], model, cuts
+
+    with pytest.raises(KeyboardInterrupt):
+        run(1)
+    resumed, rest, cuts = run(99)
+    assert [text for prompts, _ in rest.asked for text in prompts] == ["c", "g", "h", "h"]
+    assert rest.pairs == []
+    assert cuts == {"contexts": 0, "prompts": 1}
+    again, idle, cuts = run(0)
+    assert again == resumed
+    assert idle.asked == []
+    assert cuts["prompts"] == 1
+    with pytest.raises(M3Error, match="holds another run: it differs in weights"):
+        open_journal(tmp_path, {"model": "m"}, True, lambda: "other", Reply)
+
+
+@needs_harness
+@pytest.mark.slow
+def test_the_command_is_quiet_and_goes_on(tasks: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    build_models(tmp_path / "models")
+    arguments = ["evaluate", str(tmp_path / "models" / "expert-a"), "--harness", f"{tasks / 'choice.yaml'}"]
+    arguments += ["--limit", "3", "--out", str(tmp_path / "run"), "--num-fewshot", "0"]
+    assert commands.main([*arguments, "-q", "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    outcome = json.loads(out)
+    assert outcome == json.loads((tmp_path / "run" / "harness.json").read_text())
+    assert outcome["shown"] == {"shots": {"m3jax_choice": 0}, "chat": False, "system": None, "multiturn": True}
+    assert commands.main(arguments) == 2
+    assert "harness.json is already there" in capfd.readouterr().err
+    assert commands.main([*arguments, "--resume", "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out) == outcome
+    assert "6 of 6 texts scored were done before" in err
+
+
+# --- Task files of others ----------------------------------------------------------------------------------------
+
+
+@needs_harness
+@pytest.mark.slow
+def test_code_that_task_files_name_is_not_run_unasked(tasks: Path) -> None:
+    """Whether in the file, in one that it includes, in a group's member, or as a metric; nor what templates reach."""
+    ran = tasks / "ran"
+    (tasks / "code.py").write_text(f"open({str(ran)!r}, 'w').close()\n\ndef text(doc):\n    return doc['question']\n")
+    text = (tasks / "writing.yaml").read_text()
+    (tasks / "code.yaml").write_text(text.replace('"{{question}}"', "!function code.text").replace("_writing", "_code"))
+    (tasks / "more.yaml").write_text("include: code.yaml\ntask: m3jax_more\n")
+    (tasks / "group.yaml").write_text("group: m3jax_group\ntask: [m3jax_writing, {task: m3jax_more}]\n")
+    (tasks / "metric.yaml").write_text(text.replace("exact_match", "some/metric").replace("_writing", "_metric"))
+    (tasks / "trust.yaml").write_text(text.replace("{data_files", "{trust_remote_code: true, data_files"))
+    reach = "{{question.__class__.__base__.__subclasses__()}}"
+    (tasks / "reach.yaml").write_text(text.replace("{{question}}", reach).replace("_writing", "_reach"))
+    sentence = r"code.yaml names Python code \(!function code.text\).*--allow-task-code"
+    for name in ("code.yaml", "more.yaml", "group.yaml"):
+        with pytest.raises(M3Error, match=sentence):
+            load_harness_tasks([str(tasks / name)])
+    with pytest.raises(M3Error, match=sentence):
+        load_harness_tasks(["m3jax_group"], str(tasks))
+    with pytest.raises(M3Error, match=r"has the metric some/metric, which the harness would fetch and run"):
+        load_harness_tasks([str(tasks / "metric.yaml")])
+    with pytest.raises(M3Error, match=r"wants its data set to run code"):
+        load_harness_tasks([str(tasks / "trust.yaml")])
+    adapter = make_harness_model(Model().generate, Model().score, Words(), max_length=64)
+    with pytest.raises(M3Error, match=r"SecurityError"):
+        run_harness(adapter, [str(tasks / "reach.yaml")])
+    assert not ran.exists()
+    found = load_harness_tasks([str(tasks / "group.yaml")], allow_code=True)
+    assert sorted(found.loaded["tasks"]) == ["m3jax_more", "m3jax_writing"]
+    assert ran.exists()
+
+
+@needs_harness
+@pytest.mark.slow
+def test_a_directory_is_all_of_its_tasks(tasks: Path) -> None:
+    found = load_harness_tasks([str(tasks)])
+    assert sorted(found.loaded["tasks"]) == ["m3jax_choice", "m3jax_rolling", "m3jax_writing"]
+    with pytest.raises(M3Error, match=r"nowhere.yaml is not there: give a task's .yaml file"):
+        load_harness_tasks([str(tasks / "nowhere.yaml")])
+    (tasks / "broken.yaml").write_text("task: [unclosed")
+    with pytest.raises(M3Error, match=r"broken.yaml is no task file"):
+        load_harness_tasks([str(tasks / "broken.yaml")])
 
 
 @needs_harness
@@ -238,7 +471,7 @@ def test_settings_have_every_name_that_the_harness_knows(wanted: dict[str, Any],
         ("output_type: nonsense", r"cannot load its task m3jax_writing: .*nonsense"),
         ("unsafe_code: true", r"m3jax_writing runs programs .* without a sandbox: use m3jax's own"),
         ("generation_kwargs: {until: [], top_k: 50}", r"wants to generate with top_k=50, which m3jax does not do"),
-        ("metric_list: [{metric: no_such_metric}]", r"cannot load its task m3jax_writing: .*no_such_metric"),
+        ("metric_list: [{metric: no_such_metric}]", r"has the metric no_such_metric, which the harness would fetch"),
     ],
 )
 def test_what_the_harness_cannot_do_is_one_sentence(tasks: Path, change: str, sentence: str) -> None:

@@ -227,6 +227,9 @@ def test_draws_of_a_prompt_differ_and_are_each_the_same_again(model):
         ([], "--task NAME or --harness"),
         (["--task", "gsm9k"], "gsm9k"),
         (["--task", "sst2", "--overflow", "drop"], "--overflow"),
+        (["--task", "sst2", "--profile", "paper"], "--profile is 'paper', but must be one of m3jax, m3-paper"),
+        (["--task", "sst2", "--num-fewshot", "1"], "--num-fewshot is for --harness"),
+        (["--harness", "arc_easy", "--profile", "m3-paper"], "--profile has no meaning with --harness"),
         (["--task", "sst2", "--limit", "0"], "--limit"),
         (["--task", "sst2", "--resume"], "--resume needs --out"),
         (["--harness", "arc_easy", "--data", "x"], "--data has no meaning with --harness"),
@@ -307,7 +310,7 @@ def test_a_run_does_not_go_on_with_other_weights(place, tmp_path, capsys):
 def test_scores_where_a_token_spans_the_cut_and_of_nothing(model):
     score = models.make_scorer(model)
     nothing, spanning = score([("The", ""), ("The rat", "io of")])
-    assert nothing == (0.0, True)
+    assert nothing == (0.0, True, False)
     assert spanning.sum < 0
     spanned, alone = score([("T", "he ratio"), ("", "The ratio")])
     if len(model.tokenizer.encode("T", add_special_tokens=False)) == 1:  # one token begins in the context

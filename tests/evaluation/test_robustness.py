@@ -175,7 +175,7 @@ def test_searches_may_see_other_examples_than_are_measured():
 
 def test_profiles_and_budgets():
     paper = tried(lambda text: len(text) % 5 > 0, profile="m3-paper", attacks=["deepwordbug"], rows=ROWS * 2)
-    assert paper.examples == 10
+    assert paper.examples == 16
     whole = tried(lambda text: len(text) % 5 > 0, attacks=["deepwordbug"], rows=ROWS * 2)
     assert (whole.examples, whole.attacks[0].exhausted) == (16, False)
     assert paper.attacks[0].queries < whole.attacks[0].queries
@@ -366,16 +366,32 @@ def test_a_decoder_on_eight_devices_gives_the_same(model, place):
     assert one == eight
 
 
+def test_another_grader_may_judge():
+    """The paper's rule takes the last word for the answer; ours finds the label, and finds none in a word."""
+
+    def generate(prompts, settings):
+        return [Completion(f"{NAMES[label_of(prompt)]}, I think", 3, True) for prompt in prompts]
+
+    accuracies = {
+        grader: attack_task(get_task("sst2", grader), ROWS, generate, make_plan(attacks=["stresstest"]))
+        for grader in ("m3jax", "paper")
+    }
+    assert {grader: (one.accuracy, one.grader) for grader, one in accuracies.items()} == {
+        "m3jax": (1.0, "m3jax"), "paper": (0.0, "paper"),
+    }  # fmt: skip
+
+
 def test_the_command_and_its_report(place, tmp_path, capsys):
     arguments = ["attack", str(place / "expert-a"), "--task", "sst2", "--data", str(place / "rows.jsonl")]
     arguments += ["--attack", "stresstest", "--shift", "uppercase", "--max-tokens", "2", "--dtype", "float32"]
-    arguments += ["--template", "none", "--limit", "4", "--out", str(tmp_path / "run")]
+    arguments += ["--template", "none", "--limit", "4", "--out", str(tmp_path / "run"), "--grader", "paper"]
     assert commands.main([*arguments, "--json"]) == 0
     outcome = json.loads(capsys.readouterr().out)
     assert outcome == json.loads((tmp_path / "run" / "attack.json").read_text())
     assert (outcome["examples"], outcome["prompt"], outcome["protected"]) == (4, PROMPT, list(NAMES))
     assert [one["attack"] for one in outcome["attacks"]] == ["stresstest"]
     assert (outcome["data"], outcome["limit"], outcome["complete"]) == (str(place / "rows.jsonl"), 4, True)
+    assert outcome["grader"] == "paper"
     assert commands.main(arguments) == 2
     assert "attack.json is already there" in capsys.readouterr().err
     assert commands.main([*arguments, "--overwrite"]) == 0

@@ -52,7 +52,7 @@ def graded(monkeypatch):
         return [Judgement(sum(map(ord, text)) % 3 == 0, text) for text in texts]
 
     for module in (scoring, runner):
-        monkeypatch.setattr(module, "get_task", lambda name: get_task(name)._replace(judge=judge))
+        monkeypatch.setattr(module, "get_task", lambda *named: get_task(*named)._replace(judge=judge))
 
 
 OPTIONS = Evaluation(max_tokens=4, batch_size=4, template="none")
@@ -217,3 +217,12 @@ def test_a_killed_command_goes_on(place, tmp_path):
     assert again["digest"] == whole["digest"]
     assert again["choice"]["sample"] == whole["choice"]["sample"]
     assert [s["scores"] for s in again["samples"]] == [s["scores"] for s in whole["samples"]]
+
+
+def test_the_grader_that_is_asked_for_judges(place):
+    devs = [
+        scoring.read_devs({"sst2": place / "dev.jsonl"}, OPTIONS._replace(grader=grader), threefry.root_key(3))[0]
+        for grader in ("m3jax", "paper")
+    ]
+    assert [dev.task.grader for dev in devs] == ["m3jax", "paper"]
+    assert devs[0].identity() != devs[1].identity()

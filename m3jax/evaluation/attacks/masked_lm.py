@@ -6,7 +6,8 @@ References:
 
 import functools
 import heapq
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from m3jax.evaluation import tokens
 from m3jax.evaluation.attacks.bert import BertConfig, load_bert, masked_logits
 from m3jax.evaluation.attacks.edits import changed
 from m3jax.evaluation.attacks.profiles import MaskedWords
+from m3jax.evaluation.attacks.textattack import words_of
 from m3jax.evaluation.attacks.wording import Candidates, Wording
 from m3jax.evaluation.attacks.words import STOP_WORDS
 
@@ -63,7 +65,7 @@ def load_masked_words(name: str) -> MaskedWords:
     return functools.partial(masked_words, tokenizer, scores)
 
 
-def masked_words(tokenizer: Any, scores: Scores, most: int) -> Candidates:
+def masked_words(tokenizer: Any, scores: Scores, most: int, to_the_letter: bool = False) -> Candidates:
     """BERT-Attack's candidates: the prompt is read as it is, nothing masked.
 
     The tokens likeliest in a word's place stand for it; where the word has several tokens, the words made of them
@@ -73,6 +75,8 @@ def masked_words(tokenizer: Any, scores: Scores, most: int) -> Candidates:
         tokenizer: A transformers tokenizer whose pieces begin with ##.
         scores: The masked language model.
         most: Tokens taken for each place, and the most words.
+        to_the_letter: As TextAttack does it: of a word of several tokens not the best combinations but the first,
+            the last token changing fastest; and whatever is one word stays, stop words and numbers too.
     """
     special = set(tokenizer.all_special_ids)
     names: list[str] = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
@@ -89,6 +93,8 @@ def masked_words(tokenizer: Any, scores: Scores, most: int) -> Candidates:
         start, end = prompt.span(index)
         places = [place for place, (first, last) in enumerate(spans) if start <= first < last <= end]
         choices = [_likeliest(logits[place], most) for place in places]
+        if to_the_letter:
+            return changed(prompt.words[index], list(_first_words(names, choices, most)))
         words = (_joined([names[token] for token in combination]) for combination in best_first(choices, most))
         kept = [word for word in words if word is not None and word.lower() not in STOP_WORDS]
         return changed(prompt.words[index], kept)
@@ -132,6 +138,16 @@ def best_first(choices: Sequence[Sequence[tuple[float, int]]], most: int) -> lis
                 loss = sum(place[pick][0] for place, pick in zip(choices, further, strict=True))
                 heapq.heappush(queue, (loss, further))
     return found
+
+
+def _first_words(names: Sequence[str], choices: Sequence[Sequence[tuple[float, int]]], most: int) -> Iterator[str]:
+    """TextAttack's candidates (v0.3.10, transformations/word_swaps/word_swap_masked_lm.py)."""
+    if len(choices) == 1:
+        said = [names[token] for _, token in choices[0]]
+        yield from (word for word in said if not word.startswith(_PIECE) and len(words_of(word)) == 1)
+        return
+    made = ("".join(names[token] for _, token in pieces).replace(_PIECE, "") for pieces in itertools.product(*choices))
+    yield from itertools.islice((word for word in made if len(words_of(word)) == 1), most if choices else 0)
 
 
 def _joined(pieces: Sequence[str]) -> str | None:

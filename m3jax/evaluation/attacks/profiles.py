@@ -1,21 +1,24 @@
 """The attacks by name, and how hard each profile tries."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from m3jax.errors import M3Error
+from m3jax.evaluation.attacks import textattack
 from m3jax.evaluation.attacks.edits import deepwordbug, levenshtein, textbugger
 from m3jax.evaluation.attacks.search import Found, Importance, Score, greedy, try_all
+from m3jax.evaluation.attacks.semantic import PROMPTS
 from m3jax.evaluation.attacks.sentences import Variants, checklist, stresstest
-from m3jax.evaluation.attacks.wording import Candidates, Wording
+from m3jax.evaluation.attacks.wording import CONTENT, Candidates, Wording
 from m3jax.evaluation.attacks.words import STOP_WORDS, Embeddings, synonyms
 from m3jax.evaluation.checks import check_name
 
-Level = Literal["character", "word", "sentence"]
+Level = Literal["character", "word", "sentence", "semantics"]
 
-MaskedWords = Callable[[int], Candidates]
-"""A masked language model as a source: given how many candidates of each token it may take, its candidates."""
+MaskedWords = Callable[[int, bool], Candidates]
+"""A masked language model as a source: given how many candidates of each token it may take, and whether they are to be
+TextAttack's to the letter, its candidates."""
 
 
 class Profile(NamedTuple):
@@ -24,7 +27,7 @@ class Profile(NamedTuple):
     Attributes:
         name: What users call it.
         positions: Only these of the words that may change, counted from 0; all if None.
-        limit: Examples used where the user says nothing; all if None.
+        to_the_letter: Whether words, candidates, sentences and ties are those of the M³ paper's code, see `textattack`.
         masked_candidates: BERT-Attack's candidates of each token.
         synonyms: TextFooler's candidates of each word.
         near_words: TextBugger's candidates of like meaning.
@@ -34,7 +37,7 @@ class Profile(NamedTuple):
 
     name: str
     positions: tuple[int, ...] | None = None
-    limit: int | None = None
+    to_the_letter: bool = False
     masked_candidates: int = 48
     synonyms: int = 50
     near_words: int = 5
@@ -46,8 +49,8 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
     {
         # The configuration in PromptBench's repository.
         "promptbench": Profile("promptbench"),
-        # As the repository of the M³ paper changes it: the third, fourth and seventh of the words, two candidates.
-        "m3-paper": Profile("m3-paper", positions=(2, 3, 6), limit=10, masked_candidates=2),
+        # As the repository of the M³ paper has it: the third, fourth and seventh of the words, two candidates.
+        "m3-paper": Profile("m3-paper", positions=(2, 3, 6), to_the_letter=True, masked_candidates=2),
     }
 )
 
@@ -60,11 +63,13 @@ class Attack(NamedTuple):
         level: What it changes.
         run: Searches for the worst prompt: given the prompt, the function that scores prompts, and the most prompts
             to score, or None.
+        read: Takes a prompt apart: given its text and the words that are never touched.
     """
 
     name: str
     level: Level
     run: Callable[[Wording, Score, int | None], Found]
+    read: Callable[[str, Sequence[str]], Wording] = Wording.of
 
 
 class Sources(NamedTuple):
@@ -73,10 +78,12 @@ class Sources(NamedTuple):
     Attributes:
         masked_words: For BERT-Attack.
         embeddings: For TextFooler, and for TextBugger's synonyms.
+        task: Whose prompts the semantic attack tries.
     """
 
     masked_words: MaskedWords | None = None
     embeddings: Embeddings | None = None
+    task: str | None = None
 
 
 def _greedy(
@@ -96,21 +103,31 @@ def _greedy(
             score,
             candidates,
             importance,
-            stop_words=STOP_WORDS,
+            stop_words=frozenset() if profile.to_the_letter else STOP_WORDS,
             allowed=near,
             positions=profile.positions,
             budget=budget,
+            without=textattack.without if profile.to_the_letter else Wording.without,
+            takes_worst=profile.to_the_letter,
         )
 
-    return Attack(name, level, run)
+    return Attack(name, level, run, _reader(profile))
 
 
-def _by_sentences(name: str, variants: Variants) -> Attack:
-    return Attack(name, "sentence", lambda prompt, score, budget: try_all(prompt, score, variants, budget))
+def _reader(profile: Profile) -> Callable[[str, Sequence[str]], Wording]:
+    return textattack.read_prompt if profile.to_the_letter else Wording.of
+
+
+def _by_sentences(name: str, variants: Variants, profile: Profile, level: Level = "sentence") -> Attack:
+    def run(prompt: Wording, score: Score, budget: int | None) -> Found:
+        return try_all(prompt, score, variants, budget, takes_worst=profile.to_the_letter)
+
+    return Attack(name, level, run, _reader(profile))
 
 
 def _deepwordbug(key: Any, profile: Profile, sources: Sources) -> Attack:
-    return _greedy("deepwordbug", "character", deepwordbug(key), "unk", profile, profile.max_distance)
+    edits = textattack.deepwordbug(key) if profile.to_the_letter else deepwordbug(key)
+    return _greedy("deepwordbug", "character", edits, "unk", profile, profile.max_distance)
 
 
 def _textbugger(key: Any, profile: Profile, sources: Sources) -> Attack:
@@ -121,7 +138,8 @@ def _textbugger(key: Any, profile: Profile, sources: Sources) -> Attack:
 def _bertattack(key: Any, profile: Profile, sources: Sources) -> Attack:
     if sources.masked_words is None:
         raise M3Error("bertattack takes its words from a masked language model: give a BERT with --masked-lm MODEL")
-    return _greedy("bertattack", "word", sources.masked_words(profile.masked_candidates), "unk", profile)
+    likely = sources.masked_words(profile.masked_candidates, profile.to_the_letter)
+    return _greedy("bertattack", "word", likely, "unk", profile)
 
 
 def _textfooler(key: Any, profile: Profile, sources: Sources) -> Attack:
@@ -132,11 +150,18 @@ def _textfooler(key: Any, profile: Profile, sources: Sources) -> Attack:
 
 
 def _stresstest(key: Any, profile: Profile, sources: Sources) -> Attack:
-    return _by_sentences("stresstest", stresstest)
+    return _by_sentences("stresstest", textattack.stresstest if profile.to_the_letter else stresstest, profile)
 
 
 def _checklist(key: Any, profile: Profile, sources: Sources) -> Attack:
-    return _by_sentences("checklist", checklist(key))
+    return _by_sentences("checklist", textattack.checklist if profile.to_the_letter else checklist(key), profile)
+
+
+def _semantic(key: Any, profile: Profile, sources: Sources) -> Attack:
+    prompts = PROMPTS.get(sources.task or "", ())
+    if not prompts:
+        raise M3Error(f"semantic has prompts for {', '.join(PROMPTS)} only: leave it out, or take one of these tasks")
+    return _by_sentences("semantic", lambda prompt: [f"{one} {CONTENT}" for one in prompts], profile, "semantics")
 
 
 _MAKERS: Mapping[str, Callable[[Any, Profile, Sources], Attack]] = MappingProxyType(
@@ -147,6 +172,7 @@ _MAKERS: Mapping[str, Callable[[Any, Profile, Sources], Attack]] = MappingProxyT
         "textfooler": _textfooler,
         "stresstest": _stresstest,
         "checklist": _checklist,
+        "semantic": _semantic,
     }
 )
 ATTACKS = tuple(_MAKERS)

@@ -6,6 +6,7 @@ References:
     NLP, 2020.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -81,7 +82,9 @@ class _Account:
         return [self.known[prompt] for prompt in prompts[:end]]
 
 
-def try_all(prompt: Wording, score: Score, variants: Variants, budget: int | None = None) -> Found:
+def try_all(
+    prompt: Wording, score: Score, variants: Variants, budget: int | None = None, *, takes_worst: bool = False
+) -> Found:
     """The worst of some whole prompts.
 
     Args:
@@ -89,13 +92,16 @@ def try_all(prompt: Wording, score: Score, variants: Variants, budget: int | Non
         score: Scores prompts.
         variants: What is tried in its place, all in one batch.
         budget: Most prompts to score, the original among them; no limit if None.
+        takes_worst: Take the worst variant even where the original is worse, and of those that are as bad the first in
+            the order of their texts.
     """
     account = _Account(score, budget)
     (clean,) = account.scores([prompt.text])
-    tried = variants(prompt) if clean > 0 else []
+    tried = variants(prompt) if clean > 0 or takes_worst else []
+    tried = sorted(set(tried) - {prompt.text}) if takes_worst else tried
     scores = account.scores(tried)
     found = min(zip(scores, tried, strict=False), key=lambda pair: pair[0], default=(clean, prompt.text))
-    worst, text = found if found[0] < clean else (clean, prompt.text)
+    worst, text = found if found[0] < clean or takes_worst else (clean, prompt.text)
     return Found(text, worst, clean, len(account.known), account.exhausted, len(tried))
 
 
@@ -109,6 +115,8 @@ def greedy(
     allowed: Callable[[str, str], bool] | None = None,
     positions: tuple[int, ...] | None = None,
     budget: int | None = None,
+    without: Callable[[Wording, int], str] = Wording.without,
+    takes_worst: bool = False,
 ) -> Found:
     """Replaces words one by one, the most important first, each by its worst candidate.
 
@@ -125,15 +133,21 @@ def greedy(
         allowed: Whether a prompt, the second, is near enough to the original, the first.
         positions: Only these of the words that may change, counted from 0; all if None.
         budget: Most prompts to score, the original among them; no limit if None.
+        without: How a word is left out.
+        takes_worst: As the M³ paper's code does, take the first word's worst candidate even where it is no worse than
+            the original, and of candidates that are as bad the first in the order of their texts.
     """
     account = _Account(score, budget)
     (clean,) = account.scores([prompt.text])
-    current, lowest, changes, candidate_count = prompt, clean, [], 0
-    open_words = modifiable(prompt, stop_words, positions) if clean > 0 else []
-    for index in _ranked(prompt, open_words, importance, account):
+    current, changes, candidate_count = prompt, list[Change](), 0
+    lowest = math.inf if takes_worst else clean
+    open_words = modifiable(prompt, stop_words, positions) if clean > 0 or takes_worst else []
+    for index in _ranked(prompt, open_words, importance, account, without):
         if account.exhausted or lowest <= 0:
             break
         tried = [current.replaced(index, word) for word in candidates(current, index)]
+        if takes_worst:
+            tried.sort(key=lambda one: one.text)
         if allowed is not None:
             tried = [one for one in tried if allowed(prompt.text, one.text)]
         candidate_count += len(tried)
@@ -142,7 +156,10 @@ def greedy(
             best = scores.index(min(scores))
             lowest, current = scores[best], tried[best]
             changes.append(Change(index, prompt.words[index], current.words[index]))
-    return Found(current.text, lowest, clean, len(account.known), account.exhausted, candidate_count, tuple(changes))
+    score_found = lowest if changes else clean
+    return Found(
+        current.text, score_found, clean, len(account.known), account.exhausted, candidate_count, tuple(changes)
+    )
 
 
 def modifiable(prompt: Wording, stop_words: frozenset[str], positions: tuple[int, ...] | None = None) -> list[int]:
@@ -163,12 +180,18 @@ def modifiable(prompt: Wording, stop_words: frozenset[str], positions: tuple[int
     return free if positions is None else [free[place] for place in positions if place < len(free)]
 
 
-def _ranked(prompt: Wording, indices: list[int], importance: Importance, account: _Account) -> list[int]:
+def _ranked(
+    prompt: Wording,
+    indices: list[int],
+    importance: Importance,
+    account: _Account,
+    without: Callable[[Wording, int], str],
+) -> list[int]:
     """The words whose loss costs most come first; where it costs the same, the first of the prompt."""
     if importance == "unk":
         lacking = [prompt.replaced(index, _UNKNOWN).text for index in indices]
     else:
-        lacking = [prompt.without(index) for index in indices]
+        lacking = [without(prompt, index) for index in indices]
     scores = account.scores(lacking)
     order = np.argsort(np.array(scores), kind="stable")
     return [indices[place] for place in order]

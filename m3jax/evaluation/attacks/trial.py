@@ -79,6 +79,7 @@ class Robustness(NamedTuple):
         template: The template around the prompt.
         prompt: The prompt, with {content} where the example stands.
         protected: Words that were never touched.
+        grader: Whose rule judged.
         complete: Whether all attacks and shifts that were asked for are done.
         attacks: What each attack did.
         shifts: What each shift did.
@@ -98,6 +99,7 @@ class Robustness(NamedTuple):
     template: str
     prompt: str
     protected: tuple[str, ...]
+    grader: str
     complete: bool
     attacks: tuple[Attacked, ...] = ()
     shifts: tuple[Shifted, ...] = ()
@@ -120,7 +122,7 @@ class AttackPlan(NamedTuple):
         shifts: The shifts.
         profile: Name of the attacks' profile.
         key: Two words of a threefry2x32 key, of every random choice.
-        limit: Take the first so many examples only.
+        limit: Take the first so many examples only; as many as the task says if None.
         search_examples: So many of them the searches see, to measure on the others; None for all, to measure on them.
         budget: Most prompts that an attack may score.
     """
@@ -172,15 +174,16 @@ def attack_task(
     Raises:
         M3Error: The task has no prompt to attack, is judged elsewhere, or the shifts would break its programs.
     """
-    subject = find_subject(task, rows, template, prompt, plan.limit)
+    limit = task.limit if plan.limit is None else plan.limit
+    subject = find_subject(task, rows, template, prompt, limit)
     _check(task, subject, plan)
     bench = _make_bench(task, subject, generator, plan, settings or task.settings, tokenizer, execution)
     protected = tuple(dict.fromkeys((*subject.labels, *protect)))
-    known = _before(task, subject, bench, plan)._replace(model=model, data=data, protected=protected)
+    known = _before(task, subject, bench, plan)._replace(model=model, data=data, limit=limit, protected=protected)
     if tell is not None:
         tell(f"clean: {known.accuracy:.1%} of {known.examples} examples")
     for one in plan.attacks:
-        attacked = _attack(one, Wording.of(subject.prompt, protected), bench, plan.budget, tell)
+        attacked = _attack(one, one.read(subject.prompt, protected), bench, plan.budget, tell)
         known = _noted(known._replace(attacks=(*known.attacks, attacked)), plan, keep)
     for shift in plan.shifts:
         shifted = _shift(shift, bench, plan.key, tokenizer, tell)
@@ -243,7 +246,7 @@ def _before(task: Task, subject: Subject, bench: _Bench, plan: AttackPlan) -> Ro
         model="",
         task=task.name,
         data=None,
-        limit=plan.limit,
+        limit=None,
         examples=len(bench.measured.examples),
         searched=len(bench.searched.examples),
         accuracy=float(bench.clean.mean()),
@@ -254,6 +257,7 @@ def _before(task: Task, subject: Subject, bench: _Bench, plan: AttackPlan) -> Ro
         template=subject.template,
         prompt=subject.prompt,
         protected=(),
+        grader=task.grader,
         complete=not plan.attacks and not plan.shifts,
     )
 

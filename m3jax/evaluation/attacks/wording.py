@@ -41,6 +41,17 @@ class Wording(NamedTuple):
         """
         held = [match.span() for match in _PLACEHOLDER.finditer(prompt)]
         spans = [match.span() for match in _WORD.finditer(prompt) if not _touches(match.span(), held)]
+        return cls.at(prompt, spans, protected)
+
+    @classmethod
+    def at(cls, prompt: str, spans: Sequence[tuple[int, int]], protected: Iterable[str] = ()) -> "Wording":
+        """A prompt whose words are known to stand in some places.
+
+        Args:
+            prompt: The text.
+            spans: Where each word begins and ends, in order.
+            protected: As of `of`.
+        """
         kept = [
             match.span()
             for phrase in protected

@@ -150,13 +150,18 @@ def _until(text: str, mark: str) -> str:
 
 
 def paper_label(text: str, labels: Sequence[str]) -> str | None:
-    """SST-2 and CoLA, by PromptBench: the last word, without what stands at its edges, if it is a label.
+    """SST-2 and CoLA: the last word, without what stands at its edges and without apostrophes, if it is a label.
+
+    The apostrophes are the paper's own addition to PromptBench's rule (promptbench/promptbench/utils/dataprocess.py in
+    github.com/MLGroupJLU/MixupModelMerge at 82147bd).
 
     Example:
         >>> paper_label("The sentiment is: Positive.", ("negative", "positive"))
         'positive'
+        >>> paper_label("It is 'positive'.", ("negative", "positive"))
+        'positive'
         >>> paper_label("Positive, I think.", ("negative", "positive")) is None
         True
     """
-    said = text.lower().replace("<pad>", "").replace("</s>", "").strip(_EDGES).split(" ")[-1]
+    said = text.lower().replace("<pad>", "").replace("</s>", "").strip(_EDGES).split(" ")[-1].replace("'", "")
     return next((label for label in labels if label.lower() == said), None)

@@ -87,6 +87,8 @@ class Task(NamedTuple):
         export: Writes the answers as a judge elsewhere reads them: given the answers, the model's name and a directory.
         grader: Whose rule `judge` follows, one of `GRADERS`.
         graders: The judges that follow the rules of others, by name.
+        limit: The first so many examples are taken where nothing else is said; all if None.
+        protocol: Whose words, settings and limit these are: ours, or the M³ paper's.
     """
 
     name: str
@@ -102,6 +104,8 @@ class Task(NamedTuple):
     export: Export | None = None
     grader: str = "m3jax"
     graders: Mapping[str, Judge] = {}
+    limit: int | None = None
+    protocol: str = "m3jax"
 
 
 GRADERS = ("m3jax", "paper", "math_verify")

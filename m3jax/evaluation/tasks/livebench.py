@@ -3,14 +3,14 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from m3jax.errors import M3Error
 from m3jax.evaluation.data import Field, HubSet, Row, read_fields
 from m3jax.evaluation.protocol import GenerationSettings
 from m3jax.evaluation.records import make_directory, write_whole
-from m3jax.evaluation.tasks.base import Answer, Example, Judge, Judgement, Task, each
+from m3jax.evaluation.tasks.base import Answer, Example, Export, Judge, Judgement, Task, each
 
 _SOLUTION = re.compile(r"<solution>(.*?)</solution>", re.DOTALL)
 _TAG = re.compile(r"</?solution>")
@@ -52,7 +52,7 @@ def _livebench(category: str, kind: str | None, judge: Judge) -> Task:
         settings=GenerationSettings(max_tokens=4096),
         hub=HubSet(f"livebench/{category}"),
         judged_elsewhere=judge is _judged_elsewhere,
-        export=_export,
+        export=exported(str.strip),
     )
 
 
@@ -90,23 +90,31 @@ def _flat(text: str) -> str:
     return " ".join(line for line in text.strip().split("\n") if line)
 
 
-def _export(answers: Sequence[Answer], model: str, directory: Path) -> Path:
-    """Write LiveBench's `model_answer/<model>.jsonl`."""
-    place = make_directory(directory / "model_answer")
-    label = re.sub(r"[^\w.-]+", "-", model).strip("-") or "model"
-    path = place / f"{label}.jsonl"
-    lines = [json.dumps(_answer_line(answer, label), ensure_ascii=False) for answer in answers]
-    write_whole(path, "".join(line + "\n" for line in lines))
-    return path
+def exported(clean: Callable[[str], str]) -> Export:
+    """Writes LiveBench's `model_answer/<model>.jsonl`.
+
+    Args:
+        clean: What is made of each answer.
+    """
+
+    def export(answers: Sequence[Answer], model: str, directory: Path) -> Path:
+        place = make_directory(directory / "model_answer")
+        label = re.sub(r"[^\w.-]+", "-", model).strip("-") or "model"
+        path = place / f"{label}.jsonl"
+        lines = [json.dumps(_answer_line(answer, clean, label), ensure_ascii=False) for answer in answers]
+        write_whole(path, "".join(line + "\n" for line in lines))
+        return path
+
+    return export
 
 
-def _answer_line(answer: Answer, model: str) -> dict[str, object]:
+def _answer_line(answer: Answer, clean: Callable[[str], str], model: str) -> dict[str, object]:
     digest = hashlib.sha256(f"{model}\n{answer.example.id}\n{answer.text}".encode("utf-8", "replace")).hexdigest()
     return {
         "question_id": answer.example.id,
         "answer_id": digest[:22],
         "model_id": model,
-        "choices": [{"index": 0, "turns": [answer.text.strip()]}],
+        "choices": [{"index": 0, "turns": [clean(answer.text)]}],
         "tstamp": 0.0,  # no clock: the same answers make the same file
         "total_output_tokens": answer.tokens,
     }
