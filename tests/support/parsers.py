@@ -17,6 +17,7 @@ import m3jax
 from m3jax import documents
 from m3jax.anatomy import anatomy_of
 from m3jax.checkpoints import TensorInfo, inspection, open_msgpack, open_safetensors, write_msgpack
+from m3jax.checkpoints.locate import read_config
 from m3jax.decoder import DecoderConfig
 from m3jax.evaluation import get_task, load_rows, report
 from m3jax.evaluation.attacks.words import read_embeddings
@@ -24,7 +25,7 @@ from m3jax.evaluation.chats import _check_numbers
 from m3jax.evaluation.records import Record, open_journal
 from m3jax.exploration.journal import SampleJournal
 from m3jax.ledger import Ledger
-from m3jax.outputs import companions, copies, manifest, provenance
+from m3jax.outputs import copies, manifest, provenance
 from m3jax.outputs.vocabularies import check_same_vocabularies
 from m3jax.recipe import load_recipe
 from support.directories import write
@@ -74,7 +75,7 @@ def _tensors(opened: Any) -> None:
 
 
 def _config(place: Path) -> None:
-    anatomy_of(INFOS, companions.read_config(place))
+    anatomy_of(INFOS, read_config(place))
     shutil.copyfile(_merged() / "model.safetensors", place / "model.safetensors")
     inspection.look_at(os.fspath(place))
 
