@@ -94,7 +94,7 @@ def _reported(place: Path) -> None:
 
 def _records(place: Path) -> None:
     (place / "run.json").write_text('{"weights": ""}')
-    open_journal(place, {}, resume=True)
+    open_journal(place, {}, True, lambda: "", Record)
 
 
 def _ledger(place: Path) -> None:
