@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from m3jax.anatomy import Overrides
+from m3jax.anatomy import Overrides, Part
 from m3jax.anatomy.float8 import Dequantisation, find_dequantisation, seen_dequantized, without_quantisation
+from m3jax.anatomy.layout import find_layout
 from m3jax.anatomy.namings import find_mapping
 from m3jax.anatomy.stored import stored_anatomy
 from m3jax.arithmetic import SCHEME, SCHEMES
@@ -32,6 +33,7 @@ from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.checkpoints.trust import remarks
 from m3jax.checkpoints.views import Stored, prefix_view, renamed, selected, stacked_layers, stored_at
 from m3jax.checkpoints.views_assembled import assembled
+from m3jax.checkpoints.views_stacked import BlockPlace, Stacking, restacked
 from m3jax.cluster.processes import ALONE, Processes, gather
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.naming import block_of
@@ -177,7 +179,8 @@ def _open_models(job: MergeJob, stack: ExitStack) -> _Opened:
     if recipe.base_model is not None and role is not None:
         sources.append(_open_model(recipe.base_model, role, job, stack))
     models = [_dequantised(model, job) for model in sources]
-    return _Opened(_with_heads(_under_one_naming(_alike(models, job), job), job), sources, False)
+    alike = _under_one_naming(_stacked_alike(_alike(models, job), job), job)
+    return _Opened(_with_heads(alike, job), sources, False)
 
 
 def _alike(models: Sequence[OpenedModel], job: MergeJob) -> list[OpenedModel]:
@@ -200,9 +203,37 @@ def _alike(models: Sequence[OpenedModel], job: MergeJob) -> list[OpenedModel]:
     return [renamed_alike(model) for model in seen]
 
 
+def _template_of(models: Sequence[OpenedModel]) -> OpenedModel:
+    """The model whose names and layout an output has: the base, or else the first."""
+    return models[-1] if models[-1].role != "expert" else models[0]
+
+
+def _stacked_alike(models: Sequence[OpenedModel], job: MergeJob) -> list[OpenedModel]:
+    """The models with their blocks stacked as the template's are, or one by one as there."""
+    template = _template_of(models)
+
+    def layout(model: OpenedModel) -> tuple[Mapping[str, Part], dict[str, tuple[int, ...]]]:
+        tensors = model.checkpoint.tensors
+        return model.input.anatomy.parts, {name: info.shape for name, info in tensors.items()}
+
+    def stacked_alike(model: OpenedModel) -> OpenedModel:
+        found = find_layout(layout(template), layout(model))
+        if not found:
+            return model
+        used = {block.stored for stacking in found.values() for block in stacking.blocks} | found.keys()
+        rest = {name: Stacking((BlockPlace(name),)) for name in model.checkpoint.tensors if name not in used}
+        note = (
+            f"{model.input.name}: its blocks are read as those of {template.input.name} are stacked: "
+            f"{next(iter(found.values())).blocks[0].stored} as {next(iter(found))}"
+        )
+        return _viewed(model, restacked(model.checkpoint, {**rest, **found}), job)._replace(note=note)
+
+    return [model if model is template else stacked_alike(model) for model in models]
+
+
 def _under_one_naming(models: Sequence[OpenedModel], job: MergeJob) -> list[OpenedModel]:
     """The models under the names of the base or the first, where they store one architecture under several."""
-    template = models[-1] if models[-1].role != "expert" else models[0]
+    template = _template_of(models)
 
     def unnamed(model: OpenedModel) -> set[str]:
         anatomy = model.input.anatomy

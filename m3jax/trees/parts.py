@@ -13,7 +13,9 @@ from jaxtyping import PyTree
 from m3jax import documents
 from m3jax.anatomy import OUTSIDE_BLOCKS, Anatomy, Kind, Overrides, Part, anatomy_of, group_of
 from m3jax.anatomy.kinds import kind_of, quantised
+from m3jax.anatomy.layout import find_layout
 from m3jax.checkpoints.protocol import DTYPE_NAMES, TensorInfo
+from m3jax.checkpoints.views_stacked import BlockPlace, Stacking
 from m3jax.errors import M3Error
 from m3jax.trees.matching import Leaf, leaves_of
 
@@ -149,25 +151,6 @@ def tree_of(leaves: Mapping[str, Leaf], anatomy: AnatomyOf = None) -> ParameterT
     return ParameterTree(leaves, parts, found, stored)
 
 
-class _Piece(NamedTuple):
-    """Where a tree has a tensor of a block: a leaf, or one entry of it along the axis of blocks."""
-
-    leaf: str
-    axis: int | None
-    at: int
-
-
-def _pieces(tree: ParameterTree) -> dict[str, _Piece]:
-    """Where each tensor is, by canonical name; a leaf that stacks blocks has one for each."""
-    found: dict[str, _Piece] = {}
-    for name, part in tree.parts.items():
-        if part.stack_axis is None:
-            found[part.canonical] = _Piece(name, None, 0)
-        for at, own in enumerate(part.block_names):
-            found[own] = _Piece(name, part.stack_axis, at)
-    return found
-
-
 def laid_out_as(tree: ParameterTree, other: dict[str, Leaf], anatomy: AnatomyOf = None) -> dict[str, Leaf]:
     """The leaves of another tree with its blocks stacked as a tree stacks them, where it stores the same otherwise.
 
@@ -180,34 +163,24 @@ def laid_out_as(tree: ParameterTree, other: dict[str, Leaf], anatomy: AnatomyOf 
     Returns:
         The leaves; `other` itself where nothing is to be laid out otherwise.
     """
-    stacks = {name: tree.parts[name].stack_axis for name in tree.leaves}
-    odd = [n for n, leaf in tree.leaves.items() if n not in other or np.shape(other[n].value) != np.shape(leaf.value)]
-    if not odd:
+    shapes, own = ({n: np.shape(leaf.value) for n, leaf in leaves.items()} for leaves in (tree.leaves, other))
+    if all(own.get(name) == shape for name, shape in shapes.items()):
         return other
     known = tree_of(other, _fitting(anatomy, other))
-    pieces = _pieces(known)
-    if all(stacks[name] is None for name in odd) and all(piece.axis is None for piece in pieces.values()):
-        return other
+    found = find_layout((tree.parts, shapes), (known.parts, own))
 
-    def tensor(piece: _Piece) -> Any:
-        value = other[piece.leaf].value
-        return value if piece.axis is None else value[(slice(None),) * piece.axis + (piece.at,)]
+    def tensor(block: BlockPlace) -> Any:
+        value = other[block.stored].value
+        return value if block.axis is None else value[(slice(None),) * block.axis + (block.at,)]
 
-    found, used = dict(other), set()
-    for name in odd:
-        part, axis = tree.parts[name], stacks[name]
-        own = [pieces.get(block) for block in part.block_names] if axis is not None else [pieces.get(part.canonical)]
-        if None in own or (axis is None and own[0] is not None and own[0].axis is None):
-            continue
-        there = [piece for piece in own if piece is not None]
-        values = [tensor(piece) for piece in there]
-        if len({np.shape(value) for value in values}) > 1:
-            continue
-        hosted = all(isinstance(value, np.ndarray | np.generic) for value in values)
-        value = values[0] if axis is None else (np if hosted else jnp).stack(values, axis)
-        found[name] = tree.leaves[name]._replace(value=value)
-        used |= {piece.leaf for piece in there}
-    return {name: leaf for name, leaf in found.items() if name not in used or name in odd}
+    def value(stacking: Stacking) -> Any:
+        blocks = [tensor(block) for block in stacking.blocks]
+        hosted = all(isinstance(block, np.ndarray | np.generic) for block in blocks)
+        return blocks[0] if stacking.axis is None else (np if hosted else jnp).stack(blocks, stacking.axis)
+
+    made = {name: tree.leaves[name]._replace(value=value(stacking)) for name, stacking in found.items()}
+    used = {block.stored for stacking in found.values() for block in stacking.blocks}
+    return {name: leaf for name, leaf in other.items() if name not in used} | made
 
 
 def _fitting(anatomy: AnatomyOf, leaves: Mapping[str, Leaf]) -> AnatomyOf:

@@ -12,7 +12,7 @@ from support.matrix import ALONE, METHODS, SPARSIFIERS, few, in_turn
 
 import m3jax
 from m3jax import M3Error
-from m3jax.checkpoints import TensorInfo
+from m3jax.checkpoints import TensorInfo, digest_tensor, open_checkpoint
 from m3jax.methods.leaf import Pipeline
 from m3jax.streaming.plan import BlockPlan, TensorPlan
 from m3jax.streaming.reading import visits
@@ -134,6 +134,29 @@ def test_chunks_do_not_grow_with_the_blocks_that_a_leaf_stacks(shape):
     assert max(chunk.padded for chunk in chunks) <= 2**20
     assert [chunk.start for chunk in chunks[1:]] == [chunk.start + chunk.size for chunk in chunks[:-1]]
     assert chunks[-1].start + chunks[-1].size == np.prod(shape)
+
+
+@pytest.mark.parametrize(
+    "layouts", [("by block", "axis 0", "axis 1"), ("axis 0", "by block", "axis 1"), ("axis 1", "axis 0", "by block")]
+)
+def test_models_that_are_stacked_otherwise_are_read_as_the_base_is(place, tmp_path, layouts):
+    asked = {**METHODS["ties_paper"][1], **SPARSIFIERS["dare"][1], "seed": 3}
+    asked["mixup"] = {"alpha": 1.0, "granularity": "layer"}
+    names = ("base", "expert-0", "expert-1")
+    base, *experts = (str(place / layout / name) for layout, name in zip(layouts, names, strict=True))
+    told = {**asked, "base_model": base, "models": experts}
+    result = m3jax.merge_checkpoint(told, tmp_path / "mixed", chunk_entries=2**16)
+    alike = recipe(place / layouts[0], **asked)
+    want = m3jax.merge_checkpoint(alike, tmp_path / "alike", chunk_entries=2**16)
+    assert result.digest == want.digest
+    assert sum("its blocks are read as those of" in note for note in result.notes) == 2
+    # Digests are of what is stored, so that a replay and a verification of inputs see the files.
+    for record, layout in zip(result.manifest["inputs"], (*layouts[1:], layouts[0]), strict=True):
+        name = Path(record["name"]).name
+        stored = open_checkpoint(place / layout / name)
+        assert record["tensors"] == {n: digest_tensor(stored, n) for n in stored.tensors}
+        stored.close()
+    assert m3jax.replay(tmp_path / "mixed", tmp_path / "again").digest == want.digest
 
 
 def test_gradients_run_over_the_layers_of_every_layout(place, tmp_path):

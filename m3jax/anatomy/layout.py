@@ -1,0 +1,56 @@
+"""One model stored in two ways: block by block, and stacked along an axis."""
+
+from collections.abc import Mapping
+
+from m3jax.anatomy.types import Part
+from m3jax.checkpoints.views_stacked import BlockPlace, Stacking
+
+Shape = tuple[int, ...]
+
+
+def block_places(parts: Mapping[str, Part]) -> dict[str, BlockPlace]:
+    """Where each tensor is, by canonical name; one that stacks blocks is there once for each.
+
+    Args:
+        parts: What the tensors of a model are, by stored name.
+    """
+    found: dict[str, BlockPlace] = {}
+    for name, part in parts.items():
+        if part.stack_axis is None:
+            found[part.canonical] = BlockPlace(name)
+        for index, own in enumerate(part.block_names):
+            found[own] = BlockPlace(name, part.stack_axis, index)
+    return found
+
+
+def find_layout(
+    wanted: tuple[Mapping[str, Part], Mapping[str, Shape]], own: tuple[Mapping[str, Part], Mapping[str, Shape]]
+) -> dict[str, Stacking]:
+    """The tensors of one model that another has too, but with its blocks stacked otherwise.
+
+    Args:
+        wanted: Parts and shapes of the model whose layout is wanted.
+        own: Those of the model that is to be seen in it.
+
+    Returns:
+        By the wanted name, what it is made of; nothing where no block is stacked otherwise. A tensor that the other
+        model has only in part is left out.
+    """
+    places, shapes = block_places(own[0]), own[1]
+    found = {}
+    for name, part in wanted[0].items():
+        if shapes.get(name) == wanted[1][name]:
+            continue
+        names = (part.canonical,) if part.stack_axis is None else part.block_names
+        blocks = tuple(places[block] for block in names if block in places)
+        if len(blocks) != len(names):
+            continue
+        block_shape = _without(wanted[1][name], part.stack_axis)
+        if all(_without(shapes[block.stored], block.axis) == block_shape for block in blocks):
+            found[name] = Stacking(blocks, part.stack_axis)
+    otherwise = any(s.axis is not None or any(block.axis is not None for block in s.blocks) for s in found.values())
+    return found if otherwise else {}
+
+
+def _without(shape: Shape, axis: int | None) -> Shape:
+    return shape if axis is None else (*shape[:axis], *shape[axis + 1 :])
