@@ -39,7 +39,8 @@ def find_layout(
     places, shapes = block_places(own[0]), own[1]
     found = {}
     for name, part in wanted[0].items():
-        if shapes.get(name) == wanted[1][name]:
+        # Of as many blocks as entries the shape is the same along either axis.
+        if shapes.get(name) == wanted[1][name] and own[0][name].stack_axis in (part.stack_axis, None):
             continue
         names = (part.canonical,) if part.stack_axis is None else part.block_names
         blocks = tuple(places[block] for block in names if block in places)

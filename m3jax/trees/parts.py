@@ -164,10 +164,13 @@ def laid_out_as(tree: ParameterTree, other: dict[str, Leaf], anatomy: AnatomyOf 
         The leaves; `other` itself where nothing is to be laid out otherwise.
     """
     shapes, own = ({n: np.shape(leaf.value) for n, leaf in leaves.items()} for leaves in (tree.leaves, other))
-    if all(own.get(name) == shape for name, shape in shapes.items()):
+    stacks = any(part.stack_axis is not None for part in tree.parts.values())
+    if not stacks and all(own.get(name) == shape for name, shape in shapes.items()):
         return other
     known = tree_of(other, _fitting(anatomy, other))
     found = find_layout((tree.parts, shapes), (known.parts, own))
+    if not found:
+        return other
 
     def tensor(block: BlockPlace) -> Any:
         value = other[block.stored].value

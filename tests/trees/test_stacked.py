@@ -90,6 +90,19 @@ def test_trees_that_are_stacked_otherwise_are_laid_out_as_the_template(template,
     assert same(unstacked(got, axis), want) == (True, [])
 
 
+def test_as_many_blocks_as_entries_are_told_apart():
+    """A bias of four entries in four blocks has one shape along either axis."""
+    shapes = {f"layers.{i}.{name}": shape for i in range(4) for name, shape in {"b": (4,), "w": (5, 7)}.items()}
+    _, (a, b) = models(DTYPES["float32"], 2, shapes)
+
+    def held(tree, axis):
+        return {f"layers.{n}": np.stack([tree[f"layers.{i}.{n}"] for i in range(4)], axis) for n in ("b", "w")}
+
+    got = m3jax.merge([held(a, 0), held(b, 1)], weights=[0.3, 0.7])
+    want = held(oracle.merge([a, b], weights=[0.3, 0.7]), 0)
+    assert same(got, want) == (True, [])
+
+
 def test_a_block_that_is_missing_is_still_said():
     base, (a, _) = models(DTYPES["float32"], 2, SHAPES)
     shorter = {name: leaf for name, leaf in a.items() if not name.startswith(f"layers.{DEPTH - 1}.")}
