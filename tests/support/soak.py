@@ -18,6 +18,7 @@ Tree = dict[str, np.ndarray]
 
 FORMATS = ("safetensors", "shards", "msgpack", "orbax")
 LAYOUTS = ("by block", "axis 0", "axis 1")
+METHODS = ("linear", "task_arithmetic", "ties", "slerp", "model_stock")
 SPARSIFIERS = ("none", "dare", "magnitude", "breadcrumbs", "della")
 
 
@@ -76,9 +77,7 @@ def _models(rng: np.random.Generator, count: int, depth: int, dtype: str) -> lis
 def draw(seed: int) -> Recipe:
     """A recipe of a seed, its models with it."""
     rng = np.random.default_rng(seed)
-    method = str(
-        rng.choice(["linear", "task_arithmetic", "ties", "slerp", "model_stock"], p=[0.2, 0.25, 0.35, 0.1, 0.1])
-    )
+    method = str(rng.choice(METHODS, p=[0.2, 0.25, 0.35, 0.1, 0.1]))
     count = 2 if method == "slerp" else int(rng.integers(2, 5))
     depth, own = int(rng.integers(2, 5)), int(rng.integers(0, 2**32))
     keys: dict[str, Any] = {"merge_method": method, "seed": own}

@@ -1,0 +1,30 @@
+"""scripts/soak: random recipes are the oracle's merges, and a seed is always the same one."""
+
+import numpy as np
+import pytest
+from support import soak
+
+
+def test_a_seed_is_one_recipe():
+    one, again = soak.draw(5), soak.draw(5)
+    assert one._replace(models=[]) == again._replace(models=[])
+    assert all(np.array_equal(a[n], b[n]) for a, b in zip(one.models, again.models, strict=True) for n in a)
+
+
+def test_all_methods_formats_and_layouts_are_drawn():
+    drawn = [soak.draw(seed) for seed in range(80)]
+    assert {recipe.keys["merge_method"] for recipe in drawn} == set(soak.METHODS)
+    assert {recipe.keys.get("sparsify", {}).get("method", "none") for recipe in drawn} == set(soak.SPARSIFIERS)
+    assert {each for recipe in drawn for each in recipe.formats} == set(soak.FORMATS)
+    assert {each for recipe in drawn for each in recipe.layouts} == set(soak.LAYOUTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [7, 3])
+def test_random_recipes_are_the_oracles(seed, tmp_path):
+    assert soak.wrong_tensors(soak.draw(seed), tmp_path) == []
+
+
+def test_a_wrong_tensor_is_found(tmp_path):
+    drawn = soak.draw(8)
+    assert soak.wrong_tensors(drawn._replace(told=drawn.told | {"seed": 1, "weights": None}), tmp_path)
