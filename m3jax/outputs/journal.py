@@ -5,8 +5,12 @@ was; it is a merge's own by the identity that it begins with. Loaders take a dir
 which appear last.
 """
 
+import hashlib
+import json
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -91,3 +95,41 @@ class Journalled(ABC):
     @abstractmethod
     def _store(self, entry: Entry) -> Entry:
         """Stores an entry, and before it the weight file that it tells of; returns what is to be known of it."""
+
+
+# --- Journals in files -------------------------------------------------------------------------------------------
+
+
+def line_of(told: Mapping[str, Any]) -> str:
+    """A line of a journal, with a sum that tells whether it is as it was written."""
+    text = json.dumps(told)
+    return f"{_sum(text)} {text}\n"
+
+
+def _sum(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _whole_lines(journal: Path) -> Iterator[dict[str, Any] | None]:
+    """What each line tells; None for one that a crash cut or a disk changed."""
+    with suppress(OSError):
+        for line in journal.read_bytes().decode(errors="replace").split("\n")[:-1]:
+            said, _, text = line.partition(" ")
+            yield json.loads(text) if said == _sum(text) else None
+
+
+def read_journal(journal: Path) -> Journal:
+    """What a journal's whole lines tell, the first its identity."""
+    first, *others = list(_whole_lines(journal)) or [None]
+    if first is None:
+        return Journal("", [])
+    told = [line for line in others if line is not None]
+    return Journal(str(first.get("identity", "")), told, tuple(first.get("names", ())))
+
+
+def append(journal: Path, entry: Mapping[str, Any]) -> None:
+    """Add a line to a journal, safely stored before this returns."""
+    with open(journal, "a", encoding="utf-8") as file:
+        file.write(line_of(entry))
+        file.flush()
+        os.fsync(file.fileno())

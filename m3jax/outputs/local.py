@@ -7,21 +7,15 @@ once that has its name, and out of a directory that is given up. A crash at any 
 one whole, and what the next command needs to go on or to tidy up.
 """
 
-import ctypes
 import errno
-import fcntl
 import glob
-import hashlib
-import json
 import os
 import secrets
 import shutil
-import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -30,7 +24,17 @@ from m3jax.checkpoints import TensorInfo, digest_tensor, open_safetensors
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.shards import WEIGHTS_METADATA, appearing, sync
 from m3jax.errors import M3Error
-from m3jax.outputs.journal import Entry, Journal, Journalled, finished_in, is_weights
+from m3jax.outputs import directories
+from m3jax.outputs.journal import (
+    Entry,
+    Journal,
+    Journalled,
+    append,
+    finished_in,
+    is_weights,
+    line_of,
+    read_journal,
+)
 from m3jax.outputs.provenance import FILE_NAME
 
 CONVERSION = "m3jax-conversion.json"
@@ -43,10 +47,6 @@ _OWN = (_JOURNALS, _TAKEN)
 _REPLACES = "replaces"  # the key of the entry that names what an output takes the place of
 _VISIBLE_SECONDS, _LOOK_SECONDS = 40, 0.2
 _SPARE = 2**20  # bytes beyond those announced
-_HELD = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
-_LOCKLESS = frozenset({errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL})
-_NO_EXCHANGE = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
-_HERE, _EXCHANGE = -100, 2  # Linux's AT_FDCWD and RENAME_EXCHANGE
 
 
 def is_own(name: str) -> bool:
@@ -105,7 +105,7 @@ def unfinished(out: Path) -> str | None:
 
 def _published(out: Path) -> str:
     """The identity of the merge that a crash ended just after its output had appeared; empty where none did."""
-    return "" if out.is_symlink() else _read_journal(out / _JOURNAL).identity
+    return "" if out.is_symlink() else read_journal(out / _JOURNAL).identity
 
 
 def _exists(out: Path) -> M3Error:
@@ -215,7 +215,7 @@ class Workplace(Journalled):
         """Write the journal anew: a line that a crash cut would otherwise swallow the next one."""
         lines = [{"identity": journal.identity, "names": list(journal.names)}, *journal.entries]
         with appearing(self._journal) as file:
-            file.write("".join(map(_line, lines)).encode())
+            file.write("".join(map(line_of, lines)).encode())
 
     def holds(self, file: str) -> bool:
         """Whether a finished weight file is still there."""
@@ -223,7 +223,7 @@ class Workplace(Journalled):
 
     def _store(self, entry: Entry) -> Entry:
         """Add an entry to the journal; the weight file that it tells of is on the disk."""
-        _append(self._journal, entry)
+        append(self._journal, entry)
         return entry
 
 
@@ -281,15 +281,15 @@ class Staging(Workplace):
     def _take(self) -> int:
         """A lock on the directory, made if it is missing."""
         while True:
-            is_new = _make(self.path)
+            is_new = directories.make(self.path)
             try:
-                lock = _open_directory(self.path)
+                lock = directories.open_directory(self.path)
             except FileNotFoundError:  # given up by another merge just now
                 continue
             try:
-                locked = _lock(lock, self.path)
+                locked = directories.lock(lock, self.path)
                 # Whoever held the lock before may have renamed or removed the directory: then this is not it.
-                if _is_at(lock, self.path):
+                if directories.is_at(lock, self.path):
                     if is_new or _replaced_by(self.out) != self.path:
                         self._mark = None if locked else _mark(self.path)
                         return lock
@@ -318,14 +318,14 @@ class Staging(Workplace):
 
     def _tidy(self) -> bool:
         """Remove what the output that is there has replaced; False if whoever published it is still at that."""
-        lock = _open_directory(self.out)
+        lock = directories.open_directory(self.out)
         try:
-            _lock(lock, self.out)
+            directories.lock(lock, self.out)
             old = _replaced_by(self.out)
             if old is not None:
                 if old != self.path:  # that one is new, and has but the number of one that is gone
                     shutil.rmtree(old)
-                _append(self.out / _JOURNAL, {_REPLACES: None})
+                append(self.out / _JOURNAL, {_REPLACES: None})
         except M3Error:
             return False
         finally:
@@ -334,8 +334,8 @@ class Staging(Workplace):
 
     def _resume(self, identity: str) -> None:
         """Take over what all journals tell, if they are this merge's, and empty the directory otherwise."""
-        own = _read_journal(self._journal)
-        self.finished = finished_in(map(_read_journal, sorted(self.path.glob(_JOURNALS))), identity)
+        own = read_journal(self._journal)
+        self.finished = finished_in(map(read_journal, sorted(self.path.glob(_JOURNALS))), identity)
         self.finished = [entry for entry in self.finished if _REPLACES not in entry]
         self._check_own((*self._names, *own.names))
         self._opened = True
@@ -381,9 +381,9 @@ class Staging(Workplace):
         if not self._overwrite:
             raise _exists(self.out) from OSError(errno.EEXIST, "File exists")
         _check_replaceable(self.out)
-        old = _open_directory(self.out)
+        old = directories.open_directory(self.out)
         try:
-            _lock(old, self.out)  # also for whoever finds it where this merge was made
+            directories.lock(old, self.out)  # also for whoever finds it where this merge was made
             self._appeared(self._replace(os.fstat(old).st_ino))
         finally:
             os.close(old)
@@ -391,11 +391,11 @@ class Staging(Workplace):
     def _replace(self, inode: int) -> Path:
         """Take the place of what is there; returns where that is now."""
         # Names without what they name could be anybody's: the inode goes where a rename takes the directory.
-        _append(self._journal, {_REPLACES: {"name": self.path.name, "inode": inode}})
-        if _exchange(self.path, self.out):
+        append(self._journal, {_REPLACES: {"name": self.path.name, "inode": inode}})
+        if directories.exchange(self.path, self.out):
             return self.path
         aside = self.out.with_name(f"{self.out.name}.replaced-{secrets.token_hex(4)}")
-        _append(self._journal, {_REPLACES: {"name": aside.name, "inode": inode}})
+        append(self._journal, {_REPLACES: {"name": aside.name, "inode": inode}})
         os.rename(self.out, aside)
         try:
             self._rename()
@@ -429,7 +429,7 @@ class Staging(Workplace):
         kept = self._shared or (mendable and bool(self.finished)) or _replaced_by(self.path) is not None
         try:
             with suppress(OSError):
-                if not self._published and _is_at(self._lock, self.path):
+                if not self._published and directories.is_at(self._lock, self.path):
                     if self._opened and not kept and foreign(self.path, self._names) is None:
                         _empty(self.path)
                         _remove_journals(self.path)
@@ -456,47 +456,7 @@ def _remove_journals(directory: Path) -> None:
     sync(directory)
 
 
-# --- Locks --------------------------------------------------------------------------------------------------------
-
-
-def _open_directory(path: Path) -> int:
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-
-
-def _make(directory: Path) -> bool:
-    """Make a directory; False if it was there already."""
-    try:
-        directory.mkdir()
-    except FileExistsError:
-        return False
-    return True
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open directory is still the one of that name."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _lock(descriptor: int, directory: Path) -> bool:
-    """Lock an open directory; False where the file system has no locks.
-
-    Raises:
-        M3Error: Another process holds the lock.
-    """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _HELD:
-            raise M3Error(
-                f"{directory}: another merge is writing there: wait for it, or choose another output"
-            ) from None
-        if error.errno not in _LOCKLESS:
-            raise OSError(error.errno, error.strerror, str(directory)) from error
-        return False
-    return True
+# --- What crashes leave -------------------------------------------------------------------------------------------
 
 
 def _mark(directory: Path) -> Path:
@@ -516,35 +476,9 @@ def _mark(directory: Path) -> Path:
     return mark
 
 
-# --- Exchanging ---------------------------------------------------------------------------------------------------
-
-
-@cache
-def _renameat2() -> Any:
-    """The system's function that exchanges two names; None where there is none."""
-    try:
-        return ctypes.CDLL(None, use_errno=True).renameat2 if sys.platform == "linux" else None
-    except (OSError, AttributeError):
-        return None
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two directories in one step; False where the system or the file system cannot."""
-    function = _renameat2()
-    if function is None:
-        return False
-    names = [ctypes.c_char_p(os.fsencode(path)) for path in (one, other)]
-    if function(_HERE, names[0], _HERE, names[1], ctypes.c_uint(_EXCHANGE)) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in _NO_EXCHANGE:
-        return False
-    raise OSError(code, os.strerror(code), str(other))
-
-
 def _replaced_by(directory: Path) -> Path | None:
     """What an output has replaced or was about to, as its journal names it, if that is still there."""
-    told = [entry[_REPLACES] for entry in _read_journal(directory / _JOURNAL).entries if _REPLACES in entry]
+    told = [entry[_REPLACES] for entry in read_journal(directory / _JOURNAL).entries if _REPLACES in entry]
     if not told or not isinstance(told[-1], dict):
         return None
     place = directory.with_name(str(told[-1].get("name")))
@@ -552,9 +486,6 @@ def _replaced_by(directory: Path) -> Path | None:
         return place if place.lstat().st_ino == told[-1].get("inode") else None
     except FileNotFoundError:
         return None
-
-
-# --- Journals -----------------------------------------------------------------------------------------------------
 
 
 def _appears(path: Path) -> bool:
@@ -565,41 +496,6 @@ def _appears(path: Path) -> bool:
             return False
         time.sleep(_LOOK_SECONDS)
     return True
-
-
-def _line(told: Mapping[str, Any]) -> str:
-    """A line of a journal, with a sum that tells whether it is as it was written."""
-    text = json.dumps(told)
-    return f"{_sum(text)} {text}\n"
-
-
-def _sum(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def _whole_lines(journal: Path) -> Iterator[dict[str, Any] | None]:
-    """What each line tells; None for one that a crash cut or a disk changed."""
-    with suppress(OSError):
-        for line in journal.read_bytes().decode(errors="replace").split("\n")[:-1]:
-            said, _, text = line.partition(" ")
-            yield json.loads(text) if said == _sum(text) else None
-
-
-def _read_journal(journal: Path) -> Journal:
-    """What a journal's whole lines tell, the first its identity."""
-    first, *others = list(_whole_lines(journal)) or [None]
-    if first is None:
-        return Journal("", [])
-    told = [line for line in others if line is not None]
-    return Journal(str(first.get("identity", "")), told, tuple(first.get("names", ())))
-
-
-def _append(journal: Path, entry: Mapping[str, Any]) -> None:
-    """Add a line to a journal, safely stored before this returns."""
-    with open(journal, "a", encoding="utf-8") as file:
-        file.write(_line(entry))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync_files(directory: Path) -> None:

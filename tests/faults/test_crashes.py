@@ -56,7 +56,7 @@ with Faults(place, kind="exit").until(lambda call: call.startswith(last)):
 """
 
 
-@pytest.mark.parametrize("last", ["replace /out.partial/m3jax-journal", "_exchange", "unlink /out.partial"])
+@pytest.mark.parametrize("last", ["replace /out.partial/m3jax-journal", "exchange", "unlink /out.partial"])
 def test_processes_that_really_end(inputs, tmp_path, last):
     convert(inputs / "expert-0", tmp_path / "whole", "msgpack")
     place = tmp_path / "place"

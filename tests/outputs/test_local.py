@@ -16,7 +16,7 @@ import m3jax
 from m3jax import M3Error
 from m3jax.checkpoints import shards
 from m3jax.cli.commands import main
-from m3jax.outputs import local
+from m3jax.outputs import directories
 from m3jax.outputs.conversion import convert
 from m3jax.outputs.local import Staging
 
@@ -191,7 +191,7 @@ def test_an_output_with_its_journal_is_whole_and_is_tidied_up(place, tmp_path):
 
 
 def test_a_replacement_that_was_interrupted_is_named_and_undone(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "_renameat2", lambda: None)
+    monkeypatch.setattr(directories, "_renameat2", lambda: None)
     convert(place / "base", tmp_path / "out", "msgpack")
     old = contents(tmp_path / "out")
     with pytest.raises(Killed), Faults(tmp_path).until(lambda call: call.startswith("rename /out.partial")):

@@ -21,7 +21,7 @@ import numpy as np
 
 import m3jax
 from m3jax.errors import M3Error
-from m3jax.outputs import local
+from m3jax.outputs import directories
 from m3jax.outputs.conversion import convert
 from support.directories import recipe, write
 
@@ -50,7 +50,7 @@ class Faults:
         self._patch(os, "open", self._opened)
         for module in (builtins, io):
             self._patch(module, "open", self._opened_file)
-        self._patch(local, "_exchange", lambda plain, *a: (str(a[1]), plain, a, {}))
+        self._patch(directories, "exchange", lambda plain, *a: (str(a[1]), plain, a, {}))
         return self
 
     def __exit__(self, *_):
@@ -189,7 +189,7 @@ def step_through(scenario, kind, stride=1):
         How often each outcome was there after the fault, the number of calls, and what is wrong.
     """
     if not scenario.exchanges:
-        with mock.patch.object(local, "_renameat2", return_value=None):
+        with mock.patch.object(directories, "_renameat2", return_value=None):
             return step_through(scenario._replace(exchanges=True), kind, stride)
     command, start, place, reference, _ = scenario
     old = contents(start / "out")
