@@ -41,7 +41,8 @@ from m3jax.outputs.remote import RemoteStaging, RemoteWorkplace
 from m3jax.progress import Progress
 from m3jax.recipe import Recipe, load_recipe
 from m3jax.streaming.findings import Step, phases_of
-from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, MergeJob, OpenedModel, Ready, prepare, recorded_digests
+from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, MergeJob, Ready, prepare, recorded_digests
+from m3jax.streaming.opening import OpenedModel
 from m3jax.streaming.passes import Circumstances, Passes
 from m3jax.streaming.plan import DrawnWeights, MergePlan, TensorPlan, divide
 from m3jax.streaming.reading import Loaded, default_chunk_entries
