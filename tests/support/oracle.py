@@ -141,6 +141,8 @@ def draw(seed, alpha, n, group=None):
 
 
 def kth_smallest_magnitude(arrays, density):
+    if density == 0:
+        return F32(np.inf)  # nothing is kept
     flat = np.concatenate([np.abs(a).ravel() for a in arrays]) if arrays else np.zeros(0, F32)
     k = math.floor(flat.size * (1 - density))
     return F32(0) if k == 0 else np.sort(flat)[k - 1]
