@@ -43,7 +43,7 @@ def prepared(method, sparsifier, dtype, shape, n=2):
 
 
 SOME = [(*case, "bfloat16", platform) for case in FAST[3:6] for platform in ("cpu", "gpu")]
-EVERY = pairwise(METHODS, SPARSIFIERS, DTYPES, ("cpu", "gpu"))
+EVERY = pairwise(METHODS, SPARSIFIERS, DTYPES, ("cpu", "gpu"), apart=((0, 1),))
 
 
 @pytest.mark.parametrize(("method", "sparsifier", "dtype", "platform"), few(dict.fromkeys([*SOME, *EVERY]), *SOME))
