@@ -81,8 +81,6 @@ MODELS = {"nnx": nnx_models, "linen boxed": linen_models, "linen": lambda: nn.un
 # Every kind in every format, and the methods with kinds and formats in turn.
 TRIED = [(kind, writer, "task_arithmetic", "dare") for kind in MODELS for writer in WRITERS]
 TRIED += pairwise(MODELS, WRITERS, CASES[1:], apart=((0, 1), (1, 2)))
-    MODELS, WRITERS, [case for case in CASES if case != ("task_arithmetic", "dare")], apart=((0, 1), (1, 2))
-)
 TRIED = [(*row[:2], *row[2]) if len(row) == 3 else row for row in TRIED]
 
 
