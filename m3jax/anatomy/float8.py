@@ -30,7 +30,6 @@ _OF_CACHES = re.compile(r"\.(?:k_scale|v_scale|q_scale|kv_scale|prob_scale|prob_
 _MARKER = "scaled_fp8"  # ComfyUI's, without entries
 _DECLARING = ("quantization_config", "compression_config")
 _DECLARED = frozenset({"fp8", "fbgemm_fp8"})
-_USUAL_BLOCK = (128, 128)
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -142,8 +141,11 @@ def _declared(config: Mapping[str, Any] | None) -> Mapping[str, Any]:
 
 def _declared_blocks(declared: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
     """The blocks that share a scale, as a config has them: of all weights, or of groups of modules."""
-    block = _pair(declared.get("weight_block_size"))
-    if block is not None:
+    size = declared.get("weight_block_size")
+    if size is not None:
+        block = _pair(size)
+        if block is None:
+            raise M3Error(f"config.json: weight_block_size is {size!r:.50}, but must be two whole numbers: correct it.")
         yield block
     groups = declared.get("config_groups")
     for group in groups.values() if isinstance(groups, Mapping) else ():
@@ -162,10 +164,9 @@ def _pair(value: Any) -> tuple[int, int] | None:
     numbers = re.findall(r"\d+", value) if isinstance(value, str) else value
     if not isinstance(numbers, Sequence) or len(numbers) != 2:
         return None
-    try:
-        rows, columns = map(int, numbers)
-    except (TypeError, ValueError):
+    if not all(isinstance(number, int | str) and not isinstance(number, bool) for number in numbers):
         return None
+    rows, columns = map(int, numbers)
     return (rows, columns) if rows > 0 and columns > 0 else None
 
 
@@ -186,13 +187,13 @@ def _scaling_of(
     scales = tensors[found[0]]
     if scales.dtype not in _SCALES:
         raise M3Error(f"{location}: {scales.name} is {scales.dtype}, which no scales are: {_MEND}.")
-    laid = _laid(tensors[name], scales.shape, blocks or [_USUAL_BLOCK])
+    laid = _laid(tensors[name], scales.shape, blocks)
     if len(laid) != 1:
-        said = " and ".join(f"{rows}x{columns}" for rows, columns in blocks) or "128x128, as config.json says nothing"
+        said = " and ".join(f"{rows}x{columns}" for rows, columns in blocks) or "a size that config.json does not say"
         how = "can lie on it in several ways" if laid else "does not lie on it"
         raise M3Error(
             f"{location}: {name} is {list(tensors[name].shape)} and its scale {scales.name} {list(scales.shape)}, which"
-            f" {how} by tensor, row or blocks of {said}: correct weight_block_size in config.json."
+            f" {how} by tensor, row or blocks of {said}: correct weight_block_size in its quantization_config."
         )
     shape, block = laid[0]
     return Scaling(scales.name, shape, block)

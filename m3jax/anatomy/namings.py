@@ -179,6 +179,8 @@ def find_mapping(
             parts = [_own_first(ours.atoms[atom], name) for atom in atoms]
             made[name] = Assembly(wanted[name].shape, own[parts[0].stored].dtype, tuple(_pieces(own, parts)))
             used |= {part.stored for part in parts}
+    if any(atom not in shared for stored in used for atom in ours.members[stored]):
+        return None  # a tensor of which only a part is wanted: more experts are another model's
     for name in [name for name, assembly in made.items() if len(assembly.pieces) == 1]:
         stored = made[name].pieces[0].stored
         if made[name].pieces[0] == Piece(stored, 0, own[stored].nbytes):
@@ -225,6 +227,9 @@ def _taken_apart(info: TensorInfo, common: str) -> Iterator[tuple[str, _Atom]]:
         return
     parts = ("gate", "up") if together[2] else ("down",)
     experts, rows, columns = info.shape
+    if rows % len(parts):  # no gate and up, whatever it is called
+        yield common, _Atom(info.name, 0, info.shape)
+        return
     shape = (rows // len(parts), columns)
     size = shape[0] * columns * DTYPES[info.dtype].itemsize
     for number in range(experts):

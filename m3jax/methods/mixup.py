@@ -101,7 +101,7 @@ def draw_weights(
         n numbers that sum to one; each stick's fraction is a float32, the arithmetic on them is float64.
 
     Raises:
-        M3Error: Two shape parameters for other than two experts.
+        M3Error: Two shape parameters for other than two experts, or one that is no number above 0.
 
     Example:
         >>> a, b = draw_weights(0, alpha=0.5)
@@ -113,6 +113,9 @@ def draw_weights(
             f"mixup: alpha has two shape parameters {tuple(alpha)}, which define a draw for two experts, "
             f"but there are {num_experts}: give one number"
         )
+    shapes = alpha if isinstance(alpha, tuple | list) else (alpha,)
+    if len(shapes) > 2 or not all(isinstance(a, int | float | np.number) and 0 < a < np.inf for a in shapes):
+        raise M3Error(f"mixup: alpha is {alpha!r}, but must be a number above 0, or two of them")
     words = group_key(key, group)
     return weights_at([float(uniform(words, stick)) for stick in range(num_experts - 1)], alpha)
 

@@ -173,7 +173,7 @@ def _convert(
         digest = _verify(staging.path, to, watched, _Stage("verifying", total, progress))
         if source.fingerprint() != before:
             raise M3Error(f"{source.location} changed while it was being converted: convert again once it is at rest.")
-        mark = {"m3jax": versions()["m3jax"], "format": to.name, "digest": digest}
+        mark = {"m3jax": versions()["m3jax"], "format": to.name, "digest": digest, "files": staging.files()}
         (staging.path / CONVERSION).write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
         narrow(staging.path, source.files())
         staging.publish()

@@ -21,8 +21,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from m3jax.checkpoints import TensorInfo, digest_tensor, open_safetensors
+from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.shards import WEIGHTS_METADATA, appearing, sync
+from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 from m3jax.outputs import directories
 from m3jax.outputs.journal import (
@@ -123,11 +125,40 @@ def _check_replaceable(out: Path) -> None:
         return
     if out.is_symlink() or not out.is_dir():
         raise M3Error(f"{out}: is not a directory, and only a directory is overwritten: choose another output")
-    if not any((out / name).is_file() for name in (FILE_NAME, CONVERSION)):
+    made = _made_files(out)
+    if made is None:
         raise M3Error(
-            f"{out}: holds no {FILE_NAME}, and only what m3jax has made is overwritten: choose another output, "
-            "or move it away"
+            f"{out}: holds no {FILE_NAME} of an output, and only what m3jax has made is overwritten: choose another "
+            "output, or move it away"
         )
+    other = foreign(out, made)
+    if other is not None:
+        raise M3Error(f"{out}: holds {other}, which is not of the output that is to be replaced: move it away")
+
+
+def _made_files(out: Path) -> tuple[str, ...] | None:
+    """Patterns of the files of an output, as its manifest or a conversion's mark tells; None without."""
+    manifest, mark = (_told_in(out / name) for name in (FILE_NAME, CONVERSION))
+    output = manifest.get("output")
+    if isinstance(output, dict) and isinstance(output.get("files"), dict):
+        weights = output.get("weight_files")
+        first = (
+            exactly(weights) if isinstance(weights, dict) else (f"*{SAFETENSORS.endings[0]}", SAFETENSORS.index_file)
+        )
+        return (*first, *exactly([*output["files"], FILE_NAME]))
+    files = mark.get("files")
+    if isinstance(files, list) and all(isinstance(name, str) for name in files):
+        return exactly([*files, CONVERSION])
+    return None
+
+
+def _told_in(file: Path) -> dict[str, Any]:
+    """What a file of JSON tells; nothing where it is none."""
+    try:
+        told = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, *FAULTS):
+        return {}
+    return told if isinstance(told, dict) else {}
 
 
 def _is_ours(directory: Path) -> bool:
@@ -358,6 +389,11 @@ class Staging(Workplace):
             ) from OSError(errno.ENOTEMPTY, "Directory not empty")
 
     # --- Publishing -----------------------------------------------------------------------------------------------
+
+    def files(self) -> list[str]:
+        """All files that are there but journals, by their paths in the directory."""
+        every = (path for path in self.path.rglob("*") if path.is_symlink() or not path.is_dir())
+        return sorted(path.relative_to(self.path).as_posix() for path in every if not is_own(path.name))
 
     def publish(self, names: Collection[str] | None = None) -> None:
         """Make the directory the output, in one step where the system has one.

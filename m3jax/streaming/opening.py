@@ -177,12 +177,15 @@ def _under_one_naming(models: Sequence[OpenedModel], job: "MergeJob") -> list[Op
         return {name for name, part in anatomy.parts.items() if part.kind not in _WEIGHTS or name == anatomy.head}
 
     def under_it(model: OpenedModel) -> OpenedModel:
+        family, wanted = model.input.anatomy.family, template.input.anatomy.family
+        if family is not None and wanted is not None and family != wanted:
+            return model  # BERT and ELECTRA are alike but for a name
         found = find_mapping(
             model.checkpoint.tensors,
             template.checkpoint.tensors,
             called=(model.input.name, template.input.name),
             optional=unnamed(model) | unnamed(template),
-            family=model.input.anatomy.family,
+            family=family,
         )
         if found is None:
             return model

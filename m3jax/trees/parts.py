@@ -178,6 +178,10 @@ def laid_out_as(tree: ParameterTree, other: dict[str, Leaf], anatomy: AnatomyOf 
 
     def value(stacking: Stacking) -> Any:
         blocks = [tensor(block) for block in stacking.blocks]
+        dtypes = sorted({str(getattr(block, "dtype", type(block).__name__)) for block in blocks})
+        if len(dtypes) > 1:
+            named = ", ".join(dict.fromkeys(block.stored for block in stacking.blocks))
+            raise M3Error(f"{named}: are of dtypes {', '.join(dtypes)}, so they cannot be stacked as in the first tree")
         hosted = all(isinstance(block, np.ndarray | np.generic) for block in blocks)
         return blocks[0] if stacking.axis is None else (np if hosted else jnp).stack(blocks, stacking.axis)
 

@@ -228,6 +228,31 @@ def test_a_file_that_does_not_reach_the_disk_is_named(place, tmp_path, monkeypat
     assert (there / "out").exists() == (what == "place")
 
 
+@pytest.mark.parametrize("file", ["mine.txt", "runs/scores.json", ".git/HEAD"])
+def test_an_output_that_holds_files_of_its_user_is_not_replaced(place, tmp_path, file):
+    merge(place, tmp_path / "out")
+    mine = tmp_path / "out" / file
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    top = file.split("/")[0]
+    with pytest.raises(M3Error, match=rf"holds {top}, which is not of the output that is to be replaced: move it away"):
+        merge(place, tmp_path / "out", overwrite=True)
+    assert mine.read_text() == "mine"
+    shutil.move(tmp_path / "out" / top, tmp_path / "kept")
+    merge(place, tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["m3jax.json", "m3jax-conversion.json"])
+@pytest.mark.parametrize("text", ["", "{}", "x", '{"output": {"files": []}, "files": 3}'])
+def test_a_file_of_the_manifests_name_makes_no_output(place, tmp_path, name, text):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text(text)
+    (tmp_path / "out" / "thesis.tex").write_text("mine")
+    with pytest.raises(M3Error, match=r"holds no m3jax\.json of an output, and only what m3jax"):
+        merge(place, tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
+
+
 def locks_fail(monkeypatch, code):
     def flock(*_):
         raise OSError(code, os.strerror(code))
@@ -241,7 +266,7 @@ def test_file_systems_without_locks(tmp_path, monkeypatch, code):
     with Staging(tmp_path / "out", "one", 1, names=["m3jax.json"]) as staging:
         with pytest.raises(M3Error, match=r"has no locks, and m3jax-journal\.taken in it .* remove that file"):
             Staging(tmp_path / "out", "one", 1)
-        (staging.path / "m3jax.json").write_text("{}")
+        (staging.path / "m3jax.json").write_text('{"output": {"files": {}}}')
         staging.publish()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["m3jax.json"]
     interrupted = Staging(tmp_path / "out", "one", 1, overwrite=True)

@@ -1,5 +1,6 @@
 """What tensors are decides what a merge does with them: layouts of one model, kinds, aliases, towers, old schemes."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -157,6 +158,25 @@ def test_models_that_are_stacked_otherwise_are_read_as_the_base_is(place, tmp_pa
         assert record["tensors"] == {n: digest_tensor(stored, n) for n in stored.tensors}
         stored.close()
     assert m3jax.replay(tmp_path / "mixed", tmp_path / "again").digest == want.digest
+
+
+@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, LAYOUTS)))
+@pytest.mark.parametrize("deeper", [0, 1])
+def test_a_model_with_more_blocks_is_another_one(tmp_path, layouts, deeper):
+    trees = [block_by_block(seed) for seed in range(2)]
+    trees[deeper] |= {f"layers_3.{n}": trees[deeper][f"layers_2.{n}"] for n in ("mlp.kernel", "norm.scale")}
+    for i, (tree, layout) in enumerate(zip(trees, layouts, strict=True)):
+        depth = LAYERS + (i == deeper)
+        if layout != "by block":
+            parts = {leaf: [tree[f"layers_{n}.{leaf}"] for n in range(depth)] for leaf in ("mlp.kernel", "norm.scale")}
+            tree = {name: value for name, value in tree.items() if not name.startswith("layers_")}
+            tree |= {f"layers.{leaf}": np.stack(blocks, int(layout[-1])) for leaf, blocks in parts.items()}
+        write(tmp_path / str(i), tree, {"num_hidden_layers": depth})
+    asked = {"merge_method": "linear", "models": [str(tmp_path / "0"), str(tmp_path / "1")]}
+    with pytest.raises(M3Error):
+        m3jax.merge_checkpoint(asked, tmp_path / "out")
+    with pytest.raises(M3Error):
+        m3jax.merge([read(tmp_path / "0"), read(tmp_path / "1")])
 
 
 def test_gradients_run_over_the_layers_of_every_layout(place, tmp_path):

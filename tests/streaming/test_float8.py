@@ -224,7 +224,7 @@ def test_every_spelling_of_scales():
     groups = {"config_groups": {"group_0": {"weights": {"strategy": "group", "group_size": 32}}}}
     blocks = {"config_groups": {"group_0": {"weights": {"strategy": "block", "block_structure": "64x32"}}}}
     for scale, shape, config, laid in (
-        (f"{W}_scale_inv", (5, 3), None, ((5, 3), (128, 128))),
+        (f"{W}_scale_inv", (5, 3), {"quantization_config": {"weight_block_size": [128, 128]}}, ((5, 3), (128, 128))),
         (f"{W}_scale_inv", (9, 5), {"quantization_config": {"weight_block_size": [64, 64]}}, ((9, 5), (64, 64))),
         (f"{W}_scale_inv", (), {"quantization_config": {"weight_block_size": None}}, ((1, 1), (576, 300))),
         (f"{W}_scale", (1,), None, ((1, 1), (576, 300))),
@@ -255,7 +255,11 @@ def test_dtype_of_numbers():
     ("shapes", "config", "words"),
     [
         ({W: (8, 8)}, None, rf"{W} is F8_E4M3 without scales \(no {W}_scale_inv, "),
-        ({W: (300, 300), f"{W}_scale_inv": (2, 3)}, None, r"\[300, 300\] and its scale .* \[2, 3\], .* 128x128, as "),
+        (
+            {W: (300, 300), f"{W}_scale_inv": (2, 3)},
+            None,
+            r"\[300, 300\] and its scale .* \[2, 3\], .* a size that config",
+        ),
         ({W: (8, 8), f"{W}_scale": (4,)}, None, r"does not lie on it"),
         ({W: (8, 8), f"{W}_scale": (), f"{W}_scale_inv": ()}, None, r"has both .*scale_inv and .*scale, a scheme that"),
         (

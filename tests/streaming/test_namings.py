@@ -189,3 +189,17 @@ def test_old_and_new_names_as_transformers_writes_them(family, tmp_path):
     _, report = type(model).from_pretrained(tmp_path / "new", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
+
+
+def test_experts_that_only_one_model_has_are_not_dropped(tmp_path):
+    """A fused tensor of more experts than the template has, one by one, is another model's."""
+    fewer = {
+        name: value for name, value in mixtral(0).items() if ".experts.2." not in name and "gate.weight" not in name
+    }
+    fused = {name: value for name, value in together(mixtral(1)).items() if "gate.weight" not in name}
+    write(tmp_path / "a", fewer)
+    write(tmp_path / "b", fused)
+    with pytest.raises(M3Error):
+        m3jax.merge_checkpoint(
+            {"merge_method": "linear", "models": [str(tmp_path / "a"), str(tmp_path / "b")]}, tmp_path / "out"
+        )
