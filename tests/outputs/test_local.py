@@ -235,7 +235,9 @@ def test_an_output_that_holds_files_of_its_user_is_not_replaced(place, tmp_path,
     mine.parent.mkdir(exist_ok=True)
     mine.write_text("mine")
     top = file.split("/")[0]
-    with pytest.raises(M3Error, match=rf"holds {top}, which is not of the output that is to be replaced: move it away"):
+    with pytest.raises(
+        M3Error, match=rf"holds {file}, which is not of the output that is to be replaced: move it away"
+    ):
         merge(place, tmp_path / "out", overwrite=True)
     assert mine.read_text() == "mine"
     shutil.move(tmp_path / "out" / top, tmp_path / "kept")
