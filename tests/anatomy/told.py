@@ -52,7 +52,7 @@ def _positions(blocks: Mapping[str, str | None], depths: Mapping[str, int]) -> d
     }
 
 
-def _experts(place: Path) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
+def _experts(place: Path, kinds: Mapping[str, str]) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndarray]]]:
     """The written model and two near it, which are written beside it; coarse, so that ties are common."""
     base = load_file(place / "base" / "model.safetensors")
     rng = np.random.default_rng(0)
@@ -60,7 +60,7 @@ def _experts(place: Path) -> tuple[dict[str, np.ndarray], list[dict[str, np.ndar
     for i in range(2):
         expert = {
             name: leaf + (np.round(rng.standard_normal(leaf.shape) * 8) / 64).astype(leaf.dtype)
-            if leaf.dtype == np.float32
+            if leaf.dtype == np.float32 and kinds[name] == "parameter"
             else leaf
             for name, leaf in base.items()
         }
@@ -89,7 +89,7 @@ def wrong_merges(
         kinds: Of tensors: those of kind "parameter" are merged.
         place: Where the model is written, in `base`; the rest is made beside it.
     """
-    base, experts = _experts(place)
+    base, experts = _experts(place, kinds)
     parameters = [name for name, leaf in base.items() if kinds[name] == "parameter" and leaf.dtype == np.float32]
     ours, theirs = {n: base[n] for n in parameters}, [{n: e[n] for n in parameters} for e in experts]
     blocks = {name: block_of(architecture, name) for name in parameters}
