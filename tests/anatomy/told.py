@@ -43,7 +43,7 @@ def _positions(blocks: Mapping[str, str | None], depths: Mapping[str, int]) -> d
     order = sorted({block for block in blocks.values() if block}, key=lambda b: [int(n) for n in re.findall(r"\d+", b)])
     towers: dict[str, list[str]] = {}
     for block in order:
-        towers.setdefault("all" if len(depths) == 1 else block.rpartition(".")[0], []).append(block)
+        towers.setdefault("all" if len(depths) == 1 else re.sub(r"(\.\d+)+$", "", block), []).append(block)
     assert sorted(map(len, towers.values())) == sorted(depths.values())
     return {
         block: i / (len(tower) - 1) if len(tower) > 1 else 1.0
