@@ -112,7 +112,8 @@ def test_a_plan_says_what_the_merge_would_refuse(place, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
     assert commands.main(["merge", recipe, str(tmp_path / "out"), "--plan", "--overwrite"]) == 2
     assert "only what m3jax has made is overwritten" in capsys.readouterr().err
-    (tmp_path / "out" / "m3jax.json").touch()
+    files = {path.name: "" for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "out" / "m3jax.json").write_text(json.dumps({"output": {"files": files}}))
     assert commands.main(["merge", recipe, str(tmp_path / "out"), "--plan", "--overwrite"]) == 0
     assert commands.main(["merge", recipe, str(tmp_path / "no" / "out"), "--plan"]) == 2
     assert "does not exist" in capsys.readouterr().err

@@ -484,10 +484,11 @@ def test_outputs_that_cannot_be(tmp_path, place):
     (tmp_path / "taken" / "precious").write_text("x")
     with pytest.raises(M3Error, match="exists already"):
         m3jax.merge_checkpoint(asked, tmp_path / "taken")
-    with pytest.raises(M3Error, match=r"holds no m3jax\.json, and only what m3jax has made is overwritten"):
+    with pytest.raises(M3Error, match=r"holds no m3jax\.json of an output, and only what"):
         m3jax.merge_checkpoint(asked, tmp_path / "taken", overwrite=True)
     assert (tmp_path / "taken" / "precious").exists()
-    (tmp_path / "taken" / "m3jax.json").write_text("{}")
+    files = {path.relative_to(tmp_path / "taken").as_posix(): "" for path in (tmp_path / "taken").rglob("*")}
+    (tmp_path / "taken" / "m3jax.json").write_text(json.dumps({"output": {"files": files}}))
     m3jax.merge_checkpoint(asked, tmp_path / "taken", overwrite=True)
     assert not (tmp_path / "taken" / "precious").exists()
     with pytest.raises(M3Error, match="its parent does not exist"):
@@ -532,7 +533,7 @@ def test_a_lock_taken_while_another_merge_publishes_is_not_its_output(tmp_path, 
     from m3jax.outputs import local
 
     first = local.Staging(tmp_path / "out", "one", 1, names=["m3jax.json"])
-    (first.path / "m3jax.json").write_bytes(b"x")
+    (first.path / "m3jax.json").write_text('{"output": {"files": {}}}')
     with pytest.raises(M3Error, match="another merge"):
         local.Staging(tmp_path / "out", "two", 1)
     first.publish()
@@ -565,7 +566,8 @@ def test_leftovers_of_a_kill_do_not_count_as_a_full_disk(tmp_path):
 
 def test_an_input_cannot_be_overwritten_while_it_is_read(tmp_path, place):
     asked = recipe(place, merge_method="task_arithmetic")
-    (place / "expert-0" / "m3jax.json").write_text("{}")  # a merge itself
+    files = {path.name: "" for path in (place / "expert-0").iterdir()}
+    (place / "expert-0" / "m3jax.json").write_text(json.dumps({"output": {"files": files}}))  # a merge itself
     with pytest.raises(M3Error, match="is one of the models"):
         m3jax.merge_checkpoint(asked, place / "expert-0", overwrite=True)
     assert (place / "expert-0" / "model.safetensors").exists()
