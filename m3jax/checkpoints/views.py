@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from m3jax.checkpoints.digest import Passing
 from m3jax.checkpoints.files import joined_metadata
 from m3jax.checkpoints.protocol import Checkpoint, Closing, FileFingerprint, TensorInfo, in_natural_order, room_for
 from m3jax.errors import M3Error
@@ -143,6 +144,46 @@ class View(Closing):
         """Closes all that is viewed."""
         for checkpoint in self._viewed:
             checkpoint.close()
+
+
+class MakingView(Closing):
+    """A view whose tensors are made of those of one checkpoint, not only called otherwise: what such views share.
+
+    Attributes:
+        location: The checkpoint's.
+        metadata: The checkpoint's.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Opens nothing.
+
+        Args:
+            checkpoint: An open checkpoint, which the view closes.
+        """
+        self._checkpoint = checkpoint
+        self._passing = Passing(checkpoint)
+        self.location = checkpoint.location
+        self.metadata = checkpoint.metadata
+
+    def _digests_of(self, names: Iterable[str]) -> dict[str, str]:
+        """The digests of whole tensors of the checkpoint, by their names in the files."""
+        return {
+            stored: found
+            for name in dict.fromkeys(names)
+            for stored, found in stored_digests(self._checkpoint, name, self._passing.digest(name)).items()
+        }
+
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the weights."""
+        return self._checkpoint.files()
+
+    def fingerprint(self) -> dict[str, FileFingerprint]:
+        """What the stored files look like now."""
+        return self._checkpoint.fingerprint()
+
+    def close(self) -> None:
+        """Closes what is viewed."""
+        self._checkpoint.close()
 
 
 @contextmanager

@@ -3,15 +3,13 @@
 from bisect import bisect_right
 from collections.abc import Mapping
 from itertools import accumulate
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from m3jax.checkpoints.digest import Passing
-from m3jax.checkpoints.protocol import Checkpoint, Closing, FileFingerprint, TensorInfo, in_natural_order, room_for
-from m3jax.checkpoints.views import Stored, stored_at, stored_digests
+from m3jax.checkpoints.protocol import Checkpoint, TensorInfo, in_natural_order, room_for
+from m3jax.checkpoints.views import MakingView, Stored, stored_at, stored_digests
 from m3jax.errors import M3Error
 
 
@@ -58,6 +56,7 @@ def assembled(checkpoint: Checkpoint, assemblies: Mapping[str, Assembly]) -> Che
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> from m3jax.checkpoints import ShardWriter, open_safetensors
         >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
         >>> with ShardWriter(file, [TensorInfo("a", (2,), "U8"), TensorInfo("b", (2,), "U8")]) as shard:
@@ -73,15 +72,12 @@ def assembled(checkpoint: Checkpoint, assemblies: Mapping[str, Assembly]) -> Che
     return _Assembled(checkpoint, assemblies)
 
 
-class _Assembled(Closing):
+class _Assembled(MakingView):
     """See `assembled`."""
 
     def __init__(self, checkpoint: Checkpoint, assemblies: Mapping[str, Assembly]) -> None:
-        self._checkpoint = checkpoint
+        super().__init__(checkpoint)
         self._pieces = {name: assembly.pieces for name, assembly in assemblies.items()}
-        self._passing = Passing(checkpoint)
-        self.location = checkpoint.location
-        self.metadata = checkpoint.metadata
         self.tensors: Mapping[str, TensorInfo] = in_natural_order(
             {name: TensorInfo(name, assembly.shape, assembly.dtype) for name, assembly in assemblies.items()}
         )
@@ -104,12 +100,7 @@ class _Assembled(Closing):
         pieces = self._pieces[name]
         if len(pieces) == 1 and pieces[0].nbytes == self._checkpoint.tensors[pieces[0].stored].nbytes:
             return stored_digests(self._checkpoint, pieces[0].stored, digest)
-        stored = dict.fromkeys(piece.stored for piece in pieces)
-        return {
-            own: found
-            for each in stored
-            for own, found in stored_digests(self._checkpoint, each, self._passing.digest(each)).items()
-        }
+        return self._digests_of(piece.stored for piece in pieces)
 
     def read_into(self, name: str, start: int, out: memoryview | npt.NDArray[np.uint8]) -> None:
         """Fills `out` with bytes of pieces, one after the other; see `Checkpoint.read_into`."""
@@ -126,18 +117,6 @@ class _Assembled(Closing):
             if len(pieces) > 1 or piece.nbytes != self._checkpoint.tensors[piece.stored].nbytes:
                 self._passing.take(piece.stored, piece.start + inside, room)
             done += len(room)
-
-    def files(self) -> tuple[Path, ...]:
-        """The files that hold the weights."""
-        return self._checkpoint.files()
-
-    def fingerprint(self) -> dict[str, FileFingerprint]:
-        """What the stored files look like now."""
-        return self._checkpoint.fingerprint()
-
-    def close(self) -> None:
-        """Closes what is viewed."""
-        self._checkpoint.close()
 
     def _has(self, piece: Piece) -> bool:
         info = self._checkpoint.tensors.get(piece.stored)

@@ -9,23 +9,19 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
 from math import prod
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from m3jax.checkpoints.digest import Passing
 from m3jax.checkpoints.protocol import (
     DTYPES,
     Checkpoint,
-    Closing,
-    FileFingerprint,
     TensorInfo,
     in_natural_order,
     room_for,
 )
-from m3jax.checkpoints.views import Stored, stored_at, stored_digests
+from m3jax.checkpoints.views import MakingView, Stored, stored_at, stored_digests
 from m3jax.errors import M3Error
 
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -65,6 +61,7 @@ def dequantized(
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> import ml_dtypes
         >>> from m3jax.checkpoints import ShardWriter, open_safetensors
         >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
@@ -82,20 +79,17 @@ def dequantized(
     return _Dequantized(checkpoint, scalings, dropped, dtype)
 
 
-class _Dequantized(Closing):
+class _Dequantized(MakingView):
     """See `dequantized`."""
 
     def __init__(
         self, checkpoint: Checkpoint, scalings: Mapping[str, Scaling], dropped: Collection[str], dtype: str
     ) -> None:
+        super().__init__(checkpoint)
         hidden = {*dropped, *(scaling.name for scaling in scalings.values())}
-        self._checkpoint = checkpoint
         self._scalings = dict(scalings)
-        self._passing = Passing(checkpoint)
         self._kept: OrderedDict[str, Floats] = OrderedDict()
         self._lock = threading.Lock()
-        self.location = checkpoint.location
-        self.metadata = checkpoint.metadata
         self.tensors: Mapping[str, TensorInfo] = in_natural_order(
             {
                 name: info._replace(dtype=dtype) if name in scalings else info
@@ -114,12 +108,7 @@ class _Dequantized(Closing):
         """The digests of float8 numbers and their scales; see `stored_digests`."""
         if name not in self._scalings:
             return stored_digests(self._checkpoint, name, digest)
-        both = (name, self._scalings[name].name)
-        return {
-            stored: found
-            for each in both
-            for stored, found in stored_digests(self._checkpoint, each, self._passing.digest(each)).items()
-        }
+        return self._digests_of((name, self._scalings[name].name))
 
     def read_into(self, name: str, start: int, out: memoryview | npt.NDArray[np.uint8]) -> None:
         """Fills `out` with the little-endian bytes of a tensor's numbers; see `Checkpoint.read_into`."""
@@ -135,18 +124,6 @@ class _Dequantized(Closing):
             raw = self._numbers(name, begin, end, dtype).view(np.uint8)
             at = begin * dtype.itemsize - start  # a range may begin and end inside a number
             room[max(at, 0) : at + len(raw)] = raw[max(-at, 0) : len(room) - at]
-
-    def files(self) -> tuple[Path, ...]:
-        """The files that hold the weights."""
-        return self._checkpoint.files()
-
-    def fingerprint(self) -> dict[str, FileFingerprint]:
-        """What the stored files look like now."""
-        return self._checkpoint.fingerprint()
-
-    def close(self) -> None:
-        """Closes what is viewed."""
-        self._checkpoint.close()
 
     def _numbers(self, name: str, begin: int, end: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         """Entries of a tensor, as `dtype`."""

@@ -2,23 +2,19 @@
 
 from collections.abc import Mapping
 from math import prod
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from m3jax.checkpoints.digest import Passing
 from m3jax.checkpoints.protocol import (
     DTYPES,
     Checkpoint,
-    Closing,
-    FileFingerprint,
     TensorInfo,
     in_natural_order,
     room_for,
 )
-from m3jax.checkpoints.views import Stored, stored_at, stored_digests
+from m3jax.checkpoints.views import MakingView, Stored, stored_at, stored_digests
 from m3jax.errors import M3Error
 
 _FAR = 2**14  # bytes: runs of a block that are shorter are read with what lies between them
@@ -66,6 +62,7 @@ def restacked(checkpoint: Checkpoint, stackings: Mapping[str, Stacking]) -> Chec
 
     Example:
         >>> import tempfile
+        >>> from pathlib import Path
         >>> from m3jax.checkpoints import ShardWriter, open_safetensors
         >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
         >>> with ShardWriter(file, [TensorInfo("layers.w", (2, 3), "U8")]) as shard:
@@ -80,15 +77,12 @@ def restacked(checkpoint: Checkpoint, stackings: Mapping[str, Stacking]) -> Chec
     return _Restacked(checkpoint, stackings)
 
 
-class _Restacked(Closing):
+class _Restacked(MakingView):
     """See `restacked`."""
 
     def __init__(self, checkpoint: Checkpoint, stackings: Mapping[str, Stacking]) -> None:
-        self._checkpoint = checkpoint
+        super().__init__(checkpoint)
         self._stackings = dict(stackings)
-        self._passing = Passing(checkpoint)
-        self.location = checkpoint.location
-        self.metadata = checkpoint.metadata
         self.tensors: Mapping[str, TensorInfo] = in_natural_order(
             {name: self._info(name, stacking) for name, stacking in stackings.items()}
         )
@@ -126,12 +120,7 @@ class _Restacked(Closing):
         stacking = self._stackings[name]
         if stacking.axis is None and stacking.blocks[0].axis is None:
             return stored_digests(self._checkpoint, stacking.blocks[0].stored, digest)
-        stored = dict.fromkeys(block.stored for block in stacking.blocks)
-        return {
-            own: found
-            for each in stored
-            for own, found in stored_digests(self._checkpoint, each, self._passing.digest(each)).items()
-        }
+        return self._digests_of(block.stored for block in stacking.blocks)
 
     def read_into(self, name: str, start: int, out: memoryview | npt.NDArray[np.uint8]) -> None:
         """Fills `out` with bytes of blocks, as they lie in the tensor; see `Checkpoint.read_into`."""
@@ -190,15 +179,3 @@ class _Restacked(Closing):
             room = out[done : done + whole * inside]
             np.frombuffer(room, np.uint8).reshape(whole, inside)[:] = held.reshape(whole, apart)[:, first:][:, :inside]
             done += whole * inside
-
-    def files(self) -> tuple[Path, ...]:
-        """The files that hold the weights."""
-        return self._checkpoint.files()
-
-    def fingerprint(self) -> dict[str, FileFingerprint]:
-        """What the stored files look like now."""
-        return self._checkpoint.fingerprint()
-
-    def close(self) -> None:
-        """Closes what is viewed."""
-        self._checkpoint.close()
