@@ -1,9 +1,10 @@
 """The inputs of a merge: models opened, and seen under one naming, layout and kind of numbers."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from m3jax import documents
 from m3jax.anatomy import Overrides, Part
 from m3jax.anatomy.float8 import Dequantisation, find_dequantisation, seen_dequantized, without_quantisation
 from m3jax.anatomy.layout import find_layout
@@ -92,9 +93,29 @@ def _opened(
     if job.scheme == SCHEMES[0]:
         anatomy = as_stored(checkpoint.tensors, config)
     else:
-        said = Overrides(**overrides) if overrides else None
+        said = _fitting(Overrides(**overrides), checkpoint.tensors) if overrides else None
         anatomy = stored_anatomy(checkpoint, place.path, config, said)
     return OpenedModel(role, place, checkpoint, Input(place.name, checkpoint.tensors, anatomy), dequantised)
+
+
+def _fitting(said: Overrides, names: Iterable[str]) -> Overrides:
+    """What a recipe says of tensors, without what is of models that are stored otherwise."""
+    there = list(names)
+
+    def found(patterns: Mapping[str, Any]) -> dict[str, Any]:
+        return {each: told for each, told in patterns.items() if any(map(documents.pattern(each).search, there))}
+
+    return said._replace(stacked=found(said.stacked), kinds=found(said.kinds))
+
+
+def _check_overrides(job: "MergeJob", models: Sequence[OpenedModel]) -> None:
+    """Raise M3Error if what a recipe says of tensors is of no model's."""
+    said = Overrides(**(job.recipe.anatomy_overrides() or {}))
+    found = _fitting(said, [name for model in models for name in model.checkpoint.tensors])
+    for key, patterns, fitting in (("stacked", said.stacked, found.stacked), ("kinds", said.kinds, found.kinds)):
+        lost = next((pattern for pattern in patterns if pattern not in fitting), None)
+        if lost is not None:
+            raise M3Error(f"anatomy: {key}: {lost!r} is found in no tensor's name: correct the pattern.")
 
 
 class OpenedModels(NamedTuple):
@@ -115,6 +136,7 @@ def open_models(job: "MergeJob", stack: ExitStack) -> OpenedModels:
         return _stack_models(job, role, {model.place.name: model for model in sources}, stack)
     if recipe.base_model is not None and role is not None:
         sources.append(_open_model(recipe.base_model, role, job, stack))
+    _check_overrides(job, sources)
     models = [_dequantised(model, job) for model in sources]
     alike = _under_one_naming(_stacked_alike(_alike(models, job), job), job)
     return OpenedModels(_with_heads(alike, job), sources, False)
@@ -254,6 +276,7 @@ def _stack_models(job: "MergeJob", role: str | None, opened: dict[str, OpenedMod
         for source in column:
             if source.model not in opened:
                 opened[source.model] = _open_model(source.model, "expert", job, stack)
+    _check_overrides(job, list(opened.values()))
     seen = {name: _dequantised(model, job) for name, model in opened.items()}
     models = []
     for column in columns:

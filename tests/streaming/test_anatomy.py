@@ -160,6 +160,20 @@ def test_models_that_are_stacked_otherwise_are_read_as_the_base_is(place, tmp_pa
     assert m3jax.replay(tmp_path / "mixed", tmp_path / "again").digest == want.digest
 
 
+def test_what_a_recipe_says_of_stacks_is_of_the_models_that_have_them(tmp_path):
+    """Four blocks of four rows: only the recipe can tell along which axis they are stacked."""
+    rng = np.random.default_rng(0)
+    one, two = ({f"layers_{i}.w": rng.standard_normal((4, 6)).astype(np.float32) for i in range(4)} for _ in range(2))
+    write(tmp_path / "one", one, {"num_hidden_layers": 4})
+    write(tmp_path / "two", {"layers.w": np.stack(list(two.values()), 1)}, {"num_hidden_layers": 4})
+    asked = {"merge_method": "linear", "models": [str(tmp_path / "one"), str(tmp_path / "two")]}
+    m3jax.merge_checkpoint({**asked, "anatomy": {"stacked": {r"^layers\.": 1}}}, tmp_path / "out")
+    got = read(tmp_path / "out")
+    assert all(np.array_equal(got[name], (one[name] + two[name]) / np.float32(2)) for name in one)
+    with pytest.raises(M3Error, match="'nowhere' is found in no tensor's name"):
+        m3jax.merge_checkpoint({**asked, "anatomy": {"stacked": {"nowhere": 1}}}, tmp_path / "again")
+
+
 @pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, LAYOUTS)))
 @pytest.mark.parametrize("deeper", [0, 1])
 def test_a_model_with_more_blocks_is_another_one(tmp_path, layouts, deeper):
