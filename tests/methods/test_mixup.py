@@ -6,6 +6,7 @@ import pytest
 from scipy import special, stats
 from support import oracle
 
+import m3jax
 from m3jax import M3Error, draw_weights, mixup
 from m3jax.arithmetic import threefry
 from m3jax.methods import mixup as mixing
@@ -67,3 +68,9 @@ def test_bad_granularity_and_pairs():
         mixup(0.5, "block")
     with pytest.raises(M3Error, match="two shape parameters"):
         draw_weights(0, (1.0, 2.0), 3)
+
+
+@pytest.mark.parametrize("alpha", [0, -1, float("nan"), float("inf"), "x", None, (0.5, 0.5, 0.5)])
+def test_weights_are_drawn_of_numbers_above_0(alpha):
+    with pytest.raises(m3jax.M3Error, match="mixup: alpha"):
+        m3jax.draw_weights(0, alpha)

@@ -332,3 +332,10 @@ def test_stacks_of_boxed_and_wrapped_leaves_are_found():
     got = m3jax.merge([state(e) for e in experts], base=state(base), **call)
     leaves = {name.removeprefix("params."): leaf for name, leaf in named_leaves(got).items()}
     assert same(unstacked(leaves, 0), want) == (True, [])
+
+
+def test_blocks_of_several_dtypes_are_not_stacked():
+    base, (a, _) = models(DTYPES["float32"], 2, SHAPES)
+    a["layers.2.up.kernel"] = a["layers.2.up.kernel"].astype(np.int8)
+    with pytest.raises(M3Error, match=r"are of dtypes float32, int8, so they cannot be stacked"):
+        m3jax.merge([stacked(base, 0), a])
