@@ -61,13 +61,14 @@ def test_corrupted_answers_are_wrong(task: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("task", "form"), CODE)
 def test_every_reference_program_passes(task: str, form: int) -> None:
-    assert_gold_passes(task, form, real_examples(task))
+    examples = real_examples(task)
+    assert_gold_passes(task, form, examples if form == 0 else examples[::4])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["humaneval", "mbpp"])
-def test_every_corrupted_program_fails(task: str) -> None:
-    assert_corrupted_fails(task, real_examples(task))
+def test_corrupted_programs_fail(task: str) -> None:
+    assert_corrupted_fails(task, real_examples(task)[::4])
 
 
 def test_reference_solutions_of_math_end_in_their_answer() -> None:

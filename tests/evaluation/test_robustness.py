@@ -460,7 +460,7 @@ def test_what_needs_no_weights_is_said_before_they_are_loaded(place, tmp_path, c
 
 @pytest.mark.slow
 def test_the_training_script_makes_a_model_that_can_be_attacked(data, tmp_path, capsys):
-    lines = (data / "sst2_phrases_train.tsv").read_text().splitlines(keepends=True)[:1500]
+    lines = (data / "sst2_phrases_train.tsv").read_text().splitlines(keepends=True)[:400]
     (tmp_path / "train.tsv").write_text("".join(lines))
     script = Path(__file__).parents[2] / "scripts" / "train_sst2"
     base = [sys.executable, str(script), "--train", str(tmp_path / "train.tsv"), "--hidden", "16", "--layers", "1"]
