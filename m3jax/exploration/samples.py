@@ -52,6 +52,8 @@ def space_of(recipe: Recipe, plan: MergePlan) -> Space:
         raise M3Error(
             "the recipe has no mixup, so there are no ratios to explore: add a line such as mixup: {alpha: 1}"
         )
+    if recipe.mixup.weights is not None:
+        raise M3Error("mixup.weights: are given, so there are no ratios to explore: remove them")
     pipe = plan.pipeline
     root = threefry.root_key(recipe.seed)
     return Space(tuple(plan.weights), pipe.num_experts, recipe.mixup.alpha, pipe.method.weighting == "position", root)

@@ -143,6 +143,27 @@ def weights_at(p: Sequence[float], alpha: float | tuple[float, float]) -> tuple[
     return (*weights, rest)
 
 
+def likelihood_of_one(alpha: float | tuple[float, float], num_experts: int, share: float) -> float:
+    """How likely a draw is to give one expert more than a share of the whole.
+
+    Args:
+        alpha: As for `draw_weights`.
+        num_experts: n ≥ 2.
+        share: At least ½, so that no two experts can have it at once.
+
+    Example:
+        >>> round(likelihood_of_one(0.5, 2, 0.95), 3)
+        0.287
+    """
+    from scipy.special import betainc
+
+    if isinstance(alpha, tuple | list):
+        a, b = alpha
+        return float(betainc(a, b, 1.0 - share) + betainc(b, a, 1.0 - share))
+    # Each weight of a symmetric Dirichlet is Beta(α, (n − 1)·α).
+    return float(num_experts * betainc(alpha * (num_experts - 1), alpha, 1.0 - share))
+
+
 def draw_position(key: Any, alpha: float | tuple[float, float], group: str | None = None) -> float:
     """The position t ~ Beta(α, α) between two models, for methods that take one (slerp).
 

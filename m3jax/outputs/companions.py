@@ -133,6 +133,7 @@ def write_companions(
     files: Mapping[str, Path],
     recipe: Recipe,
     weights: Mapping[str, Sequence[float]],
+    published: Sequence[str] = (),
     picked: Sequence[int] | None = None,
     unties: bool = False,
 ) -> dict[str, str]:
@@ -143,6 +144,7 @@ def write_companions(
         files: What `gather` chose.
         recipe: The recipe, for dtype, chat template and card.
         weights: Of the experts, by group, for the card.
+        published: The models that are on the hub, as the recipe names them, for the card.
         picked: See `layers.with_layers`; None where layers are as they were.
         unties: Say that the output embedding is a tensor of its own.
 
@@ -166,7 +168,7 @@ def write_companions(
     if template is not None and recipe.chat_template != AUTO:
         (directory / _CHAT_TEMPLATE).write_text(template, encoding="utf-8")
         written.append(_CHAT_TEMPLATE)
-    (directory / README).write_text(card(recipe, weights), encoding="utf-8")
+    (directory / README).write_text(card(recipe, weights, published), encoding="utf-8")
     written.append(README)
     if (index := directory / SAFETENSORS.index_file).is_file():
         written.append(index.name)
@@ -177,30 +179,36 @@ def _yaml(data: Any) -> str:
     return str(yaml.safe_dump(data, sort_keys=False, allow_unicode=True)).rstrip("\n")
 
 
-def card(recipe: Recipe, weights: Mapping[str, Sequence[float]]) -> str:
-    """The model card: what was merged, how, with which weights, and how to make it again."""
+def card(recipe: Recipe, weights: Mapping[str, Sequence[float]], published: Sequence[str] = ()) -> str:
+    """The model card: what was merged, how, with which weights, and how to make it again.
+
+    Its front matter is read by the hub, which knows models by their ids there and nothing of paths elsewhere.
+    """
     names = [entry.model for entry in recipe.experts]
-    everyone = list(dict.fromkeys([*([recipe.base_model] if recipe.base_model else []), *names]))
-    head = _yaml(
-        {"base_model": everyone, "library_name": "transformers", "tags": ["merge", "m3jax", recipe.merge_method]}
-    )
+    everyone = [*([recipe.base_model] if recipe.base_model else []), *names]
+    known = list(dict.fromkeys(name.partition("@")[0] for name in everyone if name in published))
+    front = {"base_model": known} if known else {}
+    head = _yaml({**front, "library_name": "transformers", "tags": ["merge", "m3jax", recipe.merge_method]})
     title = recipe.name or " + ".join(Path(name).name for name in names)
     lines = ["---", head, "---", "", f"# {title}", ""]
     method = provenance.said(recipe.merge_method, catalogue.origin_of(recipe.merge_method))
     lines.append(f"A merge of {', '.join(f'`{name}`' for name in names)} made with m3jax ({method}).")
     if recipe.mixup is not None:
-        lines += ["", _weights(recipe, weights)]
+        is_draw = recipe.mixup.weights is None and all(_is_draw(recipe, *group) for group in weights.items())
+        lines += ["", _weights(recipe, weights, is_draw)]
+        if not is_draw:
+            outcome = {group: tuple(values) for group, values in weights.items()}
+            recipe = recipe.model_copy(update={"mixup": recipe.mixup.model_copy(update={"weights": outcome})})
     lines += ["", "```yaml", _yaml(recipe.resolved()), "```", ""]
     lines.append("`m3jax.json` records every input and output digest; `m3jax replay` makes the same bytes again and")
     lines.append("`m3jax verify` checks them.")
     return "\n".join(lines) + "\n"
 
 
-def _weights(recipe: Recipe, weights: Mapping[str, Sequence[float]]) -> str:
+def _weights(recipe: Recipe, weights: Mapping[str, Sequence[float]], is_draw: bool) -> str:
     """A sentence, and a table if there is more than one group, on the weights of the experts."""
     alpha = recipe.mixup.alpha if recipe.mixup is not None else 0
     law = f"Beta/Dirichlet with α = {alpha}, seed {recipe.seed} (Mixup Model Merge, arXiv 2502.15434)"
-    is_draw = all(_is_draw(recipe, group, values) for group, values in weights.items())
     said = f"Weights drawn from {law}" if is_draw else f"Weights chosen in place of a draw from {law}"
     if len(weights) == 1:
         (values,) = weights.values()

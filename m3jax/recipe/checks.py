@@ -106,10 +106,23 @@ def check_mixup(recipe: "Recipe") -> None:
         raise RecipeError("draws how experts share, and there is one only; remove it or add a model", "mixup")
     if isinstance(recipe.mixup.alpha, tuple) and len(recipe.experts) != 2:
         raise RecipeError(f"a pair is for two experts, not {len(recipe.experts)}; write one number", "mixup", "alpha")
+    _check_outcome(recipe)
     for place, block in placed_blocks(recipe):
         for drawn in weight_parameters(recipe.row):
             if drawn in block:
                 raise RecipeError("given, but mixup draws it; remove this or mixup", *place, drawn)
+
+
+def _check_outcome(recipe: "Recipe") -> None:
+    """The outcome of earlier draws has as many weights as the method takes."""
+    if recipe.mixup is None or recipe.mixup.weights is None:
+        return
+    if recipe.mixup.granularity == "model" and [*recipe.mixup.weights] != ["model"]:
+        raise RecipeError("one draw for the model has one group; write {model: [...]}", "mixup", "weights")
+    count = 1 if recipe.row.weighting == "position" else len(recipe.experts)
+    for group, weights in recipe.mixup.weights.items():
+        if len(weights) != count:
+            raise RecipeError(f"{len(weights)} are given where {count} are needed", "mixup", "weights", group)
 
 
 def check_given(recipe: "Recipe") -> None:

@@ -15,9 +15,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    FiniteFloat,
     ModelWrapValidatorHandler,
     PlainSerializer,
     PlainValidator,
+    SerializerFunctionWrapHandler,
     StrictInt,
     StringConstraints,
     ValidationError,
@@ -160,12 +162,20 @@ class Sparsify(_Strict):
 class MixupSettings(_Strict):
     """M³: the weights are drawn from Beta(α, α), or Dirichlet(α, …, α) for more than two experts.
 
+    `weights` has the outcome of earlier draws, by group ("model", the blocks, or the tensors), which is then used.
+
     References:
       Zhou et al., Mixup Model Merge, 2025, arXiv 2502.15434.
     """
 
     alpha: Annotated[float | tuple[float, float], PlainValidator(read_alpha), PlainSerializer(plain, return_type=Any)]
     granularity: Literal["model", "layer", "tensor"] = "model"
+    weights: dict[str, tuple[FiniteFloat, ...]] | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        told: dict[str, Any] = serialize(self)
+        return {key: value for key, value in told.items() if key != "weights" or value is not None}
 
 
 class AnatomySettings(_Strict):

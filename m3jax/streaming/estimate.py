@@ -11,7 +11,7 @@ from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.recipe import load_recipe
 from m3jax.streaming.findings import Step, applies, phases_of
 from m3jax.streaming.jobs import Ready, prepared
-from m3jax.streaming.plan import MergePlan, TensorPlan, divide
+from m3jax.streaming.plan import DrawnWeights, MergePlan, TensorPlan, divide
 from m3jax.streaming.reading import default_chunk_entries
 
 # Bytes read and written per second by a process of two cores, from the page cache: DARE and TIES on 1.1 B parameters in
@@ -85,6 +85,9 @@ class Estimate(NamedTuple):
         processes: How many share the work.
         largest_share: Bytes that the busiest process writes.
         seconds: From and to.
+        weights: What `mixup` draws, by group; empty where weights are given.
+        experts: The models that are merged with them, as the recipe names them.
+        notes: Sentences that a reader of the recipe should know.
     """
 
     method: str
@@ -101,6 +104,9 @@ class Estimate(NamedTuple):
     processes: int
     largest_share: int
     seconds: tuple[float, float]
+    weights: DrawnWeights
+    experts: tuple[str, ...]
+    notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -190,6 +196,9 @@ def estimate(ready: Ready, method: str, place: Path | None, processes: int = 1) 
         processes,
         largest,
         (share / _RATES[1], share / _RATES[0]),
+        ready.plan.weights,
+        tuple(model.input.name for model in ready.models if model.role == "expert"),
+        (*ready.plan.notes, *ready.notes),
     )
 
 

@@ -353,8 +353,15 @@ def _publish(job: MergeJob, ready: Ready, staging: Staging | RemoteStaging, reco
 
 def _write_companions(job: MergeJob, ready: Ready, directory: Path) -> dict[str, str]:
     """Write what stands beside the weights; returns the digest of each file."""
+    then = None if job.recorded is None else job.recorded["inputs"]
+    revisions = (
+        {source.place.name: source.place.revision for source in ready.sources}
+        if then is None
+        else {entry["name"]: entry["revision"] for entry in then}
+    )
+    published = [name for name, revision in revisions.items() if revision is not None]
     return modelcard.write_companions(
-        directory, ready.companions, job.recipe, ready.plan.weights, ready.picked, ready.unties
+        directory, ready.companions, job.recipe, ready.plan.weights, published, ready.picked, ready.unties
     )
 
 

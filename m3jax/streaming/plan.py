@@ -19,7 +19,7 @@ from m3jax.methods.leaf import (
     statistics_weights,
     without_idle_sparsifier,
 )
-from m3jax.methods.mixup import draw
+from m3jax.methods.mixup import draw, likelihood_of_one
 from m3jax.naming import block_of, layer_position
 from m3jax.recipe import Recipe, unmatched
 
@@ -27,6 +27,9 @@ FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _DTYPE_NAMES = {name: dtype for dtype, name in FLOATS.items()}
 WHOLE_MODEL = "model"
 """The group of weights drawn once for the model."""
+
+NEARLY_ALL = 0.95
+"""The share of one expert above which a draw is remarked on."""
 
 DrawnWeights = Mapping[str, tuple[float, ...]]
 """By group of tensors; for slerp the one position t."""
@@ -268,7 +271,7 @@ def _weights_of(recipe: Recipe, pipeline: Pipeline, piece: _Piece, drawn: DrawnW
         return given[: pipeline.num_weights]
     group = _group(piece, recipe.mixup.granularity)
     if group not in drawn or len(drawn[group]) != pipeline.num_weights:
-        raise M3Error(f"weights: none recorded for {group}: the manifest does not belong to these models")
+        raise M3Error(f"weights: none given for {group}: they are not of these models, or of another granularity")
     return drawn[group]
 
 
@@ -398,7 +401,8 @@ def make_plan(
     if recipe.declared_layers is not None and recipe.declared_layers != depth:
         raise M3Error(f"slices: cover {recipe.declared_layers} layers, but {inputs[0].name} has {depth}")
     pieces = {name: _pieces(models[0].anatomy, name) for name in merged if name in mergeable}
-    weights = drawn
+    outcome = drawn if drawn is not None or recipe.mixup is None else recipe.mixup.weights
+    weights = outcome
     if weights is None:
         weights = draws_of(recipe, pipeline.method, [piece for own in pieces.values() for piece in own])
 
@@ -426,6 +430,8 @@ def make_plan(
         output = reference._replace(dtype=output_dtype(recipe, teller, name))
         plans.append(_merged(recipe, pipeline, reference, output, used, part, pieces[name], weights))
     notes = tuple(_notes(models[0], state, merged, recipe.keep_state))
+    if outcome is None:
+        notes += tuple(_note_on_draw(recipe, weights, [expert.name for expert in experts]))
     plans.sort(key=lambda plan: natural_key(plan.output.name))
     return MergePlan(pipeline, tuple(_comparable(pipeline, plans)), weights, inputs, template, notes)
 
@@ -494,6 +500,22 @@ def _notes(model: Input, state: set[str], merged: Sequence[str], kept: str | Non
     statistics = [name for name in merged if model.anatomy.parts[name].kind == "statistics"]
     if statistics:
         yield f"{len(statistics)} statistics of batch normalisation are averaged: measure them anew on data if you can"
+
+
+def _note_on_draw(recipe: Recipe, drawn: DrawnWeights, experts: Sequence[str]) -> Iterator[str]:
+    """A sentence where the one draw of a merge gives nearly all to one expert, as draws of a small alpha often do."""
+    weights = drawn.get(WHOLE_MODEL, ())
+    if recipe.mixup is None or not weights:
+        return
+    shares = weights if len(weights) > 1 else (1.0 - weights[0], weights[0])  # one number is a place between two models
+    largest = max(range(len(shares)), key=shares.__getitem__)
+    if shares[largest] > NEARLY_ALL:
+        often = likelihood_of_one(recipe.mixup.alpha, len(shares), NEARLY_ALL)
+        yield (
+            f"the draw gives {shares[largest]:.1%} to {experts[largest]}, so that the merge is nearly that model "
+            f"alone; at this mixup.alpha {often:.0%} of draws give one model more than {NEARLY_ALL:.0%}: another "
+            "--seed or a larger alpha draws otherwise, and m3jax explore tries many"
+        )
 
 
 def _comparable(pipeline: Pipeline, plans: Sequence[TensorPlan]) -> list[TensorPlan]:

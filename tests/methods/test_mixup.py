@@ -74,3 +74,10 @@ def test_bad_granularity_and_pairs():
 def test_weights_are_drawn_of_numbers_above_0(alpha):
     with pytest.raises(m3jax.M3Error, match="mixup: alpha"):
         m3jax.draw_weights(0, alpha)
+
+
+@pytest.mark.parametrize(("alpha", "n"), [(0.5, 2), ((2.0, 0.5), 2), (0.3, 3)])
+def test_how_often_one_expert_is_given_nearly_all(alpha, n):
+    draws = [max(draw_weights(seed, alpha, n)) for seed in range(4000)]
+    often = sum(share > 0.9 for share in draws) / len(draws)
+    assert abs(mixing.likelihood_of_one(alpha, n, 0.9) - often) < 0.025  # three deviations of 4,000 draws

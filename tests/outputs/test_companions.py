@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from safetensors.numpy import save_file
 from support.directories import write
 
 import m3jax
 from m3jax.errors import M3Error
-from m3jax.outputs.companions import gather
+from m3jax.outputs.companions import card, gather
 from m3jax.outputs.conversion import convert
+from m3jax.recipe import load_recipe
 from m3jax.recipe.chat_templates import BUILT_IN
 from m3jax.streaming.jobs import prepared
 
@@ -293,3 +296,50 @@ def test_what_is_gathered_is_looked_at_before_anything_is_read(models: list[Path
     asked = m3jax.load_recipe({"merge_method": "linear", "models": ["a", "b"], "chat_template": "auto"})
     with pytest.raises(M3Error, match=r"tokenizer_config\.json is not a regular file"):
         gather(asked, [locate_model(str(model)) for model in models[:2]], 1)
+
+
+# --- Model cards -----------------------------------------------------------------------------------------------------
+
+
+def told_recipe(out: Path) -> dict[str, Any]:
+    """The recipe that a model card shows."""
+    return yaml.safe_load((out / "README.md").read_text().split("```yaml\n")[1].split("```")[0])
+
+
+@pytest.mark.parametrize("granularity", ["model", "layer"])
+def test_the_recipe_in_a_card_makes_the_model_it_describes(models: list[Path], granularity: str) -> None:
+    save_file({"model.layers.0.w": np.float32([5, 3])}, models[1] / "model.safetensors")
+    recipe = {"merge_method": "linear", "models": list(map(str, models[:2])), "mixup": {"granularity": granularity}}
+    recipe["mixup"]["alpha"] = 0.5
+    group = {"model": "model", "layer": "model.layers.0"}[granularity]
+    place = models[0].parent
+    drawn = m3jax.merge_checkpoint(recipe, place / "drawn")
+    chosen = m3jax.merge_checkpoint(recipe, place / "chosen", weights={group: (0.3, 0.9)})
+    assert "weights" not in told_recipe(place / "drawn")["mixup"]
+    assert told_recipe(place / "chosen")["mixup"]["weights"] == {group: [0.3, 0.9]}
+    assert "Weights chosen in place of a draw" in (place / "chosen" / "README.md").read_text()
+    for name, result in (("drawn", drawn), ("chosen", chosen)):
+        again = m3jax.merge_checkpoint(told_recipe(place / name), place / f"{name} again")
+        assert again.digest == result.digest
+    assert drawn.digest != chosen.digest
+    assert m3jax.replay(place / "chosen again", place / "replayed").digest == chosen.digest
+
+
+def test_a_card_names_to_the_hub_only_what_is_there() -> None:
+    recipe = load_recipe({"merge_method": "linear", "models": ["org/a@v1", "models/b"]})
+    front = [yaml.safe_load(card(recipe, {}, published).split("---")[1]) for published in (["org/a@v1"], [])]
+    assert front[0]["base_model"] == ["org/a"]
+    assert "base_model" not in front[1]
+
+
+@pytest.mark.parametrize(
+    ("weights", "sentence"),
+    [
+        ({"model": [0.5]}, r"mixup.weights.model: 1 are given where 2 are needed"),
+        ({"w": [0.5, 0.5]}, r"mixup.weights: one draw for the model has one group"),
+        ({"model": [0.5, float("nan")]}, r"mixup.weights.model"),
+    ],
+)
+def test_weights_in_place_of_draws_are_checked(weights: dict[str, list[float]], sentence: str) -> None:
+    with pytest.raises(M3Error, match=sentence):
+        load_recipe({"merge_method": "linear", "models": ["a", "b"], "mixup": {"alpha": 1, "weights": weights}})

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import m3jax.recipe.settings as recipe_settings
 from m3jax import naming, recipe
 from m3jax.errors import M3Error
+from m3jax.methods.mixup import draw_weights
 from m3jax.naming import block_of, layer_position
 from m3jax.recipe import ModelEntry, Recipe, dialect, load_recipe
 
@@ -57,6 +58,16 @@ def test_every_kind_of_config_is_there():
     }
     methods = {load_recipe(path).merge_method for path in CONFIGS.glob("mergekit/*.yaml")}
     assert methods == {"linear", "task_arithmetic", "ties", "dare_ties", "slerp"}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_what_configs_draw_is_a_merge_of_all_their_models(path: Path):
+    """And not nearly one of them, as many draws at α = 0.5 are."""
+    made = load_recipe(path)
+    if made.mixup is not None and made.mixup.granularity == "model":
+        weights = draw_weights(made.seed, made.mixup.alpha, len(made.experts))
+        assert max(weights) < 0.7
+        assert f"{weights[0]:.3f}" in path.read_text()
 
 
 @pytest.mark.parametrize("module", [naming, recipe, recipe_settings, dialect])

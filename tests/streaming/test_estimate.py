@@ -78,6 +78,10 @@ def test_thirteen_billion_parameters_from_headers(place, tmp_path, capsys):
     assert found["files"] == 6
     assert found["peak_memory"] < 1e9
     assert found["resident_memory"] == 4 * one
+    assert found["weights"] == {"model": list(m3jax.draw_weights(0, 0.5))}
+    (note,) = found["notes"]
+    assert f"the draw gives 99.8% to {place / 'lm'}" in note
+    assert "29% of draws give one model more than 95%" in note
     assert found["seconds"] == [pytest.approx(10 * one / 1.5e9), pytest.approx(10 * one / 1.3e9)]
     assert sum(entry["tensors"] for entry in found["tensors"]) == len(tiny.shapes(LLAMA_13B))
     assert not list(tmp_path.iterdir())
@@ -91,6 +95,13 @@ def test_thirteen_billion_parameters_from_headers(place, tmp_path, capsys):
     ):
         assert words in said
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_would_be_drawn_are_told_by_their_models(place, tmp_path, capsys):
+    recipe = write(place, "linear.json", merge_method="linear", mixup={"alpha": 0.5})
+    assert commands.main(["merge", recipe, str(tmp_path / "out"), "--plan", "--seed", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == [f"weights  0.330600  {place / 'lm'}", f"         0.669400  {place / 'math'}"]
 
 
 def test_processes_share_the_work(place, tmp_path, capsys):

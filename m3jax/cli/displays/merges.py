@@ -1,7 +1,7 @@
 """What commands say of a merge: what it would take, what was made, whether it is as recorded, and of conversions."""
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from m3jax.text import count_text, safe_text, shape_text, size_text, table, time_text
@@ -29,25 +29,30 @@ def merge_lines(result: "MergeResult") -> Iterator[str]:
         f"took     {time_text(result.seconds)}: {size_text(result.bytes_read)} read,"
         f" {size_text(result.bytes_written)} written{rate}{resumed}"
     )
-    for index, line in enumerate(_weights(result.manifest)):
-        yield f"{'' if index else 'weights':<7}  {line}"
+    drawn = {name: group["decimal"] for name, group in result.manifest.get("weights", {}).items()}
+    count = len(next(iter(drawn.values()), ()))
+    yield from _weights(drawn, _expert_names(result.manifest.get("recipe", {}), count))
     yield f"digest   {result.digest}"
     yield f"replay   m3jax replay {place} NEW_DIRECTORY"
 
 
-def _weights(manifest: Mapping[str, Any]) -> Iterator[str]:
+def _weights(drawn: Mapping[str, Sequence[Any]], experts: Sequence[str]) -> Iterator[str]:
     """The weights drawn: one line for each expert where there is one group, else for each of the first groups."""
-    groups: Mapping[str, Mapping[str, Any]] = manifest.get("weights", {})
-    if len(groups) == 1:
-        (group,) = groups.values()
-        names = _expert_names(manifest.get("recipe", {}), len(group["decimal"]))
-        rows = zip(group["decimal"], names, strict=True)
-        yield from (f"{_decimal(weight)}  {safe_text(name)}" for weight, name in rows)
+    lines = list(_weight_lines(drawn, experts))
+    for index, line in enumerate(lines):
+        yield f"{'' if index else 'weights':<7}  {line}"
+
+
+def _weight_lines(drawn: Mapping[str, Sequence[Any]], experts: Sequence[str]) -> Iterator[str]:
+    if len(drawn) == 1:
+        (weights,) = drawn.values()
+        names = experts if len(experts) == len(weights) else [f"expert {index}" for index in range(len(weights))]
+        yield from (f"{_decimal(weight)}  {safe_text(name)}" for weight, name in zip(weights, names, strict=True))
         return
-    for name, group in list(groups.items())[:_SHOWN_GROUPS]:
-        yield f"{'  '.join(map(_decimal, group['decimal']))}  {safe_text(name)}"
-    if len(groups) > _SHOWN_GROUPS:
-        yield f"… and {len(groups) - _SHOWN_GROUPS:,} more groups, in the manifest"
+    for name, weights in list(drawn.items())[:_SHOWN_GROUPS]:
+        yield f"{'  '.join(map(_decimal, weights))}  {safe_text(name)}"
+    if len(drawn) > _SHOWN_GROUPS:
+        yield f"… and {count_text(len(drawn) - _SHOWN_GROUPS, 'more group')}, in the manifest"
 
 
 def _decimal(weight: object) -> str:
@@ -127,6 +132,8 @@ def estimate_lines(found: "Estimate", width: int | None = None) -> Iterator[str]
     ]
     for name, said in rows:
         yield f"{name:<9}{said}"
+    yield from _weights(found.weights, found.experts)
+    yield from (f"note: {safe_text(note)}" for note in found.notes)
 
 
 # --- Conversions -----------------------------------------------------------------------------------------
