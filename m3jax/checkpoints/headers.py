@@ -20,6 +20,7 @@ from m3jax.checkpoints.storage import open_source, unreadable
 from m3jax.errors import M3Error
 
 LFS_POINTER = b"version https://git-lfs"
+_TEXTS = (".json", ".yaml", ".yml", ".txt", ".md")  # what people give in a model's place
 _MAX_HEADER = 100_000_000  # the limit of the reference implementation
 
 
@@ -148,6 +149,8 @@ def read_raw_header(path: Path) -> tuple[bytes, Identity]:
             raise not_fetched(path)
         length = int.from_bytes(prefix[: min(got, 8)], "little")
         if got < 8 or length > size - 8:
+            if path.suffix in _TEXTS:
+                raise M3Error(f"{path} holds no weights: give a model's directory, or a file such as model.safetensors")
             raise damaged(
                 f"{path} is cut short or no safetensors file: its header would take {length:,} bytes"
                 f" and the whole file has {size:,}"

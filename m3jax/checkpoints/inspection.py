@@ -78,6 +78,7 @@ class Overview(NamedTuple):
         tensors: The tensors, or those that were asked for, in natural order.
         hidden: How many tensors were not asked for.
         dtypes: Totals of `tensors` for each dtype, the largest first.
+        notes: Sentences on what could not be read beside the weights.
     """
 
     location: str
@@ -89,6 +90,7 @@ class Overview(NamedTuple):
     tensors: tuple[TensorInfo, ...]
     hidden: int
     dtypes: tuple[DtypeTotal, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def entries(self) -> int:
@@ -114,6 +116,7 @@ class Overview(NamedTuple):
             "dtypes": [total._asdict() for total in self.dtypes],
             "entries": self.entries,
             "bytes": self.bytes,
+            "notes": list(self.notes),
         }
 
 
@@ -137,16 +140,18 @@ def look_at(name: str, pattern: str | None = None) -> Overview:
         if not tensors and checkpoint.tensors:
             raise _nothing_matches(pattern, checkpoint)
         files = tuple(WeightFile(path.name, path.stat().st_size) for path in checkpoint.files())
+        model, notes = _read_facts(found.path)
         return Overview(
             location=name,
             revision=found.revision,
             format=format.name,
-            model=_read_facts(found.path),
+            model=model,
             metadata=checkpoint.metadata,
             files=files,
             tensors=tuple(tensors.values()),
             hidden=len(checkpoint.tensors) - len(tensors),
             dtypes=_totals(tensors.values()),
+            notes=notes,
         )
 
 
@@ -173,28 +178,31 @@ def _totals(tensors: Iterable[TensorInfo]) -> tuple[DtypeTotal, ...]:
     return tuple(sorted(totals.values(), key=lambda total: (-total.bytes, total.dtype)))
 
 
-def _read_facts(path: Path) -> ModelFacts | None:
-    """What config.json says; a missing or damaged one is no reason not to show the weights."""
-    directory = path if is_dir(path) else path.parent
+def _read_facts(path: Path) -> tuple[ModelFacts | None, tuple[str, ...]]:
+    """What config.json says, and a note where it is damaged, which is no reason not to show the weights."""
+    file = (path if is_dir(path) else path.parent) / "config.json"
     try:
-        config = documents.parse_json(read_file(directory / "config.json"))
-    except (OSError, ValueError, M3Error):
-        return None
+        config = documents.parse_json(read_file(file))
+    except OSError:
+        return None, ()
+    except (ValueError, M3Error):
+        config = None
     if not isinstance(config, dict):
-        return None
+        return None, ("config.json is damaged, so what it says of the model is not shown",)
     # Models of text and images keep the language model's settings in a part of their own.
     part = config.get("text_config")
     places = [config, part] if isinstance(part, dict) else [config]
     architectures = config.get("architectures")
     named = architectures if isinstance(architectures, list) else []
     model_type = config.get("model_type")
-    return ModelFacts(
+    facts = ModelFacts(
         model_type=model_type if isinstance(model_type, str) else None,
         architectures=tuple(name for name in named if isinstance(name, str)),
         layers=_count_in(places, "num_hidden_layers", "n_layer", "num_layers"),
         context=_count_in(places, "max_position_embeddings", "n_positions", "max_seq_len"),
         vocabulary=_count_in(places, "vocab_size"),
     )
+    return facts, ()
 
 
 def _count_in(places: Iterable[Mapping[str, object]], *keys: str) -> int | None:

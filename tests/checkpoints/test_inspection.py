@@ -107,7 +107,14 @@ def test_strange_config_does_not_hide_the_weights(model: str, text: str) -> None
     (Path(model) / "config.json").write_bytes(text.encode("latin-1"))
     overview = look_at(model)
     assert overview.model in (None, (None, (), None, None, None))
+    assert bool(overview.notes) == (overview.model is None)
     assert overview.entries == 68
+
+
+def test_a_text_is_no_checkpoint_and_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("merge_method: linear")
+    with pytest.raises(M3Error, match=r"recipe.yaml holds no weights: give a model's directory"):
+        look_at(str(tmp_path / "recipe.yaml"))
 
 
 def test_checkpoint_without_tensors(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def overview_lines(overview: "Overview", width: int | None = None) -> Iterator[s
     yield f"{count_text(len(overview.files), f'{overview.format} file')}, {files}"
     if overview.hidden:
         yield f"{count_text(overview.hidden, 'more tensor')} not matched by the filter"
+    yield from (f"note: {safe_text(note)}" for note in overview.notes)
 
 
 def _facts(model: "ModelFacts") -> Iterator[str]:
