@@ -133,13 +133,14 @@ def inner_products(largest_bits: Integer[Any, "*rows pairs"], limbs: Integer[Any
         limbs: Of `integer_sums`, added up; limbs may exceed their 11 bits.
 
     Returns:
-        float64[*rows, pairs], in the order of `pairs_of`, each rounded once.
+        float64[*rows, pairs], in the order of `pairs_of`, each rounded once; NaN where a term is not finite.
     """
     exponents = (np.asarray(largest_bits).astype(np.int64) >> 23) - 127
     totals = _to_integers(np.asarray(limbs).astype(np.int64))
     signed = totals[..., 0, :] - totals[..., 1, :]
-    products: np.ndarray = np.ldexp(signed.astype(np.float64), exponents - (_TERM_BITS - 1))
-    return products
+    products = np.ldexp(signed.astype(np.float64), exponents - (_TERM_BITS - 1))
+    finite: np.ndarray = np.where(exponents < 128, products, np.nan)
+    return finite
 
 
 def matrix_of(products: np.ndarray, count: int) -> np.ndarray:

@@ -111,7 +111,7 @@ def _merged_tensor(
     """One tensor merged, block by block where it stacks some."""
     pipe, dtype = tensor.pipeline, FLOATS[tensor.output.dtype]
     assert pipe is not None  # copied tensors do not come here
-    shape = tensor.block_shape or (1,)
+    shape = pipe.laid_out(tensor.block_shape) or (1,)
     index = threefry.flat_index(shape)
 
     def of_block(experts: Any, base: Any, scalars: Any) -> Array:

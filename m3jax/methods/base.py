@@ -95,7 +95,7 @@ class Extent(NamedTuple):
 
     Attributes:
         entries: In its scope, of each expert.
-        rows: Under scope "row", the leading axes of the leaf; else ().
+        rows: Under scope "row", the leading axes of the leaf; under "column", how many columns it has; else ().
         experts: How many there are.
     """
 
@@ -111,8 +111,8 @@ class Round(NamedTuple):
         name: Tells the rounds of a measure apart.
         counts: Pure function (options, values, known, state, valid) → a uint32 array; those of parts reduce in any
             order. `valid` says which entries count, None for all. Under scope "row" the leading axes are the rows,
-            and nothing is reduced between chunks. With `finish` or "gather", a list of arrays with an entry for each
-            entry of a chunk.
+            and nothing is reduced between chunks; under "column" the first axis is the columns. With `finish` or
+            "gather", a list of arrays with an entry for each entry of a chunk.
         reduction: "sum"; "max"; or "gather", of streamed samples, whose total is the list joined.
         finish: (arrays cut to the chunk's size) → counts, in numpy, for what is counted faster on the host.
         repeats: How often the round is gone through; the state knows how far it is.
@@ -138,15 +138,16 @@ class Measure(NamedTuple):
     Attributes:
         name: What `Known.found` calls its conclusion.
         label: What it does, for people: "ranking magnitudes".
-        scope: "row", "tensor" or "model": over what one conclusion holds.
+        scope: "row", "column", "tensor" or "model": over what one conclusion holds. A column is what differs in the
+            first axis alone: leaves come as matrices then, with the columns along the last axis.
         needed: (options, numbers) → whether a leaf with these parameters needs it.
         begin: (options, numbers, extent) → the state before the first round, a pytree of host arrays, of the structure
             that all later states have.
         rounds: Place → the rounds.
         advance: (options, round's name, state, totals) → the state after a round, in numpy where the totals are
             there, else traced. Totals of a sum are `Words`.
-        conclude: (options, state, settings) → scalars, a pytree of the method's own. Under scope "row", arrays whose
-            leading axes are the rows.
+        conclude: (options, state, settings) → scalars, a pytree of the method's own. Under scope "row" or "column",
+            arrays whose leading axes are the rows or columns.
         settled: (options, state) → whether fallback rounds can be left out.
         values: "given": what the sparsifier gets; "sparse": what the method combines.
         uniform: The parameters that must be the same in all that a scope "model" holds.

@@ -4,7 +4,9 @@ Pure functions that all drivers share: whole arrays in memory (`trees`), chunks 
 that stay in memory while many merges are tried (`exploration`).
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -54,8 +56,19 @@ class Pipeline(NamedTuple):
     @property
     def rows(self) -> bool:
         """Whether entries must come in whole rows."""
-        measured = any(stage.measure.scope == "row" for stage in self.stages)
+        measured = any(stage.measure.scope == "row" for stage in self.stages) or self.columns
         return measured or self.method.rows or (self.sparsifier is not None and self.sparsifier.rows)
+
+    @property
+    def columns(self) -> bool:
+        """Whether leaves are seen as matrices, whose columns differ in the first axis alone."""
+        return any(stage.measure.scope == "column" for stage in self.stages)
+
+    def laid_out(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in which a leaf is worked on, its entries in the same order; rows lie along the last axis."""
+        if self.columns:
+            return math.prod(shape[:1]), math.prod(shape[1:])
+        return shape or (1,) if self.rows else shape
 
     @property
     def random(self) -> bool:
@@ -246,6 +259,15 @@ def scalars_from(
         if sparsifier.rescale and sparsifier.target == "weights":
             enlarge = np.array([1.0 / d if d else 1.0 for d in settings.sparsifier["density"]], np.float32)
     return LeafScalars(own, folded, {"sparsifier": {}, "method": {}}, mask_keys, enlarge)
+
+
+@contextlib.contextmanager
+def about(name: str) -> Iterator[None]:
+    """Puts a tensor's name before what is wrong with what was measured of it."""
+    try:
+        yield
+    except M3Error as error:
+        raise M3Error(f"{name}: {error}") from error
 
 
 def with_found(pipeline: Pipeline, scalars: LeafScalars, stage: Stage, state: Any, settings: Settings) -> LeafScalars:

@@ -14,9 +14,11 @@ from jaxtyping import Array, Bool, UInt32
 
 from m3jax.arithmetic import exact, ranking, sums
 from m3jax.arithmetic.ranking import Search
+from m3jax.errors import M3Error
 from m3jax.methods.base import Extent, Known, Measure, Numbers, Place, Round, Settings, Values, Words
 
 _WORTH_SAMPLING = 2**24  # entries from which a sample's cost is small against the pass that it saves
+_MOST_COLUMNS = 2**20  # of each, some hundred bytes are kept
 NOTHING = 0xFFFFFFFF
 """A threshold above every magnitude."""
 
@@ -158,27 +160,40 @@ class Products(NamedTuple):
     sums: Words
 
 
-def _begin_products(options: Any, numbers: Numbers, extent: Extent) -> Products:
+def _begin_products(scope: str, options: Any, numbers: Numbers, extent: Extent) -> Products:
+    if scope == "column" and extent.rows[0] > _MOST_COLUMNS:
+        raise M3Error(
+            f"has {extent.rows[0]} columns, but angles are told of at most {_MOST_COLUMNS}: take whole tensors"
+        )
     pairs = len(sums.pairs_of(extent.experts))
     limbs = np.zeros((*extent.rows, 2, pairs, sums.LIMBS), np.uint32)
     return Products(np.zeros((*extent.rows, pairs), np.uint32), (limbs, limbs))
 
 
+def _in_lines(scope: str, values: Values, valid: Bool[Array, "..."] | None) -> tuple[Any, Any, bool]:
+    """Values and which of them count, with what is multiplied along the last axis; and whether only along that."""
+    if scope == "column":
+        values, valid = jax.tree.map(lambda x: jnp.moveaxis(x, 0, -1), (values, valid))
+    return values, valid, scope in ("row", "column")
+
+
 def _largest(
-    by_row: bool, options: Any, values: Values, known: Known, state: Any, valid: Bool[Array, "..."] | None
+    scope: str, options: Any, values: Values, known: Known, state: Any, valid: Bool[Array, "..."] | None
 ) -> Array:
-    return sums.largest(values, known.zero, valid, by_row)
+    lines, counting, by_line = _in_lines(scope, values, valid)
+    return sums.largest(lines, known.zero, counting, by_line)
 
 
 def _integer_sums(
-    by_row: bool, options: Any, values: Values, known: Known, state: Any, valid: Bool[Array, "..."] | None
+    scope: str, options: Any, values: Values, known: Known, state: Any, valid: Bool[Array, "..."] | None
 ) -> Array:
-    return sums.integer_sums(values, state.largest, known.zero, valid, by_row)
+    lines, counting, by_line = _in_lines(scope, values, valid)
+    return sums.integer_sums(lines, state.largest, known.zero, counting, by_line)
 
 
-def _product_rounds(by_row: bool, place: Place) -> tuple[Round, ...]:
+def _product_rounds(scope: str, place: Place) -> tuple[Round, ...]:
     bound = functools.partial
-    return Round("largest", bound(_largest, by_row), "max"), Round("sums", bound(_integer_sums, by_row))
+    return Round("largest", bound(_largest, scope), "max"), Round("sums", bound(_integer_sums, scope))
 
 
 def _advance_products(options: Any, name: str, state: Products, totals: Any) -> Products:
@@ -206,19 +221,18 @@ def measure_products(
 
     Args:
         name: What `Known.found` calls what is concluded.
-        scope: "tensor", or "row" for those of each row.
+        scope: "tensor", or "row" or "column" for those of each of these.
         conclude: (options, state, settings) → scalars. On the host `products_of(state)` gives the products; in a
             trace `on_host` calls it back.
         values: As `Measure.values`.
     """
-    by_row = scope == "row"
     return Measure(
         name=name,
         label="measuring angles",
         scope=scope,
         needed=always,
-        begin=_begin_products,
-        rounds=functools.partial(_product_rounds, by_row),
+        begin=functools.partial(_begin_products, scope),
+        rounds=functools.partial(_product_rounds, scope),
         advance=_advance_products,
         conclude=conclude,
         values=values,

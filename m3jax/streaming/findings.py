@@ -17,7 +17,17 @@ from jax import lax
 from m3jax.arithmetic import threefry
 from m3jax.cluster.processes import Buffer, Processes
 from m3jax.methods.base import Extent, Place, Round
-from m3jax.methods.leaf import LeafScalars, Pipeline, Stage, counted, joined, leaf_scalars, merged_leaf, with_found
+from m3jax.methods.leaf import (
+    LeafScalars,
+    Pipeline,
+    Stage,
+    about,
+    counted,
+    joined,
+    leaf_scalars,
+    merged_leaf,
+    with_found,
+)
 from m3jax.streaming.plan import BlockPlan, MergePlan, TensorPlan, row_size, total_entries
 from m3jax.streaming.reading import Loaded, Visit, inside_of, slice_of, unit_of, visits
 
@@ -29,7 +39,7 @@ class Step(NamedTuple):
         stage: The measure that it belongs to, by key; "" for the merge.
         round: Which round of it.
         turn: Which going-through of the round.
-        scope: "row", "tensor" or "model": over what its result holds.
+        scope: "row", "column", "tensor" or "model": over what its result holds.
         label: What it does, for people.
         sampled: It reads a sample.
         fallback: It is left out where the measure is settled.
@@ -274,7 +284,8 @@ class Findings:
         for stage in pipe.stages:
             state = self._states.get((stage.key, self._scope(stage, own)))
             if state is not None and state[0] and _needs(stage, tensor):
-                scalars = with_found(pipe, scalars, stage, state[1], own.settings)
+                with about(own.name):
+                    scalars = with_found(pipe, scalars, stage, state[1], own.settings)
         return scalars
 
     def rows(self, scalars: LeafScalars, visit: Visit) -> LeafScalars:
@@ -305,9 +316,10 @@ class Findings:
     def _begin(self, stage: Stage, tensor: TensorPlan, block: int) -> Any:
         shape = tensor.block_shape
         entries = total_entries(self._plan.tensors) if stage.measure.scope == "model" else math.prod(shape)
-        rows = (math.prod(shape[:-1]),) if stage.measure.scope == "row" else ()
-        extent = Extent(entries, rows, self._plan.pipeline.num_experts)
-        return stage.begin(self._plan.pipeline, tensor.blocks[block].settings, extent)
+        lines = {"row": (math.prod(shape[:-1]),), "column": (row_size(tensor),)}
+        extent = Extent(entries, lines.get(stage.measure.scope, ()), self._plan.pipeline.num_experts)
+        with about(tensor.blocks[block].name):
+            return stage.begin(self._plan.pipeline, tensor.blocks[block].settings, extent)
 
     def measure(self, loaded: Loaded, scalars: LeafScalars, zero: np.uint32) -> Any:
         """Dispatch the measurement of a chunk."""

@@ -121,7 +121,7 @@ class MergePlan(NamedTuple):
 
 def method_of(recipe: Recipe) -> Method:
     """The merge method that a recipe asks for, with the parameters that hold for the whole merge."""
-    return factories.make_method(recipe.row, recipe.parameters)
+    return factories.make_method(recipe.row, recipe.parameters, recipe.base_model is not None)
 
 
 def sparsifier_of(recipe: Recipe) -> Sparsifier | None:
@@ -530,8 +530,8 @@ def _comparable(pipeline: Pipeline, plans: Sequence[TensorPlan]) -> list[TensorP
 
 
 def row_size(plan: TensorPlan) -> int:
-    """Entries of a row of a tensor's blocks, along their last axis; at least 1."""
-    shape = plan.block_shape
+    """Entries of a row of a tensor's blocks, as its pipeline sees them; at least 1."""
+    shape = plan.block_shape if plan.pipeline is None else plan.pipeline.laid_out(plan.block_shape)
     return max(shape[-1], 1) if shape else 1
 
 

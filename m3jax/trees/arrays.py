@@ -20,7 +20,17 @@ from m3jax.arithmetic import exact, threefry
 from m3jax.arithmetic.ranking import add_counts
 from m3jax.errors import M3Error
 from m3jax.methods.base import Extent, Place, Round, Settings, Words
-from m3jax.methods.leaf import LeafScalars, Pipeline, Stage, counted, joined, merged_leaf, with_conclusion, with_found
+from m3jax.methods.leaf import (
+    LeafScalars,
+    Pipeline,
+    Stage,
+    about,
+    counted,
+    joined,
+    merged_leaf,
+    with_conclusion,
+    with_found,
+)
 from m3jax.trees.matching import is_traced
 
 _EVERYWHERE = PartitionSpec()  # type: ignore[no-untyped-call]
@@ -228,8 +238,8 @@ def settled(array: Array, home: Any) -> Array:
 
 
 def _in_rows(pipe: Pipeline, arrays: Any) -> Any:
-    """Arrays that have a last axis, where the pipeline needs rows."""
-    return jax.tree.map(lambda x: x.reshape(1) if pipe.rows and x.ndim == 0 else x, arrays)
+    """Arrays in the shape in which the pipeline works on them."""
+    return jax.tree.map(lambda x: x.reshape(pipe.laid_out(x.shape)), arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -343,11 +353,12 @@ def _state(pipe: Pipeline, stage: Stage, group: list[Column], zero: exact.Zero) 
     leaf, options = group[0], stage.options(pipe)
     together = stage.measure.scope == "model"
     by_block = leaf.stacked is not None and not together
-    rows = leaf.shape[:-1] if stage.measure.scope == "row" else ()
+    lines = {"row": leaf.shape[:-1], "column": pipe.laid_out(leaf.shape)[-1:]}
     entries = sum(each.experts[0].size for each in group) if together else math.prod(leaf.shape)
-    extent = Extent(entries, rows, pipe.num_experts)
+    extent = Extent(entries, lines.get(stage.measure.scope, ()), pipe.num_experts)
     place = Place(False, _platform_of(leaf.experts[0]), 0)
-    begun = [stage.begin(pipe, own, extent) for own in (leaf.settings if by_block else leaf.settings[:1])]
+    with about(leaf.name):
+        begun = [stage.begin(pipe, own, extent) for own in (leaf.settings if by_block else leaf.settings[:1])]
     state = joined(begun) if by_block else begun[0]
     for step in stage.measure.rounds(place):
 
@@ -408,6 +419,8 @@ def measured(pipe: Pipeline, leaves: list[Column], zero: exact.Zero) -> list[Col
         concluded: dict[int, Column] = {}
         for group in [leaves] if together else [[leaf] for leaf in needed]:
             state = _state(pipe, stage, group, zero)
-            concluded |= {id(leaf): _concluded(pipe, stage, leaf, state) for leaf in group}
+            for leaf in group:
+                with about(leaf.name):
+                    concluded[id(leaf)] = _concluded(pipe, stage, leaf, state)
         leaves = [concluded.get(id(leaf), leaf) for leaf in leaves]
     return leaves
