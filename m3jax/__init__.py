@@ -22,12 +22,16 @@ if TYPE_CHECKING:
     from m3jax.methods.breadcrumbs import breadcrumbs as breadcrumbs
     from m3jax.methods.dare import dare as dare
     from m3jax.methods.della import della as della
+    from m3jax.methods.karcher import karcher as karcher
     from m3jax.methods.linear import linear as linear
     from m3jax.methods.linear import task_arithmetic as task_arithmetic
     from m3jax.methods.magnitude import magnitude as magnitude
     from m3jax.methods.mixup import draw_weights as draw_weights
     from m3jax.methods.mixup import mixup as mixup
     from m3jax.methods.model_stock import model_stock as model_stock
+    from m3jax.methods.multislerp import multislerp as multislerp
+    from m3jax.methods.nuslerp import nuslerp as nuslerp
+    from m3jax.methods.passthrough import passthrough as passthrough
     from m3jax.methods.rows import MethodRow as MethodRow
     from m3jax.methods.rows import Parameter as Parameter
     from m3jax.methods.slerp import slerp as slerp
@@ -58,6 +62,10 @@ _HOMES = {
     "breadcrumbs": "methods.breadcrumbs",
     "della": "methods.della",
     "model_stock": "methods.model_stock",
+    "karcher": "methods.karcher",
+    "multislerp": "methods.multislerp",
+    "nuslerp": "methods.nuslerp",
+    "passthrough": "methods.passthrough",
     "dare": "methods.dare",
     "draw_weights": "methods.mixup",
     "evaluate": "evaluation.models",

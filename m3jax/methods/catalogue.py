@@ -84,6 +84,7 @@ _RESCALE_DELLA = _RESCALE._replace(
 )
 _BREADCRUMBS_PAPER = "Davari & Belilovsky, Model Breadcrumbs, 2023, arXiv 2312.06795"
 _DELLA_PAPER = "Deep et al., DELLA-Merging, 2024, arXiv 2406.11617"
+_MERGEKIT_PAPER = "mergekit, Goddard et al., 2024, arXiv 2403.13257"
 _LINEAR, _TASKS = "m3jax.methods.linear:linear", "m3jax.methods.linear:task_arithmetic"
 _TIES = "m3jax.methods.ties:ties"
 
@@ -204,11 +205,64 @@ METHODS: tuple[MethodRow, ...] = (
         sparsifies=False,
     ),
     MethodRow(
+        "nuslerp",
+        "m3jax.methods.nuslerp:nuslerp",
+        "along the arc between two models or task vectors, at the place that weights say",
+        "(p +) (sin((1−t)θ)·a + sin(tθ)·b) / sin θ, t = w₁ / (w₀ + w₁)",
+        _MERGEKIT_PAPER,
+        (
+            _WEIGHT,
+            Parameter("nuslerp_flatten", "method.flatten", "one angle for each tensor", True, "flag"),
+            Parameter(
+                "nuslerp_row_wise",
+                "method.row_wise",
+                "one angle for each vector along the first axis, not the last; without nuslerp_flatten",
+                False,
+                "flag",
+                note="nuslerp_row_wise takes vectors along the first axis, as mergekit does, and does nothing unless"
+                " nuslerp_flatten is false.",
+            ),
+        ),
+        base="optional",
+        experts=(2, 2),
+        sparsifies=False,
+    ),
+    MethodRow(
+        "multislerp",
+        "m3jax.methods.multislerp:multislerp",
+        "the mean of directions, with the mean of lengths",
+        "(p +) m·Σ wᵢ·‖vᵢ‖, m = Σ wᵢ·vᵢ/‖vᵢ‖ over its length; v: the experts, or task vectors",
+        "Goddard, Multi-SLERP, 2025, as in mergekit, arXiv 2403.13257",
+        (
+            _WEIGHT,
+            _normalize(True)._replace(name="normalize_weights"),
+            Parameter("eps", "method.eps", "a mean of unit vectors that is shorter has no direction", 1e-8, low=0.0),
+        ),
+        base="optional",
+        experts=(2, None),
+        sparsifies=False,
+    ),
+    MethodRow(
+        "karcher",
+        "m3jax.methods.karcher:karcher",
+        "the Riemannian mean of directions, with the mean of lengths",
+        "u·Σ wᵢ·‖xᵢ‖ / Σ wᵢ, u ← exp_u(Σ wᵢ·log_u(xᵢ/‖xᵢ‖) / Σ wᵢ)",
+        "Karcher, Riemannian center of mass and mollifier smoothing, 1977; as in mergekit, arXiv 2403.13257",
+        (
+            _WEIGHT,
+            Parameter("max_iter", "method.max_iter", "at most so many steps", 10.0, low=0.0),
+            Parameter("tol", "method.tol", "the iteration ends before a step that is shorter", 1e-5, low=0.0),
+        ),
+        base="expert",
+        experts=(2, None),
+        sparsifies=False,
+    ),
+    MethodRow(
         "passthrough",
         "m3jax.methods.passthrough:passthrough",
         "the tensors of one model, as for stacking layers with slices",
         "scale·x",
-        "mergekit, Goddard et al., 2024, arXiv 2403.13257",
+        _MERGEKIT_PAPER,
         (Parameter("scale", "scale", "factor of the tensor", 1.0, level="expert"),),
         base="expert",
         experts=(1, 1),

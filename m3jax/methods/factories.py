@@ -45,24 +45,26 @@ def _made_outside(row: MethodRow, make: Callable[[], _Made]) -> _Made:
         ) from error
 
 
-def make_method(row: MethodRow, values: Mapping[str, Any]) -> "Method":
+def make_method(row: MethodRow, values: Mapping[str, Any], has_base: bool = False) -> "Method":
     """The method of a row; what may differ between tensors is in each leaf's settings.
 
     Args:
         row: Of `method_row`.
         values: The parameters of the whole merge, by name.
+        has_base: Whether there is a base, for methods that can do without.
 
     Raises:
         M3Error: A parameter is out of range; or a package outside brings the method, and what it makes is no method or
             is not what its row says.
     """
-    method: Method = _made_outside(row, lambda: _made(row.method, row.parameters, "method", values, **dict(row.fixed)))
+    more = dict(row.fixed) | ({"task_vectors": has_base} if row.base == "optional" else {})
+    method: Method = _made_outside(row, lambda: _made(row.method, row.parameters, "method", values, **more))
     if catalogue.origin_of(row.name) is not None:
-        _check_outside(row, method)
+        _check_outside(row, method, has_base)
     return method
 
 
-def _check_outside(row: MethodRow, method: Any) -> None:
+def _check_outside(row: MethodRow, method: Any, has_base: bool) -> None:
     """Raise M3Error unless a method is what its row says: recipes are read by the row alone."""
     from m3jax.methods.base import Method
 
@@ -71,7 +73,7 @@ def _check_outside(row: MethodRow, method: Any) -> None:
     told = {
         "weighting": (row.weighting, method.weighting),
         "experts": (tuple(row.experts), tuple(method.experts)),
-        "base": (row.base == "task_vectors", method.uses_base),
+        "base": (row.base == "task_vectors" or (row.base == "optional" and has_base), method.uses_base),
         "sparsifies": (row.sparsifies, method.sparsifies),
     }
     odd = next((field for field, (asked, made) in told.items() if asked != made), None)

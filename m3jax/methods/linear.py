@@ -54,6 +54,19 @@ def stack(rows: Sequence[Scalar]) -> Float[Any, " n"]:
     return jnp.stack([jnp.asarray(row, jnp.float32) for row in rounded])
 
 
+def check_normalizer(weights: Sequence[Scalar], otherwise: str | None) -> None:
+    """Raise M3Error where weights that are known sum to 0, so that nothing can be divided by their sum.
+
+    Args:
+        weights: One per expert.
+        otherwise: What to set where they are not to be divided; None if they always are.
+    """
+    if all(isinstance(w, float) for w in weights) and sum(weights) == 0.0:
+        said = ", ".join(f"{w:g}" for w in weights)
+        mend = "change them" if otherwise is None else f"change them or set {otherwise}"
+        raise M3Error(f"weights: {said} sum to 0, so they cannot be normalised: {mend}")
+
+
 def fold_sum(options: Sum, settings: Settings) -> Float[Any, " n"]:
     """The coefficient of each expert.
 
@@ -61,9 +74,8 @@ def fold_sum(options: Sum, settings: Settings) -> Float[Any, " n"]:
         M3Error: The weights sum to 0 and are to be normalised.
     """
     weights = settings.weights
-    if options.normalize and all(isinstance(w, float) for w in weights) and sum(weights) == 0.0:
-        said = ", ".join(f"{w:g}" for w in weights)
-        raise M3Error(f"weights: {said} sum to 0, so they cannot be normalised: change them or set normalize: false")
+    if options.normalize:
+        check_normalizer(weights, "normalize: false")
     return stack(fold_weights(settings, tuple(range(len(weights))), options.normalize))
 
 

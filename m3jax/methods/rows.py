@@ -51,7 +51,8 @@ class MethodRow(NamedTuple):
         parameters: In the order in which they are shown.
         sparsifier: The factory of the sparsifier that it always has, if any.
         base: "task_vectors": differences from the base are merged; "expert": a base among the models is one of them;
-            "first": the base is the first expert.
+            "first": the base is the first expert; "optional": task vectors where there is a base, else the experts
+            themselves: its factory takes `task_vectors`.
         experts: The fewest and the most experts; None for any number.
         weighting: As `Method.weighting`.
         without: The method that is the same without the sparsifier.
@@ -118,7 +119,7 @@ def as_read(parameter: Parameter) -> Parameter:
 
 
 _KINDS, _LEVELS = ("number", "flag", "choice"), ("expert", "tensor", "merge")
-_BASES, _WEIGHTINGS = ("task_vectors", "expert", "first"), ("each", "position", "none")
+_BASES, _WEIGHTINGS = ("task_vectors", "expert", "first", "optional"), ("each", "position", "none")
 
 
 def fault_of(row: MethodRow) -> str:

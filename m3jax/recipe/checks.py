@@ -173,10 +173,10 @@ def check_whole(recipe: "Recipe") -> None:
 
 def check_normalizer(recipe: "Recipe") -> None:
     """Weights that are divided by their sum have one."""
-    switch = parameters_of(recipe.row).get("normalize")
+    flags = [p for p in recipe.row.parameters if p.kind == "flag"]
+    switch = next((p for p in flags if "normalize" in (p.name, p.sets.removeprefix("method."))), None)
     names = weight_parameters(recipe.row)
-    normalizes = switch is not None and switch.kind == "flag" and recipe.flag("normalize")
-    if not normalizes or not names or recipe.mixup is not None:
+    if switch is None or not recipe.flag(switch.name) or not names or recipe.mixup is not None:
         return
     for part in recipe.slices or (None,):
         settings = [
@@ -186,9 +186,9 @@ def check_normalizer(recipe: "Recipe") -> None:
         weights = [weight for weight in settings if isinstance(weight, float)]
         if len(weights) == len(settings) and abs(sum(weights)) <= 1e-8 * sum(map(abs, weights)):
             raise RecipeError(
-                "the weights sum to 0 and cannot be normalized; change them or write 'normalize: false'",
+                f"the weights sum to 0 and cannot be normalized; change them or write '{switch.name}: false'",
                 "parameters",
-                "normalize",
+                switch.name,
             )
 
 

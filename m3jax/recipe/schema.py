@@ -265,7 +265,7 @@ class Recipe(_Strict):
         if self.row.base == "expert" or self.base_model is None:
             return self.models
         others = tuple(entry for entry in self.models if entry.model != self.base_model)
-        if self.row.base == "task_vectors":
+        if self.row.base != "first":
             return others
         base = (entry for entry in self.models if entry.model == self.base_model)
         return (next(base, ModelEntry(model=self.base_model)), *others)
@@ -282,7 +282,7 @@ class Recipe(_Strict):
         """Whether the merge works on differences from the base model."""
         if self.row.base == "expert":
             return self.sparsify is not None and self.sparsify.target == "delta"
-        return self.row.base == "task_vectors"
+        return self.row.base == "task_vectors" or (self.row.base == "optional" and self.base_model is not None)
 
     @property
     def stacks(self) -> bool:
@@ -303,7 +303,7 @@ class Recipe(_Strict):
         if self.row.base == "expert" or self.base_model is None:
             return part.sources
         others = tuple(source for source in part.sources if source.model != self.base_model)
-        if self.row.base == "task_vectors":
+        if self.row.base != "first":
             return others
         return (*(source for source in part.sources if source.model == self.base_model), *others)
 

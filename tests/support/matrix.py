@@ -91,7 +91,9 @@ SPARSIFIERS = {
     ),
 }
 
-# Methods that have no weight for each expert and no sparsifier; with the weights that they get.
+_ALONE = {"base_model": None}  # which task vectors would be taken from
+
+# Methods that have no sparsifier, with the weights that they get.
 ALONE = {
     "slerp": (m3jax.slerp(), {"merge_method": "slerp", "parameters": {"t": 0.3}}, {"method": "slerp"}, 0.3),
     "model_stock": (m3jax.model_stock(), {"merge_method": "model_stock"}, {"method": "model_stock"}, None),
@@ -101,7 +103,29 @@ ALONE = {
         {"method": "model_stock", "by_row": True},
         None,
     ),
+    "nuslerp": (m3jax.nuslerp(), {"merge_method": "nuslerp", **_ALONE}, {"method": "nuslerp"}, [0.4, 0.7]),
+    "nuslerp_rows": (
+        m3jax.nuslerp(flatten=False, task_vectors=True),
+        {"merge_method": "nuslerp", "parameters": {"nuslerp_flatten": False}},
+        {"method": "nuslerp", "lines": "row", "deltas": True},
+        [0.4, 0.7],
+    ),
+    "nuslerp_columns": (
+        m3jax.nuslerp(flatten=False, row_wise=True),
+        {"merge_method": "nuslerp", "parameters": {"nuslerp_flatten": False, "nuslerp_row_wise": True}, **_ALONE},
+        {"method": "nuslerp", "lines": "column"},
+        [0.9, 0.4],
+    ),
+    "multislerp": (
+        m3jax.multislerp(task_vectors=True),
+        {"merge_method": "multislerp"},
+        {"method": "multislerp", "deltas": True},
+        [0.5, 0.2, 0.9],
+    ),
+    "karcher": (m3jax.karcher(), {"merge_method": "karcher"}, {"method": "karcher"}, [0.5, 0.2, 0.9]),
 }
+# Of these, what measures by tensor, row and column: the others differ in what they make of it.
+MEASURED = ("slerp", "model_stock", "model_stock_rows", "nuslerp_columns")
 
 
 def few(names, *fast):

@@ -123,6 +123,105 @@ def stock(deltas, scale=1.0):
     return scale * (n * cosine / divisor if divisor else 0.0) / n
 
 
+RESOLUTION = 2.0**-11
+
+
+def gram(vectors):
+    found = {(i, j): inner(a, b) for i, a in enumerate(vectors) for j, b in enumerate(vectors) if i <= j}
+    return [[found[min(i, j), max(i, j)] for j in range(len(vectors))] for i in range(len(vectors))]
+
+
+def bilinear(a, matrix, b):
+    return math.fsum(x * m * y for x, row in zip(a, matrix, strict=True) for m, y in zip(row, b, strict=True))
+
+
+def nuslerp(vectors, weights):
+    """The coefficients of both ends at t = w₁ / (w₀ + w₁) of the arc, or of the line where there is none."""
+    t = weights[1] / sum(weights) if abs(sum(weights)) > 1e-6 * sum(map(abs, weights)) else 0.5
+    (aa, ab), (_, bb) = gram(vectors)
+    lengths = math.sqrt(aa) * math.sqrt(bb)
+    cosine = min(1.0, max(-1.0, ab / lengths)) if lengths > 0 else 0.0
+    if math.sqrt((1 - cosine) * (1 + cosine)) < RESOLUTION:
+        return [1 - t, t]
+    angle = math.acos(cosine)
+    return [math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)]
+
+
+def multislerp(vectors, weights, normalize=True, eps=1e-8):
+    """All of the formula, over the coefficients of the experts: mean direction, tangents there, exponential map."""
+    n, matrix = len(vectors), gram(vectors)
+    weights = [w / sum(weights) for w in weights] if normalize else weights
+    lengths = [math.sqrt(matrix[i][i]) for i in range(n)]
+    units = [[1 / lengths[i] if i == j and lengths[i] else 0.0 for j in range(n)] for i in range(n)]
+    total = [w * units[i][i] for i, w in enumerate(weights)]
+    size = math.sqrt(max(bilinear(total, matrix, total), 0.0))
+    if size <= max(eps, RESOLUTION * sum(abs(w) for w, length in zip(weights, lengths, strict=True) if length)):
+        assert n == 2 or not any(lengths)
+        return weights
+    mean = [c / size for c in total]
+    tangents = [[u - bilinear(unit, matrix, mean) * m for u, m in zip(unit, mean, strict=True)] for unit in units]
+    r = [sum(w * tangent[j] for w, tangent in zip(weights, tangents, strict=True)) for j in range(n)]
+    far = math.sqrt(max(bilinear(r, matrix, r), 0.0))
+    reach = sum(w * length for w, length in zip(weights, lengths, strict=True))
+    return [
+        (m * math.cos(far) + x * (math.sin(far) / far if far else 1.0)) * reach for m, x in zip(mean, r, strict=True)
+    ]
+
+
+def karcher(vectors, weights, max_iter=10, tol=1e-5):
+    """u ← exp_u(Σ wᵢ log_u(uᵢ)), over the coefficients of the unit vectors."""
+    weights = [w / sum(weights) for w in weights]
+    matrix = gram(vectors)
+    lengths = [math.sqrt(matrix[i][i]) for i in range(len(vectors))]
+    there = [i for i, length in enumerate(lengths) if length]
+    if not there:
+        return weights
+    n, share = len(there), [weights[i] / sum(weights[j] for j in there) for i in there]
+    unit = [
+        [min(1.0, max(-1.0, matrix[i][j] / lengths[i] / lengths[j])) if i != j else 1.0 for j in there] for i in there
+    ]
+    size = math.sqrt(max(bilinear(share, unit, share), 0.0))
+    mean = [float(i == 0) for i in range(n)] if size < max(tol, RESOLUTION) else [s / size for s in share]
+    for _ in range(max_iter):
+        step = [0.0] * n
+        for i in range(n):
+            own = [float(i == j) for j in range(n)]
+            cosine = min(1.0, max(-1.0, bilinear(own, unit, mean)))
+            sine = math.sqrt((1 - cosine) * (1 + cosine))
+            stretch = math.acos(cosine) / sine if sine >= RESOLUTION else float(cosine > 0)
+            step = [s + share[i] * stretch * (o - cosine * m) for s, o, m in zip(step, own, mean, strict=True)]
+        far = math.sqrt(max(bilinear(step, unit, step), 0.0))
+        if far < tol or far == 0:
+            break
+        mean = [math.cos(far) * m + math.sin(far) / far * s for m, s in zip(mean, step, strict=True)]
+        size = math.sqrt(bilinear(mean, unit, mean))
+        mean = [m / size for m in mean]
+    reach = sum(w * length for w, length in zip(weights, lengths, strict=True))
+    found = [0.0] * len(vectors)
+    for i, m in zip(there, mean, strict=True):
+        found[i] = m / lengths[i] * reach
+    return found
+
+
+GEOMETRIC = {"nuslerp": nuslerp, "multislerp": multislerp, "karcher": karcher}
+
+
+def spanned(vectors, lines, coefficients):
+    """Σ cᵢxᵢ, with coefficients of the whole, of each row or of each column."""
+    shape = vectors[0].shape
+    if lines == "column":
+        vectors = [np.reshape(v, (math.prod(shape[:1]), math.prod(shape[1:]))).T for v in vectors]
+    rows = [np.atleast_1d(v) for v in vectors]
+    out = np.zeros(rows[0].shape, F32)
+    for where in [...] if lines == "tensor" else np.ndindex(out.shape[:-1]):
+        total = None
+        for c, row in zip(coefficients([v[where] for v in rows]), rows, strict=True):
+            term = flush(scalar(c) * row[where])
+            total = term if total is None else flush(total + term)
+        out[where] = total
+    return np.reshape(out.T if lines == "column" else out, shape)
+
+
 def draw(seed, alpha, n, group=None):
     from scipy.special import betaincinv
 
@@ -178,6 +277,8 @@ def merge(
     target="delta",
     rescale=None,
     scope="tensor",
+    deltas=False,  # of methods that take task vectors or not
+    lines="tensor",  # what has an angle of its own: "tensor", "row" or "column"
 ):
     n, names = len(experts), list(experts[0])
     normalize = (method in ("linear", "ties")) if normalize is None else normalize
@@ -189,7 +290,7 @@ def merge(
         if isinstance(weights, dict)
         else {name: weights if weights is not None else [1.0] * n for name in names}
     )
-    takes_deltas = method in ("task_arithmetic", "ties", "model_stock") or (sparsify and target == "delta")
+    takes_deltas = method in ("task_arithmetic", "ties", "model_stock") or deltas or (sparsify and target == "delta")
     folded = [d if sparsify and sparsify != "della" and rescale and target == "delta" else 1.0 for d in keep]
 
     def raw(name, i):
@@ -268,6 +369,11 @@ def merge(
                 total = term if total is None else flush(total + term)
             total = flush(total + wide(base[name]))
             merged[name] = narrow(total, out or np.asarray(base[name]).dtype.name)
+            continue
+        if method in GEOMETRIC:
+            total = spanned([values[name, i] for i in range(n)], lines, lambda v, w=w: GEOMETRIC[method](v, w))
+            total = flush(total + wide(base[name])) if takes_deltas else total
+            merged[name] = narrow(total, out or np.asarray((base or experts[0])[name]).dtype.name)
             continue
         total = None
         agree = [

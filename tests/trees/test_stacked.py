@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support import oracle
-from support.matrix import ALONE, DTYPES, METHODS, SPARSIFIERS, few, in_turn, models, same
+from support.matrix import ALONE, DTYPES, MEASURED, METHODS, SPARSIFIERS, few, in_turn, models, same
 
 import m3jax
 from m3jax import M3Error
@@ -18,7 +18,7 @@ DEPTH = 4
 INNER = {"norm.scale": (8,), "up.kernel": (8, 12), "attention.kernel": (2, 8, 6)}
 OUTER = {"embed.embedding": (40, 8), "head.kernel": (8, 12)}
 SHAPES = OUTER | {f"layers.{i}.{name}": shape for i in range(DEPTH) for name, shape in INNER.items()}
-APART = [(method, "alone") for method in ALONE]
+APART = [(method, "alone") for method in MEASURED]
 QUICK = [("linear", "none"), ("ties_paper", "dare")]
 # Some methods over every axis and kind of mesh, the others over these in turn.
 KINDS = (AxisType.Auto, AxisType.Explicit)

@@ -17,6 +17,7 @@ _WIDTH = 100  # where stdout is no terminal
 _BASES = {
     "task_vectors": "a base model",
     "expert": "no base model",
+    "optional": "a base model or none (with one, task vectors are merged)",
     "first": "no base model (one that is given is the first of the models)",
 }
 _WEIGHTINGS = {
