@@ -87,15 +87,25 @@ def _blocks(resident: Resident) -> list[BlockPlan]:
 def _traced_scalars(
     resident: Resident, known: Mapping[str, LeafScalars], granularity: str, weights: Mapping[str, Array]
 ) -> dict[str, LeafScalars]:
-    """The scalars of a merge whose weights are traced: what they fold into is folded in the trace."""
+    """The scalars of a merge whose weights are traced: what they fold into is folded in the trace.
+
+    Where they fold into nothing, they enter what is concluded from measures, and this is concluded in the trace.
+    """
     found = {}
     for tensor in resident.plan.tensors:
         if tensor.pipeline is None:
             continue
-        method, folded = tensor.pipeline.method, []
+        method, folded, blocks = tensor.pipeline.method, [], []
         for block in tensor.blocks:
             own = tuple(Double.of(w) for w in weights[group_of(block, granularity)])
-            folded.append(method.fold(method.options, block.settings._replace(weights=own)))
+            blocks.append(block._replace(settings=block.settings._replace(weights=own)))
+            folded.append(method.fold(method.options, blocks[-1].settings))
+        if all(each is None for each in folded):
+            traced = tensor._replace(blocks=tuple(blocks))
+            found[tensor.output.name] = resident.findings.scalars(
+                traced, resident.root, None if tensor.axis is not None else 0
+            )
+            continue
         whole = folded[0] if tensor.axis is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *folded)
         found[tensor.output.name] = known[tensor.output.name]._replace(method=whole)
     return found

@@ -161,6 +161,9 @@ def check_pipeline(pipeline: Pipeline, has_base: bool) -> None:
         raise M3Error(f"{method.name}: merges {wanted} experts, but there {'is' if n == 1 else 'are'} {n}")
     if sparsifier is not None and not method.sparsifies:
         raise M3Error(f"{method.name}: cannot be combined with {sparsifier.name}: take linear or task_arithmetic")
+    by_row = method.rows or any(stage.measure.scope == "row" for stage in pipeline.stages)
+    if pipeline.columns and (by_row or (sparsifier is not None and sparsifier.rows)):
+        raise M3Error(f"{method.name}: works on columns, so nothing beside it can work on rows: leave that out")
     if pipeline.uses_base and not has_base:
         reason = method.name if method.uses_base else f"{sparsifier.name if sparsifier else ''} on task vectors"
         raise M3Error(f"{reason}: needs a base model to take task vectors from, but none is given")

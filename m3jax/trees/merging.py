@@ -367,7 +367,7 @@ def merge(
 
     Runs eagerly (each distinct leaf shape is compiled once) or inside the caller's jit, with parameters, weights and
     key traced, on meshes with Auto or Explicit axes. Differentiable in the parameters and the weights, and `vmap` over
-    weights and keys gives a batch of merges. Slerp in a trace calls back to the host for its angles.
+    weights and keys gives a batch of merges. In a trace, methods of angles (slerp and its kin) call back to the host.
 
     What each leaf is, is told from names, shapes and the types of Flax's variables (`anatomy`). Parameters are merged;
     running statistics of batch normalisation get their mean, with the same weights where each expert has one; other

@@ -61,6 +61,19 @@ def test_a_known_optimum_is_found(recipe, tmp_path, granularity):
     assert learned.losses[-1] < learned.losses[0] / 100
 
 
+def test_weights_that_enter_measures_are_learned(recipe, tmp_path):
+    """Of a Karcher mean, whose coefficients are concluded from inner products."""
+    with prepared(load_recipe(recipe | {"merge_method": "karcher"}), tmp_path / "out") as ready:
+        resident = load_resident(ready, 0)
+    target = resident.merge({"model": (0.3, 0.7)})
+
+    def loss(params, batch):
+        return sum(jnp.mean((params[name] - target[name]) ** 2) for name in NAMES) + batch
+
+    learned = learn(resident, {"model": (0.9, 0.1)}, "model", loss, [jnp.float32(0)], steps=150, learning_rate=0.2)
+    assert abs(learned.weights["model"][0] - 0.3) < 1e-2
+
+
 def test_a_loss_that_is_not_finite_is_said(recipe, tmp_path):
     with prepared(load_recipe(recipe), tmp_path / "out") as ready:
         resident = load_resident(ready, 0)

@@ -167,9 +167,12 @@ def test_settings_that_cannot_be():
     for arguments in ({"max_iter": 2.5}, {"max_iter": -1}, {"tol": -1.0}):
         with pytest.raises(M3Error, match=f"karcher: {next(iter(arguments))} is"):
             m3jax.karcher(**arguments)
+    columns = m3jax.nuslerp(flatten=False, row_wise=True)
+    with pytest.raises(M3Error, match="nuslerp: works on columns, so nothing beside it can work on rows"):
+        m3jax.merge(trees(vectors(2)), columns._replace(rows=True))
     wide = [np.zeros((2, 2**20 + 1), np.float32)] * 2
     with pytest.raises(M3Error, match=r"^w: has 1048577 columns"):
-        m3jax.merge(trees(wide), m3jax.nuslerp(flatten=False, row_wise=True))
+        m3jax.merge(trees(wide), columns)
 
 
 # --- in a trace ---------------------------------------------------------------------------------------------------
@@ -265,13 +268,14 @@ def test_one_model_scaled(tmp_path):
 def test_a_gradient_of_lambda_is_lines(tmp_path):
     """LiNeS (arXiv 2410.17146): λ of block l of L is α + β·(l − 1)/(L − 1); `lambda: [α, α + β]` says so."""
     alpha, beta, depth = 0.3, 0.6, 4
-    shapes = {f"model.layers.{i}.w": (6, 5) for i in range(depth)}
-    base, experts = write_models(tmp_path, shapes=shapes)
+    layers = {"model.embed_tokens.weight": 0, "lm_head.weight": depth - 1}
+    layers |= {f"model.layers.{i}.w": i for i in range(depth)}
+    base, experts = write_models(tmp_path, shapes=dict.fromkeys(layers, (6, 5)))
     asked = recipe(tmp_path, merge_method="task_arithmetic", parameters={"lambda": [alpha, alpha + beta]})
     m3jax.merge_checkpoint(asked, tmp_path / "out")
     got = read(tmp_path / "out")
-    for layer, name in enumerate(shapes):
+    for name, layer in layers.items():
         block = [{name: tree[name]} for tree in (base, *experts)]
         scale = alpha + beta * layer / (depth - 1)
         want = oracle.merge(block[1:], block[0], "task_arithmetic", scale=scale)
-        assert same({name: got[name]}, want) == (True, []), layer
+        assert same({name: got[name]}, want) == (True, [])
