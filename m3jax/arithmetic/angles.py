@@ -57,4 +57,5 @@ def cos(angle: np.ndarray | float) -> np.ndarray:
         1.0
     """
     half = sin(np.asarray(angle, np.float64) / 2)
-    return 1.0 - 2.0 * half * half
+    result: np.ndarray = 1.0 - 2.0 * half * half
+    return result
