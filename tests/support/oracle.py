@@ -256,6 +256,161 @@ def inner(a, b):
     return math.ldexp(sum(int(u) for u in units), exponent - 29)
 
 
+def added(terms):
+    total = terms[0]
+    for term in terms[1:]:
+        total = flush(total + term)
+    return total
+
+
+def sce(deltas, scale, select_topk):
+    """Entries of the largest variance, then the mean of those of the elected sign by their energy."""
+    n, gaps = len(deltas), []
+    if select_topk < 1:
+        for i in range(n):
+            for j in range(i + 1, n):
+                gap = flush(deltas[i] - deltas[j])
+                gaps.append(flush(gap * gap))
+        variance = added(gaps)
+        kept = int(select_topk * np.count_nonzero(variance))
+        least = np.sort(variance, axis=None)[variance.size - kept] if kept else np.inf
+        deltas = [np.where(variance >= least, d, F32(0)) for d in deltas]
+    energy = [inner(d, d) for d in deltas]
+    sign = np.where(added(deltas) >= 0, 1, -1)
+    agree = [np.sign(d) == sign for d in deltas]
+    terms = []
+    for i in range(n):
+        c = np.zeros(deltas[i].shape, F32)
+        for where in np.ndindex(c.shape):
+            total = 0.0
+            for j in range(n):
+                total += energy[j] if agree[j][where] else 0.0
+            c[where] = scalar(scale * (energy[i] / total)) if total and agree[i][where] else 0
+        terms.append(np.where(agree[i], flush(c * deltas[i]), F32(0)))
+    return added(terms)
+
+
+def ram(deltas, scale, epsilon, r=None, alpha=None):
+    """The mean of what was changed; with r, entries of one expert alone are enlarged."""
+    changed = [np.abs(d) > F32(epsilon) for d in deltas]
+    count = sum(c.astype(int) for c in changed)
+    if r is not None:
+        enlarged = []
+        for d, c in zip(deltas, changed, strict=True):
+            shared, alone = int((c & (count > 1)).sum()), int((c & (count == 1)).sum())
+            factor = scalar(1.0 + r * min(shared / max(alone, 1), alpha))
+            enlarged.append(np.where(count == 1, flush(factor * d), d))
+        deltas = enlarged
+    factor = np.array([0.0, *(scale / k for k in range(1, len(deltas) + 1))], F32)[count]
+    return flush(factor * added([np.where(c, d, F32(0)) for c, d in zip(changed, deltas, strict=True)]))
+
+
+def magmax(deltas, scale):
+    """The largest in magnitude; the mean of those that tie."""
+    largest = np.max([np.abs(d) for d in deltas], axis=0)
+    tied = np.sum([np.abs(d) == largest for d in deltas], axis=0)
+    signs = np.sum([np.sign(d) * (np.abs(d) == largest) for d in deltas], axis=0, dtype=np.float64)
+    return flush((scale * (signs / tied)).astype(F32) * largest)
+
+
+def consensus(deltas, weights, scale, limits, agreement, normalize):
+    """The weighted sum where enough experts are no smaller than the others together."""
+    n, total = len(deltas), sum(weights)
+    terms = [
+        flush(scalar(w * scale / total if normalize else w * scale) * d) for w, d in zip(weights, deltas, strict=True)
+    ]
+    none, matters = np.zeros_like(terms[0]), 0
+    for i in range(n):
+        others = flush((added(terms[:i]) if i else none) + (added(terms[:i:-1]) if i < n - 1 else none))
+        matters = matters + (np.abs(terms[i]) >= flush(scalar(limits) * np.abs(others)))
+    return np.where(matters >= agreement, added(terms), F32(0))
+
+
+def polynomial(coefficients, x):
+    total = np.full_like(x, F32(coefficients[0]))
+    for c in coefficients[1:]:
+        total = flush(flush(total * x) + F32(c))
+    return total
+
+
+def exp(x):
+    """e^x for x in [0, 80]: Taylor of degree 7 around the nearest multiple of ln 2."""
+    x = np.clip(x, F32(0), F32(80))
+    k = np.rint(flush(x * F32(1.44269504)))
+    rest = flush(flush(x - flush(k * F32(0.693359375))) - flush(k * F32(-2.12194440e-4)))
+    return flush(polynomial([1 / math.factorial(i) for i in range(7, -1, -1)], rest) * np.ldexp(F32(1), k.astype(int)))
+
+
+def reciprocal(x):
+    """Newton's iteration from a guess that integers make."""
+    size = np.abs(x)
+    found = (U32(0x7EF311C7) - size.view(U32)).view(F32)
+    for _ in range(4):
+        found = flush(found + flush(found * flush(F32(1) - flush(size * found))))
+    return np.copysign(found, x)
+
+
+def tanh(x):
+    size = np.minimum(np.abs(x), F32(10))
+    square = flush(size * size)
+    cubic = polynomial([62 / 2835, -17 / 315, 2 / 15, -1 / 3], square)
+    near = flush(size + flush(flush(cubic * square) * size))
+    half = reciprocal(flush(exp(size + size) + F32(1)))
+    return np.where(x < 0, F32(-1), F32(1)) * np.where(size < F32(0.25), near, flush(F32(1) - (half + half)))
+
+
+def spans(low, high):
+    """Where a range begins, and one over its width."""
+    width = float(high) - float(low)
+    return F32(low), F32(1 / width if width > 0 and 1 / width < 2.0**120 else 0.0)
+
+
+def pcb(deltas, size, weights, scale, density, normalize):
+    """The mean of entries by how they compete. Arrays hold everything that is ranked, in rows."""
+    n, together, scores, clamped = len(deltas), added(deltas), [], []
+    for d in deltas:
+        ordered = np.sort(np.abs(d), axis=None)
+        low, high = ordered[int(size * 0.0001)], ordered[max(int(size * 0.9999 - 1), 0)]
+        clamped.append(np.clip(np.abs(d), low, high))
+        first, inverse = spans(low, high)
+        share = flush(flush(clamped[-1] - first) * inverse)
+        alone = exp(flush(flush(share * share) * F32(n)))
+        scores.append(flush(alone * tanh(flush(d * together))))
+    terms, shares = [], []
+    for i, score in enumerate(scores):
+        ordered = np.sort(score, axis=None)
+        least, most = ordered[min(int(size * (1 - density)), size - 1)], ordered[-1]
+        # Of two neighbouring numbers the one whose pattern, ordered as the numbers are, is even.
+        bits = np.array([least, most], F32).view(U32)
+        order = np.where(bits >> U32(31), ~bits, bits | U32(2**31)) & U32(0xFFFFFFFE)
+        least, most = np.where(order < U32(2**31), ~order, order & U32(2**31 - 1)).astype(U32).view(F32)
+        first, inverse = spans(least, most)
+        share = flush(np.maximum(flush(score - first), F32(0)) * inverse)
+        signed = (np.sign(deltas[i]) * clamped[i]).astype(F32)
+        terms.append(flush(scalar(weights[i] * scale) * flush(share * signed)))
+        shares.append(flush(scalar(weights[i] if normalize else 1.0) * share))
+    total = added(shares)
+    return flush(added(terms) * reciprocal(np.where(total == 0, F32(1), total)))
+
+
+def selected(method, deltas, weights, scale, normalize, more):
+    """The merged task vector of a tensor, for methods that select entries."""
+    if method == "sce":
+        return sce(deltas, scale, **more)
+    if method in ("ram", "ramplus_tl"):
+        return ram(deltas, scale, **more)
+    if method == "nearswap":
+        return np.clip(deltas[0], -scalar(more["t"]), scalar(more["t"]))
+    if method == "magmax":
+        return magmax(deltas, scale)
+    if method == "pcb":
+        return pcb(deltas, deltas[0].size, weights, scale, more["density"], normalize)
+    return consensus(deltas, weights, scale, more["limits"], more["agreement"], normalize)
+
+
+SELECTION = ("sce", "ram", "ramplus_tl", "nearswap", "magmax", "consensus", "pcb")
+
+
 def merge(
     experts,  # list of {name: array}
     base=None,
@@ -277,6 +432,7 @@ def merge(
     target="delta",
     rescale=None,
     scope="tensor",
+    more=None,  # own parameters of a method that selects entries
     deltas=False,  # of methods that take task vectors or not
     lines="tensor",  # what has an angle of its own: "tensor", "row" or "column"
 ):
@@ -290,7 +446,8 @@ def merge(
         if isinstance(weights, dict)
         else {name: weights if weights is not None else [1.0] * n for name in names}
     )
-    takes_deltas = method in ("task_arithmetic", "ties", "model_stock") or deltas or (sparsify and target == "delta")
+    on_deltas = ("task_arithmetic", "ties", "model_stock", *SELECTION)
+    takes_deltas = method in on_deltas or deltas or (sparsify and target == "delta")
     folded = [d if sparsify and sparsify != "della" and rescale and target == "delta" else 1.0 for d in keep]
 
     def raw(name, i):
@@ -368,6 +525,19 @@ def merge(
                 term = flush(factor * delta).reshape(delta.shape)
                 total = term if total is None else flush(total + term)
             total = flush(total + wide(base[name]))
+            merged[name] = narrow(total, out or np.asarray(base[name]).dtype.name)
+            continue
+        if method in SELECTION:
+            own = [values[name, i] for i in range(n)]
+            together = method == "pcb" and trim_scope == "model"  # ranked over all tensors
+            if together:
+                every = [np.concatenate([values[each, i].ravel() for each in names]) for i in range(n)]
+                whole = selected(method, every, w, scale, normalize, more)
+                sizes = np.cumsum([values[each, 0].size for each in names])[:-1]
+                task = dict(zip(names, np.split(whole, sizes), strict=True))[name].reshape(own[0].shape)
+            else:
+                task = selected(method, own, w, scale, normalize, more or {})
+            total = flush(task + wide(base[name]))
             merged[name] = narrow(total, out or np.asarray(base[name]).dtype.name)
             continue
         if method in GEOMETRIC:
