@@ -20,20 +20,27 @@ if TYPE_CHECKING:
     from m3jax.methods.base import Round as Round
     from m3jax.methods.base import Sparsifier as Sparsifier
     from m3jax.methods.breadcrumbs import breadcrumbs as breadcrumbs
+    from m3jax.methods.consensus import consensus as consensus
     from m3jax.methods.dare import dare as dare
     from m3jax.methods.della import della as della
     from m3jax.methods.karcher import karcher as karcher
     from m3jax.methods.linear import linear as linear
     from m3jax.methods.linear import task_arithmetic as task_arithmetic
+    from m3jax.methods.magmax import magmax as magmax
     from m3jax.methods.magnitude import magnitude as magnitude
     from m3jax.methods.mixup import draw_weights as draw_weights
     from m3jax.methods.mixup import mixup as mixup
     from m3jax.methods.model_stock import model_stock as model_stock
     from m3jax.methods.multislerp import multislerp as multislerp
+    from m3jax.methods.nearswap import nearswap as nearswap
     from m3jax.methods.nuslerp import nuslerp as nuslerp
     from m3jax.methods.passthrough import passthrough as passthrough
+    from m3jax.methods.pcb import pcb as pcb
+    from m3jax.methods.ram import ram as ram
+    from m3jax.methods.ram import ramplus_tl as ramplus_tl
     from m3jax.methods.rows import MethodRow as MethodRow
     from m3jax.methods.rows import Parameter as Parameter
+    from m3jax.methods.sce import sce as sce
     from m3jax.methods.slerp import slerp as slerp
     from m3jax.methods.ties import ties as ties
     from m3jax.outputs.conversion import convert as convert
@@ -61,7 +68,14 @@ _HOMES = {
     "attack": "evaluation.robustness",
     "breadcrumbs": "methods.breadcrumbs",
     "della": "methods.della",
+    "consensus": "methods.consensus",
+    "magmax": "methods.magmax",
     "model_stock": "methods.model_stock",
+    "nearswap": "methods.nearswap",
+    "pcb": "methods.pcb",
+    "ram": "methods.ram",
+    "ramplus_tl": "methods.ram",
+    "sce": "methods.sce",
     "karcher": "methods.karcher",
     "multislerp": "methods.multislerp",
     "nuslerp": "methods.nuslerp",

@@ -5,6 +5,7 @@ A leaf is one parameter array, or one chunk of it. What a method must know of mo
 tell an array from a chunk, one device from many, or memory from disk.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -260,16 +261,29 @@ def checked_share(where: str, name: str, value: float | Sequence[float]) -> Dens
     Raises:
         M3Error: One is not in [0, 1], or is known only to a trace: ranks and masks are integers made of it on the host.
     """
+    return checked_number(where, name, value, 0.0, 1.0)
+
+
+def checked_number(
+    where: str, name: str, value: float | Sequence[float], low: float = -math.inf, high: float = math.inf
+) -> Density:
+    """A number or several, of any parameter, as hashable numbers.
+
+    Raises:
+        M3Error: One is not finite or not in [low, high], or is known only to a trace.
+    """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
         raise M3Error(
             f"{where}: {name} is traced, but which entries are kept is decided by integers made of it on the host: "
             "give a number, and make one merge for each outside of jit or vmap"
         )
-    shares = [float(each) for each in np.atleast_1d(value)]
-    for each in shares:
-        if not 0 <= each <= 1:
-            raise M3Error(f"{where}: {name} is {each:g}, but must lie between 0 and 1")
-    return tuple(shares) if np.ndim(value) else shares[0]
+    numbers = [float(each) for each in np.atleast_1d(value)]
+    for each in numbers:
+        if not (low <= each <= high and math.isfinite(each)):
+            finite = "finite" if low == -math.inf else f"finite and at least {low:g}"
+            wanted = f"lie between {low:g} and {high:g}" if high < math.inf else f"be {finite}"
+            raise M3Error(f"{where}: {name} is {each:g}, but must {wanted}")
+    return tuple(numbers) if np.ndim(value) else numbers[0]
 
 
 def per_expert(name: str, value: float | Sequence[float], num_experts: int) -> tuple[float, ...]:

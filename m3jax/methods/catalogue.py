@@ -84,6 +84,10 @@ _RESCALE_DELLA = _RESCALE._replace(
 )
 _BREADCRUMBS_PAPER = "Davari & Belilovsky, Model Breadcrumbs, 2023, arXiv 2312.06795"
 _DELLA_PAPER = "Deep et al., DELLA-Merging, 2024, arXiv 2406.11617"
+_RAM_PAPER = "Yuan et al., Behavior knowledge merge in reinforced agentic models, 2026, arXiv 2601.13572"
+_CHANGED = Parameter(
+    "epsilon", "method.epsilon", "an entry is changed where |δᵢ| is larger", 1e-5, low=0.0, level="tensor"
+)
 _MERGEKIT_PAPER = "mergekit, Goddard et al., 2024, arXiv 2403.13257"
 _LINEAR, _TASKS = "m3jax.methods.linear:linear", "m3jax.methods.linear:task_arithmetic"
 _TIES = "m3jax.methods.ties:ties"
@@ -202,6 +206,118 @@ METHODS: tuple[MethodRow, ...] = (
         (Parameter("filter_wise", "method.filter_wise", "one angle for each row, not each tensor", False, "flag"),),
         experts=(2, None),
         weighting="none",
+        sparsifies=False,
+    ),
+    MethodRow(
+        "sce",
+        "m3jax.methods.sce:sce",
+        "entries that differ most between experts, of the elected sign, by energy",
+        "p + Σ wᵢ·select(δᵢ) / Σ wᵢ over the experts i of the elected sign, wᵢ ∝ mean(select(δᵢ)²)",
+        "Wan et al., FuseChat, 2024, arXiv 2408.07990",
+        (
+            Parameter(
+                "select_topk",
+                "method.select_topk",
+                "share of the entries that vary between experts that is kept",
+                1.0,
+                low=0.0,
+                high=1.0,
+                level="tensor",
+            ),
+        ),
+        experts=(1, 16),
+        weighting="none",
+        sparsifies=False,
+    ),
+    MethodRow(
+        "ram",
+        "m3jax.methods.ram:ram",
+        "entries that one expert alone changed are taken, shared ones averaged",
+        "p + mean(δᵢ) over the experts i with |δᵢ| > ε",
+        _RAM_PAPER,
+        (_CHANGED,),
+        weighting="none",
+        sparsifies=False,
+    ),
+    MethodRow(
+        "ramplus_tl",
+        "m3jax.methods.ram:ramplus_tl",
+        "as ram, with entries that one expert alone changed enlarged",
+        "p + mean(δᵢ) over the experts i with |δᵢ| > ε; of one alone (1 + r·clamp(sharedᵢ/uniqueᵢ, 0, α))·δᵢ",
+        _RAM_PAPER,
+        (
+            Parameter("r", "method.r", "how much entries of one expert alone are enlarged", 0.1, level="tensor"),
+            Parameter("alpha", "method.alpha", "the most that shared/unique counts", 0.2, low=0.0, level="tensor"),
+            _CHANGED,
+        ),
+        weighting="none",
+        sparsifies=False,
+    ),
+    MethodRow(
+        "nearswap",
+        "m3jax.methods.nearswap:nearswap",
+        "the base moved towards one expert, by no more than t in any entry",
+        "p + clamp(t/|δ|, 0, 1)·δ",
+        "alchemonaut, QuartetAnemoi-70B-t0.0001, 2024, on Hugging Face",
+        (Parameter("t", "method.t", "how far an entry moves at most", None, low=0.0, level="tensor"),),
+        experts=(1, 1),
+        weighting="none",
+        sparsifies=False,
+    ),
+    MethodRow(
+        "magmax",
+        "m3jax.methods.magmax:magmax",
+        "of every entry the task vector of largest magnitude",
+        "p + λ·δᵢ of the expert i with the largest |δᵢ|",
+        "Marczak et al., MagMax, 2024, arXiv 2407.06322",
+        (_LAMBDA,),
+        weighting="none",
+        sparsifies=False,
+    ),
+    MethodRow(
+        "consensus",
+        "m3jax.methods.consensus:consensus",
+        "weighted sum of task vectors where several experts matter (TALL-masks)",
+        "p + λ·Σ wᵢ·δᵢ where |wᵢ·δᵢ| ≥ λᵢ·|Σ wⱼ·δⱼ − wᵢ·δᵢ| for at least k experts i",
+        "Wang et al., Localizing task information for improved model merging and compression, 2024, arXiv 2405.07813",
+        (
+            _WEIGHT,
+            _normalize(False),
+            _LAMBDA,
+            Parameter(
+                "tall_mask_lambda",
+                "method.tall_mask_lambda",
+                "λᵢ: the larger, the fewer entries matter to the expert",
+                1.0,
+                low=0.0,
+                level="expert",
+                mergekit=False,
+            ),
+            Parameter(
+                "agreement",
+                "method.agreement",
+                "k, to how many experts an entry must matter",
+                2.0,
+                low=1.0,
+                mergekit=False,
+            ),
+        ),
+        sparsifies=False,
+    ),
+    MethodRow(
+        "pcb",
+        "m3jax.methods.pcb:pcb",
+        "entries that compete well within and between experts, averaged",
+        "p + λ·Σ sᵢ·wᵢ·δᵢ / Σ sᵢ, sᵢ from exp(n·norm(|δᵢ|)²)·tanh(δᵢ·Σ δⱼ)",
+        "Du et al., Parameter competition balancing for model merging, 2024, arXiv 2410.02396",
+        (
+            _WEIGHT,
+            _normalize(False),
+            _LAMBDA,
+            _trimmed("density")._replace(default=0.1, help="share of entries that count"),
+            _TRIM_SCOPE,
+        ),
+        experts=(1, 64),
         sparsifies=False,
     ),
     MethodRow(
@@ -332,6 +448,13 @@ SPARSIFIERS: tuple[SparsifierRow, ...] = (
     ),
 )
 
+LEFT_OUT: Mapping[str, str] = {
+    "arcee_fusion": "arcee_fusion is left out: above a million entries the quantiles by which it chooses come from an "
+    "unseeded sample, so that no result of it can be repeated; take task_arithmetic with sparsify: {method: magnitude, "
+    "density: 0.1}, which moves the base by the largest entries of one expert's task vector"
+}
+"""Methods of other tools that are not here on purpose, and what to take instead."""
+
 IGNORED = Parameter(
     "int8_mask", "", "mergekit's; the exact arithmetic stores no mask, so it saves nothing", False, "flag"
 )
@@ -426,6 +549,8 @@ def method_row(name: str) -> MethodRow:
 @functools.cache
 def _row_from_outside(name: str) -> MethodRow:
     entries = _entry_points().get(name, ())
+    if not entries and name in LEFT_OUT:
+        raise M3Error(LEFT_OUT[name])
     if not entries:
         raise M3Error(f"{name!r} is no merge method here: there are {', '.join(names())}")
     if len(entries) > 1:

@@ -1,4 +1,4 @@
-"""The measures that methods are built from: magnitudes of ranks, and inner products.
+"""The measures that methods are built from: magnitudes of ranks, inner products, and squares.
 
 Each is a factory of `Measure`s. What differs between methods is given as functions that take the owner's options.
 """
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, UInt32
+from numpy.typing import DTypeLike
 
 from m3jax.arithmetic import exact, ranking, sums
 from m3jax.arithmetic.ranking import Search
@@ -96,13 +97,17 @@ def _begin_ranking(ranks: "Ranks", options: Any, numbers: Numbers, extent: Exten
     return ranking.start(extent.entries, [rank for own in wanted for rank in own])
 
 
-def _thresholds(options: Any, state: Search, settings: Settings) -> UInt32[Any, "n ranks"]:
+def thresholds(state: Search) -> UInt32[Any, " ranks"]:
     """What was found, with ranks beyond the last one above every magnitude."""
     xp: Any = np if isinstance(state.low, np.ndarray) else jnp
     (high, low), (size_high, size_low) = state.rank, state.size
     beyond = (high > size_high) | ((high == size_high) & (low > size_low))
-    found: Array = xp.where(beyond, np.uint32(NOTHING), state.low).reshape(len(settings.comparison), -1)
+    found: Array = xp.where(beyond, np.uint32(NOTHING), state.low)
     return found
+
+
+def _thresholds(options: Any, state: Search, settings: Settings) -> UInt32[Any, "n ranks"]:
+    return thresholds(state).reshape(len(settings.comparison), -1)
 
 
 def rank_magnitudes(
@@ -239,13 +244,68 @@ def measure_products(
     )
 
 
-def on_host(function: Callable[..., Any], shapes: Sequence[tuple[int, ...]], *operands: Any) -> Any:
+# --- squares ------------------------------------------------------------------------------------------------------
+
+_Prepare = Callable[[Values, Known], Values]
+
+
+def _begin_squares(options: Any, numbers: Numbers, extent: Extent) -> Products:
+    limbs = np.zeros((2, extent.experts, sums.LIMBS), np.uint32)
+    return Products(np.zeros(extent.experts, np.uint32), (limbs, limbs))
+
+
+def _largest_squares(
+    prepare: _Prepare, options: Any, values: Values, known: Known, state: Any, valid: Bool[Array, "..."] | None
+) -> Array:
+    return jnp.concatenate([sums.largest((v,), known.zero, valid) for v in prepare(values, known)])
+
+
+def _sums_of_squares(
+    prepare: _Prepare, options: Any, values: Values, known: Known, state: Any, valid: Bool[Array, "..."] | None
+) -> Array:
+    prepared = enumerate(prepare(values, known))
+    own = [sums.integer_sums((v,), state.largest[i : i + 1], known.zero, valid) for i, v in prepared]
+    return jnp.concatenate(own, axis=1)
+
+
+def _square_rounds(prepare: _Prepare, place: Place) -> tuple[Round, ...]:
+    bound = functools.partial
+    return Round("largest", bound(_largest_squares, prepare), "max"), Round("sums", bound(_sums_of_squares, prepare))
+
+
+def measure_squares(name: str, conclude: Callable[[Any, Any, Settings], Any], prepare: _Prepare) -> Measure:
+    """The sum of squares of each expert's values in a tensor, exact and independent of order.
+
+    Args:
+        name: What `Known.found` calls what is concluded.
+        conclude: As for `measure_products`; `products_of(state)` gives float64[n].
+        prepare: What is done to the values before they are squared.
+    """
+    return Measure(
+        name=name,
+        label="measuring lengths",
+        scope="tensor",
+        needed=always,
+        begin=_begin_squares,
+        rounds=functools.partial(_square_rounds, prepare),
+        advance=_advance_products,
+        conclude=conclude,
+    )
+
+
+# --- functions of the host ----------------------------------------------------------------------------------------
+
+
+def on_host(
+    function: Callable[..., Any], shapes: Sequence[tuple[int, ...]], *operands: Any, dtype: DTypeLike = np.float32
+) -> Any:
     """`function(*operands)` in numpy: at once where the operands are known, else by a callback from the program.
 
     Args:
-        function: From numpy arrays to a list of float32 arrays.
+        function: From numpy arrays to a list of arrays.
         shapes: Of each of them.
         operands: Pytrees of arrays.
+        dtype: Of each of the results.
     """
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(operands)):
         return function(*jax.tree.map(np.asarray, operands))
@@ -253,5 +313,5 @@ def on_host(function: Callable[..., Any], shapes: Sequence[tuple[int, ...]], *op
     def called(*given: Any) -> Any:
         return function(*jax.tree.map(np.asarray, given))
 
-    result = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]  # type: ignore[no-untyped-call]
+    result = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]  # type: ignore[no-untyped-call]
     return jax.pure_callback(called, result, *operands, vmap_method="sequential")

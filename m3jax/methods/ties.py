@@ -98,7 +98,7 @@ def fold_election(options: Election, settings: Settings) -> Coefficients:
     )
 
 
-def _lookup(table: Float[Array, "subsets n"], agree: list[Bool[Array, "..."]]) -> list[Float[Array, "..."]]:
+def looked_up(table: Float[Array, "subsets n"], agree: list[Bool[Array, "..."]]) -> list[Float[Array, "..."]]:
     """For each entry, the row of `table` for the experts that agree there, one array per column."""
     if len(agree) > _SELECTED_UP_TO:
         row = functools.reduce(lambda a, b: a | b, [a.astype(jnp.int32) << i for i, a in enumerate(agree)])
@@ -150,7 +150,7 @@ def combine_election(options: Election, values: Values, known: Known) -> Float[A
     elected = jnp.where(total == 0, known.found.get("majority", np.int32(1)), _sign(total))
     agree = [(_sign(vote) == elected) & (vote != 0) for vote in votes]
     table = known.scalars.table
-    coefficients = _lookup(table, agree) if options.normalize else [table[i] for i in range(len(values))]
+    coefficients = looked_up(table, agree) if options.normalize else [table[i] for i in range(len(values))]
     terms = [
         jnp.where(a, exact.multiply(c, v, known.zero), 0.0)
         for a, c, v in zip(agree, coefficients, trimmed, strict=True)

@@ -29,10 +29,16 @@ def read_method(raw: object) -> MethodRow:
     """The row of a merge method.
 
     Raises:
-      RecipeError: there is none of this name, or the package that brings it is at fault.
+      RecipeError: there is none of this name, it is left out on purpose, or the package that brings it is at fault.
     """
     # Packages outside are only looked through for what is not ours.
-    return catalogue.own_row(raw) or _row(raw, catalogue.names(), catalogue.method_row)
+    own = catalogue.own_row(raw)
+    if own is not None:
+        return own
+    known = catalogue.names()
+    if isinstance(raw, str) and raw in catalogue.LEFT_OUT and raw not in known:
+        raise RecipeError(catalogue.LEFT_OUT[raw])
+    return _row(raw, known, catalogue.method_row)
 
 
 def read_sparsifier(raw: object) -> SparsifierRow:

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support import oracle
 from support.directories import WIDE, read, recipe, write_models
-from support.matrix import ALONE, DTYPES, few, models, pairwise, same
+from support.matrix import ALONE, DTYPES, few, models, most, pairwise, same
 
 import m3jax
 from m3jax.cluster.meshes import parse_mesh
@@ -16,6 +16,8 @@ PLACED = [
     ("slerp", ("x", None), AxisType.Explicit),
     ("model_stock", (None, "x"), AxisType.Auto),
     ("model_stock_rows", ("x", "y"), AxisType.Explicit),
+    ("sce", ("x", "y"), AxisType.Explicit),
+    ("ramplus_tl", ("x", None), AxisType.Auto),
     ("nuslerp_columns", ("x", "y"), AxisType.Explicit),
     ("multislerp", ("x", None), AxisType.Auto),
     ("karcher", (None, "x"), AxisType.Auto),
@@ -24,6 +26,9 @@ STREAMED = [
     ("slerp", "x=1", 2**17),
     ("model_stock", "x=8", 2**16),
     ("model_stock_rows", "x=8", 2**17),
+    ("sce", "x=8", 2**16),
+    ("ramplus_tl", "x=1", 2**16),
+    ("consensus", "x=8", 2**16),
     ("nuslerp_rows", "x=1", 2**17),
     ("nuslerp_columns", "x=8", 2**16),
     ("multislerp", "x=1", 2**16),
@@ -34,18 +39,19 @@ QUICK = [
     ("slerp", "bfloat16", "eager"),
     ("model_stock", "float32", "eager"),
     ("model_stock_rows", "bfloat16", "jit"),
+    ("sce", "bfloat16", "eager"),
+    ("ram", "bfloat16", "eager"),
+    ("nearswap", "float32", "eager"),
+    ("magmax", "bfloat16", "eager"),
+    ("consensus", "float32", "eager"),
+    ("pcb", "bfloat16", "jit"),
     ("nuslerp", "bfloat16", "jit"),
     ("nuslerp_rows", "float32", "jit"),
     ("nuslerp_columns", "float32", "eager"),
     ("multislerp", "float16", "eager"),
     ("karcher", "float32", "jit"),
 ]
-EVERY = pairwise(OFTEN, DTYPES, ("eager", "jit"))
-
-
-def most(method):
-    """How many experts a method is tried with."""
-    return ALONE[method][0].experts[1] or 3
+EVERY = [*pairwise(OFTEN, DTYPES, ("eager", "jit")), ("sce_all", "float16", "jit"), ("pcb_model", "float32", "eager")]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +60,7 @@ def most(method):
 )
 def test_merges_are_the_oracles(method, dtype, how):
     made, _, told, weights = ALONE[method]
-    base, experts = models(DTYPES[dtype], most(method))
+    base, experts = models(DTYPES[dtype], most(method, 3))
     want = oracle.merge(experts, base, weights=weights, **told)
 
     def call(experts, base):
@@ -69,7 +75,7 @@ def test_merges_are_the_oracles(method, dtype, how):
 )
 def test_no_sharding_changes_a_bit(method, spec, kind):
     made, _, told, weights = ALONE[method]
-    base, experts = models(DTYPES["bfloat16"], most(method))
+    base, experts = models(DTYPES["bfloat16"], most(method, 3))
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
 
     def put(tree):
@@ -86,14 +92,18 @@ def test_no_sharding_changes_a_bit(method, spec, kind):
 @pytest.mark.parametrize(
     ("method", "mesh", "chunk"),
     few(
-        [*STREAMED, *(row for row in pairwise(OFTEN, ("x=1", "x=8"), (2**16, 2**17)) if row not in STREAMED)],
+        [
+            *STREAMED,
+            ("pcb_model", "x=8", 2**17),
+            *(row for row in pairwise(OFTEN, ("x=1", "x=8"), (2**16, 2**17)) if row not in STREAMED),
+        ],
         *STREAMED,
     ),
 )
 def test_out_of_core_and_replayed_are_the_oracles(tmp_path, method, mesh, chunk):
     _, keys, told, weights = ALONE[method]
-    base, experts = write_models(tmp_path / "in", n=most(method), shapes=WIDE)
-    asked = recipe(tmp_path / "in", most(method), **keys)
+    base, experts = write_models(tmp_path / "in", n=most(method, 3), shapes=WIDE)
+    asked = recipe(tmp_path / "in", most(method, 3), **keys)
     if method == "slerp":
         del asked["base_model"]
     elif weights is not None:

@@ -103,6 +103,55 @@ ALONE = {
         {"method": "model_stock", "by_row": True},
         None,
     ),
+    "sce": (
+        m3jax.sce(0.4),
+        {"merge_method": "sce", "parameters": {"select_topk": 0.4}},
+        {"method": "sce", "more": {"select_topk": 0.4}},
+        None,
+    ),
+    "sce_all": (m3jax.sce(), {"merge_method": "sce"}, {"method": "sce", "more": {"select_topk": 1.0}}, None),
+    "ram": (
+        m3jax.ram(0.02),
+        {"merge_method": "ram", "parameters": {"epsilon": 0.02}},
+        {"method": "ram", "more": {"epsilon": 0.02}},
+        None,
+    ),
+    "ramplus_tl": (
+        m3jax.ramplus_tl(0.3, 0.8, 0.1),
+        {"merge_method": "ramplus_tl", "parameters": {"r": 0.3, "alpha": 0.8, "epsilon": 0.1}},
+        {"method": "ramplus_tl", "more": {"r": 0.3, "alpha": 0.8, "epsilon": 0.1}},
+        None,
+    ),
+    "nearswap": (
+        m3jax.nearswap(0.05),
+        {"merge_method": "nearswap", "parameters": {"t": 0.05}},
+        {"method": "nearswap", "more": {"t": 0.05}},
+        None,
+    ),
+    "magmax": (
+        m3jax.magmax(0.7),
+        {"merge_method": "magmax", "parameters": {"lambda": 0.7}},
+        {"method": "magmax", "scale": 0.7},
+        None,
+    ),
+    "consensus": (
+        m3jax.consensus(0.6, scale=0.7),
+        {"merge_method": "consensus", "parameters": {"tall_mask_lambda": 0.6, "lambda": 0.7}},
+        {"method": "consensus", "scale": 0.7, "more": {"limits": 0.6, "agreement": 2}},
+        [0.5, 0.7, -0.3],
+    ),
+    "pcb": (
+        m3jax.pcb(0.3, scale=0.7),
+        {"merge_method": "pcb", "parameters": {"density": 0.3, "lambda": 0.7}},
+        {"method": "pcb", "scale": 0.7, "more": {"density": 0.3}},
+        [0.5, 0.2, 0.9],
+    ),
+    "pcb_model": (
+        m3jax.pcb(0.3, normalize=True, trim_scope="model"),
+        {"merge_method": "pcb", "parameters": {"density": 0.3, "normalize": True, "trim_scope": "model"}},
+        {"method": "pcb", "normalize": True, "trim_scope": "model", "more": {"density": 0.3}},
+        [0.5, 0.2, 0.9],
+    ),
     "nuslerp": (m3jax.nuslerp(), {"merge_method": "nuslerp", **_ALONE}, {"method": "nuslerp"}, [0.4, 0.7]),
     "nuslerp_rows": (
         m3jax.nuslerp(flatten=False, task_vectors=True),
@@ -124,8 +173,15 @@ ALONE = {
     ),
     "karcher": (m3jax.karcher(), {"merge_method": "karcher"}, {"method": "karcher"}, [0.5, 0.2, 0.9]),
 }
-# Of these, what measures by tensor, row and column: the others differ in what they make of it.
-MEASURED = ("slerp", "model_stock", "model_stock_rows", "nuslerp_columns")
+# Of these, what measures by tensor, row, column, over the model, and what ranks and counts: the others differ in what
+# they make of it.
+MEASURED = ("slerp", "model_stock", "model_stock_rows", "nuslerp_columns", "sce", "ramplus_tl", "pcb_model")
+
+
+def most(method, wanted):
+    """How many experts a method is tried with: as many as are wanted, or as it can merge."""
+    made = (METHODS.get(method) or ALONE[method])[0]
+    return min(made.experts[1] or wanted, wanted)
 
 
 def few(names, *fast):

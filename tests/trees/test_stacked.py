@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support import oracle
-from support.matrix import ALONE, DTYPES, MEASURED, METHODS, SPARSIFIERS, few, in_turn, models, same
+from support.matrix import ALONE, DTYPES, MEASURED, METHODS, SPARSIFIERS, few, in_turn, models, most, same
 
 import m3jax
 from m3jax import M3Error
@@ -53,7 +53,7 @@ def unstacked(tree, axis):
 
 def call_of(method, sparsifier):
     """A function (experts, base, granularity) → merged, and its models, block by block."""
-    base, experts = models(DTYPES["bfloat16"], 2, SHAPES)
+    base, experts = models(DTYPES["bfloat16"], most(method, 2), SHAPES)
     made = ALONE[method][0] if sparsifier == "alone" else METHODS[method][0]
     sparse = None if sparsifier == "alone" else SPARSIFIERS[sparsifier][0]
 

@@ -54,6 +54,8 @@ def explained(name: str) -> tuple[MethodRow | None, SparsifierRow | None]:
     sparsifier = next((row for row in catalogue.SPARSIFIERS if row.name == name), None)
     if name in catalogue.names():
         return catalogue.method_row(name), sparsifier
+    if sparsifier is None and name in catalogue.LEFT_OUT:
+        raise M3Error(catalogue.LEFT_OUT[name])
     if sparsifier is None:
         known = [*catalogue.names(), *(row.name for row in catalogue.SPARSIFIERS)]
         close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
