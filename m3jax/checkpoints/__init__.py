@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from m3jax.checkpoints.protocol import TensorInfo as TensorInfo
     from m3jax.checkpoints.protocol import as_bytes as as_bytes
     from m3jax.checkpoints.protocol import natural_key as natural_key
+    from m3jax.checkpoints.pytorch import open_pytorch as open_pytorch
     from m3jax.checkpoints.safetensors import open_safetensors as open_safetensors
     from m3jax.checkpoints.shards import ShardWriter as ShardWriter
     from m3jax.checkpoints.shards import header_digest as header_digest
@@ -55,6 +56,7 @@ _HOMES = {
     "open_checkpoint": "opening",
     "open_msgpack": "msgpack",
     "open_orbax": "orbax",
+    "open_pytorch": "pytorch",
     "open_safetensors": "safetensors",
     "parse_size": "shards",
     "plan_shards": "shards",

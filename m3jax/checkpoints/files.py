@@ -1,11 +1,15 @@
 """The weight files of a checkpoint: which there are, their bytes, and what tells that one has changed."""
 
+import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path, PurePosixPath
 from reprlib import repr as brief  # what a file says may be long or deep without end
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from m3jax.checkpoints.formats import INDEX_ENDING, Format
 from m3jax.checkpoints.headers import parse_json
@@ -15,6 +19,9 @@ from m3jax.checkpoints.storage import ByteSource, is_file, list_names, open_sour
 from m3jax.errors import M3Error
 
 _LONGEST_PATH = 4096 // 4  # characters, of up to four bytes
+_HEADERS_AT_ONCE = 16  # of remote files, where each takes a while to come
+
+_Header = TypeVar("_Header")
 
 
 # --- Indexes ---------------------------------------------------------------------------------------------
@@ -79,6 +86,94 @@ def _check_present(index: Path, files: Iterable[str]) -> None:
             single = index.parent / index.name.removesuffix(INDEX_ENDING)
             other = f", or remove the index if {single.name} has all weights" if is_file(single) else ""
             raise M3Error(f"{index} names {file!r}, which is not there: download the model again{other}.")
+
+
+def check_index(index: Path, weight_map: Mapping[str, str], held: Mapping[str, Collection[str]]) -> None:
+    """Checks that files hold the tensors that an index places in them, and no others.
+
+    Args:
+        index: The index, for sentences.
+        weight_map: What it says.
+        held: The names of the tensors in each file.
+
+    Raises:
+        M3Error: They do not.
+    """
+    holders = {name: file for file, names in held.items() for name in names}
+    mend = "the two are not of one model, so download it again"
+    for name, file in weight_map.items():
+        if name not in held[file]:
+            found = f"{holders[name]!r} holds it" if name in holders else "none of its files holds it"
+            raise M3Error(f"{index} places tensor {name!r} in {file!r}, but {found}: {mend}.")
+    for file, names in held.items():
+        for name in names:
+            if name in weight_map and weight_map[name] != file:
+                raise M3Error(
+                    f"{index} places tensor {name!r} in {weight_map[name]!r}, but {file!r} holds it too, and software"
+                    " differs in which it reads: download the model again."
+                )
+            if name not in weight_map:
+                raise M3Error(f"{index} does not place tensor {name!r} in {file!r}, which holds it: {mend}.")
+
+
+# --- Files without an index ------------------------------------------------------------------------------
+
+
+def check_numbering(directory: Path, files: Sequence[str]) -> None:
+    """Checks that files called `…-00001-of-00003.safetensors`, say, are all there, as no index tells.
+
+    Raises:
+        M3Error: One is not.
+    """
+    sets: dict[tuple[str, str, str], set[int]] = defaultdict(set)
+    for file in files:
+        numbered = re.fullmatch(r"(.*)-([0-9]{1,9})-of-([0-9]{1,9})(\.[a-z]+)", file)
+        if numbered:
+            sets[numbered[1], numbered[3], numbered[4]].add(int(numbered[2]))
+    for (stem, total, ending), present in sets.items():
+        missing = next(number for number in count(1) if number not in present)
+        if missing <= int(total):
+            name = f"{stem}-{missing:0{len(total)}d}-of-{total}{ending}"
+            raise M3Error(f"{directory} lacks {name}, one of {int(total)} files: download the model again.")
+
+
+def check_disjoint(root: Path, held: Mapping[str, Collection[str]], format: Format) -> None:
+    """Checks that no tensor is in two files, as no index tells which is meant.
+
+    Args:
+        root: The directory that the files are in, for sentences.
+        held: The names of the tensors in each file.
+        format: The files' format.
+
+    Raises:
+        M3Error: One is.
+    """
+    holders: dict[str, str] = {}
+    for file, names in held.items():
+        for name in names:
+            if name in holders:
+                raise M3Error(
+                    f"{root} has tensor {name!r} both in {holders[name]!r} and in {file!r}, and no"
+                    f" {format.index_file} to choose: give one file's path instead."
+                )
+            holders[name] = file
+
+
+# --- Headers ---------------------------------------------------------------------------------------------
+
+
+def read_of_each(read: Callable[[Path], _Header], root: Path, files: Sequence[str]) -> dict[str, _Header]:
+    """What files say of themselves, by their names, several at a time where they are remote.
+
+    Args:
+        read: Reads one.
+        root: The directory that they are in.
+        files: Their names under it.
+    """
+    if not isinstance(root, RemotePath):
+        return {file: read(root / file) for file in files}
+    with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
+        return dict(zip(files, pool.map(lambda file: read(root / file), files), strict=True))
 
 
 def joined_metadata(of_files: Iterable[Mapping[str, str]]) -> Mapping[str, str]:

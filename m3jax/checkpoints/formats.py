@@ -27,8 +27,7 @@ class Format(NamedTuple):
     Attributes:
         name: What users call it.
         traces: What a directory is searched for, in words.
-        open: From a file or a directory to the checkpoint in it; raises M3Error for a format that is only known to be
-            refused.
+        open: From a file or a directory to the checkpoint in it.
         write: Writes an open checkpoint into a directory that exists, with at most so many bytes of tensors in a file
             if it `divides`; None where nothing is written.
         endings: How its files' names end; empty where names tell nothing.
@@ -38,6 +37,7 @@ class Format(NamedTuple):
         index_file: The name of the index of several files; empty where there is none.
         divides: Whether its writer divides weights among files of a largest size.
         remote: Whether `open` takes paths in remote storage.
+        published: Patterns of its files on the hub, where not all files of its endings are weights.
         patterns: Of the files that its writer makes beside those that the endings and names above tell.
     """
 
@@ -52,6 +52,7 @@ class Format(NamedTuple):
     index_file: str = ""
     divides: bool = False
     remote: bool = False
+    published: tuple[str, ...] = ()
     patterns: tuple[str, ...] = ()
 
     def names(self, file: str) -> bool:
@@ -104,24 +105,29 @@ MSGPACK = Format(
     index_file="flax_model.msgpack.index.json",
     divides=True,
 )
-PICKLE = Format(
-    name="pickle",
-    traces="",  # nobody is to bring one
-    open=_later("pickles.open_pickle"),
+PYTORCH = Format(
+    name="pytorch",
+    traces="pytorch_model*.bin",
+    open=_later("pytorch.open_pytorch"),
     endings=(".bin", ".pt", ".pth", ".ckpt"),
-    resembles=_later("pickles.holds_pickles"),
+    resembles=_later("pytorch.is_pytorch"),
     yields=True,
+    single_file="pytorch_model.bin",
+    index_file="pytorch_model.bin.index.json",
     remote=True,
+    published=("pytorch_model*.bin",),
 )
 
-FORMATS = (SAFETENSORS, ORBAX, MSGPACK, PICKLE)
+FORMATS = (SAFETENSORS, ORBAX, MSGPACK, PYTORCH)
 """All formats, the one that is taken first where a directory holds several at the front."""
 
 WRITTEN = tuple(format.name for format in FORMATS if format.write is not None)
 """The names of those that are written."""
 
-PUBLISHED = tuple(format for format in FORMATS if format.endings and not format.yields)
-"""Those whose files are fetched from the hub, by their names."""
+PUBLISHED = tuple(
+    format.published or tuple(f"*{ending}" for ending in format.endings) for format in FORMATS if format.endings
+)
+"""The patterns of each format's files on the hub, of that first which is fetched where a model has several."""
 
 
 def written(name: str) -> Format:

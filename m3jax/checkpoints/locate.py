@@ -163,8 +163,8 @@ def _fetch(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download  # imports an HTTP client: only when a hub id is asked for
 
     patterns: list[str] = []
-    for format in PUBLISHED:  # not all at once: most models have the same weights in several formats
-        patterns += [f"*{ending}" for ending in format.endings]
+    for names in PUBLISHED:  # not all at once: most models have the same weights in several formats
+        patterns += names
         snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=[*patterns, *_SMALL]))
         if any(file for pattern in patterns for file in snapshot.glob(pattern)):
             break

@@ -14,11 +14,12 @@ from m3jax.errors import M3Error
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Opens the weights at a path, in whichever format they are; reads no values.
 
-    A directory with weights in several formats is read as safetensors, else as msgpack.
+    A directory with weights in several formats is read as safetensors, else as msgpack; PyTorch's files are read where
+    there are no others.
 
     Args:
-        path: A file or a directory of safetensors, a msgpack file of Flax or a directory that holds one, or a
-            directory that Orbax wrote; in remote storage, safetensors.
+        path: A file or a directory of safetensors or of PyTorch's zip files, a msgpack file of Flax or a directory that
+            holds one, or a directory that Orbax wrote; in remote storage, safetensors or PyTorch's.
 
     Returns:
         The checkpoint; use it as a context manager.
@@ -69,11 +70,17 @@ def _resembles(format: Format, path: Path) -> bool:
 
 
 def _of_remote(path: RemotePath) -> Format:
-    """The format that a name tells of, because a look inside takes its time."""
-    format = _named(path.name) or next(format for format in formats.FORMATS if format.remote)
+    """The format that a name tells of, or those of a directory's files; no look inside, which takes its time."""
+    format = _named(path.name) or _of_remote_directory(path)
     if not format.remote:
         raise M3Error(f"{path} is {format.name}, which is read from this disk only: download it first.")
     return format
+
+
+def _of_remote_directory(directory: RemotePath) -> Format:
+    able = [format for format in formats.FORMATS if format.remote]
+    names = list_names(directory) if directory.is_dir() else []
+    return next((format for format in able if any(map(format.names, names))), able[0])
 
 
 def _of_directory(directory: Path) -> Format:

@@ -1,21 +1,26 @@
 """Reading safetensors, byte range by byte range, from one file or several, here or in remote storage."""
 
 import os
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import count
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from m3jax.checkpoints.files import Seen, WeightFiles, find_index, joined_metadata, read_index
-from m3jax.checkpoints.formats import PICKLE, SAFETENSORS
+from m3jax.checkpoints.files import (
+    Seen,
+    WeightFiles,
+    check_disjoint,
+    check_index,
+    check_numbering,
+    find_index,
+    joined_metadata,
+    read_index,
+    read_of_each,
+)
+from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.headers import Header, read_header, read_raw_header
-from m3jax.checkpoints.pickles import pickles_among, refused
 from m3jax.checkpoints.protocol import (
     Checkpoint,
     Closing,
@@ -25,22 +30,11 @@ from m3jax.checkpoints.protocol import (
     natural_key,
     room_for,
 )
-from m3jax.checkpoints.remote import RemotePath, as_path
+from m3jax.checkpoints.remote import as_path
 from m3jax.checkpoints.storage import is_dir, is_file, list_names
 from m3jax.errors import M3Error
 
-_HEADERS_AT_ONCE = 16  # of remote files, where each takes a while to come
-
-
 # --- Files -----------------------------------------------------------------------------------------------
-
-
-def _read_headers(root: Path, files: Sequence[str]) -> dict[str, Header]:
-    """The headers of files, by their names under `root`."""
-    if not isinstance(root, RemotePath):
-        return {file: read_header(root / file) for file in files}
-    with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
-        return dict(zip(files, pool.map(lambda file: read_header(root / file), files), strict=True))
 
 
 def _look(path: Path) -> Seen:
@@ -136,39 +130,13 @@ def open_safetensors(path: str | os.PathLike[str]) -> Checkpoint:
     if index is not None:
         weight_map = read_index(index)
         root, files = index.parent, sorted(set(weight_map.values()), key=natural_key)
-        headers = _read_headers(root, files)
-        _check_index(index, weight_map, headers)
+        headers = read_of_each(read_header, root, files)
+        check_index(index, weight_map, {file: header.tensors for file, header in headers.items()})
     else:
-        root, files = (source, _list_weights(source)) if is_dir(source) else _lone_file(source)
-        headers = _read_headers(root, files)
-        _check_disjoint(root, headers)
+        root, files = (source, _list_weights(source)) if is_dir(source) else (source.parent, [source.name])
+        headers = read_of_each(read_header, root, files)
+        check_disjoint(root, {file: header.tensors for file, header in headers.items()}, SAFETENSORS)
     return SafetensorsCheckpoint(str(path), root, headers)
-
-
-def _check_index(index: Path, weight_map: Mapping[str, str], headers: Mapping[str, Header]) -> None:
-    """Checks that files hold the tensors that the index places in them, and no others."""
-    holders = {name: file for file, header in headers.items() for name in header.tensors}
-    mend = "the two are not of one model, so download it again"
-    for name, file in weight_map.items():
-        if name not in headers[file].tensors:
-            found = f"{holders[name]!r} holds it" if name in holders else "none of its files holds it"
-            raise M3Error(f"{index} places tensor {name!r} in {file!r}, but {found}: {mend}.")
-    for file, header in headers.items():
-        for name in header.tensors:
-            if name in weight_map and weight_map[name] != file:
-                raise M3Error(
-                    f"{index} places tensor {name!r} in {weight_map[name]!r}, but {file!r} holds it too, and software"
-                    " differs in which it reads: download the model again."
-                )
-            if name not in weight_map:
-                raise M3Error(f"{index} does not place tensor {name!r} in {file!r}, which holds it: {mend}.")
-
-
-def _lone_file(path: Path) -> tuple[Path, list[str]]:
-    """The directory and the name of a weight file that was named itself."""
-    if PICKLE.names(path.name):
-        raise refused(path)
-    return path.parent, [path.name]
 
 
 def _list_weights(directory: Path) -> list[str]:
@@ -178,37 +146,7 @@ def _list_weights(directory: Path) -> list[str]:
     names = sorted(list_names(directory), key=natural_key)
     # Names that start with a dot are other systems' side files.
     files = [name for name in names if name.endswith(SAFETENSORS.endings) and not name.startswith(".")]
-    pickles = pickles_among(names)
-    if pickles and not files:
-        raise refused(directory / pickles[0])
     if not files:
         raise M3Error(f"{directory} holds no .safetensors files: give the directory that does.")
-    _check_numbering(directory, files)
+    check_numbering(directory, files)
     return files
-
-
-def _check_numbering(directory: Path, files: Sequence[str]) -> None:
-    """Checks that files called `…-00001-of-00003.safetensors` are all there, as no index tells."""
-    sets: dict[tuple[str, str], set[int]] = defaultdict(set)
-    for file in files:
-        numbered = re.fullmatch(r"(.*)-([0-9]{1,9})-of-([0-9]{1,9})\.safetensors", file)
-        if numbered:
-            sets[numbered[1], numbered[3]].add(int(numbered[2]))
-    for (stem, total), present in sets.items():
-        missing = next(number for number in count(1) if number not in present)
-        if missing <= int(total):
-            name = f"{stem}-{missing:0{len(total)}d}-of-{total}.safetensors"
-            raise M3Error(f"{directory} lacks {name}, one of {int(total)} files: download the model again.")
-
-
-def _check_disjoint(root: Path, headers: Mapping[str, Header]) -> None:
-    """Checks that no tensor is in two files, as no index tells which is meant."""
-    holders: dict[str, str] = {}
-    for file, header in headers.items():
-        for name in header.tensors:
-            if name in holders:
-                raise M3Error(
-                    f"{root} has tensor {name!r} both in {holders[name]!r} and in {file!r}, and no"
-                    f" {SAFETENSORS.index_file} to choose: give one file's path instead."
-                )
-            holders[name] = file

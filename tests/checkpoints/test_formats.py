@@ -8,7 +8,7 @@ import pytest
 from support.checkpoint_suite import info_of, read, write_file
 
 from m3jax.checkpoints import Checkpoint, FileFingerprint, formats, open_checkpoint, open_safetensors
-from m3jax.checkpoints.formats import FORMATS, MSGPACK, ORBAX, PICKLE, SAFETENSORS, WRITTEN, Format, written
+from m3jax.checkpoints.formats import FORMATS, MSGPACK, ORBAX, PYTORCH, SAFETENSORS, WRITTEN, Format, written
 from m3jax.checkpoints.inspection import look_at
 from m3jax.checkpoints.opening import recognise
 from m3jax.checkpoints.protocol import Closing, in_natural_order, room_for
@@ -60,7 +60,7 @@ def test_what_is_written_is_recognised(source: Path, tmp_path: Path, name: str, 
 
 
 def test_what_is_not_written_is_named() -> None:
-    for name in (PICKLE.name, "torch", ""):
+    for name in (PYTORCH.name, "torch", ""):
         with pytest.raises(M3Error, match="is no format to convert to: choose safetensors, orbax, msgpack"):
             written(name)
 
@@ -68,9 +68,8 @@ def test_what_is_not_written_is_named() -> None:
 @pytest.mark.parametrize(
     ("url", "format"),
     [
-        ("s3://bucket/model", SAFETENSORS),
         ("gs://bucket/model.safetensors.index.json", SAFETENSORS),
-        ("s3://bucket/pytorch_model.bin", PICKLE),
+        ("s3://bucket/pytorch_model.bin", PYTORCH),
         ("s3://bucket/flax_model.msgpack", MSGPACK),
     ],
 )
@@ -82,9 +81,9 @@ def test_remote_paths_are_known_by_name(url: str, format: Format) -> None:
         recognise(as_path(url))
 
 
-def test_a_pickle_is_taken_from_no_directory_that_holds_something_else(tmp_path: Path) -> None:
+def test_pytorchs_files_are_taken_from_no_directory_that_holds_something_else(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").touch()
-    assert recognise(tmp_path) is PICKLE
+    assert recognise(tmp_path) is PYTORCH
     (tmp_path / "checkpoint_3").write_bytes(b"\x80")
     assert recognise(tmp_path) is MSGPACK
     (tmp_path / "_METADATA").touch()

@@ -112,16 +112,16 @@ def test_only_what_a_merge_needs_is_downloaded(monkeypatch, tmp_path) -> None:
     assert kept == ["model-00001-of-00002.safetensors", "config.json", "tokenizer.model"]
 
 
-def test_flax_weights_are_downloaded_where_there_are_no_others(monkeypatch, tmp_path) -> None:
+def test_other_weights_are_downloaded_where_there_are_no_safetensors(monkeypatch, tmp_path) -> None:
     asked = []
 
     def download(repo, **options):
-        asked.append("*.msgpack" in options["allow_patterns"])
+        asked.append([name in options["allow_patterns"] for name in ("*.msgpack", "pytorch_model*.bin")])
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert locate_model("org/tiny").path == tmp_path
-    assert asked == [False, True]
+    assert asked == [[False, False], [True, False], [True, True]]
 
 
 def hub_of(monkeypatch, model: Path, fetched: list) -> None:

@@ -204,12 +204,6 @@ def test_no_weights(tmp_path) -> None:
     refused(tmp_path, "holds no .safetensors files", "give the directory")
 
 
-def test_pickles_are_never_opened(tmp_path) -> None:
-    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
-    for path in (tmp_path, tmp_path / "pytorch_model.bin"):
-        refused(path, "pytorch_model.bin is pickled", "never opened", "safe_serialization=True")
-
-
 def test_things_that_are_no_files(tmp_path) -> None:
     os.mkfifo(tmp_path / "pipe.safetensors")
     refused(tmp_path / "pipe.safetensors", "not a regular file")

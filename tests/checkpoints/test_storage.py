@@ -5,9 +5,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from support import torch_files
 from support.object_store import SECRET, answering, cutting, google, nobody, point_at, store, write_model
 
-from m3jax.checkpoints import companions, locate_model, open_safetensors
+from m3jax.checkpoints import companions, locate_model, open_checkpoint, open_safetensors
 from m3jax.checkpoints.inspection import look_at
 from m3jax.checkpoints.locate import download_companions, read_config
 from m3jax.checkpoints.remote import RemotePath, as_path, file_system
@@ -250,6 +251,19 @@ def test_a_remote_model_without_a_config(s3, model) -> None:
     assert read_config(as_path(s3.put(model, "model"))) is None
 
 
+def test_a_remote_model_of_pytorch(s3, tmp_path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {f"layers.{layer}.weight": rng.random((64, 96), np.float32) for layer in range(9)}
+    torch_files.write_shards(tmp_path, arrays, 2)
+    torch_files.write_arrays(tmp_path / "other.bin", arrays, strided=True)
+    url = s3.put(tmp_path, "torch")
+    for path in (url, f"{url}/other.bin"):
+        with open_checkpoint(path) as remote:
+            assert {name: read(remote, name) for name in arrays} == {n: a.tobytes() for n, a in arrays.items()}
+            assert remote.fingerprint()
+    assert look_at(url).format == "pytorch"
+
+
 # --- What fails ------------------------------------------------------------------------------------------
 
 
@@ -265,9 +279,6 @@ def test_what_is_not_there(s3, model) -> None:
         with pytest.raises(M3Error) as caught:
             open_safetensors(locate_model(name).path)
         assert words in sentence(caught)
-    s3.driver.pipe_file(f"{s3.bucket}/pickled/pytorch_model.bin", b"")
-    with pytest.raises(M3Error, match="is pickled"):
-        open_safetensors(f"{s3.url}/pickled")
 
 
 @pytest.mark.parametrize("begun", [False, True])

@@ -29,6 +29,7 @@ from m3jax.checkpoints.formats import FORMATS, Format
 from m3jax.checkpoints.protocol import DTYPE_NAMES
 from m3jax.checkpoints.views import renamed, selected
 from m3jax.errors import M3Error
+from support import torch_files
 
 Arrays = Mapping[str, np.ndarray]
 SHAPES = [(), (0,), (3, 0, 2), (1,), (5,), (3, 7)]
@@ -93,7 +94,7 @@ class Case(NamedTuple):
         empty: Whether arrays without entries can be saved in this way.
     """
 
-    save: Callable[[Path, Arrays], None]
+    save: Callable[[Path, Arrays], object]
     open: Callable[[Path], Checkpoint]
     empty: bool = True
 
@@ -142,7 +143,14 @@ def _turned(case: Case) -> Case:
 
 WRITTEN = {format.name: _by_us(format, 10**9) for format in FORMATS if format.write is not None}
 DIVIDED = {f"{format.name}-divided": _by_us(format, 100) for format in FORMATS if format.divides}
-FOREIGN = {"orbax-directories": Case(_by_orbax, open_checkpoint, empty=False)}
+FOREIGN = {
+    "orbax-directories": Case(_by_orbax, open_checkpoint, empty=False),
+    "pytorch-strided": Case(
+        lambda place, arrays: torch_files.write_arrays(place / "pytorch_model.bin", arrays, strided=True),
+        open_checkpoint,
+    ),
+    "pytorch-divided": Case(lambda place, arrays: torch_files.write_shards(place, arrays, 3), open_checkpoint),
+}
 STORED = WRITTEN | DIVIDED | FOREIGN
 VIEWS = {
     "safetensors-wrapped": _wrapped(STORED["safetensors-divided"]),

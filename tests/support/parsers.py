@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import m3jax
 from m3jax import documents
 from m3jax.anatomy import anatomy_of
-from m3jax.checkpoints import TensorInfo, inspection, open_msgpack, open_safetensors, write_msgpack
+from m3jax.checkpoints import TensorInfo, inspection, open_msgpack, open_pytorch, open_safetensors, write_msgpack
 from m3jax.checkpoints.locate import read_config
 from m3jax.decoder import DecoderConfig
 from m3jax.evaluation import get_task, load_rows, report
@@ -28,6 +29,7 @@ from m3jax.ledger import Ledger
 from m3jax.outputs import copies, manifest, provenance
 from m3jax.outputs.vocabularies import check_same_vocabularies
 from m3jax.recipe import load_recipe
+from support import torch_files
 from support.directories import write
 
 TENSORS = {"model.embed_tokens.weight": np.ones((8, 4), np.float32), "model.layers.0.w": np.float16([1, 2])}
@@ -66,6 +68,27 @@ def _msgpack() -> bytes:
     with tempfile.TemporaryDirectory() as place, open_safetensors(_merged()) as checkpoint:
         write_msgpack(Path(place), checkpoint, 10**9)
         return next(Path(place).glob("*.msgpack")).read_bytes()
+
+
+@cache
+def _pytorch() -> bytes:
+    with tempfile.TemporaryDirectory() as place:
+        return torch_files.write_arrays(Path(place) / "x", TENSORS, strided=True).read_bytes()
+
+
+@cache
+def _pickle() -> bytes:
+    with tempfile.TemporaryDirectory() as place:
+        opened = zipfile.ZipFile(torch_files.write_arrays(Path(place) / "x", TENSORS, strided=True))
+        return opened.read("archive/data.pkl")
+
+
+def _pickled(place: Path) -> None:
+    """A pickle in a sound archive with storages of the sizes that the good one has."""
+    raw = (place / "data.pkl").read_bytes()
+    storages = [torch_files.Entry("data/0", bytes(268)), torch_files.Entry("data/1", bytes(14))]
+    torch_files.write_archive(place / "x.bin", [torch_files.Entry("data.pkl", raw), *storages])
+    _tensors(open_pytorch(place / "x.bin"))
 
 
 def _tensors(opened: Any) -> None:
@@ -192,6 +215,8 @@ PARSERS: dict[str, Parser] = {
         lambda place: _tensors(open_safetensors(place)),
     ),
     "msgpack": Parser("flax_model.msgpack", _msgpack, lambda place: _tensors(open_msgpack(place)), False),
+    "pytorch": Parser("pytorch_model.bin", _pytorch, lambda place: _tensors(open_pytorch(place)), False),
+    "pytorch's pickle": Parser("data.pkl", _pickle, _pickled, False),
     "sst2": Parser("sst2.jsonl", _dumped({"sentence": "good", "label": 1}), _examples("sst2")),
     "gsm8k": Parser("gsm8k.jsonl", _dumped({"question": "1+1?", "answer": "#### 2"}), _examples("gsm8k")),
     "mbpp": Parser(
