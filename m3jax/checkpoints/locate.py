@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from m3jax.checkpoints.formats import PUBLISHED
+from m3jax.checkpoints.formats import MSGPACK, PUBLISHED
 from m3jax.checkpoints.remote import RemotePath, absent, as_path, is_url
 from m3jax.checkpoints.storage import is_dir, list_names
 from m3jax.checkpoints.trust import check_companion, check_size
@@ -125,15 +125,19 @@ def sketch_model(name: str) -> ModelDirectory:
     if constants.HF_HUB_OFFLINE:
         return locate_model(name)
     repo, revision = hub_id["repo"], hub_id["revision"]
+    sketch = Path(tempfile.mkdtemp(dir=scratch()))
     with _hub(name, revision):
         snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=_SMALL))
         commit = _commit_of(snapshot, revision)
         try:
             files = get_safetensors_metadata(repo, revision=commit).files_metadata
         except errors.NotASafetensorsRepoError:
-            return locate_model(name)
+            from m3jax.checkpoints.hub import outline_pytorch
+
+            files = {}
+            if not outline_pytorch(repo, commit, sketch, (MSGPACK,)):
+                return locate_model(name)
     with saying_what_failed(name):
-        sketch = Path(tempfile.mkdtemp(dir=scratch()))
         for path in (path for pattern in _SMALL for path in snapshot.glob(pattern)):
             shutil.copyfile(path, sketch / path.name)
         for file, header in files.items():

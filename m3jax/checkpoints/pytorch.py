@@ -41,7 +41,7 @@ from m3jax.checkpoints.protocol import (
 from m3jax.checkpoints.pytorch_archive import Archive, read_archive, read_entry
 from m3jax.checkpoints.pytorch_pickle import Plain, StoredTensor, read_pickle, tensors_within
 from m3jax.checkpoints.remote import Identity, as_path
-from m3jax.checkpoints.storage import is_dir, list_names, open_source, unreadable
+from m3jax.checkpoints.storage import ByteSource, is_dir, list_names, open_source, unreadable
 from m3jax.checkpoints.strided import in_order, read_strided
 from m3jax.errors import M3Error
 
@@ -208,14 +208,24 @@ def read_content(path: Path) -> Content:
     """
     source = open_source(path)
     try:
-        archive = read_archive(source, path)
-        _check_kind(archive, path)
-        order = read_entry(source, archive, "byteorder", path) if "byteorder" in archive.entries else b"little"
-        pickle = read_entry(source, archive, "data.pkl", path)
+        return content_of(source, path)
     except OSError as error:
         raise unreadable(path, error) from error
     finally:
         source.close()
+
+
+def content_of(source: ByteSource, path: Path) -> Content:
+    """As `read_content`, of a file that is open.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    archive = read_archive(source, path)
+    if "constants.pkl" in archive.entries:
+        raise M3Error(f"{path} is TorchScript, a program and not only weights: save the model's state_dict() instead.")
+    order = read_entry(source, archive, "byteorder", path) if "byteorder" in archive.entries else b"little"
+    pickle = read_entry(source, archive, "data.pkl", path)
     if order != b"little":
         raise M3Error(
             f"{path} has its bytes in the order {brief(order.decode(errors='replace'))}, not little: save it on another"
@@ -232,11 +242,6 @@ def read_content(path: Path) -> Content:
 def _look(path: Path) -> Seen:
     content = read_content(path)
     return Seen(content.identity, content.digest)
-
-
-def _check_kind(archive: Archive, path: Path) -> None:
-    if "constants.pkl" in archive.entries:
-        raise M3Error(f"{path} is TorchScript, a program and not only weights: save the model's state_dict() instead.")
 
 
 def _state_of(told: Plain, path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

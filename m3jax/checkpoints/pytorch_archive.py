@@ -15,8 +15,7 @@ from typing import NamedTuple
 from blake3 import blake3
 
 from m3jax.checkpoints.headers import LFS_POINTER, damaged, not_fetched
-from m3jax.checkpoints.remote import RemotePath
-from m3jax.checkpoints.storage import ByteSource
+from m3jax.checkpoints.storage import ByteSource, LocalSource
 from m3jax.errors import M3Error
 
 _LARGEST_DIRECTORY = 2**27  # bytes: more than a million entries
@@ -69,7 +68,7 @@ def read_archive(source: ByteSource, path: Path) -> Archive:
 
     Args:
         source: The open file.
-        path: The file, for sentences and to know whether it is remote.
+        path: The file, for sentences.
 
     Raises:
         M3Error: It is no archive that `torch.save` wrote, or is damaged.
@@ -232,7 +231,7 @@ def _places(source: ByteSource, listed: Sequence[_Listed], path: Path) -> dict[s
         return _placed(source, entry, path)
 
     names = [entry.name for entry in listed]
-    if not isinstance(path, RemotePath):
+    if isinstance(source, LocalSource):
         return dict(zip(names, map(place, listed), strict=True))
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         return dict(zip(names, pool.map(place, listed), strict=True))

@@ -8,8 +8,9 @@ import pytest
 from huggingface_hub import constants, errors
 from huggingface_hub.utils import SafetensorsFileMetadata, SafetensorsRepoMetadata, TensorInfo
 from safetensors.numpy import save_file
+from support.torch_files import write_shards
 
-from m3jax.checkpoints import companions, locate_model, open_safetensors, sketch_model
+from m3jax.checkpoints import companions, locate_model, open_pytorch, open_safetensors, sketch_model
 from m3jax.errors import M3Error
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -148,9 +149,22 @@ def hub_of(monkeypatch, model: Path, fetched: list) -> None:
             raise errors.NotASafetensorsRepoError("no safetensors")
         return SafetensorsRepoMetadata(metadata=None, sharded=len(files) > 1, weight_map={}, files_metadata=files)
 
+    class HubFiles:
+        def ls(self, place, detail):
+            assert place == f"org/tiny@{COMMIT}"
+            return [f"{place}/{path.name}" for path in model.iterdir()]
+
+        def info(self, address):
+            return {"size": (model / Path(address).name).stat().st_size}
+
+        def cat_file(self, address, start, end):
+            fetched.append(end - start)
+            return (model / Path(address).name).read_bytes()[start:end]
+
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", metadata)
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", HubFiles)
 
 
 def test_a_sketch_of_a_hub_model_has_its_headers_and_no_weights(monkeypatch, tmp_path) -> None:
@@ -168,6 +182,27 @@ def test_a_sketch_of_a_hub_model_has_its_headers_and_no_weights(monkeypatch, tmp
         assert sketched.tensors == real.tensors
     assert (found.path / "config.json").read_text() == '{"tie_word_embeddings": true}'
     assert sketch_model(str(model)).path == model  # what is here needs none
+
+
+def test_a_sketch_of_pytorchs_files(monkeypatch, tmp_path) -> None:
+    (model := tmp_path / "model").mkdir()
+    write_shards(model, {f"layers.{layer}.w": np.ones((200, 300), np.float32) for layer in range(4)}, 2)
+    fetched: list = []
+    hub_of(monkeypatch, model, fetched)
+    monkeypatch.chdir(tmp_path)
+    found = sketch_model("org/tiny")
+    assert found.revision == COMMIT
+    with open_pytorch(found.path) as sketched, open_pytorch(model) as real:
+        assert sketched.tensors == real.tensors
+        prints = [
+            {file: told["header_blake3"] for file, told in each.fingerprint().items()} for each in (sketched, real)
+        ]
+    assert prints[0] == prints[1]
+    sizes = [size for size in fetched if isinstance(size, int)]
+    assert sum(sizes) < 3 * 2**16  # the ends of the files, which directories are in
+    (model / "pytorch_model-00001-of-00002.bin").write_bytes(b"junk")
+    with pytest.raises(M3Error, match="no zip archive of PyTorch"):
+        sketch_model("org/tiny")
 
 
 def test_a_hub_model_without_safetensors_is_fetched(monkeypatch, tmp_path) -> None:
