@@ -58,6 +58,9 @@ def test_every_recipe_is_evaluated_where_its_experts_are(tmp_path) -> None:
     attacks = ["attack sst2", "attack cola"]
     assert steps["math"] == ["gsm8k", "math", *attacks]
     assert steps["lm-math_ties_m3"] == ["alpaca_eval", "gsm8k", "math", "livebench_coding", *attacks]
+    places = [step.command[1].rpartition("/merged/")[2] for step in rows["lm-math_ties_m3"].steps]
+    beside = [f"lm-math_ties_m3/also_for/{name}" for name in ("WizardLM-13B-V1.2", "WizardMath-13B-V1.0")]
+    assert places == [beside[0], beside[1], beside[1], *["lm-math_ties_m3"] * 3]
     command = rows["math-code_average"].steps[-1].command
     assert command[command.index("--attack") + 1] == "deepwordbug,stresstest,bertattack"
     for name, model in rows.items():
