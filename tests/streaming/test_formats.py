@@ -1,8 +1,10 @@
 """One digest, whatever format the models are read from."""
 
 import pytest
+from support.checkpoint_suite import read
 from support.directories import recipe, write_models
 from support.matrix import METHODS
+from support.torch_files import write_arrays
 
 from m3jax import merge_checkpoint
 from m3jax.checkpoints import open_safetensors, write_msgpack, write_orbax
@@ -13,7 +15,7 @@ KEYS = METHODS["ties_paper"][1] | {"sparsify": {"method": "dare", "density": 0.8
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Base and two experts, each in three formats: `safetensors/base`, `orbax/base` …"""
+    """Base and two experts, each in four formats: `safetensors/base`, `orbax/base` …"""
     place = tmp_path_factory.mktemp("formats")
     write_models(place / "safetensors", shapes=SHAPES)
     for name in ("base", "expert-0", "expert-1"):
@@ -22,6 +24,9 @@ def place(tmp_path_factory):
             write_orbax(place / "orbax" / name, source)
             (place / "msgpack" / name).mkdir(parents=True)
             write_msgpack(place / "msgpack" / name, source, 10_000)
+            (place / "pytorch" / name).mkdir(parents=True)
+            arrays = {tensor: read(source, tensor) for tensor in source.tensors}
+            write_arrays(place / "pytorch" / name / "pytorch_model.bin", arrays, strided=True)
     return place
 
 
@@ -30,7 +35,7 @@ def digest(place):
     return merge_checkpoint(recipe(place / "safetensors", **KEYS), place / "reference").digest
 
 
-@pytest.mark.parametrize("kind", ["orbax", "msgpack"])
+@pytest.mark.parametrize("kind", ["orbax", "msgpack", "pytorch"])
 def test_models_of_other_formats(place, digest, tmp_path, kind):
     assert merge_checkpoint(recipe(place / kind, **KEYS), tmp_path / "out").digest == digest
 

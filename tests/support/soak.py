@@ -13,10 +13,11 @@ import m3jax
 from m3jax.cluster.meshes import parse_mesh
 from support import oracle
 from support.matrix import DTYPES
+from support.torch_files import write_arrays
 
 Tree = dict[str, np.ndarray]
 
-FORMATS = ("safetensors", "shards", "msgpack", "orbax")
+FORMATS = ("safetensors", "shards", "msgpack", "orbax", "pytorch")
 LAYOUTS = ("by block", "axis 0", "axis 1")
 METHODS = ("linear", "task_arithmetic", "ties", "slerp", "model_stock")
 SPARSIFIERS = ("none", "dare", "magnitude", "breadcrumbs", "della")
@@ -199,6 +200,7 @@ WRITERS: dict[str, Callable[[Tree, Path], object]] = {
     "shards": _as_shards,
     "msgpack": lambda tree, place: (place / "flax_model.msgpack").write_bytes(serialization.to_bytes(_nested(tree))),
     "orbax": _as_orbax,
+    "pytorch": lambda tree, place: write_arrays(place / "pytorch_model.bin", tree, strided=True),
 }
 
 
