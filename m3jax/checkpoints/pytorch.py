@@ -260,8 +260,9 @@ def _state_of(told: Plain, path: Path) -> tuple[dict[str, StoredTensor], dict[st
     else:
         places = [repr(key) for key in keys] + (["its front"] if _direct(told) else [])
         raise M3Error(f"{path} has tensors in several places, {', '.join(places)}: save the one that is meant alone.")
+    seen: set[int] = set()
     for key, value in state.items():
-        if not isinstance(value, StoredTensor) and next(tensors_within(value), None) is not None:
+        if not isinstance(value, StoredTensor) and next(tensors_within(value, seen), None) is not None:
             raise M3Error(f"{path} has tensors inside of {brief(key)}, which is no tensor: save a state_dict() alone.")
         if isinstance(value, StoredTensor) and not isinstance(key, str):
             raise M3Error(f"{path} calls a tensor {brief(key)}, which is no text: save a state_dict().")

@@ -17,6 +17,7 @@ from m3jax.errors import M3Error
 
 _MOST_STEPS = 2**22  # of the machine: a tensor takes some forty, so that there is room for 100,000
 _MOST_DIGITS = 16  # bytes of an integer: far more than sizes and counters have
+_MOST_DIMENSIONS = 64
 _LONGEST_NAME = 200  # characters of a name in a sentence
 _NEWEST = 5  # protocol of pickles
 
@@ -95,9 +96,14 @@ def read_pickle(raw: bytes, where: str) -> Plain:
     return _Machine(raw, where).run()
 
 
-def tensors_within(value: Plain) -> Iterator[StoredTensor]:
-    """The tensors in plain data, at any depth; what is held twice is looked at once."""
-    waiting, seen = [value], set()
+def tensors_within(value: Plain, seen: set[int]) -> Iterator[StoredTensor]:
+    """The tensors in plain data, at any depth.
+
+    Args:
+        value: The data.
+        seen: What was looked at and is not looked at again, as the same thing may be held often; added to.
+    """
+    waiting = [value]
     while waiting:
         found = waiting.pop()
         if id(found) in seen:
@@ -303,22 +309,14 @@ class _Machine:
                 return {}
             case Global("torch.Size"), (sizes,) if _is_counts(sizes):
                 return tuple(sizes)
-            case Global("torch._utils._rebuild_tensor"), (Storage() as storage, *place):
-                return self._tensor(storage, storage.dtype, place, [])
-            case Global("torch._utils._rebuild_tensor_v2"), (Storage() as storage, a, b, c, _, _, *more):
-                return self._tensor(storage, storage.dtype, [a, b, c], more)
-            case Global("torch._utils._rebuild_tensor_v3"), (
-                Storage() as storage,
-                a,
-                b,
-                c,
-                _,
-                _,
-                Global(kind),
-                *options,
-            ):
-                if kind in _DTYPES:
-                    return self._tensor(storage, _DTYPES[kind], [a, b, c], options)
+            # Behind the place come whether gradients are wanted, and hooks, which say nothing of values.
+            case Global("torch._utils._rebuild_tensor"), (Storage() as storage, *told) if len(told) == 3:
+                return self._tensor(storage, storage.dtype, told, [])
+            case Global("torch._utils._rebuild_tensor_v2"), (Storage() as storage, *told) if len(told) in (5, 6):
+                return self._tensor(storage, storage.dtype, told[:3], told[5:])
+            case Global("torch._utils._rebuild_tensor_v3"), (Storage() as storage, *told) if len(told) in (6, 7):
+                if isinstance(told[5], Global) and told[5].name in _DTYPES:
+                    return self._tensor(storage, _DTYPES[told[5].name], told[:3], told[6:])
             case Global(name), (StoredTensor() as tensor, bool(_), dict(_), *_) if name in _PARAMETERS:
                 return tensor
             case Global("torch._tensor._rebuild_from_type_v2"), (inner, Global(kind), tuple(inside), _):
@@ -330,9 +328,9 @@ class _Machine:
 
     def _tensor(self, storage: Storage, dtype: str, place: list[Plain], options: list[Plain]) -> StoredTensor:
         where = f"{self._where} has a tensor, before byte {self._at:,},"
-        if len(place) != 3 or not (_is_counts(place[:1]) and _is_counts(place[1]) and _is_counts(place[2])):
-            raise damaged(f"{where} that has no place in its storage")
         offset, shape, strides = place
+        if not (_is_counts([offset]) and _is_counts(shape) and _is_counts(strides)):
+            raise damaged(f"{where} that has no place in its storage")
         if len(shape) != len(strides) or not can_exist(list(shape), dtype):
             raise damaged(f"{where} with the impossible shape {brief(shape)} and strides {brief(strides)}")
         if any(option not in (None, {}) for option in options):
@@ -361,8 +359,12 @@ class _Machine:
 
 
 def _is_counts(value: Plain) -> bool:
-    """Whether something is a tuple or list of integers that could count something on this machine."""
-    return type(value) in (tuple, list) and all(type(entry) is int and 0 <= entry < 2**63 for entry in value)
+    """Whether something is a short tuple or list of integers that could count something on this machine."""
+    return (
+        type(value) in (tuple, list)
+        and len(value) <= _MOST_DIMENSIONS  # before all are looked at: the same list may be given often
+        and all(type(entry) is int and 0 <= entry < 2**63 for entry in value)
+    )
 
 
 _MEND = (

@@ -303,9 +303,13 @@ def test_pickles_that_are_not_of_tensors(tmp_path: Path, raw: bytes, words: str)
 def test_what_repeats_and_holds_itself_takes_no_time(tmp_path: Path) -> None:
     doubled = b")" + b"q\0h\0\x86" * 200  # each a pair of what was before it, twice
     itself = b"]q\1h\1a"
-    told = files.mapping({"w": W, "pairs": doubled, "itself": itself})
+    often = {"list": b"](" + b"K\1" * 3000 + b"eq\2"} | {f"again {number}": b"h\2" for number in range(3000)}
+    told = files.mapping({"w": W, "pairs": doubled, "itself": itself} | often)
     with open_pytorch(files.write_pickle(tmp_path / SINGLE, told, [RAW])) as checkpoint:
         assert list(checkpoint.tensors) == ["w"]
+    sizes = b"](" + b"K\1" * 100 + b"eq\2"
+    path = files.write_pickle(tmp_path / SINGLE, files.mapping({"w": sizes, "v": files.called("torch.Size", b"h\2")}))
+    refused(path, "calls torch.Size")
 
 
 def test_steps_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
