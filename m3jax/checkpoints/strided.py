@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 _SPAN = 2**20  # bytes that are read at once where entries are picked out of them
-_WASTE = 16  # bytes read for one that is wanted; where it would be more, entries are read by themselves
+_GAP = 2**15  # bytes that are read in the time that another range takes to be asked for
 
 Entries: TypeAlias = npt.NDArray[Any]
 Reader: TypeAlias = Callable[[memoryview, int], None]
@@ -83,6 +83,15 @@ def _boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[tupl
             yield (end, *origin), (1, *box)
 
 
+def _run(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """How many entries of a box lie one after the other."""
+    run = 1
+    for stride, count in sorted(zip(strides, shape, strict=True)):
+        if count > 1 and stride == run:
+            run *= count
+    return run
+
+
 def _fill(read: Reader, box: Entries, strides: tuple[int, ...], at: int) -> None:
     """Fills a box from the entry `at` on, in as few ranges as waste little."""
     size = box.itemsize
@@ -90,7 +99,7 @@ def _fill(read: Reader, box: Entries, strides: tuple[int, ...], at: int) -> None
         read(box.reshape(-1).view(np.uint8).data, at * size)
         return
     reach = 1 + sum((count - 1) * stride for count, stride in zip(box.shape, strides, strict=True))
-    if reach * size <= _SPAN and reach <= _WASTE * box.size:
+    if reach * size <= min(_SPAN, _GAP * (box.size // _run(box.shape, strides) + 1)):
         span = np.empty(reach, box.dtype)
         read(span.view(np.uint8).data, at * size)
         steps = [size * stride if count > 1 else 0 for count, stride in zip(box.shape, strides, strict=True)]
