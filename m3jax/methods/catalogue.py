@@ -348,7 +348,7 @@ METHODS: tuple[MethodRow, ...] = (
         "m3jax.methods.multislerp:multislerp",
         "the mean of directions, with the mean of lengths",
         "(p +) m·Σ wᵢ·‖vᵢ‖, m = Σ wᵢ·vᵢ/‖vᵢ‖ over its length; v: the experts, or task vectors",
-        "Goddard, Multi-SLERP, 2025, as in mergekit, arXiv 2403.13257",
+        "Goddard, Multi-SLERP, as in mergekit, arXiv 2403.13257",
         (
             _WEIGHT,
             _normalize(True)._replace(name="normalize_weights"),

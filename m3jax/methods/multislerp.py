@@ -1,7 +1,7 @@
 """Multi-SLERP: barycentric interpolation of directions, with the mean of the lengths.
 
 References:
-    Goddard, Multi-SLERP, 2025, as in mergekit, arXiv 2403.13257.
+    Goddard, Multi-SLERP, goddard.blog/posts/multislerp-wow-what-a-cool-idea.
 """
 
 import math
@@ -76,7 +76,7 @@ def multislerp(normalize: bool = True, eps: float = 1e-8, task_vectors: bool = F
         task_vectors: Of differences from the base, to which the result is added.
 
     References:
-        Goddard, Multi-SLERP, 2025, as in mergekit, arXiv 2403.13257.
+        Goddard, Multi-SLERP, goddard.blog/posts/multislerp-wow-what-a-cool-idea.
 
     Example:
         >>> multislerp().experts
