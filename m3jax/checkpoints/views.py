@@ -52,6 +52,14 @@ class Borrowing(Protocol):
         """The digests of what a tensor is made from; see `stored_digests`."""
 
 
+@runtime_checkable
+class Lending(Protocol):
+    """What a view offers whose tensors hold rows of others' beside those that `source_digests` tells of."""
+
+    def lenders(self, name: str) -> tuple[tuple[Checkpoint, str], ...]:
+        """The checkpoints and tensors of which rows are in a tensor."""
+
+
 def stored_at(checkpoint: Checkpoint, name: str) -> Stored:
     """Where the bytes of a tensor are in files, through however many views.
 
@@ -118,6 +126,11 @@ class View(Closing):
     def source_digests(self, name: str, digest: str) -> dict[str, str]:
         """The digests of what a tensor is made from; see `stored_digests`."""
         return stored_digests(*self._places[name], digest)
+
+    def lenders(self, name: str) -> tuple[tuple[Checkpoint, str], ...]:
+        """What lends rows to a tensor; see `Lending.lenders`."""
+        checkpoint, stored = self._places[name]
+        return checkpoint.lenders(stored) if isinstance(checkpoint, Lending) else ()
 
     def read_into(self, name: str, start: int, out: memoryview | npt.NDArray[np.uint8]) -> None:
         """Fills `out` with the tensor's little-endian bytes from `start` on; see `Checkpoint.read_into`."""

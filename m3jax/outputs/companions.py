@@ -1,5 +1,6 @@
 """What stands beside the weights: config, tokenizer, chat template, and the model card."""
 
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,9 +21,9 @@ from m3jax.outputs.copies import CHAT_TEMPLATE_JSON, read_entries, write_copy
 from m3jax.outputs.layers import untied, with_layers
 from m3jax.outputs.manifest import README
 from m3jax.outputs.modes import copy_mode
-from m3jax.outputs.vocabularies import check_same_vocabularies
 from m3jax.recipe import Recipe
 from m3jax.recipe.chat_templates import AUTO, BUILT_IN
+from m3jax.vocabulary import United, is_vocabulary, united_files, with_ids
 
 _CONFIG = "config.json"
 _GENERAL = ("config.json", "generation_config.json")
@@ -35,13 +36,28 @@ def _is_tokenizer(name: str) -> bool:
     return name not in _GENERAL and not name.endswith(_PROCESSORS)
 
 
-def gather(recipe: Recipe, models: Sequence[ModelDirectory], template: int) -> dict[str, Path]:
+def gather(
+    recipe: Recipe,
+    models: Sequence[ModelDirectory],
+    template: int,
+    united: United | None = None,
+    size: int | None = None,
+) -> dict[str, Path]:
     """The files to carry over, by name: the template's, with the tokenizer and chat template that the recipe asks for.
 
+    Args:
+        recipe: The recipe.
+        models: The inputs of the plan.
+        template: Which of them gives the configuration.
+        united: The vocabulary of the output; None where it is the template's.
+        size: How many rows it has; None where the models keep theirs.
+
     Raises:
-        M3Error: `tokenizer_source` cannot be followed, or a file is none of the model's own.
+        M3Error: A tokenizer cannot be added to, or a file is none of the model's own.
     """
-    files = _with_tokenizer(recipe, models, named_companions(models[template].path))
+    files = named_companions(models[template].path)
+    if united is not None:
+        files = _with_tokenizer(files, united, models[template].name, size)
     if recipe.chat_template != AUTO:
         return files
     # The template's own comes first among equals.
@@ -58,19 +74,36 @@ def gather(recipe: Recipe, models: Sequence[ModelDirectory], template: int) -> d
     return files | {_CHAT_TEMPLATE: copy}
 
 
-def _with_tokenizer(recipe: Recipe, models: Sequence[ModelDirectory], files: dict[str, Path]) -> dict[str, Path]:
-    """The template's files with the tokenizer that the recipe asks for."""
-    source = recipe.tokenizer_source
-    if source is None or source == "base":
-        return files
-    if source == "union":
-        check_same_vocabularies({model.name: named_companions(model.path) for model in models})
-        return files
-    chosen = next((model for model in models if model.name == source), None)
-    if chosen is None:
-        raise M3Error(f"tokenizer_source: {source} is not one of the models: write union, base or one of them")
-    general = {name: path for name, path in files.items() if not _is_tokenizer(name)}
-    return general | {name: path for name, path in named_companions(chosen.path).items() if _is_tokenizer(name)}
+def _with_tokenizer(files: dict[str, Path], united: United, template: str, size: int | None) -> dict[str, Path]:
+    """The template's files with the tokenizer of a united vocabulary, whose ids its configurations use."""
+    leader = united.speakers[united.leader].files
+    position = next((i for i, each in enumerate(united.speakers) if each.name == template), united.leader)
+    if position != united.leader:
+        files = {name: path for name, path in files.items() if not _is_tokenizer(name)}
+        files |= {name: path for name, path in leader.items() if _is_tokenizer(name)}
+    place = Path(tempfile.mkdtemp(dir=scratch()))
+    for name, content in united_files(united).items():
+        if content is None:
+            files = {other: path for other, path in files.items() if other != name}
+            continue
+        (place / name).write_bytes(content)
+        # What is made of several models' files is as closed as all of them.
+        for each in united.speakers:
+            for source in (path for other, path in each.files.items() if is_vocabulary(other) or other == name):
+                copy_mode(source, place / name)
+        files = {**files, name: place / name}
+    for name in _GENERAL:
+        told = read_entries(files[name]) if name in files else None
+        if not isinstance(told, dict):
+            continue
+        of_leader = read_entries(leader[name]) if name in leader else None
+        ids = of_leader if isinstance(of_leader, dict) else {}
+        found = with_ids(told, united, position, ids, size if name == _CONFIG else None)
+        if found != told:
+            (place / name).write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            copy_mode(files[name], place / name)
+            files = {**files, name: place / name}
+    return files
 
 
 class _Template(NamedTuple):

@@ -78,6 +78,24 @@ def check_base(recipe: "Recipe") -> None:
         raise RecipeError("'base' needs a base_model; name one, or write union or a model", "tokenizer_source")
 
 
+def check_tokenizers(recipe: "Recipe") -> None:
+    """Whatever is said of vocabularies is of models that are merged."""
+    sources = (source.model for part in recipe.slices or () for source in part.sources)
+    names = list(
+        dict.fromkeys([*(entry.model for entry in recipe.models), *sources, *filter(None, [recipe.base_model])])
+    )
+    for i, name in enumerate(recipe.also_for):
+        if name not in names:
+            raise RecipeError(f"{name} is not one of the models; {nearest(name, names)}", "also_for", i)
+    if recipe.also_for and recipe.tokenizer_source is None:
+        raise RecipeError("needs one vocabulary for all; write tokenizer_source: union", "also_for")
+    for token, told in (recipe.tokenizer.tokens if recipe.tokenizer is not None else {}).items():
+        model = told.source.model
+        if model is not None and model not in names:
+            place = ("tokenizer", "tokens", token, "source")
+            raise RecipeError(f"{model} is not one of the models; {nearest(model, names)}", *place)
+
+
 def check_experts(recipe: "Recipe") -> None:
     """There are as many experts as the method merges."""
     count, (fewest, most) = len(recipe.experts), recipe.row.experts
@@ -196,6 +214,7 @@ CHECKS = (
     check_slices,
     check_names,
     check_base,
+    check_tokenizers,
     check_experts,
     check_mixup,
     check_given,

@@ -150,8 +150,8 @@ def _put(node: object, steps: list[str], value: object, parent: str) -> object:
 def from_dialect(raw: object) -> dict[Any, Any]:
     """A recipe's mapping in the one spelling that the schema reads.
 
-    Keys without a value are as good as absent, `tokenizer: {source: …}` is `tokenizer_source`, and the models
-    of `slices` are named as `models` too.
+    Keys without a value are as good as absent, the source of `tokenizer` is
+    `tokenizer_source`, and the models of `slices` are named as `models` too.
 
     Raises:
       RecipeError: it is no mapping, or has a mergekit key without a meaning here.
@@ -161,21 +161,19 @@ def from_dialect(raw: object) -> dict[Any, Any]:
     keys = {key: value for key, value in raw.items() if value is not None}
     if "modules" in keys:
         raise RecipeError("merging by module is not supported; name whole models under 'models'", "modules")
-    if "tokenizer" in keys:
-        keys["tokenizer_source"] = _tokenizer_source(keys.pop("tokenizer"), "tokenizer_source" in keys)
+    if isinstance(tokenizer := keys.get("tokenizer"), Mapping):
+        source = tokenizer.get("source")
+        if source is not None and "tokenizer_source" in keys:
+            raise RecipeError("given together with tokenizer_source; keep one of the two", "tokenizer", "source")
+        keys.setdefault("tokenizer_source", "union" if source is None else source)
+        keys["tokenizer"] = {key: said for key, said in tokenizer.items() if key != "source"}
+        if not keys["tokenizer"]:
+            del keys["tokenizer"]
     if "slices" in keys:
         if "models" in keys:
             raise RecipeError("given together with models; keep one of the two", "slices")
         keys["models"] = _models_of(keys["slices"])
     return keys
-
-
-def _tokenizer_source(tokenizer: object, twice: bool) -> object:
-    if twice:
-        raise RecipeError("given together with tokenizer_source; keep one of the two", "tokenizer")
-    if not isinstance(tokenizer, Mapping) or set(tokenizer) != {"source"}:
-        raise RecipeError("only its source is supported; write 'tokenizer_source: union'", "tokenizer")
-    return tokenizer["source"]
 
 
 def _models_of(slices: object) -> list[object]:

@@ -50,6 +50,7 @@ from m3jax.recipe.settings import (
     plain,
     plain_parameters,
 )
+from m3jax.recipe.tokenizers import TokenizerSettings, plain_tokenizer, read_tokenizer
 from m3jax.recipe.values import OutputDtype, read_alpha, read_dtype, read_method, read_regex, read_seed, read_sparsifier
 
 Name: TypeAlias = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -214,6 +215,12 @@ class Recipe(_Strict):
     out_dtype: Dtype = None
     dequantize: bool = False
     tokenizer_source: Name | None = None
+    tokenizer: Annotated[
+        TokenizerSettings | None,
+        PlainValidator(read_tokenizer),
+        PlainSerializer(plain_tokenizer, return_type=dict[str, Any] | None),
+    ] = None
+    also_for: Annotated[tuple[Name, ...], BeforeValidator(_as_list)] = ()
     chat_template: Annotated[str, AfterValidator(read_chat_template)] | None = None
     exclude: tuple[Regex, ...] = ()
     only: Annotated[tuple[Name, ...], BeforeValidator(_as_list)] = ()
@@ -417,7 +424,14 @@ class Recipe(_Strict):
         """
         everything = self.model_dump(mode="json")
         del everything["models" if self.slices else "slices"]
-        for key in ("anatomy", "only", "keep_state", "dequantize"):  # what most recipes have not
+        for key in (
+            "anatomy",
+            "only",
+            "keep_state",
+            "dequantize",
+            "tokenizer",
+            "also_for",
+        ):  # what most recipes have not
             if not everything[key]:
                 del everything[key]
         return everything

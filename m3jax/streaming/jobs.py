@@ -30,6 +30,7 @@ from m3jax.outputs.local import check_free, replaced_with
 from m3jax.outputs.remote import check_remote_free
 from m3jax.progress import Progress
 from m3jax.recipe import Recipe
+from m3jax.streaming.aligning import Alignment
 from m3jax.streaming.opening import OpenedModel, notes_on_float8, open_models, with_written_dtypes
 from m3jax.streaming.plan import DrawnWeights, MergePlan, make_plan
 
@@ -96,6 +97,7 @@ class Ready(NamedTuple):
         picked: Where layers are stacked, for each which layer of the template it is taken to be; else None.
         unties: Whether the output has an output embedding of its own where the template has none.
         notes: What a user should know of how the inputs were read.
+        vocabulary: The one that all inputs have; None where the recipe asks for none.
     """
 
     models: list[OpenedModel]
@@ -108,6 +110,7 @@ class Ready(NamedTuple):
     picked: list[int] | None
     unties: bool
     notes: tuple[str, ...]
+    vocabulary: Alignment | None
 
 
 def _identity(recipe: Recipe, plan: MergePlan, inputs: Any, rest: Any, scheme: str = SCHEME) -> str:
@@ -153,13 +156,14 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
         check_remote_free(job.out, job.overwrite)
     elif processes.index == 0:
         check_free(job.out, job.overwrite)
-    models, sources, stacked = open_models(job, stack)
+    models, sources, stacked, vocabulary = open_models(job, stack)
     models = with_written_dtypes(models, sources)
     _check_apart(job.out, sources)
     drawn: DrawnWeights | None = manifest.drawn_weights(job.recorded) if job.recorded is not None else job.chosen
     base = models[-1].input if models[-1].role != "expert" else None
     plan = make_plan(job.recipe, [m.input for m in models if m.role == "expert"], base, drawn)
-    beside_weights = companions.gather(job.recipe, [m.place for m in models], plan.template)
+    united, size = vocabulary or (None, None)
+    beside_weights = companions.gather(job.recipe, [m.place for m in models], plan.template, united, size)
     shards = plan_shards([t.output for t in plan.tensors], job.max_shard_size)
     _check_recorded(job.recorded, plan, sources)
     fingerprints = [m.checkpoint.fingerprint() for m in models]
@@ -172,7 +176,10 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     notes = tuple(note for m in models for note in remarks(m.input.name, m.place.path, m.checkpoint))
     notes += tuple(notes_on_float8(job.recipe, sources))
     notes += tuple(model.note for model in models if model.note is not None)
-    ready = Ready(models, sources, plan, shards, beside_weights, fingerprints, identity, picked, unties, notes)
+    notes += united.notes if united is not None else ()
+    ready = Ready(
+        models, sources, plan, shards, beside_weights, fingerprints, identity, picked, unties, notes, vocabulary
+    )
     _check_agreement(processes, job.recipe, ready, rest)
     return ready
 

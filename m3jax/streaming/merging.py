@@ -264,7 +264,8 @@ def _produce(
         return 0
 
     def writer(release: Callable[[Loaded], None]) -> Shards:
-        return Shards(workplace, own, release, passes.input_digests, expected, passes.how.allow_nonfinite)
+        digests = passes.input_digests, passes.lent_digests
+        return Shards(workplace, own, release, *digests, expected, passes.how.allow_nonfinite)
 
     return passes.merge(merging, _tensors(passes.plan, own), writer)
 
@@ -306,6 +307,11 @@ def _record(job: MergeJob, ready: Ready, entries: Mapping[str, Any]) -> dict[str
         for name in model.checkpoint.tensors:
             digests = told[name]["inputs"].get(str(position), {}) if name in told else {}
             source = _source_at(ready, position, stored_at(model.checkpoint, name).location)
+            for stored, digest in digests.items():
+                read[source][stored] = ready.sources[source].checkpoint.tensors[stored], digest
+    for tensor in told.values():
+        for location, digests in tensor.get("lent", {}).items():
+            source = _source_at(ready, -1, location)
             for stored, digest in digests.items():
                 read[source][stored] = ready.sources[source].checkpoint.tensors[stored], digest
     records = [

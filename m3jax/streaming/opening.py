@@ -23,6 +23,7 @@ from m3jax.checkpoints.views_stacked import BlockPlace, Stacking, restacked
 from m3jax.errors import M3Error
 from m3jax.naming import block_of
 from m3jax.recipe import Recipe
+from m3jax.streaming.aligning import Alignment, aligned
 from m3jax.streaming.plan import Input, as_stored, as_untied, untied_head
 
 _WEIGHTS = frozenset({"parameter", "statistics", "adapter", "quantised"})  # what every naming of a model has
@@ -119,11 +120,19 @@ def _check_overrides(job: "MergeJob", models: Sequence[OpenedModel]) -> None:
 
 
 class OpenedModels(NamedTuple):
-    """The inputs of a plan, the models that are read for them, and whether layers are stacked."""
+    """The inputs of a plan.
+
+    Attributes:
+        models: Experts first, then the base if there is one.
+        sources: The models that are read for them.
+        stacked: Whether layers are stacked.
+        vocabulary: The one that all of them have; None where the recipe asks for none.
+    """
 
     models: list[OpenedModel]
     sources: list[OpenedModel]
     stacked: bool
+    vocabulary: Alignment | None
 
 
 def open_models(job: "MergeJob", stack: ExitStack) -> OpenedModels:
@@ -139,7 +148,8 @@ def open_models(job: "MergeJob", stack: ExitStack) -> OpenedModels:
     _check_overrides(job, sources)
     models = [_dequantised(model, job) for model in sources]
     alike = _under_one_naming(_stacked_alike(_alike(models, job), job), job)
-    return OpenedModels(_with_heads(alike, job), sources, False)
+    seen, vocabulary = aligned(_with_heads(alike, job), recipe, job.scheme)
+    return OpenedModels(seen, sources, False, vocabulary)
 
 
 def _alike(models: Sequence[OpenedModel], job: "MergeJob") -> list[OpenedModel]:
@@ -277,15 +287,16 @@ def _stack_models(job: "MergeJob", role: str | None, opened: dict[str, OpenedMod
             if source.model not in opened:
                 opened[source.model] = _open_model(source.model, "expert", job, stack)
     _check_overrides(job, list(opened.values()))
-    seen = {name: _dequantised(model, job) for name, model in opened.items()}
+    if recipe.base_model is not None and role is not None and recipe.base_model not in opened:
+        opened[recipe.base_model] = _open_model(recipe.base_model, role, job, stack)
+    views, vocabulary = aligned([_dequantised(model, job) for model in opened.values()], recipe, job.scheme)
+    seen = dict(zip(opened, views, strict=True))
     models = []
     for column in columns:
         runs = [(seen[source.model].checkpoint, *source.layer_range) for source in column]
         models.append(_viewed(seen[column[0].model], stacked_layers(runs), job))
     if recipe.base_model is not None and role is not None:
-        if recipe.base_model not in opened:
-            opened[recipe.base_model] = _open_model(recipe.base_model, role, job, stack)
-        base = seen.get(recipe.base_model) or _dequantised(opened[recipe.base_model], job)
+        base = seen[recipe.base_model]
         layers = selected(base.checkpoint, *recipe.stacked_base())
         models.append(_viewed(base._replace(role=role), layers, job))
-    return OpenedModels(models, list(opened.values()), True)
+    return OpenedModels(models, list(opened.values()), True, vocabulary)

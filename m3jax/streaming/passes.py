@@ -12,7 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m3jax.arithmetic import threefry
 from m3jax.checkpoints import DTYPES, Checkpoint, as_bytes
-from m3jax.checkpoints.views import stored_at, stored_digests
+from m3jax.checkpoints.digest import digest_tensor
+from m3jax.checkpoints.views import Lending, Stored, stored_at, stored_digests
 from m3jax.cluster.processes import Processes
 from m3jax.errors import M3Error
 from m3jax.methods.leaf import LeafScalars
@@ -77,6 +78,7 @@ class Passes:
         self.plan, self.how = plan, how
         self.findings = Findings(plan)
         self.digests: dict[str, dict[int, Mapping[str, str]]] = {}
+        self._lent: dict[str, dict[Stored, str]] = {}
         self._seen: dict[tuple[int, str], str] = {}
         self.bytes_read = 0
         self._checkpoints = checkpoints
@@ -91,6 +93,17 @@ class Passes:
         """Record the digest of an input's tensor; refuse one that has changed since a recorded merge or pass."""
         checkpoint = self._checkpoints[position]
         place, found = stored_at(checkpoint, name).location, stored_digests(checkpoint, name, digest)
+        self._check_recorded(place, found)
+        if isinstance(checkpoint, Lending):
+            self._note_lenders(checkpoint, name)
+        with self._lock:
+            first = self.digests.setdefault(name, {}).setdefault(position, found)
+            seen = self._seen.setdefault((position, name), digest)  # of a view, whose own digests are of its first pass
+        if (first, seen) != (found, digest):
+            raise M3Error(f"{place}: {name} changed while it was read: merge again once it is at rest")
+
+    def _check_recorded(self, place: str, found: Mapping[str, str]) -> None:
+        """Raise M3Error if something that is stored has changed since a recorded merge."""
         recorded = {} if self._recorded is None else self._recorded[place]
         changed = next((stored for stored, own in found.items() if recorded.get(stored, own) != own), None)
         if changed is not None:
@@ -98,11 +111,31 @@ class Passes:
                 f"{place}: {changed} is not what was merged: its bytes have changed since; "
                 "restore the file, or make a new merge with m3jax merge"
             )
+
+    def _note_lenders(self, checkpoint: Lending, name: str) -> None:
+        """Record the digests of tensors that lend a tensor rows and are not read for it themselves."""
+        sources = next((plan.sources for plan in self.plan.tensors if plan.output.name == name), ())
+        read = {stored_at(self._checkpoints[position], name) for position in sources}
+        for lender, stored in checkpoint.lenders(name):
+            place = stored_at(lender, stored)
+            with self._lock:
+                known = place in read or place in self._lent.get(name, {})
+            if known:
+                continue
+            found = stored_digests(lender, stored, digest_tensor(lender, stored))
+            self._check_recorded(place.location, found)
+            with self._lock:
+                self._lent.setdefault(name, {}).update(
+                    {Stored(place.location, own): digest for own, digest in found.items()}
+                )
+
+    def lent_digests(self, name: str) -> dict[str, dict[str, str]]:
+        """The digests of what lends a tensor rows and is not read for it itself, by location and name."""
+        found: dict[str, dict[str, str]] = {}
         with self._lock:
-            first = self.digests.setdefault(name, {}).setdefault(position, found)
-            seen = self._seen.setdefault((position, name), digest)  # of a view, whose own digests are of its first pass
-        if (first, seen) != (found, digest):
-            raise M3Error(f"{place}: {name} changed while it was read: merge again once it is at rest")
+            for place, digest in self._lent.get(name, {}).items():
+                found.setdefault(place.location, {})[place.name] = digest
+        return found
 
     def take_digests(self, name: str, digests: Mapping[int, Mapping[str, str]]) -> None:
         """Add digests of what is stored for a tensor, by input and stored name."""

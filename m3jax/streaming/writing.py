@@ -28,12 +28,14 @@ class Shards:
         shards: Sequence[tuple[str, Sequence[TensorInfo]]],
         release: Callable[[Loaded], None],
         input_digests: Callable[[str], Mapping[str, Mapping[str, str]]],
+        lent_digests: Callable[[str], Mapping[str, Mapping[str, str]]],
         expected: Mapping[str, str],
         allow_nonfinite: bool,
     ) -> None:
         self._workplace = workplace
         self._release = release
         self._input_digests = input_digests
+        self._lent_digests = lent_digests
         self._expected = expected
         self._allow_nonfinite = allow_nonfinite
         self._shard_of = {info.name: file for file, infos in shards for info in infos}
@@ -116,8 +118,11 @@ class Shards:
         if self._left[file] == 0 and self._writer is not None:
             self._writer.finish()
             self._writer = None
-            tensors = {
-                i.name: {"digest": self._digests[i.name][1], "inputs": self._input_digests(i.name)}
-                for i in self._contents[file]
-            }
+            tensors = {info.name: self._told(info.name) for info in self._contents[file]}
             self._workplace.record({"shard": file, "tensors": tensors})
+
+    def _told(self, name: str) -> dict[str, Any]:
+        """What the journal tells of a tensor."""
+        lent = self._lent_digests(name)
+        told = {"digest": self._digests[name][1], "inputs": self._input_digests(name)}
+        return {**told, "lent": lent} if lent else told

@@ -210,6 +210,11 @@ def test_out_dtype_wins():
 def test_tokenizer_spellings():
     assert load_recipe(merge(tokenizer={"source": "union"})).tokenizer_source == "union"
     assert load_recipe(merge(tokenizer_source="a")).tokenizer_source == "a"
+    asked = {"tokens": {"x": {"source": {"kind": "model_token", "model": "b", "token_id": 3}, "force": True}}}
+    told = load_recipe(merge(tokenizer={**asked, "pad_to_multiple_of": 64}, also_for="a"))
+    assert told.tokenizer_source == "union"
+    assert told.resolved()["tokenizer"] == {**asked, "pad_to_multiple_of": 64}
+    assert load_recipe(told.resolved()) == told
 
 
 def test_sparsify_defaults_and_filters():
@@ -391,8 +396,19 @@ WRONG = [
         "models.1.parameters.normalize: it is set for the whole merge; move it",
     ),
     (merge(modules={}), "modules: merging by module is not supported"),
-    (merge(tokenizer={"source": "union", "tokens": {}}), "tokenizer: only its source is supported"),
-    (merge(tokenizer={"source": "union"}, tokenizer_source="a"), "tokenizer: given together with tokenizer_source"),
+    (merge(tokenizer={"source": "union"}, tokenizer_source="a"), "tokenizer.source: given together with tokenizer_"),
+    (merge(tokenizer="union"), "tokenizer: 'union' is not a mapping; write 'key: value' lines"),
+    (merge(tokenizer={"sauce": "union"}), "tokenizer.sauce: unknown key; did you mean 'source'?"),
+    (merge(tokenizer={"pad_to_multiple_of": 0}), "tokenizer.pad_to_multiple_of: 0 is no whole number above 0"),
+    (merge(tokenizer={"tokens": {"x": {"force": True}}}), "tokenizer.tokens.x.source: missing; write a model"),
+    (merge(tokenizer={"tokens": {"x": {"source": "c"}}}), "tokenizer.tokens.x.source: c is not one of the models"),
+    (merge(tokenizer={"tokens": {"x": {"source": {"kind": "zer"}}}}), "tokenizer.tokens.x.source.kind: 'zer' is no"),
+    (
+        merge(tokenizer={"tokens": {"x": {"source": {"kind": "model_token", "model": "a"}}}}),
+        "tokenizer.tokens.x.source: write either token or token_id",
+    ),
+    (merge(also_for="c", tokenizer_source="union"), "also_for.0: c is not one of the models; known are a, b"),
+    (merge(also_for="b"), "also_for: needs one vocabulary for all; write tokenizer_source: union"),
     (merge(tokenizer_source="base"), "tokenizer_source: 'base' needs a base_model"),
     # methods
     (merge("tise"), "merge_method: 'tise' is not here; did you mean 'ties'? available are linear, task_arithmetic"),

@@ -27,7 +27,7 @@ from m3jax.evaluation.records import Record, open_journal
 from m3jax.exploration.journal import SampleJournal
 from m3jax.ledger import Ledger
 from m3jax.outputs import copies, manifest, provenance
-from m3jax.outputs.vocabularies import check_same_vocabularies
+from m3jax.vocabulary import read_speakers, unite
 from m3jax.recipe import load_recipe
 from support import torch_files
 from support.directories import write
@@ -186,7 +186,8 @@ _TOKENIZER = {
 
 def _vocabularies(place: Path) -> None:
     other = _merged() / "config.json"
-    check_same_vocabularies({"a": {"tokenizer.json": place / "tokenizer.json"}, "b": {"config.json": other}})
+    models = [("a", {"tokenizer.json": place / "tokenizer.json"}), ("b", {"config.json": other})]
+    unite("union", read_speakers(models), 0)
 
 
 PARSERS: dict[str, Parser] = {

@@ -1,0 +1,27 @@
+"""Tokenizers of several models as one, and models seen with its rows; no JAX."""
+
+from m3jax.vocabulary.files import united_files, with_ids
+from m3jax.vocabulary.reading import Added, Vocabulary, is_vocabulary, read_vocabulary
+from m3jax.vocabulary.rows import Model, RowPlan, count_rows, is_own, plan_rows, seen_with_rows, word_tensors
+from m3jax.vocabulary.uniting import Speaker, United, difference, read_speakers, unite
+
+__all__ = [
+    "Added",
+    "Model",
+    "RowPlan",
+    "Speaker",
+    "United",
+    "Vocabulary",
+    "count_rows",
+    "difference",
+    "is_own",
+    "is_vocabulary",
+    "plan_rows",
+    "read_speakers",
+    "read_vocabulary",
+    "seen_with_rows",
+    "unite",
+    "united_files",
+    "with_ids",
+    "word_tensors",
+]

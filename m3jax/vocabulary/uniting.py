@@ -1,0 +1,225 @@
+"""One vocabulary for several models: its tokens and their ids, and where it is taken from."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from m3jax.errors import M3Error
+from m3jax.vocabulary.reading import (
+    BPE,
+    Added,
+    Vocabulary,
+    digests,
+    has_tokenizer,
+    is_vocabulary,
+    read_vocabulary,
+)
+
+_NAMED = 3  # differences that a sentence names
+UNION, BASE = "union", "base"
+
+
+class Speaker(NamedTuple):
+    """A model with its tokens.
+
+    Attributes:
+        name: As the recipe calls it.
+        files: Its companions by name.
+        vocabulary: What they tell; None where there is none, or none that can be read.
+    """
+
+    name: str
+    files: Mapping[str, Path]
+    vocabulary: Vocabulary | None
+
+
+class United(NamedTuple):
+    """The vocabulary of an output.
+
+    Attributes:
+        speakers: The models, in their order.
+        leader: Whose tokenizer it is, with what others add to it, by position.
+        tokens: The id of every token; empty where the models have none that can be read, and so the same ones.
+        added: How tokens are found that the leader's files do not tell of, or not as added ones.
+        roles: Tokens with a role that the leader has not, by the role's name.
+        notes: What a reader of the recipe should know.
+    """
+
+    speakers: tuple[Speaker, ...]
+    leader: int
+    tokens: Mapping[str, int]
+    added: Mapping[str, Added]
+    roles: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def own(self) -> Mapping[str, int]:
+        """The leader's own tokens."""
+        told = self.speakers[self.leader].vocabulary
+        return told.tokens if told is not None else {}
+
+    @property
+    def new(self) -> tuple[str, ...]:
+        """The tokens that the leader lacks, by their ids."""
+        return tuple(sorted((token for token in self.tokens if token not in self.own), key=self.tokens.__getitem__))
+
+    def tokens_of(self, position: int) -> Mapping[str, int]:
+        """The tokens of a model by its own ids: the leader's, where it has none that can be read."""
+        told = self.speakers[position].vocabulary
+        return self.own if told is None else told.tokens
+
+
+def read_speakers(models: Sequence[tuple[str, Mapping[str, Path]]]) -> tuple[Speaker, ...]:
+    """The models with their tokens; files that are equal are read once.
+
+    Args:
+        models: The name of each, and its companions by name.
+    """
+    known: dict[tuple[tuple[str, str], ...], Vocabulary | None] = {}
+    speakers = []
+    for name, files in models:
+        beside = {file: files[file] for file in ("tokenizer_config.json", "special_tokens_map.json") if file in files}
+        key = tuple(sorted({**digests(files), **{file: str(path) for file, path in beside.items()}}.items()))
+        if key not in known:
+            known[key] = read_vocabulary(files)
+        speakers.append(Speaker(name, files, known[key]))
+    return tuple(speakers)
+
+
+def unite(source: str, speakers: Sequence[Speaker], template: int) -> United:
+    """The vocabulary that a recipe asks for.
+
+    Args:
+        source: "union", "base", or the name of one of the models.
+        speakers: The models, in their order.
+        template: Which of them gives the output its configuration: the base, or the first.
+
+    Raises:
+        M3Error: No model is called so; tokenizers are of different types, or cannot be compared.
+    """
+    leader = template
+    if source not in (UNION, BASE):
+        found = next((i for i, speaker in enumerate(speakers) if speaker.name == source), None)
+        if found is None:
+            raise M3Error(f"tokenizer_source: {source} is not one of the models: write union, base or one of them")
+        leader = found
+    first = speakers[leader]
+    notes = [said for other in speakers if (said := _incomparable(source, first, other)) is not None]
+    if first.vocabulary is None:
+        return United(tuple(speakers), leader, {}, {}, {}, tuple(dict.fromkeys(notes)))
+    others = [speaker for speaker in speakers if speaker.vocabulary is not None]
+    for other in others:
+        _check_kinds(first, other)
+    if source != UNION:
+        return United(tuple(speakers), leader, first.vocabulary.tokens, {}, {}, tuple(dict.fromkeys(notes)))
+    tokens = dict(first.vocabulary.tokens)
+    added, roles = dict(first.vocabulary.added or {}), dict(first.vocabulary.roles)
+    for other in others:
+        assert other.vocabulary is not None
+        fresh = sorted((t for t in other.vocabulary.tokens if t not in tokens), key=other.vocabulary.tokens.__getitem__)
+        end = 1 + max(tokens.values(), default=-1)
+        tokens |= {token: end + place for place, token in enumerate(fresh)}
+        for token, how in (other.vocabulary.added or {}).items():
+            if added.setdefault(token, how) != how:
+                notes.append(
+                    f"{token!r} is read as in {first.name}: {other.name} treats the spaces around it otherwise"
+                )
+        roles = {**other.vocabulary.roles, **roles}
+        notes += _on_splitting(first, other)
+    own = first.vocabulary
+    return United(
+        tuple(speakers),
+        leader,
+        tokens,
+        {token: how for token, how in added.items() if token not in (own.added or {}) and token in tokens},
+        {role: token for role, token in roles.items() if role not in own.roles},
+        tuple(dict.fromkeys(notes)),
+    )
+
+
+def _incomparable(source: str, first: Speaker, other: Speaker) -> str | None:
+    """What to say of a model whose tokens cannot be compared with the leader's; None where they can.
+
+    Raises:
+        M3Error: They would have to be.
+    """
+    if first.vocabulary is not None and other.vocabulary is not None:
+        return None
+    if digests(first.files) == digests(other.files):
+        return None
+    bare = next((speaker for speaker in (first, other) if not has_tokenizer(speaker.files)), None)
+    if source == UNION:
+        said = "their files differ" if bare is None else f"{bare.name} has no tokenizer"
+        raise M3Error(
+            f"tokenizer_source: union: the vocabularies of {first.name} and {other.name} cannot be united: {said}, and what"
+            " cannot be read cannot be compared; write base or one of the models, or save a tokenizer.json there"
+        )
+    said = f"{bare.name} has no tokenizer" if bare is not None else "their tokenizers cannot be read"
+    return f"{first.name}, {other.name}: {said}, so the rows of both are taken to be of the same tokens"
+
+
+def _check_kinds(first: Speaker, other: Speaker) -> None:
+    """Raise M3Error where tokens are pieces of different kinds, so that equal texts need not be the same token."""
+    a, b = first.vocabulary, other.vocabulary
+    assert a is not None
+    assert b is not None
+    if a.kind is None or b.kind is None or a.kind == b.kind or a.tokens == b.tokens:
+        return
+    if BPE in (a.kind, b.kind) and a.kind.endswith(BPE) and b.kind.endswith(BPE):
+        return
+    raise M3Error(
+        f"tokenizer_source: the tokenizers are of different types, {a.kind} in {first.name} and {b.kind} in"
+        f" {other.name}, whose tokens have nothing in common: merge models of one type of tokenizer"
+    )
+
+
+def _on_splitting(first: Speaker, other: Speaker) -> Iterator[str]:
+    """What to say where texts are split otherwise than one of the models has learned it."""
+    a, b = first.vocabulary, other.vocabulary
+    assert a is not None
+    assert b is not None
+    ordinary = [token for token in b.tokens if token not in a.tokens and token not in (b.added or {})]
+    if ordinary:
+        yield (
+            f"{len(ordinary):,} tokens of {other.name} ({ordinary[0]!r}, …) are added to those of {first.name}, which"
+            " splits texts otherwise than either model has learned it"
+        )
+    elif a.merges is not None and b.merges is not None and a.merges != b.merges:
+        yield (
+            f"{first.name} and {other.name} have the same tokens, but their merges differ from number"
+            f" {_first_difference(a, b)} on: those of {first.name} come first"
+        )
+
+
+def _first_difference(a: Vocabulary, b: Vocabulary) -> int:
+    x, y = a.merges or (), b.merges or ()
+    return next((i for i, (p, q) in enumerate(zip(x, y, strict=False)) if p != q), min(len(x), len(y)))
+
+
+# --- In words --------------------------------------------------------------------------------------------
+
+
+def difference(one: Speaker, other: Speaker) -> str | None:
+    """What differs between the vocabularies of two models, in words; None where nothing does, or nobody can tell."""
+    a, b = one.vocabulary, other.vocabulary
+    if a is None or b is None:
+        return None
+    tokens = [token for token in {**a.tokens, **b.tokens} if a.tokens.get(token) != b.tokens.get(token)]
+    if not tokens:
+        return None
+    told = [_told(token, one, other) for token in tokens[:_NAMED]]
+    more = [f"{len(tokens) - _NAMED:,} more"] if len(tokens) > _NAMED else []
+    return ", ".join(told + more)
+
+
+def _told(token: str, one: Speaker, other: Speaker) -> str:
+    ids = [(speaker.name, speaker.vocabulary.tokens.get(token)) for speaker in (one, other) if speaker.vocabulary]
+    there = [(name, number) for name, number in ids if number is not None]
+    if len(there) == 1:
+        return f"{token!r} is a token of {there[0][0]} alone"
+    return f"{token!r} is {' and '.join(f'{number} in {name}' for name, number in there)}"
+
+
+def without_vocabulary(files: Mapping[str, Path]) -> dict[str, Path]:
+    """A model's companions without those that hold a vocabulary."""
+    return {name: path for name, path in files.items() if not is_vocabulary(name)}

@@ -1,0 +1,216 @@
+"""Merges of models whose vocabularies differ, row by row against a plain numpy alignment and the oracle."""
+
+import json
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from support import oracle
+from support.alignment import BASE, ROWS, UNION, VOCABULARIES, WIDTH, aligned, tokenizer, write_models
+from support.directories import read
+from support.matrix import METHODS, SPARSIFIERS, same
+
+import m3jax
+from m3jax.errors import M3Error
+
+EXPERTS = ("one", "two", "three")
+FAMILIES = [
+    ("linear", "none"),
+    ("task_arithmetic", "dare"),
+    ("ties_paper", "dare"),
+    ("ties_mergekit", "none"),
+    ("task_arithmetic", "breadcrumbs"),
+    ("task_arithmetic", "della"),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def tensors(place):
+    return write_models(place / "in", ml_dtypes.bfloat16)
+
+
+def recipe(place, names=EXPERTS, **keys):
+    told = {"merge_method": "task_arithmetic", "base_model": "base", "tokenizer_source": "union", **keys}
+    told["models"] = [str(place / "in" / name) for name in names]
+    return {**told, "base_model": str(place / "in" / told["base_model"])}
+
+
+def merge(place, out, names=EXPERTS, **keys):
+    return m3jax.merge_checkpoint(recipe(place, names, **keys), out)
+
+
+@pytest.mark.parametrize(("method", "sparsifier"), FAMILIES)
+def test_rows_of_the_union_are_those_of_its_tokens(place, tensors, tmp_path, method, sparsifier):
+    _, keys, told = METHODS[method]
+    _, more, also = SPARSIFIERS[sparsifier]
+    result = merge(place, tmp_path / "out", **keys, **more, seed=3)
+    seen = aligned(tensors)
+    want = oracle.merge([seen[n] for n in EXPERTS], seen["base"], weights=[1.0] * 3, seed=3, **told, **also)
+    assert same(read(tmp_path / "out"), want) == (True, [])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == len(UNION)
+    told = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
+    assert told["model"]["vocab"] == {token: number for number, token in enumerate(UNION)}
+    assert m3jax.verify(tmp_path / "out").differences == ()
+    assert m3jax.replay(tmp_path / "out", tmp_path / "again").digest == result.digest
+
+
+def test_slerp_and_model_stock_see_the_same_rows(place, tensors, tmp_path):
+    names = ("one", "two")
+    seen = aligned({name: tensors[name] for name in ("one", "base", "two")})
+    merge(place, tmp_path / "slerp", ("one",), merge_method="slerp", parameters={"t": 0.3})
+    # The vocabulary of the union is that of the base with what one adds.
+    two = aligned({name: tensors[name] for name in ("base", "one")}, tokens=[*BASE, "shared", "e", "<|user|>"])
+    want = oracle.merge([two["base"], two["one"]], method="slerp", weights=0.3)
+    assert same(read(tmp_path / "slerp"), want) == (True, [])
+    merge(place, tmp_path / "stock", names, merge_method="model_stock")
+    want = oracle.merge([seen[name] for name in names], seen["base"], "model_stock", None)
+    assert same(read(tmp_path / "stock"), want) == (True, [])
+
+
+def test_a_draw_without_a_base_to_subtract_lends_the_bases_rows(place, tensors, tmp_path):
+    names = ("one", "two")
+    result = merge(place, tmp_path / "out", names, merge_method="linear", mixup={"alpha": 0.5}, seed=1)
+    seen = aligned({name: tensors[name] for name in ("base", *names)})
+    want = oracle.merge([seen[n] for n in names], None, "linear", oracle.draw(1, 0.5, 2), normalize=True)
+    assert same(read(tmp_path / "out"), want) == (True, [])
+    told = {record["role"]: record for record in result.manifest["inputs"]}
+    stored = load_file(place / "in" / "base" / "model.safetensors")
+    assert told["template"]["tensors"].keys() == {"model.embed_tokens.weight", "lm_head.weight"}
+    shutil.copytree(place / "in", tmp_path / "in")
+    moved = {
+        record["name"]: str(tmp_path / "in" / record["name"].split("/")[-1]) for record in result.manifest["inputs"]
+    }
+    assert m3jax.replay(tmp_path / "out", tmp_path / "again", sources=moved).digest == result.digest
+    stored["lm_head.weight"] = -stored["lm_head.weight"]
+    save_file(stored, tmp_path / "in" / "base" / "model.safetensors")
+    with pytest.raises(M3Error, match=r"lm_head\.weight is not what was merged"):
+        m3jax.replay(tmp_path / "out", tmp_path / "third", sources=moved)
+
+
+@pytest.mark.parametrize(("style", "tied", "dtype"), [("flax", False, "float32"), ("plain", True, "float16")])
+def test_heads_of_flax_and_tied_ones(tmp_path, style, tied, dtype):
+    tensors = write_models(tmp_path / "in", np.dtype(dtype), style, tied)
+    _, more, also = SPARSIFIERS["dare"]
+    merge(tmp_path, tmp_path / "out", **more, seed=2)
+    seen = aligned(tensors, style)
+    want = oracle.merge([seen[n] for n in EXPERTS], seen["base"], "task_arithmetic", [1.0] * 3, seed=2, **also)
+    assert same(read(tmp_path / "out"), want) == (True, [])
+
+
+def test_the_vocabulary_of_one_model(place, tensors, tmp_path):
+    merge(place, tmp_path / "base", tokenizer_source="base")
+    seen = aligned(tensors, tokens=BASE, size=ROWS["base"])  # the base's padding stays
+    want = oracle.merge([seen[n] for n in EXPERTS], seen["base"], "task_arithmetic", [1.0] * 3)
+    assert same(read(tmp_path / "base"), want) == (True, [])
+    two = str(place / "in" / "two")
+    merge(place, tmp_path / "two", tokenizer_source=two)
+    seen = aligned(tensors, tokens=VOCABULARIES["two"], size=ROWS["two"])
+    want = oracle.merge([seen[n] for n in EXPERTS], seen["base"], "task_arithmetic", [1.0] * 3)
+    assert same(read(tmp_path / "two"), want) == (True, [])
+    assert (tmp_path / "two" / "tokenizer.json").read_bytes() == (place / "in" / "two" / "tokenizer.json").read_bytes()
+
+
+def test_what_a_recipe_says_of_tokens(place, tensors, tmp_path):
+    one, three = str(place / "in" / "one"), str(place / "in" / "three")
+    tokens = {
+        "[PAD]": {"source": three, "force": True},
+        "shared": {"source": {"kind": "zero"}},
+        "e": {"source": {"kind": "model_token", "model": three, "token": "d"}},
+        "<|user|>": {"source": {"kind": "model_token", "model": one, "token_id": 0}},
+    }
+    asked = {"source": "union", "tokens": tokens, "pad_to_multiple_of": 8}
+    keys = recipe(place, tokenizer=asked)
+    del keys["tokenizer_source"]
+    result = m3jax.merge_checkpoint(keys, tmp_path / "out")
+    seen = {name: dict(found) for name, found in tensors.items()}
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        said = {
+            "[PAD]": (True, tensors["three"][key][8]),
+            "shared": (False, np.zeros(WIDTH)),
+            "e": (False, tensors["three"][key][4]),
+            "<|user|>": (False, tensors["one"][key][0]),
+        }
+        own = {name: {key: found[key]} for name, found in tensors.items()}
+        for name, found in aligned(own, asked=said, size=16).items():
+            seen[name][key] = found[key]
+    want = oracle.merge([seen[n] for n in EXPERTS], seen["base"], "task_arithmetic", [1.0] * 3)
+    assert same(read(tmp_path / "out"), want) == (True, [])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 16
+    assert m3jax.replay(tmp_path / "out", tmp_path / "again").digest == result.digest
+
+
+def test_an_interrupted_merge_is_gone_on_with(place, tensors, tmp_path):
+    keys = recipe(place, merge_method="linear")
+    whole = m3jax.merge_checkpoint(keys, tmp_path / "whole", max_shard_size=1)
+
+    def stop(told):
+        if told.done > told.total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        m3jax.merge_checkpoint(keys, tmp_path / "out", max_shard_size=1, progress=stop)
+    result = m3jax.merge_checkpoint(keys, tmp_path / "out", max_shard_size=1)
+    assert result.resumed_shards
+    assert result.manifest == whole.manifest
+
+
+# --- What cannot be --------------------------------------------------------------------------------------
+
+
+def changed(place, tmp_path, name, told):
+    """The models, with another tokenizer.json for one of them."""
+    shutil.copytree(place / "in", tmp_path / "in")
+    (tmp_path / "in" / name / "tokenizer.json").write_text(json.dumps(told))
+    return tmp_path
+
+
+def test_tokens_beyond_the_rows(place, tensors, tmp_path):
+    more = [*VOCABULARIES["three"], "<never>"]
+    new = changed(place, tmp_path, "three", tokenizer(more))
+    merge(new, tmp_path / "special")  # nobody has a row for it: the mean of all
+    seen = aligned(tensors, tokens=[*UNION, "<never>"])
+    want = oracle.merge([seen[n] for n in EXPERTS], seen["base"], "task_arithmetic", [1.0] * 3)
+    assert same(read(tmp_path / "special"), want) == (True, [])
+    (tmp_path / "in" / "three" / "tokenizer.json").write_text(json.dumps(tokenizer([*VOCABULARIES["three"], "f"])))
+    with pytest.raises(
+        M3Error, match="three: its tokenizer has more tokens than its embedding has rows: 'f' is number 9"
+    ):
+        merge(new, tmp_path / "out")
+
+
+def test_without_a_key_the_refusal_names_the_one_that_settles_it(place, tensors, tmp_path):
+    keys = recipe(place, ("three",))
+    del keys["tokenizer_source"]
+    with pytest.raises(M3Error) as caught:
+        m3jax.merge_checkpoint(keys, tmp_path / "out")
+    assert "base has 2 more rows than" in str(caught.value)
+    assert "'[PAD]' is a token of " in str(caught.value)
+    assert "three alone: write tokenizer_source: union to keep every token, or tokenizer_source: base" in str(
+        caught.value
+    )
+    m3jax.merge_checkpoint({**keys, "exclude": ["embed_tokens", "lm_head"]}, tmp_path / "without")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sentence"),
+    [
+        ({"[PA]": {"source": {"kind": "zero"}}}, r"tokens\.\[PA\]: is a token of no tokenizer; did you mean '\[PAD\]'"),
+        ({"e": {"source": "IN/two"}}, r"tokens\.e: 'e' is no token of .*two"),
+        (
+            {"e": {"source": {"kind": "model_token", "model": "IN/two", "token_id": 9}}},
+            r"tokens\.e: .*two has 9 rows, so there is no row 9: name another",
+        ),
+    ],
+)
+def test_token_sources_that_name_no_token(place, tensors, tmp_path, tokens, sentence):
+    told = json.loads(json.dumps(tokens).replace("IN", str(place / "in")))
+    keys = recipe(place, tokenizer={"tokens": told})
+    with pytest.raises(M3Error, match=sentence):
+        m3jax.merge_checkpoint(keys, tmp_path / "out")
