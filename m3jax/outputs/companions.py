@@ -1,6 +1,9 @@
 """What stands beside the weights: config, tokenizer, chat template, and the model card."""
 
+import errno
 import json
+import re
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -23,13 +26,19 @@ from m3jax.outputs.manifest import README
 from m3jax.outputs.modes import copy_mode
 from m3jax.recipe import Recipe
 from m3jax.recipe.chat_templates import AUTO, BUILT_IN
-from m3jax.vocabulary import United, is_vocabulary, united_files, with_ids
+from m3jax.vocabulary import United, is_vocabulary, misnumbered, united_files, with_ids
 
 _CONFIG = "config.json"
-_GENERAL = ("config.json", "generation_config.json")
+_GENERATION = "generation_config.json"
+_GENERAL = (_CONFIG, _GENERATION)
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _CHAT_TEMPLATE = "chat_template.jinja"
+
+ALSO_FOR = "also_for"
+"""The directory of an output in which its weights stand beside the tokenizers of other models."""
+
+_NO_LINKS = frozenset({errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
 
 def _is_tokenizer(name: str) -> bool:
@@ -56,8 +65,21 @@ def gather(
         M3Error: A tokenizer cannot be added to, or a file is none of the model's own.
     """
     files = named_companions(models[template].path)
+    others: dict[str, Path] = {}
     if united is not None:
-        files = _with_tokenizer(files, united, models[template].name, size)
+        position = next((i for i, each in enumerate(united.speakers) if each.name == models[template].name), 0)
+        own = files
+        files = _with_tokenizer(own, united, position, size)
+        for name, directory in _places(recipe.also_for).items():
+            beside = _beside(own, united, position, name, size)
+            others |= {f"{directory}/{file}": path for file, path in beside.items()}
+    return {**_with_template(recipe, models, template, files), **others}
+
+
+def _with_template(
+    recipe: Recipe, models: Sequence[ModelDirectory], template: int, files: dict[str, Path]
+) -> dict[str, Path]:
+    """The files with the chat template that most models have, where a recipe asks for it."""
     if recipe.chat_template != AUTO:
         return files
     # The template's own comes first among equals.
@@ -74,36 +96,106 @@ def gather(
     return files | {_CHAT_TEMPLATE: copy}
 
 
-def _with_tokenizer(files: dict[str, Path], united: United, template: str, size: int | None) -> dict[str, Path]:
+def _with_tokenizer(files: dict[str, Path], united: United, template: int, size: int | None) -> dict[str, Path]:
     """The template's files with the tokenizer of a united vocabulary, whose ids its configurations use."""
-    leader = united.speakers[united.leader].files
-    position = next((i for i, each in enumerate(united.speakers) if each.name == template), united.leader)
-    if position != united.leader:
-        files = {name: path for name, path in files.items() if not _is_tokenizer(name)}
-        files |= {name: path for name, path in leader.items() if _is_tokenizer(name)}
+    files = _with_tokenizer_of(files, united, template, united.leader, size)
     place = Path(tempfile.mkdtemp(dir=scratch()))
     for name, content in united_files(united).items():
+        files = {other: path for other, path in files.items() if other != name}
         if content is None:
-            files = {other: path for other, path in files.items() if other != name}
             continue
         (place / name).write_bytes(content)
         # What is made of several models' files is as closed as all of them.
         for each in united.speakers:
             for source in (path for other, path in each.files.items() if is_vocabulary(other) or other == name):
                 copy_mode(source, place / name)
-        files = {**files, name: place / name}
+        files[name] = place / name
+    return files
+
+
+def _with_tokenizer_of(
+    files: dict[str, Path], united: United, template: int, leader: int, size: int | None
+) -> dict[str, Path]:
+    """The template's files with the tokenizer of one of the models, whose ids its configurations use."""
+    theirs = united.speakers[leader].files
+    if template != leader:
+        files = {name: path for name, path in files.items() if not _is_tokenizer(name)}
+        files |= {name: path for name, path in theirs.items() if _is_tokenizer(name) or name == _GENERATION}
+    place = Path(tempfile.mkdtemp(dir=scratch()))
     for name in _GENERAL:
         told = read_entries(files[name]) if name in files else None
         if not isinstance(told, dict):
             continue
-        of_leader = read_entries(leader[name]) if name in leader else None
+        of_leader = read_entries(theirs[name]) if name in theirs else None
         ids = of_leader if isinstance(of_leader, dict) else {}
-        found = with_ids(told, united, position, ids, size if name == _CONFIG else None)
+        found = with_ids(told, united, (template, leader), ids, size if name == _CONFIG else None)
         if found != told:
             (place / name).write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             copy_mode(files[name], place / name)
             files = {**files, name: place / name}
     return files
+
+
+# --- Beside the tokenizers of others -------------------------------------------------------------------------
+
+
+def _places(names: Sequence[str]) -> dict[str, str]:
+    """Where in an output the same weights stand beside the tokenizers of models, by their names."""
+    last = {name: Path(name.partition("@")[0]).name for name in names}
+    counts = Counter(last.values())
+    return {
+        name: f"{ALSO_FOR}/{short if counts[short] == 1 else re.sub(r'[^0-9A-Za-z._-]+', '-', name).strip('-')}"
+        for name, short in last.items()
+    }
+
+
+def _beside(files: dict[str, Path], united: United, template: int, name: str, size: int | None) -> dict[str, Path]:
+    """The files of a directory with the output's weights and the tokenizer of one of the models.
+
+    Raises:
+        M3Error: That tokenizer numbers a token otherwise than the output does.
+    """
+    position = next(i for i, speaker in enumerate(united.speakers) if speaker.name == name)
+    said = misnumbered(united, position)
+    if said is not None:
+        raise M3Error(
+            f"also_for: {said}, so the same weights cannot stand beside its tokenizer: take {name} out, or write"
+            f" tokenizer_source: {name}"
+        )
+    return _with_tokenizer_of(files, united, template, position, size)
+
+
+def linked_weights(files: Mapping[str, Path], weights: Sequence[str]) -> dict[str, str]:
+    """The weight files that stand in an output once more, beside the tokenizers of others: each with what it is.
+
+    Args:
+        files: What `gather` chose.
+        weights: The weight files.
+    """
+    directories = dict.fromkeys(name.rpartition("/")[0] for name in files if name.startswith(f"{ALSO_FOR}/"))
+    return {f"{directory}/{file}": file for directory in directories for file in weights}
+
+
+def link_weights(directory: Path, links: Mapping[str, str]) -> None:
+    """Has weight files in an output once more: as hard links, which take no room, or else as copies.
+
+    Args:
+        directory: The output as it is made.
+        links: What `linked_weights` tells.
+
+    Raises:
+        OSError: The operating system fails.
+    """
+    for name, file in links.items():
+        place = directory / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.unlink(missing_ok=True)  # of an earlier attempt
+        try:
+            place.hardlink_to(directory / file)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            shutil.copyfile(directory / file, place)
 
 
 class _Template(NamedTuple):
@@ -158,7 +250,12 @@ def _merged_config(
 
 def possible_names(files: Mapping[str, Path]) -> set[str]:
     """All that `write_companions` could make of some files, whatever the recipe."""
-    return {*files, _CHAT_TEMPLATE, README, SAFETENSORS.index_file}
+    return {*files, _CHAT_TEMPLATE, README, *_indices(files)}
+
+
+def _indices(files: Mapping[str, Path]) -> list[str]:
+    """Where the index of weight files stands, if there is one: also beside the tokenizers of others."""
+    return [SAFETENSORS.index_file, *linked_weights(files, [SAFETENSORS.index_file])]
 
 
 def write_companions(
@@ -187,10 +284,10 @@ def write_companions(
     template = _chosen_template(recipe, files)
 
     def edited(name: str, entries: dict[str, Any]) -> dict[str, Any]:
-        if name == _CONFIG:
+        if name.rpartition("/")[2] == _CONFIG:
             told = without_quantisation(entries) if recipe.dequantize else entries
             return _merged_config(told, recipe.output_dtype, picked, unties)
-        if template is None or "chat_template" not in entries:
+        if template is None or "chat_template" not in entries or name.startswith(f"{ALSO_FOR}/"):
             return entries
         return entries | {"chat_template": template}
 
@@ -204,7 +301,8 @@ def write_companions(
     (directory / README).write_text(card(recipe, weights, published), encoding="utf-8")
     written.append(README)
     if (index := directory / SAFETENSORS.index_file).is_file():
-        written.append(index.name)
+        link_weights(directory, linked_weights(files, [index.name]))
+        written += _indices(files)
     return {name: digest_file(directory / name) for name in sorted(set(written))}
 
 

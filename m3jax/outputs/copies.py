@@ -45,14 +45,15 @@ def write_copy(path: Path, directory: Path, name: str, edit: Edit | None = None)
         OSError: The operating system fails.
     """
     target = directory / name
-    target.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(_content(path, name, edit))
     copy_mode(path, target)
 
 
 def _content(path: Path, name: str, edit: Edit | None) -> bytes:
     """A file as an output has it: the same bytes, unless something in it does not hold of the output."""
-    entries = read_entries(path) if is_config(name) or name == CHAT_TEMPLATE_JSON else None
+    last = name.rpartition("/")[2]
+    entries = read_entries(path) if is_config(last) or last == CHAT_TEMPLATE_JSON else None
     if not isinstance(entries, dict):
         return path.read_bytes()
     told = without_code(entries)

@@ -145,7 +145,8 @@ def _made_files(out: Path) -> tuple[str, ...] | None:
         first = (
             exactly(weights) if isinstance(weights, dict) else (f"*{SAFETENSORS.endings[0]}", SAFETENSORS.index_file)
         )
-        return (*first, *exactly([*output["files"], FILE_NAME]))
+        links = output.get("links")
+        return (*first, *exactly([*output["files"], *(links if isinstance(links, dict) else ()), FILE_NAME]))
     files = mark.get("files")
     if isinstance(files, list) and all(isinstance(name, str) for name in files):
         return exactly([*files, CONVERSION])

@@ -170,14 +170,18 @@ def build(
     }
 
 
-def completed(record: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
+def completed(
+    record: Mapping[str, Any], files: Mapping[str, str], links: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """A manifest with the digests of what stands beside the weights, and of itself.
 
     Args:
         record: As `build` makes it.
         files: Digests of the other files, by name.
+        links: Weight files that are there once more, each with the name of what it is.
     """
-    told = {**record, "output": {**record["output"], "files": dict(sorted(files.items()))}}
+    more = {"links": dict(sorted(links.items()))} if links else {}
+    told = {**record, "output": {**record["output"], "files": dict(sorted(files.items())), **more}}
     return {**told, _OWN_DIGEST: own_digest(told)}
 
 
@@ -238,9 +242,13 @@ def _check(manifest: Mapping[str, Any]) -> None:
     provenance.recorded_origin(manifest)
     for key in ("recipe", "weights", "output"):
         _check_object(manifest, key)
-    for key in ("tensors", "files", *(["weight_files"] if "weight_files" in manifest["output"] else [])):
+    optional = [key for key in ("weight_files", "links") if key in manifest["output"]]
+    for key in ("tensors", "files", *optional):
         _check_object(manifest["output"], key)
-    for name in (*manifest["output"]["files"], *manifest["output"].get("weight_files", ())):
+    links = manifest["output"].get("links", {})
+    if not all(file in manifest["output"]["weight_files"] for file in links.values()):
+        raise ValueError("it names weight files that it does not tell of")
+    for name in (*manifest["output"]["files"], *links, *manifest["output"].get("weight_files", ())):
         if not is_below(name):
             raise ValueError(f"it names the file {brief(name)}, which is outside the model")
     if ("weight_files" in manifest["output"]) != (_OWN_DIGEST in manifest):
@@ -304,7 +312,9 @@ def verify(directory: str | os.PathLike[str], progress: Callable[[Progress], Non
     differences += _differing_tensors(found, recorded["tensors"])
     if "weight_files" in recorded:
         differences += _differing_headers(headers, recorded["weight_files"])
-        known = {*recorded["files"], *recorded["weight_files"], file.name}
+        links = recorded.get("links", {})
+        differences += _differing_links(place, links)
+        known = {*recorded["files"], *recorded["weight_files"], *links, file.name}
         beside = list(_added(place, known))
         notes += [f"{name}: is none of the model's, and not looked into" for name in beside if name in _TOOLS]
         notes += [
@@ -351,6 +361,21 @@ def _differing_headers(found: Mapping[str, str], recorded: Mapping[str, Any]) ->
         if name in recorded and recorded[name] != digest:
             yield f"{name}: its header is not the one that was written: its metadata, or the order of its tensors"
     yield from (f"{name}: is missing, or not read as a file of the model" for name in recorded if name not in found)
+
+
+def _differing_links(place: Path, links: Mapping[str, str]) -> Iterator[str]:
+    """What is said of weight files that are there once more: a link is the same, a copy has the same bytes."""
+    for name, file in links.items():
+        if not (place / name).is_file():
+            yield f"{name}: is missing"
+        elif (place / file).is_file() and not _are_same(place / name, place / file):
+            yield f"{name}: is not the same as {file}"
+
+
+def _are_same(one: Path, other: Path) -> bool:
+    if not isinstance(one, RemotePath) and one.samefile(other):
+        return True
+    return digest_file(one) == digest_file(other)
 
 
 def _fault_of_file(path: Path, digest: str) -> str | None:

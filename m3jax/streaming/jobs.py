@@ -156,6 +156,8 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
         check_remote_free(job.out, job.overwrite)
     elif processes.index == 0:
         check_free(job.out, job.overwrite)
+    if job.recipe.also_for and isinstance(job.out, RemotePath):
+        raise M3Error("also_for: links weights, which remote storage cannot: merge to this disk, or leave it out")
     models, sources, stacked, vocabulary = open_models(job, stack)
     models = with_written_dtypes(models, sources)
     _check_apart(job.out, sources)

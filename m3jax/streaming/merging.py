@@ -98,7 +98,7 @@ def _open_workplace(
         space = weights + small + _TOLD_PER_TENSOR * len(ready.plan.tensors)
         shared = processes.count > 1
         possible = modelcard.possible_names(ready.companions)
-        names = exactly([*(file for file, _ in ready.shards), *possible, manifest.FILE_NAME])
+        names = exactly([*(file for file, _ in ready.shards), *possible, *_links(ready), manifest.FILE_NAME])
         staging = stack.enter_context(Staging(job.out, ready.identity, space, job.overwrite, shared, names))
         narrow(staging.path, _weight_files(ready))
         damaged = _damaged(staging, ready.shards, job.progress)
@@ -347,14 +347,21 @@ def _publish(job: MergeJob, ready: Ready, staging: Staging | RemoteStaging, reco
     if len(ready.shards) > 1:
         write_index(staging.path, ready.shards, sum(t.output.nbytes for t in ready.plan.tensors))
     files = _write_companions(job, ready, staging.path)
-    record = manifest.completed(record, files)
+    links = _links(ready)
+    modelcard.link_weights(staging.path, links)
+    record = manifest.completed(record, files, links)
     (staging.path / manifest.FILE_NAME).write_text(manifest.to_json(record), encoding="utf-8")
     if isinstance(staging, Staging):
         narrow(staging.path, _weight_files(ready))
-        staging.publish([*(file for file, _ in ready.shards), *files, manifest.FILE_NAME])
+        staging.publish([*(file for file, _ in ready.shards), *files, *links, manifest.FILE_NAME])
     else:
         staging.publish()
     return record
+
+
+def _links(ready: Ready) -> dict[str, str]:
+    """The weight files that stand once more beside the tokenizers of others."""
+    return modelcard.linked_weights(ready.companions, [file for file, _ in ready.shards])
 
 
 def _write_companions(job: MergeJob, ready: Ready, directory: Path) -> dict[str, str]:
@@ -388,7 +395,8 @@ def _check_companions(job: MergeJob, ready: Ready) -> str | None:
     with tempfile.TemporaryDirectory(dir=scratch()) as place:
         now = _write_companions(job, ready, Path(place))
     left_out = {*manifest.EDITABLE, SAFETENSORS.index_file}
-    other = sorted(name for name in {**then, **now}.keys() - left_out if then.get(name) != now.get(name))
+    names = (name for name in {**then, **now} if name.rpartition("/")[2] not in left_out)
+    other = sorted(name for name in names if then.get(name) != now.get(name))
     if not other:
         return None
     from_ = ready.companions.get(other[0])

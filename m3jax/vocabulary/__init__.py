@@ -3,7 +3,7 @@
 from m3jax.vocabulary.files import united_files, with_ids
 from m3jax.vocabulary.reading import Added, Vocabulary, is_vocabulary, read_vocabulary
 from m3jax.vocabulary.rows import Model, RowPlan, count_rows, is_own, plan_rows, seen_with_rows, word_tensors
-from m3jax.vocabulary.uniting import Speaker, United, difference, read_speakers, unite
+from m3jax.vocabulary.uniting import Speaker, United, difference, misnumbered, read_speakers, unite
 
 __all__ = [
     "Added",
@@ -16,6 +16,7 @@ __all__ = [
     "difference",
     "is_own",
     "is_vocabulary",
+    "misnumbered",
     "plan_rows",
     "read_speakers",
     "read_vocabulary",

@@ -178,33 +178,33 @@ def _further_pieces(united: United, count: int) -> list[ScoredPiece]:
 
 
 def with_ids(
-    entries: dict[str, Any], united: United, template: int, leader: Mapping[str, Any], size: int | None
+    entries: dict[str, Any], united: United, who: tuple[int, int], theirs: Mapping[str, Any], size: int | None
 ) -> dict[str, Any]:
-    """A config.json or generation_config.json whose ids are those of the united vocabulary.
+    """A config.json or generation_config.json whose ids are those of a tokenizer.
 
     Args:
         entries: Of the model that gives the output its configuration.
         united: The vocabulary.
-        template: The position of that model.
-        leader: The same file of the model whose tokenizer it is.
-        size: How many rows there are, for `vocab_size`; None for files that do not say it.
+        who: The position of that model, and of the one whose tokenizer it is.
+        theirs: The same file of the latter.
+        size: How many rows there are, for `vocab_size`; None for files that do not say it, and where none are added.
     """
-    found = dict(entries)
+    found, (template, leader) = dict(entries), who
     if size is not None and isinstance(entries.get("vocab_size"), int):
         found["vocab_size"] = size
     before = {number: token for token, number in united.tokens_of(template).items()}
+    tokens = united.tokens if leader == united.leader else united.tokens_of(leader)
     for key, told in entries.items():
-        if key.endswith("_token_id") and template != united.leader:
-            found[key] = leader[key] if key in leader else _renumbered(told, before, united.tokens)
-    for role, token in united.roles.items():
+        if key.endswith("_token_id") and template != leader:
+            found[key] = theirs[key] if key in theirs else _renumbered(told, before, tokens)
+    for role, token in united.roles.items() if leader == united.leader else ():
         if found.get(key := f"{role}_id") is None and (key in entries or role == "pad_token"):
             found[key] = united.tokens[token]
     for key in ("text_config", "decoder", "encoder"):
-        inner, of_leader = entries.get(key), leader.get(key)
+        inner, of_theirs = entries.get(key), theirs.get(key)
         if isinstance(inner, dict) and "vocab_size" in inner:
-            given = of_leader if isinstance(of_leader, dict) else {}
             nested = united._replace(roles={r: t for r, t in united.roles.items() if f"{r}_id" in inner})
-            found[key] = with_ids(inner, nested, template, given, size)
+            found[key] = with_ids(inner, nested, who, of_theirs if isinstance(of_theirs, dict) else {}, size)
     return found
 
 

@@ -11,7 +11,6 @@ from m3jax.vocabulary.reading import (
     Vocabulary,
     digests,
     has_tokenizer,
-    is_vocabulary,
     read_vocabulary,
 )
 
@@ -151,8 +150,8 @@ def _incomparable(source: str, first: Speaker, other: Speaker) -> str | None:
     if source == UNION:
         said = "their files differ" if bare is None else f"{bare.name} has no tokenizer"
         raise M3Error(
-            f"tokenizer_source: union: the vocabularies of {first.name} and {other.name} cannot be united: {said}, and what"
-            " cannot be read cannot be compared; write base or one of the models, or save a tokenizer.json there"
+            f"tokenizer_source: union: the vocabularies of {first.name} and {other.name} cannot be united: {said}, and"
+            " what cannot be read cannot be compared; write base or one of the models, or save a tokenizer.json there"
         )
     said = f"{bare.name} has no tokenizer" if bare is not None else "their tokenizers cannot be read"
     return f"{first.name}, {other.name}: {said}, so the rows of both are taken to be of the same tokens"
@@ -212,14 +211,23 @@ def difference(one: Speaker, other: Speaker) -> str | None:
     return ", ".join(told + more)
 
 
+def misnumbered(united: United, position: int) -> str | None:
+    """What a model's tokenizer numbers otherwise than a united vocabulary, in words; None where nothing."""
+    speaker = united.speakers[position]
+    if speaker.vocabulary is None:
+        same = digests(speaker.files) == digests(united.speakers[united.leader].files)
+        return None if same else f"the tokenizer of {speaker.name} cannot be read"
+    tokens = speaker.vocabulary.tokens
+    token = next((token for token, number in tokens.items() if united.tokens.get(token) != number), None)
+    if token is None:
+        return None
+    there = f"the output {united.tokens[token]}" if token in united.tokens else "the output not at all"
+    return f"{speaker.name} numbers {token!r} {tokens[token]}, {there}"
+
+
 def _told(token: str, one: Speaker, other: Speaker) -> str:
     ids = [(speaker.name, speaker.vocabulary.tokens.get(token)) for speaker in (one, other) if speaker.vocabulary]
     there = [(name, number) for name, number in ids if number is not None]
     if len(there) == 1:
         return f"{token!r} is a token of {there[0][0]} alone"
     return f"{token!r} is {' and '.join(f'{number} in {name}' for name, number in there)}"
-
-
-def without_vocabulary(files: Mapping[str, Path]) -> dict[str, Path]:
-    """A model's companions without those that hold a vocabulary."""
-    return {name: path for name, path in files.items() if not is_vocabulary(name)}

@@ -4,6 +4,7 @@ import json
 from fractions import Fraction
 
 import numpy as np
+
 from support.directories import write
 
 WIDTH = 6

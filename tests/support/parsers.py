@@ -27,8 +27,8 @@ from m3jax.evaluation.records import Record, open_journal
 from m3jax.exploration.journal import SampleJournal
 from m3jax.ledger import Ledger
 from m3jax.outputs import copies, manifest, provenance
-from m3jax.vocabulary import read_speakers, unite
 from m3jax.recipe import load_recipe
+from m3jax.vocabulary import read_speakers, unite
 from support import torch_files
 from support.directories import write
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from support.directories import write
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from support.directories import write
 
 KINDS = ("byte-level BPE", "SentencePiece BPE", "Unigram", "WordPiece")
 TEXTS = {

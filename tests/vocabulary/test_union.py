@@ -214,3 +214,33 @@ def test_token_sources_that_name_no_token(place, tensors, tmp_path, tokens, sent
     keys = recipe(place, tokenizer={"tokens": told})
     with pytest.raises(M3Error, match=sentence):
         m3jax.merge_checkpoint(keys, tmp_path / "out")
+
+
+# --- Beside the tokenizers of others ---------------------------------------------------------------------
+
+
+def test_the_same_weights_stand_beside_an_experts_own_tokenizer(place, tensors, tmp_path):
+    three, out = str(place / "in" / "three"), tmp_path / "out"
+    names = ("three",)
+    keys = {"also_for": [three], "merge_method": "task_arithmetic"}
+    merge(place, out, names, **keys)
+    beside = out / "also_for" / "three"
+    assert {file.name for file in beside.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert (beside / "model.safetensors").samefile(out / "model.safetensors")
+    assert (beside / "tokenizer.json").read_bytes() == (place / "in" / "three" / "tokenizer.json").read_bytes()
+    assert json.loads((beside / "config.json").read_text())["vocab_size"] == ROWS["base"]
+    assert m3jax.verify(out).differences == ()
+    again = m3jax.replay(out, tmp_path / "again", max_shard_size=200)
+    assert (tmp_path / "again" / "also_for" / "three" / "model.safetensors.index.json").exists()
+    assert m3jax.verify(again.directory).differences == ()
+    m3jax.merge_checkpoint(recipe(place, names, **keys), out, overwrite=True)
+    (beside / "model.safetensors").unlink()
+    shutil.copyfile(out / "model.safetensors", beside / "model.safetensors")
+    assert m3jax.verify(out).differences == ()
+    with open(beside / "model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\xff")
+    assert m3jax.verify(out).differences == ("also_for/three/model.safetensors: is not the same as model.safetensors",)
+    one = str(place / "in" / "one")
+    with pytest.raises(M3Error, match="also_for: .*one numbers 'b' 1, the output 2, so the same weights cannot stand"):
+        merge(place, tmp_path / "other", ("one",), also_for=[one])
