@@ -55,6 +55,7 @@ LIGHT = (
     "m3jax.progress",
     "m3jax.recipe",
     "m3jax.text",
+    "m3jax.vocabulary",
 )
 JAX = frozenset({"chex", "flax", "jax", "jaxlib", "optax", "orbax"})
 

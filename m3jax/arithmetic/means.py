@@ -154,7 +154,8 @@ def _divided(total: npt.NDArray[np.float64], count: int, dtype: str) -> npt.NDAr
     digits, least = _DIGITS[dtype]
     _, exponents = np.frexp(quotient)
     units = np.maximum(exponents - digits, least)
-    return np.ldexp(np.rint(np.ldexp(quotient, -units)), units).astype(_numpy_of(dtype))
+    rounded: npt.NDArray[Any] = np.ldexp(np.rint(np.ldexp(quotient, -units)), units).astype(_numpy_of(dtype))
+    return rounded
 
 
 def _numpy_of(dtype: str) -> np.dtype[Any]:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
+from m3jax.checkpoints.locate import scratch
 from m3jax.checkpoints.remote import is_url
 from m3jax.decoder import ApplyFn, DecoderConfig, check_vocabulary
 from m3jax.errors import M3Error
@@ -24,6 +26,7 @@ from m3jax.exploration.scoring import Dev, Evaluation, Score, make_score, own_pa
 from m3jax.exploration.selection import MEAN, Result, check_select, choose, pareto_front, value
 from m3jax.exploration.strategies import ADAPTIVE, EXTENSIBLE, Trial, pursue, strategy_of
 from m3jax.methods.mixup import GRANULARITIES
+from m3jax.outputs.copies import write_copy
 from m3jax.progress import Progress, Tell
 from m3jax.recipe import MixupSettings, Recipe, load_recipe
 from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, Ready, prepared
@@ -155,12 +158,29 @@ def _learn(
 def _tokenizer_of(ready: Ready) -> Any:
     """The tokenizer that the output will have."""
     place = ready.models[ready.plan.template].place
+    if _is_united(ready):
+        return tokens.load_tokenizer(place.name, _as_written(ready))
     chosen = (path for name, path in ready.companions.items() if name.startswith(("tokenizer.", "vocab", "tekken")))
     return tokens.load_tokenizer(place.name, next(chosen, place.path / "config.json").parent)
 
 
 def _config_of(ready: Ready) -> DecoderConfig:
+    if _is_united(ready):
+        return DecoderConfig.from_directory(_as_written(ready))
     return DecoderConfig.from_directory(ready.models[ready.plan.template].place.path)
+
+
+def _is_united(ready: Ready) -> bool:
+    """Whether configuration and tokenizer of the output are not those of one model."""
+    return ready.vocabulary is not None and len({path.parent for path in ready.companions.values()}) > 1
+
+
+def _as_written(ready: Ready) -> Path:
+    """A directory with what stands beside the output's weights."""
+    place = Path(tempfile.mkdtemp(dir=scratch()))
+    for name, path in ready.companions.items():
+        write_copy(path, place, name)
+    return place
 
 
 class _Prepared(NamedTuple):

@@ -111,13 +111,13 @@ def _check_same_rows(models: Sequence["OpenedModel"], recipe: Recipe, template: 
             if other is None or recipe.excludes(name) or other.shape == shape or len(other.shape) != len(shape):
                 continue
             if all(a == b for at, (a, b) in enumerate(zip(shape, other.shape, strict=True)) if at != axis):
-                speakers = _speakers([models[template], models[position]])
+                one, two = _speakers([models[template], models[position]])
                 more, fewer = (model, first) if other.shape[axis] > shape[axis] else (first, model)
                 rows = abs(other.shape[axis] - shape[axis])
                 raise M3Error(
                     f"{name}: is {list(shape)} in {first.name} but {list(other.shape)} in {model.name}:"
                     f" {more.name} has {rows} more row{'s' if rows > 1 else ''} than {fewer.name};"
-                    f" {_mend(*speakers, is_base=models[template].role != 'expert')}"
+                    f" {_mend(one, two, models[template].role != 'expert')}"
                 )
 
 

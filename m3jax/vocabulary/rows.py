@@ -171,7 +171,8 @@ def _plan_of(
     patterns, which = np.unique(having[:, at], axis=1, return_inverse=True)
     for pattern in range(patterns.shape[1]):
         some = at[which.reshape(-1) == pattern]
-        lenders = tuple((int(lender), own[lender][some]) for lender in np.flatnonzero(patterns[:, pattern]))
+        having_them = np.flatnonzero(patterns[:, pattern]).tolist()
+        lenders = tuple((lender, own[lender][some]) for lender in having_them)
         borrowed += _borrowed(some, lenders)
     borrowed += _borrowed(np.flatnonzero(left), ((position, None),))
     return RowPlan(rows, tuple(borrowed))

@@ -54,4 +54,5 @@ def test_a_recipe_is_what_its_name_says(name):
         assert wanted.items() <= recipe.parameters.items()
     assert recipe.uses_base == (dare or method != "average")
     assert recipe.output_dtype == "float16"
+    assert recipe.tokenizer_source == "union"
     assert recipe.notes() == ()

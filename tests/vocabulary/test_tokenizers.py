@@ -46,7 +46,9 @@ def test_special_tokens_are_read_as_each_input_did(tmp_path, kind):
         own = load(tmp_path / name)
         for token in [*SPECIAL[name], *(["<fold>"] if name == "a" else [])]:
             flags = own.added_tokens_decoder[own.convert_tokens_to_ids(token)]
-            assert merged.added_tokens_decoder[merged.convert_tokens_to_ids(token)].__getstate__() == flags.__getstate__()
+            assert (
+                merged.added_tokens_decoder[merged.convert_tokens_to_ids(token)].__getstate__() == flags.__getstate__()
+            )
             text = f"models {token} mixing{token}"
             places = [i for i, found in enumerate(tokens(merged, text)) if found == token]
             assert len(places) == 2
@@ -110,5 +112,5 @@ def test_models_of_sentencepiece_alone(tmp_path):
     assert grown.keys() == base.get_vocab().keys() | load(tmp_path / "a").get_vocab().keys()
     assert not os.path.exists(tmp_path / "grown" / "tokenizer.json")
     write_pieces(tmp_path, "unigram", texts["a"], "unigram")
-    with pytest.raises(M3Error, match="different types, SentencePiece BPE in .*base and Unigram in .*unigram"):
+    with pytest.raises(M3Error, match=r"different types, SentencePiece BPE in .*base and Unigram in .*unigram"):
         merge(tmp_path, tmp_path / "out", ("unigram",))

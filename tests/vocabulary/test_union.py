@@ -242,5 +242,5 @@ def test_the_same_weights_stand_beside_an_experts_own_tokenizer(place, tensors, 
         file.write(b"\xff")
     assert m3jax.verify(out).differences == ("also_for/three/model.safetensors: is not the same as model.safetensors",)
     one = str(place / "in" / "one")
-    with pytest.raises(M3Error, match="also_for: .*one numbers 'b' 1, the output 2, so the same weights cannot stand"):
+    with pytest.raises(M3Error, match=r"also_for: .*one numbers 'b' 1, the output 2, so the same weights cannot stand"):
         merge(place, tmp_path / "other", ("one",), also_for=[one])
