@@ -174,9 +174,13 @@ class _Gathered(MakingView):
         rows = gathering.rows[first:last]
         own = rows >= 0
         source = RowsOf(self._checkpoint, name, gathering.axis, rows[own])
-        inner = prod(info.shape[gathering.axis + 1 :])
-        block = np.empty((end - outer, len(rows), inner), DTYPES[info.dtype])
-        block[:, own] = _read_rows(source, outer, end, self._passing.take)
+        read = _read_rows(source, outer, end, self._passing.take)
+        if own.all():
+            return read
+        block = np.empty((end - outer, len(rows), read.shape[2]), read.dtype)
+        places = np.flatnonzero(own)
+        for begin, stop in _runs(places):
+            block[:, places[begin] : places[begin] + stop - begin] = read[:, begin:stop]
         for lent in gathering.lent:
             begin, stop = np.searchsorted(lent.at, (first, last))
             if begin < stop:
@@ -282,15 +286,14 @@ def _read_rows(source: RowsOf, outer: int, end: int, take: Any = _ignore) -> Ent
         return found
     low, high = int(source.rows.min()), int(source.rows.max()) + 1
     if inner * dtype.itemsize >= _LONG:
-        breaks = np.flatnonzero(np.diff(source.rows) != 1) + 1
-        for begin, stop in zip([0, *breaks], [*breaks, len(source.rows)], strict=True):
+        for begin, stop in _runs(source.rows):
             for line in range(outer, end):
                 read(line, int(source.rows[begin]), found[line - outer, begin:stop])
         return found
     if end - outer > 1:  # short lines, one after the other
         lines = np.empty((end - outer, count, inner), dtype)
         read(outer, 0, lines)
-        return lines[:, source.rows]
+        return _picked(lines, source.rows)
     return _from_line(source.rows, low, high, _AT_ONCE // inner, lambda row, out: read(outer, row, out), found)
 
 
@@ -300,10 +303,28 @@ def _from_line(rows: Rows, low: int, high: int, most: int, read: Any, found: Ent
         stop = min(begin + most, high)
         inside = (rows >= begin) & (rows < stop)
         if inside.any():
-            stretch = np.empty((stop - begin, found.shape[2]), found.dtype)
+            stretch = np.empty((1, stop - begin, found.shape[2]), found.dtype)
             read(begin, stretch)
-            found[0, inside] = stretch[rows[inside] - begin]
+            picked = _picked(stretch, rows[inside] - begin)
+            if len(picked[0]) == len(rows):
+                return picked
+            found[:, inside] = picked
     return found
+
+
+def _picked(lines: Entries, rows: Rows) -> Entries:
+    """Rows of lines that are in memory; a run of them is no copy."""
+    first = int(rows[0])
+    if rows[-1] - first == len(rows) - 1 and (np.diff(rows) == 1).all():
+        return lines[:, first : first + len(rows)]
+    return lines.take(rows, axis=1)
+
+
+def _runs(numbers: Rows) -> Iterator[tuple[int, int]]:
+    """Where numbers rise by one: each run's place and the one after it."""
+    breaks = (np.flatnonzero(np.diff(numbers) != 1) + 1).tolist()
+    if len(numbers):
+        yield from zip([0, *breaks], [*breaks, len(numbers)], strict=True)
 
 
 def _mean_of_all(source: RowsOf, dtype: str) -> Entries:

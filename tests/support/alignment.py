@@ -104,7 +104,7 @@ def aligned(models, style="plain", **how):
     """The models with both tables aligned."""
     found = {name: dict(tensors) for name, tensors in models.items()}
     for key, turned in zip(NAMES[style], (False, style == "flax"), strict=True):
-        if key in models["base"]:
+        if key in next(iter(models.values())):
             tables = {name: tensors[key].T if turned else tensors[key] for name, tensors in models.items()}
             for name, table in align(tables, **how).items():
                 found[name][key] = np.ascontiguousarray(table.T) if turned else table

@@ -28,8 +28,11 @@ from m3jax.exploration.journal import SampleJournal
 from m3jax.ledger import Ledger
 from m3jax.outputs import copies, manifest, provenance
 from m3jax.recipe import load_recipe
+from m3jax.vocabulary import plan_rows, read_speakers, read_vocabulary, unite, united_files
 from m3jax.vocabulary import read_speakers, unite
+from m3jax.vocabulary.pieces import CONTROL, ScoredPiece, with_pieces
 from support import torch_files
+from support.alignment import tokenizer
 from support.directories import write
 
 TENSORS = {"model.embed_tokens.weight": np.ones((8, 4), np.float32), "model.layers.0.w": np.float16([1, 2])}
@@ -178,16 +181,16 @@ _SAMPLE = {
     **{"sample": 1, "weights": {"model": ["0x1p-1", "0x1p-1"]}, "share": 1.0, "scores": {"sst2": 0.5}},
     **{"seconds": 1.5, "granularity": "model", "optimized": None, "learning": None},
 }
-_TOKENIZER = {
-    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]},
-    "added_tokens": [{"id": 2, "content": "<s>"}],
-}
+_TOKENIZER = tokenizer(["<unk>", "a", "b", "ab"])
 
 
 def _vocabularies(place: Path) -> None:
-    other = _merged() / "config.json"
-    models = [("a", {"tokenizer.json": place / "tokenizer.json"}), ("b", {"config.json": other})]
-    unite("union", read_speakers(models), 0)
+    other = place / "other.json"
+    other.write_text(json.dumps(tokenizer(["<unk>", "b", "a", "[PAD]"])))
+    models = [("a", {"tokenizer.json": place / "tokenizer.json"}), ("b", {"tokenizer.json": other})]
+    united = unite("union", read_speakers(models), 0)
+    united_files(united)
+    plan_rows(united, [8, 8], 0, None)
 
 
 PARSERS: dict[str, Parser] = {
@@ -204,6 +207,12 @@ PARSERS: dict[str, Parser] = {
         lambda place: copies.write_copy(place / "tokenizer_config.json", place / "out", "tokenizer_config.json"),
     ),
     "tokenizer": Parser("tokenizer.json", _dumped(_TOKENIZER), _vocabularies),
+    "pieces": Parser(
+        "tokenizer.model",
+        lambda: with_pieces(b"", [ScoredPiece("<s>", 0.0, CONTROL), ScoredPiece("a", -1.5), ScoredPiece("b", -2.5)]),
+        lambda place: read_vocabulary({"tokenizer.model": place / "tokenizer.model"}),
+        False,
+    ),
     "safetensors": Parser(
         "model.safetensors",
         lambda: (_merged() / "model.safetensors").read_bytes(),

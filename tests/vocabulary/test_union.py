@@ -161,6 +161,29 @@ def test_an_interrupted_merge_is_gone_on_with(place, tensors, tmp_path):
     assert result.manifest == whole.manifest
 
 
+def test_stacked_layers_have_the_rows_of_the_models_that_they_are_of(place, tensors, tmp_path):
+    names = ("one", "three")
+    stack = [{"sources": [{"model": str(place / "in" / name), "layer_range": [0, 1]}]} for name in names]
+    asked = {"merge_method": "passthrough", "slices": stack, "tokenizer_source": "union"}
+    configured = tmp_path / "in"
+    shutil.copytree(place / "in", configured)
+    for name in names:
+        told = json.loads((configured / name / "config.json").read_text())
+        (configured / name / "config.json").write_text(json.dumps({**told, "num_hidden_layers": 1}))
+    asked = json.loads(json.dumps(asked).replace(str(place / "in"), str(configured)))
+    m3jax.merge_checkpoint(asked, tmp_path / "out")
+    # One leads, so that its tokens come first, and nobody has a base's rows.
+    tokens = [*VOCABULARIES["one"], "[PAD]"]
+    seen = aligned({name: tensors[name] for name in ("one", "three")}, tokens=tokens, base=None)
+    got = read(tmp_path / "out")
+    assert same(got, {"model.embed_tokens.weight": seen["one"]["model.embed_tokens.weight"]}) == (True, [])
+    assert same(got, {"lm_head.weight": seen["three"]["lm_head.weight"]}) == (True, [])
+    told = m3jax.replay(tmp_path / "out", tmp_path / "again").manifest["inputs"]
+    assert [sorted(record["tensors"]) for record in told] == [
+        ["lm_head.weight", "model.embed_tokens.weight", "model.layers.0.mlp.weight"] for _ in names
+    ]
+
+
 # --- What cannot be --------------------------------------------------------------------------------------
 
 
