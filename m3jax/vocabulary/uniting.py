@@ -179,9 +179,10 @@ def _on_splitting(first: Speaker, other: Speaker) -> Iterator[str]:
     assert b is not None
     ordinary = [token for token in b.tokens if token not in a.tokens and token not in (b.added or {})]
     if ordinary:
+        told = f"{ordinary[0]!r}" if len(ordinary) == 1 else f"{ordinary[0]!r} and {len(ordinary) - 1:,} more"
         yield (
-            f"{len(ordinary):,} tokens of {other.name} ({ordinary[0]!r}, …) are added to those of {first.name}, which"
-            " splits texts otherwise than either model has learned it"
+            f"{told} of {other.name} come to the tokens of {first.name}, so that texts are split otherwise than either"
+            " model has learned it"
         )
     elif a.merges is not None and b.merges is not None and a.merges != b.merges:
         yield (
