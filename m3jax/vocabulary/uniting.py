@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from m3jax.checkpoints import digest_file
 from m3jax.errors import M3Error
 from m3jax.vocabulary.reading import (
     BPE,
@@ -78,7 +79,8 @@ def read_speakers(models: Sequence[tuple[str, Mapping[str, Path]]]) -> tuple[Spe
     speakers = []
     for name, files in models:
         beside = {file: files[file] for file in ("tokenizer_config.json", "special_tokens_map.json") if file in files}
-        key = tuple(sorted({**digests(files), **{file: str(path) for file, path in beside.items()}}.items()))
+        told = {**digests(files), **{file: digest_file(path) for file, path in beside.items()}}
+        key = tuple(sorted(told.items()))
         if key not in known:
             known[key] = read_vocabulary(files)
         speakers.append(Speaker(name, files, known[key]))
@@ -119,7 +121,7 @@ def unite(source: str, speakers: Sequence[Speaker], template: int) -> United:
         end = 1 + max(tokens.values(), default=-1)
         tokens |= {token: end + place for place, token in enumerate(fresh)}
         for token, how in (other.vocabulary.added or {}).items():
-            if added.setdefault(token, how) != how:
+            if _around(added.setdefault(token, how)) != _around(how):
                 notes.append(
                     f"{token!r} is read as in {first.name}: {other.name} treats the spaces around it otherwise"
                 )
@@ -134,6 +136,11 @@ def unite(source: str, speakers: Sequence[Speaker], template: int) -> United:
         {role: token for role, token in roles.items() if role not in own.roles},
         tuple(dict.fromkeys(notes)),
     )
+
+
+def _around(how: Added) -> tuple[bool, bool, bool]:
+    """What a token takes of the text around it."""
+    return how.lstrip, how.rstrip, how.single_word
 
 
 def _incomparable(source: str, first: Speaker, other: Speaker) -> str | None:

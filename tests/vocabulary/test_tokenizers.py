@@ -104,6 +104,14 @@ def test_models_of_sentencepiece_alone(tmp_path):
     assert tokens(merged, f"{texts['base']} <more> [PAD]") == tokens(b, f"{texts['base']} <more> [PAD]")
     assert merged.pad_token_id == b.pad_token_id == len(base)
     assert json.loads((tmp_path / "added" / "config.json").read_text())["pad_token_id"] == len(base)
+    # A base with a tokenizer.json made of the same pieces has the same tokens.
+    base.save_pretrained(tmp_path / "base")
+    merge(tmp_path, tmp_path / "mixed", ("b",))
+    assert load(tmp_path / "mixed").get_vocab() == b.get_vocab()
+    assert tokens(load(tmp_path / "mixed"), f"{texts['base']} <more> [PAD]") == tokens(
+        b, f"{texts['base']} <more> [PAD]"
+    )
+    (tmp_path / "base" / "tokenizer.json").unlink()
     # What has pieces of its own lends them, each with its score.
     write_pieces(tmp_path, "a", texts["a"], "bpe", {"[PAD]": 0})
     merge(tmp_path, tmp_path / "grown", ("a",))
