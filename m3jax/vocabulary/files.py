@@ -61,7 +61,8 @@ def _united_files(united: United, speaker: Speaker, own: Vocabulary) -> dict[str
         before = read_json(files[_ADDED]) if _ADDED in files else {}
         found[_ADDED] = _as_json({**before, **later})
     config = read_json(files[_CONFIG]) if _CONFIG in files else {}
-    found[_CONFIG] = _as_json(_united_config(config, united, own))
+    if (grown := _united_config(config, united, own)) != config:
+        found[_CONFIG] = _as_json(grown)
     if _MAP in files and united.roles:
         found[_MAP] = _as_json({**read_json(files[_MAP]), **united.roles})
     return found
