@@ -2,14 +2,17 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
+from safetensors.numpy import load_file, save_file
 from support.tiny_models import TINY, build_models
 
 import m3jax
@@ -20,7 +23,8 @@ from m3jax.evaluation import GenerationSettings, get_task, runner
 from m3jax.evaluation.models import load_model
 from m3jax.evaluation.options import check_evaluation
 from m3jax.evaluation.tasks.base import Judgement
-from m3jax.exploration import Evaluation, Optimization, scoring
+from m3jax.exploration import Evaluation, Optimization, exploring, scoring
+from m3jax.streaming.jobs import prepared
 
 ONE_BLOCK = TINY._replace(layers=1)
 
@@ -226,3 +230,26 @@ def test_the_grader_that_is_asked_for_judges(place):
     ]
     assert [dev.task.grader for dev in devs] == ["m3jax", "paper"]
     assert devs[0].identity() != devs[1].identity()
+
+
+def test_samples_have_the_tokenizer_and_the_rows_of_the_union(place, tmp_path):
+    shutil.copytree(place, tmp_path / "models")
+    more, recipe = tmp_path / "models" / "expert-b", json.loads((place / "recipe.yaml").read_text())
+    tensors = load_file(more / "model.safetensors")
+    config = json.loads((more / "config.json").read_text())
+    rows = config["vocab_size"]
+    grown = {n: np.concatenate([v, v[:1]]) if v.shape[:1] == (rows,) else v for n, v in tensors.items()}
+    save_file(grown, more / "model.safetensors")
+    (more / "config.json").write_text(json.dumps({**config, "vocab_size": rows + 1}))
+    tokenizer = json.loads((more / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"].append({"id": rows, "content": "<turn>", "special": True, **flags})
+    (more / "tokenizer.json").write_text(json.dumps(tokenizer))
+    asked = json.loads(
+        json.dumps({**recipe, "tokenizer_source": "union"}).replace(str(place), str(tmp_path / "models"))
+    )
+    with prepared(m3jax.load_recipe(asked), tmp_path / "out") as ready:
+        assert exploring._config_of(ready).vocab_size == rows + 1
+        assert exploring._tokenizer_of(ready).convert_tokens_to_ids("<turn>") == rows
+        embedding = ready.models[0].input.anatomy.embedding
+        assert all(model.checkpoint.tensors[embedding].shape[0] == rows + 1 for model in ready.models)
