@@ -104,6 +104,24 @@ def test_heads_of_flax_and_tied_ones(tmp_path, style, tied, dtype):
     assert same(read(tmp_path / "out"), want) == (True, [])
 
 
+def test_a_tied_base_lends_its_embedding_to_heads(tmp_path):
+    tensors = write_models(tmp_path / "in", np.float32)
+    for name in ("base", "two"):
+        stored = load_file(tmp_path / "in" / name / "model.safetensors")
+        tensors[name]["lm_head.weight"] = tensors[name]["model.embed_tokens.weight"]
+        del stored["lm_head.weight"]
+        save_file(stored, tmp_path / "in" / name / "model.safetensors")
+        config = json.loads((tmp_path / "in" / name / "config.json").read_text())
+        (tmp_path / "in" / name / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    result = merge(tmp_path, tmp_path / "out")
+    seen = aligned(tensors)
+    want = oracle.merge([seen[n] for n in EXPERTS], seen["base"], "task_arithmetic", [1.0] * 3)
+    assert same(read(tmp_path / "out"), want) == (True, [])
+    told = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (told["tie_word_embeddings"], told["vocab_size"]) == (False, len(UNION))
+    assert m3jax.replay(tmp_path / "out", tmp_path / "again").digest == result.digest
+
+
 def test_the_vocabulary_of_one_model(place, tensors, tmp_path):
     merge(place, tmp_path / "base", tokenizer_source="base")
     seen = aligned(tensors, tokens=BASE, size=ROWS["base"])  # the base's padding stays
