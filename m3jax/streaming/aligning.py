@@ -7,7 +7,6 @@ from m3jax.arithmetic import SCHEMES
 from m3jax.checkpoints.locate import named_companions
 from m3jax.errors import M3Error
 from m3jax.recipe import Recipe
-from m3jax.streaming.plan import Input
 from m3jax.vocabulary import (
     Model,
     Speaker,
@@ -15,6 +14,7 @@ from m3jax.vocabulary import (
     count_rows,
     difference,
     is_own,
+    notes_on_rows,
     plan_rows,
     read_speakers,
     seen_with_rows,
@@ -85,9 +85,9 @@ def aligned(
             found.append(model)
             continue
         view = seen_with_rows(position, seen, plan, count)
-        told = Input(model.input.name, view.tensors, model.input.anatomy, model.input.written)
-        found.append(model._replace(checkpoint=view, input=told))
-    return found, Alignment(united, len(plans[0].own))
+        found.append(model._replace(checkpoint=view, input=model.input._replace(tensors=view.tensors)))
+    told = united._replace(notes=(*united.notes, *notes_on_rows(united, known)))
+    return found, Alignment(told, len(plans[0].own))
 
 
 def _speakers(models: Sequence["OpenedModel"]) -> tuple[Speaker, ...]:

@@ -2,7 +2,16 @@
 
 from m3jax.vocabulary.files import united_files, with_ids
 from m3jax.vocabulary.reading import Added, Vocabulary, is_vocabulary, read_vocabulary
-from m3jax.vocabulary.rows import Model, RowPlan, count_rows, is_own, plan_rows, seen_with_rows, word_tensors
+from m3jax.vocabulary.rows import (
+    Model,
+    RowPlan,
+    count_rows,
+    is_own,
+    notes_on_rows,
+    plan_rows,
+    seen_with_rows,
+    word_tensors,
+)
 from m3jax.vocabulary.uniting import Speaker, United, difference, misnumbered, read_speakers, unite
 
 __all__ = [
@@ -17,6 +26,7 @@ __all__ = [
     "is_own",
     "is_vocabulary",
     "misnumbered",
+    "notes_on_rows",
     "plan_rows",
     "read_speakers",
     "read_vocabulary",

@@ -57,7 +57,7 @@ def _united_files(united: United, speaker: Speaker, own: Vocabulary) -> dict[str
         content = files[name].read_bytes()
         found[name] = with_pieces(content, _further_pieces(united, len(read_pieces(content).pieces)))
     later = {token: united.tokens[token] for token in united.new if token in united.added}
-    if later and (_ADDED in files or _JSON not in files):
+    if later and (_ADDED in files or _JSON not in files or pieces_of(files) is not None):
         before = read_json(files[_ADDED]) if _ADDED in files else {}
         found[_ADDED] = _as_json({**before, **later})
     config = read_json(files[_CONFIG]) if _CONFIG in files else {}

@@ -131,6 +131,18 @@ def _check_rows(speaker: Speaker, tokens: Mapping[str, int], count: int) -> None
         )
 
 
+def notes_on_rows(united: United, counts: Sequence[int]) -> tuple[str, ...]:
+    """What a reader of the recipe should know of special tokens that were added to a tokenizer without a row."""
+    notes = []
+    for position, speaker in enumerate(united.speakers):
+        tokens = united.tokens_of(position)
+        beyond = [token for token in united.tokens if tokens.get(token, -1) >= counts[position]]
+        if beyond:
+            more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
+            notes.append(f"{speaker.name}: {beyond[0]!r}{more} has no row there, and gets one as where it is lacking")
+    return tuple(notes)
+
+
 def _own_rows(united: United, position: int, count: int, named: np.ndarray, ids: Rows) -> Rows:
     """For each row of the output, which of a model's own it is; -1 where it is none."""
     tokens = united.tokens_of(position)

@@ -215,7 +215,8 @@ def changed(place, tmp_path, name, told):
 def test_tokens_beyond_the_rows(place, tensors, tmp_path):
     more = [*VOCABULARIES["three"], "<never>"]
     new = changed(place, tmp_path, "three", tokenizer(more))
-    merge(new, tmp_path / "special")  # nobody has a row for it: the mean of all
+    notes = merge(new, tmp_path / "special").notes  # nobody has a row for it: the mean of all
+    assert notes[-1].endswith("three: '<never>' has no row there, and gets one as where it is lacking")
     seen = aligned(tensors, tokens=[*UNION, "<never>"])
     want = oracle.merge([seen[n] for n in EXPERTS], seen["base"], "task_arithmetic", [1.0] * 3)
     assert same(read(tmp_path / "special"), want) == (True, [])
