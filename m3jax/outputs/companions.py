@@ -162,7 +162,7 @@ def _beside(files: dict[str, Path], united: United, template: int, name: str, si
             f"also_for: {said}, so the same weights cannot stand beside its tokenizer: take {name} out, or write"
             f" tokenizer_source: {name}"
         )
-    return _with_tokenizer_of(files, united, template, position, size)
+    return _with_tokenizer_of(files, united._replace(roles={}), template, position, size)
 
 
 def linked_weights(files: Mapping[str, Path], weights: Sequence[str]) -> dict[str, str]:
