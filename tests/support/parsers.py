@@ -29,7 +29,6 @@ from m3jax.ledger import Ledger
 from m3jax.outputs import copies, manifest, provenance
 from m3jax.recipe import load_recipe
 from m3jax.vocabulary import plan_rows, read_speakers, read_vocabulary, unite, united_files
-from m3jax.vocabulary import read_speakers, unite
 from m3jax.vocabulary.pieces import CONTROL, ScoredPiece, with_pieces
 from support import torch_files
 from support.alignment import tokenizer
