@@ -60,7 +60,9 @@ def test_every_kind_of_config_is_there():
     assert methods == {"linear", "task_arithmetic", "ties", "dare_ties", "slerp"}
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("paper/*.yaml")]), ids=lambda path: path.stem
+)
 def test_what_configs_draw_is_a_merge_of_all_their_models(path: Path):
     """And not nearly one of them, as many draws at α = 0.5 are."""
     made = load_recipe(path)
