@@ -7,7 +7,8 @@ from typing import Any
 
 from m3jax.anatomy.building import anatomy_of
 from m3jax.anatomy.types import Anatomy, Overrides
-from m3jax.checkpoints import Checkpoint, TensorInfo, open_checkpoint, sketch_model
+from m3jax.checkpoints import Checkpoint, TensorInfo, sketch_model
+from m3jax.checkpoints.adapters import open_model
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.storage import read_file
 from m3jax.checkpoints.trust import LARGEST_COMPANION
@@ -69,6 +70,6 @@ def inspect_anatomy(name: str) -> tuple[Anatomy, Mapping[str, TensorInfo]]:
         config = parse_json(read_file(directory / "config.json"))
     except (OSError, ValueError, M3Error):
         config = None
-    with open_checkpoint(place.path) as checkpoint:
+    with open_model(place) as checkpoint:
         found = stored_anatomy(checkpoint, place.path, config if isinstance(config, dict) else None)
         return found, dict(checkpoint.tensors)

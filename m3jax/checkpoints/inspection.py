@@ -15,8 +15,9 @@ import numpy.typing as npt
 
 from m3jax import documents
 from m3jax.checkpoints import DTYPES, Checkpoint, TensorInfo, locate_model, sketch_model
+from m3jax.checkpoints.adapters import open_model
 from m3jax.checkpoints.copying import pieces
-from m3jax.checkpoints.opening import open_checkpoint, recognise
+from m3jax.checkpoints.opening import recognise
 from m3jax.checkpoints.storage import is_dir, read_file
 from m3jax.errors import M3Error
 from m3jax.progress import Progress
@@ -124,7 +125,7 @@ def look_at(name: str, pattern: str | None = None) -> Overview:
     """Tells what a checkpoint holds, from headers and config.json.
 
     Args:
-        name: A model directory, a weight file or a hub id.
+        name: A model directory, a weight file or a hub id; or `model+adapter`.
         pattern: A regular expression; tensors in whose names it is found are wanted. `None` wants all.
 
     Returns:
@@ -135,7 +136,7 @@ def look_at(name: str, pattern: str | None = None) -> Overview:
     """
     found = sketch_model(name)
     format = recognise(found.path)
-    with format.open(found.path) as checkpoint:
+    with open_model(found) as checkpoint:
         tensors = _select(checkpoint, pattern)
         if not tensors and checkpoint.tensors:
             raise _nothing_matches(pattern, checkpoint)
@@ -383,7 +384,7 @@ def compare(
     Raises:
         M3Error: One of them is no checkpoint or cannot be read, or no tensor is wanted.
     """
-    with open_checkpoint(locate_model(a).path) as first, open_checkpoint(locate_model(b).path) as second:
+    with open_model(locate_model(a)) as first, open_model(locate_model(b)) as second:
         return _compare(a, b, first, second, pattern, progress or (lambda _: None))
 
 

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cache
@@ -63,11 +63,13 @@ class ModelDirectory(NamedTuple):
         name: What the user wrote.
         path: Where its files are: a directory, or a single weight file; a `RemotePath` for a URL.
         revision: The commit that was fetched from the hub; `None` elsewhere.
+        adapter: What is to be added to it, where it was named with an adapter.
     """
 
     name: str
     path: Path
     revision: str | None
+    adapter: "ModelDirectory | None" = None
 
 
 def locate_model(name: str) -> ModelDirectory:
@@ -75,7 +77,9 @@ def locate_model(name: str) -> ModelDirectory:
 
     Args:
         name: A URL such as `s3://bucket/model` or `gs://bucket/model`, whose weights stay where they are; a local
-            path; or a hub id: `org/name` or `org/name@revision`. A path that exists here wins over a hub id.
+            path; or a hub id: `org/name` or `org/name@revision`. A path that exists here wins over a hub id. Two of
+            them joined by a plus, `model+adapter`, are a model and a LoRA adapter to be added to it; see
+            `split_adapter`.
 
     Returns:
         The model's place; with `HF_HUB_OFFLINE=1` a hub id is looked up in the hub cache only.
@@ -88,6 +92,8 @@ def locate_model(name: str) -> ModelDirectory:
         >>> locate_model(".").path
         PosixPath('.')
     """
+    if (parts := split_adapter(name)) is not None:
+        return _with_adapter(name, parts, locate_model)
     if is_url(name):
         remote = as_path(name)
         if isinstance(remote, RemotePath) and remote.info() is None:
@@ -104,6 +110,64 @@ def locate_model(name: str) -> ModelDirectory:
     return ModelDirectory(name, snapshot, _commit_of(snapshot, hub_id["revision"]))
 
 
+class AdaptedName(NamedTuple):
+    """What a model with an adapter is called by."""
+
+    model: str
+    adapter: str
+
+
+def split_adapter(name: str) -> AdaptedName | None:
+    """The two names in `model+adapter`.
+
+    What exists under the whole name is one model, whatever is in it; else the last plus between two that each exist
+    here, are a URL or can be hub ids stands between them; else the last plus.
+
+    Args:
+        name: What a user calls a model.
+
+    Returns:
+        Them; None where it is one name.
+
+    Example:
+        >>> split_adapter("org/base@main+org/adapter@v1")
+        AdaptedName(model='org/base@main', adapter='org/adapter@v1')
+        >>> split_adapter("org/base") is None
+        True
+    """
+    if "+" not in name or (is_url(name) and _exists_remotely(name)) or os.path.exists(os.path.expanduser(name)):
+        return None
+    splits = [AdaptedName(name[:at], name[at + 1 :]) for at, letter in enumerate(name) if letter == "+"]
+    likely = [split for split in splits if all(map(_may_be_model, split))]
+    if not likely and _HUB_ID.fullmatch(name):
+        return None  # a revision with a plus
+    possible = [split for split in likely or splits if all(split)]
+    return possible[-1] if possible else None
+
+
+def _exists_remotely(name: str) -> bool:
+    remote = as_path(name)
+    return isinstance(remote, RemotePath) and remote.info() is not None
+
+
+def _may_be_model(name: str) -> bool:
+    local = os.path.exists(os.path.expanduser(name)) if name else False
+    return local or is_url(name) or _HUB_ID.fullmatch(name) is not None
+
+
+def _with_adapter(name: str, parts: AdaptedName, locate: Callable[[str], ModelDirectory]) -> ModelDirectory:
+    """A model and its adapter, found."""
+    try:
+        model, adapter = locate(parts.model), locate_model(parts.adapter)
+    except M3Error as error:
+        raise M3Error(f"{name}: {error}") from (error.__cause__ or error)
+    if model.adapter is not None or adapter.adapter is not None:
+        raise M3Error(
+            f"{name}: names two adapters: add one to the model by m3jax convert, and the other to what it makes."
+        )
+    return model._replace(name=name, adapter=adapter)
+
+
 def sketch_model(name: str) -> ModelDirectory:
     """Finds a model of which headers and small files are all that is wanted: no weights are fetched from the hub.
 
@@ -117,6 +181,8 @@ def sketch_model(name: str) -> ModelDirectory:
     Raises:
         M3Error: As `locate_model`.
     """
+    if (parts := split_adapter(name)) is not None:
+        return _with_adapter(name, parts, sketch_model)
     hub_id = _HUB_ID.fullmatch(name)
     if is_url(name) or hub_id is None or os.path.exists(os.path.expanduser(name)):
         return locate_model(name)

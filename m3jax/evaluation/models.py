@@ -9,7 +9,7 @@ import jax
 
 from m3jax import decoder
 from m3jax.arithmetic import threefry
-from m3jax.checkpoints import companions, digest_checkpoint, digest_tensor, locate_model, open_checkpoint
+from m3jax.checkpoints import ModelDirectory, adapters, companions, digest_checkpoint, digest_tensor, locate_model
 from m3jax.checkpoints.protocol import DTYPES
 from m3jax.checkpoints.trust import remarks
 from m3jax.cluster.meshes import parse_mesh
@@ -57,7 +57,7 @@ class StoredModel(NamedTuple):
 
     Attributes:
         name: What it is called in summaries.
-        path: The directory.
+        place: The directory, and that of its adapter.
         config: The decoder.
         tokenizer: A transformers tokenizer.
         dtype: Of the parameters, once they are loaded; each keeps its own if None.
@@ -67,7 +67,7 @@ class StoredModel(NamedTuple):
     """
 
     name: str
-    path: Path
+    place: ModelDirectory
     config: DecoderConfig
     tokenizer: Any
     dtype: str | None
@@ -88,7 +88,8 @@ class StoredModel(NamedTuple):
             for note in self.notes:
                 tell(f"note: {note}")
             tell(f"loading {self.name} ({size_text(self.weight_bytes)})")
-        params = decoder.load_params(self.path, self.config, self.dtype, self.mesh)
+        with adapters.open_model(self.place) as checkpoint:
+            params = decoder.load_params(checkpoint, self.config, self.dtype, self.mesh)
         return LanguageModel(self.name, params, self.config, self.tokenizer)
 
     def fingerprint(self, overflow: Overflow) -> str:
@@ -97,7 +98,7 @@ class StoredModel(NamedTuple):
         Args:
             overflow: What becomes of prompts that leave no room for their answer.
         """
-        with open_checkpoint(self.path) as checkpoint:
+        with adapters.open_model(self.place) as checkpoint:
             infos = checkpoint.tensors.items()
             weights = digest_checkpoint({n: (i.dtype, i.shape, digest_tensor(checkpoint, n)) for n, i in infos})
             dtypes = [self.dtype] if self.dtype else sorted({str(DTYPES[info.dtype]) for _, info in infos})
@@ -109,7 +110,7 @@ def open_model(name: str, dtype: str | None = None, mesh: jax.sharding.Mesh | No
     """Looks into a model directory or hub id: everything but the weights themselves.
 
     Args:
-        name: As `locate_model` takes it.
+        name: As `locate_model` takes it; with an adapter, config and tokenizer are those of the base.
         dtype: Of the parameters; each keeps its own if None.
         mesh: Where to put them, see `decoder.load_params`.
 
@@ -118,16 +119,17 @@ def open_model(name: str, dtype: str | None = None, mesh: jax.sharding.Mesh | No
             own; see `check_companion`.
     """
     place = locate_model(name)
+    adapters.check_no_adapter(place)
     if not place.path.is_dir():
         raise M3Error(f"{name}: is a weight file without config and tokenizer: give the model's directory")
     companions(place.path)  # before any of them is opened
     config = DecoderConfig.from_directory(place.path)
     tokenizer = tokens.load_tokenizer(name, place.path)
     note = decoder.check_vocabulary(name, tokenizer, config)
-    with open_checkpoint(place.path) as checkpoint:
+    with adapters.open_model(place) as checkpoint:
         size = sum(info.nbytes for info in checkpoint.tensors.values())
         notes = (*([note] if note is not None else []), *remarks(name, place.path, checkpoint))
-    return StoredModel(name, place.path, config, tokenizer, dtype, mesh, size, notes)
+    return StoredModel(name, place, config, tokenizer, dtype, mesh, size, notes)
 
 
 def load_model(name: str, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None) -> LanguageModel:

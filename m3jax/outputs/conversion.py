@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -24,11 +25,11 @@ from m3jax.checkpoints import (
     locate_model,
     parse_size,
 )
+from m3jax.checkpoints.adapters import check_no_adapter, open_stored, seen_adapted
 from m3jax.checkpoints.copying import pieces
 from m3jax.checkpoints.digest import Passing
 from m3jax.checkpoints.formats import SAFETENSORS, Format, written
 from m3jax.checkpoints.locate import named_companions, read_config
-from m3jax.checkpoints.opening import open_checkpoint
 from m3jax.checkpoints.protocol import Closing
 from m3jax.checkpoints.remote import is_url
 from m3jax.checkpoints.storage import is_dir
@@ -79,13 +80,15 @@ def convert(
     dequantize: bool = False,
     progress: Report | None = None,
 ) -> ConvertResult:
-    """Write a checkpoint in another format, with the same names, dtypes, shapes and bits unless it is dequantised.
+    """Write a checkpoint in another format, with the same names, dtypes, shapes and bits.
+
+    Bits are others where it is dequantised, or where an adapter is added: `base+adapter` writes the merged model.
 
     Everything written is read back and compared before the output appears, whole, by a rename. Names and the layout
     of weights stay as they are: a model of PyTorch does not become one of Flax by it.
 
     Args:
-        src: A model directory, a weight file or a hub id, in any format.
+        src: A model directory, a weight file or a hub id, in any format; or `model+adapter`.
         dst: The directory to make; its parent exists. An Orbax checkpoint is this directory itself, as
             `StandardCheckpointer().restore(dst)` expects it.
         to: The name of the format to write, one of `formats.WRITTEN`: safetensors, orbax or msgpack.
@@ -119,11 +122,16 @@ def convert(
     if is_url(os.fspath(dst)):
         raise M3Error(f"{os.fspath(dst)!r} is not on this disk: convert to a local directory, then upload it.")
     check_free(out, overwrite)
-    place = locate_model(os.fspath(src)).path
-    if replaced_with(out, place) is not None:
+    found = locate_model(os.fspath(src))
+    check_no_adapter(found)
+    place = found.path
+    if any(replaced_with(out, each.path) is not None for each in (found, found.adapter) if each is not None):
         raise M3Error(f"{out} is the model to convert, or holds it: choose another output.")
-    with saying_what_failed(out), open_checkpoint(place) as stored:
+    with saying_what_failed(out), ExitStack() as stack:
+        stored, adapting = open_stored(found)
+        stack.enter_context(stored)
         source = _dequantized(stored, place, os.fspath(src)) if dequantize else stored
+        source = source if adapting is None else seen_adapted(source, adapting)
         edit = _edited if dequantize else None
         total, digest, files = _convert(source, named_companions(place), out, format, size, overwrite, edit, progress)
         tensors, notes = len(source.tensors), remarks(os.fspath(src), place, source)

@@ -59,6 +59,8 @@ class InputRecord(NamedTuple):
         revision: The commit it was resolved to on the hub.
         tensors: What was read of it, as it is stored.
         dequantised: The scheme of its weights where they were read as numbers; None where they were not quantised.
+        adapter: What was added to it: its name, its revision and the digest of its configuration; its tensors are
+            among `tensors`.
     """
 
     name: str
@@ -66,6 +68,7 @@ class InputRecord(NamedTuple):
     revision: str | None
     tensors: TensorDigests
     dequantised: str | None = None
+    adapter: Mapping[str, Any] | None = None
 
 
 class Verification(NamedTuple):
@@ -150,6 +153,7 @@ def build(
                 "role": record.role,
                 "revision": record.revision,
                 **({} if record.dequantised is None else {"dequantised": record.dequantised}),
+                **({} if record.adapter is None else {"adapter": dict(record.adapter)}),
                 "digest": _whole(record.tensors),
                 "tensors": {name: digest for name, (_, digest) in record.tensors.items()},
             }
@@ -262,6 +266,9 @@ def _check(manifest: Mapping[str, Any]) -> None:
     for record in manifest["inputs"]:
         _check_object(record, "tensors")
         str(record["name"]), str(record["role"])
+        if "adapter" in record:
+            _check_object(record, "adapter")
+            str(record["adapter"]["config"])
     for entry in manifest["output"]["tensors"].values():
         str(entry["digest"]), str(entry["dtype"]), list(entry["shape"])
     told = {name: (e["dtype"], e["shape"], e["digest"]) for name, e in manifest["output"]["tensors"].items()}

@@ -210,7 +210,9 @@ def recorded_digests(ready: Ready, recorded: Mapping[str, Any] | None) -> dict[s
 def _check_apart(out: Path, models: Sequence[OpenedModel]) -> None:
     """Refuse to replace a directory that a model is read from."""
     for model in models:
-        target = replaced_with(out, model.place.path)
+        adapter = model.place.adapter
+        paths = [model.place.path, *([adapter.path] if adapter is not None else [])]
+        target = next((found for path in paths if (found := replaced_with(out, path)) is not None), None)
         if target is not None:
             raise M3Error(f"{target}: is one of the models, or holds {model.input.name}: choose another output")
 
@@ -224,6 +226,10 @@ def _check_recorded(recorded: Mapping[str, Any] | None, plan: MergePlan, models:
     if len(recorded["inputs"]) != len(models) or planned != told:
         name = next((n for n in {**planned, **told} if planned.get(n) != told.get(n)), "the list of models")
         raise M3Error(f"{models[0].checkpoint.location}: {name} is not as the manifest records: restore the models")
+    for model, record in zip(models, recorded["inputs"], strict=True):
+        then = record.get("adapter", {}).get("config")
+        if then != (None if model.adapting is None else model.adapting.config_digest):
+            raise M3Error(f"{model.input.name}: the adapter's configuration has changed since: restore it")
 
 
 @contextmanager

@@ -321,6 +321,7 @@ def _record(job: MergeJob, ready: Ready, entries: Mapping[str, Any]) -> dict[str
             source.place.revision,
             digests,
             None if source.dequantised is None else source.input.anatomy.quantisation,
+            _adapter_of(source),
         )
         for source, digests in zip(ready.sources, read, strict=True)
     ]
@@ -329,6 +330,14 @@ def _record(job: MergeJob, ready: Ready, entries: Mapping[str, Any]) -> dict[str
     size, weights = job.max_shard_size, ready.plan.weights
     headers = {file: header_digest(infos) for file, infos in ready.shards}
     return manifest.build(job.recipe, weights, records, output, headers, size, job.scheme, told_anatomy)
+
+
+def _adapter_of(source: OpenedModel) -> dict[str, Any] | None:
+    """What a manifest says of the adapter that was added to a model."""
+    place, adapting = source.place.adapter, source.adapting
+    if place is None or adapting is None:
+        return None
+    return {"name": place.name, "revision": place.revision, "config": adapting.config_digest}
 
 
 def _source_at(ready: Ready, position: int, location: str) -> int:

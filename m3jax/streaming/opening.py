@@ -11,11 +11,8 @@ from m3jax.anatomy.layout import find_layout
 from m3jax.anatomy.namings import find_mapping
 from m3jax.anatomy.stored import stored_anatomy
 from m3jax.arithmetic import SCHEMES
-from m3jax.checkpoints import (
-    Checkpoint,
-    ModelDirectory,
-    open_checkpoint,
-)
+from m3jax.checkpoints import Checkpoint, ModelDirectory
+from m3jax.checkpoints.adapters import Adapting, check_no_adapter, open_stored, seen_adapted
 from m3jax.checkpoints.locate import read_config
 from m3jax.checkpoints.views import Stored, prefix_view, renamed, selected, stacked_layers, stored_at
 from m3jax.checkpoints.views_assembled import assembled
@@ -41,6 +38,7 @@ class OpenedModel(NamedTuple):
         checkpoint: Its tensors.
         input: What the plan knows of it.
         dequantised: How its float8 weights are to be seen as numbers; None where they are not, or there are none.
+        adapting: What the adapter does that it was named with; None where there is none.
         given_head: Whether its output embedding is its input embedding, seen under both names.
         note: How its names are read, where they are not those of the others.
     """
@@ -50,6 +48,7 @@ class OpenedModel(NamedTuple):
     checkpoint: Checkpoint
     input: Input
     dequantised: Dequantisation | None = None
+    adapting: Adapting | None = None
     given_head: bool = False
     note: str | None = None
 
@@ -62,10 +61,12 @@ def _open_model(name: str, role: str, job: "MergeJob", stack: ExitStack) -> Open
             raise
         hint = f"if it has moved, --input {name}=HERE says where it is"
         raise M3Error(f"{str(error).rstrip('.')}; {hint}") from error
-    checkpoint = stack.enter_context(open_checkpoint(place.path))
+    check_no_adapter(place)
+    stored, adapting = open_stored(place)
+    checkpoint = stack.enter_context(stored)
     if not checkpoint.tensors:
         raise M3Error(f"{name}: holds no tensors, so there is nothing to merge: give a model that has weights")
-    model = _opened(role, place._replace(name=name), checkpoint, job)
+    model = _opened(role, place._replace(name=name), checkpoint, job)._replace(adapting=adapting)
     if not job.recipe.dequantize:
         return model
     config = read_config(place.path)
@@ -78,11 +79,13 @@ def _viewed(model: OpenedModel, view: Checkpoint, job: "MergeJob") -> OpenedMode
     return model._replace(checkpoint=view, input=opened.input)
 
 
-def _dequantised(model: OpenedModel, job: "MergeJob") -> OpenedModel:
-    """A model with numbers in place of float8 weights and scales, where a recipe asks for it."""
-    if model.dequantised is None:
-        return model
-    return _viewed(model, seen_dequantized(model.checkpoint, model.dequantised), job)
+def _as_meant(model: OpenedModel, job: "MergeJob") -> OpenedModel:
+    """A model with numbers in place of float8 weights and scales, where a recipe asks for it, and with its adapter."""
+    if model.dequantised is not None:
+        model = _viewed(model, seen_dequantized(model.checkpoint, model.dequantised), job)
+    if model.adapting is not None:
+        model = _viewed(model, seen_adapted(model.checkpoint, model.adapting), job)
+    return model
 
 
 def _opened(
@@ -146,7 +149,7 @@ def open_models(job: "MergeJob", stack: ExitStack) -> OpenedModels:
     if recipe.base_model is not None and role is not None:
         sources.append(_open_model(recipe.base_model, role, job, stack))
     _check_overrides(job, sources)
-    models = [_dequantised(model, job) for model in sources]
+    models = [_as_meant(model, job) for model in sources]
     alike = _under_one_naming(_stacked_alike(_alike(models, job), job), job)
     seen, vocabulary = aligned(_with_heads(alike, job), recipe, job.scheme)
     return OpenedModels(seen, sources, False, vocabulary)
@@ -289,7 +292,7 @@ def _stack_models(job: "MergeJob", role: str | None, opened: dict[str, OpenedMod
     _check_overrides(job, list(opened.values()))
     if recipe.base_model is not None and role is not None and recipe.base_model not in opened:
         opened[recipe.base_model] = _open_model(recipe.base_model, role, job, stack)
-    views, vocabulary = aligned([_dequantised(model, job) for model in opened.values()], recipe, job.scheme)
+    views, vocabulary = aligned([_as_meant(model, job) for model in opened.values()], recipe, job.scheme)
     seen = dict(zip(opened, views, strict=True))
     models = []
     for column in columns:

@@ -12,8 +12,8 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
+from m3jax.checkpoints.adapters import open_model
 from m3jax.checkpoints.locate import locate_model
-from m3jax.checkpoints.opening import open_checkpoint
 from m3jax.checkpoints.orbax_writer import check_tree
 from m3jax.checkpoints.protocol import DTYPES, Checkpoint, TensorInfo
 from m3jax.errors import M3Error
@@ -40,7 +40,7 @@ def load(
     first axis is sharded one shard. Where later axes are, whole rows are read if their parts are short.
 
     Args:
-        path: A checkpoint of any format, as `open_checkpoint` takes it, or a hub id.
+        path: A checkpoint of any format, as `open_checkpoint` takes it, or a hub id; or `model+adapter`.
         sharding: Where tensors go: the default device if None; one `jax.sharding.Sharding` for all of them; a function
             (name, shape) -> sharding; or a tree of shardings, or of anything that has one, such as arrays or
             `jax.ShapeDtypeStruct`, nested or by name, that has every tensor.
@@ -64,7 +64,7 @@ def load(
     """
     wanted = None if dtype is None else _checked(np.dtype(dtype))
     place = _as_function(sharding)
-    with open_checkpoint(locate_model(os.fspath(path)).path) as checkpoint:
+    with open_model(locate_model(os.fspath(path))) as checkpoint:
         if not flat:
             check_tree(checkpoint.tensors, f"{checkpoint.location}, which flat=True loads,")
         arrays = _load_all(checkpoint, checkpoint.tensors, place, wanted)

@@ -1,0 +1,479 @@
+"""Adapters of PEFT: what adapter_config.json and the factors beside it make of the model that they are added to.
+
+Names, shapes and the configuration tell it all; values are left to `views_adapted`. What is not plain LoRA is refused
+by name: an adapter that is half understood gives a model that nobody trained.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from m3jax.checkpoints.files import joined_metadata
+from m3jax.checkpoints.formats import PICKLE
+from m3jax.checkpoints.locate import ModelDirectory, read_config
+from m3jax.checkpoints.opening import open_checkpoint
+from m3jax.checkpoints.protocol import (
+    Checkpoint,
+    Closing,
+    FileFingerprint,
+    LocalFingerprint,
+    TensorInfo,
+    in_natural_order,
+    room_for,
+)
+from m3jax.checkpoints.remote import RemotePath
+from m3jax.checkpoints.storage import is_dir, is_file, list_names, read_file
+from m3jax.checkpoints.trust import check_companion
+from m3jax.checkpoints.views_adapted import FLOATS, Adaptation, Factor, Product, adapted
+from m3jax.documents import parse_json, pattern
+from m3jax.errors import M3Error
+
+CONFIG = "adapter_config.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<which>[AB])(?:\.default)?(?P<rest>\.\w+)?")
+_WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
+
+# What a configuration says beside what is read here, and which changes nothing of how factors are added to weights.
+_OF_TRAINING = frozenset(
+    {
+        *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config"),
+        *("exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config"),
+        *("lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size"),
+        *("revision", "runtime_config", "target_modules", "task_type", "velora_config"),
+    }
+)
+_READ = frozenset(
+    {
+        *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),
+        *("bias", "lora_bias", "init_lora_weights"),
+    }
+)
+_REFUSED = {"use_dora": "DoRA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "target_parameters": "of parameters"}
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # which leave the base as it was
+
+
+class StoredAdapter(NamedTuple):
+    """An opened adapter.
+
+    Attributes:
+        name: What a user calls it.
+        checkpoint: Its tensors.
+        config: Its adapter_config.json.
+        file: Where that is.
+        print: What tells that file from another.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    config: Mapping[str, Any]
+    file: Path
+    print: FileFingerprint
+
+
+class Adapting(NamedTuple):
+    """What an adapter does to a model.
+
+    Attributes:
+        adaptations: What becomes of the model's tensors, by name.
+        dropped: The tensors of the adapter.
+        config_digest: BLAKE3 of its adapter_config.json.
+    """
+
+    adaptations: Mapping[str, Adaptation]
+    dropped: frozenset[str]
+    config_digest: str
+
+
+# --- Opening ---------------------------------------------------------------------------------------------
+
+
+def open_model(place: ModelDirectory) -> Checkpoint:
+    """Opens the weights of a model that was found, with its adapter added if it was named with one.
+
+    Args:
+        place: As `locate_model` gives it.
+
+    Returns:
+        The checkpoint, or a view of it; use it as a context manager.
+
+    Raises:
+        M3Error: As `open_stored`.
+    """
+    checkpoint, adapting = open_stored(place)
+    return checkpoint if adapting is None else seen_adapted(checkpoint, adapting)
+
+
+def seen_adapted(checkpoint: Checkpoint, adapting: Adapting) -> Checkpoint:
+    """A model and its adapter in one checkpoint, seen as the model with the adapter added.
+
+    Args:
+        checkpoint: As `open_stored` gives it, or a view of it.
+        adapting: With it.
+
+    Raises:
+        M3Error: Weights that the adapter adds to are no floats.
+    """
+    for name, (stored, _) in adapting.adaptations.items():
+        for info in (checkpoint.tensors[name], checkpoint.tensors[stored]):
+            if info.dtype not in FLOATS:
+                raise M3Error(
+                    f"{checkpoint.location}: {info.name} is {info.dtype}, and adapters are added to float32, bfloat16"
+                    " and float16: convert the base first (m3jax convert --dequantize, where it is float8)."
+                )
+    return adapted(checkpoint, adapting.adaptations, adapting.dropped)
+
+
+def open_stored(place: ModelDirectory) -> tuple[Checkpoint, Adapting | None]:
+    """Opens the weights of a model that was found, and its adapter's beside them if it was named with one.
+
+    Args:
+        place: As `locate_model` gives it.
+
+    Returns:
+        The tensors of all files, and what the adapter does; None where there is none.
+
+    Raises:
+        M3Error: There are no weights, or they are damaged; or the adapter is of a kind that is not known, incomplete,
+            or of another base.
+    """
+    if place.adapter is None:
+        return open_checkpoint(place.path), None
+    check_no_adapter(place._replace(name=_base_name(place), adapter=None))
+    adapter = _open_adapter(place.adapter)
+    try:
+        base = open_checkpoint(place.path)
+    except BaseException:
+        adapter.checkpoint.close()
+        raise
+    joined = _Joined(place.name, base, adapter)
+    try:
+        return joined, _adapting(place, base.tensors, adapter)
+    except BaseException:
+        joined.close()
+        raise
+
+
+def _base_name(place: ModelDirectory) -> str:
+    """What a user calls the model that an adapter is added to."""
+    return place.name if place.adapter is None else place.name.removesuffix(f"+{place.adapter.name}")
+
+
+def check_no_adapter(place: ModelDirectory) -> None:
+    """Raise M3Error if what is named as a model is an adapter alone."""
+    if place.adapter is not None or not is_dir(place.path) or not is_file(place.path / CONFIG):
+        return
+    weights = [name for name in list_names(place.path) if name.endswith((".safetensors", ".msgpack", *PICKLE.endings))]
+    if any(name in _WEIGHTS for name in weights) and all(name in (*_WEIGHTS, "training_args.bin") for name in weights):
+        raise M3Error(f"{place.name} is an adapter and no model: name it with its base, as BASE+{place.name}.")
+
+
+def _open_adapter(place: ModelDirectory) -> StoredAdapter:
+    file = place.path / CONFIG
+    if not is_dir(place.path) or not is_file(file):
+        raise M3Error(f"{place.name} is no adapter of PEFT, for it has no {CONFIG}: give the directory that has it.")
+    if not isinstance(file, RemotePath):
+        check_companion(file, place.path)
+    raw = read_file(file)
+    try:
+        config = parse_json(raw)
+    except ValueError as error:
+        raise M3Error(f"{file} is not JSON ({error}): restore the file.") from None
+    if not isinstance(config, dict):
+        raise M3Error(f"{file} is not a JSON object: restore the file.")
+    _check_kind(file, config)
+    weights = next((place.path / name for name in _WEIGHTS if is_file(place.path / name)), None)
+    if weights is None:
+        raise M3Error(f"{place.name} has no {_WEIGHTS[0]}: get the whole adapter.")
+    checkpoint = open_checkpoint(weights)
+    return StoredAdapter(place.name, checkpoint, config, file, _print_of(file, raw))
+
+
+def _print_of(file: Path, raw: bytes) -> FileFingerprint:
+    digest, told = blake3(raw).hexdigest(), file.stat()
+    if isinstance(file, RemotePath):
+        return FileFingerprint(size=len(raw), mtime_ns=0, header_blake3=digest)
+    return LocalFingerprint(
+        size=len(raw),
+        mtime_ns=told.st_mtime_ns,
+        header_blake3=digest,
+        inode=told.st_ino,
+        ctime_ns=told.st_ctime_ns,
+    )
+
+
+class _Joined(Closing):
+    """The tensors of a model and of its adapter, as they are stored."""
+
+    def __init__(self, name: str, base: Checkpoint, adapter: StoredAdapter) -> None:
+        self._parts, self._config = (base, adapter.checkpoint), adapter.file
+        self.location = name
+        twice = next(iter(base.tensors.keys() & adapter.checkpoint.tensors.keys()), None)
+        if twice is not None:
+            raise M3Error(f"{name}: both have a tensor {twice!r}: name a model and an adapter of it.")
+        self.tensors: Mapping[str, TensorInfo] = in_natural_order({**base.tensors, **adapter.checkpoint.tensors})
+        self.metadata = joined_metadata(part.metadata for part in self._parts)
+
+    def read_into(self, name: str, start: int, out: memoryview | npt.NDArray[np.uint8]) -> None:
+        view = room_for(self, name, start, out)
+        base, adapter = self._parts
+        (base if name in base.tensors else adapter).read_into(name, start, view)
+
+    def files(self) -> tuple[Path, ...]:
+        return tuple(dict.fromkeys(file for part in self._parts for file in part.files()))
+
+    def fingerprint(self) -> dict[str, FileFingerprint]:
+        base, adapter = self._parts
+        config = {CONFIG: _print_of(self._config, read_file(self._config))}
+        own = {f"adapter/{file}": told for file, told in {**adapter.fingerprint(), **config}.items()}
+        return {**base.fingerprint(), **own}
+
+    def close(self) -> None:
+        for part in self._parts:
+            part.close()
+
+
+# --- What it says ----------------------------------------------------------------------------------------
+
+
+def _check_kind(file: Path, config: Mapping[str, Any]) -> None:
+    """Raise M3Error if a configuration is not of plain LoRA, or says what is not known."""
+    kind = str(config.get("peft_type"))
+    if kind.upper() != "LORA":
+        raise M3Error(f"{file} is of {kind}, and only LoRA can be added to weights here: merge it in PEFT first.")
+    for key, told in config.items():
+        if key in _OF_TRAINING or key in _READ or not told:
+            continue
+        what = f"LoRA {_REFUSED[key]}" if key in _REFUSED else f"of a kind of LoRA that is not known here ({key})"
+        raise M3Error(f"{file} is {what}: merge it in PEFT first (merge_and_unload), and name the merged model.")
+    start = config.get("init_lora_weights", True)
+    if start not in _PLAIN_STARTS:
+        raise M3Error(
+            f"{file} has init_lora_weights {start!r}, which changes the base too: save it once more in PEFT with"
+            " path_initial_model_for_weight_conversion, or merge it there first."
+        )
+
+
+class _Scales:
+    """The rank and the scale of each module, as a configuration says."""
+
+    def __init__(self, file: Path, config: Mapping[str, Any]) -> None:
+        self._file, self._rslora = file, bool(config.get("use_rslora"))
+        self._rank, self._alpha = config.get("r", 8), config.get("lora_alpha", 8)
+        self._ranks, self._alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
+        for key, told in (("rank_pattern", self._ranks), ("alpha_pattern", self._alphas)):
+            if not isinstance(told, dict):
+                raise M3Error(f"{file}: {key} is no object of numbers by pattern: restore the file.")
+
+    def of(self, module: str, rank: int) -> float:
+        """What the product of a module's factors, of this rank, is multiplied by.
+
+        Raises:
+            M3Error: The factors have another rank than the configuration says, or it says no numbers.
+        """
+        wanted, alpha = self._found("rank_pattern", module), self._found("alpha_pattern", module)
+        if wanted != rank:
+            raise M3Error(
+                f"{self._file} says rank {wanted:g} of {module}, whose factors have rank {rank}: get both files of one"
+                " adapter."
+            )
+        return alpha / math.sqrt(rank) if self._rslora else alpha / rank
+
+    def _found(self, key: str, module: str) -> float:
+        """What holds of a module: of the first pattern that its name ends with, as in PEFT, else of all."""
+        patterns, general = (self._ranks, self._rank) if key == "rank_pattern" else (self._alphas, self._alpha)
+        try:
+            told = next((n for p, n in patterns.items() if pattern(rf"^(?:.*\.)?(?:{p})$").search(module)), general)
+        except ValueError as error:
+            raise M3Error(f"{self._file}: {key} holds what is no regular expression ({error}): mend it.") from None
+        if isinstance(told, bool) or not isinstance(told, int | float) or not math.isfinite(told):
+            raise M3Error(f"{self._file}: {module} has {told!r} for a number (r, lora_alpha, {key}): restore the file.")
+        return told
+
+
+# --- Tensors ---------------------------------------------------------------------------------------------
+
+
+class _Pair(NamedTuple):
+    """The factors of a module, and what its bias gains."""
+
+    a: TensorInfo
+    b: TensorInfo
+    embedding: bool
+    bias: TensorInfo | None
+
+
+def _adapting(place: ModelDirectory, base: Mapping[str, TensorInfo], adapter: StoredAdapter) -> Adapting:
+    """What an adapter does to the tensors of a base."""
+    pairs, replacing = _sorted(adapter)
+    wanted = {f"{module}.weight" for module in pairs} | {f"{m}.bias" for m, pair in pairs.items() if pair.bias}
+    names = _names_in_base(wanted | replacing.keys(), base, place, adapter)
+    adaptations = {
+        names[name]: Adaptation(_replacement(base[names[name]], info, adapter).name, None)
+        for name, info in replacing.items()
+    }
+    scales = _Scales(adapter.file, adapter.config)
+    fans = _Fans(adapter)
+    for module, pair in pairs.items():
+        weight = base[names[f"{module}.weight"]]
+        if pair.embedding and not adapter.config.get("ensure_weight_tying"):
+            _check_untied(weight, base, place, adapter)
+        left, right = fans.factors(weight, pair)
+        scale = scales.of(module, left.shape[1])
+        adaptations[weight.name] = _added(adaptations, weight.name, Product(left, right, scale))
+        if pair.bias is not None:
+            bias = base[names[f"{module}.bias"]]
+            if bias.shape != pair.bias.shape:
+                raise _misfit(adapter, pair.bias, bias)
+            product = Product(Factor(None, (1, 1)), Factor(pair.bias.name, (1, bias.size)), scale)
+            adaptations[bias.name] = _added(adaptations, bias.name, product)
+    fans.check()
+    return Adapting(adaptations, frozenset(adapter.checkpoint.tensors), adapter.print["header_blake3"])
+
+
+def _added(known: Mapping[str, Adaptation], name: str, product: Product) -> Adaptation:
+    return Adaptation(known[name].stored if name in known else name, product)
+
+
+def _sorted(adapter: StoredAdapter) -> tuple[dict[str, _Pair], dict[str, TensorInfo]]:
+    """The factors of an adapter by module, and by the base's names the tensors that it has in place of others."""
+    found: dict[str, dict[str, TensorInfo]] = {}
+    replacing: dict[str, TensorInfo] = {}
+    embeddings = set()
+    for stored, info in adapter.checkpoint.tensors.items():
+        if not stored.startswith(_PREFIX):
+            raise M3Error(f"{adapter.name}: {stored} does not begin with {_PREFIX}: give an adapter that PEFT saved.")
+        if info.dtype not in FLOATS:
+            raise M3Error(f"{adapter.name}: {stored} is {info.dtype}, no float32, bfloat16 or float16: save it as one.")
+        name = stored.removeprefix(_PREFIX)
+        factor = _FACTOR.fullmatch(name)
+        if factor is not None and factor["rest"] in (None, ".weight", ".bias"):
+            key = f"{factor['which']}{'.bias' if factor['rest'] == '.bias' else ''}"
+            module = _WRAPPERS.sub("", f"{factor['module']}.").removesuffix(".")
+            if key in found.setdefault(module, {}) or key == "A.bias":
+                raise M3Error(f"{adapter.name}: {stored} is there twice, or no factor: get the adapter again.")
+            found[module][key] = info
+            if factor["embedding"]:
+                embeddings.add(module)
+            continue
+        plain = _WRAPPERS.sub("", name)
+        if "lora_" in plain or "original_module" in plain or "token_adapter" in plain or plain in replacing:
+            raise M3Error(f"{adapter.name}: {stored} is of a kind of LoRA that is not known here: merge it in PEFT.")
+        replacing[plain] = info
+    if not found and not replacing:
+        raise M3Error(f"{adapter.name} holds no factors: get the adapter again.")
+    return {m: _pair(adapter, m, tensors, m in embeddings) for m, tensors in found.items()}, replacing
+
+
+def _pair(adapter: StoredAdapter, module: str, tensors: Mapping[str, TensorInfo], embedding: bool) -> _Pair:
+    if not {"A", "B"} <= tensors.keys():
+        there, missing = ("A", "B") if "A" in tensors else ("B", "A")
+        raise M3Error(f"{adapter.name} has lora_{there} of {module} but no lora_{missing}: get the whole adapter.")
+    return _Pair(tensors["A"], tensors["B"], embedding, tensors.get("B.bias"))
+
+
+def _names_in_base(
+    wanted: set[str], base: Mapping[str, TensorInfo], place: ModelDirectory, adapter: StoredAdapter
+) -> dict[str, str]:
+    """What the base calls the tensors that an adapter knows by the names of its modules.
+
+    A base may be stored without its model's first module ("transformer."), or with one more: the same for all.
+    """
+    absent = next((name for name in sorted(wanted) if name not in base), None)
+    if absent is None:
+        return {name: name for name in wanted}
+    changes = [("", name.removesuffix(absent)) for name in base if name.endswith(f".{absent}")]
+    changes += [(absent[: at + 1], "") for at, letter in enumerate(absent) if letter == "."]
+    renamings = [
+        {name: new + name.removeprefix(old) for name in wanted}
+        for old, new in changes
+        if all(name.startswith(old) for name in wanted)
+    ]
+    fitting = [renaming for renaming in renamings if all(name in base for name in renaming.values())]
+    if len(fitting) != 1:
+        raise M3Error(
+            f"{adapter.name} is of another base than {_base_name(place)}, which has no"
+            f" tensor {absent!r}: name the base that it was trained on, with the tensors that PyTorch has."
+        )
+    return fitting[0]
+
+
+def _replacement(own: TensorInfo, info: TensorInfo, adapter: StoredAdapter) -> TensorInfo:
+    if own.shape != info.shape:
+        raise _misfit(adapter, info, own)
+    return info
+
+
+def _misfit(adapter: StoredAdapter, info: TensorInfo, own: TensorInfo) -> M3Error:
+    return M3Error(
+        f"{adapter.name}: {info.name} of shape {list(info.shape)} does not fit {own.name} of shape {list(own.shape)}:"
+        " name the base that the adapter was trained on."
+    )
+
+
+class _Fans:
+    """How factors lie on weights: as [out, in], or as [in, out] where fan_in_fan_out says so.
+
+    The shape tells it unless it is square. Where shapes and the configuration disagree, what is square is unclear.
+    """
+
+    def __init__(self, adapter: StoredAdapter) -> None:
+        self._adapter, self._told = adapter, bool(adapter.config.get("fan_in_fan_out"))
+        self._square: str | None = None
+        self._other: str | None = None
+
+    def factors(self, weight: TensorInfo, pair: _Pair) -> tuple[Factor, Factor]:
+        """The factors of what is added to a weight: as many rows as it has, as many columns as the rest.
+
+        Raises:
+            M3Error: They do not fit it.
+        """
+        a, b = pair.a.shape, pair.b.shape
+        if len(a) < 2 or len(b) < 2 or b[1] != a[0] or math.prod(b[2:]) != 1 or len(weight.shape) < 2:
+            raise _misfit(self._adapter, pair.b, pair.a if len(weight.shape) > 1 else weight)
+        if not a[0]:
+            raise M3Error(f"{self._adapter.name}: {pair.a.name} has rank 0: it adds nothing, so leave it out.")
+        straight = Factor(pair.b.name, (b[0], a[0])), Factor(pair.a.name, (a[0], math.prod(a[1:])))
+        turned = Factor(pair.a.name, (math.prod(a[1:]), a[0]), True), Factor(pair.b.name, (a[0], b[0]), True)
+        as_straight, as_turned = weight.shape == (b[0], *a[1:]), weight.shape == (*a[1:], b[0]) and len(a) == 2
+        if not as_straight and not as_turned:
+            raise _misfit(self._adapter, pair.a, weight)
+        if pair.embedding:
+            if not as_turned:
+                raise _misfit(self._adapter, pair.a, weight)
+            return turned
+        if as_straight and as_turned:
+            self._square = weight.name
+            return turned if self._told else straight
+        if as_turned != self._told:
+            self._other = weight.name
+        return turned if as_turned else straight
+
+    def check(self) -> None:
+        """Raise M3Error if the configuration contradicts a shape, and another shape leaves it to the configuration."""
+        if self._square is not None and self._other is not None:
+            raise M3Error(
+                f"{self._adapter.file} says fan_in_fan_out {str(self._told).lower()}, but {self._other} lies the other"
+                f" way, so how {self._square} lies is unclear: merge the adapter in PEFT first."
+            )
+
+
+def _check_untied(
+    weight: TensorInfo, base: Mapping[str, TensorInfo], place: ModelDirectory, adapter: StoredAdapter
+) -> None:
+    """Raise M3Error if the input embedding would be changed where the output embedding is the same tensor."""
+    config = read_config(place.path if is_dir(place.path) else place.path.parent) or {}
+    tied = config.get("tie_word_embeddings")
+    alike = any(info.shape == weight.shape for name, info in base.items() if name != weight.name)
+    if tied is True or (tied is None and not alike):
+        raise M3Error(
+            f"{adapter.name} changes {weight.name}, which is the output embedding too, though it was trained as one of"
+            " the two: store the base with an output embedding of its own and tie_word_embeddings false."
+        )
