@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from m3jax.recipe import load_recipe as load_recipe
     from m3jax.streaming.merging import merge_checkpoint as merge_checkpoint
     from m3jax.streaming.merging import replay as replay
+    from m3jax.trees.adapters import with_lora as with_lora
     from m3jax.trees.loading import load as load
     from m3jax.trees.merging import merge as merge
 
@@ -96,6 +97,7 @@ _HOMES = {
     "task_arithmetic": "methods.linear",
     "ties": "methods.ties",
     "verify": "outputs.manifest",
+    "with_lora": "trees.adapters",
 }
 __all__ = sorted(_HOMES)
 __version__ = "0.1.0"

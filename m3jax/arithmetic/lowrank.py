@@ -43,7 +43,7 @@ class Factors(NamedTuple):
 
 def _normalised(factor: Shaped[Any, "m n"]) -> tuple[Float[Array, "m n"], Float[Array, ""]]:
     """A factor divided by a power of two, and that power."""
-    wide = exact.widen(factor)
+    wide = exact.widen(jnp.asarray(factor))
     exponent = jnp.max(exact.magnitude_bits(wide), initial=np.uint32(0)) >> np.uint32(23)
     exponent = jnp.clip(exponent, 1, 2 * _BIAS - 1)
 
@@ -102,10 +102,10 @@ def add_product(
     """
     total = None
     for k in range(added.left.shape[1]):
-        term = added.left[:, k : k + 1] * added.right[k : k + 1]
+        term = jnp.multiply(added.left[:, k : k + 1], added.right[k : k + 1])
         term = term if short else exact.fence(term, zero)
         total = term if total is None else total + term
-    wide = exact.widen(weights)
+    wide = exact.widen(jnp.asarray(weights))
     return exact.narrow(exact.add(wide, exact.multiply(added.scale, total, zero)), weights.dtype)
 
 

@@ -452,7 +452,7 @@ class _Fans:
         if as_straight and as_turned:
             self._square = weight.name
             return turned if self._told else straight
-        if as_turned != self._told:
+        if as_turned != self._told and len(a) == 2:  # convolutions lie one way
             self._other = weight.name
         return turned if as_turned else straight
 

@@ -135,7 +135,9 @@ def split_adapter(name: str) -> AdaptedName | None:
         >>> split_adapter("org/base") is None
         True
     """
-    if "+" not in name or (is_url(name) and _exists_remotely(name)) or os.path.exists(os.path.expanduser(name)):
+    if "+" not in name or os.path.exists(os.path.expanduser(name)):
+        return None
+    if is_url(name) and name.count("://") == 1 and _exists_remotely(name):
         return None
     splits = [AdaptedName(name[:at], name[at + 1 :]) for at, letter in enumerate(name) if letter == "+"]
     likely = [split for split in splits if all(map(_may_be_model, split))]

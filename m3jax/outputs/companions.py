@@ -15,7 +15,7 @@ import yaml
 from m3jax.anatomy.float8 import without_quantisation
 from m3jax.checkpoints import ModelDirectory, digest_file
 from m3jax.checkpoints.formats import SAFETENSORS
-from m3jax.checkpoints.locate import named_companions, scratch
+from m3jax.checkpoints.locate import named_companions, scratch, split_adapter
 from m3jax.errors import M3Error
 from m3jax.methods import catalogue
 from m3jax.methods.mixup import draw_weights
@@ -317,10 +317,11 @@ def card(recipe: Recipe, weights: Mapping[str, Sequence[float]], published: Sequ
     """
     names = [entry.model for entry in recipe.experts]
     everyone = [*([recipe.base_model] if recipe.base_model else []), *names]
-    known = list(dict.fromkeys(name.partition("@")[0] for name in everyone if name in published))
+    parts = [part for name in everyone for part in _parts(name)]
+    known = list(dict.fromkeys(part.partition("@")[0] for part in parts if part in published))
     front = {"base_model": known} if known else {}
     head = _yaml({**front, "library_name": "transformers", "tags": ["merge", "m3jax", recipe.merge_method]})
-    title = recipe.name or " + ".join(Path(name).name for name in names)
+    title = recipe.name or " + ".join("+".join(Path(part).name for part in _parts(name)) for name in names)
     lines = ["---", head, "---", "", f"# {title}", ""]
     method = provenance.said(recipe.merge_method, catalogue.origin_of(recipe.merge_method))
     lines.append(f"A merge of {', '.join(f'`{name}`' for name in names)} made with m3jax ({method}).")
@@ -334,6 +335,11 @@ def card(recipe: Recipe, weights: Mapping[str, Sequence[float]], published: Sequ
     lines.append("`m3jax.json` records every input and output digest; `m3jax replay` makes the same bytes again and")
     lines.append("`m3jax verify` checks them.")
     return "\n".join(lines) + "\n"
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    """A model's name, or those of it and its adapter."""
+    return split_adapter(name) or (name,)
 
 
 def _weights(recipe: Recipe, weights: Mapping[str, Sequence[float]], is_draw: bool) -> str:

@@ -30,6 +30,25 @@ def scalar(value):
     return flush(F32(value))
 
 
+def adapted(weights, left, right, scale):
+    """W + s·L·R: factors divided by powers of two, terms added from the first rank to the last."""
+
+    def normalised(factor):
+        factor = wide(factor)
+        largest = np.abs(factor).max(initial=0)
+        power = F32(2.0 ** (int(np.frexp(largest)[1]) - 1)) if largest else F32(2.0**-126)
+        factor = factor / power
+        return np.where(np.abs(factor) < F32(2.0**-50), F32(0), factor), power
+
+    (left, of_left), (right, of_right) = normalised(left), normalised(right)
+    total = left[:, :1] * right[:1]
+    for k in range(1, left.shape[1]):
+        total = total + left[:, k : k + 1] * right[k : k + 1]
+    with np.errstate(over="ignore", invalid="ignore"):
+        scale = flush(flush(F32(scale) * of_left) * of_right)
+        return narrow(flush(wide(weights) + flush(scale * total)), np.asarray(weights).dtype)
+
+
 def threefry(key, counter):
     """Threefry-2x32-20 after Salmon et al. (2011), in uint64 with explicit reduction."""
     mask = 0xFFFFFFFF

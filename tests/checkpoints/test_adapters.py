@@ -1,0 +1,253 @@
+"""A model with an adapter of PEFT: which tensors become what, and every sentence for what does not fit."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from support import oracle
+from support.adapters import PREFIX, factors, write_adapter
+from support.directories import write
+
+from m3jax.checkpoints import digest_tensor, locate_model
+from m3jax.checkpoints.adapters import check_no_adapter, open_model, open_stored
+from m3jax.checkpoints.locate import split_adapter
+from m3jax.checkpoints.views import stored_at, stored_digests
+from m3jax.errors import M3Error
+
+BF16 = ml_dtypes.bfloat16
+ATTENTION, MLP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
+SHAPES = {ATTENTION: (12, 12), MLP: (700, 1500)}
+MANY = {  # blocks of 2¹⁹ entries, a rest, and what is left alone
+    f"{ATTENTION}.weight": (12, 12),
+    f"{ATTENTION}.bias": (12,),
+    f"{MLP}.weight": (700, 1500),
+    "model.embed_tokens.weight": (9, 12),
+    "model.norm.weight": (12,),
+    "lm_head.weight": (9, 12),
+    "score.kernel": (4, 6, 3, 3),
+}
+
+
+def numbers(shapes=MANY, dtype=BF16):
+    rng = np.random.default_rng(7)
+    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "base", numbers(), {"model_type": "llama", "tie_word_embeddings": False})
+    return tmp_path
+
+
+def whole(view, name):
+    info = view.tensors[name]
+    out = np.empty(info.shape, {"BF16": BF16, "F32": np.float32, "F16": np.float16}[info.dtype])
+    view.read_into(name, 0, out.reshape(-1).view(np.uint8))
+    return out
+
+
+def adapted(base, tensors, module, scale, turned=False):
+    a, b = (tensors[f"{PREFIX}{module}.lora_{which}.weight"] for which in "AB")
+    left, right = (a.T, b.T) if turned else (b, a)
+    return oracle.adapted(base[f"{module}.weight"], left, right, scale)
+
+
+def test_entries_are_the_oracles_whatever_is_read(place):
+    base, tensors = numbers(), factors(SHAPES, 2, 0)
+    write_adapter(place / "lora", tensors)
+    with open_model(locate_model("base+lora")) as view:
+        assert (view.tensors.keys(), view.location) == (base.keys(), "base+lora")
+        for name, value in base.items():
+            module = name.removesuffix(".weight")
+            want = adapted(base, tensors, module, 2.0) if module in SHAPES and name.endswith("weight") else value
+            assert whole(view, name).tobytes() == want.tobytes(), name
+        want = adapted(base, tensors, MLP, 2.0).tobytes()
+        for start, count in ((0, 5), (2 * 523_500 - 7, 31), (len(want) - 3001, 3001), (1_000_001, 300_003)):
+            piece = np.empty(count, np.uint8)
+            view.read_into(f"{MLP}.weight", start, piece)
+            assert piece.tobytes() == want[start : start + count]
+
+
+def test_digests_are_of_what_is_stored(place):
+    write_adapter(place / "lora", factors(SHAPES, 2, 0))
+    place_found = locate_model("base+lora")
+    stored, adapting = open_stored(place_found)
+    name = f"{MLP}.weight"
+    with stored, open_model(place_found) as view:
+        whole(view, name)  # in order: hashed on the way
+        own = [name, *(f"{PREFIX}{MLP}.lora_{which}.weight" for which in "BA")]
+        assert stored_digests(view, name, "") == {each: digest_tensor(stored, each) for each in own}
+        assert stored_at(view, name) == ("base+lora", name)
+        assert stored_digests(view, "model.norm.weight", "told") == {"model.norm.weight": "told"}
+        files = view.fingerprint()
+        assert set(files) == {"model.safetensors", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"}
+        assert files["adapter/adapter_config.json"]["header_blake3"] == adapting.config_digest
+
+
+def test_all_that_a_configuration_says_of_scales(place):
+    tensors = factors({ATTENTION: (12, 12)}, 4, 0) | factors({MLP: (700, 1500)}, 2, 1)
+    patterns = {"rank_pattern": {"self_attn.q_proj": 4}, "alpha_pattern": {r"layers\.\d\.mlp\.up_proj": 10}}
+    write_adapter(place / "plain", tensors, **patterns)
+    write_adapter(place / "rs", tensors, **patterns, use_rslora=True)
+    base = numbers()
+    for name, scales in (("plain", (4 / 4, 10 / 2)), ("rs", (4 / 2, 10 / 2**0.5))):
+        with open_model(locate_model(f"base+{name}")) as view:
+            for module, scale in zip((ATTENTION, MLP), scales, strict=True):
+                want = adapted(base, tensors, module, scale)
+                assert whole(view, f"{module}.weight").tobytes() == want.tobytes()
+
+
+def test_everything_else_that_an_adapter_may_hold(place):
+    """Embeddings, convolutions, weights as [in, out], biases, whole modules, and a base without the outer module."""
+    rng = np.random.default_rng(3)
+    drawn = {
+        "model.embed_tokens.lora_embedding_A": rng.standard_normal((2, 9)),
+        "model.embed_tokens.lora_embedding_B": rng.standard_normal((12, 2)),
+        f"{ATTENTION}.lora_A.weight": rng.standard_normal((2, 12)),
+        f"{ATTENTION}.lora_B.weight": rng.standard_normal((12, 2)),
+        f"{ATTENTION}.lora_B.bias": rng.standard_normal(12),
+        f"{MLP}.lora_A.weight": rng.standard_normal((2, 700)),
+        f"{MLP}.lora_B.weight": rng.standard_normal((1500, 2)),
+        "conv.lora_A.weight": rng.standard_normal((2, 6, 3, 3)),
+        "conv.lora_B.weight": rng.standard_normal((4, 2, 1, 1)),
+        "lm_head.modules_to_save.weight": rng.standard_normal((9, 12)),
+        "model.norm.weight": rng.standard_normal(12),
+    }
+    drawn = {name: value.astype(np.float32) for name, value in drawn.items()}
+    drawn["model.norm.weight"] = drawn["model.norm.weight"].astype(BF16)
+    base = numbers()
+    base["conv.weight"] = base.pop("score.kernel")
+    write(place / "inner", {name.removeprefix("model."): value for name, value in base.items() if "lm_" not in name})
+    config = {"fan_in_fan_out": True, "lora_bias": True, "modules_to_save": ["norm"], "bias": "all"}
+    write(place / "whole", base, {"tie_word_embeddings": False})
+    write_adapter(place / "lora", {PREFIX + name: value for name, value in drawn.items()}, **config)
+    want = {
+        "model.embed_tokens.weight": oracle.adapted(
+            base["model.embed_tokens.weight"], *(drawn[f"model.embed_tokens.lora_embedding_{w}"].T for w in "AB"), 2
+        ),
+        f"{ATTENTION}.weight": adapted(base, {PREFIX + n: v for n, v in drawn.items()}, ATTENTION, 2, turned=True),
+        f"{ATTENTION}.bias": oracle.adapted(
+            base[f"{ATTENTION}.bias"][None], np.ones((1, 1), np.float32), drawn[f"{ATTENTION}.lora_B.bias"][None], 2
+        )[0],
+        f"{MLP}.weight": adapted(base, {PREFIX + n: v for n, v in drawn.items()}, MLP, 2, turned=True),
+        "conv.weight": oracle.adapted(
+            base["conv.weight"].reshape(4, 54),
+            drawn["conv.lora_B.weight"].reshape(4, 2),
+            drawn["conv.lora_A.weight"].reshape(2, 54),
+            2,
+        ).reshape(4, 6, 3, 3),
+        "lm_head.weight": drawn["lm_head.modules_to_save.weight"].astype(BF16),
+        "model.norm.weight": drawn["model.norm.weight"],
+    }
+    with open_model(locate_model("whole+lora")) as view:
+        for name, value in want.items():
+            assert whole(view, name).tobytes() == value.tobytes(), name
+        assert stored_at(view, "model.norm.weight").name == f"{PREFIX}model.norm.weight"
+    inside = {PREFIX + n: v for n, v in drawn.items() if n.startswith((ATTENTION, MLP))}
+    write_adapter(place / "part", inside, **config)
+    with open_model(locate_model("inner+part")) as view:
+        name = f"{MLP}.weight"
+        assert whole(view, name.removeprefix("model.")).tobytes() == want[name].tobytes()
+
+
+WRONG = [  # tensors, configuration, and what the sentence says
+    (factors(SHAPES, 2, 0), {"peft_type": "LOHA"}, "is of LOHA, and only LoRA"),
+    (factors(SHAPES, 2, 0), {"use_dora": True}, "is LoRA DoRA"),
+    (factors(SHAPES, 2, 0), {"target_parameters": ["experts.w"]}, "LoRA of parameters"),
+    (factors(SHAPES, 2, 0), {"something_new": 1}, r"not known here \(something_new\)"),
+    (factors(SHAPES, 2, 0), {"init_lora_weights": "pissa_niter_4"}, "changes the base too"),
+    (factors(SHAPES, 3, 0), {}, "says rank 2 of model.layers.0.*, whose factors have rank 3"),
+    (factors(SHAPES, 2, 0), {"lora_alpha": "8"}, "for a number"),
+    (factors(SHAPES, 2, 0), {"rank_pattern": {"(": 2}}, "no regular expression"),
+    (factors({ATTENTION: (12, 12)}, 0, 0), {"r": 0}, "has rank 0"),
+    (factors({ATTENTION: (12, 13)}, 2, 0), {}, r"of shape \[2, 13\] does not fit .*q_proj.weight of shape \[12, 12\]"),
+    (factors({"model.layers.9.mlp.up_proj": (12, 12)}, 2, 0), {}, "of another base than base, which has no tensor"),
+    ({k: v for k, v in factors(SHAPES, 2, 0).items() if "lora_B" not in k}, {}, "has lora_A of .* but no lora_B"),
+    ({k: v.astype(np.int32) for k, v in factors(SHAPES, 2, 0).items()}, {}, "is I32, no float32"),
+    ({k.removeprefix(PREFIX): v for k, v in factors(SHAPES, 2, 0).items()}, {}, "does not begin with base_model.model"),
+    ({f"{PREFIX}{ATTENTION}.lora_magnitude_vector": np.ones(12, np.float32)}, {}, "kind of LoRA that is not known"),
+    ({f"{PREFIX}model.embed_tokens.weight": np.ones((10, 12), np.float32)}, {}, r"\[10, 12\] does not fit"),
+    ({}, {}, "holds no factors"),
+    (factors({ATTENTION: (12, 12), MLP: (1500, 700)}, 2, 0), {}, "how model.layers.0.self_attn.q_proj.weight lies"),
+]
+
+
+@pytest.mark.parametrize(("tensors", "config", "said"), WRONG)
+def test_what_cannot_be_added_is_refused_in_a_sentence(place, tensors, config, said):
+    write_adapter(place / "lora", tensors, **config)
+    with pytest.raises(M3Error, match=said) as caught:
+        open_model(locate_model("base+lora"))
+    assert "\n" not in str(caught.value)
+
+
+def test_values_that_are_no_numbers_are_refused(place):
+    tensors = factors({ATTENTION: (12, 12)}, 2, 0)
+    write_adapter(place / "large", {k: v * np.float32(1e25) for k, v in tensors.items()})
+    tensors[f"{PREFIX}{ATTENTION}.lora_A.weight"][1, 3] = np.nan
+    write_adapter(place / "lora", tensors)
+    for name, said in (("lora", "lora_A.weight holds NaN"), ("large", "is beyond BF16")):
+        with open_model(locate_model(f"base+{name}")) as view, pytest.raises(M3Error, match=said):
+            whole(view, f"{ATTENTION}.weight")
+
+
+def test_a_tied_embedding_and_weights_that_are_no_floats_are_refused(place):
+    base = numbers()
+    embedding = {f"{PREFIX}model.embed_tokens.lora_embedding_A": np.ones((2, 9), np.float32)}
+    embedding |= {f"{PREFIX}model.embed_tokens.lora_embedding_B": np.ones((12, 2), np.float32)}
+    write_adapter(place / "embedding", embedding)
+    write_adapter(place / "lora", factors(SHAPES, 2, 0))
+    write(place / "tied", base, {"tie_word_embeddings": True})
+    write(place / "integers", {name: np.ones(value.shape, np.int8) for name, value in base.items()})
+    for name, said in (("tied+embedding", "is the output embedding too"), ("integers+lora", "is I8, and adapters")):
+        with pytest.raises(M3Error, match=said):
+            open_model(locate_model(name))
+
+
+def test_names(place):
+    """What exists wins; else the last plus between two that may be models."""
+    write_adapter(place / "lora", factors(SHAPES, 2, 0))
+    write_adapter(place / "lo+ra", factors(SHAPES, 2, 0))
+    write(place / "c++" / "base", numbers())
+    write(place / "base+x", numbers())
+    assert [split_adapter(name) for name in ("base+x", "org/name@a+b", "base")] == [None, None, None]
+    for name, parts in {
+        "base+lora": ("base", "lora"),
+        "base+x+lora": ("base+x", "lora"),
+        "base+lo+ra": ("base", "lo+ra"),
+        "c++/base+lora": ("c++/base", "lora"),
+        "org/name@main+org/lora@v1": ("org/name@main", "org/lora@v1"),
+        "org/name+lora": ("org/name", "lora"),
+        "s3://place/base+gs://place/lora": ("s3://place/base", "gs://place/lora"),
+        "nothing+lora": ("nothing", "lora"),
+    }.items():
+        assert split_adapter(name) == parts
+    for name, said in {
+        "nothing+lora": r"^nothing\+lora: 'nothing' does not exist here",
+        "base+nothing": r"^base\+nothing: 'nothing' does not exist here",
+        "base+lora+lora": "names two adapters",
+    }.items():
+        with pytest.raises(M3Error, match=said):
+            locate_model(name)
+
+
+def test_what_is_no_adapter_and_what_is_no_model(place):
+    write_adapter(place / "lora", factors(SHAPES, 2, 0))
+    with pytest.raises(M3Error, match=r"lora is an adapter and no model: name it with its base, as BASE\+lora"):
+        check_no_adapter(locate_model("lora"))
+    (place / "empty").mkdir()
+    (place / "empty" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    (place / "list").mkdir()
+    (place / "list" / "adapter_config.json").write_text("[]")
+    for name, said in {
+        "lora+lora": "lora is an adapter and no model",
+        "base+base": "is no adapter of PEFT",
+        "base+empty": "has no adapter_model.safetensors",
+        "base+list": "is not a JSON object",
+    }.items():
+        with pytest.raises(M3Error, match=said):
+            open_model(locate_model(name))
+    save_file(numbers(), place / "lora" / "model.safetensors")  # a merged model that kept its adapter's configuration
+    check_no_adapter(locate_model("lora"))
