@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from m3jax.methods.slerp import slerp as slerp
     from m3jax.methods.ties import ties as ties
     from m3jax.outputs.conversion import convert as convert
+    from m3jax.outputs.extraction import extract_lora as extract_lora
     from m3jax.outputs.manifest import verify as verify
     from m3jax.recipe import load_recipe as load_recipe
     from m3jax.streaming.merging import merge_checkpoint as merge_checkpoint
@@ -85,6 +86,7 @@ _HOMES = {
     "draw_weights": "methods.mixup",
     "evaluate": "evaluation.models",
     "explore": "exploration",
+    "extract_lora": "outputs.extraction",
     "linear": "methods.linear",
     "load": "trees.loading",
     "load_recipe": "recipe",

@@ -35,7 +35,8 @@ from m3jax.documents import parse_json, pattern
 from m3jax.errors import M3Error
 
 CONFIG = "adapter_config.json"
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+WEIGHTS = "adapter_model.safetensors"
+_FILES = (WEIGHTS, "adapter_model.bin")
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<which>[AB])(?:\.default)?(?P<rest>\.\w+)?")
@@ -171,7 +172,7 @@ def check_no_adapter(place: ModelDirectory) -> None:
     if place.adapter is not None or not is_dir(place.path) or not is_file(place.path / CONFIG):
         return
     weights = [name for name in list_names(place.path) if name.endswith((".safetensors", ".msgpack", *PICKLE.endings))]
-    if any(name in _WEIGHTS for name in weights) and all(name in (*_WEIGHTS, "training_args.bin") for name in weights):
+    if any(name in _FILES for name in weights) and all(name in (*_FILES, "training_args.bin") for name in weights):
         raise M3Error(f"{place.name} is an adapter and no model: name it with its base, as BASE+{place.name}.")
 
 
@@ -189,9 +190,9 @@ def _open_adapter(place: ModelDirectory) -> StoredAdapter:
     if not isinstance(config, dict):
         raise M3Error(f"{file} is not a JSON object: restore the file.")
     _check_kind(file, config)
-    weights = next((place.path / name for name in _WEIGHTS if is_file(place.path / name)), None)
+    weights = next((place.path / name for name in _FILES if is_file(place.path / name)), None)
     if weights is None:
-        raise M3Error(f"{place.name} has no {_WEIGHTS[0]}: get the whole adapter.")
+        raise M3Error(f"{place.name} has no {WEIGHTS}: get the whole adapter.")
     checkpoint = open_checkpoint(weights)
     return StoredAdapter(place.name, checkpoint, config, file, _print_of(file, raw))
 
@@ -319,12 +320,14 @@ def _adapting(place: ModelDirectory, base: Mapping[str, TensorInfo], adapter: St
         names[name]: Adaptation(_replacement(base[names[name]], info, adapter).name, None)
         for name, info in replacing.items()
     }
+    for name, info in replacing.items():
+        _check_untied(names[name], info, base, place, adapter)
     scales = _Scales(adapter.file, adapter.config)
     fans = _Fans(adapter)
     for module, pair in pairs.items():
         weight = base[names[f"{module}.weight"]]
-        if pair.embedding and not adapter.config.get("ensure_weight_tying"):
-            _check_untied(weight, base, place, adapter)
+        if pair.embedding:
+            _check_untied(weight.name, weight, base, place, adapter)
         left, right = fans.factors(weight, pair)
         scale = scales.of(module, left.shape[1])
         adaptations[weight.name] = _added(adaptations, weight.name, Product(left, right, scale))
@@ -466,14 +469,16 @@ class _Fans:
 
 
 def _check_untied(
-    weight: TensorInfo, base: Mapping[str, TensorInfo], place: ModelDirectory, adapter: StoredAdapter
+    name: str, info: TensorInfo, base: Mapping[str, TensorInfo], place: ModelDirectory, adapter: StoredAdapter
 ) -> None:
-    """Raise M3Error if the input embedding would be changed where the output embedding is the same tensor."""
+    """Raise M3Error if an input embedding would be changed where the output embedding is the same tensor."""
     config = read_config(place.path if is_dir(place.path) else place.path.parent) or {}
+    if len(info.shape) != 2 or config.get("vocab_size", info.shape[0]) != info.shape[0]:
+        return
     tied = config.get("tie_word_embeddings")
-    alike = any(info.shape == weight.shape for name, info in base.items() if name != weight.name)
-    if tied is True or (tied is None and not alike):
+    alike = any(other.shape == info.shape for called, other in base.items() if called != name)
+    if not adapter.config.get("ensure_weight_tying") and (tied is True or (tied is None and not alike)):
         raise M3Error(
-            f"{adapter.name} changes {weight.name}, which is the output embedding too, though it was trained as one of"
-            " the two: store the base with an output embedding of its own and tie_word_embeddings false."
+            f"{adapter.name} changes {name}, which is the output embedding too, though it was trained as one of the"
+            " two: store the base with an output embedding of its own and tie_word_embeddings false."
         )

@@ -21,6 +21,7 @@ from m3jax.cli.displays.merges import (
     convert_json,
     convert_lines,
     estimate_lines,
+    extraction_lines,
     merge_json,
     merge_lines,
     verification_json,
@@ -211,7 +212,10 @@ def verify(
 def inspect(
     *,
     path: Annotated[
-        str, typer.Argument(metavar="PATH", help="A model directory, weight file or hub id.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="PATH", help="A model directory, weight file or hub id; or MODEL+ADAPTER.", show_default=False
+        ),
     ],
     other: Annotated[
         str | None, typer.Argument(metavar="OTHER", help="A second one to compare it with.", show_default=False)
@@ -287,7 +291,10 @@ def methods(
 def convert(
     *,
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A model directory, weight file or hub id.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="SRC", help="A model directory, weight file or hub id; or MODEL+ADAPTER.", show_default=False
+        ),
     ],
     out: Annotated[str, typer.Argument(metavar="DST", help="The directory to make.", show_default=False)],
     to: Annotated[
@@ -316,6 +323,28 @@ def convert(
         )
     shell.print_notes(result.notes, speech.quiet)
     shell.print_result(lambda: convert_json(result), lambda: convert_lines(result), speech.as_json, speech.quiet)
+
+
+@_command
+def extract_lora(
+    *,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A fine-tuned model directory or hub id.", show_default=False)
+    ],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The adapter's directory to make.", show_default=False)],
+    base: Annotated[str, typer.Option("--base", metavar="BASE", help="What it was tuned from.", show_default=False)],
+    rank: Annotated[int, typer.Option("--rank", metavar="R", min=1, help="Of the factors.", show_default=False)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if m3jax has made it.")] = False,
+    speech: options.Speech,
+) -> None:
+    """Write what a model has learned beyond its base as a LoRA adapter of PEFT."""
+    shell.silence_downloads(speech.quiet)
+    from m3jax.outputs import extraction
+
+    with terminal.progress_reporter(speech.quiet) as progress:
+        result = extraction.extract_lora(model, base, out, rank, overwrite=overwrite, progress=progress)
+    shell.print_notes(result.notes, speech.quiet)
+    shell.print_result(lambda: convert_json(result), lambda: extraction_lines(result), speech.as_json, speech.quiet)
 
 
 # --- Evaluation --------------------------------------------------------------------------------------------------

@@ -65,7 +65,9 @@ Heartbeat = Annotated[int, typer.Option("--heartbeat-timeout", hidden=True, min=
 
 # --- Evaluation ---------------------------------------------------------------------------------------------------
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A model directory or hub id.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model directory or hub id; or MODEL+ADAPTER.", show_default=False)
+]
 Data = Annotated[str | None, typer.Option("--data", metavar="FILE", help="JSONL, TSV, Parquet …, or a hub data set.")]
 BatchSize = Annotated[int, typer.Option(metavar="N", help="Prompts that run together.")]
 MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="Most tokens of an answer.")]

@@ -8,6 +8,7 @@ from m3jax.text import count_text, safe_text, shape_text, size_text, table, time
 
 if TYPE_CHECKING:  # JAX and numpy take longer to import than --help may take
     from m3jax.outputs.conversion import ConvertResult
+    from m3jax.outputs.extraction import ExtractResult
     from m3jax.outputs.manifest import Verification
     from m3jax.streaming.estimate import Estimate
     from m3jax.streaming.merging import MergeResult
@@ -147,6 +148,15 @@ def convert_lines(result: "ConvertResult") -> Iterator[str]:
     )
 
 
-def convert_json(result: "ConvertResult") -> dict[str, Any]:
+def extraction_lines(result: "ExtractResult") -> Iterator[str]:
+    """A finished extraction in a line."""
+    yield (
+        f"extracted {count_text(result.modules, 'weight')} as factors that hold {100 * result.share:.2f} % of the"
+        f" squares of what differs, and {count_text(result.saved, 'tensor')} whole, {size_text(result.bytes)}, to"
+        f" {shlex.quote(str(result.directory))} in {time_text(result.seconds)}: digest {result.digest}"
+    )
+
+
+def convert_json(result: "ConvertResult | ExtractResult") -> dict[str, Any]:
     """The same as plain data for JSON."""
     return {**result._asdict(), "directory": str(result.directory)}
