@@ -33,7 +33,7 @@ def hub_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["org/tiny", "org/tiny@main", "org/tiny@v1", f"org/tiny@{COMMIT}"])
 def test_a_hub_model_comes_from_the_cache(hub_cache, name) -> None:
-    assert locate_model(name) == (name, hub_cache / "snapshots" / COMMIT, COMMIT)
+    assert locate_model(name) == (name, hub_cache / "snapshots" / COMMIT, COMMIT, None)
 
 
 def test_what_exists_here_wins(hub_cache, tmp_path) -> None:

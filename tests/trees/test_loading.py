@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import m3jax.trees.loading
-from m3jax.checkpoints import DTYPES, ShardWriter, TensorInfo, open_safetensors, write_orbax
+from m3jax.checkpoints import DTYPES, ShardWriter, TensorInfo, locate_model, open_safetensors, write_orbax
 from m3jax.errors import M3Error
 from m3jax.trees.loading import load
 
@@ -50,10 +50,10 @@ def arrays():
 def spans(monkeypatch):
     """What is read of each tensor: (start, bytes)."""
     found: dict[str, list[tuple[int, int]]] = {}
-    opener = m3jax.trees.loading.open_checkpoint
+    opener = m3jax.trees.loading.open_model
 
-    def watched(path):
-        checkpoint = opener(path)
+    def watched(place):
+        checkpoint = opener(place)
         read = checkpoint.read_into
 
         def read_into(name, start, out):
@@ -63,7 +63,7 @@ def spans(monkeypatch):
         checkpoint.read_into = read_into
         return checkpoint
 
-    monkeypatch.setattr(m3jax.trees.loading, "open_checkpoint", watched)
+    monkeypatch.setattr(m3jax.trees.loading, "open_model", watched)
     return found
 
 
@@ -195,7 +195,7 @@ def test_boxes_are_read_once_and_rightly(tmp_path_factory, data) -> None:
 def test_long_parts_of_rows_are_read_without_the_rest(spans, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(m3jax.trees.loading, "_RUN", 16)
     w = numbers(4, 16)
-    with m3jax.trees.loading.open_checkpoint(save(tmp_path, {"w": w})) as checkpoint:
+    with m3jax.trees.loading.open_model(locate_model(str(save(tmp_path, {"w": w})))) as checkpoint:
         info = checkpoint.tensors["w"]
         (found,) = m3jax.trees.loading._read(checkpoint, info, [((0, 4), (8, 16))])
     np.testing.assert_array_equal(found, w[:, 8:])
