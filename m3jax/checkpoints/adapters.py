@@ -7,6 +7,7 @@ by name: an adapter that is half understood gives a model that nobody trained.
 import math
 import re
 from collections.abc import Mapping
+from filecmp import cmp
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,8 @@ from m3jax.errors import M3Error
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _FILES = (WEIGHTS, "adapter_model.bin")
+
+_TOKENIZERS = ("tokenizer.", "tokenizer_config.", "chat_template.", "added_tokens.")
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<which>[AB])(?:\.default)?(?P<rest>\.\w+)?")
@@ -165,6 +168,29 @@ def open_stored(place: ModelDirectory) -> tuple[Checkpoint, Adapting | None]:
 def _base_name(place: ModelDirectory) -> str:
     """What a user calls the model that an adapter is added to."""
     return place.name if place.adapter is None else place.name.removesuffix(f"+{place.adapter.name}")
+
+
+def _directory(place: ModelDirectory) -> Path:
+    return place.path if is_dir(place.path) else place.path.parent
+
+
+def tokenizer_note(place: ModelDirectory) -> str | None:
+    """What to say of an adapter with a tokenizer that is not its base's; None where it brings none.
+
+    Raises:
+        M3Error: A directory cannot be listed, or a file not read.
+    """
+    if place.adapter is None or isinstance(place.adapter.path, RemotePath) or isinstance(place.path, RemotePath):
+        return None
+    directory, base = place.adapter.path, _directory(place)
+    own = [name for name in list_names(directory) if name.startswith(_TOKENIZERS)]
+    other = sorted(name for name in own if not is_file(base / name) or not cmp(directory / name, base / name, False))
+    if not other:
+        return None
+    return (
+        f"{place.name}: {', '.join(other)} beside the adapter {'is' if len(other) == 1 else 'are'} not used, but what"
+        " the base has: copy it there if the adapter was trained with it."
+    )
 
 
 def check_no_adapter(place: ModelDirectory) -> None:
@@ -321,7 +347,8 @@ def _adapting(place: ModelDirectory, base: Mapping[str, TensorInfo], adapter: St
         for name, info in replacing.items()
     }
     for name, info in replacing.items():
-        _check_untied(names[name], info, base, place, adapter)
+        if "embed" in name or ".wte." in f".{name}":
+            _check_untied(names[name], info, base, place, adapter)
     scales = _Scales(adapter.file, adapter.config)
     fans = _Fans(adapter)
     for module, pair in pairs.items():
@@ -472,8 +499,10 @@ def _check_untied(
     name: str, info: TensorInfo, base: Mapping[str, TensorInfo], place: ModelDirectory, adapter: StoredAdapter
 ) -> None:
     """Raise M3Error if an input embedding would be changed where the output embedding is the same tensor."""
-    config = read_config(place.path if is_dir(place.path) else place.path.parent) or {}
-    if len(info.shape) != 2 or config.get("vocab_size", info.shape[0]) != info.shape[0]:
+    config = read_config(_directory(place)) or {}
+    text = config.get("text_config")
+    config = {**config, **text} if isinstance(text, dict) else config
+    if len(info.shape) != 2 or config.get("vocab_size") not in (None, info.shape[0]):
         return
     tied = config.get("tie_word_embeddings")
     alike = any(other.shape == info.shape for called, other in base.items() if called != name)

@@ -128,7 +128,8 @@ def open_model(name: str, dtype: str | None = None, mesh: jax.sharding.Mesh | No
     note = decoder.check_vocabulary(name, tokenizer, config)
     with adapters.open_model(place) as checkpoint:
         size = sum(info.nbytes for info in checkpoint.tensors.values())
-        notes = (*([note] if note is not None else []), *remarks(name, place.path, checkpoint))
+        own = (each for each in (note, adapters.tokenizer_note(place)) if each is not None)
+        notes = (*own, *remarks(name, place.path, checkpoint))
     return StoredModel(name, place, config, tokenizer, dtype, mesh, size, notes)
 
 

@@ -25,7 +25,7 @@ from m3jax.checkpoints import (
     locate_model,
     parse_size,
 )
-from m3jax.checkpoints.adapters import check_no_adapter, open_stored, seen_adapted
+from m3jax.checkpoints.adapters import check_no_adapter, open_stored, seen_adapted, tokenizer_note
 from m3jax.checkpoints.copying import pieces
 from m3jax.checkpoints.digest import Passing
 from m3jax.checkpoints.formats import SAFETENSORS, Format, written
@@ -134,7 +134,9 @@ def convert(
         source = source if adapting is None else seen_adapted(source, adapting)
         edit = _edited if dequantize else None
         total, digest, files = _convert(source, named_companions(place), out, format, size, overwrite, edit, progress)
-        tensors, notes = len(source.tensors), remarks(os.fspath(src), place, source)
+        beside = tokenizer_note(found)
+        notes = (*remarks(os.fspath(src), place, source), *([beside] if beside is not None else []))
+        tensors = len(source.tensors)
     return ConvertResult(out, format.name, tensors, total, digest, files, time.perf_counter() - begun, notes)
 
 

@@ -21,6 +21,7 @@ from m3jax.checkpoints import (
     parse_size,
     plan_shards,
 )
+from m3jax.checkpoints.adapters import tokenizer_note
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.checkpoints.trust import remarks
 from m3jax.cluster.processes import ALONE, Processes, gather
@@ -176,6 +177,7 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     picked = _picked(job.recipe, plan.template == len(models) - 1 and base is not None) if stacked else None
     unties = models[plan.template].given_head
     notes = tuple(note for m in models for note in remarks(m.input.name, m.place.path, m.checkpoint))
+    notes += tuple(note for source in sources if (note := tokenizer_note(source.place)) is not None)
     notes += tuple(notes_on_float8(job.recipe, sources))
     notes += tuple(model.note for model in models if model.note is not None)
     notes += united.notes if united is not None else ()

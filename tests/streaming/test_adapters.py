@@ -68,7 +68,11 @@ def test_a_manifest_tells_of_both_and_a_replay_holds_them_to_it(place, tmp_path)
     for name in ("base", "a"):
         (tmp_path / name).symlink_to(place / name)
     asked = {"merge_method": "linear", "models": [f"{tmp_path}/base+{tmp_path}/a"]}
-    record = m3jax.merge_checkpoint(asked, tmp_path / "out").manifest["inputs"][0]
+    (place / "a" / "tokenizer.json").write_text("{}")
+    result = m3jax.merge_checkpoint(asked, tmp_path / "out")
+    assert any("tokenizer.json beside the adapter is not used" in note for note in result.notes)
+    (place / "a" / "tokenizer.json").unlink()
+    record = result.manifest["inputs"][0]
     assert record["name"] == asked["models"][0]
     assert record["adapter"]["name"] == f"{tmp_path}/a"
     own = {f"base_model.model.{module}.lora_{which}.weight" for module in MODULES for which in "AB"}
