@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from m3jax.text import count_text, safe_text, shape_text, size_text, table, time_text
+from m3jax.text import count_text, safe_text, shape_text, share_text, size_text, table, time_text
 
 if TYPE_CHECKING:  # JAX and numpy take longer to import than --help may take
     from m3jax.outputs.conversion import ConvertResult
@@ -150,8 +150,9 @@ def convert_lines(result: "ConvertResult") -> Iterator[str]:
 
 def extraction_lines(result: "ExtractResult") -> Iterator[str]:
     """A finished extraction in a line."""
+    share = share_text(int(10**9 * result.share), 10**9)
     yield (
-        f"extracted {count_text(result.modules, 'weight')} as factors that hold {100 * result.share:.2f} % of the"
+        f"extracted {count_text(result.modules, 'weight')} as factors that hold {share} of the"
         f" squares of what differs, and {count_text(result.saved, 'tensor')} whole, {size_text(result.bytes)}, to"
         f" {shlex.quote(str(result.directory))} in {time_text(result.seconds)}: digest {result.digest}"
     )
