@@ -36,9 +36,9 @@ class Factors(NamedTuple):
         scale: float32[]: what their product is multiplied by.
     """
 
-    left: Float[Array, "rows rank"]
-    right: Float[Array, "rank columns"]
-    scale: Float[Array, ""]
+    left: Float[Any, "rows rank"]
+    right: Float[Any, "rank columns"]
+    scale: Float[Any, ""]
 
 
 def _normalised(factor: Shaped[Any, "m n"]) -> tuple[Float[Array, "m n"], Float[Array, ""]]:
@@ -100,11 +100,14 @@ def add_product(
     Raises:
         TypeError: W has another dtype.
     """
-    total = None
-    for k in range(added.left.shape[1]):
-        term = jnp.multiply(added.left[:, k : k + 1], added.right[k : k + 1])
-        term = term if short else exact.fence(term, zero)
-        total = term if total is None else total + term
+
+    def term(k: int) -> Float[Array, "rows columns"]:
+        product = jnp.multiply(added.left[:, k : k + 1], added.right[k : k + 1])
+        return product if short else exact.fence(product, zero)
+
+    total = term(0)
+    for k in range(1, added.left.shape[1]):
+        total = total + term(k)
     wide = exact.widen(jnp.asarray(weights))
     return exact.narrow(exact.add(wide, exact.multiply(added.scale, total, zero)), weights.dtype)
 

@@ -225,15 +225,16 @@ def _fits(shape: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...]) -> Ite
 def _added(weight: Any, a: Any, b: Any, scale: Any, zero: exact.Zero, place: _Place, short: bool) -> jax.Array:
     """A weight with the product of its factors added."""
 
-    def one(weight: Any, a: Any, b: Any) -> Any:
+    def one(weight: Any, a: Any, b: Any) -> jax.Array:
         rest = tuple(axis for axis in range(weight.ndim) if axis not in place.axes)
         turned = jnp.transpose(weight, (*place.axes, *rest))
         rows = math.prod(weight.shape[axis] for axis in place.axes)
         matrix = turned.reshape(rows, weight.size // rows)
         factors = lowrank.factors(a.reshape(rows, a.shape[-1]), b.reshape(b.shape[0], matrix.shape[1]), scale, zero)
         added = lowrank.add_product(matrix, factors, zero, short)
-        return jnp.transpose(added.reshape(turned.shape), np.argsort((*place.axes, *rest)))
+        return jnp.transpose(added.reshape(turned.shape), tuple(np.argsort((*place.axes, *rest)).tolist()))
 
     if place.stacked is None:
         return one(weight, a, b)
-    return jax.vmap(one, place.stacked, place.stacked)(weight, a, b)
+    stacked: jax.Array = jax.vmap(one, place.stacked, place.stacked)(weight, a, b)
+    return stacked
