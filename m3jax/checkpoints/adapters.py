@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from m3jax.checkpoints import formats
 from m3jax.checkpoints.files import joined_metadata
-from m3jax.checkpoints.formats import PICKLE
 from m3jax.checkpoints.locate import ModelDirectory, read_config
 from m3jax.checkpoints.opening import open_checkpoint
 from m3jax.checkpoints.protocol import (
@@ -197,7 +197,7 @@ def check_no_adapter(place: ModelDirectory) -> None:
     """Raise M3Error if what is named as a model is an adapter alone."""
     if place.adapter is not None or not is_dir(place.path) or not is_file(place.path / CONFIG):
         return
-    weights = [name for name in list_names(place.path) if name.endswith((".safetensors", ".msgpack", *PICKLE.endings))]
+    weights = [name for name in list_names(place.path) if any(format.names(name) for format in formats.FORMATS)]
     if any(name in _FILES for name in weights) and all(name in (*_FILES, "training_args.bin") for name in weights):
         raise M3Error(f"{place.name} is an adapter and no model: name it with its base, as BASE+{place.name}.")
 

@@ -375,16 +375,23 @@ def _links(ready: Ready) -> dict[str, str]:
 
 def _write_companions(job: MergeJob, ready: Ready, directory: Path) -> dict[str, str]:
     """Write what stands beside the weights; returns the digest of each file."""
-    then = None if job.recorded is None else job.recorded["inputs"]
-    revisions = (
-        {source.place.name: source.place.revision for source in ready.sources}
-        if then is None
-        else {entry["name"]: entry["revision"] for entry in then}
-    )
-    published = [name for name, revision in revisions.items() if revision is not None]
+    published = list(_published(job, ready))
     return modelcard.write_companions(
         directory, ready.companions, job.recipe, ready.plan.weights, published, ready.picked, ready.unties
     )
+
+
+def _published(job: MergeJob, ready: Ready) -> Iterator[str]:
+    """What came from the hub, now or when a replayed merge was made: models and adapters, as the recipe names them."""
+    if job.recorded is not None:
+        told = [(entry["name"], entry["revision"], entry.get("adapter")) for entry in job.recorded["inputs"]]
+    else:
+        told = [(source.place.name, source.place.revision, _adapter_of(source)) for source in ready.sources]
+    for name, revision, adapter in told:
+        if revision is not None:
+            yield name if adapter is None else name.removesuffix(f"+{adapter['name']}")
+        if adapter is not None and adapter["revision"] is not None:
+            yield adapter["name"]
 
 
 def _check_companions(job: MergeJob, ready: Ready) -> str | None:

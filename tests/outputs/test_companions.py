@@ -318,6 +318,9 @@ def test_a_card_names_to_the_hub_only_what_is_there() -> None:
     front = [yaml.safe_load(card(recipe, {}, published).split("---")[1]) for published in (["org/a@v1"], [])]
     assert front[0]["base_model"] == ["org/a"]
     assert "base_model" not in front[1]
+    adapted = load_recipe({"merge_method": "linear", "models": ["org/a@v1+org/lora@v2", "models/b"]})
+    told = card(adapted, {}, ["org/a@v1", "org/lora@v2"])
+    assert yaml.safe_load(told.split("---")[1])["base_model"] == ["org/a", "org/lora"]
 
 
 @pytest.mark.parametrize(
