@@ -79,7 +79,7 @@ def _viewed(model: OpenedModel, view: Checkpoint, job: "MergeJob") -> OpenedMode
     return model._replace(checkpoint=view, input=opened.input)
 
 
-def _as_meant(model: OpenedModel, job: "MergeJob") -> OpenedModel:
+def _dequantised(model: OpenedModel, job: "MergeJob") -> OpenedModel:
     """A model with numbers in place of float8 weights and scales, where a recipe asks for it, and with its adapter."""
     if model.dequantised is not None:
         model = _viewed(model, seen_dequantized(model.checkpoint, model.dequantised), job)
@@ -149,7 +149,7 @@ def open_models(job: "MergeJob", stack: ExitStack) -> OpenedModels:
     if recipe.base_model is not None and role is not None:
         sources.append(_open_model(recipe.base_model, role, job, stack))
     _check_overrides(job, sources)
-    models = [_as_meant(model, job) for model in sources]
+    models = [_dequantised(model, job) for model in sources]
     alike = _under_one_naming(_stacked_alike(_alike(models, job), job), job)
     seen, vocabulary = aligned(_with_heads(alike, job), recipe, job.scheme)
     return OpenedModels(seen, sources, False, vocabulary)
@@ -292,7 +292,7 @@ def _stack_models(job: "MergeJob", role: str | None, opened: dict[str, OpenedMod
     _check_overrides(job, list(opened.values()))
     if recipe.base_model is not None and role is not None and recipe.base_model not in opened:
         opened[recipe.base_model] = _open_model(recipe.base_model, role, job, stack)
-    views, vocabulary = aligned([_as_meant(model, job) for model in opened.values()], recipe, job.scheme)
+    views, vocabulary = aligned([_dequantised(model, job) for model in opened.values()], recipe, job.scheme)
     seen = dict(zip(opened, views, strict=True))
     models = []
     for column in columns:

@@ -142,6 +142,8 @@ def test_models_that_will_not_do(tmp_path, bert):
         load_masked_words(str(unmasked))
     with pytest.raises(M3Error, match="only absolute positions"):
         load_masked_words(str(write_bert(tmp_path / "relative", position_embedding_type="relative_key")))
+    with pytest.raises(M3Error, match="a BERT is read without an adapter"):
+        load_masked_words(f"{bert}+{bert}")
     with pytest.raises(M3Error, match="sees 40 tokens, and the prompt has"):
         load_masked_words(str(bert))(4)(Wording.of("film " * 60), 0)
 

@@ -41,6 +41,8 @@ def load_masked_words(name: str) -> MaskedWords:
         M3Error: It is absent, no BERT, incomplete, or has no tokenizer.
     """
     place = locate_model(name)
+    if place.adapter is not None:
+        raise M3Error(f"{name}: a BERT is read without an adapter: m3jax convert {name} merged, and give merged")
     if not place.path.is_dir():
         raise M3Error(f"{name}: is a weight file without config and tokenizer: give the model's directory")
     companions(place.path)  # before any of them is opened
