@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support import oracle
 from support.adapters import factors, write_adapter
 from support.directories import write
@@ -40,7 +41,12 @@ def test_the_bits_are_those_of_files(tmp_path):
     files = m3jax.load(f"{tmp_path}/base+{tmp_path}/lora", flat=True)[f"{module}.weight"]
     a, b = (tensors[f"base_model.model.{module}.lora_{which}.weight"].T for which in "AB")
     tree = {"up": {"kernel": weight.T, "kernel_lora_a": a, "kernel_lora_b": b}}
-    for found in (with_lora(tree, scale=2.0), jax.jit(lambda t: with_lora(t, scale=2.0))(tree)):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    places = {"kernel": ("x",), "kernel_lora_a": ("x",), "kernel_lora_b": (None, "x")}
+    shardings = {name: NamedSharding(mesh, PartitionSpec(*axes)) for name, axes in places.items()}
+    sharded = jax.device_put(tree, {"up": shardings})
+    jitted = jax.jit(lambda t: with_lora(t, scale=2.0))
+    for found in (with_lora(tree, scale=2.0), jitted(tree), jitted(sharded), with_lora(sharded, scale=2.0)):
         assert np.asarray(found["up"]["kernel"]).tobytes() == np.asarray(files).T.tobytes()
         assert found["up"].keys() == {"kernel"}
 
