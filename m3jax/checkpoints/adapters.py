@@ -7,6 +7,7 @@ by name: an adapter that is half understood gives a model that nobody trained.
 import math
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from filecmp import cmp
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from m3jax.checkpoints import formats
 from m3jax.checkpoints.files import joined_metadata
+from m3jax.checkpoints.formats import MSGPACK, SAFETENSORS
 from m3jax.checkpoints.locate import ModelDirectory, read_config
 from m3jax.checkpoints.opening import open_checkpoint
 from m3jax.checkpoints.protocol import (
@@ -38,6 +39,7 @@ from m3jax.errors import M3Error
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _FILES = (WEIGHTS, "adapter_model.bin")
+_WHOLE = (SAFETENSORS.endings[0], MSGPACK.endings[0])  # how files of a whole model end
 
 _TOKENIZERS = ("tokenizer.", "tokenizer_config.", "chat_template.", "added_tokens.")
 
@@ -72,14 +74,14 @@ class StoredAdapter(NamedTuple):
         checkpoint: Its tensors.
         config: Its adapter_config.json.
         file: Where that is.
-        print: What tells that file from another.
+        seen: What tells that file from another.
     """
 
     name: str
     checkpoint: Checkpoint
     config: Mapping[str, Any]
     file: Path
-    print: FileFingerprint
+    seen: FileFingerprint
 
 
 class Adapting(NamedTuple):
@@ -151,18 +153,13 @@ def open_stored(place: ModelDirectory) -> tuple[Checkpoint, Adapting | None]:
     if place.adapter is None:
         return open_checkpoint(place.path), None
     check_no_adapter(place._replace(name=_base_name(place), adapter=None))
-    adapter = _open_adapter(place.adapter)
-    try:
-        base = open_checkpoint(place.path)
-    except BaseException:
-        adapter.checkpoint.close()
-        raise
-    joined = _Joined(place.name, base, adapter)
-    try:
-        return joined, _adapting(place, base.tensors, adapter)
-    except BaseException:
-        joined.close()
-        raise
+    with ExitStack() as opened:
+        adapter = _open_adapter(place.adapter)
+        opened.enter_context(adapter.checkpoint)
+        base = opened.enter_context(open_checkpoint(place.path))
+        found = _Joined(place.name, base, adapter), _adapting(place, base.tensors, adapter)
+        opened.pop_all()  # which stay open
+    return found
 
 
 def _base_name(place: ModelDirectory) -> str:
@@ -197,8 +194,9 @@ def check_no_adapter(place: ModelDirectory) -> None:
     """Raise M3Error if what is named as a model is an adapter alone."""
     if place.adapter is not None or not is_dir(place.path) or not is_file(place.path / CONFIG):
         return
-    weights = [name for name in list_names(place.path) if any(format.names(name) for format in formats.FORMATS)]
-    if any(name in _FILES for name in weights) and all(name in (*_FILES, "training_args.bin") for name in weights):
+    names = list_names(place.path)
+    whole = any((name not in _FILES and name.endswith(_WHOLE)) or name.startswith("pytorch_model") for name in names)
+    if not whole and any(name in _FILES for name in names):  # beside them may be an optimizer's state
         raise M3Error(f"{place.name} is an adapter and no model: name it with its base, as BASE+{place.name}.")
 
 
@@ -365,7 +363,7 @@ def _adapting(place: ModelDirectory, base: Mapping[str, TensorInfo], adapter: St
             product = Product(Factor(None, (1, 1)), Factor(pair.bias.name, (1, bias.size)), scale)
             adaptations[bias.name] = _added(adaptations, bias.name, product)
     fans.check()
-    return Adapting(adaptations, frozenset(adapter.checkpoint.tensors), adapter.print["header_blake3"])
+    return Adapting(adaptations, frozenset(adapter.checkpoint.tensors), adapter.seen["header_blake3"])
 
 
 def _added(known: Mapping[str, Adaptation], name: str, product: Product) -> Adaptation:

@@ -235,6 +235,8 @@ def test_names(place):
 
 def test_what_is_no_adapter_and_what_is_no_model(place):
     write_adapter(place / "lora", factors(SHAPES, 2, 0))
+    for state in ("optimizer.pt", "training_args.bin"):
+        (place / "lora" / state).touch()
     with pytest.raises(M3Error, match=r"lora is an adapter and no model: name it with its base, as BASE\+lora"):
         check_no_adapter(locate_model("lora"))
     (place / "empty").mkdir()

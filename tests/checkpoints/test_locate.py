@@ -36,6 +36,20 @@ def test_a_hub_model_comes_from_the_cache(hub_cache, name) -> None:
     assert locate_model(name) == (name, hub_cache / "snapshots" / COMMIT, COMMIT, None)
 
 
+def test_an_adapter_and_its_base_have_revisions_of_their_own(hub_cache) -> None:
+    other = "f" * 40
+    lora = hub_cache.parent / "models--org--lora"
+    (lora / "snapshots" / other).mkdir(parents=True)
+    (lora / "snapshots" / other / "adapter_config.json").write_text("{}")
+    (lora / "refs").mkdir()
+    (lora / "refs" / "v2").write_text(other)
+    found = locate_model("org/tiny@v1+org/lora@v2")
+    adapter = ("org/lora@v2", lora / "snapshots" / other, other, None)
+    assert found == ("org/tiny@v1+org/lora@v2", hub_cache / "snapshots" / COMMIT, COMMIT, adapter)
+    with pytest.raises(M3Error, match=r"^org/tiny\+org/none: 'org/none' does not exist here"):
+        locate_model("org/tiny+org/none")
+
+
 def test_what_exists_here_wins(hub_cache, tmp_path) -> None:
     (tmp_path / "org" / "tiny").mkdir(parents=True)
     found = locate_model("org/tiny")
