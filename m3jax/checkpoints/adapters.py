@@ -43,6 +43,8 @@ _WHOLE = (SAFETENSORS.endings[0], MSGPACK.endings[0])  # how files of a whole mo
 
 _TOKENIZERS = ("tokenizer.", "tokenizer_config.", "chat_template.", "added_tokens.")
 
+_MOST = 1e30  # of r and lora_alpha, beyond which float32 ends
+
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<which>[AB])(?:\.default)?(?P<rest>\.\w+)?")
 _WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
@@ -318,9 +320,9 @@ class _Scales:
             told = next((n for p, n in patterns.items() if pattern(rf"^(?:.*\.)?(?:{p})$").search(module)), general)
         except ValueError as error:
             raise M3Error(f"{self._file}: {key} holds what is no regular expression ({error}): mend it.") from None
-        if isinstance(told, bool) or not isinstance(told, int | float) or not math.isfinite(told):
+        if isinstance(told, bool) or not isinstance(told, int | float) or not abs(told) < _MOST:
             raise M3Error(f"{self._file}: {module} has {told!r} for a number (r, lora_alpha, {key}): restore the file.")
-        return told
+        return float(told)
 
 
 # --- Tensors ---------------------------------------------------------------------------------------------

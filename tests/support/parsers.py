@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors.numpy import save_file
 
 import m3jax
 from m3jax import documents
 from m3jax.anatomy import anatomy_of
 from m3jax.checkpoints import TensorInfo, inspection, open_msgpack, open_pytorch, open_safetensors, write_msgpack
-from m3jax.checkpoints.locate import read_config
+from m3jax.checkpoints.adapters import open_model
+from m3jax.checkpoints.locate import locate_model, read_config
 from m3jax.decoder import DecoderConfig
 from m3jax.evaluation import get_task, load_rows, report
 from m3jax.evaluation.attacks.words import read_embeddings
@@ -31,6 +33,7 @@ from m3jax.recipe import load_recipe
 from m3jax.vocabulary import plan_rows, read_speakers, read_vocabulary, unite, united_files
 from m3jax.vocabulary.pieces import CONTROL, ScoredPiece, with_pieces
 from support import torch_files
+from support.adapters import factors
 from support.alignment import tokenizer
 from support.directories import write
 
@@ -97,6 +100,15 @@ def _tensors(opened: Any) -> None:
     with opened as checkpoint:
         for name, info in checkpoint.tensors.items():
             checkpoint.read_into(name, 0, memoryview(bytearray(info.nbytes)))
+
+
+def _adapter(place: Path) -> None:
+    """An adapter's configuration, beside factors that fit the good one."""
+    save_file(factors({"model.layers.0.q": (4, 3)}, 2, 0), place / "adapter_model.safetensors")
+    base = place / "base"
+    if not base.exists():
+        write(base, {"model.layers.0.q.weight": np.ones((4, 3), np.float32)})
+    _tensors(open_model(locate_model(f"{base}+{place}")))
 
 
 def _config(place: Path) -> None:
@@ -180,6 +192,16 @@ _SAMPLE = {
     **{"sample": 1, "weights": {"model": ["0x1p-1", "0x1p-1"]}, "share": 1.0, "scores": {"sst2": 0.5}},
     **{"seconds": 1.5, "granularity": "model", "optimized": None, "learning": None},
 }
+_LORA = {
+    "peft_type": "LORA",
+    "r": 2,
+    "lora_alpha": 4.0,
+    "rank_pattern": {"k": 1},
+    "alpha_pattern": {"q": 3},
+    "use_rslora": True,
+    "init_lora_weights": True,
+    "target_modules": ["q"],
+}
 _TOKENIZER = tokenizer(["<unk>", "a", "b", "ab"])
 
 
@@ -199,6 +221,7 @@ PARSERS: dict[str, Parser] = {
         "m3jax.json", lambda: (_merged() / "m3jax.json").read_bytes(), provenance.method_of
     ),
     "config": Parser("config.json", _dumped({**_CONFIG, **_PARTS}), _config),
+    "adapter": Parser("adapter_config.json", _dumped(_LORA), _adapter),
     "decoder": Parser("config.json", _dumped(_CONFIG), _decoder),
     "companion": Parser(
         "tokenizer_config.json",
