@@ -206,6 +206,20 @@ def test_a_tied_embedding_and_weights_that_are_no_floats_are_refused(place):
             open_model(locate_model(name))
 
 
+@pytest.mark.torch
+def test_an_adapter_may_be_a_file_of_pytorch(place):
+    torch = pytest.importorskip("torch", reason="needs torch: scripts/test --all")
+    tensors = factors(SHAPES, 2, 0)
+    lora = write_adapter(place / "lora", tensors)
+    (lora / "adapter_model.safetensors").unlink()
+    torch.save({name: torch.from_numpy(value) for name, value in tensors.items()}, lora / "adapter_model.bin")
+    with open_model(locate_model("base+lora")) as view:
+        want = adapted(numbers(), tensors, ATTENTION, 2.0)
+        assert whole(view, f"{ATTENTION}.weight").tobytes() == want.tobytes()
+    with pytest.raises(M3Error, match="is an adapter and no model"):
+        check_no_adapter(locate_model("lora"))
+
+
 def test_names(place):
     """What exists wins; else the last plus between two that may be models."""
     write_adapter(place / "lora", factors(SHAPES, 2, 0))
