@@ -6,7 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Bits are the same however much the compiler optimises, and most of a test is compilation: as little as it can here; as
-# users have it in tests/scripts/test_golden.py and in the processes of tests/cluster.
+# users have it where support/compiling is used, in tests/scripts/test_golden.py, and in the processes of tests/cluster.
 os.environ["XLA_FLAGS"] = (
     f"--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from support import oracle
+from support import compiling, oracle
 
 from m3jax.arithmetic import exact
 
@@ -29,7 +29,7 @@ def odd_float32s(count=1 << 20):
 def test_widening_is_exact_for_every_value(dtype):
     x = ALL_16_BIT.view(dtype)
     want = oracle.wide(x)
-    got = np.asarray(jax.jit(exact.widen)(x))
+    got = np.asarray(compiling.jit(exact.widen)(x))
     finite = ~np.isnan(want)
     assert (bits(got)[finite] == bits(want)[finite]).all()
     assert np.isnan(got[~finite]).all()
@@ -41,7 +41,7 @@ def test_narrowing_rounds_as_numpy_does(name):
     x = oracle.flush(odd_float32s())
     with np.errstate(over="ignore", invalid="ignore"):
         want = x.astype(dtype)
-    got = np.asarray(jax.jit(lambda v: exact.narrow(v, dtype))(x))
+    got = np.asarray(compiling.jit(lambda v: exact.narrow(v, dtype))(x))
     nan = np.isnan(x)
     assert got.dtype == dtype
     assert got[~nan].tobytes() == want[~nan].tobytes()
@@ -59,7 +59,7 @@ def test_flush_keeps_signs_and_the_smallest_kept_number():
     edge = np.float32(2.0**-125)
     x = np.array([edge, np.nextafter(edge, np.float32(0)), -edge, 1e-45, -1e-45, 0.0, -0.0, np.inf], np.float32)
     want = np.array([edge, 0.0, -edge, 0.0, -0.0, 0.0, -0.0, np.inf], np.float32)
-    assert (bits(jax.jit(exact.flush)(x)) == bits(want)).all()
+    assert (bits(compiling.jit(exact.flush)(x)) == bits(want)).all()
 
 
 def naive(c, xs, zero):
@@ -82,7 +82,11 @@ def test_no_compiler_contracts_across_the_fence(zero):
     want = c[0] * xs[0]
     for i in (1, 2):
         want = want + c[i] * xs[i]
-    got = jax.jit(fenced)(c, xs, zero) if zero is not None else jax.jit(lambda c, xs: fenced(c, xs, None))(c, xs)
+    got = (
+        compiling.jit(fenced)(c, xs, zero)
+        if zero is not None
+        else compiling.jit(lambda c, xs: fenced(c, xs, None))(c, xs)
+    )
     assert (bits(got) == bits(want)).all()
 
 
@@ -91,7 +95,7 @@ def test_the_fence_is_needed():
     rng = np.random.default_rng(1)
     xs = [rng.standard_normal(1 << 16).astype(np.float32) for _ in range(2)]
     c = np.array([0.3, 0.7], np.float32)
-    got = jax.jit(lambda c, xs: c[0] * xs[0] + c[1] * xs[1])(c, xs)
+    got = compiling.jit(lambda c, xs: c[0] * xs[0] + c[1] * xs[1])(c, xs)
     assert (bits(got) != bits(c[0] * xs[0] + c[1] * xs[1])).any()
 
 
@@ -100,7 +104,7 @@ def test_products_near_the_smallest_normal_number_agree():
     rng = np.random.default_rng(2)
     a = (rng.uniform(1, 2, 1 << 16) * 2.0**-63).astype(np.float32)
     b = (rng.uniform(0.5, 2, 1 << 16) * 2.0**-63).astype(np.float32)
-    got = jax.jit(exact.multiply)(a, b, np.uint32(0))
+    got = compiling.jit(exact.multiply)(a, b, np.uint32(0))
     assert (bits(got) == bits(oracle.flush(a * b))).all()
 
 

@@ -4,7 +4,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from support import oracle
+from support import compiling, oracle
 
 from m3jax.arithmetic import lowrank
 
@@ -32,7 +32,7 @@ def test_the_bits_are_those_of_numpy_and_of_every_part(weights, dtype, spread):
     whole = lowrank.factors(left, right, 0.3)
     for short in {False, lowrank.are_short(dtype)}:
         assert np.asarray(lowrank.add_product(w, whole, short=short)).tobytes() == want.tobytes()
-        compiled = jax.jit(lowrank.add_product, static_argnames="short")(w, whole, ZERO, short=short)
+        compiled = compiling.jit(lowrank.add_product, static_argnames="short")(w, whole, ZERO, short=short)
         assert np.asarray(compiled).tobytes() == want.tobytes()
     found = lowrank.host_factors(left, right, 0.3)
     for first, last in ((0, 1), (1, 6)):
@@ -51,7 +51,7 @@ def test_factors_may_be_large_and_small(powers):
     )
     left[0, 0] = 0
     want = oracle.adapted(w, left, right, 1.0)
-    got = jax.jit(lambda *x: lowrank.add_product(x[0], lowrank.factors(*x[1:])))(w, left, right, np.float32(1))
+    got = compiling.jit(lambda *x: lowrank.add_product(x[0], lowrank.factors(*x[1:])))(w, left, right, np.float32(1))
     finite = np.isfinite(want)
     assert np.asarray(got)[finite].tobytes() == want[finite].tobytes()
     assert not np.isfinite(np.asarray(got)[~finite]).any()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from support import oracle
+from support import compiling, oracle
 from support.matrix import DTYPES, FAST, METHODS, SPARSIFIERS, few, models, pairwise, same
 
 import m3jax
@@ -26,7 +26,7 @@ def case(method, sparsifier, dtype="bfloat16", n=2):
 
 
 def jitted(made, sparse):
-    return jax.jit(
+    return compiling.jit(
         lambda experts, base, weights, key: m3jax.merge(
             experts, made, base=base, weights=weights, sparsify=sparse, key=key
         )
@@ -107,7 +107,7 @@ def test_no_sharding_changes_a_bit(method, mesh):
     assert same(eager, want) == (True, [])
     for name, leaf in eager.items():
         assert leaf.sharding.is_equivalent_to(here[name].sharding, leaf.ndim), name
-    traced = jax.jit(lambda e, b: m3jax.merge(e, made, base=b, weights=WEIGHTS[:2], sparsify=sparse, key=5))
+    traced = compiling.jit(lambda e, b: m3jax.merge(e, made, base=b, weights=WEIGHTS[:2], sparsify=sparse, key=5))
     assert same(traced(there, here), want) == (True, [])
 
 
@@ -128,7 +128,7 @@ def test_slerp_is_the_oracles(dtype, t):
     experts[1]["model.norm.weight"] = experts[0]["model.norm.weight"]  # nearly parallel: a line
     want = oracle.merge(experts, method="slerp", weights=t)
     assert same(m3jax.merge(experts, m3jax.slerp(), weights=t), want) == (True, [])
-    under_jit = jax.jit(lambda e: m3jax.merge(e, m3jax.slerp(), weights=t))
+    under_jit = compiling.jit(lambda e: m3jax.merge(e, m3jax.slerp(), weights=t))
     assert same(under_jit(experts), want) == (True, [])
 
 
