@@ -173,9 +173,9 @@ ALONE = {
     ),
     "karcher": (m3jax.karcher(), {"merge_method": "karcher"}, {"method": "karcher"}, [0.5, 0.2, 0.9]),
 }
-# Of these, what measures by tensor, row, column, over the model, and what ranks and counts: the others differ in what
+# Of these, what measures by tensor, row, column, and what ranks and counts: the others differ in what
 # they make of it.
-MEASURED = ("slerp", "model_stock", "model_stock_rows", "nuslerp_columns", "sce", "ramplus_tl", "pcb_model")
+MEASURED = ("slerp", "model_stock", "model_stock_rows", "nuslerp_columns", "sce", "ramplus_tl")
 
 
 def most(method, wanted):
