@@ -3,77 +3,48 @@
 Every bad recipe is an `M3Error` with one sentence: at which dotted place, what is wrong, and the mend.
 """
 
-import json
-import os
-import reprlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    FiniteFloat,
     ModelWrapValidatorHandler,
     PlainSerializer,
     PlainValidator,
-    SerializerFunctionWrapHandler,
-    StrictInt,
-    StringConstraints,
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_serializer,
     model_validator,
 )
 
 from m3jax import documents
 from m3jax.errors import M3Error
-from m3jax.methods.rows import MethodRow, SparsifierRow, arguments
+from m3jax.methods.rows import MethodRow
 from m3jax.naming import block_of, position
-from m3jax.recipe.blocks import read_blocks, read_sparsify, weight_parameters
+from m3jax.recipe.blocks import read_blocks, weight_parameters
 from m3jax.recipe.chat_templates import read_chat_template
 from m3jax.recipe.checks import CHECKS
-from m3jax.recipe.dialect import from_dialect, read_yaml, with_override
-from m3jax.recipe.settings import (
-    Place,
-    RecipeError,
-    Setting,
-    defaults_of,
-    dotted,
-    evaluate,
-    is_gradient,
-    nearest,
-    parameters_of,
-    plain,
-    plain_parameters,
+from m3jax.recipe.dialect import from_dialect
+from m3jax.recipe.entries import (
+    AnatomySettings,
+    Dtype,
+    MixupSettings,
+    ModelEntry,
+    Name,
+    Parameters,
+    Regex,
+    Slice,
+    Source,
+    Sparsify,
+    Strict,
 )
+from m3jax.recipe.faults import say, sentence
+from m3jax.recipe.settings import Place, RecipeError, Setting, defaults_of, evaluate, is_gradient, parameters_of
 from m3jax.recipe.tokenizers import TokenizerSettings, plain_tokenizer, read_tokenizer
-from m3jax.recipe.values import OutputDtype, read_alpha, read_dtype, read_method, read_regex, read_seed, read_sparsifier
-
-Name: TypeAlias = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-Regex: TypeAlias = Annotated[str, AfterValidator(read_regex)]
-Dtype: TypeAlias = Annotated[OutputDtype | None, PlainValidator(read_dtype)]
-
-
-def _as_read(raw: object) -> dict[Any, Any]:
-    """Parameters, which were read before the schema by what the method's row says; of no method there is nothing."""
-    return dict(raw) if isinstance(raw, Mapping) else {}
-
-
-Parameters: TypeAlias = Annotated[
-    dict[str, Setting],
-    PlainValidator(_as_read),
-    PlainSerializer(plain_parameters, return_type=dict[str, Any]),
-]
-
-
-class _Strict(BaseModel):
-    """Frozen, and no key that is not known."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+from m3jax.recipe.values import OutputDtype, read_method, read_seed
 
 
 def _as_list(raw: object) -> object:
@@ -84,111 +55,7 @@ def _method_name(raw: object) -> str:
     return read_method(raw).name
 
 
-class ModelEntry(_Strict):
-    """One model of the merge: its path or hub id, and what is set for it alone."""
-
-    model: Name
-    parameters: Parameters = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_text(cls, raw: object) -> object:
-        if isinstance(raw, str):
-            return {"model": raw}
-        if not isinstance(raw, Mapping | ModelEntry):
-            raise RecipeError(f"{reprlib.repr(raw)} is not a model; write its path or hub id, quoted if it is a number")
-        return raw
-
-
-class Source(ModelEntry):
-    """One model of a slice, with the layers that it gives."""
-
-    layer_range: tuple[StrictInt, StrictInt]
-
-
-class Slice(_Strict):
-    """A run of layers with parameters of its own, as in mergekit's `slices`."""
-
-    sources: tuple[Source, ...] = Field(min_length=1)
-    parameters: Parameters = {}
-
-    @property
-    def layers(self) -> tuple[int, int]:
-        """The first layer, and the one after the last."""
-        return self.sources[0].layer_range
-
-
-class Sparsify(_Strict):
-    """What is done to each expert before they are combined; in YAML its parameters stand beside `method`.
-
-    References:
-      Yu et al., Language Models are Super Mario (DARE), 2024, arXiv 2311.03099.
-    """
-
-    method: str
-    target: Literal["delta", "weights"] = "delta"
-    parameters: Parameters = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_flat(cls, raw: object) -> object:
-        return read_sparsify(raw) if isinstance(raw, Mapping) else raw
-
-    @model_serializer
-    def _flat(self) -> dict[str, Any]:
-        return {"method": self.method, "target": self.target, **plain_parameters(self.parameters)}
-
-    @property
-    def row(self) -> SparsifierRow:
-        """Its row of the catalogue."""
-        return read_sparsifier(self.method)
-
-    def numbers(self, tensor_name: str, t: float, count: int) -> dict[str, tuple[float, ...]]:
-        """What its parameters are for one tensor, by the factory's arguments: the same for every expert.
-
-        Args:
-          tensor_name: the tensor's full name.
-          t: the tensor's position in the model.
-          count: how many experts there are.
-        """
-        defaults = {parameter.name: parameter.default for parameter in self.row.parameters}
-        found = {}
-        for argument, name in arguments(self.row.parameters, "sparsifier", "leaf").items():
-            value = evaluate(self.parameters[name], tensor_name, t)
-            missing = 1.0 if defaults[name] is None else defaults[name]
-            found[argument] = (float(missing if value is None else value),) * count  # type: ignore[arg-type]
-        return found
-
-
-class MixupSettings(_Strict):
-    """M³: the weights are drawn from Beta(α, α), or Dirichlet(α, …, α) for more than two experts.
-
-    `weights` has the outcome of earlier draws, by group ("model", the blocks, or the tensors), which is then used.
-
-    References:
-      Zhou et al., Mixup Model Merge, 2025, arXiv 2502.15434.
-    """
-
-    alpha: Annotated[float | tuple[float, float], PlainValidator(read_alpha), PlainSerializer(plain, return_type=Any)]
-    granularity: Literal["model", "layer", "tensor"] = "model"
-    weights: dict[str, tuple[FiniteFloat, ...]] | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_what_is_not_given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        told: dict[str, Any] = serialize(self)
-        return {key: value for key, value in told.items() if key != "weights" or value is not None}
-
-
-class AnatomySettings(_Strict):
-    """What tensors are, where their names do not say it; patterns are searched in stored names."""
-
-    blocks: Regex | None = None
-    stacked: dict[str, StrictInt] = {}
-    kinds: dict[str, Literal["parameter", "buffer", "statistics", "optimizer", "step", "random"]] = {}
-    tied: bool | None = None
-
-
-class Recipe(_Strict):
+class Recipe(Strict):
     """A whole merge, checked, with every default filled in.
 
     Example:
@@ -247,9 +114,9 @@ class Recipe(_Strict):
             for check in CHECKS:
                 check(recipe)
         except ValidationError as error:
-            raise M3Error(_sentence(error)) from None
+            raise M3Error(sentence(error, _SCHEMAS)) from None
         except RecipeError as fault:
-            raise M3Error(_say(fault.place, fault)) from None
+            raise M3Error(say(fault.place, fault)) from None
         return recipe
 
     @property
@@ -487,44 +354,6 @@ class Recipe(_Strict):
         yield self.parameters
 
 
-def load_recipe(
-    source: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = (), seed: int | None = None
-) -> Recipe:
-    """Reads a recipe.
-
-    Args:
-      source: a YAML file's path, or a mapping such as a manifest holds.
-      overrides: what `--set` says: "key=value" with a dotted key and a YAML value, the last one winning.
-      seed: a seed that wins over the recipe's.
-
-    Returns:
-      The recipe, checked.
-
-    Raises:
-      M3Error: the file cannot be read, or the recipe or an override is wrong.
-
-    Example:
-      >>> load_recipe({"merge_method": "linear", "models": ["a", "b"]}, ["mixup.alpha=0.5"], seed=7).seed
-      7
-    """
-    origin = "recipe" if isinstance(source, Mapping) else os.fspath(source)
-    if overrides or seed is not None:
-        origin += " with the given changes"
-    raw: object = source if isinstance(source, Mapping) else read_yaml(source)
-    for override in overrides:
-        raw = with_override(raw, override)
-    if seed is not None and isinstance(raw, Mapping):
-        raw = {**raw, "seed": seed}
-    try:
-        recipe = Recipe.model_validate(raw)
-        json.dumps(recipe.resolved(), ensure_ascii=False).encode()
-    except M3Error as error:
-        raise M3Error(f"{origin}: {error}") from None
-    except UnicodeEncodeError:
-        raise M3Error(f"{origin}: holds half a character (a lone surrogate such as \\ud800): remove it") from None
-    return recipe
-
-
 _SCHEMAS: dict[Place, type[BaseModel]] = {
     (): Recipe,
     ("models",): ModelEntry,
@@ -534,41 +363,3 @@ _SCHEMAS: dict[Place, type[BaseModel]] = {
     ("mixup",): MixupSettings,
     ("anatomy",): AnatomySettings,
 }
-
-
-_WANTED = {
-    "string_type": "text, quoted if it looks like a number",
-    "string_too_short": "a name that is not empty",
-    "tuple_type": "a list",
-    "too_short": "a longer list",
-    "too_long": "a shorter list",
-    "model_type": "'key: value' lines",
-    "bool_type": "true or false",
-    "int_type": "a whole number",
-    "invalid_key": "keys that are text, quoted if YAML reads them as something else",
-}
-
-
-def _say(place: Place, message: object) -> str:
-    return f"{dotted(place)}: {message}" if place else str(message)
-
-
-def _sentence(error: ValidationError) -> str:
-    """The one sentence for the first thing that pydantic found wrong."""
-    found = error.errors(include_url=False)
-    # a misspelt key is also a missing one; the misspelling says more
-    first = min(found, key=lambda entry: entry["type"] != "extra_forbidden")
-    place, got = first["loc"], reprlib.repr(first["input"])
-    match first["type"]:
-        case "value_error":
-            cause = first["ctx"]["error"]
-            return _say((*place, *getattr(cause, "place", ())), cause)
-        case "extra_forbidden":
-            schema = _SCHEMAS[tuple(key for key in place[:-1] if isinstance(key, str))]
-            return _say(place, f"unknown key; {nearest(str(place[-1]), schema.model_fields)}")
-        case "missing":
-            return _say(place, "missing; add it")
-        case "literal_error":
-            return _say(place, f"{got} is not one of {first['ctx']['expected']}; write one of them")
-        case kind:
-            return _say(place, f"{got} does not fit here; write {_WANTED.get(kind, 'another value')}")
