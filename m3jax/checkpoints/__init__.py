@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from m3jax.checkpoints.shards import parse_size as parse_size
     from m3jax.checkpoints.shards import plan_shards as plan_shards
     from m3jax.checkpoints.shards import write_index as write_index
+    from m3jax.checkpoints.shards import write_outline as write_outline
 
 # Imported when first used, so that the command line can name formats without numpy.
 _HOMES = {
@@ -64,6 +65,7 @@ _HOMES = {
     "write_index": "shards",
     "write_msgpack": "msgpack_writer",
     "write_orbax": "orbax_writer",
+    "write_outline": "shards",
     "write_safetensors": "copying",
 }
 __all__ = sorted(_HOMES)

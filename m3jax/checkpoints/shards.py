@@ -54,6 +54,18 @@ def header_digest(tensors: Sequence[TensorInfo]) -> str:
     return blake3(_encode_header(_layout(tensors), WEIGHTS_METADATA)[8:]).hexdigest()
 
 
+def write_outline(path: Path, tensors: Sequence[TensorInfo]) -> None:
+    """A file with the header that `ShardWriter` would give it, and holes in place of tensors.
+
+    Args:
+        path: Where.
+        tensors: What the file is to hold.
+    """
+    with open(path, "wb") as file:
+        written = file.write(_encode_header(_layout(tensors), WEIGHTS_METADATA))
+        file.truncate(written + sum(info.nbytes for info in tensors))
+
+
 class ShardWriter:
     """Writes one safetensors file whose tensors are known beforehand and whose bytes come in any order.
 

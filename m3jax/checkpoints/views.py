@@ -18,8 +18,8 @@ from m3jax.checkpoints.protocol import Checkpoint, Closing, FileFingerprint, Ten
 from m3jax.errors import M3Error
 from m3jax.naming import block_of, layer_position
 
-Run: TypeAlias = tuple[Checkpoint, int, int]
-"""Blocks of a checkpoint: it, the first block, and the one after the last."""
+Run: TypeAlias = tuple[Checkpoint | None, int, int]
+"""Blocks of a checkpoint: it, the first block, and the one after the last; a gap of as many blocks for None."""
 
 WRAPPER = "params"
 """The key under which Flax keeps parameters, beside which a train state has other trees."""
@@ -320,6 +320,38 @@ def _wrapper(names: set[str], below: Mapping[str, set[str]], other: set[str]) ->
     return shallow[0] if len(shallow) == 1 else ""
 
 
+# --- Parts of models -------------------------------------------------------------------------------------
+
+
+def part_of(checkpoint: Checkpoint, names: Iterable[str]) -> Checkpoint:
+    """A checkpoint with some of its tensors.
+
+    Args:
+        checkpoint: An open checkpoint, which the view closes.
+        names: Of the tensors.
+    """
+    return View(checkpoint.location, {name: (checkpoint, name) for name in names}, [checkpoint])
+
+
+def beside(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
+    """Parts of models as one checkpoint.
+
+    Args:
+        checkpoints: Open, which the view closes; no name is in two of them.
+
+    Raises:
+        M3Error: A name is in two of them.
+    """
+    places: dict[str, tuple[Checkpoint, str]] = {}
+    for checkpoint in checkpoints:
+        twice = next((name for name in checkpoint.tensors if name in places), None)
+        if twice is not None:
+            raise M3Error(f"{twice} is in two parts, of {places[twice][0].location} and {checkpoint.location}.")
+        places |= {name: (checkpoint, name) for name in checkpoint.tensors}
+    location = ", ".join(dict.fromkeys(checkpoint.location for checkpoint in checkpoints))
+    return View(location, places, list({id(checkpoint): checkpoint for checkpoint in checkpoints}.values()))
+
+
 # --- Other blocks ----------------------------------------------------------------------------------------
 
 
@@ -347,7 +379,7 @@ def stacked_layers(runs: Sequence[Run]) -> Checkpoint:
 
     Args:
         runs: Checkpoints, which the view closes, each with the first block and the one after the last. A block may be
-            in several runs, and a checkpoint too.
+            in several runs, and a checkpoint too; where a run is a gap, so is what stands beside it.
 
     Returns:
         The view.
@@ -358,23 +390,29 @@ def stacked_layers(runs: Sequence[Run]) -> Checkpoint:
     """
     if not runs:
         raise M3Error("no layers are selected: give at least one run of them.")
-    stack = _common_stack([checkpoint for checkpoint, _, _ in runs])
+    stack = _common_stack([checkpoint for checkpoint, _, _ in runs if checkpoint is not None])
     first, last = runs[0][0], runs[-1][0]
     places: dict[str, tuple[Checkpoint, str]] = {}
     for checkpoint, before in ((first, True), (last, False)):
+        if checkpoint is None:
+            continue
         outside = (name for name in checkpoint.tensors if block_of(name) is None)
         places |= {name: (checkpoint, name) for name in outside if (layer_position(name, 1) == 0.0) == before}
     number = 0
     for checkpoint, begin, end in runs:
+        if checkpoint is None:
+            number += end - begin
+            continue
         blocks = _blocks(checkpoint)
         _check_run(checkpoint, len(blocks), begin, end)
         for block in range(begin, end):
             for rest, name in blocks[block].items():
                 places[f"{stack}.{number}{rest}"] = checkpoint, name
             number += 1
-    viewed = list({id(checkpoint): checkpoint for checkpoint, _, _ in runs}.values())
+    there = [(checkpoint, begin, end) for checkpoint, begin, end in runs if checkpoint is not None]
+    viewed = list({id(checkpoint): checkpoint for checkpoint, _, _ in there}.values())
     _check_widths(viewed)
-    location = ", ".join(f"layers {begin} to {end} of {checkpoint.location}" for checkpoint, begin, end in runs)
+    location = ", ".join(f"layers {begin} to {end} of {checkpoint.location}" for checkpoint, begin, end in there)
     return View(location, places, viewed)
 
 

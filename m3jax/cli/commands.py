@@ -28,6 +28,7 @@ from m3jax.cli.displays.merges import (
     verification_lines,
 )
 from m3jax.cli.displays.methods import merged_by_line, method_json, method_lines, methods_json, methods_lines
+from m3jax.cli.displays.recipes import check_json, check_lines, explanation_lines
 from m3jax.errors import M3Error
 
 if TYPE_CHECKING:
@@ -66,8 +67,17 @@ def _options(
     pass
 
 
+recipes = typer.Typer(help="Check recipes, start new ones, and teach editors what they hold.", no_args_is_help=True)
+app.add_typer(recipes, name="recipe", rich_help_panel=None)
+
+
 def _command(work: Callable[..., None]) -> Callable[..., None]:
     return app.command()(options.grouped(work))
+
+
+def _recipe_command(work: Callable[..., None]) -> Callable[..., None]:
+    name = work.__name__.partition("_")[0]
+    return recipes.command(name)(options.grouped(work))
 
 
 # --- Merges ------------------------------------------------------------------------------------------------------
@@ -88,6 +98,9 @@ def merge(
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what the merge would read, write and take; read no weights.")
     ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say what would happen to each tensor, and why; read no weights.")
+    ] = False,
     machines: options.Machines,
     speech: options.Speech,
 ) -> None:
@@ -95,6 +108,15 @@ def merge(
 
     An interrupted merge keeps its finished files; the same command resumes it.
     """
+    if explain:
+        from m3jax.streaming.explaining import explain_recipe
+
+        if plan:
+            raise M3Error("--explain and --plan say different things: give one of them")
+        explained, width = explain_recipe(recipe, out, changes.all(), changes.seed, overwrite), terminal.width()
+        shell.print_notes(explained.notes, speech.quiet)
+        shell.print_result(explained.to_json, lambda: explanation_lines(explained, width), speech.as_json)
+        return
     if plan:
         from m3jax.streaming.estimate import estimate_recipe
 
@@ -203,6 +225,48 @@ def verify(
     shell.print_result(lambda: verification_json(found), lambda: verification_lines(found), speech.as_json, still)
     if found.differences:
         raise typer.Exit(shell.BAD_INPUT)
+
+
+# --- Recipes -----------------------------------------------------------------------------------------------------
+
+
+@_recipe_command
+def check_recipe(
+    *,
+    recipe: Annotated[str, typer.Argument(metavar="FILE", help="A YAML file.", show_default=False)],
+    changes: options.Changes,
+    as_json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Read a recipe and say what is wrong with it; no model is looked for.
+
+    The exit code is 2 if it cannot be read. `m3jax merge FILE OUT --explain` holds it against its models too.
+    """
+    from m3jax.recipe import load_recipe
+
+    loaded = load_recipe(recipe, changes.all(), changes.seed)
+    shell.print_notes(loaded.notes(), as_json)
+    shell.print_result(lambda: check_json(loaded), lambda: check_lines(loaded), as_json)
+
+
+@_recipe_command
+def schema_of_recipes(*, debug: options.Debug = False) -> None:
+    """Print the JSON schema of recipes, for editors that complete and check YAML."""
+    from m3jax.recipe.editors import recipe_schema
+
+    shell.print_json(recipe_schema())
+
+
+@_recipe_command
+def new_recipe(
+    *,
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="As `m3jax methods` lists them.", show_default=False)],
+    debug: options.Debug = False,
+) -> None:
+    """Print a recipe of a method to start from, with a comment to each line."""
+    from m3jax.recipe.starting import new_recipe as written
+
+    shell.print_result(dict, lambda: written(method).splitlines(), False)
 
 
 # --- Checkpoints -------------------------------------------------------------------------------------------------

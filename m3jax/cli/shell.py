@@ -215,12 +215,14 @@ def resumable(out: str, known: str | None = None) -> Iterator[None]:
         if known is not None:
             raise KeyboardInterrupt(known) from None
         from m3jax.checkpoints.remote import is_url
-        from m3jax.outputs.local import partial_directory
+        from m3jax.outputs.local import intermediates_directory, partial_directory
 
         if is_url(out):
             kept = f"what has been sent to {out} is kept, and the same command resumes"
-        elif (partial := partial_directory(Path(out))).exists():
-            kept = f"what is finished is in {partial}, and the same command resumes"
+        elif places := [
+            str(place) for place in (partial_directory(Path(out)), intermediates_directory(Path(out))) if place.exists()
+        ]:
+            kept = f"what is finished is in {' and '.join(places)}, and the same command resumes"
         else:
             kept = "nothing is kept"
         raise KeyboardInterrupt(kept) from None

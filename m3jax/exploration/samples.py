@@ -54,6 +54,11 @@ def space_of(recipe: Recipe, plan: MergePlan) -> Space:
         )
     if recipe.mixup.weights is not None:
         raise M3Error("mixup.weights: are given, so there are no ratios to explore: remove them")
+    if recipe.mixup.smooth:
+        raise M3Error(
+            "mixup.smooth: exploration draws each layer by itself: leave it out (--set mixup.smooth=0), or merge with"
+            " several seeds"
+        )
     pipe = plan.pipeline
     root = threefry.root_key(recipe.seed)
     return Space(tuple(plan.weights), pipe.num_experts, recipe.mixup.alpha, pipe.method.weighting == "position", root)

@@ -5,7 +5,7 @@ References:
     arXiv 2502.15434, 2025.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -162,6 +162,50 @@ def likelihood_of_one(alpha: float | tuple[float, float], num_experts: int, shar
         return float(betainc(a, b, 1.0 - share) + betainc(b, a, 1.0 - share))
     # Each weight of a symmetric Dirichlet is Beta(α, (n − 1)·α).
     return float(num_experts * betainc(alpha * (num_experts - 1), alpha, 1.0 - share))
+
+
+def draw_walk(
+    key: Any,
+    alpha: float | tuple[float, float],
+    num_experts: int,
+    blocks: Mapping[int, str],
+    smooth: float,
+) -> dict[str, tuple[float, ...]]:
+    """Merging weights of blocks that share a random walk, each block's distributed as `draw_weights` has it.
+
+    Each stick of each block is a standard normal number, `smooth` times its neighbour's and the rest its own; the Beta
+    quantile is taken at that number's probability. Without `smooth` these are the weights of `draw_weights`.
+
+    Args:
+        key: As for `draw_weights`.
+        alpha: As for `draw_weights`.
+        num_experts: As for `draw_weights`.
+        blocks: The group of each block, by its number; numbers that are absent are walked past.
+        smooth: The correlation of neighbours, in [0, 1).
+
+    Returns:
+        Weights by group.
+
+    Example:
+        >>> draw_walk(0, 0.5, 2, {3: "layers.3"}, 0.9)["layers.3"] == draw_weights(0, 0.5, 2, "layers.3")
+        True
+    """
+    from scipy.special import ndtr, ndtri
+
+    found, before, last = {}, np.zeros(num_experts - 1), None
+    for number in sorted(blocks):
+        words = group_key(key, blocks[number])
+        p = np.array([float(uniform(words, stick)) for stick in range(num_experts - 1)])
+        own = ndtri(np.clip(p, 2.0**-64, 1.0 - 2.0**-53))
+        shared = 0.0 if last is None else smooth ** (number - last)
+        if shared:
+            before = shared * before + np.sqrt(1.0 - shared * shared) * own
+            p = ndtr(before)
+        else:
+            before = own
+        found[blocks[number]] = weights_at([float(each) for each in p], alpha)
+        last = number
+    return found
 
 
 def draw_position(key: Any, alpha: float | tuple[float, float], group: str | None = None) -> float:

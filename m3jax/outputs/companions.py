@@ -21,7 +21,7 @@ from m3jax.methods import catalogue
 from m3jax.methods.mixup import draw_weights
 from m3jax.outputs import provenance
 from m3jax.outputs.copies import CHAT_TEMPLATE_JSON, read_entries, write_copy
-from m3jax.outputs.layers import untied, with_layers
+from m3jax.outputs.layers import untied, with_module_layers
 from m3jax.outputs.manifest import README
 from m3jax.outputs.modes import copy_mode
 from m3jax.recipe import Recipe
@@ -238,13 +238,13 @@ def _chosen_template(recipe: Recipe, files: Mapping[str, Path]) -> str | None:
 
 
 def _merged_config(
-    config: dict[str, Any], dtype: str | None, picked: Sequence[int] | None, unties: bool
+    config: dict[str, Any], dtype: str | None, picked: Mapping[str | None, Sequence[int]] | None, unties: bool
 ) -> dict[str, Any]:
     """The template's config with the dtype and the layers that were written, under the keys that it uses."""
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
     written = config if dtype is None else config | dict.fromkeys(keys, dtype)
     if picked is not None:
-        written = with_layers(written, picked)
+        written = with_module_layers(written, picked)
     return untied(written) if unties else written
 
 
@@ -264,7 +264,7 @@ def write_companions(
     recipe: Recipe,
     weights: Mapping[str, Sequence[float]],
     published: Sequence[str] = (),
-    picked: Sequence[int] | None = None,
+    picked: Mapping[str | None, Sequence[int]] | None = None,
     unties: bool = False,
 ) -> dict[str, str]:
     """Write everything but weights and manifest.
@@ -275,7 +275,7 @@ def write_companions(
         recipe: The recipe, for dtype, chat template and card.
         weights: Of the experts, by group, for the card.
         published: The models that are on the hub, as the recipe names them, for the card.
-        picked: See `layers.with_layers`; None where layers are as they were.
+        picked: See `layers.with_module_layers`; None where layers are as they were.
         unties: Say that the output embedding is a tensor of its own.
 
     Returns:
@@ -315,9 +315,9 @@ def card(recipe: Recipe, weights: Mapping[str, Sequence[float]], published: Sequ
 
     Its front matter is read by the hub, which knows models by their ids there and nothing of paths elsewhere.
     """
-    names = [entry.model for entry in recipe.experts]
-    everyone = [*([recipe.base_model] if recipe.base_model else []), *names]
-    parts = [part for name in everyone for part in _parts(name)]
+    sections = recipe.every_section
+    names = list(dict.fromkeys(entry.model for section in sections for entry in section.experts))
+    parts = [part for name in recipe.named_models for part in _parts(name)]
     known = list(dict.fromkeys(part.partition("@")[0] for part in parts if part in published))
     front = {"base_model": known} if known else {}
     head = _yaml({**front, "library_name": "transformers", "tags": ["merge", "m3jax", recipe.merge_method]})
@@ -345,7 +345,9 @@ def _parts(name: str) -> tuple[str, ...]:
 def _weights(recipe: Recipe, weights: Mapping[str, Sequence[float]], is_draw: bool) -> str:
     """A sentence, and a table if there is more than one group, on the weights of the experts."""
     alpha = recipe.mixup.alpha if recipe.mixup is not None else 0
-    law = f"Beta/Dirichlet with α = {alpha}, seed {recipe.seed} (Mixup Model Merge, arXiv 2502.15434)"
+    smooth = recipe.mixup.smooth if recipe.mixup is not None else 0
+    walk = f", neighbouring layers by a walk of correlation {smooth}" if smooth else ""
+    law = f"Beta/Dirichlet with α = {alpha}{walk}, seed {recipe.seed} (Mixup Model Merge, arXiv 2502.15434)"
     said = f"Weights drawn from {law}" if is_draw else f"Weights chosen in place of a draw from {law}"
     if len(weights) == 1:
         (values,) = weights.values()
@@ -357,6 +359,8 @@ def _weights(recipe: Recipe, weights: Mapping[str, Sequence[float]], is_draw: bo
 def _is_draw(recipe: Recipe, group: str, values: Sequence[float]) -> bool:
     """Whether these are the weights that the recipe draws for a group; of slerp there is one."""
     assert recipe.mixup is not None
+    if recipe.mixup.smooth:
+        return True  # for which no others can be given
     named = None if recipe.mixup.granularity == "model" else group
     drawn = draw_weights(recipe.seed, recipe.mixup.alpha, len(recipe.experts), named)
     return tuple(values) == drawn[: len(values)]

@@ -61,6 +61,11 @@ def partial_directory(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+def intermediates_directory(out: Path) -> Path:
+    """Where the merges are made and kept that the merge of `out` starts from."""
+    return out.with_name(out.name + ".intermediates")
+
+
 def replaced_with(out: Path, place: Path) -> Path | None:
     """The directory that goes when an output is made, if a model that is read is in it.
 

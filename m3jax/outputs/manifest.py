@@ -11,6 +11,7 @@ import platform
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as brief  # what a file says may be long without end
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from blake3 import blake3
@@ -120,6 +121,7 @@ def build(
     max_shard_size: int,
     scheme: str = SCHEME,
     anatomy: Mapping[str, Any] | None = None,
+    intermediates: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The manifest as plain data; the same merge gives the same manifest, wherever and whenever it is done.
 
@@ -134,6 +136,7 @@ def build(
         max_shard_size: Bytes.
         scheme: How its bits were made.
         anatomy: What was known of the tensors, for people.
+        intermediates: The manifests of merges that were made to be inputs, by name.
     """
     return {
         "m3jax": versions()["m3jax"],
@@ -159,6 +162,7 @@ def build(
             }
             for record in inputs
         ],
+        **({"intermediates": dict(intermediates)} if intermediates else {}),
         "output": {
             "digest": _whole(output),
             "max_shard_size": max_shard_size,
@@ -218,7 +222,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = locate(path)
     manifest = _read(file)
-    if manifest.get(_OWN_DIGEST, own_digest(manifest)) != own_digest(manifest):
+    if any(told.get(_OWN_DIGEST, own_digest(told)) != own_digest(told) for told in (manifest, *_within(manifest))):
         raise M3Error(f"{file}: was changed after it was written: restore the file that m3jax merge wrote")
     return manifest
 
@@ -233,7 +237,7 @@ def _read(file: Path) -> dict[str, Any]:
     except FAULTS as error:
         said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise M3Error(f"{file}: is not a manifest of m3jax ({said}): restore the file that m3jax merge wrote") from None
-    if manifest["bits"] not in SCHEMES:
+    if any(told["bits"] not in SCHEMES for told in (manifest, *_within(manifest))):
         raise M3Error(
             f"{file}: was made with bits {manifest['bits']!r}, but this version makes {', '.join(SCHEMES)}: use another"
         )
@@ -274,6 +278,15 @@ def _check(manifest: Mapping[str, Any]) -> None:
     told = {name: (e["dtype"], e["shape"], e["digest"]) for name, e in manifest["output"]["tensors"].items()}
     if digest_checkpoint(told) != manifest["output"]["digest"]:
         raise ValueError("its digest is not that of its tensors")
+    for name, within in manifest.get("intermediates", {}).items():
+        if not isinstance(within, dict) or within.get("intermediates"):
+            raise ValueError(f"what it records of {brief(name)} is no manifest of one merge")
+        _check(within)
+
+
+def _within(manifest: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
+    """The manifests of the merges that one started from."""
+    return list(manifest.get("intermediates", {}).values())
 
 
 def _check_object(holder: Mapping[str, Any], key: str) -> None:

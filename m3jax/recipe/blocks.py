@@ -29,17 +29,25 @@ def read_blocks(raw: dict[Any, Any]) -> dict[Any, Any]:
         row = read_method(raw.get("merge_method"))
     except RecipeError:
         return raw  # the schema says it at its place
-    read = dict(raw)
-    if "parameters" in raw:
-        read["parameters"] = read_parameters(raw["parameters"], row, ("parameters",))
-    if isinstance(raw.get("models"), list | tuple):
-        read["models"] = [_read_entry(entry, row, ("models", i)) for i, entry in enumerate(raw["models"])]
-    if isinstance(raw.get("slices"), list | tuple):
-        read["slices"] = [_read_slice(part, row, ("slices", i)) for i, part in enumerate(raw["slices"])]
+    read: dict[Any, Any] = _read_holder(raw, row, ())
+    if isinstance(raw.get("modules"), Mapping):
+        read["modules"] = {name: _read_holder(part, row, ("modules", name)) for name, part in raw["modules"].items()}
     return read
 
 
-def _read_entry(entry: object, row: MethodRow, place: Place) -> object:
+def _read_holder(raw: Any, row: MethodRow, place: Place) -> Any:
+    """A recipe, or one of its modules, with the blocks of its models and slices read."""
+    if not isinstance(raw, Mapping):
+        return raw
+    read = dict(_read_entry(raw, row, place))
+    if isinstance(raw.get("models"), list | tuple):
+        read["models"] = [_read_entry(entry, row, (*place, "models", i)) for i, entry in enumerate(raw["models"])]
+    if isinstance(raw.get("slices"), list | tuple):
+        read["slices"] = [_read_slice(part, row, (*place, "slices", i)) for i, part in enumerate(raw["slices"])]
+    return read
+
+
+def _read_entry(entry: Any, row: MethodRow, place: Place) -> Any:
     if not isinstance(entry, Mapping) or "parameters" not in entry:
         return entry
     return {**entry, "parameters": read_parameters(entry["parameters"], row, (*place, "parameters"))}

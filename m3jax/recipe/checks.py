@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from m3jax.recipe.blocks import weight_parameters
+from m3jax.recipe.entries import Module, Slice
+from m3jax.recipe.sections import entries_of
 from m3jax.recipe.settings import (
     Place,
     RecipeError,
@@ -22,40 +24,51 @@ if TYPE_CHECKING:
 def placed_blocks(recipe: "Recipe") -> Iterator[tuple[Place, dict[str, Setting]]]:
     """Every block of parameters in the recipe, with its place."""
     yield ("parameters",), recipe.parameters
-    for i, entry in enumerate(recipe.models):
-        yield ("models", i, "parameters"), entry.parameters
-    for i, part in enumerate(recipe.slices or ()):
-        yield ("slices", i, "parameters"), part.parameters
-        for j, source in enumerate(part.sources):
-            yield ("slices", i, "sources", j, "parameters"), source.parameters
+    for place, holder in _holders(recipe):
+        if isinstance(holder, Module):
+            yield (*place, "parameters"), holder.parameters
+        for i, part in enumerate(holder.slices or ()):
+            yield (*place, "slices", i, "parameters"), part.parameters
+        for where, entry in entries_of(holder):
+            yield (*place, *where, "parameters"), entry.parameters
+
+
+def _holders(recipe: "Recipe") -> "Iterator[tuple[Place, Recipe | Module]]":
+    """What has models or slices: the recipe, or its modules."""
+    yield (), recipe
+    yield from ((("modules", name), module) for name, module in (recipe.modules or {}).items())
+
+
+def check_models(recipe: "Recipe") -> None:
+    """Something is merged."""
+    if recipe.models is None and recipe.slices is None and recipe.modules is None:
+        raise RecipeError("missing; add it", "models")
 
 
 def check_slices(recipe: "Recipe") -> None:
-    """Every slice has layers, as many of each of its sources, and as many sources as the others."""
-    for i, part in enumerate(recipe.slices or ()):
-        for j, source in enumerate(part.sources):
-            first, last = source.layer_range
-            if first < 0 or last <= first:
-                place = ("slices", i, "sources", j, "layer_range")
-                raise RecipeError(
-                    f"[{first}, {last}] holds no layers; write the first and the one after the last", *place
-                )
-        lengths = {last - first for first, last in (source.layer_range for source in part.sources)}
-        if len(lengths) > 1:
-            said = ", ".join(f"{s.model} {list(s.layer_range)}" for s in part.sources)
-            raise RecipeError(f"the sources have runs of different lengths ({said}); make them equal", "slices", i)
-        if recipe.stacks and len(part.sources) != len(recipe.slices[0].sources):  # type: ignore[index]
-            counts = len(part.sources), len(recipe.slices[0].sources)  # type: ignore[index]
-            raise RecipeError(
-                f"has {counts[0]} sources where the first slice has {counts[1]}; give all slices as many", "slices", i
-            )
+    """Every slice has layers, and as many of each of its sources."""
+    for place, holder in _holders(recipe):
+        for i, part in enumerate(holder.slices or ()):
+            _check_slice(part, (*place, "slices", i))
+
+
+def _check_slice(part: Slice, place: Place) -> None:
+    for j, source in enumerate(part.sources):
+        first, last = source.layer_range
+        if first < 0 or last <= first:
+            where = (*place, "sources", j, "layer_range")
+            raise RecipeError(f"[{first}, {last}] holds no layers; write the first and the one after the last", *where)
+    lengths = {last - first for first, last in (source.layer_range for source in part.sources)}
+    if len(lengths) > 1:
+        said = ", ".join(f"{source.model} {list(source.layer_range)}" for source in part.sources)
+        raise RecipeError(f"the sources have runs of different lengths ({said}); make them equal", *place)
 
 
 def check_names(recipe: "Recipe") -> None:
     """Each parameter is one that the method has, at a level where it can vary."""
     known = parameters_of(recipe.row)
     for place, block in placed_blocks(recipe):
-        levels = ("expert",) if "sources" in place or "models" in place else ("expert", "tensor")
+        levels = ("expert",) if "sources" in place[:-1] or "models" in place[:-1] else ("expert", "tensor")
         for name, value in block.items():
             if name not in known:
                 if mergekits(name):
@@ -72,7 +85,7 @@ def check_names(recipe: "Recipe") -> None:
 
 def check_base(recipe: "Recipe") -> None:
     """The base is named where something needs it."""
-    if recipe.uses_base and recipe.base_model is None:
+    if recipe.uses_base and any(section.base is None for section in recipe.every_section):
         raise RecipeError(f"missing, and {recipe.merge_method} works on differences from it; name it", "base_model")
     if recipe.tokenizer_source == "base" and recipe.base_model is None:
         raise RecipeError("'base' needs a base_model; name one, or write union or a model", "tokenizer_source")
@@ -80,10 +93,9 @@ def check_base(recipe: "Recipe") -> None:
 
 def check_tokenizers(recipe: "Recipe") -> None:
     """Whatever is said of vocabularies is of models that are merged."""
-    sources = (source.model for part in recipe.slices or () for source in part.sources)
-    names = list(
-        dict.fromkeys([*(entry.model for entry in recipe.models), *sources, *filter(None, [recipe.base_model])])
-    )
+    sections = recipe.every_section
+    experts = [entry.model for section in sections for entry in section.experts]
+    names = list(dict.fromkeys([*experts, *filter(None, [recipe.base_model, *(each.base for each in sections)])]))
     for i, name in enumerate(recipe.also_for):
         if name not in names:
             raise RecipeError(f"{name} is not one of the models; {nearest(name, names)}", "also_for", i)
@@ -97,21 +109,25 @@ def check_tokenizers(recipe: "Recipe") -> None:
 
 
 def check_experts(recipe: "Recipe") -> None:
-    """There are as many experts as the method merges."""
-    count, (fewest, most) = len(recipe.experts), recipe.row.experts
+    """There are as many experts as the method merges, in every section."""
+    for section in recipe.every_section:
+        if (wrong := _wrong_count(recipe, len(section.experts))) is not None:
+            raise RecipeError(wrong, *section.place)
+
+
+def _wrong_count(recipe: "Recipe", count: int) -> str | None:
+    """What to say of a number of experts that the method does not merge; None where it does."""
+    fewest, most = recipe.row.experts
     if fewest == most and count != fewest:
         base = ", and base_model is one if given," if recipe.row.base == "first" else ","
-        raise RecipeError(
-            f"{recipe.merge_method} merges {fewest} model{'' if fewest == 1 else 's'}{base} not {count}", "models"
-        )
+        return f"{recipe.merge_method} merges {fewest} model{'' if fewest == 1 else 's'}{base} not {count}"
     if count < fewest:
         found = f"{count} expert{'' if count == 1 else 's'}" if count else "no expert"
         wanted = "one or more" if fewest == 1 else f"{fewest} or more"
-        raise RecipeError(
-            f"{found}, and {recipe.merge_method} needs {wanted} (base_model is not one of them); add a model", "models"
-        )
+        return f"{found}, and {recipe.merge_method} needs {wanted} (base_model is not one of them); add a model"
     if most is not None and count > most:
-        raise RecipeError(f"{recipe.merge_method} merges at most {most}, not {count}; remove some", "models")
+        return f"{recipe.merge_method} merges at most {most}, not {count}; remove some"
+    return None
 
 
 def check_mixup(recipe: "Recipe") -> None:
@@ -120,8 +136,13 @@ def check_mixup(recipe: "Recipe") -> None:
         return
     if recipe.row.weighting == "none":
         raise RecipeError(f"draws weights, and {recipe.merge_method} takes none; remove it", "mixup")
+    if len(recipe.counts) > 1:
+        said = " and ".join(map(str, recipe.counts))
+        raise RecipeError(f"draws weights for as many experts everywhere, and here are {said}; remove it", "mixup")
     if len(recipe.experts) < 2:
         raise RecipeError("draws how experts share, and there is one only; remove it or add a model", "mixup")
+    if recipe.mixup.smooth and recipe.mixup.granularity != "layer":
+        raise RecipeError("is of neighbouring layers; write granularity: layer, or remove it", "mixup", "smooth")
     if isinstance(recipe.mixup.alpha, tuple) and len(recipe.experts) != 2:
         raise RecipeError(f"a pair is for two experts, not {len(recipe.experts)}; write one number", "mixup", "alpha")
     _check_outcome(recipe)
@@ -150,8 +171,7 @@ def check_given(recipe: "Recipe") -> None:
         name = parameter.name
         if parameter.default is not None or name in drawn:
             continue
-        in_slices = recipe.slices and all(_covers(name, part.parameters) for part in recipe.slices)
-        if not in_slices and not _covers(name, recipe.parameters):
+        if not all(any(_covers(name, level) for level in section.levels) for section in recipe.every_section):
             raise RecipeError(
                 f"{recipe.merge_method} needs it for every tensor; write a number, or end the filters with one",
                 "parameters",
@@ -183,7 +203,7 @@ def check_whole(recipe: "Recipe") -> None:
         if parameter.whole is None or recipe.parameters.get(parameter.whole[0]) != parameter.whole[1]:
             continue
         for place, block in placed_blocks(recipe):
-            by_layer = place[0] == "slices" and len(recipe.slices or ()) > 1
+            by_layer = place[0] in ("slices", "modules") and len(recipe.every_section) > 1
             if name in block and (by_layer or not isinstance(block[name], float)):
                 said = ": ".join(parameter.whole)
                 raise RecipeError(f"{said} needs one number for the whole model; write one", *place, name)
@@ -196,10 +216,12 @@ def check_normalizer(recipe: "Recipe") -> None:
     names = weight_parameters(recipe.row)
     if switch is None or not recipe.flag(switch.name) or not names or recipe.mixup is not None:
         return
-    for part in recipe.slices or (None,):
+    for section in recipe.every_section:
         settings = [
-            next((level[name] for level in recipe.levels(expert, part) for name in names if name in level), None)
-            for expert in recipe.experts
+            next(
+                (level[name] for level in (entry.parameters, *section.levels) for name in names if name in level), None
+            )
+            for entry in section.experts
         ]
         weights = [weight for weight in settings if isinstance(weight, float)]
         if len(weights) == len(settings) and abs(sum(weights)) <= 1e-8 * sum(map(abs, weights)):
@@ -211,6 +233,7 @@ def check_normalizer(recipe: "Recipe") -> None:
 
 
 CHECKS = (
+    check_models,
     check_slices,
     check_names,
     check_base,

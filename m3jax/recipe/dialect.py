@@ -3,7 +3,7 @@
 import copy
 import os
 import reprlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import yaml
 
 from m3jax.documents import DEEPEST, FAULTS, read_bounded
 from m3jax.errors import M3Error
-from m3jax.recipe.settings import RecipeError
+from m3jax.recipe.settings import Place, RecipeError
 
 _LARGEST = 2**20  # bytes of a recipe; long ones have some thousands
 _MOST_NODES = 100_000  # of what a recipe says, everything counted where an alias repeats it
@@ -32,14 +32,23 @@ class _Loader(yaml.SafeLoader):
 
 
 def _parse(text: str) -> object:
+    """The one value of a text in YAML."""
+    documents = _parse_all(text)
+    if len(documents) > 1:
+        raise RecipeError("not valid YAML: several documents stand where one value is meant; remove '---'")
+    return documents[0] if documents else None
+
+
+def _parse_all(text: str) -> list[object]:
+    """The documents of a text in YAML, but those that say nothing."""
     loader = None
     try:
         loader = _Loader(text)
-        root = loader.get_single_node()
-        if root is None:
-            return None
-        _check_size(root)
-        return loader.construct_document(root)
+        found = []
+        while loader.check_node() and (root := loader.get_node()) is not None:
+            _check_size(root)
+            found.append(loader.construct_document(root))
+        return [document for document in found if document is not None]
     except RecipeError:
         raise
     except yaml.MarkedYAMLError as error:
@@ -82,7 +91,7 @@ def _inside(node: yaml.Node) -> list[yaml.Node]:
 
 
 def read_yaml(path: str | os.PathLike[str]) -> object:
-    """What a YAML file says.
+    """What a YAML file says; of several documents, the output's with the others as its `intermediates`.
 
     Raises:
       M3Error: the file cannot be read, or is not YAML.
@@ -97,9 +106,30 @@ def read_yaml(path: str | os.PathLike[str]) -> object:
         reason = error.strerror if isinstance(error, OSError) else error
         raise M3Error(f"{os.fspath(path)}: cannot be read ({reason}); name a YAML file") from None
     try:
-        return _parse(text)
+        documents = _parse_all(text)
+        return _joined(documents) if len(documents) > 1 else documents[0] if documents else None
     except RecipeError as fault:
         raise M3Error(f"{os.fspath(path)}: {fault}") from None
+
+
+def _joined(documents: Sequence[object]) -> dict[Any, Any]:
+    """Several documents as one: the output is the one without a name, or the last."""
+    nameless = []
+    for number, document in enumerate(documents, 1):
+        if not isinstance(document, Mapping):
+            raise RecipeError(
+                f"document {number} is {reprlib.repr(document)}, not a mapping; start it with 'name: ...'"
+            )
+        if "intermediates" in document:
+            raise RecipeError(f"document {number} has intermediates, which the documents before it are; remove the key")
+        if document.get("name") is None:
+            nameless.append(number)
+    if len(nameless) > 1:
+        said = " and ".join(map(str, nameless))
+        raise RecipeError(f"documents {said} have no name; name all but the one that is to be written")
+    output = nameless[0] - 1 if nameless else len(documents) - 1
+    others = [document for number, document in enumerate(documents) if number != output]
+    return {**documents[output], "intermediates": others}  # type: ignore[dict-item]
 
 
 def with_override(raw: object, override: str) -> object:
@@ -150,17 +180,18 @@ def _put(node: object, steps: list[str], value: object, parent: str) -> object:
 def from_dialect(raw: object) -> dict[Any, Any]:
     """A recipe's mapping in the one spelling that the schema reads.
 
-    Keys without a value are as good as absent, the source of `tokenizer` is
-    `tokenizer_source`, and the models of `slices` are named as `models` too.
+    Keys without a value are as good as absent, the source of `tokenizer` is `tokenizer_source`, and models that
+    mergekit has written out as mappings are text.
 
     Raises:
       RecipeError: it is no mapping, or has a mergekit key without a meaning here.
     """
     if not isinstance(raw, Mapping):
         raise RecipeError(f"{reprlib.repr(raw)} is not a mapping of keys to values; start with 'merge_method: ...'")
-    keys = {key: value for key, value in raw.items() if value is not None}
+    keys = _holder(raw, ())
+    _check_kind(keys)
     if "modules" in keys:
-        raise RecipeError("merging by module is not supported; name whole models under 'models'", "modules")
+        keys["modules"] = _modules(keys["modules"], keys)
     if isinstance(tokenizer := keys.get("tokenizer"), Mapping):
         source = tokenizer.get("source")
         if source is not None and "tokenizer_source" in keys:
@@ -169,18 +200,98 @@ def from_dialect(raw: object) -> dict[Any, Any]:
         keys["tokenizer"] = {key: said for key, said in tokenizer.items() if key != "source"}
         if not keys["tokenizer"]:
             del keys["tokenizer"]
-    if "slices" in keys:
-        if "models" in keys:
-            raise RecipeError("given together with models; keep one of the two", "slices")
-        keys["models"] = _models_of(keys["slices"])
+    if "base_model" in keys:
+        keys["base_model"] = _reference(keys["base_model"], ("base_model",))
     return keys
 
 
-def _models_of(slices: object) -> list[object]:
-    """The models of the first slice; malformed slices are left for the schema to refuse."""
-    first = slices[0] if isinstance(slices, list | tuple) and slices else None
-    sources = first.get("sources") if isinstance(first, Mapping) else None
-    if not isinstance(sources, list | tuple):
-        raise RecipeError("not a list of slices with sources; list the models under 'models' instead", "slices")
-    models = [source.get("model") for source in sources if isinstance(source, Mapping)]
-    return [model for model in models if isinstance(model, str)]
+def _check_kind(keys: Mapping[Any, Any]) -> None:
+    """Raise RecipeError for files of mergekit's other commands."""
+    if "merge_method" in keys:
+        return
+    if "gate_mode" in keys or "experts" in keys:
+        raise RecipeError(
+            "this is a file for mergekit-moe, and m3jax builds no mixtures of experts; build it there, then merge it as"
+            " any other model"
+        )
+    if "genome" in keys:
+        raise RecipeError(
+            "this is a file for mergekit-evolve; write its genome as a recipe with mixup and give its tasks to"
+            " 'm3jax explore'"
+        )
+
+
+def _holder(raw: Mapping[Any, Any], place: Place) -> dict[Any, Any]:
+    """A recipe's mapping, or that of a module, with its models and slices in the one spelling."""
+    keys = {key: value for key, value in raw.items() if value is not None}
+    if "slices" in keys:
+        if "models" in keys:
+            raise RecipeError("given together with models; keep one of the two", *place, "slices")
+        if not isinstance(keys["slices"], list | tuple) or not keys["slices"]:
+            raise RecipeError(
+                "not a list of slices with sources; list the models under 'models' instead", *place, "slices"
+            )
+        keys["slices"] = [_slice(part, (*place, "slices", i)) for i, part in enumerate(keys["slices"])]
+    if isinstance(keys.get("models"), list | tuple):
+        keys["models"] = [_entry(entry, (*place, "models", i)) for i, entry in enumerate(keys["models"])]
+    return keys
+
+
+def _modules(modules: object, keys: Mapping[Any, Any]) -> dict[Any, Any]:
+    beside = next((key for key in ("models", "slices") if key in keys), None)
+    if beside is not None:
+        raise RecipeError(f"given together with {beside}; keep one of the two", "modules")
+    if not isinstance(modules, Mapping) or not modules:
+        raise RecipeError("names no part of the models; write such as 'text_decoder: {models: [...]}'", "modules")
+    found = {}
+    for name, module in modules.items():
+        if not isinstance(module, Mapping) or not {"models", "slices"} & {
+            k for k, v in module.items() if v is not None
+        }:
+            raise RecipeError("has neither models nor slices; give it one of them", "modules", str(name))
+        found[name] = _holder(module, ("modules", str(name)))
+    return found
+
+
+def _slice(part: object, place: Place) -> object:
+    if not isinstance(part, Mapping):
+        return part
+    part = {key: value for key, value in part.items() if value is not None}
+    if "residual_weight" in part:
+        raise RecipeError("mergekit reads it and does nothing with it; remove it", *place, "residual_weight")
+    if "base_model" in part:
+        part["base_model"] = _reference(part["base_model"], (*place, "base_model"))
+    if isinstance(part.get("sources"), list | tuple):
+        part["sources"] = [_entry(entry, (*place, "sources", i)) for i, entry in enumerate(part["sources"])]
+    return part
+
+
+def _entry(entry: object, place: Place) -> object:
+    if not isinstance(entry, Mapping):
+        return entry
+    return {**entry, "model": _reference(entry["model"], (*place, "model"))} if "model" in entry else entry
+
+
+def _reference(model: object, place: Place) -> object:
+    """A model as text, where mergekit has written it out as a mapping."""
+    if not isinstance(model, Mapping):
+        return model
+    if not set(model) <= {"model", "lora", "override_architecture"} or "model" not in model:
+        raise RecipeError("is no model; write its path or hub id, as in 'org/name@revision'", *place)
+    if model.get("override_architecture") is not None:
+        raise RecipeError(
+            "m3jax goes by the names of tensors, not by an architecture's name; remove it",
+            *place,
+            "override_architecture",
+        )
+    adapter = model.get("lora")
+    return _path(model["model"], place) + (f"+{_path(adapter, place)}" if adapter is not None else "")
+
+
+def _path(told: object, place: Place) -> str:
+    if isinstance(told, str):
+        return told
+    path = told.get("path") if isinstance(told, Mapping) else None
+    if not isinstance(told, Mapping) or not isinstance(path, str) or not set(told) <= {"path", "revision"}:
+        raise RecipeError(f"{reprlib.repr(told)} is no path; write it as text, as in 'org/name@revision'", *place)
+    return path if told.get("revision") is None else f"{path}@{told['revision']}"

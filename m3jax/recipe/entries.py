@@ -22,7 +22,7 @@ from pydantic import (
 from m3jax.methods.rows import SparsifierRow, arguments
 from m3jax.recipe.blocks import read_sparsify
 from m3jax.recipe.settings import RecipeError, Setting, evaluate, plain, plain_parameters
-from m3jax.recipe.values import OutputDtype, read_alpha, read_dtype, read_regex, read_sparsifier
+from m3jax.recipe.values import OutputDtype, read_alpha, read_dtype, read_regex, read_smooth, read_sparsifier
 
 Name: TypeAlias = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Regex: TypeAlias = Annotated[str, AfterValidator(read_regex)]
@@ -70,15 +70,32 @@ class Source(ModelEntry):
 
 
 class Slice(Strict):
-    """A run of layers with parameters of its own, as in mergekit's `slices`."""
+    """A run of layers with parameters, and perhaps a base, of its own, as in mergekit's `slices`."""
 
     sources: tuple[Source, ...] = Field(min_length=1)
+    base_model: Name | None = None
     parameters: Parameters = {}
+
+    @model_serializer(mode="wrap")
+    def _plain(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "base_model" or value}
 
     @property
     def layers(self) -> tuple[int, int]:
         """The first layer, and the one after the last."""
         return self.sources[0].layer_range
+
+
+class Module(Strict):
+    """A part of a model, such as its vision tower, with models or slices of its own, as in mergekit's `modules`."""
+
+    models: tuple[ModelEntry, ...] | None = None
+    slices: tuple[Slice, ...] | None = Field(default=None, min_length=1)
+    parameters: Parameters = {}
+
+    @model_serializer(mode="wrap")
+    def _plain(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if value is not None}
 
 
 class Sparsify(Strict):
@@ -134,12 +151,12 @@ class MixupSettings(Strict):
 
     alpha: Annotated[float | tuple[float, float], PlainValidator(read_alpha), PlainSerializer(plain, return_type=Any)]
     granularity: Literal["model", "layer", "tensor"] = "model"
+    smooth: Annotated[float, PlainValidator(read_smooth)] = 0.0
     weights: dict[str, tuple[FiniteFloat, ...]] | None = None
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        told: dict[str, Any] = serialize(self)
-        return {key: value for key, value in told.items() if key != "weights" or value is not None}
+        return {key: value for key, value in serialize(self).items() if key not in ("smooth", "weights") or value}
 
 
 class AnatomySettings(Strict):

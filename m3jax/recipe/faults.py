@@ -41,7 +41,8 @@ def sentence(error: ValidationError, schemas: Mapping[Place, type[BaseModel]]) -
             cause = first["ctx"]["error"]
             return say((*place, *getattr(cause, "place", ())), cause)
         case "extra_forbidden":
-            schema = schemas[tuple(key for key in place[:-1] if isinstance(key, str))]
+            keys = tuple(key for key in place[:-1] if isinstance(key, str))
+            schema = schemas[keys[2:] or keys[:1] if keys[:1] == ("modules",) else keys]
             return say(place, f"unknown key; {nearest(str(place[-1]), schema.model_fields)}")
         case "missing":
             return say(place, "missing; add it")

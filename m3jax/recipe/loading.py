@@ -18,7 +18,7 @@ def load_recipe(
     Args:
       source: a YAML file's path, or a mapping such as a manifest holds.
       overrides: what `--set` says: "key=value" with a dotted key and a YAML value, the last one winning.
-      seed: a seed that wins over the recipe's.
+      seed: a seed that wins over the recipe's, in all of its documents.
 
     Returns:
       The recipe, checked.
@@ -37,7 +37,7 @@ def load_recipe(
     for override in overrides:
         raw = with_override(raw, override)
     if seed is not None and isinstance(raw, Mapping):
-        raw = {**raw, "seed": seed}
+        raw = _with_seed(raw, seed)
     try:
         recipe = Recipe.model_validate(raw)
         json.dumps(recipe.resolved(), ensure_ascii=False).encode()
@@ -46,3 +46,11 @@ def load_recipe(
     except UnicodeEncodeError:
         raise M3Error(f"{origin}: holds half a character (a lone surrogate such as \\ud800): remove it") from None
     return recipe
+
+
+def _with_seed(raw: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    others = raw.get("intermediates")
+    found = {**raw, "seed": seed}
+    if isinstance(others, list | tuple):
+        found["intermediates"] = [{**each, "seed": seed} if isinstance(each, Mapping) else each for each in others]
+    return found

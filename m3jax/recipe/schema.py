@@ -3,7 +3,8 @@
 Every bad recipe is an `M3Error` with one sentence: at which dotted place, what is wrong, and the mend.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -23,16 +24,16 @@ from pydantic import (
 from m3jax import documents
 from m3jax.errors import M3Error
 from m3jax.methods.rows import MethodRow
-from m3jax.naming import block_of, position
 from m3jax.recipe.blocks import read_blocks, weight_parameters
 from m3jax.recipe.chat_templates import read_chat_template
-from m3jax.recipe.checks import CHECKS
+from m3jax.recipe.checks import CHECKS, placed_blocks
 from m3jax.recipe.dialect import from_dialect
 from m3jax.recipe.entries import (
     AnatomySettings,
     Dtype,
     MixupSettings,
     ModelEntry,
+    Module,
     Name,
     Parameters,
     Regex,
@@ -42,6 +43,8 @@ from m3jax.recipe.entries import (
     Strict,
 )
 from m3jax.recipe.faults import say, sentence
+from m3jax.recipe.intermediates import in_order, needed_for, read_intermediates
+from m3jax.recipe.sections import Section, entries_of, name_in, section_at, sections_of, stacks
 from m3jax.recipe.settings import Place, RecipeError, Setting, defaults_of, evaluate, is_gradient, parameters_of
 from m3jax.recipe.tokenizers import TokenizerSettings, plain_tokenizer, read_tokenizer
 from m3jax.recipe.values import OutputDtype, read_method, read_seed
@@ -72,8 +75,9 @@ class Recipe(Strict):
     name: str | None = None
     merge_method: Annotated[str, BeforeValidator(_method_name)]
     base_model: Name | None = None
-    models: tuple[ModelEntry, ...]
-    slices: tuple[Slice, ...] | None = None
+    models: tuple[ModelEntry, ...] | None = None
+    slices: tuple[Slice, ...] | None = Field(default=None, min_length=1)
+    modules: dict[str, Module] | None = Field(default=None, min_length=1)
     sparsify: Sparsify | None = None
     mixup: MixupSettings | None = None
     parameters: Parameters = Field(default={}, validate_default=True)
@@ -93,6 +97,11 @@ class Recipe(Strict):
     only: Annotated[tuple[Name, ...], BeforeValidator(_as_list)] = ()
     keep_state: Literal["first"] | None = None
     anatomy: AnatomySettings | None = None
+    intermediates: Annotated[
+        tuple["Recipe", ...],
+        PlainValidator(lambda raw: read_intermediates(raw, Recipe)),
+        PlainSerializer(lambda recipes: [recipe.resolved() for recipe in recipes], return_type=list[dict[str, Any]]),
+    ] = ()
 
     @field_validator("parameters")
     @classmethod
@@ -113,11 +122,18 @@ class Recipe(Strict):
             recipe = handler(raw if isinstance(raw, cls) else read_blocks(from_dialect(raw)))
             for check in CHECKS:
                 check(recipe)
+            if recipe.intermediates:
+                recipe = recipe.model_copy(update={"intermediates": _in_order(recipe)})
         except ValidationError as error:
             raise M3Error(sentence(error, _SCHEMAS)) from None
         except RecipeError as fault:
             raise M3Error(say(fault.place, fault)) from None
         return recipe
+
+    @property
+    def needed(self) -> "tuple[Recipe, ...]":
+        """The intermediates that are to be made before this, in order."""
+        return needed_for(self)
 
     @property
     def output_dtype(self) -> OutputDtype | None:
@@ -129,112 +145,113 @@ class Recipe(Strict):
         """The method's row of the catalogue."""
         return read_method(self.merge_method)
 
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy, which finds its own sections."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("sections", None)
+        return copied
+
+    @functools.cached_property
+    def sections(self) -> dict[str | None, tuple[Section, ...]]:
+        """What is merged from the same sources, by module; of a recipe without `modules` under None."""
+        return sections_of(self)
+
+    @property
+    def every_section(self) -> tuple[Section, ...]:
+        """The sections of all modules, in order."""
+        return tuple(section for own in self.sections.values() for section in own)
+
     @property
     def experts(self) -> tuple[ModelEntry, ...]:
-        """The models to be merged, in order.
+        """The models to be merged, in order; of several sections those of the first."""
+        return self.every_section[0].experts
 
-        Methods on task vectors drop the base where it stands among the models; those that interpolate put it first;
-        to averages it is a model like any other.
-        """
-        if self.row.base == "expert" or self.base_model is None:
-            return self.models
-        others = tuple(entry for entry in self.models if entry.model != self.base_model)
-        if self.row.base != "first":
-            return others
-        base = (entry for entry in self.models if entry.model == self.base_model)
-        return (next(base, ModelEntry(model=self.base_model)), *others)
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """How many experts the sections have: one number where all have as many."""
+        return tuple(dict.fromkeys(len(section.experts) for section in self.every_section))
+
+    @property
+    def named_models(self) -> tuple[str, ...]:
+        """Every model that the recipe names, each once: the base, the models, what else it takes something from."""
+        named = [self.base_model]
+        holders: list[Recipe | Module] = [self, *(self.modules or {}).values()]
+        for holder in holders:
+            named += [entry.model for _, entry in entries_of(holder)]
+            named += [part.base_model for part in holder.slices or ()]
+        if self.tokenizer_source not in (None, "union", "base"):
+            named.append(self.tokenizer_source)
+        return tuple(dict.fromkeys(name for name in named if name is not None))
 
     @property
     def base_role(self) -> str | None:
         """What the base is read for: "base", or "template" where only its configuration and tokenizer are used."""
-        if self.base_model is None or self.row.base == "first":
+        if self.row.base == "first":
             return None
-        return "base" if self.uses_base else "template"
+        if self.uses_base:
+            return "base"
+        return None if self.base_model is None else "template"
 
     @property
     def uses_base(self) -> bool:
         """Whether the merge works on differences from the base model."""
         if self.row.base == "expert":
             return self.sparsify is not None and self.sparsify.target == "delta"
-        return self.row.base == "task_vectors" or (self.row.base == "optional" and self.base_model is not None)
+        given = any(section.base is not None for section in self.every_section)
+        return self.row.base == "task_vectors" or (self.row.base == "optional" and given)
 
     @property
     def stacks(self) -> bool:
-        """Whether `slices` stack layers into another model, and do not only give runs of layers other parameters."""
-        if not self.slices:
-            return False
-        same = sorted(source.model for source in self.slices[0].sources)
-        ends = [0, *(part.layers[1] for part in self.slices)]
-        return not all(
-            sorted(source.model for source in part.sources) == same
-            and part.layers[0] == end
-            and all(source.layer_range == part.layers for source in part.sources)
-            for part, end in zip(self.slices, ends, strict=False)
-        )
+        """Whether layers or modules of several models are put together, beyond what parameters say."""
+        return self.modules is not None or (self.slices is not None and stacks(self.slices))
 
-    def _sources(self, part: Slice) -> tuple[Source, ...]:
-        """The sources of a slice that are experts, in their order."""
-        if self.row.base == "expert" or self.base_model is None:
-            return part.sources
-        others = tuple(source for source in part.sources if source.model != self.base_model)
-        if self.row.base != "first":
-            return others
-        return (*(source for source in part.sources if source.model == self.base_model), *others)
+    def declared_layers(self, module: str | None = None) -> int | None:
+        """How many layers `slices` says a module or model has; None without slices."""
+        last = self.sections[module][-1]
+        return None if last.layers is None else last.first + last.layers
 
-    def stacked_experts(self) -> list[list[Source]]:
-        """For each expert of stacked layers, the source of each slice."""
-        return [list(column) for column in zip(*map(self._sources, self.slices or ()), strict=True)]
-
-    def stacked_base(self) -> list[tuple[int, int]]:
-        """The layers of the base that stand below each slice: those that it is a source of, or those of the others.
-
-        Raises:
-          M3Error: the sources of a slice give different layers, and the base is none of them.
-        """
-        found = []
-        for number, part in enumerate(self.slices or ()):
-            own = [source.layer_range for source in part.sources if source.model == self.base_model]
-            ranges = own or list({source.layer_range for source in part.sources})
-            if len(ranges) > 1:
-                raise M3Error(
-                    f"slices.{number}: the sources give different layers, so which of the base belong to them cannot "
-                    "be told; add the base as a source with its layer_range"
-                )
-            found.append(ranges[0])
-        return found
-
-    @property
-    def declared_layers(self) -> int | None:
-        """How many layers `slices` says the models have; None without slices."""
-        return sum(last - first for first, last in (part.layers for part in self.slices)) if self.slices else None
-
-    def parameter(self, name: str, tensor_name: str, expert_index: int | None, t: float) -> float | bool | str | None:
+    def parameter(
+        self,
+        name: str,
+        tensor_name: str,
+        expert_index: int | None,
+        t: float,
+        module: str | None = None,
+        layer: int | None = None,
+    ) -> float | bool | str | None:
         """One parameter's value for one tensor.
 
         The first of these levels that has a value decides, as in mergekit: the expert's own parameters, those
-        of the slice, those of the recipe. A list of filters none of which matches has no value.
+        of the slice, those of the module, those of the recipe. A list of filters none of which matches has no value.
 
         Args:
           name: a parameter's name, such as "weight".
           tensor_name: the tensor's full name.
-          expert_index: which of `experts`, or None for a parameter that is not an expert's.
+          expert_index: which expert of the tensor's section, or None for a parameter that is not an expert's.
           t: the tensor's position in the model, see `layer_position`. With `slices`, gradients run over each
-            slice anew, as they do in mergekit: t then only tells what is before the blocks (0) from what is
-            after them (1).
+            slice anew, see `section_at`.
+          module: the module that it is of, where the recipe has `modules`.
+          layer: the block that it is of; told by its name if None.
 
         Returns:
           The value, or None where no level has one.
         """
         if name not in parameters_of(self.row):
             return None
-        part, t = self._slice_at(tensor_name, t)
-        expert = None if expert_index is None else self.experts[expert_index]
-        for level in self.levels(expert, part):
+        section, t = section_at(self.sections[module], tensor_name, t, layer)
+        expert = None if expert_index is None else section.experts[expert_index]
+        if expert is not None:  # whose filters are of the names in its own model
+            tensor_name = name_in(section, expert, tensor_name)
+        for level in (*(() if expert is None else (expert.parameters,)), *section.levels):
             if name in level:
                 value = evaluate(level[name], tensor_name, t)
                 if value is not None:
                     return value
         return None
+
+    def count_at(self, tensor_name: str, t: float, module: str | None = None, layer: int | None = None) -> int:
+        """How many experts a tensor has; the arguments are those of `parameter`."""
+        return len(section_at(self.sections[module], tensor_name, t, layer)[0].experts)
 
     def flag(self, name: str, default: bool = False) -> bool:
         """A switch of the whole merge, such as "normalize".
@@ -248,13 +265,17 @@ class Recipe(Strict):
         """
         return bool(self.parameters.get(name, default)) if name in parameters_of(self.row) else default
 
-    def numbers(self, sets: str, tensor_name: str, t: float) -> dict[str, tuple[float, ...]]:
+    def numbers(
+        self, sets: str, tensor_name: str, t: float, module: str | None = None, layer: int | None = None
+    ) -> dict[str, tuple[float, ...]]:
         """What the parameters that may differ between tensors are for one tensor, one number per expert.
 
         Args:
           sets: whose they are: "method", "sparsifier", "weights" or "scale".
           tensor_name: the tensor's full name.
           t: the tensor's position in the model.
+          module: as in `parameter`.
+          layer: as in `parameter`.
 
         Returns:
           By the argument that each sets; weights and the scale under their parameter's name.
@@ -264,9 +285,10 @@ class Recipe(Strict):
             whose, _, argument = parameter.sets.partition(".")
             if whose != sets or parameter.level == "merge":
                 continue
-            each = range(len(self.experts)) if parameter.level == "expert" else [None] * len(self.experts)
+            count = self.count_at(tensor_name, t, module, layer)
+            each = range(count) if parameter.level == "expert" else [None] * count
             default = 0.5 if parameter.default is None else float(parameter.default)
-            values = [self.parameter(parameter.name, tensor_name, expert, t) for expert in each]
+            values = [self.parameter(parameter.name, tensor_name, expert, t, module, layer) for expert in each]
             found[argument or parameter.name] = tuple(default if v is None else float(v) for v in values)
         return found
 
@@ -290,15 +312,9 @@ class Recipe(Strict):
           A mapping from which `Recipe.model_validate` makes this same recipe.
         """
         everything = self.model_dump(mode="json")
-        del everything["models" if self.slices else "slices"]
-        for key in (
-            "anatomy",
-            "only",
-            "keep_state",
-            "dequantize",
-            "tokenizer",
-            "also_for",
-        ):  # what most recipes have not
+        unused = {"models", "slices", "modules"} - ({"models"} if self.models is not None else set())
+        unused |= {"intermediates", "anatomy", "only", "keep_state", "dequantize", "tokenizer", "also_for"}
+        for key in unused:  # what most recipes have not
             if not everything[key]:
                 del everything[key]
         return everything
@@ -308,50 +324,37 @@ class Recipe(Strict):
         notes = []
         if "int8_mask" in self.parameters:
             notes.append("int8_mask is ignored: the exact arithmetic never stores a mask, so it saves nothing.")
+        listed = {entry.model for section in self.every_section for entry in section.experts}
+        shared = {self.parameters.get(name, 1.0) for name in weight_parameters(self.row)} - {1.0}  # not the default
+        if self.base_role == "template" and shared and self.base_model not in listed:
+            notes.append(
+                f"base_model gives {self.merge_method} configuration and tokenizer only, where mergekit averages it"
+                " too; list it among the models to have that."
+            )
+        gradients = [each for block in self._blocks() for each in block.values() if is_gradient(each)]
+        if any(isinstance(each, tuple) for each in gradients):
+            notes.append("gradients stand at their last value after the layers, where mergekit takes their first.")
         unused = {name for block in self._blocks() for name in block} - {*parameters_of(self.row)}
         if unused:
             notes.append(f"{self.merge_method} does not use {', '.join(sorted(unused))}, which is ignored.")
+        idle = [str(recipe.name) for recipe in self.intermediates if recipe not in self.needed]
+        if idle:
+            notes.append(
+                f"{', '.join(idle)}: the output does not need it, so it is not made; give it a file of its own."
+            )
         notes += [parameter.note for parameter in self.row.parameters if parameter.note and self.flag(parameter.name)]
         return tuple(notes)
 
     def _blocks(self) -> Iterator[dict[str, Setting]]:
         """Every block of parameters."""
-        yield self.parameters
-        yield from (entry.parameters for entry in self.models)
-        for part in self.slices or ():
-            yield part.parameters
-            yield from (source.parameters for source in part.sources)
+        return (block for _, block in placed_blocks(self))
 
-    def _slice_at(self, tensor_name: str, t: float) -> tuple[Slice | None, float]:
-        if not self.slices:
-            return None, t
-        block = block_of(tensor_name)
-        if block is None:
-            return self.slices[0 if t < 0.5 else -1], t
-        first = 0
-        for part in self.slices:
-            count = part.layers[1] - part.layers[0]
-            if block[1] < first + count:
-                break
-            first += count
-        return part, position(block[1] - first, count)
 
-    def _own(self, expert: ModelEntry, part: Slice) -> list[Source]:
-        """The sources of a slice that stand for an expert."""
-        if self.stacks:
-            place = next((i for i, entry in enumerate(self.experts) if entry is expert), 0)
-            return [self._sources(part)[place]]
-        return [source for source in part.sources if source.model == expert.model]
-
-    def levels(self, expert: ModelEntry | None, part: Slice | None) -> Iterator[dict[str, Setting]]:
-        """The blocks of parameters that a tensor's setting is looked up in, the first to decide first."""
-        if expert is not None:
-            yield expert.parameters
-        if part is not None:
-            if expert is not None:
-                yield from (source.parameters for source in self._own(expert, part))
-            yield part.parameters
-        yield self.parameters
+def _in_order(recipe: Recipe) -> tuple[Recipe, ...]:
+    try:
+        return in_order(recipe.intermediates, recipe)
+    except RecipeError as fault:
+        raise RecipeError(str(fault), *(("intermediates", *fault.place) if fault.place else ())) from None
 
 
 _SCHEMAS: dict[Place, type[BaseModel]] = {
@@ -359,6 +362,7 @@ _SCHEMAS: dict[Place, type[BaseModel]] = {
     ("models",): ModelEntry,
     ("slices",): Slice,
     ("slices", "sources"): Source,
+    ("modules",): Module,
     ("sparsify",): Sparsify,
     ("mixup",): MixupSettings,
     ("anatomy",): AnatomySettings,

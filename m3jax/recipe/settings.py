@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from m3jax.methods import catalogue
 from m3jax.methods.rows import MethodRow, Parameter
+from m3jax.recipe.formulas import NAMES, Formula, split_formula
 
 Place: TypeAlias = tuple[str | int, ...]
 
@@ -34,7 +35,7 @@ class Filtered:
         return self.filter in (None, "*") or str(self.filter) in tensor_name
 
 
-Setting: TypeAlias = float | bool | str | tuple[float, ...] | tuple[Filtered, ...]
+Setting: TypeAlias = float | bool | str | Formula | tuple[float, ...] | tuple[Filtered, ...]
 
 
 def _filters(setting: tuple[float, ...] | tuple[Filtered, ...]) -> list[Filtered]:
@@ -65,6 +66,8 @@ def evaluate(setting: Setting, tensor_name: str, t: float) -> float | bool | str
       >>> evaluate((Filtered("mlp", 0.2), Filtered(None, 0.9)), "layers.0.mlp.up", 0.0)
       0.2
     """
+    if isinstance(setting, Formula):
+        return setting.at(t)
     if not isinstance(setting, tuple):
         return setting
     if filters := _filters(setting):
@@ -79,7 +82,9 @@ def evaluate(setting: Setting, tensor_name: str, t: float) -> float | bool | str
 
 
 def is_gradient(setting: Setting) -> bool:
-    """Whether a setting has a list of several points, which are read at a tensor's layer."""
+    """Whether a setting has a formula or a list of several points, which are read at a tensor's layer."""
+    if isinstance(setting, Formula):
+        return True
     if not isinstance(setting, tuple):
         return False
     if filters := _filters(setting):
@@ -96,6 +101,8 @@ def covers(setting: Setting) -> bool:
 
 def plain(setting: Setting) -> object:
     """A setting in the words of YAML and JSON."""
+    if isinstance(setting, Formula):
+        return str(setting)
     if not isinstance(setting, tuple):
         return setting
     if filters := _filters(setting):
@@ -140,8 +147,10 @@ def number(raw: object, place: Place, low: float = -math.inf, high: float = math
 
 
 def _read_numbers(raw: object, place: Place, low: float, high: float) -> Setting:
-    if isinstance(raw, Mapping | Filtered):
-        raise RecipeError("a filter stands in a list; put '- ' before it", *place)
+    if isinstance(raw, Mapping | Filtered):  # one filter by itself, as mergekit reads it too
+        return (_read_filter(raw, place, low, high),)
+    if isinstance(raw, Formula) or (isinstance(raw, str) and split_formula(raw) is not None):
+        return _read_formula(str(raw), place, low, high)
     if not isinstance(raw, list | tuple):
         return number(raw, place, low, high)
     if not raw:
@@ -149,6 +158,16 @@ def _read_numbers(raw: object, place: Place, low: float, high: float) -> Setting
     if any(isinstance(entry, Mapping | Filtered) for entry in raw):
         return tuple(_read_filter(entry, (*place, i), low, high) for i, entry in enumerate(raw))
     return tuple(number(entry, (*place, i), low, high) for i, entry in enumerate(raw))
+
+
+def _read_formula(raw: str, place: Place, low: float, high: float) -> Formula:
+    name, ends = split_formula(raw) or ("", [])
+    if name not in NAMES:
+        raise RecipeError(f"{name} is no formula; {nearest(name, NAMES)}", *place)
+    if len(ends) != 2:
+        raise RecipeError(f"{raw} has not two numbers; write such as {name}(0, 1)", *place)
+    first, last = (number(end, place, low, high) for end in ends)
+    return Formula(name, first, last)
 
 
 def _read_filter(raw: object, place: Place, low: float, high: float) -> Filtered:

@@ -83,6 +83,14 @@ def _read_shape(raw: object, place: Place) -> float:
     return value
 
 
+def read_smooth(raw: object) -> float:
+    """Reads how much neighbouring blocks share of their draws."""
+    value = number(raw, (), 0.0, 1.0)
+    if value == 1.0:
+        raise RecipeError("1 is one draw for all layers; write a number below it, or granularity: model")
+    return value
+
+
 def read_seed(raw: object) -> int:
     """Reads a seed, a whole number of 64 bits."""
     try:

@@ -2,14 +2,16 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from m3jax.checkpoints import DTYPES, sketch_model
 from m3jax.checkpoints.remote import RemotePath, as_path
-from m3jax.recipe import load_recipe
+from m3jax.recipe import Recipe, load_recipe
 from m3jax.streaming.findings import Step, applies, phases_of
+from m3jax.streaming.intermediates import outlined
 from m3jax.streaming.jobs import Ready, prepared
 from m3jax.streaming.plan import DrawnWeights, MergePlan, TensorPlan, divide
 from m3jax.streaming.reading import default_chunk_entries
@@ -88,6 +90,7 @@ class Estimate(NamedTuple):
         weights: What `mixup` draws, by group; empty where weights are given.
         experts: The models that are merged with them, as the recipe names them.
         notes: Sentences that a reader of the recipe should know.
+        intermediates: The merges that it starts from, which are made before it, by name.
     """
 
     method: str
@@ -107,6 +110,7 @@ class Estimate(NamedTuple):
     weights: DrawnWeights
     experts: tuple[str, ...]
     notes: tuple[str, ...]
+    intermediates: "Mapping[str, Estimate]" = MappingProxyType({})
 
     def to_json(self) -> dict[str, Any]:
         """As plain data."""
@@ -116,6 +120,7 @@ class Estimate(NamedTuple):
             "tensors": [entry._asdict() for entry in self.tensors],
             "passes": [entry._asdict() for entry in self.passes],
             "rates": list(_RATES),
+            "intermediates": {name: each.to_json() for name, each in self.intermediates.items()},
         }
 
 
@@ -229,10 +234,19 @@ def estimate_recipe(
         >>> estimate_recipe("recipe.yaml", "merged").bytes_read  # doctest: +SKIP
     """
     loaded = load_recipe(recipe, overrides, seed)
+    needed = loaded.needed
+    alone = [each.model_copy(update={"intermediates": needed[:number]}) for number, each in enumerate(needed)]
+    within = {str(each.name): _estimated(each, out, overwrite, max_shard_size, processes) for each in alone}
+    return _estimated(loaded, out, overwrite, max_shard_size, processes)._replace(intermediates=within)
+
+
+def _estimated(
+    loaded: Recipe, out: str | os.PathLike[str], overwrite: bool, max_shard_size: int | str | None, processes: int
+) -> Estimate:
     method: str = loaded.merge_method
     method += f", {loaded.sparsify.method} before" if loaded.sparsify is not None else ""
     method += ", drawn weights" if loaded.mixup is not None else ""
     place = as_path(out)
     options: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size}
-    with prepared(loaded, out, **options, locate=sketch_model) as ready:
+    with prepared(loaded, out, **options, locate=sketch_model, readying=outlined) as ready:
         return estimate(ready, method, None if isinstance(place, RemotePath) else place.absolute().parent, processes)

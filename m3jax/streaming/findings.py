@@ -317,7 +317,8 @@ class Findings:
         shape = tensor.block_shape
         entries = total_entries(self._plan.tensors) if stage.measure.scope == "model" else math.prod(shape)
         lines = {"row": (math.prod(shape[:-1]),), "column": (row_size(tensor),)}
-        extent = Extent(entries, lines.get(stage.measure.scope, ()), self._plan.pipeline.num_experts)
+        pipe = tensor.pipeline or self._plan.pipeline  # parts of a model may have fewer experts than others
+        extent = Extent(entries, lines.get(stage.measure.scope, ()), pipe.num_experts)
         with about(tensor.blocks[block].name):
             return stage.begin(self._plan.pipeline, tensor.blocks[block].settings, extent)
 

@@ -30,7 +30,8 @@ from m3jax.outputs import companions, manifest
 from m3jax.outputs.local import check_free, replaced_with
 from m3jax.outputs.remote import check_remote_free
 from m3jax.progress import Progress
-from m3jax.recipe import Recipe
+from m3jax.recipe import Recipe, Source
+from m3jax.recipe.sections import Section, base_layers
 from m3jax.streaming.aligning import Alignment
 from m3jax.streaming.opening import OpenedModel, notes_on_float8, open_models, with_written_dtypes
 from m3jax.streaming.plan import DrawnWeights, MergePlan, make_plan
@@ -54,6 +55,7 @@ class MergeJob(NamedTuple):
         sources: Where its models are now, by the names that it records.
         other_files: Let a replay write other files beside the weights than were there then.
         chosen: Weights to use in place of draws.
+        made: The manifests of the merges that it starts from, by name.
         locate: Finds the models; `sketch_model` where headers are all that is wanted of them.
     """
 
@@ -69,6 +71,7 @@ class MergeJob(NamedTuple):
     sources: Mapping[str, str] = MappingProxyType({})
     other_files: bool = False
     chosen: DrawnWeights | None = None
+    made: Mapping[str, Any] = MappingProxyType({})
     locate: Callable[[str], ModelDirectory] = locate_model
 
     @property
@@ -95,7 +98,7 @@ class Ready(NamedTuple):
         companions: The files that stand beside the weights, by name.
         fingerprints: What tells each input's files from others, without reading weights.
         identity: Digest of everything that the output's bytes depend on.
-        picked: Where layers are stacked, for each which layer of the template it is taken to be; else None.
+        picked: Where layers are stacked, for each which layer of the template it is taken to be, by module; else None.
         unties: Whether the output has an output embedding of its own where the template has none.
         notes: What a user should know of how the inputs were read.
         vocabulary: The one that all inputs have; None where the recipe asks for none.
@@ -108,7 +111,7 @@ class Ready(NamedTuple):
     companions: dict[str, Path]
     fingerprints: list[dict[str, FileFingerprint]]
     identity: str
-    picked: list[int] | None
+    picked: dict[str | None, list[int]] | None
     unties: bool
     notes: tuple[str, ...]
     vocabulary: Alignment | None
@@ -159,14 +162,23 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
         check_free(job.out, job.overwrite)
     if job.recipe.also_for and isinstance(job.out, RemotePath):
         raise M3Error("also_for: links weights, which remote storage cannot: merge to this disk, or leave it out")
+    lacking = next((recipe.name for recipe in job.recipe.needed if recipe.name not in job.sources), None)
+    if lacking is not None:
+        raise M3Error(
+            f"{lacking}: is another document of the recipe, which only m3jax merge makes on its way: merge it first and"
+            " name its directory instead"
+        )
     models, sources, stacked, vocabulary = open_models(job, stack)
     models = with_written_dtypes(models, sources)
     _check_apart(job.out, sources)
     drawn: DrawnWeights | None = manifest.drawn_weights(job.recorded) if job.recorded is not None else job.chosen
     base = models[-1].input if models[-1].role != "expert" else None
-    plan = make_plan(job.recipe, [m.input for m in models if m.role == "expert"], base, drawn)
+    names = [name for source in sources for name in source.checkpoint.tensors] if stacked else []
+    plan = make_plan(job.recipe, [m.input for m in models if m.role == "expert"], base, drawn, names)
+    places = [m.place for m in models]
+    places += [source.place for source in sources if source.place not in places]  # those that only give layers
     united, size = vocabulary or (None, None)
-    beside_weights = companions.gather(job.recipe, [m.place for m in models], plan.template, united, size)
+    beside_weights = companions.gather(job.recipe, places, plan.template, united, size)
     shards = plan_shards([t.output for t in plan.tensors], job.max_shard_size)
     _check_recorded(job.recorded, plan, sources)
     fingerprints = [m.checkpoint.fingerprint() for m in models]
@@ -188,10 +200,16 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     return ready
 
 
-def _picked(recipe: Recipe, from_base: bool) -> list[int]:
+def _picked(recipe: Recipe, from_base: bool) -> dict[str | None, list[int]]:
     """For each layer of stacked ones, which layer of the model that gives the configuration it is taken to be."""
-    own = [source.layer_range for source in recipe.stacked_experts()[0]]
-    return [layer for first, last in (recipe.stacked_base() if from_base else own) for layer in range(first, last)]
+
+    def layers_of(section: Section) -> range:
+        source = section.experts[0]
+        picked = base_layers(section) if from_base or not isinstance(source, Source) else source.layer_range
+        return range(*picked)
+
+    sliced = {module: own for module, own in recipe.sections.items() if own[0].layers is not None}
+    return {module: [layer for section in own for layer in layers_of(section)] for module, own in sliced.items()}
 
 
 def recorded_digests(ready: Ready, recorded: Mapping[str, Any] | None) -> dict[str, dict[str, str]] | None:
@@ -242,6 +260,7 @@ def prepared(
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
     locate: Callable[[str], ModelDirectory] = locate_model,
+    readying: Callable[[MergeJob, Processes], MergeJob] | None = None,
 ) -> Iterator[Ready]:
     """A merge up to its first byte: inputs opened, shapes compared, everything planned from headers alone.
 
@@ -251,6 +270,8 @@ def prepared(
         overwrite: Let it exist.
         max_shard_size: As in `merge_checkpoint`.
         locate: Finds the models; `sketch_model` where headers are all that is wanted of them.
+        readying: Finds the merges that this one starts from: `intermediates.outlined` where headers are all that is
+            wanted of them.
 
     Yields:
         The merge, with its inputs open.
@@ -261,4 +282,4 @@ def prepared(
     size = parse_size(DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size)
     job = MergeJob(recipe, as_path(out), overwrite, size, None, None, False, None, locate=locate)
     with saying_what_failed(job.out), ExitStack() as stack:
-        yield prepare(job, ALONE, stack)
+        yield prepare(job if readying is None else readying(job, ALONE), ALONE, stack)

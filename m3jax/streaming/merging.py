@@ -41,6 +41,7 @@ from m3jax.outputs.remote import RemoteStaging, RemoteWorkplace
 from m3jax.progress import Progress
 from m3jax.recipe import Recipe, load_recipe
 from m3jax.streaming.findings import Step, phases_of
+from m3jax.streaming.intermediates import with_intermediates
 from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, MergeJob, Ready, prepare, recorded_digests
 from m3jax.streaming.opening import OpenedModel
 from m3jax.streaming.passes import Circumstances, Passes
@@ -126,6 +127,14 @@ def _damaged(
 
 
 def _merge(job: MergeJob, processes: Processes) -> MergeResult:
+    """A merge, and before it those that it starts from."""
+    if not job.recipe.needed:
+        return _merge_one(job, processes)
+    with saying_what_failed(job.out):
+        return with_intermediates(job, processes, _merge_one)
+
+
+def _merge_one(job: MergeJob, processes: Processes) -> MergeResult:
     begun = time.perf_counter()
     with saying_what_failed(job.out), ExitStack() as stack:
         ready = prepare(job, processes, stack)
@@ -329,7 +338,8 @@ def _record(job: MergeJob, ready: Ready, entries: Mapping[str, Any]) -> dict[str
     told_anatomy = summarise(model.input.anatomy, model.checkpoint.tensors).to_json()
     size, weights = job.max_shard_size, ready.plan.weights
     headers = {file: header_digest(infos) for file, infos in ready.shards}
-    return manifest.build(job.recipe, weights, records, output, headers, size, job.scheme, told_anatomy)
+    made = {str(recipe.name): job.made[str(recipe.name)] for recipe in job.recipe.needed}
+    return manifest.build(job.recipe, weights, records, output, headers, size, job.scheme, told_anatomy, made)
 
 
 def _adapter_of(source: OpenedModel) -> dict[str, Any] | None:
@@ -482,6 +492,8 @@ def _chosen(recipe: Recipe, weights: Mapping[str, Sequence[float]] | None) -> Dr
         return None
     if recipe.mixup is None:
         raise M3Error("weights: are given in place of draws, but the recipe has no mixup: write them into the recipe")
+    if recipe.mixup.smooth:
+        raise M3Error("weights: are given in place of draws, which mixup.smooth is about: leave it out of the recipe")
     try:
         wrong = next((group for group, values in weights.items() if not all(map(math.isfinite, values))), None)
     except (AttributeError, TypeError) as error:
@@ -546,7 +558,11 @@ def replay(
     recorded_size = recorded["output"]["max_shard_size"]
     size = parse_size(recorded_size if max_shard_size is None else max_shard_size)
     nonfinite = True  # the inputs' digests are checked, so they hold what was accepted then
-    named = [record["name"] for record in recorded["inputs"]]
+    within = recorded.get("intermediates", {})
+    for each in within.values():
+        provenance.check(each)
+    read = [record["name"] for told in (recorded, *within.values()) for record in told["inputs"]]
+    named = [name for name in dict.fromkeys(read) if name not in within]
     for name in sources or {}:
         if name not in named:
             raise M3Error(f"{name}: is not a model of this manifest, which records {', '.join(sorted(named))}")

@@ -1,6 +1,6 @@
 """The inputs of a merge: models opened, and seen under one naming, layout and kind of numbers."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -8,18 +8,19 @@ from m3jax import documents
 from m3jax.anatomy import Overrides, Part
 from m3jax.anatomy.float8 import Dequantisation, find_dequantisation, seen_dequantized, without_quantisation
 from m3jax.anatomy.layout import find_layout
+from m3jax.anatomy.modules import modules_of
 from m3jax.anatomy.namings import find_mapping
 from m3jax.anatomy.stored import stored_anatomy
 from m3jax.arithmetic import SCHEMES
 from m3jax.checkpoints import Checkpoint, ModelDirectory
 from m3jax.checkpoints.adapters import Adapting, check_no_adapter, open_stored, seen_adapted
 from m3jax.checkpoints.locate import read_config
-from m3jax.checkpoints.views import Stored, prefix_view, renamed, selected, stacked_layers, stored_at
+from m3jax.checkpoints.views import Run, Stored, beside, part_of, prefix_view, renamed, stacked_layers, stored_at
 from m3jax.checkpoints.views_assembled import assembled
 from m3jax.checkpoints.views_stacked import BlockPlace, Stacking, restacked
 from m3jax.errors import M3Error
-from m3jax.naming import block_of
-from m3jax.recipe import Recipe
+from m3jax.recipe import Recipe, Source
+from m3jax.recipe.sections import Section, base_layers
 from m3jax.streaming.aligning import Alignment, aligned
 from m3jax.streaming.plan import Input, as_stored, as_untied, untied_head
 
@@ -142,12 +143,17 @@ def open_models(job: "MergeJob", stack: ExitStack) -> OpenedModels:
     """The inputs of the plan: the models that are read, or views of them."""
     recipe, role = job.recipe, job.recipe.base_role
     if recipe.stacks:
-        return _stack_models(job, role, {}, stack)
+        return _put_together(job, role, {}, stack)
     sources = [_open_model(entry.model, "expert", job, stack) for entry in recipe.experts]
-    if recipe.declared_layers not in (None, _depth(sources[0].checkpoint)):  # the first layers of a longer model
-        return _stack_models(job, role, {model.place.name: model for model in sources}, stack)
-    if recipe.base_model is not None and role is not None:
-        sources.append(_open_model(recipe.base_model, role, job, stack))
+    base = recipe.every_section[0].base
+    if base is not None and role is not None:
+        sources.append(_open_model(base, role, job, stack))
+    declared = recipe.declared_layers()
+    if declared is not None and any(_depth(model) != declared for model in sources):
+        opened: dict[str, OpenedModel] = {}
+        for model in sources:
+            opened.setdefault(model.place.name, model)  # as the expert that it is, if a base is one
+        return _put_together(job, role, opened, stack)  # of longer models
     _check_overrides(job, sources)
     models = [_dequantised(model, job) for model in sources]
     alike = _under_one_naming(_stacked_alike(_alike(models, job), job), job)
@@ -276,30 +282,78 @@ def notes_on_float8(recipe: Recipe, sources: Sequence[OpenedModel]) -> Iterator[
         yield "dequantize: no model has float8 weights, so there was nothing to do"
 
 
-def _depth(checkpoint: Checkpoint) -> int:
+def _depth(model: OpenedModel) -> int:
     """How many layers a model has."""
-    return 1 + max((block[1] for block in map(block_of, checkpoint.tensors) if block), default=-1)
+    return max((tower.depth for tower in model.input.anatomy.towers.values()), default=0)
 
 
-def _stack_models(job: "MergeJob", role: str | None, opened: dict[str, OpenedModel], stack: ExitStack) -> OpenedModels:
-    """The inputs of a merge whose slices stack layers: each a view of the models that its layers come from."""
+def _put_together(job: "MergeJob", role: str | None, opened: dict[str, OpenedModel], stack: ExitStack) -> OpenedModels:
+    """The inputs of a merge of slices or modules: each a view of the models that its layers and modules come from."""
     recipe = job.recipe
-    columns = recipe.stacked_experts()
-    for column in columns:
-        for source in column:
-            if source.model not in opened:
-                opened[source.model] = _open_model(source.model, "expert", job, stack)
+    sections = recipe.every_section
+    bases = [recipe.base_model, *(section.base for section in sections)] if role is not None else []
+    named = [(entry.model, "expert") for section in sections for entry in section.experts]
+    for name, own_role in (*named, *((name, role or "expert") for name in bases if name is not None)):
+        if name not in opened:
+            opened[name] = _open_model(name, own_role, job, stack)
     _check_overrides(job, list(opened.values()))
-    if recipe.base_model is not None and role is not None and recipe.base_model not in opened:
-        opened[recipe.base_model] = _open_model(recipe.base_model, role, job, stack)
     views, vocabulary = aligned([_dequantised(model, job) for model in opened.values()], recipe, job.scheme)
     seen = dict(zip(opened, views, strict=True))
+    parts = {name: _parts_of(recipe, model) for name, model in seen.items()}
+
+    def column(pick: Callable[[Section], Picked | None]) -> Checkpoint:
+        """What one expert, or the base, is over all sections."""
+        found = []
+        for module, own in recipe.sections.items():
+            runs: list[Run] = []
+            for section in own:
+                picked = pick(section)
+                layers = (0, section.layers or 0) if picked is None else picked.layers or (0, 0)
+                runs.append((None if picked is None else parts[picked.model][module], *layers))
+            here = [checkpoint for checkpoint, _, _ in runs if checkpoint is not None]
+            found += [stacked_layers(runs) if own[0].layers is not None else here[0]] if here else []
+        return found[0] if len(found) == 1 else beside(found)
+
+    def expert(number: int) -> Callable[[Section], Picked | None]:
+        return lambda section: _picked(section, number)
+
     models = []
-    for column in columns:
-        runs = [(seen[source.model].checkpoint, *source.layer_range) for source in column]
-        models.append(_viewed(seen[column[0].model], stacked_layers(runs), job))
-    if recipe.base_model is not None and role is not None:
-        base = seen[recipe.base_model]
-        layers = selected(base.checkpoint, *recipe.stacked_base())
-        models.append(_viewed(base._replace(role=role), layers, job))
+    for number in range(max(recipe.counts)):
+        first = next(found for section in sections if (found := _picked(section, number)) is not None)
+        models.append(_viewed(seen[first.model]._replace(role="expert"), column(expert(number)), job))
+    base = next((name for name in bases if name is not None), None)
+    if base is not None and role is not None:
+        models.append(_viewed(seen[base]._replace(role=role), column(_picked_base), job))
     return OpenedModels(models, list(opened.values()), True, vocabulary)
+
+
+class Picked(NamedTuple):
+    """What a section takes of a model: the layers, or all that there is."""
+
+    model: str
+    layers: tuple[int, int] | None
+
+
+def _picked(section: Section, number: int) -> Picked | None:
+    """What a section takes for an expert; None where it has fewer."""
+    if number >= len(section.experts):
+        return None
+    entry = section.experts[number]
+    return Picked(entry.model, entry.layer_range if isinstance(entry, Source) else None)
+
+
+def _picked_base(section: Section) -> Picked | None:
+    if section.base is None:
+        return None
+    return Picked(section.base, None if section.layers is None else base_layers(section))
+
+
+def _parts_of(recipe: Recipe, model: OpenedModel) -> dict[str | None, Checkpoint]:
+    """A model by the modules of a recipe; under None where it has none."""
+    if recipe.modules is None:
+        return {None: model.checkpoint}
+    owners = modules_of(model.input.anatomy, list(recipe.modules), model.input.name)
+    return {
+        module: part_of(model.checkpoint, [name for name, own in owners.items() if own == module])
+        for module in recipe.modules
+    }

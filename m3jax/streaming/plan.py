@@ -1,11 +1,12 @@
 """The plan of a merge: what happens to each tensor, from a recipe and the tensors' names and shapes alone."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from m3jax.anatomy import MODEL_KINDS, OUTSIDE_BLOCKS, Anatomy, Part, Tower, block_position
 from m3jax.anatomy.kinds import mend_of
+from m3jax.anatomy.modules import modules_of
 from m3jax.checkpoints import TensorInfo, natural_key
 from m3jax.errors import M3Error
 from m3jax.methods import factories
@@ -19,7 +20,7 @@ from m3jax.methods.leaf import (
     statistics_weights,
     without_idle_sparsifier,
 )
-from m3jax.methods.mixup import draw, likelihood_of_one
+from m3jax.methods.mixup import draw, draw_walk, likelihood_of_one
 from m3jax.naming import block_of, layer_position
 from m3jax.recipe import Recipe, unmatched
 
@@ -78,6 +79,7 @@ class TensorPlan(NamedTuple):
         axis: Along which it stacks blocks; None if it does not.
         apart: It does not count in what is measured of the whole model: it is another name of a tensor that does, or
             running statistics.
+        why: Why it is not merged as others are; empty where it is.
     """
 
     output: TensorInfo
@@ -86,6 +88,7 @@ class TensorPlan(NamedTuple):
     blocks: tuple[BlockPlan, ...] = ()
     axis: int | None = None
     apart: bool = False
+    why: str = ""
 
     @property
     def has_base(self) -> bool:
@@ -121,7 +124,7 @@ class MergePlan(NamedTuple):
 
 def method_of(recipe: Recipe) -> Method:
     """The merge method that a recipe asks for, with the parameters that hold for the whole merge."""
-    return factories.make_method(recipe.row, recipe.parameters, recipe.base_model is not None)
+    return factories.make_method(recipe.row, recipe.parameters, recipe.uses_base)
 
 
 def sparsifier_of(recipe: Recipe) -> Sparsifier | None:
@@ -167,29 +170,33 @@ def as_untied(anatomy: Anatomy) -> Anatomy:
     return anatomy._replace(parts=parts, ties_embeddings=False)
 
 
-def _tied_copies(inputs: Sequence[Input], names: Sequence[str]) -> set[str]:
+def _tied_copies(names: Sequence[str], readers: Callable[[str], Sequence[Input]]) -> set[str]:
     """Output embeddings that some models store and others do not, where all of them use the input embedding."""
     return {
         name
         for name in names
-        if any(name not in model.tensors for model in inputs)
+        if any(name not in model.tensors for model in readers(name))
         and all(
-            model.anatomy.head == name and model.anatomy.ties_embeddings for model in inputs if name in model.tensors
+            model.anatomy.head == name and model.anatomy.ties_embeddings
+            for model in readers(name)
+            if name in model.tensors
         )
     }
 
 
-def _check_names(inputs: Sequence[Input], ignored: set[str]) -> None:
-    for model in inputs[1:]:
-        first = inputs[0]
-        for have, lack in ((first, model), (model, first)):
-            missing = [name for name in have.tensors if name not in lack.tensors and name not in ignored]
-            if missing:
-                more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-                raise M3Error(
-                    f"{missing[0]}{more}: in {have.name} but not in {lack.name}: "
-                    "merge models of one architecture, or exclude the tensor"
-                )
+def _check_names(
+    names: Sequence[str], first: Input, readers: Callable[[str], Sequence[Input]], ignored: set[str]
+) -> None:
+    missing: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        for model in readers(name) if name not in ignored else ():
+            if (name in model.tensors) != (name in first.tensors):
+                have, lack = (model, first) if name in model.tensors else (first, model)
+                missing.setdefault((have.name, lack.name), []).append(name)
+    for (having, lacking), lost in missing.items():
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        said = f"{lost[0]}{more}: in {having} but not in {lacking}"
+        raise M3Error(f"{said}: merge models of one architecture, or exclude the tensor")
 
 
 def _check_shapes(name: str, inputs: Sequence[Input]) -> None:
@@ -216,24 +223,35 @@ class _Piece(NamedTuple):
         key: As `BlockPlan.key`.
         group: The block that it belongs to, for draws by layer.
         t: Where gradients are read.
+        module: The module that it is of, where the recipe has some.
+        block: Its tower and its block there; None outside blocks.
     """
 
     name: str
     key: str
     group: str
     t: float
+    module: str | None = None
+    block: tuple[str, int] | None = None
+
+    @property
+    def layer(self) -> int | None:
+        """Its block."""
+        return None if self.block is None else self.block[1]
 
 
-def _pieces(anatomy: Anatomy, name: str) -> list[_Piece]:
+def _pieces(anatomy: Anatomy, name: str, module: str | None = None) -> list[_Piece]:
     """What a stored tensor consists of; an alias is keyed and weighed as what it is one with."""
     part = anatomy.parts[name]
     if part.stack_axis is not None:
         return [
-            _Piece(own, own, group, block_position(anatomy, name, block))
+            _Piece(own, own, group, block_position(anatomy, name, block), module, (str(part.tower), block))
             for own, group, block in zip(part.block_names, part.groups, part.blocks, strict=True)
         ]
     told = anatomy.parts[part.alias_of] if part.alias_of is not None else part
-    return [_Piece(name, told.canonical, told.groups[0] if told.groups else OUTSIDE_BLOCKS, told.position)]
+    group = told.groups[0] if told.groups else OUTSIDE_BLOCKS
+    block = None if told.block is None else (str(told.tower), told.block)
+    return [_Piece(name, told.canonical, group, told.position, module, block)]
 
 
 def _group(piece: _Piece, granularity: str) -> str:
@@ -249,25 +267,34 @@ def draws_of(recipe: Recipe, method: Method, pieces: Sequence[_Piece]) -> DrawnW
     if granularity != "model":
         groups = {group: group for group in (_group(piece, granularity) for piece in pieces)}
     count = len(recipe.experts)
-    return {label: draw(method.weighting, recipe.seed, alpha, count, group) for label, group in groups.items()}
+    drawn = {label: draw(method.weighting, recipe.seed, alpha, count, group) for label, group in groups.items()}
+    walks: dict[str, dict[int, str]] = {}
+    for piece in pieces if recipe.mixup.smooth else ():
+        if piece.block is not None:
+            walks.setdefault(piece.block[0], {})[piece.block[1]] = piece.group
+    for blocks in walks.values():
+        walked = draw_walk(recipe.seed, alpha, count, blocks, recipe.mixup.smooth)
+        drawn |= {group: weights[: len(drawn[group])] for group, weights in walked.items()}
+    return drawn
 
 
 def _settings(recipe: Recipe, pipeline: Pipeline, piece: _Piece, drawn: DrawnWeights) -> Settings:
     """The numbers of one piece."""
     name, t = piece.name, piece.t
+    where = (name, t, piece.module, piece.layer)
     sparsifier = (
-        recipe.numbers("sparsifier", name, t)
+        recipe.numbers("sparsifier", *where)
         if recipe.sparsify is None
         else recipe.sparsify.numbers(name, t, pipeline.num_experts)
     )
-    (scale,) = {values[0] for values in recipe.numbers("scale", name, t).values()} or {pipeline.method.scale}
+    (scale,) = {values[0] for values in recipe.numbers("scale", *where).values()} or {pipeline.method.scale}
     weights = _weights_of(recipe, pipeline, piece, drawn)
-    return settings_of(pipeline, weights, scale, sparsifier, recipe.numbers("method", name, t))
+    return settings_of(pipeline, weights, scale, sparsifier, recipe.numbers("method", *where))
 
 
 def _weights_of(recipe: Recipe, pipeline: Pipeline, piece: _Piece, drawn: DrawnWeights) -> tuple[float, ...]:
     if recipe.mixup is None:
-        (given,) = recipe.numbers("weights", piece.name, piece.t).values() or ((),)
+        (given,) = recipe.numbers("weights", piece.name, piece.t, piece.module, piece.layer).values() or ((),)
         return given[: pipeline.num_weights]
     group = _group(piece, recipe.mixup.granularity)
     if group not in drawn or len(drawn[group]) != pipeline.num_weights:
@@ -311,6 +338,16 @@ def _excluded(recipe: Recipe, model: Input, names: Sequence[str]) -> set[str]:
     return matched | originals | {name for name, original in aliases.items() if original in matched | originals}
 
 
+def _why_excluded(recipe: Recipe, model: Input, name: str) -> str:
+    if recipe.excludes(name):
+        return "excluded"
+    if recipe.only and name.split(".")[0] not in recipe.only:
+        return f"not in {', '.join(recipe.only)}"
+    parts = model.anatomy.parts
+    same = [other for other, part in parts.items() if part.alias_of == name or parts[name].alias_of == other]
+    return f"one tensor with {same[0]}, which is excluded" if same else "excluded"
+
+
 def _check_kinds(inputs: Sequence[Input], excluded: set[str]) -> None:
     """Refuse what must not be interpolated, and what no one can interpolate."""
     for model in inputs:
@@ -334,11 +371,40 @@ def _state(model: Input, names: Sequence[str]) -> set[str]:
     return {name for name in names if name in parts and parts[name].kind not in MODEL_KINDS}
 
 
+def _modules_of(recipe: Recipe, model: Input) -> dict[str, str]:
+    """The module that each tensor is of, where a recipe has some."""
+    return {} if recipe.modules is None else modules_of(model.anatomy, list(recipe.modules), model.name)
+
+
+def _readers(
+    recipe: Recipe, pipeline: Pipeline, model: Input, used: tuple[int, ...]
+) -> Callable[[str], tuple[int, ...]]:
+    """The inputs that each tensor is merged of: all that are used, or fewer where sections have fewer experts.
+
+    Raises:
+        M3Error: They differ, and one measurement of the whole model would be of all.
+    """
+    if len(recipe.counts) == 1:
+        return lambda name: used
+    whole = next((stage.measure.label for stage in pipeline.stages if stage.measure.scope == "model"), None)
+    if whole is not None:
+        said = " and ".join(map(str, recipe.counts))
+        raise M3Error(
+            f"{whole}: is over the whole model, and parts of it have {said} experts: give all parts as many, or let "
+            "each tensor be measured by itself"
+        )
+    modules = _modules_of(recipe, model)
+    parts = model.anatomy.parts.items()
+    counts = {name: recipe.count_at(name, part.position, modules.get(name), part.block) for name, part in parts}
+    base = {used[0]} if pipeline.uses_base else set()
+    return lambda name: tuple(i for i in used if i in base or i < counts.get(name, len(used)))
+
+
 def _needs_blocks(recipe: Recipe) -> str | None:
     """The key of a recipe for which blocks must be known; None if there is none."""
     if recipe.mixup is not None and recipe.mixup.granularity == "layer":
         return "mixup.granularity: layer"
-    if recipe.slices:
+    if any(section.layers is not None for section in recipe.every_section):
         return "slices"
     return "a gradient" if recipe.has_gradients() else None
 
@@ -359,7 +425,11 @@ def _check_blocks(recipe: Recipe, model: Input, names: Sequence[str]) -> None:
 
 
 def make_plan(
-    recipe: Recipe, experts: Sequence[Input], base: Input | None, drawn: DrawnWeights | None = None
+    recipe: Recipe,
+    experts: Sequence[Input],
+    base: Input | None,
+    drawn: DrawnWeights | None = None,
+    stored: Sequence[str] = (),
 ) -> MergePlan:
     """Decide what happens to every tensor.
 
@@ -368,6 +438,7 @@ def make_plan(
         experts: The models to merge, in the recipe's order.
         base: The base, if the recipe names one.
         drawn: Weights drawn earlier, which a replay uses instead of drawing.
+        stored: What tensors are called in the models that layers are taken from, which filters see too.
 
     Raises:
         M3Error: The models do not fit each other or the recipe.
@@ -381,26 +452,38 @@ def make_plan(
     models = [inputs[i] for i in used]
     names = sorted({name for i in {template, *used} for name in inputs[i].tensors}, key=natural_key)
     blocks = [own for model in inputs for part in model.anatomy.parts.values() for own in part.block_names]
-    if drawn is None and (said := unmatched(recipe, names, blocks)) is not None:  # a replay does as was done
+    if (
+        drawn is None and (said := unmatched(recipe, names, [*blocks, *stored])) is not None
+    ):  # a replay does as was done
         raise M3Error(said)
     excluded = _excluded(recipe, inputs[template], names)
     _check_kinds([inputs[i] for i in sorted({template, *used})], excluded)
     state = {name for model in models for name in _state(model, names)} - excluded
-    tied = _tied_copies(models, names) - excluded
-    _check_names(models, excluded | state | tied)
+    positions = _readers(recipe, pipeline, models[0], used)
+
+    def readers(name: str) -> list[Input]:
+        return [inputs[i] for i in positions(name)]
+
+    tied = _tied_copies(names, readers) - excluded
+    _check_names(names, models[0], readers, excluded | state | tied)
     kept = [n for n in names if n not in state | tied and (n in inputs[template].tensors if n in excluded else True)]
     kept = [n for n in kept if n in excluded or n in models[0].tensors]
     merged = [n for n in kept if n not in excluded]
     mergeable = {
         n
         for n in merged
-        if models[0].anatomy.parts[n].kind != "buffer" and all(m.tensors[n].dtype in FLOATS for m in models)
+        if models[0].anatomy.parts[n].kind != "buffer" and all(m.tensors[n].dtype in FLOATS for m in readers(n))
     }
     _check_blocks(recipe, models[0], merged)
     depth = max((tower.depth for tower in models[0].anatomy.towers.values()), default=0)
-    if recipe.declared_layers is not None and recipe.declared_layers != depth:
-        raise M3Error(f"slices: cover {recipe.declared_layers} layers, but {inputs[0].name} has {depth}")
-    pieces = {name: _pieces(models[0].anatomy, name) for name in merged if name in mergeable}
+    declared = None if recipe.modules is not None else recipe.declared_layers()
+    if declared is not None and len(models[0].anatomy.towers) > 1:
+        said = f"{models[0].name} has several stacks of layers ({', '.join(models[0].anatomy.towers)})"
+        raise M3Error(f"slices: {said}: give each its own under modules")
+    if declared not in (None, depth):
+        raise M3Error(f"slices: cover {declared} layers, but {inputs[0].name} has {depth}")
+    modules = _modules_of(recipe, models[0])
+    pieces = {name: _pieces(models[0].anatomy, name, modules.get(name)) for name in merged if name in mergeable}
     outcome = drawn if drawn is not None or recipe.mixup is None else recipe.mixup.weights
     weights = outcome
     if weights is None:
@@ -409,26 +492,31 @@ def make_plan(
     plans = []
     if recipe.keep_state == "first":
         own = [name for name in names if name in state and name in inputs[0].tensors]
-        plans += [TensorPlan(inputs[0].tensors[name], (0,)) for name in own]
+        plans += [TensorPlan(inputs[0].tensors[name], (0,), why="training state of the first model") for name in own]
     for name in kept:
         if name in excluded:
-            plans.append(_taken(inputs, template, name))
+            plans.append(_taken(inputs, template, name)._replace(why=_why_excluded(recipe, inputs[template], name)))
             continue
-        _check_shapes(name, models)
+        own_models = readers(name)
+        _check_shapes(name, own_models)
         teller = inputs[template] if template in used else inputs[0]
         reference = teller.tensors[name]
         if name not in mergeable:
-            if any(m.tensors[name].dtype != reference.dtype for m in models):
-                said = ", ".join(f"{m.tensors[name].dtype} in {m.name}" for m in models)
+            if any(m.tensors[name].dtype != reference.dtype for m in own_models):
+                said = ", ".join(f"{m.tensors[name].dtype} in {m.name}" for m in own_models)
                 raise M3Error(f"{name}: is {said}: only BF16, F16 and F32 can be merged with each other")
-            plans.append(TensorPlan(reference, used))
+            kind = models[0].anatomy.parts[name].kind
+            why = "a buffer, no parameter" if kind == "buffer" else f"{reference.dtype}, which is not interpolated"
+            plans.append(TensorPlan(reference, positions(name), why=why))
             continue
+        own_pipeline = pipeline._replace(num_experts=len(own_models) - pipeline.uses_base)
         part = models[0].anatomy.parts[name]
         if part.kind == "statistics":
-            plans.append(_of_statistics(recipe, pipeline, reference, part, pieces[name], weights))
+            plans.append(_of_statistics(recipe, own_pipeline, reference, part, pieces[name], weights))
             continue
         output = reference._replace(dtype=output_dtype(recipe, teller, name))
-        plans.append(_merged(recipe, pipeline, reference, output, used, part, pieces[name], weights))
+        where = positions(name)
+        plans.append(_merged(recipe, own_pipeline, reference, output, where, part, pieces[name], weights))
     notes = tuple(_notes(models[0], state, merged, recipe.keep_state))
     if outcome is None:
         notes += tuple(_note_on_draw(recipe, weights, [expert.name for expert in experts]))
@@ -462,12 +550,13 @@ def _merged(
     """What happens to a tensor that is merged."""
     settings = [_settings(recipe, pipeline, piece, drawn) for piece in pieces]
     if pipeline.method.copies and output == reference and all(each.scale == 1.0 for each in settings):
-        return TensorPlan(reference, used)
+        return TensorPlan(reference, used, why="the one model's, unchanged")
     own = pipeline
     if all(without_idle_sparsifier(pipeline, each) != pipeline for each in settings):
         own = without_idle_sparsifier(pipeline, settings[0])
     blocks = tuple(BlockPlan(p.name, p.key, p.group, each) for p, each in zip(pieces, settings, strict=True))
-    return TensorPlan(output, used, own, blocks, part.stack_axis, part.alias_of is not None)
+    why = f"one tensor with {part.alias_of}" if part.alias_of is not None else ""
+    return TensorPlan(output, used, own, blocks, part.stack_axis, part.alias_of is not None, why)
 
 
 def _of_statistics(
@@ -486,7 +575,8 @@ def _of_statistics(
         return statistics_weights(pipeline, _weights_of(recipe, pipeline, piece, drawn))
 
     blocks = tuple(BlockPlan(p.name, p.key, p.group, settings_of(average, weights(p), 1.0)) for p in pieces)
-    return TensorPlan(reference, tuple(range(count)), average, blocks, part.stack_axis, apart=True)
+    why = "statistics of batch normalisation, which are averaged whatever the method"
+    return TensorPlan(reference, tuple(range(count)), average, blocks, part.stack_axis, apart=True, why=why)
 
 
 def _notes(model: Input, state: set[str], merged: Sequence[str], kept: str | None) -> Iterator[str]:

@@ -81,3 +81,20 @@ def test_how_often_one_expert_is_given_nearly_all(alpha, n):
     draws = [max(draw_weights(seed, alpha, n)) for seed in range(4000)]
     often = sum(share > 0.9 for share in draws) / len(draws)
     assert abs(mixing.likelihood_of_one(alpha, n, 0.9) - often) < 0.025  # three deviations of 4,000 draws
+
+
+def test_neighbouring_blocks_share_a_walk_and_keep_their_law():
+    blocks = {number: f"model.layers.{number}" for number in range(4000)}
+    walk = mixing.draw_walk(3, 1.0, 2, blocks, 0.9)
+    ratios = np.array([walk[group][0] for group in blocks.values()])
+    normal = special.ndtri(ratios)
+    assert np.corrcoef(normal[:-1], normal[1:])[0, 1] == pytest.approx(0.9, abs=0.03)
+    assert np.corrcoef(normal[:-2], normal[2:])[0, 1] == pytest.approx(0.81, abs=0.05)
+    thinned = ratios[::40]  # far enough from each other to be as good as independent
+    assert stats.kstest(thinned, stats.uniform.cdf).pvalue > 1e-3
+    alone = mixing.draw_walk(3, 0.5, 3, {2: "model.layers.2", 7: "model.layers.7"}, 0.0)
+    assert alone == {group: draw_weights(3, 0.5, 3, group) for group in alone}
+    steps = mixing.draw_walk(3, 1.0, 2, {0: "model.layers.0", 2: "model.layers.2"}, 0.9)  # past a block that is absent
+    own = [special.ndtri(draw_weights(3, 1.0, 2, f"model.layers.{number}")[0]) for number in (0, 2)]
+    second = special.ndtri(steps["model.layers.2"][0])
+    assert second == pytest.approx(0.81 * own[0] + np.sqrt(1 - 0.81**2) * own[1], abs=1e-5)

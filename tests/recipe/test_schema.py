@@ -2,6 +2,7 @@
 
 import doctest
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import m3jax.recipe.formulas as recipe_formulas
 import m3jax.recipe.settings as recipe_settings
 from m3jax import naming, recipe
 from m3jax.errors import M3Error
 from m3jax.methods.mixup import draw_weights
 from m3jax.naming import block_of, layer_position
-from m3jax.recipe import ModelEntry, Recipe, dialect, load_recipe
+from m3jax.recipe import ModelEntry, Recipe, dialect, load_recipe, starting
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 UP = "model.layers.{}.mlp.up_proj.weight"
@@ -32,6 +34,10 @@ def merge(method: str = "linear", **keys: Any) -> dict[str, Any]:
 
 def source(model: str, first: int, end: int, **parameters: Any) -> dict[str, Any]:
     return {"model": model, "layer_range": [first, end], "parameters": parameters}
+
+
+DARE = {"method": "dare", "density": 0.5}
+SLICE = {"sources": [source("a", 0, 2), source("b", 0, 2)]}
 
 
 def names(entries: tuple[ModelEntry, ...]) -> list[str]:
@@ -55,9 +61,11 @@ def test_every_kind_of_config_is_there():
         "m3_dare_ties",
         "three_experts",
         "layerwise",
+        "depth",
+        "m3_smooth",
     }
     methods = {load_recipe(path).merge_method for path in CONFIGS.glob("mergekit/*.yaml")}
-    assert methods == {"linear", "task_arithmetic", "ties", "dare_ties", "slerp"}
+    assert methods == {"linear", "task_arithmetic", "ties", "dare_ties", "slerp", "passthrough"}
 
 
 @pytest.mark.parametrize(
@@ -72,7 +80,7 @@ def test_what_configs_draw_is_a_merge_of_all_their_models(path: Path):
         assert f"{weights[0]:.3f}" in path.read_text()
 
 
-@pytest.mark.parametrize("module", [naming, recipe, recipe_settings, dialect])
+@pytest.mark.parametrize("module", [naming, recipe, recipe_settings, recipe_formulas, dialect, starting])
 def test_docstrings_are_true(module):
     assert doctest.testmod(module).failed == 0
 
@@ -124,6 +132,17 @@ def test_linear_needs_the_base_only_for_sparse_deltas():
     assert not load_recipe(merge(sparsify={**sparse, "target": "weights"})).uses_base
 
 
+def test_models_that_mergekit_has_written_out():
+    written = {"model": {"path": "org/a", "revision": "main"}, "lora": None, "override_architecture": None}
+    adapted = {"model": {"path": "b"}, "lora": {"path": "c", "revision": "v1"}}
+    made = load_recipe(merge(models=[{"model": written, "parameters": {"weight": 2}}, {"model": adapted}]))
+    assert made.named_models == ("org/a@main", "b+c@v1")
+    other = {**written, "override_architecture": "X"}
+    for wrong, said in (({"path": "a"}, r"models\.0\.model: is no model"), (other, "m3jax goes by the names of ten")):
+        with pytest.raises(M3Error, match=said):
+            load_recipe(merge(models=[{"model": wrong}, "b"]))
+
+
 def test_base_among_the_models():
     listed = ["a", "base", "b"]
     keys = {"base_model": "base", "models": listed}
@@ -158,6 +177,13 @@ def test_first_matching_filter_wins():
     assert made.parameter("weight", UP.format(1), 0, 0.5) == 3.0
 
 
+def test_one_filter_needs_no_list():
+    made = load_recipe(merge(parameters={"weight": {"filter": "mlp", "value": ["1e-1", 0.3]}}))
+    assert made.parameter("weight", UP.format(0), 0, 0.5) == pytest.approx(0.2)
+    assert made.parameter("weight", QUERY.format(0), 0, 0.5) is None
+    assert made == load_recipe(merge(parameters={"weight": [{"filter": "mlp", "value": [0.1, 0.3]}]}))
+
+
 def test_filters_nest():
     inner = [{"filter": "up", "value": 7}]
     weight = [{"filter": "mlp", "value": inner}, {"value": 1}]
@@ -181,6 +207,20 @@ def test_gradients_pass_through_their_points(points):
     last = max(1, len(points) - 1)
     for i, point in enumerate(points):
         assert made.parameter("weight", "x", 0, i / last) == pytest.approx(point, abs=1e-9)
+
+
+def test_formulas_of_depth():
+    weight = [{"filter": "mlp", "value": "cosine(0, 1)"}, {"value": "linear(1e-1, -.5)"}]
+    made = load_recipe(merge(parameters={"weight": weight}))
+    for i in range(9):
+        t = i / 8
+        cosine = (1 - math.cos(math.pi * t)) / 2
+        assert made.parameter("weight", UP.format(0), 0, t) == pytest.approx(cosine, abs=1e-15)
+        assert made.parameter("weight", QUERY.format(0), 0, t) == (1 - t) * 0.1 - t * 0.5
+    assert made.has_gradients()
+    assert made.resolved()["parameters"]["weight"][1]["value"] == "linear(0.1, -0.5)"
+    assert Recipe.model_validate(json.loads(json.dumps(made.resolved()))) == made
+    assert load_recipe(merge(sparsify=DARE | {"density": "cosine(1, 0.5)"}, base_model="c")).has_gradients()
 
 
 def test_numbers_may_be_text():
@@ -251,6 +291,17 @@ def test_notes():
     ]
 
 
+def test_notes_of_what_mergekit_does_otherwise():
+    averaged = load_recipe(merge(base_model="c", parameters={"weight": 0.5}))
+    assert [note.split(",")[0] for note in averaged.notes()] == [
+        "base_model gives linear configuration and tokenizer only"
+    ]
+    assert load_recipe(merge(base_model="a", parameters={"weight": 0.5})).notes() == ()
+    stood = load_recipe(merge(parameters={"weight": [{"filter": "mlp", "value": [0, 1]}]})).notes()
+    assert [note.split(",")[0] for note in stood] == ["gradients stand at their last value after the layers"]
+    assert load_recipe(merge(parameters={"weight": "linear(0, 1)"})).notes() == ()
+
+
 def test_slices_keep_their_parameters():
     made = load_recipe(
         {
@@ -264,7 +315,7 @@ def test_slices_keep_their_parameters():
         }
     )
     assert names(made.experts) == ["a", "b"]
-    assert made.declared_layers == 6
+    assert made.declared_layers() == 6
 
     def weights(name: str) -> tuple[Any, ...]:
         return tuple(made.parameter("weight", name, i, layer_position(name, 6)) for i in (0, 1))
@@ -368,8 +419,6 @@ def test_wrong_overrides(override, sentence):
 
 # --- sentences ------------------------------------------------------------------------------------------------
 
-DARE = {"method": "dare", "density": 0.5}
-SLICE = {"sources": [source("a", 0, 2), source("b", 0, 2)]}
 
 WRONG = [
     # keys
@@ -397,7 +446,6 @@ WRONG = [
         merge("ties", models=["a", {"model": "b", "parameters": {"normalize": True}}]),
         "models.1.parameters.normalize: it is set for the whole merge; move it",
     ),
-    (merge(modules={}), "modules: merging by module is not supported"),
     (merge(tokenizer={"source": "union"}, tokenizer_source="a"), "tokenizer.source: given together with tokenizer_"),
     (merge(tokenizer="union"), "tokenizer: 'union' is not a mapping; write 'key: value' lines"),
     (merge(tokenizer={"sauce": "union"}), "tokenizer.sauce: unknown key; did you mean 'source'?"),
@@ -411,6 +459,31 @@ WRONG = [
     ),
     (merge(also_for="c", tokenizer_source="union"), "also_for.0: c is not one of the models; known are a, b"),
     (merge(also_for="b"), "also_for: needs one vocabulary for all; write tokenizer_source: union"),
+    (merge(modules={"text": {}}), "modules: given together with models"),
+    ({"merge_method": "linear", "modules": {}}, "modules: names no part of the models"),
+    ({"merge_method": "linear", "modules": {"text": {"slices": None}}}, "modules.text: has neither models nor slices"),
+    (
+        {"merge_method": "linear", "modules": {"text": {"models": ["a"], "slices": [SLICE]}}},
+        "modules.text.slices: given together with models",
+    ),
+    (
+        {"merge_method": "linear", "modules": {"text": {"models": ["a", "b"], "paramters": {}}}},
+        "modules.text.paramters: unknown key; did you mean 'parameters'?",
+    ),
+    (
+        {"merge_method": "linear", "modules": {"text": {"slices": [{**SLICE, "base": "a"}]}}},
+        "modules.text.slices.0.base: unknown key; did you mean 'base_model'?",
+    ),
+    (
+        {"merge_method": "linear", "modules": {"text": {"models": ["a"], "parameters": {"normalize": 1}}}},
+        "modules.text.parameters.normalize: it is set for the whole merge",
+    ),
+    (
+        {"merge_method": "ties", "modules": {"text": {"models": ["a"], "parameters": {"desnity": 1}}}},
+        "modules.text.parameters.desnity: unknown parameter; did you mean 'density'?",
+    ),
+    ({"gate_mode": "hidden", "experts": []}, "m3jax builds no mixtures of experts"),
+    ({"genome": {}, "tasks": []}, "this is a file for mergekit-evolve"),
     (merge(tokenizer_source="base"), "tokenizer_source: 'base' needs a base_model"),
     # methods
     (merge("tise"), "merge_method: 'tise' is not here; did you mean 'ties'? available are linear, task_arithmetic"),
@@ -440,8 +513,19 @@ WRONG = [
     (merge(parameters={"weight": True}), "parameters.weight: True is not a number"),
     (merge(parameters={"weight": "much"}), "parameters.weight: 'much' is not a number"),
     (merge(parameters={"weight": [1, "x"]}), "parameters.weight.1: 'x' is not a number"),
+    (merge(parameters={"weight": "cosin(0, 1)"}), "parameters.weight: cosin is no formula; did you mean 'cosine'?"),
+    (merge(parameters={"weight": "linear(0)"}), "parameters.weight: linear(0) has not two numbers; write such as lin"),
+    (merge("slerp", parameters={"t": "linear(0, 2)"}), "parameters.t: 2 is outside [0, 1]"),
+    (merge("ties", parameters={"normalize": "linear(0, 1)"}), "parameters.normalize: 'linear(0, 1)' is not true or"),
+    (
+        merge("ties", parameters={"trim_scope": "model", "density": "linear(0, 1)"}),
+        "parameters.density: trim_scope: model needs one number",
+    ),
+    (merge(mixup={"alpha": 1, "smooth": 0.5}), "mixup.smooth: is of neighbouring layers; write granularity: layer"),
+    (merge(mixup={"alpha": 1, "granularity": "layer", "smooth": 1}), "mixup.smooth: 1 is one draw for all layers"),
+    (merge(mixup={"alpha": 1, "granularity": "layer", "smooth": -1}), "mixup.smooth: -1 is outside [0, 1]"),
     (merge(parameters={"weight": []}), "parameters.weight: the list is empty"),
-    (merge(parameters={"weight": {"value": 1}}), "parameters.weight: a filter stands in a list"),
+    (merge(parameters={"weight": {"filtr": "mlp", "value": 1}}), "parameters.weight.filtr: unknown key; did you mean"),
     (merge(parameters={"weight": [{"value": 1}, 2]}), "parameters.weight.1: 2 stands among filters"),
     (merge(parameters={"weight": [{"filter": "mlp"}]}), "parameters.weight.0: the filter has no value"),
     (merge(parameters={"weight": [{"filter": 3, "value": 1}]}), "parameters.weight.0.filter: 3 is not text"),
@@ -517,7 +601,10 @@ WRONG = [
         {"merge_method": "linear", "slices": [{"sources": [{"model": "a", "layer_rnage": [0, 2]}]}]},
         "slices.0.sources.0.layer_rnage: unknown key; did you mean 'layer_range'?",
     ),
-    ({"merge_method": "linear", "slices": [{**SLICE, "residual_weight": 1}]}, "slices.0.residual_weight: unknown key"),
+    (
+        {"merge_method": "linear", "slices": [{**SLICE, "residual_weight": 1}]},
+        "slices.0.residual_weight: mergekit reads",
+    ),
     (
         {"merge_method": "linear", "slices": [{"sources": [{"model": 7, "layer_range": [0, 2]}]}]},
         "slices.0.sources.0.model: 7 does not fit here; write text",
@@ -544,7 +631,7 @@ STACKED = [
     ([source("a", 1, 4), source("b", 1, 4)], None),  # an overlap
     ([source("a", 2, 4), source("b", 3, 5)], None),  # different layers
     ([source("a", 2, 4), source("c", 2, 4)], None),  # another model
-    ([source("a", 2, 4)], "has 1 sources where the first slice has 2"),
+    ([source("a", 2, 4)], None),  # fewer sources
     ([source("a", 2, 2), source("b", 2, 2)], r"layer_range: \[2, 2\] holds no layers"),
     ([source("a", 2, 4), source("b", 2, 3)], r"runs of different lengths \(a \[2, 4\], b \[2, 3\]\)"),
 ]
@@ -559,7 +646,7 @@ def test_slices_that_stack_layers(sources, sentence):
         return
     made = load_recipe(raw)
     assert made.stacks
-    assert made.declared_layers == 2 + sources[0]["layer_range"][1] - sources[0]["layer_range"][0]
+    assert made.declared_layers() == 2 + sources[0]["layer_range"][1] - sources[0]["layer_range"][0]
 
 
 @pytest.mark.parametrize("raw", [None, 3, "linear", ["linear"]])
@@ -576,7 +663,12 @@ def test_a_recipe_is_a_mapping(raw):
         (b"models: [a\nmerge_method: linear\n", "line 2: not valid YAML"),
         (b"seed: 1\nmodels: [a, b]\nseed: 2\n", "line 3: not valid YAML: the key 'seed' is written twice"),
         (b"name: !!python/object:os.system x\n", "line 1: not valid YAML"),
-        (b"seed: 1\n---\nseed: 2\n", "line 2: not valid YAML"),
+        (b"seed: 1\n---\nseed: 2\n", "documents 1 and 2 have no name; name all but the one"),
+        (b"name: a\n---\n- b\n", "document 2 is ['b'], not a mapping"),
+        (
+            b"name: a\nmodels: [b]\n---\nmerge_method: linear\nmodels: [a]\n",
+            "intermediates.a: merge_method: missing; add it",
+        ),
         (b"name: 2024-99-99\n", "not valid YAML: month must be in 1..12"),
         (b"name: \xff\n", "cannot be read (it is not UTF-8 text)"),
     ],
@@ -594,6 +686,50 @@ def test_missing_files(tmp_path):
         load_recipe(tmp_path / "none.yaml")
     with pytest.raises(M3Error, match="cannot be read"):
         load_recipe(tmp_path)
+
+
+# --- several documents ----------------------------------------------------------------------------------------
+
+
+def documents(*recipes: dict[str, Any]) -> str:
+    return "\n---\n".join(map(yaml.safe_dump, recipes))
+
+
+def linear(name: str | None, *models: str, **keys: Any) -> dict[str, Any]:
+    named = {} if name is None else {"name": name}
+    return {**named, "merge_method": "linear", "models": list(models), **keys}
+
+
+def test_documents_are_in_the_order_in_which_they_can_be_made(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    last = {**merge("ties", models=["second", "b"]), "base_model": "first"}
+    path.write_text(documents(last, linear("second", "first", "c"), linear("idle", "a"), linear("first", "a", "b")))
+    made = load_recipe(path, ["dtype=float32"], seed=3)
+    assert made.name is None
+    assert [recipe.name for recipe in made.intermediates] == ["first", "second", "idle"]
+    assert [recipe.name for recipe in made.needed] == ["first", "second"]
+    assert [recipe.seed for recipe in (made, *made.intermediates)] == [3] * 4
+    assert any(note.startswith("idle: the output does not need it") for note in made.notes())
+    assert Recipe.model_validate(json.loads(json.dumps(made.resolved()))) == made
+    path.write_text(documents(linear("first", "a"), linear("last", "first", "b")))
+    assert load_recipe(path).name == "last"
+
+
+@pytest.mark.parametrize(
+    ("recipes", "sentence"),
+    [
+        ([linear("a", "b"), linear("b", "a")], "the documents need each other in a circle (a -> b -> a); break it"),
+        ([linear("a", "a"), linear(None, "a")], "the documents need each other in a circle (a -> a); break it"),
+        ([linear("a", "x"), linear("a", "y"), linear(None, "a")], "intermediates.1.name: 'a' is the name of two doc"),
+        ([linear("a", "x"), linear(None, "a@main")], "a@main: a is a document here, of which there is nothing but"),
+        ([linear("a", "x", sede=1), linear(None, "a")], "intermediates.a: sede: unknown key; did you mean 'seed'?"),
+        ([linear(None, "a", intermediates=[]), linear("b", "x")], "document 1 has intermediates"),
+    ],
+)
+def test_documents_that_cannot_be(tmp_path, recipes, sentence):
+    (tmp_path / "recipe.yaml").write_text(documents(*recipes))
+    with pytest.raises(M3Error, match=re.escape(sentence)):
+        load_recipe(tmp_path / "recipe.yaml")
 
 
 # --- resolution -----------------------------------------------------------------------------------------------

@@ -112,6 +112,144 @@ def test_the_first_layers_of_a_model(place):
     assert json.loads((place / "out" / "config.json").read_text())["num_hidden_layers"] == 1
 
 
+def test_slices_with_bases_and_numbers_of_sources_of_their_own(place):
+    """One expert over the base below, two over another base above; a filter sees names as the models have them."""
+    one, two = slices(place, [("a", 0, 2)], [("b", 1, 2), ("a", 1, 2)])
+    two["base_model"] = str(place / "b")
+    two["sources"].append({"model": str(place / "base"), "layer_range": [0, 1]})
+    two["sources"][2]["parameters"] = {"weight": [{"filter": "layers.0.mlp", "value": 2.0}, {"value": 0.25}]}
+    asked = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(place / "base"),
+        "slices": [one, two],
+        "parameters": {"weight": 0.5},
+    }
+    result = m3jax.merge_checkpoint(asked, place / "out")
+    got, (base, a, b) = read(place / "out"), (model(0), model(1), model(2))
+    for name in (EMBED, LAYER.format(0), LAYER.format(1)):
+        want = oracle.merge([{"w": a[name]}], {"w": base[name]}, method="task_arithmetic", weights=(0.5,))["w"]
+        assert np.array_equal(got[name], want)
+    for name, own, other, weight in (
+        (LAYER.format(2), a[LAYER.format(1)], base[LAYER.format(0)], 2.0),
+        (NORM, a[NORM], base[NORM], 0.25),
+    ):
+        below = b[LAYER.format(1)] if name == LAYER.format(2) else b[name]
+        experts = [{"w": own}, {"w": other}]
+        want = oracle.merge(experts, {"w": below}, method="task_arithmetic", weights=(0.5, weight))["w"]
+        assert np.array_equal(got[name], want)
+    assert m3jax.replay(place / "out", place / "again").digest == result.digest
+    scoped = {**asked, "merge_method": "ties", "parameters": {"trim_scope": "model", "density": 0.5}}
+    two["sources"][2].pop("parameters")
+    with pytest.raises(M3Error, match="parts of it have 1 and 2 experts"):
+        m3jax.merge_checkpoint(scoped, place / "no")
+
+
+def test_a_model_that_is_there_twice_and_one_that_only_gives_layers_are_told_apart(place):
+    for name in ("base", "a", "b"):
+        (place / name / "tokenizer.json").write_text(json.dumps({"of": name}))
+    twice = {"merge_method": "task_arithmetic", "base_model": str(place / "base"), "models": [str(place / "a")] * 2}
+    m3jax.merge_checkpoint(twice, place / "twice")
+    assert json.loads((place / "twice" / "tokenizer.json").read_text()) == {"of": "base"}
+    runs = slices(place, [("a", 0, 2)], [("b", 1, 2)])
+    stacked = {"merge_method": "passthrough", "slices": runs, "tokenizer_source": str(place / "b")}
+    m3jax.merge_checkpoint(stacked, place / "stacked")
+    assert json.loads((place / "stacked" / "tokenizer.json").read_text()) == {"of": "b"}
+
+
+def test_slices_that_only_give_parameters_hold_for_layers_however_they_are_called(tmp_path):
+    rng = np.random.default_rng(0)
+    trees = [{f"layers_{i}.kernel": rng.standard_normal((4, 4)).astype(np.float32) for i in range(3)} for _ in "ab"]
+    for tree, name in zip(trees, "ab", strict=True):
+        write(tmp_path / name, tree)
+    runs = slices(tmp_path, [("a", 0, 2), ("b", 0, 2)], [("a", 2, 3), ("b", 2, 3)])
+    runs[0]["sources"][0]["parameters"], runs[1]["parameters"] = {"weight": [0, 3]}, {"weight": 4.0}
+    asked = {"merge_method": "linear", "slices": runs, "parameters": {"normalize": False, "weight": 2.0}}
+    m3jax.merge_checkpoint(asked, tmp_path / "out")
+    for name, weights in (("layers_0", (0, 2)), ("layers_1", (3, 2)), ("layers_2", (4, 4))):
+        pair = [{"w": tree[f"{name}.kernel"]} for tree in trees]
+        want = oracle.merge(pair, method="linear", normalize=False, weights=weights)["w"]
+        assert np.array_equal(read(tmp_path / "out")[f"{name}.kernel"], want)
+
+
+TEXT, SIGHT = "language_model.model.layers.{}.mlp.weight", "vision_tower.encoder.layers.{}.mlp.weight"
+PROJECTOR = "multi_modal_projector.linear.weight"
+SEEING = {
+    "language_model.model.embed_tokens.weight": (5, 8),
+    "language_model.model.norm.weight": (8,),
+    PROJECTOR: (8, 6),
+}
+
+
+def seeing(seed):
+    """A language model with a vision tower."""
+    rng = np.random.default_rng(seed)
+    shapes = SEEING | {TEXT.format(i): (8, 8) for i in range(2)} | {SIGHT.format(i): (6, 6) for i in range(3)}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def test_modules_are_merged_by_themselves(tmp_path):
+    config = {
+        "model_type": "llava",
+        "text_config": {"model_type": "llama", "num_hidden_layers": 2},
+        "vision_config": {"num_hidden_layers": 3},
+    }
+    for seed, name in enumerate("abc"):
+        write(tmp_path / name, seeing(seed), config)
+    place = {name: str(tmp_path / name) for name in "abc"}
+    sliced = [
+        {"sources": [{"model": place["b"], "layer_range": [0, 3]}]},
+        {"sources": [{"model": place["c"], "layer_range": [2, 3], "parameters": {"weight": 3.0}}]},
+    ]
+    asked = {
+        "merge_method": "linear",
+        "modules": {
+            "text_decoder": {
+                "models": [
+                    place["a"],
+                    {"model": place["b"], "parameters": {"weight": [{"filter": "norm", "value": 0}]}},
+                ],
+                "parameters": {"weight": [0.25, 0.75]},
+            },
+            "vision_tower": {"slices": sliced},
+            "multi_modal_projector": {"models": [place["c"]]},
+        },
+        "parameters": {"weight": 7.0, "normalize": False},
+    }
+    result = m3jax.merge_checkpoint(asked, tmp_path / "out")
+    got, (a, b, c) = read(tmp_path / "out"), map(seeing, range(3))
+    assert len(got) == len(a) + 1
+
+    def linear(*pairs):
+        return oracle.merge(
+            [{"w": x} for x, _ in pairs], method="linear", normalize=False, weights=[w for _, w in pairs]
+        )
+
+    weights = {
+        TEXT.format(0): (0.25, 0.25),
+        TEXT.format(1): (0.75, 0.75),
+        "language_model.model.norm.weight": (0.75, 0),
+    }
+    for name, (left, right) in weights.items():
+        assert np.array_equal(got[name], linear((a[name], left), (b[name], right))["w"])
+    for name, x, weight in (
+        (SIGHT.format(2), b[SIGHT.format(2)], 7.0),
+        (SIGHT.format(3), c[SIGHT.format(2)], 3.0),
+        (PROJECTOR, c[PROJECTOR], 7.0),
+    ):
+        assert np.array_equal(got[name], linear((x, weight))["w"])
+    told = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (told["text_config"]["num_hidden_layers"], told["vision_config"]["num_hidden_layers"]) == (2, 4)
+    assert m3jax.replay(tmp_path / "out", tmp_path / "again").digest == result.digest
+    apart = [{"sources": [{"model": place[m], "layer_range": [f, e]} for m in "ab"]} for f, e in ((0, 1), (1, 3))]
+    with pytest.raises(M3Error, match=r"slices: .* has several stacks of layers \(text, vision\): give each its own"):
+        m3jax.merge_checkpoint({"merge_method": "linear", "slices": apart}, tmp_path / "no")
+    del asked["modules"]["multi_modal_projector"]
+    with pytest.raises(
+        M3Error, match=r"multi_modal_projector\.linear\.weight of .*a is in none of text_decoder, vision_t"
+    ):
+        m3jax.merge_checkpoint(asked, tmp_path / "no")
+
+
 @pytest.mark.parametrize(
     ("runs", "sentence"),
     [
@@ -119,7 +257,7 @@ def test_the_first_layers_of_a_model(place):
         (([("a", 1, 1)],), r"slices\.0\.sources\.0\.layer_range: \[1, 1\] holds no layers"),
         (([("a", -1, 1)],), "holds no layers"),
         (([("a", 0, 2), ("b", 0, 1)],), "runs of different lengths"),
-        (([("a", 0, 2)], [("a", 0, 1), ("b", 0, 1)]), "has 2 sources where the first slice has 1"),
+        (([("a", 0, 2)], [("a", 0, 1), ("b", 0, 1)]), r"slices\.1: passthrough merges 1 model, not 2"),
         (([("a", 0, 2)], [("wide", 0, 1)]), "wide"),
     ],
 )

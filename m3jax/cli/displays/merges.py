@@ -108,6 +108,10 @@ def estimate_lines(found: "Estimate", width: int | None = None) -> Iterator[str]
     """
     from m3jax.streaming.estimate import RATES_TEXT  # JAX is there by now, as the estimate is
 
+    for name, within in found.intermediates.items():
+        yield f"before it, {safe_text(name)}:"
+        yield from estimate_lines(within, width)
+        yield ""
     yield found.method
     yield ""
     models = [[safe_text(e.name), e.role, f"{e.parameters:,}", size_text(e.bytes)] for e in found.inputs]

@@ -1,0 +1,167 @@
+"""The recipe as a JSON schema, by which editors complete and check what is typed. Rows of the catalogue say it all."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from m3jax.methods import catalogue
+from m3jax.methods.rows import MethodRow, Parameter, SparsifierRow
+from m3jax.recipe.chat_templates import AUTO, BUILT_IN
+from m3jax.recipe.entries import AnatomySettings, MixupSettings, ModelEntry, Module, Slice, Source, Strict
+from m3jax.recipe.schema import Recipe
+from m3jax.recipe.settings import mergekits, parameters_of
+
+Schema = dict[str, Any]
+_TEXT: Schema = {"type": "string"}
+_DTYPE: Schema = {"enum": ["bfloat16", "float16", "float32", "bf16", "fp16", "fp32", "half", "float", None]}
+_REGEXES: Schema = {"type": "array", "items": {"type": "string", "format": "regex"}}
+
+_HELP: Mapping[str, str] = {
+    "name": "The output's title; of a document that others start from, what they call it.",
+    "merge_method": "How the models are merged.",
+    "base_model": "The model that task vectors are differences from: a path, a hub id, or id@revision.",
+    "models": "The models that are merged.",
+    "slices": "Runs of layers, one after the other, each from models of its own.",
+    "modules": "Parts of the models, such as text_decoder and vision_tower, each with models or slices.",
+    "sparsify": "What is dropped of each expert before they are combined.",
+    "mixup": "M³: weights are drawn from Beta(α, α), or Dirichlet(α, …, α), not given.",
+    "parameters": "Of the method: numbers, gradients over the layers, formulas of depth, or lists of filters by name.",
+    "seed": "Of all that is random.",
+    "dtype": "That is written, unless out_dtype says another.",
+    "out_dtype": "That is written.",
+    "dequantize": "Merge float8 weights as the numbers that they stand for.",
+    "tokenizer_source": "union, base, or one of the models.",
+    "tokenizer": "Where the output's tokenizer comes from, and where rows of single tokens do.",
+    "also_for": "Models beside whose own tokenizers the same weights are to stand too.",
+    "chat_template": "auto, a built-in name, or Jinja text.",
+    "exclude": "Regular expressions of tensors that are copied from the base, or the first model.",
+    "only": "The collections that are merged, such as params.",
+    "keep_state": "What becomes of optimizer states.",
+    "anatomy": "What tensors are, where their names do not say it.",
+    "intermediates": "Recipes with names, by which the others take what they give.",
+}
+
+
+def recipe_schema() -> Schema:
+    """The JSON schema (2020-12) of recipes, of all methods that there are here."""
+    rows = [row for row in catalogue.rows() if isinstance(row, MethodRow)]
+    known = _properties(rows)
+    names = dict.fromkeys([*Recipe.model_fields, "tokenizer"])
+    fields = {name: {**known.get(name, {}), "description": _HELP.get(name, "")} for name in names}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Recipe of m3jax",
+        "type": "object",
+        "properties": fields,
+        "additionalProperties": False,
+        "required": ["merge_method"],
+        "oneOf": [{"required": [key]} for key in ("models", "slices", "modules")],
+        "allOf": [_of_method(row) for row in rows],
+        "$defs": _definitions(rows),
+    }
+
+
+def _properties(rows: list[MethodRow]) -> Schema:
+    return {
+        "name": _or_null(_TEXT),
+        "merge_method": {"oneOf": [{"const": row.name, "description": row.summary} for row in rows]},
+        "base_model": _or_null(_TEXT),
+        "models": {"type": "array", "items": {"$ref": "#/$defs/model"}},
+        "slices": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/slice"}},
+        "modules": {"type": "object", "additionalProperties": {"$ref": "#/$defs/module"}},
+        "sparsify": {"anyOf": [_sparsifier(row) for row in catalogue.SPARSIFIERS] + [{"type": "null"}]},
+        "mixup": _or_null({"$ref": "#/$defs/mixup"}),
+        "parameters": {"$ref": "#/$defs/parameters"},
+        "seed": {"type": "integer", "minimum": 0},
+        "dtype": _DTYPE,
+        "out_dtype": _DTYPE,
+        "dequantize": {"type": "boolean"},
+        "tokenizer_source": _or_null(_TEXT),
+        "chat_template": {"anyOf": [{"enum": [AUTO, *BUILT_IN, None]}, _TEXT]},
+        "exclude": _REGEXES,
+        "also_for": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]},
+        "only": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]},
+        "keep_state": {"enum": ["first", None]},
+        "anatomy": _or_null(_object(AnatomySettings, {})),
+        "intermediates": {"type": "array", "items": {"$ref": "#"}},
+    }
+
+
+def _definitions(rows: list[MethodRow]) -> Schema:
+    everything = {p.name: _of_parameter(p) for row in reversed(rows) for p in row.parameters}
+    known: Schema = {
+        "model": _TEXT,
+        "layer_range": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2},
+        "base_model": _or_null(_TEXT),
+        "parameters": {"$ref": "#/$defs/parameters"},
+        "sources": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/source"}},
+        "models": {"type": "array", "items": {"$ref": "#/$defs/model"}},
+        "slices": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/slice"}},
+        "alpha": {"description": "α of Beta(α, α); or the two shapes of a Beta."},
+        "granularity": {"enum": ["model", "layer", "tensor"]},
+        "smooth": {"type": "number", "minimum": 0, "description": "How much blocks share with their neighbours."},
+    }
+    return {
+        "number": {"anyOf": [{"type": "number"}, {**_TEXT, "description": "1e-3, linear(0, 1), cosine(0, 1)"}]},
+        "filter": {
+            "type": "object",
+            "properties": {"filter": _or_null(_TEXT), "value": {"$ref": "#/$defs/setting"}},
+            "required": ["value"],
+            "additionalProperties": False,
+        },
+        "setting": {
+            "anyOf": [
+                {"$ref": "#/$defs/number"},
+                {"$ref": "#/$defs/filter"},
+                {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/number"}},
+                {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/filter"}},
+            ]
+        },
+        "parameters": _or_null({"type": "object", "properties": everything}),
+        "model": {"anyOf": [_TEXT, _object(ModelEntry, known, "model")]},
+        "source": _object(Source, known, "model", "layer_range"),
+        "slice": _object(Slice, known, "sources"),
+        "module": _object(Module, known),
+        "mixup": _object(MixupSettings, known, "alpha"),
+    }
+
+
+def _or_null(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def _object(kind: type[Strict], known: Schema, *required: str) -> Schema:
+    properties = {name: known.get(name, {}) for name in kind.model_fields}
+    return {"type": "object", "properties": properties, "required": list(required), "additionalProperties": False}
+
+
+def _of_parameter(parameter: Parameter) -> Schema:
+    told: Schema = {"description": parameter.help}
+    if parameter.default is not None:
+        told["default"] = parameter.default
+    if parameter.kind == "flag":
+        return {**told, "enum": [True, False, 0, 1, 0.0, 1.0]}
+    if parameter.kind == "choice":
+        return {**told, "enum": list(parameter.choices)}
+    return {**told, "$ref": "#/$defs/setting" if parameter.level != "merge" else "#/$defs/number"}
+
+
+def _of_method(row: MethodRow) -> Schema:
+    """What follows from the method: its own parameters, and those of mergekit's that it lets be."""
+    own = {name: _of_parameter(parameter) for name, parameter in parameters_of(row).items()}
+    others = {p.name: True for each in catalogue.METHODS for p in each.parameters if mergekits(p.name)}
+    named: Schema = {"type": "object", "properties": {**others, **own}, "additionalProperties": False}
+    then: Schema = {"properties": {"parameters": _or_null(named)}}
+    return {"if": {"properties": {"merge_method": {"const": row.name}}, "required": ["merge_method"]}, "then": then}
+
+
+def _sparsifier(row: SparsifierRow) -> Schema:
+    needed = [parameter.name for parameter in row.parameters if parameter.default is None]
+    own = {parameter.name: _of_parameter(parameter) for parameter in row.parameters}
+    properties = {"method": {"const": row.name}, "target": {"enum": ["delta", "weights"]}, **own}
+    return {
+        "type": "object",
+        "description": row.summary,
+        "properties": properties,
+        "required": ["method", *needed],
+        "additionalProperties": False,
+    }
