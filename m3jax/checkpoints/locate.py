@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from m3jax.checkpoints.formats import MSGPACK, PUBLISHED
 from m3jax.checkpoints.remote import RemotePath, absent, as_path, is_url
+from m3jax.checkpoints.runs import split_step, step_place
 from m3jax.checkpoints.storage import is_dir, list_names
 from m3jax.checkpoints.trust import check_companion, check_size
 from m3jax.documents import parse_json
@@ -75,7 +76,8 @@ def locate_model(name: str) -> ModelDirectory:
 
     Args:
         name: A URL such as `s3://bucket/model` or `gs://bucket/model`, whose weights stay where they are; a local
-            path; or a hub id: `org/name` or `org/name@revision`. A path that exists here wins over a hub id.
+            path; or a hub id: `org/name` or `org/name@revision`. A path that exists here wins over a hub id. The path
+            of a run means its last finished step, and `RUN@2000` that one.
 
     Returns:
         The model's place; with `HF_HUB_OFFLINE=1` a hub id is looked up in the hub cache only.
@@ -93,6 +95,9 @@ def locate_model(name: str) -> ModelDirectory:
         if isinstance(remote, RemotePath) and remote.info() is None:
             raise absent(remote)
         return ModelDirectory(name, remote, None)
+    step = step_place(name)
+    if step is not None:
+        return ModelDirectory(name, step, None)
     local = Path(os.path.expanduser(name))
     if name and os.path.exists(local):
         return ModelDirectory(name, local, None)
@@ -118,7 +123,7 @@ def sketch_model(name: str) -> ModelDirectory:
         M3Error: As `locate_model`.
     """
     hub_id = _HUB_ID.fullmatch(name)
-    if is_url(name) or hub_id is None or os.path.exists(os.path.expanduser(name)):
+    if is_url(name) or hub_id is None or split_step(name) or os.path.exists(os.path.expanduser(name)):
         return locate_model(name)
     from huggingface_hub import constants, errors, get_safetensors_metadata, snapshot_download
 

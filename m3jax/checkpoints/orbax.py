@@ -123,6 +123,7 @@ class OrbaxCheckpoint(Closing):
         location: The path that was opened.
         tensors: Every array by its path joined with ".", in natural order.
         metadata: The texts of the tree's custom metadata.
+        item: The directory of the arrays.
     """
 
     def __init__(self, location: str, item: Path) -> None:
@@ -138,7 +139,7 @@ class OrbaxCheckpoint(Closing):
         import tensorstore as ts
 
         self.location = location
-        self._item = item
+        self.item = item
         self._tree = read_tree(item)
         self._aggregate = open_aggregate(item) if self._tree.packed else None
         tensors, cache = self._describe()
@@ -156,19 +157,19 @@ class OrbaxCheckpoint(Closing):
         packed = self._aggregate.tensors if self._aggregate else {}
         missing = [name for name, is_array in self._tree.packed.items() if is_array and name not in packed]
         if missing:
-            raise damaged(f"array {missing[0]!r} is not in {self._item / AGGREGATE}, where {TREE} places it")
+            raise damaged(f"array {missing[0]!r} is not in {self.item / AGGREGATE}, where {TREE} places it")
         tensors = {name: packed[name] for name in self._tree.packed if name in packed}
         context = ts.Context()
-        opening = {name: _open_store(self._item, self._tree, name, context) for name in self._tree.stored}
+        opening = {name: _open_store(self.item, self._tree, name, context) for name in self._tree.stored}
         largest = 0
         for name, future in opening.items():
             try:
                 store = future.result()
             except Exception as error:  # of many types
-                raise unusable(f"array {name!r}", self._item, error) from error
+                raise unusable(f"array {name!r}", self.item, error) from error
             dtype = store.dtype.name
             if dtype not in DTYPE_NAMES:
-                raise M3Error(f"array {name!r} in {self._item} has the dtype {brief(dtype)}: convert it first.")
+                raise M3Error(f"array {name!r} in {self.item} has the dtype {brief(dtype)}: convert it first.")
             tensors[name] = TensorInfo(name, tuple(store.shape), DTYPE_NAMES[dtype])
             band = _band(store.shape, store.chunk_layout.read_chunk.shape or ())
             largest = max(largest, band * DTYPES[tensors[name].dtype].itemsize)
@@ -195,7 +196,7 @@ class OrbaxCheckpoint(Closing):
                 view[max(0, at) : max(0, at) + len(wanted)] = wanted
                 at += len(raw)
         except Exception as error:  # of many types
-            raise unusable(f"array {name!r}", self._item, error) from error
+            raise unusable(f"array {name!r}", self.item, error) from error
 
     def _pieces(self, info: TensorInfo, start: int, stop: int) -> Iterator[memoryview]:
         """The bytes of a range of an array's entries, in order."""
@@ -214,17 +215,17 @@ class OrbaxCheckpoint(Closing):
         """The open handle of an array."""
         with self._lock:
             if name not in self._stores:
-                self._stores[name] = _open_store(self._item, self._tree, name, self._context).result()
+                self._stores[name] = _open_store(self.item, self._tree, name, self._context).result()
             return self._stores[name]
 
     def files(self) -> tuple[Path, ...]:
         """The files that hold the weights."""
         tops = {TREE, MANIFEST, AGGREGATE, "d"}  # the last and "ocdbt…" hold the database's data
-        if not (self._item / MANIFEST).is_file():
+        if not (self.item / MANIFEST).is_file():
             tops |= {name.split("/")[0] for name in self._tree.stored}
         found = (
             path
-            for top in self._item.glob("*")
+            for top in self.item.glob("*")
             if top.name in tops or top.name.startswith("ocdbt")
             for path in (top.rglob("*") if top.is_dir() else [top])
         )
@@ -240,7 +241,7 @@ class OrbaxCheckpoint(Closing):
                     head = blake3(file.read(_HEAD)).hexdigest()
             except OSError as error:
                 raise unreadable(path, error) from error
-            name = path.relative_to(self._item).as_posix()
+            name = path.relative_to(self.item).as_posix()
             fingerprints[name] = LocalFingerprint(
                 size=status.st_size,
                 mtime_ns=status.st_mtime_ns,
@@ -249,7 +250,7 @@ class OrbaxCheckpoint(Closing):
                 ctime_ns=status.st_ctime_ns,
             )
         if not fingerprints:
-            raise M3Error(f"{self._item} has gone since it was opened: start again.")
+            raise M3Error(f"{self.item} has gone since it was opened: start again.")
         return fingerprints
 
     def close(self) -> None:
@@ -269,8 +270,8 @@ def open_orbax(path: Path) -> Checkpoint:
 
     Args:
         path: A directory that `StandardCheckpointer`, `PyTreeCheckpointer`, `orbax.checkpoint.v1` or the Orbax
-            backend of `flax.training.checkpoints` wrote; or a step of a `CheckpointManager`, or the directory of
-            its steps, if only one tree of arrays is inside.
+            backend of `flax.training.checkpoints` wrote; a step of a `CheckpointManager`; or the directory of its
+            steps, or of a run that keeps them in `checkpoints`, of which the last finished step is read.
 
     Returns:
         The checkpoint; use it as a context manager.
