@@ -8,7 +8,7 @@ describes neither those early files nor leaves inside msgpack, and it imports JA
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ STEP, COMMITTED = "_CHECKPOINT_METADATA", "commit_success.txt"  # those beside t
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a directory that is being saved
 _PLACEHOLDER = "PLACEHOLDER://"  # stands in the msgpack file for an array that is stored by itself
 STEPS = "checkpoints"  # where MaxText keeps the steps of a run
-_NO_ARRAYS = ("None", "Dict", "List", "NamedTuple", "Tuple", "string")
+NO_ARRAYS = ("None", "Dict", "List", "NamedTuple", "Tuple", "string")
 _PARAMETERS = ("params", "model_params", "model", "items", "default")  # of several items the one that has the weights
 _LONGEST_NUMBER = 18  # digits
 _STEP = re.compile("(?:.*[_-])?([0-9]+)")
@@ -209,9 +209,9 @@ def _listed(file: Path) -> Tree:
         stored: dict[str, str] = {}
         packed: dict[str, bool] = {}
         for entry in told["tree_metadata"].values():
-            name = ".".join(key["key"] for key in entry["key_metadata"])
+            name = joined(key["key"] for key in entry["key_metadata"])
             value = entry["value_metadata"]
-            if value["value_type"] in _NO_ARRAYS:
+            if value["value_type"] in NO_ARRAYS:
                 continue
             if name in stored or name in packed:
                 raise M3Error(f'{file} has two leaves of the name {name!r}, keys joined with ".": rename one.')
@@ -224,6 +224,11 @@ def _listed(file: Path) -> Tree:
         raise M3Error(f"{file} is damaged or of a version of Orbax that is not known here: update m3jax.") from error
     metadata = {key: text for key, text in custom if isinstance(text, str)}
     return Tree(stored, packed, bool(told.get("store_array_data_equal_to_fill_value")), metadata)
+
+
+def joined(keys: Iterable[str]) -> str:
+    """The name of a leaf, from the keys that lead to it."""
+    return ".".join(keys)
 
 
 def open_aggregate(item: Path) -> Checkpoint:
