@@ -225,6 +225,7 @@ class Recipe(_Strict):
     exclude: tuple[Regex, ...] = ()
     only: Annotated[tuple[Name, ...], BeforeValidator(_as_list)] = ()
     keep_state: Literal["first"] | None = None
+    format: Literal["safetensors", "orbax"] | None = None
     anatomy: AnatomySettings | None = None
 
     @field_validator("parameters")
@@ -431,6 +432,7 @@ class Recipe(_Strict):
             "dequantize",
             "tokenizer",
             "also_for",
+            "format",
         ):  # what most recipes have not
             if not everything[key]:
                 del everything[key]
