@@ -83,6 +83,8 @@ def merge(
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Go on where weights are NaN or infinite.")
     ] = False,
+    format: options.Format = None,
+    step: options.Step = None,
     chunk_entries: Annotated[int | None, typer.Option(hidden=True)] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what the merge would read, write and take; read no weights.")
@@ -95,11 +97,14 @@ def merge(
     An interrupted merge keeps its finished files; the same command resumes it.
     """
     if plan:
+        from m3jax.checkpoints.remote import as_path
+        from m3jax.outputs.orbax import step_directory
         from m3jax.streaming.estimate import estimate_recipe
 
         processes = machines.num_processes or 1
         given = changes.all()
-        estimate = estimate_recipe(recipe, out, given, changes.seed, overwrite, max_shard_size, processes)
+        with step_directory(as_path(out), step) as place:
+            estimate = estimate_recipe(recipe, place, given, changes.seed, overwrite, max_shard_size, processes, format)
         width = terminal.width()
         shell.print_result(estimate.to_json, lambda: estimate_lines(estimate, width), speech.as_json)
         return
@@ -112,6 +117,7 @@ def merge(
         def start(**how: Any) -> "MergeResult":
             from m3jax.streaming.merging import merge_checkpoint
 
+            how |= {"format": format, "step": step}
             return merge_checkpoint(loaded, out, allow_nonfinite=allow_nonfinite, chunk_entries=chunk_entries, **how)
 
         return loaded.notes(), start

@@ -28,7 +28,7 @@ from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.runs import find_run
 from m3jax.checkpoints.views import renamed
 from m3jax.errors import M3Error, saying_what_failed
-from m3jax.outputs.local import is_own
+from m3jax.outputs.local import is_own, partial_directory
 from m3jax.outputs.written import open_written, varying_files
 from m3jax.progress import Progress
 
@@ -170,9 +170,10 @@ def step_directory(out: Path, step: int | None) -> Iterator[Path]:
         raise M3Error(f"step: {step} is no number of a step: give one from 0 on")
     if isinstance(out, RemotePath):
         raise M3Error(f"{out}: steps are written to runs on this disk: give a local directory")
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and find_run(out) is None)):
-        raise M3Error(f"{out}: holds no steps of a run, to which {step} could be added: give a run or a new directory")
     place = out / STEPS if (out / STEPS).is_dir() else out
+    begun = partial_directory(place / str(step)).exists()  # a merge that was interrupted
+    if out.exists() and not begun and (not out.is_dir() or (any(out.iterdir()) and find_run(out) is None)):
+        raise M3Error(f"{out}: holds no steps of a run, to which {step} could be added: give a run or a new directory")
     is_new = not place.exists()
     with saying_what_failed(out):
         place.mkdir(exist_ok=True)

@@ -1,5 +1,6 @@
 """What must hold between the keys of a recipe; each check raises a `RecipeError` at the place to mend."""
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ from m3jax.recipe.settings import (
     parameters_of,
     users_of,
 )
+
+_SEVERAL = re.compile(r"@(last:[0-9]+|[0-9]+:[0-9]+(:[0-9]+)?)$")  # what names several steps of a run
 
 if TYPE_CHECKING:
     from m3jax.recipe import Recipe
@@ -97,7 +100,9 @@ def check_tokenizers(recipe: "Recipe") -> None:
 
 
 def check_experts(recipe: "Recipe") -> None:
-    """There are as many experts as the method merges."""
+    """There are as many experts as the method merges; how many steps of a run there are is seen when it is opened."""
+    if any(_SEVERAL.search(entry.model) for entry in recipe.models):
+        return
     count, (fewest, most) = len(recipe.experts), recipe.row.experts
     if fewest == most and count != fewest:
         base = ", and base_model is one if given," if recipe.row.base == "first" else ","
@@ -120,7 +125,7 @@ def check_mixup(recipe: "Recipe") -> None:
         return
     if recipe.row.weighting == "none":
         raise RecipeError(f"draws weights, and {recipe.merge_method} takes none; remove it", "mixup")
-    if len(recipe.experts) < 2:
+    if len(recipe.experts) < 2 and not any(_SEVERAL.search(entry.model) for entry in recipe.models):
         raise RecipeError("draws how experts share, and there is one only; remove it or add a model", "mixup")
     if isinstance(recipe.mixup.alpha, tuple) and len(recipe.experts) != 2:
         raise RecipeError(f"a pair is for two experts, not {len(recipe.experts)}; write one number", "mixup", "alpha")
@@ -210,7 +215,20 @@ def check_normalizer(recipe: "Recipe") -> None:
             )
 
 
+def check_schedule(recipe: "Recipe") -> None:
+    """Steps of a run can share a weight."""
+    if recipe.schedule is None:
+        return
+    if recipe.slices:
+        raise RecipeError("weighs steps of runs in `models`, and there are slices; remove one of the two", "schedule")
+    if recipe.mixup is not None:
+        raise RecipeError("gives the weights of steps, and mixup draws them; remove one of the two", "schedule")
+    if recipe.row.weighting != "each" or not weight_parameters(recipe.row):
+        raise RecipeError(f"weighs steps of runs, and {recipe.merge_method} has no weights; use linear", "schedule")
+
+
 CHECKS = (
+    check_schedule,
     check_slices,
     check_names,
     check_base,

@@ -32,6 +32,7 @@ from pydantic import (
 from m3jax import documents
 from m3jax.errors import M3Error
 from m3jax.methods.rows import MethodRow, SparsifierRow, arguments
+from m3jax.methods.schedules import Schedule, read_schedule
 from m3jax.naming import block_of, position
 from m3jax.recipe.blocks import read_blocks, read_sparsify, weight_parameters
 from m3jax.recipe.chat_templates import read_chat_template
@@ -179,6 +180,13 @@ class MixupSettings(_Strict):
         return {key: value for key, value in told.items() if key != "weights" or value is not None}
 
 
+def _as_schedule(raw: object) -> Schedule:
+    try:
+        return read_schedule(raw)
+    except M3Error as error:
+        raise RecipeError(str(error).removeprefix("schedule: ")) from None
+
+
 class AnatomySettings(_Strict):
     """What tensors are, where their names do not say it; patterns are searched in stored names."""
 
@@ -226,6 +234,7 @@ class Recipe(_Strict):
     only: Annotated[tuple[Name, ...], BeforeValidator(_as_list)] = ()
     keep_state: Literal["first"] | None = None
     format: Literal["safetensors", "orbax"] | None = None
+    schedule: Annotated[Schedule, PlainValidator(_as_schedule), PlainSerializer(Schedule.to_json)] | None = None
     anatomy: AnatomySettings | None = None
 
     @field_validator("parameters")
@@ -338,6 +347,11 @@ class Recipe(_Strict):
         return found
 
     @property
+    def weight_name(self) -> str:
+        """The parameter by which each model counts; see `check_schedule`."""
+        return weight_parameters(self.row)[0]
+
+    @property
     def declared_layers(self) -> int | None:
         """How many layers `slices` says the models have; None without slices."""
         return sum(last - first for first, last in (part.layers for part in self.slices)) if self.slices else None
@@ -433,6 +447,7 @@ class Recipe(_Strict):
             "tokenizer",
             "also_for",
             "format",
+            "schedule",
         ):  # what most recipes have not
             if not everything[key]:
                 del everything[key]

@@ -210,6 +210,7 @@ def estimate_recipe(
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
     processes: int = 1,
+    format: str | None = None,
 ) -> Estimate:
     """What `m3jax merge` with the same arguments will read, write and take; no weights are read.
 
@@ -221,6 +222,7 @@ def estimate_recipe(
         overwrite: Let the output exist.
         max_shard_size: Bytes per file at most.
         processes: How many share the work.
+        format: As in `merge_checkpoint`.
 
     Raises:
         M3Error: The merge cannot be made, for the reason that it would give itself.
@@ -233,6 +235,6 @@ def estimate_recipe(
     method += f", {loaded.sparsify.method} before" if loaded.sparsify is not None else ""
     method += ", drawn weights" if loaded.mixup is not None else ""
     place = as_path(out)
-    options: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size}
+    options: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size, "format": format}
     with prepared(loaded, out, **options, locate=sketch_model) as ready:
         return estimate(ready, method, None if isinstance(place, RemotePath) else place.absolute().parent, processes)

@@ -37,6 +37,7 @@ from m3jax.recipe import Recipe
 from m3jax.streaming.aligning import Alignment
 from m3jax.streaming.opening import OpenedModel, notes_on_float8, open_models, with_written_dtypes
 from m3jax.streaming.plan import DrawnWeights, MergePlan, make_plan
+from m3jax.streaming.steps import with_steps
 
 DEFAULT_SHARD_SIZE = "5GB"
 
@@ -288,6 +289,7 @@ def prepared(
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
     locate: Callable[[str], ModelDirectory] = locate_model,
+    format: str | None = None,
 ) -> Iterator[Ready]:
     """A merge up to its first byte: inputs opened, shapes compared, everything planned from headers alone.
 
@@ -297,6 +299,7 @@ def prepared(
         overwrite: Let it exist.
         max_shard_size: As in `merge_checkpoint`.
         locate: Finds the models; `sketch_model` where headers are all that is wanted of them.
+        format: As in `merge_checkpoint`.
 
     Yields:
         The merge, with its inputs open.
@@ -305,6 +308,8 @@ def prepared(
         M3Error: What `merge_checkpoint` would raise before it reads weights.
     """
     size = parse_size(DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size)
-    job = MergeJob(recipe, as_path(out), overwrite, size, None, None, False, None, locate=locate)
+    loaded, said = with_steps(recipe)
+    job = MergeJob(loaded, as_path(out), overwrite, size, None, None, False, None, locate=locate)
+    job = job._replace(format=written_format(format, loaded), said=said)
     with saying_what_failed(job.out), ExitStack() as stack:
         yield prepare(job, ALONE, stack)

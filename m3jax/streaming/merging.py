@@ -47,6 +47,7 @@ from m3jax.streaming.opening import OpenedModel
 from m3jax.streaming.passes import Circumstances, Passes
 from m3jax.streaming.plan import DrawnWeights, MergePlan, TensorPlan, divide
 from m3jax.streaming.reading import Loaded, default_chunk_entries
+from m3jax.streaming.steps import with_steps
 from m3jax.streaming.writing import OtherBytesError, Shards
 
 AnyWorkplace: TypeAlias = Workplace | RemoteWorkplace
@@ -445,7 +446,8 @@ def merge_checkpoint(
     `weights`.
 
     Args:
-        recipe: A `Recipe`, its YAML file, or its content as a mapping.
+        recipe: A `Recipe`, its YAML file, or its content as a mapping. A model may be a run of training, or some of its
+            steps.
         out: The directory to make; its parent exists.
         overwrite: Replace `out` if it is a directory that m3jax has made.
         max_shard_size: Bytes of tensors per file at most, as a number or as in "5GB".
@@ -470,11 +472,12 @@ def merge_checkpoint(
     Raises:
         M3Error: The recipe, an input or the output place is at fault; the message says what and how to mend it.
     """
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    loaded, said = with_steps(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
     size = parse_size(max_shard_size)
     place = as_path(out)
     job = MergeJob(loaded, place, overwrite, size, chunk_entries, mesh, allow_nonfinite, progress)
-    job = job._replace(chosen=_chosen(loaded, weights), format=written_format(format, loaded), as_step=step is not None)
+    job = job._replace(chosen=_chosen(loaded, weights), format=written_format(format, loaded), said=said)
+    job = job._replace(as_step=step is not None)
     with _together(distributed) as processes, step_directory(place, step) as target:
         return _merge(job._replace(out=target), processes)
 
