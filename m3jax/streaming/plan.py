@@ -186,8 +186,10 @@ def _check_names(inputs: Sequence[Input], ignored: set[str]) -> None:
             missing = [name for name in have.tensors if name not in lack.tensors and name not in ignored]
             if missing:
                 more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+                own = [name for name in lack.tensors if name not in have.tensors and name not in ignored]
+                instead = f", which has {own[0]} instead" if own else ""
                 raise M3Error(
-                    f"{missing[0]}{more}: in {have.name} but not in {lack.name}: "
+                    f"{missing[0]}{more}: in {have.name} but not in {lack.name}{instead}: "
                     "merge models of one architecture, or exclude the tensor"
                 )
 

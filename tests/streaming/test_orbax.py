@@ -209,6 +209,12 @@ def test_what_is_refused(runs, tmp_path) -> None:
     refused(average | {"mixup": {"alpha": 1.0}, "schedule": "uniform"}, out, "mixup draws them; remove one")
     refused(average | {"schedule": {"method": "ema"}}, out, "schedule: the decay of ema is None")
     refused(recipe(runs, format="msgpack"), out, "format: 'msgpack' is not one of")
+    with ocp.StandardCheckpointer() as checkpointer:
+        other = {"params": {"embed": {"w": params_of(1)["embed"]["w"]}, "layers": {"0": {"q": jnp.ones(2)}}}}
+        checkpointer.save(tmp_path / "other", other)
+    both = {"merge_method": "linear", "models": [str(runs / "a"), str(tmp_path / "other")]}
+    differ = r"params.layers.0.k \(and 1 more\): in .*a@30 but not in .*other, which has params.layers.0.q instead"
+    refused(both, out, differ)
     refused(one, out, "'zarr' is not written by a merge: choose safetensors, orbax, same", format="zarr")
     refused(one, out, "-1 is no number of a step", step=-1)
     (tmp_path / "full").mkdir()
