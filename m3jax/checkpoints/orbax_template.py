@@ -112,7 +112,7 @@ def _layouts(item: Path) -> dict[str, StoredArray]:
         except Exception as error:  # of many types
             raise unusable(f"array {name!r}", item, error) from error
         told = store.spec(retain_context=False).to_json()["metadata"]
-        chunk = tuple(store.chunk_layout.write_chunk.shape or store.shape)
+        chunk = tuple(int(size or 1) for size in store.chunk_layout.write_chunk.shape or store.shape)
         info = TensorInfo(name, tuple(store.shape), DTYPE_NAMES.get(store.dtype.name, store.dtype.name))
         found[name] = StoredArray(info, tree.stored[name], told, chunk)
     return found

@@ -164,7 +164,7 @@ def _coefficients(schedule: Schedule, window: int | None) -> Float[np.ndarray, "
     if window is not None:
         weights = schedule_weights(schedule, window)
         total = functools.reduce(operator.add, weights, 0.0)  # by which `linear` divides
-        return stack([weight / total for weight in weights])
+        return np.asarray(stack([weight / total for weight in weights]), np.float32)
     match schedule.method, schedule.decay:
         case "ema", float(decay):
             return np.array([decay, 1.0 - decay], np.float32)
@@ -196,5 +196,6 @@ def _mean(state: RunningMerge, total: Float[Array, "..."], wanted: int, like: An
     """What is read of a sum."""
     value = total
     if state.kind == "uniform":
-        value = exact.multiply(double.to_float32(1.0 / double.Double.of(state.count.astype(jnp.float32))), total, None)
+        share = jnp.asarray(double.to_float32(1.0 / double.Double.of(state.count.astype(jnp.float32))))
+        value = exact.multiply(share, total, None)
     return exact.narrow(jnp.where(state.count < wanted, jnp.nan, value), like.dtype)
