@@ -13,6 +13,7 @@ from pathlib import Path
 from reprlib import repr as brief
 from types import MappingProxyType
 from typing import Any, TypeAlias
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +50,7 @@ from m3jax.errors import M3Error
 
 __all__ = ["OrbaxCheckpoint", "is_orbax", "open_orbax", "write_orbax"]
 
-_CACHE = 64 << 20  # bytes of decoded chunks kept beside those of the array with the largest
+_CACHE = 64 << 20  # bytes of decoded chunks that all open checkpoints together keep beside those in use
 _PIECE = 16 << 20  # bytes asked for at a time
 _IN_FLIGHT = 4  # pieces asked for before the first has come
 _HEAD = 1024  # bytes of a file that its fingerprint looks at
@@ -113,11 +114,15 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
             start = end
 
 
+_OPEN: "WeakSet[OrbaxCheckpoint]" = WeakSet()
+
+
 class OrbaxCheckpoint(Closing):
     """The arrays of one item of Orbax; made by `open_orbax`.
 
-    Memory holds the decoded chunks in use, however small the pieces that are read: 64 MiB, or what the array with the
-    largest chunks needs. By default, Orbax makes a chunk as large as a device's shard of an array.
+    Memory holds the decoded chunks in use, however small the pieces that are read: what the array with the largest
+    chunks needs, and a share of 64 MiB that all open checkpoints have together. By default, Orbax makes a chunk as
+    large as a device's shard of an array.
 
     Attributes:
         location: The path that was opened.
@@ -136,22 +141,21 @@ class OrbaxCheckpoint(Closing):
         Raises:
             M3Error: An array is missing, damaged, or of a dtype that cannot be read here.
         """
-        import tensorstore as ts
-
         self.location = location
         self.item = item
         self._tree = read_tree(item)
         self._aggregate = open_aggregate(item) if self._tree.packed else None
-        tensors, cache = self._describe()
+        tensors, self._band = self._describe()
         self.tensors = in_natural_order(tensors)
         self.metadata: Mapping[str, str] = MappingProxyType(self._tree.metadata)
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
+        self._context: Any = None  # made when the first array is read, as by then it is known how many share the cache
         self._stores: dict[str, Any] = {}
         self._closed = False
         self._lock = threading.Lock()
+        _OPEN.add(self)
 
     def _describe(self) -> tuple[dict[str, TensorInfo], int]:
-        """Every array's description, and how many bytes of decoded chunks to keep."""
+        """Every array's description, and the bytes of the largest chunks that are in use at a time."""
         import tensorstore as ts
 
         packed = self._aggregate.tensors if self._aggregate else {}
@@ -173,7 +177,7 @@ class OrbaxCheckpoint(Closing):
             tensors[name] = TensorInfo(name, tuple(store.shape), DTYPE_NAMES[dtype])
             band = _band(store.shape, store.chunk_layout.read_chunk.shape or ())
             largest = max(largest, band * DTYPES[tensors[name].dtype].itemsize)
-        return tensors, largest + _CACHE
+        return tensors, largest
 
     def read_into(self, name: str, start: int, out: memoryview | npt.NDArray[np.uint8]) -> None:
         """Fills `out` with the tensor's little-endian bytes from `start` on; see `Checkpoint.read_into`."""
@@ -213,7 +217,12 @@ class OrbaxCheckpoint(Closing):
 
     def _store(self, name: str) -> Any:
         """The open handle of an array."""
+        import tensorstore as ts
+
         with self._lock:
+            if self._context is None:
+                cache = self._band + _CACHE // max(1, len(_OPEN))
+                self._context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
             if name not in self._stores:
                 self._stores[name] = _open_store(self.item, self._tree, name, self._context).result()
             return self._stores[name]
@@ -258,6 +267,7 @@ class OrbaxCheckpoint(Closing):
         with self._lock:
             self._closed = True
             self._stores.clear()
+            _OPEN.discard(self)
         if self._aggregate is not None:
             self._aggregate.close()
 
