@@ -17,6 +17,7 @@ from m3jax import documents
 from m3jax.checkpoints import DTYPES, Checkpoint, TensorInfo, locate_model, sketch_model
 from m3jax.checkpoints.copying import pieces
 from m3jax.checkpoints.opening import open_checkpoint, recognise
+from m3jax.checkpoints.runs import step_name
 from m3jax.checkpoints.storage import is_dir, read_file
 from m3jax.errors import M3Error
 from m3jax.progress import Progress
@@ -124,7 +125,7 @@ def look_at(name: str, pattern: str | None = None) -> Overview:
     """Tells what a checkpoint holds, from headers and config.json.
 
     Args:
-        name: A model directory, a weight file or a hub id.
+        name: A model directory, a weight file, a run or a step of one, or a hub id.
         pattern: A regular expression; tensors in whose names it is found are wanted. `None` wants all.
 
     Returns:
@@ -142,7 +143,7 @@ def look_at(name: str, pattern: str | None = None) -> Overview:
         files = tuple(WeightFile(path.name, path.stat().st_size) for path in checkpoint.files())
         model, notes = _read_facts(found.path)
         return Overview(
-            location=name,
+            location=step_name(name),
             revision=found.revision,
             format=format.name,
             model=model,

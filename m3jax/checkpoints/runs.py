@@ -214,3 +214,13 @@ def step_name(name: str) -> str:
         return name
     run = find_run(path)
     return name if run is None else f"{name}@{run.last}"
+
+
+def last_note(name: str, step: str) -> str:
+    """What a user should know of a run of which the last step was taken.
+
+    Args:
+        name: As the user wrote it.
+        step: As `step_name` gives it.
+    """
+    return f"{name}: {step} is read, the last step that was saved to its end"

@@ -33,6 +33,7 @@ from m3jax.checkpoints.orbax_template import Template, file_patterns, read_templ
 from m3jax.checkpoints.orbax_writer import fill_with_orbax
 from m3jax.checkpoints.protocol import Closing
 from m3jax.checkpoints.remote import is_url
+from m3jax.checkpoints.runs import last_note, step_name
 from m3jax.checkpoints.storage import is_dir
 from m3jax.checkpoints.trust import remarks
 from m3jax.errors import M3Error, saying_what_failed
@@ -132,7 +133,10 @@ def convert(
         total, digest, files = _convert(
             source, named_companions(place), out, format, template, size, overwrite, edit, progress
         )
-        tensors, notes = len(source.tensors), remarks(os.fspath(src), place, source)
+        named = step_name(os.fspath(src))
+        tensors, notes = len(source.tensors), remarks(named, place, source)
+    if named != os.fspath(src):
+        notes = (last_note(os.fspath(src), named), *notes)
     return ConvertResult(out, format.name, tensors, total, digest, files, time.perf_counter() - begun, notes)
 
 

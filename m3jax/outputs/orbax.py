@@ -22,7 +22,7 @@ from m3jax.checkpoints.orbax_template import (
     tree_of,
     without_state,
 )
-from m3jax.checkpoints.orbax_tree import STEPS
+from m3jax.checkpoints.orbax_tree import STEPS, is_item
 from m3jax.checkpoints.orbax_writer import check_tree, fill_with_orbax
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.runs import find_run
@@ -50,6 +50,12 @@ class OrbaxOutput(NamedTuple):
     def patterns(self) -> tuple[str, ...]:
         """Patterns of all its files."""
         return file_patterns(self.template, self.names.values())
+
+    @property
+    def trees_beside(self) -> list[str]:
+        """The names of the other trees of its step."""
+        beside = self.template.beside if self.template is not None else ()
+        return [path.name for path in beside if path.is_dir() and is_item(path)]
 
     @property
     def size_beside(self) -> int:

@@ -238,7 +238,10 @@ def _orbax_output(
         for info in outputs
     }
     state = models[0].place.path if job.recipe.keep_state == "first" else None
-    return plan_orbax(template.place.path, state, stored, outputs, job.as_step), ()
+    found = plan_orbax(template.place.path, state, stored, outputs, job.as_step)
+    trees = ", ".join(found.trees_beside)
+    copied = f"{trees} beside {found.item}: copied from {models[0].input.name} as it is, its parameters not merged"
+    return found, ((copied,) if trees else ())
 
 
 def _picked(recipe: Recipe, from_base: bool) -> list[int]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from m3jax.checkpoints.runs import chosen_steps, split_step, step_name
+from m3jax.checkpoints.runs import chosen_steps, last_note, split_step, step_name
 from m3jax.errors import M3Error
 from m3jax.methods.schedules import schedule_weights
 from m3jax.recipe import Recipe
@@ -26,25 +26,21 @@ def with_steps(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     """
     told = recipe.resolved()
     names = {name: step_name(name) for name in _single_names(told)}
-    models = [_entries(entry, recipe) for entry in told.get("models", ())]
-    if names == {name: name for name in names} and all(len(found) == 1 for found in models) and not recipe.schedule:
-        flat = [entry["model"] for found in models for entry in found]
-        if flat == [entry["model"] for entry in told.get("models", ())]:
-            return recipe, ()
-    if recipe.schedule and not any(len(found) > 1 for found in models):
+    models = [(entry["model"], _entries(entry, recipe)) for entry in told.get("models", ())]
+    if recipe.schedule and not any(len(found) > 1 for _, found in models):
         raise M3Error("schedule: no model is several steps of a run: write such as RUN@last:5, or remove it")
+    notes = [last_note(name, step) for name, step in names.items() if name != step]
+    for name, found in models:
+        if len(found) > 1:
+            notes.append(f"{name}: the steps {', '.join(each['model'].rpartition('@')[2] for each in found)} are read")
+        elif found[0]["model"] != name:
+            notes.append(last_note(name, found[0]["model"]))
+    if not notes:
+        return recipe, ()
     changed = {**told, **_renamed(told, names)}
     if "models" in told:
-        changed["models"] = [entry for found in models for entry in found]
+        changed["models"] = [entry for _, found in models for entry in found]
     changed.pop("schedule", None)
-    said = [f"{name}: {step} is read, the last step that was saved to its end" for name, step in names.items()]
-    notes = [note for note, (name, step) in zip(said, names.items(), strict=True) if name != step]
-    for entry, found in zip(told.get("models", ()), models, strict=True):
-        steps = ", ".join(each["model"].rpartition("@")[2] for each in found)
-        if len(found) > 1:
-            notes.append(f"{entry['model']}: the steps {steps} are read")
-        elif found[0]["model"] != entry["model"] and entry["model"] not in names:
-            notes.append(f"{entry['model']}: {found[0]['model']} is read, the last step that was saved to its end")
     return Recipe.model_validate(changed), tuple(dict.fromkeys(notes))
 
 

@@ -10,6 +10,7 @@ import pytest
 from support.checkpoint_suite import read, write_file
 
 from m3jax.checkpoints import locate_model, open_checkpoint
+from m3jax.checkpoints.inspection import look_at
 from m3jax.checkpoints.orbax_tree import is_orbax
 from m3jax.checkpoints.runs import chosen_steps, find_run, step_name
 from m3jax.checkpoints.trust import remarks
@@ -65,6 +66,7 @@ def test_a_name_says_its_step(run) -> None:
     assert step_name(str(run)) == step_name(f"{run}@last") == f"{run}@30"
     assert step_name(f"{run}@10") == f"{run}@10"
     assert step_name("org/name@main") == "org/name@main"
+    assert look_at(str(run)).location == f"{run}@30"
 
 
 @pytest.mark.parametrize(

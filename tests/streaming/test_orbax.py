@@ -95,6 +95,7 @@ def test_a_new_step_is_what_a_trainer_restores(runs, merged, tmp_path) -> None:
     np.testing.assert_array_equal(found["ema"]["m"], first["ema"]["m"])
     inputs = [entry["name"] for entry in result.manifest["inputs"]]
     assert inputs == [f"{runs / 'a'}@30", f"{runs / 'b@20'}", f"{runs / 'base'}@1"]
+    assert f"ema beside model: copied from {runs / 'a'}@30 as it is, its parameters not merged" in result.notes
     assert f"{runs / 'a'}: {runs / 'a'}@30 is read, the last step that was saved to its end" in result.notes
 
 
