@@ -25,7 +25,7 @@ from m3jax.checkpoints.orbax_template import (
 from m3jax.checkpoints.orbax_tree import STEPS, is_item
 from m3jax.checkpoints.orbax_writer import check_tree, fill_with_orbax
 from m3jax.checkpoints.remote import RemotePath
-from m3jax.checkpoints.runs import find_run
+from m3jax.checkpoints.runs import find_run, split_step
 from m3jax.checkpoints.views import renamed
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs.local import is_own, partial_directory
@@ -156,12 +156,13 @@ def _check(
 
 
 @contextmanager
-def step_directory(out: Path, step: int | None) -> Iterator[Path]:
+def step_directory(out: Path, step: int | None, like: str | None = None) -> Iterator[Path]:
     """Where a step of a run is to appear.
 
     Args:
         out: The run, which is made where it is not there and left again where nothing came of it.
         step: The step's number; None for an output that is no step.
+        like: A model: if it is a step of a run that keeps its steps in `checkpoints`, a new run does too.
 
     Yields:
         The directory of the step, or `out` itself.
@@ -176,15 +177,27 @@ def step_directory(out: Path, step: int | None) -> Iterator[Path]:
         raise M3Error(f"step: {step} is no number of a step: give one from 0 on")
     if isinstance(out, RemotePath):
         raise M3Error(f"{out}: steps are written to runs on this disk: give a local directory")
-    place = out / STEPS if (out / STEPS).is_dir() else out
+    below = (out / STEPS).is_dir() or (not out.exists() and like is not None and _keeps_below(like))
+    place = out / STEPS if below else out
     begun = partial_directory(place / str(step)).exists()  # a merge that was interrupted
-    if out.exists() and not begun and (not out.is_dir() or (any(out.iterdir()) and find_run(out) is None)):
+    taken = place.exists() and (not place.is_dir() or any(place.iterdir()))
+    if taken and not begun and find_run(out) is None:
         raise M3Error(f"{out}: holds no steps of a run, to which {step} could be added: give a run or a new directory")
-    is_new = not place.exists()
+    made = [directory for directory in dict.fromkeys((out, place)) if not directory.exists()]
     with saying_what_failed(out):
-        place.mkdir(exist_ok=True)
+        for directory in made:
+            directory.mkdir(exist_ok=True)
     try:
         yield place / str(step)
     finally:
-        if is_new and not any(place.iterdir()):
-            place.rmdir()
+        for directory in reversed(made):
+            if not any(directory.iterdir()):
+                directory.rmdir()
+
+
+def _keeps_below(model: str) -> bool:
+    """Whether a model is a step of a run that keeps its steps in `checkpoints`."""
+    said = split_step(model)
+    path = Path(model if said is None else said[0]).expanduser()
+    run = find_run(path)
+    return run is not None and any(step.parent != path for step in run.steps.values())

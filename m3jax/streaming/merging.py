@@ -464,7 +464,8 @@ def merge_checkpoint(
             as the recipe says if None, and where it says nothing the same. A tree of Orbax keeps the kinds of its keys,
             its empty states, shardings, division into chunks and item.
         step: Write `OUT/<step>`, a step of the run OUT, which is made where it is not there; the steps that it has
-            stay as they are. Where OUT has `checkpoints`, the step is there.
+            stay as they are. Where OUT has `checkpoints`, as the run of a base in such a directory has, the step is
+            there.
 
     Returns:
         What was done.
@@ -478,7 +479,8 @@ def merge_checkpoint(
     job = MergeJob(loaded, place, overwrite, size, chunk_entries, mesh, allow_nonfinite, progress)
     job = job._replace(chosen=_chosen(loaded, weights), format=written_format(format, loaded), said=said)
     job = job._replace(as_step=step is not None)
-    with _together(distributed) as processes, step_directory(place, step) as target:
+    like = loaded.base_model or (loaded.models[0].model if loaded.models else None)
+    with _together(distributed) as processes, step_directory(place, step, like) as target:
         return _merge(job._replace(out=target), processes)
 
 
