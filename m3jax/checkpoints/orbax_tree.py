@@ -16,6 +16,7 @@ from m3jax import documents
 from m3jax.checkpoints.headers import parse_json
 from m3jax.checkpoints.msgpack import open_msgpack
 from m3jax.checkpoints.protocol import Checkpoint, natural_key
+from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.storage import read_file, unreadable
 from m3jax.errors import M3Error
 
@@ -110,7 +111,7 @@ def item_note(name: str, path: Path) -> str | None:
         name: What the user calls the model.
         path: Its directory.
     """
-    if not path.is_dir() or not is_orbax(path) or is_item(path):
+    if isinstance(path, RemotePath) or not path.is_dir() or not is_orbax(path) or is_item(path):
         return None
     item = find_item(path)
     others = [child.name for child in children(item.parent) if child != item and is_item(child)]
