@@ -27,6 +27,7 @@ from m3jax.checkpoints.orbax_tree import (
     joined,
     key_value_spec,
     read_tree,
+    step_number,
     unusable,
 )
 from m3jax.checkpoints.protocol import DTYPE_NAMES, TensorInfo
@@ -87,10 +88,10 @@ def read_template(path: Path) -> Template:
     """
     item = find_item(path)
     tree = parse_json(read_file(item / TREE), str(item / TREE)) if (item / TREE).is_file() else None
-    own, step = _told(item / STEP), item.parent
-    layouts = _layouts(item)
-    if item == path or own.get("item_handlers") is not None:
-        return Template(item, "", tree, own, (), layouts)
+    step, layouts = item.parent, _layouts(item)
+    is_step = step_number(item.name) is not None and not (step / STEP).is_file()  # of a run whose steps have no items
+    if item == path or is_step:
+        return Template(item, "", tree, _told(item / STEP), (), layouts)
     others = tuple(child for child in children(step) if child != item and _is_saved(child))
     files = tuple(step / name for name in _STEP_FILES if (step / name).is_file())
     return Template(item, item.name, tree, _told(step / STEP), (*others, *files), layouts)

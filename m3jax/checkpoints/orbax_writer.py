@@ -75,6 +75,7 @@ def write_orbax(path: Path, source: Checkpoint, template: Template | None = None
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise M3Error(f"{path} is there already: choose another place, or remove it.")
+    is_item_of_step = template is not None and bool(template.name)
     if template is not None and template.tree is None:
         template = None  # of an early version, which a tree of dicts restores as well
     if template is None:
@@ -92,7 +93,7 @@ def write_orbax(path: Path, source: Checkpoint, template: Template | None = None
                 (temporary / name).parent.mkdir(exist_ok=True)
                 (temporary / name).write_text(text, encoding="utf-8")
             _write_json(temporary / TREE, tree)
-            if template is None or not template.name:
+            if not is_item_of_step:
                 _write_json(temporary / STEP, step_content(template, begun, time.time_ns()))
             _commit(temporary, path)
             temporary.rename(path)

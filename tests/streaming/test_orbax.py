@@ -171,6 +171,14 @@ def test_safetensors_become_a_tree_and_back(runs, tmp_path) -> None:
     with ocp.StandardCheckpointer() as checkpointer:
         assert checkpointer.restore(tmp_path / "tree")["params"]["layers"].keys() == {"0", "1"}
     assert result.digest == merge_checkpoint(one, tmp_path / "same").digest
+    merge_checkpoint(one, tmp_path / "run", format="orbax", step=3)
+    again = merge_checkpoint(
+        {"merge_method": "linear", "models": [str(tmp_path / "run")] * 2}, tmp_path / "run", step=5
+    )
+    assert again.digest == result.digest
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        assert manager.all_steps() == [3, 5]
+        assert manager.restore(5)["params"].keys() == {"embed", "layers"}
 
 
 @pytest.mark.parametrize("schedule", [None, "uniform", {"method": "ema", "decay": 0.5}, {"method": "wsm"}])
