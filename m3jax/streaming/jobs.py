@@ -230,6 +230,8 @@ def _orbax_output(
             f"slices: stack layers, for which the tree of {template.input.name} has no place: write safetensors "
             "(--format safetensors)"
         )
+    if job.recipe.also_for:
+        raise M3Error("also_for: links weight files, which Orbax cannot: write safetensors (--format safetensors)")
     outputs = [tensor.output for tensor in plan.tensors]
     stored = {
         info.name: stored_at(template.checkpoint, info.name).name
