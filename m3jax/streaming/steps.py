@@ -8,6 +8,8 @@ from m3jax.errors import M3Error
 from m3jax.methods.schedules import schedule_weights
 from m3jax.recipe import Recipe
 
+_NAMING = ("base_model", "tokenizer_source", "tokenizer", "also_for")  # keys under which models are named
+
 
 def with_steps(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
     """A recipe in which each model that is a run says its step.
@@ -37,7 +39,8 @@ def with_steps(recipe: Recipe) -> tuple[Recipe, tuple[str, ...]]:
             notes.append(last_note(name, found[0]["model"]))
     if not notes:
         return recipe, ()
-    changed = {**told, **_renamed(told, names)}
+    single = {name: found[0]["model"] for name, found in models if len(found) == 1}
+    changed = {**told, **_renamed(told, single | names)}
     if "models" in told:
         changed["models"] = [entry for _, found in models for entry in found]
     changed.pop("schedule", None)
@@ -53,12 +56,8 @@ def _single_names(told: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _renamed(told: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    changed: dict[str, Any] = {}
-    if told.get("base_model"):
-        changed["base_model"] = names[told["base_model"]]
-    source = told.get("tokenizer_source")
-    if source is not None:
-        changed["tokenizer_source"] = names.get(source) or (step_name(source) if _is_model(told, source) else source)
+    """What names models beside `models`, with the names that they now have."""
+    changed = {key: _with_names(told[key], names) for key in _NAMING if told.get(key)}
     if told.get("slices"):
         changed["slices"] = [
             {**part, "sources": [{**source, "model": names[source["model"]]} for source in part["sources"]]}
@@ -67,8 +66,13 @@ def _renamed(told: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any
     return changed
 
 
-def _is_model(told: Mapping[str, Any], name: str) -> bool:
-    return any(entry["model"] == name for entry in told.get("models", ()))
+def _with_names(said: Any, names: Mapping[str, str]) -> Any:
+    """Plain data with other names of models, as values."""
+    if isinstance(said, Mapping):
+        return {key: _with_names(value, names) for key, value in said.items()}
+    if isinstance(said, list):
+        return [_with_names(value, names) for value in said]
+    return names.get(said, said) if isinstance(said, str) else said
 
 
 def _entries(entry: Mapping[str, Any], recipe: Recipe) -> list[dict[str, Any]]:

@@ -12,9 +12,10 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from m3jax import M3Error, merge_checkpoint, replay, soup, verify
+from m3jax import M3Error, load_recipe, merge_checkpoint, replay, soup, verify
 from m3jax.checkpoints import open_checkpoint
 from m3jax.outputs import orbax as orbax_output
+from m3jax.streaming.steps import with_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")  # as for the original
 
@@ -247,3 +248,9 @@ def test_checkpoints_of_trainers_are_merged_into_their_own_layout(jax_data, tmp_
         assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])
         for x, y in zip(*map(jax.tree.leaves, trees), strict=True):
             assert (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)
+
+
+def test_a_tokenizer_is_that_of_the_step_that_is_read(runs) -> None:
+    told = {"merge_method": "linear", "models": [str(runs / "a"), str(runs / "b")], "tokenizer_source": str(runs / "a")}
+    recipe, _ = with_steps(load_recipe(told))
+    assert recipe.tokenizer_source == recipe.models[0].model == f"{runs / 'a'}@30"
