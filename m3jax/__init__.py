@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from m3jax.trees.adapters import with_lora as with_lora
     from m3jax.trees.loading import load as load
     from m3jax.trees.merging import merge as merge
+    from m3jax.trees.running import RunningMerge as RunningMerge
+    from m3jax.trees.running import soup as soup
 
 # Public names are imported when first used, so that commands that need no JAX start without it.
 _HOMES = {
@@ -95,7 +97,9 @@ _HOMES = {
     "merge_checkpoint": "streaming.merging",
     "mixup": "methods.mixup",
     "replay": "streaming.merging",
+    "RunningMerge": "trees.running",
     "slerp": "methods.slerp",
+    "soup": "trees.running",
     "task_arithmetic": "methods.linear",
     "ties": "methods.ties",
     "verify": "outputs.manifest",

@@ -56,3 +56,11 @@ def data():
     if not place or not Path(place).is_dir():
         pytest.skip("M3JAX_DATA does not name a directory with the public data sets")
     return Path(place)
+
+
+@pytest.fixture(scope="session")
+def jax_data(data):
+    """Checkpoints that trainers in JAX wrote, where they are at hand."""
+    if not (data / "jax").is_dir():
+        pytest.skip("M3JAX_DATA holds no jax/ with checkpoints that trainers wrote")
+    return data / "jax"

@@ -208,6 +208,10 @@ def _axis(
     told = evidence.scanned or (not place.plain and place.cyclic)
     if evidence.axis is not None:
         possible = {axis: size for axis, size in possible.items() if axis == evidence.axis}
+        size, depth = possible.get(evidence.axis), evidence.depth
+        if size and depth and place.tower not in evidence.numbered and not _fits(size, place, cycle, depth):
+            said = f"metadata says that {place.stored} stacks blocks along axis {evidence.axis}, which has {size}"
+            return _doubt(place.stored, f"{said}, and that there are {depth} blocks")
     elif evidence.depth is not None:
         fitting = {axis: size for axis, size in possible.items() if _fits(size, place, cycle, evidence.depth)}
         if place.plain and not fitting:

@@ -17,6 +17,7 @@ from m3jax import documents
 from m3jax.checkpoints import DTYPES, Checkpoint, TensorInfo, locate_model, sketch_model
 from m3jax.checkpoints.adapters import open_model
 from m3jax.checkpoints.copying import pieces
+from m3jax.checkpoints.locate import step_named
 from m3jax.checkpoints.opening import recognise
 from m3jax.checkpoints.storage import is_dir, read_file
 from m3jax.errors import M3Error
@@ -125,7 +126,7 @@ def look_at(name: str, pattern: str | None = None) -> Overview:
     """Tells what a checkpoint holds, from headers and config.json.
 
     Args:
-        name: A model directory, a weight file or a hub id; or `model+adapter`.
+        name: A model directory, a weight file, a run or a step of one, or a hub id; or `model+adapter`.
         pattern: A regular expression; tensors in whose names it is found are wanted. `None` wants all.
 
     Returns:
@@ -143,7 +144,7 @@ def look_at(name: str, pattern: str | None = None) -> Overview:
         files = tuple(WeightFile(path.name, path.stat().st_size) for path in checkpoint.files())
         model, notes = _read_facts(found.path)
         return Overview(
-            location=name,
+            location=step_named(name),
             revision=found.revision,
             format=format.name,
             model=model,

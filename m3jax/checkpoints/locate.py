@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from m3jax.checkpoints.formats import MSGPACK, PUBLISHED
 from m3jax.checkpoints.remote import RemotePath, absent, as_path, is_url
+from m3jax.checkpoints.runs import split_step, step_name, step_place
 from m3jax.checkpoints.storage import is_dir, list_names
 from m3jax.checkpoints.trust import check_companion, check_size
 from m3jax.documents import parse_json
@@ -77,9 +78,9 @@ def locate_model(name: str) -> ModelDirectory:
 
     Args:
         name: A URL such as `s3://bucket/model` or `gs://bucket/model`, whose weights stay where they are; a local
-            path; or a hub id: `org/name` or `org/name@revision`. A path that exists here wins over a hub id. Two of
-            them joined by a plus, `model+adapter`, are a model and a LoRA adapter to be added to it; see
-            `split_adapter`.
+            path; or a hub id: `org/name` or `org/name@revision`. A path that exists here wins over a hub id. The path
+            of a run means its last finished step, and `RUN@2000` that one. Two of them joined by a plus,
+            `model+adapter`, are a model and a LoRA adapter to be added to it; see `split_adapter`.
 
     Returns:
         The model's place; with `HF_HUB_OFFLINE=1` a hub id is looked up in the hub cache only.
@@ -99,6 +100,9 @@ def locate_model(name: str) -> ModelDirectory:
         if isinstance(remote, RemotePath) and remote.info() is None:
             raise absent(remote)
         return ModelDirectory(name, remote, None)
+    step = step_place(name)
+    if step is not None:
+        return ModelDirectory(name, step, None)
     local = Path(os.path.expanduser(name))
     if name and os.path.exists(local):
         return ModelDirectory(name, local, None)
@@ -120,8 +124,8 @@ class AdaptedName(NamedTuple):
 def split_adapter(name: str) -> AdaptedName | None:
     """The two names in `model+adapter`.
 
-    What exists under the whole name is one model, whatever is in it; else the last plus between two that each exist
-    here, are a URL or can be hub ids stands between them; else the last plus.
+    What exists under the whole name is one model, whatever is in it, and so is a step of a run; else the last plus
+    between two that each exist here, are a URL, a step or can be hub ids stands between them; else the last plus.
 
     Args:
         name: What a user calls a model.
@@ -135,7 +139,7 @@ def split_adapter(name: str) -> AdaptedName | None:
         >>> split_adapter("org/base") is None
         True
     """
-    if "+" not in name or os.path.exists(os.path.expanduser(name)):
+    if "+" not in name or os.path.exists(os.path.expanduser(name)) or split_step(name) is not None:
         return None
     if is_url(name) and name.count("://") == 1 and _exists_remotely(name):
         return None
@@ -154,7 +158,20 @@ def _exists_remotely(name: str) -> bool:
 
 def _may_be_model(name: str) -> bool:
     local = os.path.exists(os.path.expanduser(name)) if name else False
-    return local or is_url(name) or _HUB_ID.fullmatch(name) is not None
+    return local or is_url(name) or split_step(name) is not None or _HUB_ID.fullmatch(name) is not None
+
+
+def step_named(name: str) -> str:
+    """A model's name with the steps that it means, of runs that leave them open: its own, and its adapter's.
+
+    Args:
+        name: As a user wrote it.
+
+    Raises:
+        M3Error: As `step_place`.
+    """
+    parts = split_adapter(name)
+    return step_name(name) if parts is None else f"{step_named(parts.model)}+{step_named(parts.adapter)}"
 
 
 def _with_adapter(name: str, parts: AdaptedName, locate: Callable[[str], ModelDirectory]) -> ModelDirectory:
@@ -186,7 +203,7 @@ def sketch_model(name: str) -> ModelDirectory:
     if (parts := split_adapter(name)) is not None:
         return _with_adapter(name, parts, sketch_model)
     hub_id = _HUB_ID.fullmatch(name)
-    if is_url(name) or hub_id is None or os.path.exists(os.path.expanduser(name)):
+    if is_url(name) or hub_id is None or split_step(name) or os.path.exists(os.path.expanduser(name)):
         return locate_model(name)
     from huggingface_hub import constants, errors, get_safetensors_metadata, snapshot_download
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from reprlib import repr as brief
 from types import MappingProxyType
 from typing import Any, TypeAlias
+from weakref import WeakSet
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +50,7 @@ from m3jax.errors import M3Error
 
 __all__ = ["OrbaxCheckpoint", "is_orbax", "open_orbax", "write_orbax"]
 
-_CACHE = 64 << 20  # bytes of decoded chunks kept beside those of the array with the largest
+_CACHE = 64 << 20  # bytes of decoded chunks that all open checkpoints together keep beside those in use
 _PIECE = 16 << 20  # bytes asked for at a time
 _IN_FLIGHT = 4  # pieces asked for before the first has come
 _HEAD = 1024  # bytes of a file that its fingerprint looks at
@@ -113,16 +114,21 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
             start = end
 
 
+_OPEN: "WeakSet[OrbaxCheckpoint]" = WeakSet()
+
+
 class OrbaxCheckpoint(Closing):
     """The arrays of one item of Orbax; made by `open_orbax`.
 
-    Memory holds the decoded chunks in use, however small the pieces that are read: 64 MiB, or what the array with the
-    largest chunks needs. By default, Orbax makes a chunk as large as a device's shard of an array.
+    Memory holds the decoded chunks in use, however small the pieces that are read: what the array with the largest
+    chunks needs, and a share of 64 MiB that all open checkpoints have together. By default, Orbax makes a chunk as
+    large as a device's shard of an array.
 
     Attributes:
         location: The path that was opened.
         tensors: Every array by its path joined with ".", in natural order.
         metadata: The texts of the tree's custom metadata.
+        item: The directory of the arrays.
     """
 
     def __init__(self, location: str, item: Path) -> None:
@@ -135,44 +141,43 @@ class OrbaxCheckpoint(Closing):
         Raises:
             M3Error: An array is missing, damaged, or of a dtype that cannot be read here.
         """
-        import tensorstore as ts
-
         self.location = location
-        self._item = item
+        self.item = item
         self._tree = read_tree(item)
         self._aggregate = open_aggregate(item) if self._tree.packed else None
-        tensors, cache = self._describe()
+        tensors, self._band = self._describe()
         self.tensors = in_natural_order(tensors)
         self.metadata: Mapping[str, str] = MappingProxyType(self._tree.metadata)
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
+        self._context: Any = None  # made when the first array is read, as by then it is known how many share the cache
         self._stores: dict[str, Any] = {}
         self._closed = False
         self._lock = threading.Lock()
+        _OPEN.add(self)
 
     def _describe(self) -> tuple[dict[str, TensorInfo], int]:
-        """Every array's description, and how many bytes of decoded chunks to keep."""
+        """Every array's description, and the bytes of the largest chunks that are in use at a time."""
         import tensorstore as ts
 
         packed = self._aggregate.tensors if self._aggregate else {}
         missing = [name for name, is_array in self._tree.packed.items() if is_array and name not in packed]
         if missing:
-            raise damaged(f"array {missing[0]!r} is not in {self._item / AGGREGATE}, where {TREE} places it")
+            raise damaged(f"array {missing[0]!r} is not in {self.item / AGGREGATE}, where {TREE} places it")
         tensors = {name: packed[name] for name in self._tree.packed if name in packed}
         context = ts.Context()
-        opening = {name: _open_store(self._item, self._tree, name, context) for name in self._tree.stored}
+        opening = {name: _open_store(self.item, self._tree, name, context) for name in self._tree.stored}
         largest = 0
         for name, future in opening.items():
             try:
                 store = future.result()
             except Exception as error:  # of many types
-                raise unusable(f"array {name!r}", self._item, error) from error
+                raise unusable(f"array {name!r}", self.item, error) from error
             dtype = store.dtype.name
             if dtype not in DTYPE_NAMES:
-                raise M3Error(f"array {name!r} in {self._item} has the dtype {brief(dtype)}: convert it first.")
+                raise M3Error(f"array {name!r} in {self.item} has the dtype {brief(dtype)}: convert it first.")
             tensors[name] = TensorInfo(name, tuple(store.shape), DTYPE_NAMES[dtype])
             band = _band(store.shape, store.chunk_layout.read_chunk.shape or ())
             largest = max(largest, band * DTYPES[tensors[name].dtype].itemsize)
-        return tensors, largest + _CACHE
+        return tensors, largest
 
     def read_into(self, name: str, start: int, out: memoryview | npt.NDArray[np.uint8]) -> None:
         """Fills `out` with the tensor's little-endian bytes from `start` on; see `Checkpoint.read_into`."""
@@ -195,7 +200,7 @@ class OrbaxCheckpoint(Closing):
                 view[max(0, at) : max(0, at) + len(wanted)] = wanted
                 at += len(raw)
         except Exception as error:  # of many types
-            raise unusable(f"array {name!r}", self._item, error) from error
+            raise unusable(f"array {name!r}", self.item, error) from error
 
     def _pieces(self, info: TensorInfo, start: int, stop: int) -> Iterator[memoryview]:
         """The bytes of a range of an array's entries, in order."""
@@ -212,19 +217,24 @@ class OrbaxCheckpoint(Closing):
 
     def _store(self, name: str) -> Any:
         """The open handle of an array."""
+        import tensorstore as ts
+
         with self._lock:
+            if self._context is None:
+                cache = self._band + _CACHE // max(1, len(_OPEN))
+                self._context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
             if name not in self._stores:
-                self._stores[name] = _open_store(self._item, self._tree, name, self._context).result()
+                self._stores[name] = _open_store(self.item, self._tree, name, self._context).result()
             return self._stores[name]
 
     def files(self) -> tuple[Path, ...]:
         """The files that hold the weights."""
         tops = {TREE, MANIFEST, AGGREGATE, "d"}  # the last and "ocdbt…" hold the database's data
-        if not (self._item / MANIFEST).is_file():
+        if not (self.item / MANIFEST).is_file():
             tops |= {name.split("/")[0] for name in self._tree.stored}
         found = (
             path
-            for top in self._item.glob("*")
+            for top in self.item.glob("*")
             if top.name in tops or top.name.startswith("ocdbt")
             for path in (top.rglob("*") if top.is_dir() else [top])
         )
@@ -240,7 +250,7 @@ class OrbaxCheckpoint(Closing):
                     head = blake3(file.read(_HEAD)).hexdigest()
             except OSError as error:
                 raise unreadable(path, error) from error
-            name = path.relative_to(self._item).as_posix()
+            name = path.relative_to(self.item).as_posix()
             fingerprints[name] = LocalFingerprint(
                 size=status.st_size,
                 mtime_ns=status.st_mtime_ns,
@@ -249,7 +259,7 @@ class OrbaxCheckpoint(Closing):
                 ctime_ns=status.st_ctime_ns,
             )
         if not fingerprints:
-            raise M3Error(f"{self._item} has gone since it was opened: start again.")
+            raise M3Error(f"{self.item} has gone since it was opened: start again.")
         return fingerprints
 
     def close(self) -> None:
@@ -257,6 +267,7 @@ class OrbaxCheckpoint(Closing):
         with self._lock:
             self._closed = True
             self._stores.clear()
+            _OPEN.discard(self)
         if self._aggregate is not None:
             self._aggregate.close()
 
@@ -269,8 +280,8 @@ def open_orbax(path: Path) -> Checkpoint:
 
     Args:
         path: A directory that `StandardCheckpointer`, `PyTreeCheckpointer`, `orbax.checkpoint.v1` or the Orbax
-            backend of `flax.training.checkpoints` wrote; or a step of a `CheckpointManager`, or the directory of
-            its steps, if only one tree of arrays is inside.
+            backend of `flax.training.checkpoints` wrote; a step of a `CheckpointManager`; or the directory of its
+            steps, or of a run that keeps them in `checkpoints`, of which the last finished step is read.
 
     Returns:
         The checkpoint; use it as a context manager.

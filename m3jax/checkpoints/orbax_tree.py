@@ -8,7 +8,7 @@ describes neither those early files nor leaves inside msgpack, and it imports JA
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from m3jax import documents
 from m3jax.checkpoints.headers import parse_json
 from m3jax.checkpoints.msgpack import open_msgpack
 from m3jax.checkpoints.protocol import Checkpoint, natural_key
+from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.storage import read_file, unreadable
 from m3jax.errors import M3Error
 
@@ -23,7 +24,11 @@ TREE, MANIFEST, AGGREGATE = "_METADATA", "manifest.ocdbt", "checkpoint"  # the f
 STEP, COMMITTED = "_CHECKPOINT_METADATA", "commit_success.txt"  # those beside them that tell of a save
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a directory that is being saved
 _PLACEHOLDER = "PLACEHOLDER://"  # stands in the msgpack file for an array that is stored by itself
-_NO_ARRAYS = ("None", "Dict", "List", "NamedTuple", "Tuple", "string")
+STEPS = "checkpoints"  # where MaxText keeps the steps of a run
+NO_ARRAYS = ("None", "Dict", "List", "NamedTuple", "Tuple", "string")
+_PARAMETERS = ("params", "model_params", "model", "items", "default")  # of several items the one that has the weights
+_LONGEST_NUMBER = 18  # digits
+_STEP = re.compile("(?:.*[_-])?([0-9]+)")
 
 
 # --- Finding the arrays ----------------------------------------------------------------------------------
@@ -37,11 +42,11 @@ def is_orbax(path: Path) -> bool:
     """
     if not path.is_dir():
         return False
-    below = (_holds_items(child) or _unfinished(child) for child in _children(path))
-    return (path / STEP).is_file() or _unfinished(path) or _is_item(path) or any(below)
+    below = (_leads_to_items(child) or is_unfinished(child) for child in children(path))
+    return (path / STEP).is_file() or is_unfinished(path) or is_item(path) or any(below)
 
 
-def _children(directory: Path) -> list[Path]:
+def children(directory: Path) -> list[Path]:
     """The directories in a directory, in natural order."""
     try:
         return sorted((path for path in directory.iterdir() if path.is_dir()), key=lambda path: natural_key(path.name))
@@ -49,17 +54,35 @@ def _children(directory: Path) -> list[Path]:
         raise unreadable(directory, error) from error
 
 
-def _is_item(directory: Path) -> bool:
+def is_item(directory: Path) -> bool:
+    """Whether a directory is an item: a set of arrays."""
     if any((directory / name).is_file() for name in (TREE, MANIFEST, AGGREGATE)):
         return True
-    return any((child / name).is_file() for child in _children(directory) for name in (".zarray", "zarr.json"))
+    return any((child / name).is_file() for child in children(directory) for name in (".zarray", "zarr.json"))
 
 
-def _holds_items(directory: Path) -> bool:
-    return _is_item(directory) or any(map(_is_item, _children(directory)))
+def holds_items(directory: Path) -> bool:
+    """Whether a directory is an item, or a step that has some."""
+    return is_item(directory) or any(map(is_item, children(directory)))
 
 
-def _unfinished(directory: Path) -> bool:
+def step_number(name: str) -> int | None:
+    """The number at the end of a step's name; None where it is no step's.
+
+    Example:
+        >>> step_number("checkpoint_30"), step_number("0012"), step_number("llama2")
+        (30, 12, None)
+    """
+    found = _STEP.fullmatch(name)
+    return None if found is None or len(found[1]) > _LONGEST_NUMBER else int(found[1])
+
+
+def _leads_to_items(directory: Path) -> bool:
+    """Whether a directory has items, or is where a trainer keeps steps."""
+    return holds_items(directory) or (directory.name == STEPS and any(map(holds_items, children(directory))))
+
+
+def is_unfinished(directory: Path) -> bool:
     """Whether the save that made a directory was interrupted."""
     if TEMPORARY in directory.name or TEMPORARY in directory.parent.name:
         return True
@@ -76,11 +99,31 @@ def _unfinished(directory: Path) -> bool:
     return bool(told.get("init_timestamp_nsecs")) and told.get("commit_timestamp_nsecs") is None
 
 
-def find_item(path: Path) -> Path:
-    """The directory of arrays that a path means: itself, or the only one below it.
+def has_unfinished(step: Path) -> bool:
+    """Whether the save of a step, or of one of its items, was interrupted."""
+    return is_unfinished(step) or (not is_item(step) and any(map(is_unfinished, children(step))))
+
+
+def item_note(name: str, path: Path) -> str | None:
+    """Which tree of a step is read, where it has several; None where there is no choice.
 
     Args:
-        path: A directory.
+        name: What the user calls the model.
+        path: Its directory.
+    """
+    if isinstance(path, RemotePath) or not path.is_dir() or not is_orbax(path) or is_item(path):
+        return None
+    item = find_item(path)
+    others = [child.name for child in children(item.parent) if child != item and is_item(child)]
+    return f"{name}: {item.name} is read, not {', '.join(others)} beside it." if others else None
+
+
+def find_item(path: Path) -> Path:
+    """The directory of arrays that a path means: itself, or one below it.
+
+    Args:
+        path: A directory: of arrays, of a step, or of a run, whose last finished step is meant. Of several items of a
+            step the one that has the parameters' usual name is meant.
 
     Returns:
         The item.
@@ -90,13 +133,13 @@ def find_item(path: Path) -> Path:
     """
     if not path.is_dir():
         raise M3Error(f"{path} is no directory of an Orbax checkpoint: check the path.")
-    if _unfinished(path.absolute()):
+    if is_unfinished(path.absolute()):
         raise M3Error(f"{path} was not saved to its end or has lost files: save it again, or take another one.")
-    if _is_item(path):
+    if is_item(path):
         return path
-    below = _children(path)
-    found = [child for child in below if TEMPORARY not in child.name and _holds_items(child)]
-    if not found and any(map(_unfinished, below)):
+    below = children(path)
+    found = [child for child in below if TEMPORARY not in child.name and _leads_to_items(child)]
+    if not found and any(map(is_unfinished, below)):
         raise M3Error(f"{path} holds only saves that did not come to their end: take another, or save again.")
     if not found:
         raise M3Error(f"{path} holds no arrays of Orbax ({TREE}, {MANIFEST}, zarr): give the directory that does.")
@@ -106,14 +149,14 @@ def find_item(path: Path) -> Path:
 def _choose(path: Path, found: Sequence[Path]) -> Path:
     """The one of several directories that is meant, where that is plain."""
     names = ", ".join(child.name for child in found[-5:])
-    steps = [child for child in found if re.fullmatch("(.*_)?[0-9]+", child.name)]
-    if len(steps) == len(found):
-        mend = f"give the path of one, such as {steps[-1]}"
-        raise M3Error(f"{path} holds {len(steps)} steps, of which the last are {names}: {mend}.")
-    with_arrays = [child for child in found if _is_item(child) and any(read_tree(child)[:2])]
-    if len(with_arrays) != 1:
-        raise M3Error(f"{path} holds several trees ({names}): give the path of one, such as {found[0]}.")
-    return with_arrays[0]
+    if all(step_number(child.name) is not None for child in found):
+        finished = [child for child in found if not has_unfinished(child)]
+        return max(finished or found, key=lambda child: step_number(child.name) or 0)
+    with_arrays = [child for child in found if is_item(child) and any(read_tree(child)[:2])]
+    likely = [child for child in with_arrays if child.name in _PARAMETERS]
+    if len(with_arrays) == 1 or len(likely) == 1:
+        return (likely or with_arrays)[0]
+    raise M3Error(f"{path} holds several trees ({names}): give the path of one, such as {found[0]}.")
 
 
 # --- Which arrays there are ------------------------------------------------------------------------------
@@ -167,9 +210,9 @@ def _listed(file: Path) -> Tree:
         stored: dict[str, str] = {}
         packed: dict[str, bool] = {}
         for entry in told["tree_metadata"].values():
-            name = ".".join(key["key"] for key in entry["key_metadata"])
+            name = joined(key["key"] for key in entry["key_metadata"])
             value = entry["value_metadata"]
-            if value["value_type"] in _NO_ARRAYS:
+            if value["value_type"] in NO_ARRAYS:
                 continue
             if name in stored or name in packed:
                 raise M3Error(f'{file} has two leaves of the name {name!r}, keys joined with ".": rename one.')
@@ -182,6 +225,11 @@ def _listed(file: Path) -> Tree:
         raise M3Error(f"{file} is damaged or of a version of Orbax that is not known here: update m3jax.") from error
     metadata = {key: text for key, text in custom if isinstance(text, str)}
     return Tree(stored, packed, bool(told.get("store_array_data_equal_to_fill_value")), metadata)
+
+
+def joined(keys: Iterable[str]) -> str:
+    """The name of a leaf, from the keys that lead to it."""
+    return ".".join(keys)
 
 
 def open_aggregate(item: Path) -> Checkpoint:

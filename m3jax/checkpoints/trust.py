@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from m3jax.checkpoints import formats
+from m3jax.checkpoints.orbax_tree import item_note
 from m3jax.checkpoints.protocol import Checkpoint
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.storage import is_dir, list_names, read_file
@@ -150,7 +151,7 @@ def code_note(name: str, path: Path) -> str | None:
 
 
 def remarks(name: str, path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What a user should know of how a model was read: weights that were left alone, and code.
+    """What a user should know of how a model was read: weights and trees that were left alone, and code.
 
     Args:
         name: What the user calls it.
@@ -170,5 +171,5 @@ def remarks(name: str, path: Path, checkpoint: Checkpoint) -> tuple[str, ...]:
                     f"{name}: {single} is not read, as {index} beside it says where the weights are: remove one of the"
                     f" two, because some software reads {single}."
                 )
-    code = code_note(name, path)
-    return (*said, *([code] if code is not None else []))
+    notes = (item_note(name, path), code_note(name, path))
+    return (*said, *(note for note in notes if note is not None))

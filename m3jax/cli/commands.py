@@ -94,6 +94,8 @@ def merge(
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Go on where weights are NaN or infinite.")
     ] = False,
+    format: options.Format = None,
+    step: options.Step = None,
     chunk_entries: Annotated[int | None, typer.Option(hidden=True)] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Say what the merge would read, write and take; read no weights.")
@@ -109,20 +111,27 @@ def merge(
     An interrupted merge keeps its finished files; the same command resumes it.
     """
     if explain:
+        from m3jax.checkpoints.remote import as_path
+        from m3jax.outputs.orbax import step_directory
         from m3jax.streaming.explaining import explain_recipe
 
         if plan:
             raise M3Error("--explain and --plan say different things: give one of them")
-        explained, width = explain_recipe(recipe, out, changes.all(), changes.seed, overwrite), terminal.width()
+        with step_directory(as_path(out), step) as place:
+            explained = explain_recipe(recipe, place, changes.all(), changes.seed, overwrite, format)
+        width = terminal.width()
         shell.print_notes(explained.notes, speech.quiet)
         shell.print_result(explained.to_json, lambda: explanation_lines(explained, width), speech.as_json)
         return
     if plan:
+        from m3jax.checkpoints.remote import as_path
+        from m3jax.outputs.orbax import step_directory
         from m3jax.streaming.estimate import estimate_recipe
 
         processes = machines.num_processes or 1
         given = changes.all()
-        estimate = estimate_recipe(recipe, out, given, changes.seed, overwrite, max_shard_size, processes)
+        with step_directory(as_path(out), step) as place:
+            estimate = estimate_recipe(recipe, place, given, changes.seed, overwrite, max_shard_size, processes, format)
         width = terminal.width()
         shell.print_result(estimate.to_json, lambda: estimate_lines(estimate, width), speech.as_json)
         return
@@ -135,6 +144,7 @@ def merge(
         def start(**how: Any) -> "MergeResult":
             from m3jax.streaming.merging import merge_checkpoint
 
+            how |= {"format": format, "step": step}
             return merge_checkpoint(loaded, out, allow_nonfinite=allow_nonfinite, chunk_entries=chunk_entries, **how)
 
         return loaded.notes(), start

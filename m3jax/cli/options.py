@@ -22,6 +22,19 @@ Out = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if m3jax has made it.")]
 MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")]
+Format = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        metavar="same|safetensors|orbax",
+        help="Of the weights.  [default: the recipe's, or the base's]",
+        show_default=False,
+    ),
+]
+Step = Annotated[
+    int | None,
+    typer.Option("--step", metavar="N", help="Write OUT/N, a new step of the run OUT.", show_default=False),
+]
 
 # --- Recipes and manifests ----------------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from m3jax.progress import Progress, Tell
 from m3jax.recipe import MixupSettings, Recipe, load_recipe
 from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, Ready, prepared
 from m3jax.streaming.merging import MergeResult, merge_checkpoint
+from m3jax.streaming.steps import with_steps
 
 Watch = Callable[[Result, bool], None]
 """Called with each result, and whether an earlier run had it."""
@@ -304,7 +305,7 @@ def explore(
     check_type("evaluation", evaluation, Evaluation, optional=True)
     check_type("optimize", optimize, Optimization, optional=True)
     check_type("mesh", mesh, Mesh, optional=True)
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    loaded, _ = with_steps(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
     if (score is None) == (not tasks):
         raise M3Error("tasks: give at least one --task NAME=FILE to compare samples by, or a score function instead")
     place = _journal_directory(out, journal)

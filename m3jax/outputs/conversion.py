@@ -28,10 +28,14 @@ from m3jax.checkpoints import (
 from m3jax.checkpoints.adapters import check_no_adapter, open_stored, seen_adapted, tokenizer_note
 from m3jax.checkpoints.copying import pieces
 from m3jax.checkpoints.digest import Passing
-from m3jax.checkpoints.formats import SAFETENSORS, Format, written
-from m3jax.checkpoints.locate import named_companions, read_config
+from m3jax.checkpoints.formats import ORBAX, SAFETENSORS, Format, written
+from m3jax.checkpoints.locate import named_companions, read_config, step_named
+from m3jax.checkpoints.opening import recognise
+from m3jax.checkpoints.orbax_template import Template, file_patterns, read_template
+from m3jax.checkpoints.orbax_writer import fill_with_orbax
 from m3jax.checkpoints.protocol import Closing
 from m3jax.checkpoints.remote import is_url
+from m3jax.checkpoints.runs import last_note
 from m3jax.checkpoints.storage import is_dir
 from m3jax.checkpoints.trust import remarks
 from m3jax.errors import M3Error, saying_what_failed
@@ -90,7 +94,8 @@ def convert(
     Args:
         src: A model directory, a weight file or a hub id, in any format; or `model+adapter`.
         dst: The directory to make; its parent exists. An Orbax checkpoint is this directory itself, as
-            `StandardCheckpointer().restore(dst)` expects it.
+            `StandardCheckpointer().restore(dst)` expects it; made of an item of a step, it is a step, with the item's
+            name and with what else the step has. Made of Orbax, it has the same tree and is divided in the same way.
         to: The name of the format to write, one of `formats.WRITTEN`: safetensors, orbax or msgpack.
         max_shard_size: Bytes of tensors per file at most, as a number or as in "5GB"; Orbax divides by itself.
         overwrite: Replace `dst` if it is a directory that m3jax has made: `m3jax-conversion.json` marks a conversion.
@@ -133,10 +138,15 @@ def convert(
         source = _dequantized(stored, place, os.fspath(src)) if dequantize else stored
         source = source if adapting is None else seen_adapted(source, adapting)
         edit = _edited if dequantize else None
-        total, digest, files = _convert(source, named_companions(place), out, format, size, overwrite, edit, progress)
-        beside = tokenizer_note(found)
-        notes = (*remarks(os.fspath(src), place, source), *([beside] if beside is not None else []))
+        template = read_template(place) if format == recognise(place) == ORBAX else None
+        total, digest, files = _convert(
+            source, named_companions(place), out, format, template, size, overwrite, edit, progress
+        )
+        named, beside = step_named(os.fspath(src)), tokenizer_note(found)
+        notes = (*remarks(named, place, source), *([beside] if beside is not None else []))
         tensors = len(source.tensors)
+    if named != os.fspath(src):
+        notes = (last_note(os.fspath(src), named), *notes)
     return ConvertResult(out, format.name, tensors, total, digest, files, time.perf_counter() - begun, notes)
 
 
@@ -162,6 +172,7 @@ def _convert(
     beside: Mapping[str, Path],
     out: Path,
     to: Format,
+    template: Template | None,
     max_shard_size: int,
     overwrite: bool,
     edit: Edit | None,
@@ -173,11 +184,14 @@ def _convert(
     small = sum(file.stat().st_size for file in beside.values()) + _TOLD_PER_TENSOR * len(source.tensors)
     told = [to.name, max_shard_size, source.location, before, sorted(beside)]
     identity = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-    with Staging(out, identity, total + small, overwrite, names=_names(to, beside)) as staging:
+    with Staging(out, identity, total + small, overwrite, names=_names(to, source, template, beside)) as staging:
         narrow(staging.path, source.files())  # before there is anything in it
         watched = _Watched(source, _Stage("converting", total, progress))
-        assert to.write is not None  # `written` gives no other
-        to.write(staging.path, watched, max_shard_size)
+        if template is not None:
+            fill_with_orbax(staging.path, watched, template=template)
+        else:
+            assert to.write is not None  # `written` gives no other
+            to.write(staging.path, watched, max_shard_size)
         for name, file in beside.items():
             write_copy(file, staging.path, name, edit)
         digest = _verify(staging.path, to, watched, _Stage("verifying", total, progress))
@@ -190,8 +204,10 @@ def _convert(
     return total, digest, tuple(beside)
 
 
-def _names(to: Format, beside: Mapping[str, Path]) -> tuple[str, ...]:
+def _names(to: Format, source: Checkpoint, template: Template | None, beside: Mapping[str, Path]) -> tuple[str, ...]:
     """Patterns of the files of a conversion."""
+    if template is not None:
+        return (*file_patterns(template, source.tensors), *exactly([*beside, CONVERSION]))
     weights = [f"*{ending}" for ending in to.endings] + ([to.index_file] if to.index_file else [])
     return (*weights, *to.patterns, *exactly([*beside, CONVERSION]))
 

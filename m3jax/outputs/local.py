@@ -38,6 +38,7 @@ from m3jax.outputs.journal import (
     read_journal,
 )
 from m3jax.outputs.provenance import FILE_NAME
+from m3jax.outputs.written import varying_patterns
 
 CONVERSION = "m3jax-conversion.json"
 """What tells that a directory is the output of a conversion, as the manifest tells that it is a merge's."""
@@ -151,7 +152,8 @@ def _made_files(out: Path) -> tuple[str, ...] | None:
             exactly(weights) if isinstance(weights, dict) else (f"*{SAFETENSORS.endings[0]}", SAFETENSORS.index_file)
         )
         links = output.get("links")
-        return (*first, *exactly([*output["files"], *(links if isinstance(links, dict) else ()), FILE_NAME]))
+        others = exactly([*output["files"], *(links if isinstance(links, dict) else ()), FILE_NAME])
+        return (*first, *varying_patterns(output), *others)
     files = mark.get("files")
     if isinstance(files, list) and all(isinstance(name, str) for name in files):
         return exactly([*files, CONVERSION])

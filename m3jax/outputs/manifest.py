@@ -9,6 +9,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from reprlib import repr as brief  # what a file says may be long without end
 from types import MappingProxyType
@@ -24,9 +25,9 @@ from m3jax.checkpoints import (
     digest_checkpoint,
     digest_file,
     digest_tensor,
-    open_safetensors,
 )
 from m3jax.checkpoints.files import is_below
+from m3jax.checkpoints.formats import ORBAX
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.checkpoints.storage import is_dir, list_names, read_file
 from m3jax.documents import FAULTS, parse_json
@@ -34,6 +35,7 @@ from m3jax.errors import M3Error
 from m3jax.methods import catalogue
 from m3jax.outputs import provenance
 from m3jax.outputs.local import is_own, unfinished
+from m3jax.outputs.written import open_written, varying_patterns
 from m3jax.progress import Progress
 from m3jax.recipe import Recipe
 
@@ -122,6 +124,7 @@ def build(
     scheme: str = SCHEME,
     anatomy: Mapping[str, Any] | None = None,
     intermediates: Mapping[str, Any] = MappingProxyType({}),
+    layout: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The manifest as plain data; the same merge gives the same manifest, wherever and whenever it is done.
 
@@ -137,6 +140,7 @@ def build(
         scheme: How its bits were made.
         anatomy: What was known of the tensors, for people.
         intermediates: The manifests of merges that were made to be inputs, by name.
+        layout: In which format they are written, and how; None for safetensors.
     """
     return {
         "m3jax": versions()["m3jax"],
@@ -165,6 +169,7 @@ def build(
         **({"intermediates": dict(intermediates)} if intermediates else {}),
         "output": {
             "digest": _whole(output),
+            **(layout or {}),
             "max_shard_size": max_shard_size,
             "tensors": {
                 name: {"dtype": info.dtype, "shape": list(info.shape), "digest": digest}
@@ -179,7 +184,10 @@ def build(
 
 
 def completed(
-    record: Mapping[str, Any], files: Mapping[str, str], links: Mapping[str, str] | None = None
+    record: Mapping[str, Any],
+    files: Mapping[str, str],
+    links: Mapping[str, str] | None = None,
+    weight_files: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """A manifest with the digests of what stands beside the weights, and of itself.
 
@@ -187,8 +195,12 @@ def completed(
         record: As `build` makes it.
         files: Digests of the other files, by name.
         links: Weight files that are there once more, each with the name of what it is.
+        weight_files: Digests of the files of the weights, where they were not known before; those of a format without
+            headers are of the files that are the same each time.
     """
-    more = {"links": dict(sorted(links.items()))} if links else {}
+    more: dict[str, Any] = {"links": dict(sorted(links.items()))} if links else {}
+    if weight_files is not None:
+        more["weight_files"] = dict(sorted(weight_files.items()))
     told = {**record, "output": {**record["output"], "files": dict(sorted(files.items())), **more}}
     return {**told, _OWN_DIGEST: own_digest(told)}
 
@@ -263,6 +275,11 @@ def _check(manifest: Mapping[str, Any]) -> None:
         raise ValueError("it has lost a part")
     if not all(name in EDITABLE for name in manifest["output"].get("editable", ())):
         raise ValueError("it lets files be edited that m3jax checks")
+    told = manifest["output"]
+    if not (told.get("item", "") == "" or is_below(told["item"])) or not isinstance(told.get("stored", {}), dict):
+        raise ValueError("it names an item that is outside the model")
+    if "format" in told and (told["format"] != ORBAX.name or "weight_files" not in told):
+        raise ValueError(f"it is of the format {brief(told['format'])}, which is not known here")
     int(manifest["output"]["max_shard_size"])
     str(manifest["output"]["digest"])
     for values in manifest["weights"].values():
@@ -275,8 +292,8 @@ def _check(manifest: Mapping[str, Any]) -> None:
             str(record["adapter"]["config"])
     for entry in manifest["output"]["tensors"].values():
         str(entry["digest"]), str(entry["dtype"]), list(entry["shape"])
-    told = {name: (e["dtype"], e["shape"], e["digest"]) for name, e in manifest["output"]["tensors"].items()}
-    if digest_checkpoint(told) != manifest["output"]["digest"]:
+    tensors = {name: (e["dtype"], e["shape"], e["digest"]) for name, e in manifest["output"]["tensors"].items()}
+    if digest_checkpoint(tensors) != manifest["output"]["digest"]:
         raise ValueError("its digest is not that of its tensors")
     for name, within in manifest.get("intermediates", {}).items():
         if not isinstance(within, dict) or within.get("intermediates"):
@@ -326,16 +343,17 @@ def verify(directory: str | os.PathLike[str], progress: Callable[[Progress], Non
         notes.append(f"{file.name}: is of a version that recorded no digest of it: edits of it are not seen")
     elif manifest[_OWN_DIGEST] != own_digest(manifest):
         differences.append(f"{file.name}: was changed after it was written")
-    with open_safetensors(place) as checkpoint:
+    with open_written(place, recorded) as checkpoint:
         found = _digests(checkpoint, progress)
-        headers = {name: told["header_blake3"] for name, told in checkpoint.fingerprint().items()}
+        headers = _headers(checkpoint, place, recorded)
     differences += _differing_tensors(found, recorded["tensors"])
     if "weight_files" in recorded:
         differences += _differing_headers(headers, recorded["weight_files"])
         links = recorded.get("links", {})
         differences += _differing_links(place, links)
         known = {*recorded["files"], *recorded["weight_files"], *links, file.name}
-        beside = list(_added(place, known))
+        varying = varying_patterns(recorded)
+        beside = [name for name in _added(place, known) if not any(fnmatchcase(name, each) for each in varying)]
         notes += [f"{name}: is none of the model's, and not looked into" for name in beside if name in _TOOLS]
         notes += [
             f"{name}: is left of a merge that was stopped as it ended, and may go" for name in beside if is_own(name)
@@ -362,6 +380,13 @@ def _digests(checkpoint: Checkpoint, progress: Callable[[Progress], None] | None
         if progress is not None:
             progress(Progress("verifying", done, total))
     return found
+
+
+def _headers(checkpoint: Checkpoint, place: Path, recorded: Mapping[str, Any]) -> dict[str, str]:
+    """The digests of the files of weights as they are: of headers, or of whole small files where there are none."""
+    if "format" not in recorded:
+        return {name: told["header_blake3"] for name, told in checkpoint.fingerprint().items()}
+    return {name: digest_file(place / name) for name in recorded["weight_files"] if (place / name).is_file()}
 
 
 def _differing_tensors(found: TensorDigests, recorded: Mapping[str, Any]) -> Iterator[str]:

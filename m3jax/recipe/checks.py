@@ -1,11 +1,12 @@
 """What must hold between the keys of a recipe; each check raises a `RecipeError` at the place to mend."""
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from m3jax.recipe.blocks import weight_parameters
-from m3jax.recipe.entries import Module, Slice
-from m3jax.recipe.sections import entries_of
+from m3jax.recipe.entries import MixupSettings, Module, Slice
+from m3jax.recipe.sections import Section, entries_of
 from m3jax.recipe.settings import (
     Place,
     RecipeError,
@@ -16,6 +17,8 @@ from m3jax.recipe.settings import (
     parameters_of,
     users_of,
 )
+
+_SEVERAL = re.compile(r"@(last:[0-9]+|[0-9]+:[0-9]+(:[0-9]+)?)$")  # what names several steps of a run
 
 if TYPE_CHECKING:
     from m3jax.recipe import Recipe
@@ -111,8 +114,15 @@ def check_tokenizers(recipe: "Recipe") -> None:
 def check_experts(recipe: "Recipe") -> None:
     """There are as many experts as the method merges, in every section."""
     for section in recipe.every_section:
+        if _names_several(section):
+            continue  # how many steps of a run there are is seen when it is opened
         if (wrong := _wrong_count(recipe, len(section.experts))) is not None:
             raise RecipeError(wrong, *section.place)
+
+
+def _names_several(section: Section) -> bool:
+    """Whether some model of a section is several steps of a run, as which it is read when it is opened."""
+    return any(_SEVERAL.search(entry.model) for entry in section.experts)
 
 
 def _wrong_count(recipe: "Recipe", count: int) -> str | None:
@@ -136,30 +146,31 @@ def check_mixup(recipe: "Recipe") -> None:
         return
     if recipe.row.weighting == "none":
         raise RecipeError(f"draws weights, and {recipe.merge_method} takes none; remove it", "mixup")
-    if len(recipe.counts) > 1:
-        said = " and ".join(map(str, recipe.counts))
-        raise RecipeError(f"draws weights for as many experts everywhere, and here are {said}; remove it", "mixup")
-    if len(recipe.experts) < 2:
-        raise RecipeError("draws how experts share, and there is one only; remove it or add a model", "mixup")
+    if not any(map(_names_several, recipe.every_section)):
+        _check_counts(recipe, recipe.mixup)
     if recipe.mixup.smooth and recipe.mixup.granularity != "layer":
         raise RecipeError("is of neighbouring layers; write granularity: layer, or remove it", "mixup", "smooth")
-    if isinstance(recipe.mixup.alpha, tuple) and len(recipe.experts) != 2:
-        raise RecipeError(f"a pair is for two experts, not {len(recipe.experts)}; write one number", "mixup", "alpha")
-    _check_outcome(recipe)
     for place, block in placed_blocks(recipe):
         for drawn in weight_parameters(recipe.row):
             if drawn in block:
                 raise RecipeError("given, but mixup draws it; remove this or mixup", *place, drawn)
 
 
-def _check_outcome(recipe: "Recipe") -> None:
-    """The outcome of earlier draws has as many weights as the method takes."""
-    if recipe.mixup is None or recipe.mixup.weights is None:
+def _check_counts(recipe: "Recipe", mixup: MixupSettings) -> None:
+    """There are as many experts as weights, be they drawn or the outcome of earlier draws."""
+    if len(recipe.counts) > 1:
+        said = " and ".join(map(str, recipe.counts))
+        raise RecipeError(f"draws weights for as many experts everywhere, and here are {said}; remove it", "mixup")
+    if len(recipe.experts) < 2:
+        raise RecipeError("draws how experts share, and there is one only; remove it or add a model", "mixup")
+    if isinstance(mixup.alpha, tuple) and len(recipe.experts) != 2:
+        raise RecipeError(f"a pair is for two experts, not {len(recipe.experts)}; write one number", "mixup", "alpha")
+    if mixup.weights is None:
         return
-    if recipe.mixup.granularity == "model" and [*recipe.mixup.weights] != ["model"]:
+    if mixup.granularity == "model" and [*mixup.weights] != ["model"]:
         raise RecipeError("one draw for the model has one group; write {model: [...]}", "mixup", "weights")
     count = 1 if recipe.row.weighting == "position" else len(recipe.experts)
-    for group, weights in recipe.mixup.weights.items():
+    for group, weights in mixup.weights.items():
         if len(weights) != count:
             raise RecipeError(f"{len(weights)} are given where {count} are needed", "mixup", "weights", group)
 
@@ -217,6 +228,8 @@ def check_normalizer(recipe: "Recipe") -> None:
     if switch is None or not recipe.flag(switch.name) or not names or recipe.mixup is not None:
         return
     for section in recipe.every_section:
+        if _names_several(section):
+            continue
         settings = [
             next(
                 (level[name] for level in (entry.parameters, *section.levels) for name in names if name in level), None
@@ -232,8 +245,19 @@ def check_normalizer(recipe: "Recipe") -> None:
             )
 
 
+def check_schedule(recipe: "Recipe") -> None:
+    """Steps of a run can share a weight."""
+    if recipe.schedule is None:
+        return
+    if recipe.mixup is not None:
+        raise RecipeError("gives the weights of steps, and mixup draws them; remove one of the two", "schedule")
+    if recipe.row.weighting != "each" or not weight_parameters(recipe.row):
+        raise RecipeError(f"weighs steps of runs, and {recipe.merge_method} has no weights; use linear", "schedule")
+
+
 CHECKS = (
     check_models,
+    check_schedule,
     check_slices,
     check_names,
     check_base,

@@ -5,6 +5,7 @@ from typing import Any
 
 from m3jax.methods import catalogue
 from m3jax.methods.rows import MethodRow, Parameter, SparsifierRow
+from m3jax.methods.schedules import SHAPES
 from m3jax.recipe.chat_templates import AUTO, BUILT_IN
 from m3jax.recipe.entries import AnatomySettings, MixupSettings, ModelEntry, Module, Slice, Source, Strict
 from m3jax.recipe.schema import Recipe
@@ -14,6 +15,16 @@ Schema = dict[str, Any]
 _TEXT: Schema = {"type": "string"}
 _DTYPE: Schema = {"enum": ["bfloat16", "float16", "float32", "bf16", "fp16", "fp32", "half", "float", None]}
 _REGEXES: Schema = {"type": "array", "items": {"type": "string", "format": "regex"}}
+_DECAYING: Schema = {
+    "type": "object",
+    "properties": {
+        "method": {"enum": ["uniform", "ema", "wsm"]},
+        "decay": {"anyOf": [{"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}, {"enum": [*SHAPES]}]},
+    },
+    "required": ["method"],
+    "additionalProperties": False,
+}
+_SCHEDULE: Schema = {"anyOf": [{"enum": ["uniform", "wsm"]}, _DECAYING]}
 
 _HELP: Mapping[str, str] = {
     "name": "The output's title; of a document that others start from, what they call it.",
@@ -36,6 +47,8 @@ _HELP: Mapping[str, str] = {
     "exclude": "Regular expressions of tensors that are copied from the base, or the first model.",
     "only": "The collections that are merged, such as params.",
     "keep_state": "What becomes of optimizer states.",
+    "format": "In which the weights are written; that of the base, or else the first model, if it says nothing.",
+    "schedule": "How the steps of a run, RUN@last:5, share the weight of their entry.",
     "anatomy": "What tensors are, where their names do not say it.",
     "intermediates": "Recipes with names, by which the others take what they give.",
 }
@@ -81,6 +94,8 @@ def _properties(rows: list[MethodRow]) -> Schema:
         "also_for": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]},
         "only": {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]},
         "keep_state": {"enum": ["first", None]},
+        "format": {"enum": ["safetensors", "orbax", None]},
+        "schedule": _or_null(_SCHEDULE),
         "anatomy": _or_null(_object(AnatomySettings, {})),
         "intermediates": {"type": "array", "items": {"$ref": "#"}},
     }

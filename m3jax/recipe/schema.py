@@ -24,6 +24,7 @@ from pydantic import (
 from m3jax import documents
 from m3jax.errors import M3Error
 from m3jax.methods.rows import MethodRow
+from m3jax.methods.schedules import Schedule, read_schedule
 from m3jax.recipe.blocks import read_blocks, weight_parameters
 from m3jax.recipe.chat_templates import read_chat_template
 from m3jax.recipe.checks import CHECKS, placed_blocks
@@ -56,6 +57,13 @@ def _as_list(raw: object) -> object:
 
 def _method_name(raw: object) -> str:
     return read_method(raw).name
+
+
+def _as_schedule(raw: object) -> Schedule:
+    try:
+        return read_schedule(raw)
+    except M3Error as error:
+        raise RecipeError(str(error).removeprefix("schedule: ")) from None
 
 
 class Recipe(Strict):
@@ -96,6 +104,8 @@ class Recipe(Strict):
     exclude: tuple[Regex, ...] = ()
     only: Annotated[tuple[Name, ...], BeforeValidator(_as_list)] = ()
     keep_state: Literal["first"] | None = None
+    format: Literal["safetensors", "orbax"] | None = None
+    schedule: Annotated[Schedule, PlainValidator(_as_schedule), PlainSerializer(Schedule.to_json)] | None = None
     anatomy: AnatomySettings | None = None
     intermediates: Annotated[
         tuple["Recipe", ...],
@@ -165,6 +175,11 @@ class Recipe(Strict):
     def experts(self) -> tuple[ModelEntry, ...]:
         """The models to be merged, in order; of several sections those of the first."""
         return self.every_section[0].experts
+
+    @property
+    def weight_name(self) -> str:
+        """The parameter by which each model counts; see `check_schedule`."""
+        return weight_parameters(self.row)[0]
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -314,6 +329,7 @@ class Recipe(Strict):
         everything = self.model_dump(mode="json")
         unused = {"models", "slices", "modules"} - ({"models"} if self.models is not None else set())
         unused |= {"intermediates", "anatomy", "only", "keep_state", "dequantize", "tokenizer", "also_for"}
+        unused |= {"format", "schedule"}
         for key in unused:  # what most recipes have not
             if not everything[key]:
                 del everything[key]

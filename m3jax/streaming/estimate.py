@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from m3jax.checkpoints import DTYPES, sketch_model
+from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.recipe import Recipe, load_recipe
 from m3jax.streaming.findings import Step, applies, phases_of
@@ -215,6 +216,7 @@ def estimate_recipe(
     overwrite: bool = False,
     max_shard_size: int | str | None = None,
     processes: int = 1,
+    format: str | None = None,
 ) -> Estimate:
     """What `m3jax merge` with the same arguments will read, write and take; no weights are read.
 
@@ -226,6 +228,7 @@ def estimate_recipe(
         overwrite: Let the output exist.
         max_shard_size: Bytes per file at most.
         processes: How many share the work.
+        format: As in `merge_checkpoint`.
 
     Raises:
         M3Error: The merge cannot be made, for the reason that it would give itself.
@@ -236,17 +239,23 @@ def estimate_recipe(
     loaded = load_recipe(recipe, overrides, seed)
     needed = loaded.needed
     alone = [each.model_copy(update={"intermediates": needed[:number]}) for number, each in enumerate(needed)]
-    within = {str(each.name): _estimated(each, out, overwrite, max_shard_size, processes) for each in alone}
-    return _estimated(loaded, out, overwrite, max_shard_size, processes)._replace(intermediates=within)
+    plain = SAFETENSORS.name
+    within = {str(each.name): _estimated(each, out, overwrite, max_shard_size, processes, plain) for each in alone}
+    return _estimated(loaded, out, overwrite, max_shard_size, processes, format)._replace(intermediates=within)
 
 
 def _estimated(
-    loaded: Recipe, out: str | os.PathLike[str], overwrite: bool, max_shard_size: int | str | None, processes: int
+    loaded: Recipe,
+    out: str | os.PathLike[str],
+    overwrite: bool,
+    max_shard_size: int | str | None,
+    processes: int,
+    format: str | None,
 ) -> Estimate:
     method: str = loaded.merge_method
     method += f", {loaded.sparsify.method} before" if loaded.sparsify is not None else ""
     method += ", drawn weights" if loaded.mixup is not None else ""
     place = as_path(out)
-    options: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size}
+    options: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size, "format": format}
     with prepared(loaded, out, **options, locate=sketch_model, readying=outlined) as ready:
         return estimate(ready, method, None if isinstance(place, RemotePath) else place.absolute().parent, processes)

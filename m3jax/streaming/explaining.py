@@ -5,12 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from m3jax.checkpoints import natural_key, sketch_model
+from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.views import stored_at
 from m3jax.naming import block_of
 from m3jax.recipe import Recipe, load_recipe
 from m3jax.streaming.intermediates import outlined
 from m3jax.streaming.jobs import Ready, prepared
 from m3jax.streaming.plan import BlockPlan, TensorPlan
+from m3jax.streaming.steps import with_steps
 
 Runs = tuple[tuple[int, int], ...]
 """Numbers of blocks: the first and the last of each run."""
@@ -235,6 +237,7 @@ def explain_recipe(
     overrides: Sequence[str] = (),
     seed: int | None = None,
     overwrite: bool = False,
+    format: str | None = None,
 ) -> Explanation:
     """What `m3jax merge` with the same arguments will do to each group of tensors; no weights are read.
 
@@ -244,6 +247,7 @@ def explain_recipe(
         overrides: As in `load_recipe`.
         seed: As in `load_recipe`.
         overwrite: Let the output exist.
+        format: As in `merge_checkpoint`.
 
     Raises:
         M3Error: The merge cannot be made, for the reason that it would give itself.
@@ -251,11 +255,13 @@ def explain_recipe(
     Example:
         >>> explain_recipe("recipe.yaml", "merged").groups[0].treatment.numbers  # doctest: +SKIP
     """
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides, seed)
+    loaded, said = with_steps(recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides, seed))
     within = {}
     for number, each in enumerate(loaded.needed):
         alone = each.model_copy(update={"intermediates": loaded.needed[:number]})
-        own = explain_recipe(alone, out, overwrite=overwrite)
+        own = explain_recipe(alone, out, overwrite=overwrite, format=SAFETENSORS.name)
         within[str(each.name)] = own._replace(intermediates={})
-    with prepared(loaded, out, overwrite=overwrite, locate=sketch_model, readying=outlined) as ready:
-        return explain(ready, loaded, within)
+    how: dict[str, Any] = {"overwrite": overwrite, "format": format}
+    with prepared(loaded, out, **how, locate=sketch_model, readying=outlined) as ready:
+        found = explain(ready, loaded, within)
+    return found._replace(notes=tuple(dict.fromkeys((*said, *found.notes))))

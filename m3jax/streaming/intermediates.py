@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from m3jax.checkpoints import write_index, write_outline
+from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.locate import scratch
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.cluster.processes import Processes, share
@@ -62,7 +63,8 @@ def _write_outline(ready: Ready, recipe: Recipe, directory: Path) -> None:
 def _own_job(job: MergeJob, recipe: Recipe, out: Path) -> MergeJob:
     """The merge of an intermediate, as a replay's where it is for one."""
     recorded = None if job.recorded is None else job.recorded["intermediates"][recipe.name]
-    return job._replace(recipe=recipe, out=out, overwrite=True, recorded=recorded, chosen=None)
+    own = job._replace(recipe=recipe, out=out, overwrite=True, recorded=recorded, chosen=None)
+    return own._replace(format=SAFETENSORS.name, as_step=False, said=())  # what is said of the format is of the output
 
 
 def _with_model(job: MergeJob, recipe: Recipe, place: Path) -> MergeJob:

@@ -22,12 +22,16 @@ from m3jax.checkpoints import (
     plan_shards,
 )
 from m3jax.checkpoints.adapters import tokenizer_note
+from m3jax.checkpoints.formats import ORBAX, SAFETENSORS
+from m3jax.checkpoints.opening import recognise
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.checkpoints.trust import remarks
+from m3jax.checkpoints.views import stored_at
 from m3jax.cluster.processes import ALONE, Processes, gather
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs import companions, manifest
 from m3jax.outputs.local import check_free, replaced_with
+from m3jax.outputs.orbax import OrbaxOutput, plan_orbax
 from m3jax.outputs.remote import check_remote_free
 from m3jax.progress import Progress
 from m3jax.recipe import Recipe, Source
@@ -35,6 +39,7 @@ from m3jax.recipe.sections import Section, base_layers
 from m3jax.streaming.aligning import Alignment
 from m3jax.streaming.opening import OpenedModel, notes_on_float8, open_models, with_written_dtypes
 from m3jax.streaming.plan import DrawnWeights, MergePlan, make_plan
+from m3jax.streaming.steps import with_steps
 
 DEFAULT_SHARD_SIZE = "5GB"
 
@@ -57,6 +62,9 @@ class MergeJob(NamedTuple):
         chosen: Weights to use in place of draws.
         made: The manifests of the merges that it starts from, by name.
         locate: Finds the models; `sketch_model` where headers are all that is wanted of them.
+        format: In which the output is written; as the recipe says, or else as the base is, if None.
+        as_step: Write a step of a run, where the format has some.
+        said: What a user should know of how the recipe was read.
     """
 
     recipe: Recipe
@@ -73,6 +81,9 @@ class MergeJob(NamedTuple):
     chosen: DrawnWeights | None = None
     made: Mapping[str, Any] = MappingProxyType({})
     locate: Callable[[str], ModelDirectory] = locate_model
+    format: str | None = None
+    as_step: bool = False
+    said: tuple[str, ...] = ()
 
     @property
     def scheme(self) -> str:
@@ -102,6 +113,7 @@ class Ready(NamedTuple):
         unties: Whether the output has an output embedding of its own where the template has none.
         notes: What a user should know of how the inputs were read.
         vocabulary: The one that all inputs have; None where the recipe asks for none.
+        orbax: How the output is written where that is not as safetensors.
     """
 
     models: list[OpenedModel]
@@ -115,6 +127,19 @@ class Ready(NamedTuple):
     unties: bool
     notes: tuple[str, ...]
     vocabulary: Alignment | None
+    orbax: OrbaxOutput | None = None
+
+
+def written_format(asked: str | None, recipe: Recipe) -> str | None:
+    """The format that a caller asks for, or else a recipe; None for that of the template.
+
+    Raises:
+        M3Error: A merge is not written in it.
+    """
+    known = (SAFETENSORS.name, ORBAX.name)
+    if asked not in (None, "same", *known):
+        raise M3Error(f"format: {asked!r} is not written by a merge: choose {', '.join((*known, 'same'))}")
+    return None if asked == "same" else asked or recipe.format
 
 
 def _identity(recipe: Recipe, plan: MergePlan, inputs: Any, rest: Any, scheme: str = SCHEME) -> str:
@@ -183,21 +208,57 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     _check_recorded(job.recorded, plan, sources)
     fingerprints = [m.checkpoint.fingerprint() for m in models]
     beside = {name: digest_file(path) for name, path in beside_weights.items()}
-    rest = [shards, job.expected, beside, job.allow_nonfinite]
+    orbax, said = _orbax_output(job, models, plan, stacked)
+    rest = [shards, job.expected, beside, job.allow_nonfinite, *([orbax.to_json()] if orbax is not None else [])]
     inputs = [[m.input.name, str(m.place.path), told] for m, told in zip(models, fingerprints, strict=True)]
     identity = _identity(job.recipe, plan, inputs, rest, job.scheme)
     picked = _picked(job.recipe, plan.template == len(models) - 1 and base is not None) if stacked else None
     unties = models[plan.template].given_head
-    notes = tuple(note for m in models for note in remarks(m.input.name, m.place.path, m.checkpoint))
+    notes = job.said + said + tuple(note for m in models for note in remarks(m.input.name, m.place.path, m.checkpoint))
     notes += tuple(note for source in sources if (note := tokenizer_note(source.place)) is not None)
     notes += tuple(notes_on_float8(job.recipe, sources))
     notes += tuple(model.note for model in models if model.note is not None)
     notes += united.notes if united is not None else ()
     ready = Ready(
-        models, sources, plan, shards, beside_weights, fingerprints, identity, picked, unties, notes, vocabulary
+        models, sources, plan, shards, beside_weights, fingerprints, identity, picked, unties, notes, vocabulary, orbax
     )
     _check_agreement(processes, job.recipe, ready, rest)
     return ready
+
+
+def _orbax_output(
+    job: MergeJob, models: Sequence[OpenedModel], plan: MergePlan, stacked: bool
+) -> tuple[OrbaxOutput | None, tuple[str, ...]]:
+    """How the output is written as Orbax, and what a user should know of it; None where it is safetensors."""
+    template = models[plan.template]
+    same = recognise(template.place.path).name
+    asked = job.format
+    if asked not in (None, ORBAX.name) or (asked is None and same != ORBAX.name):
+        return None, ()
+    if isinstance(job.out, RemotePath):
+        if asked is None:
+            return None, (f"{template.input.name} is orbax, but remote outputs are written as safetensors",)
+        raise M3Error(f"{job.out}: orbax is written to this disk only: write safetensors, or upload a local output")
+    if stacked and same == ORBAX.name:
+        what = "slices: stack layers" if job.recipe.modules is None else "modules: put models together"
+        raise M3Error(
+            f"{what}, for which the tree of {template.input.name} has no place: write safetensors "
+            "(--format safetensors)"
+        )
+    if job.recipe.also_for:
+        raise M3Error("also_for: links weight files, which Orbax cannot: write safetensors (--format safetensors)")
+    outputs = [tensor.output for tensor in plan.tensors]
+    stored = {
+        info.name: stored_at(template.checkpoint, info.name).name
+        if same == ORBAX.name and info.name in template.checkpoint.tensors
+        else info.name
+        for info in outputs
+    }
+    state = models[0].place.path if job.recipe.keep_state == "first" else None
+    found = plan_orbax(template.place.path, state, stored, outputs, job.as_step)
+    trees = ", ".join(found.trees_beside)
+    copied = f"{trees} beside {found.item}: copied from {models[0].input.name} as it is, its parameters not merged"
+    return found, ((copied,) if trees else ())
 
 
 def _picked(recipe: Recipe, from_base: bool) -> dict[str | None, list[int]]:
@@ -261,6 +322,7 @@ def prepared(
     max_shard_size: int | str | None = None,
     locate: Callable[[str], ModelDirectory] = locate_model,
     readying: Callable[[MergeJob, Processes], MergeJob] | None = None,
+    format: str | None = None,
 ) -> Iterator[Ready]:
     """A merge up to its first byte: inputs opened, shapes compared, everything planned from headers alone.
 
@@ -272,6 +334,7 @@ def prepared(
         locate: Finds the models; `sketch_model` where headers are all that is wanted of them.
         readying: Finds the merges that this one starts from: `intermediates.outlined` where headers are all that is
             wanted of them.
+        format: As in `merge_checkpoint`.
 
     Yields:
         The merge, with its inputs open.
@@ -280,6 +343,8 @@ def prepared(
         M3Error: What `merge_checkpoint` would raise before it reads weights.
     """
     size = parse_size(DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size)
-    job = MergeJob(recipe, as_path(out), overwrite, size, None, None, False, None, locate=locate)
+    loaded, said = with_steps(recipe)
+    job = MergeJob(loaded, as_path(out), overwrite, size, None, None, False, None, locate=locate)
+    job = job._replace(format=written_format(format, loaded), said=said)
     with saying_what_failed(job.out), ExitStack() as stack:
         yield prepare(job if readying is None else readying(job, ALONE), ALONE, stack)

@@ -37,16 +37,18 @@ from m3jax.outputs import manifest, provenance
 from m3jax.outputs.journal import weights_in
 from m3jax.outputs.local import Staging, Workplace, exactly, holds_tensors
 from m3jax.outputs.modes import narrow
+from m3jax.outputs.orbax import make_orbax, step_directory
 from m3jax.outputs.remote import RemoteStaging, RemoteWorkplace
 from m3jax.progress import Progress
 from m3jax.recipe import Recipe, load_recipe
 from m3jax.streaming.findings import Step, phases_of
 from m3jax.streaming.intermediates import with_intermediates
-from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, MergeJob, Ready, prepare, recorded_digests
+from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, MergeJob, Ready, prepare, recorded_digests, written_format
 from m3jax.streaming.opening import OpenedModel
 from m3jax.streaming.passes import Circumstances, Passes
 from m3jax.streaming.plan import DrawnWeights, MergePlan, TensorPlan, divide
 from m3jax.streaming.reading import Loaded, default_chunk_entries
+from m3jax.streaming.steps import with_steps
 from m3jax.streaming.writing import OtherBytesError, Shards
 
 AnyWorkplace: TypeAlias = Workplace | RemoteWorkplace
@@ -96,10 +98,13 @@ def _open_workplace(
     else:
         weights = sum(t.output.nbytes for t in ready.plan.tensors)
         small = sum(path.stat().st_size for path in ready.companions.values())
+        if ready.orbax is not None:
+            weights, small = 2 * weights, small + ready.orbax.size_beside  # until the end as safetensors too
         space = weights + small + _TOLD_PER_TENSOR * len(ready.plan.tensors)
         shared = processes.count > 1
         possible = modelcard.possible_names(ready.companions)
         names = exactly([*(file for file, _ in ready.shards), *possible, *_links(ready), manifest.FILE_NAME])
+        names += ready.orbax.patterns if ready.orbax is not None else ()
         staging = stack.enter_context(Staging(job.out, ready.identity, space, job.overwrite, shared, names))
         narrow(staging.path, _weight_files(ready))
         damaged = _damaged(staging, ready.shards, job.progress)
@@ -337,9 +342,10 @@ def _record(job: MergeJob, ready: Ready, entries: Mapping[str, Any]) -> dict[str
     model = ready.models[ready.plan.template]
     told_anatomy = summarise(model.input.anatomy, model.checkpoint.tensors).to_json()
     size, weights = job.max_shard_size, ready.plan.weights
-    headers = {file: header_digest(infos) for file, infos in ready.shards}
+    layout = None if ready.orbax is None else ready.orbax.to_json()
+    headers = {file: header_digest(infos) for file, infos in ready.shards} if layout is None else {}
     made = {str(recipe.name): job.made[str(recipe.name)] for recipe in job.recipe.needed}
-    return manifest.build(job.recipe, weights, records, output, headers, size, job.scheme, told_anatomy, made)
+    return manifest.build(job.recipe, weights, records, output, headers, size, job.scheme, told_anatomy, made, layout)
 
 
 def _adapter_of(source: OpenedModel) -> dict[str, Any] | None:
@@ -365,14 +371,20 @@ def _publish(job: MergeJob, ready: Ready, staging: Staging | RemoteStaging, reco
     """Write what stands beside the weights and the manifest, which is returned, and let the output appear."""
     if len(ready.shards) > 1:
         write_index(staging.path, ready.shards, sum(t.output.nbytes for t in ready.plan.tensors))
+    weight_files = None
+    if ready.orbax is not None:
+        digests = {name: told["digest"] for name, told in record["output"]["tensors"].items()}
+        shards = [file for file, _ in ready.shards]
+        weight_files = make_orbax(staging.path, ready.orbax, shards, digests, job.progress)
     files = _write_companions(job, ready, staging.path)
-    links = _links(ready)
+    links = _links(ready) if ready.orbax is None else {}
     modelcard.link_weights(staging.path, links)
-    record = manifest.completed(record, files, links)
+    record = manifest.completed(record, files, links, weight_files)
     (staging.path / manifest.FILE_NAME).write_text(manifest.to_json(record), encoding="utf-8")
     if isinstance(staging, Staging):
         narrow(staging.path, _weight_files(ready))
-        staging.publish([*(file for file, _ in ready.shards), *files, *links, manifest.FILE_NAME])
+        made = [*(file for file, _ in ready.shards), *files, *links, manifest.FILE_NAME]
+        staging.publish(made if ready.orbax is None else staging.files())
     else:
         staging.publish()
     return record
@@ -450,6 +462,8 @@ def merge_checkpoint(
     distributed: bool = False,
     progress: Callable[[Progress], None] | None = None,
     weights: Mapping[str, Sequence[float]] | None = None,
+    format: str | None = None,
+    step: int | None = None,
 ) -> MergeResult:
     """Merge model directories into a model directory, out of core.
 
@@ -458,7 +472,8 @@ def merge_checkpoint(
     `weights`.
 
     Args:
-        recipe: A `Recipe`, its YAML file, or its content as a mapping.
+        recipe: A `Recipe`, its YAML file, or its content as a mapping. A model may be a run of training, or some of its
+            steps.
         out: The directory to make; its parent exists.
         overwrite: Replace `out` if it is a directory that m3jax has made.
         max_shard_size: Bytes of tensors per file at most, as a number or as in "5GB".
@@ -471,6 +486,12 @@ def merge_checkpoint(
         progress: Called after every chunk.
         weights: Merging weights to use where the recipe's `mixup` would draw them, by group: "model", the blocks, or
             the tensors. The manifest records them, so that a replay needs nothing else.
+        format: "safetensors", "orbax", or "same": that of the base, or else the first model, if it is one of the two;
+            as the recipe says if None, and where it says nothing the same. A tree of Orbax keeps the kinds of its keys,
+            its empty states, shardings, division into chunks and item.
+        step: Write `OUT/<step>`, a step of the run OUT, which is made where it is not there; the steps that it has
+            stay as they are. Where OUT has `checkpoints`, as the run of a base in such a directory has, the step is
+            there.
 
     Returns:
         What was done.
@@ -478,12 +499,15 @@ def merge_checkpoint(
     Raises:
         M3Error: The recipe, an input or the output place is at fault; the message says what and how to mend it.
     """
-    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    loaded, said = with_steps(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
     size = parse_size(max_shard_size)
-    job = MergeJob(loaded, as_path(out), overwrite, size, chunk_entries, mesh, allow_nonfinite, progress)
-    job = job._replace(chosen=_chosen(loaded, weights))
-    with _together(distributed) as processes:
-        return _merge(job, processes)
+    place = as_path(out)
+    job = MergeJob(loaded, place, overwrite, size, chunk_entries, mesh, allow_nonfinite, progress)
+    job = job._replace(chosen=_chosen(loaded, weights), format=written_format(format, loaded), said=said)
+    job = job._replace(as_step=step is not None)
+    like = next(iter(loaded.named_models), None)
+    with _together(distributed) as processes, step_directory(place, step, like) as target:
+        return _merge(job._replace(out=target), processes)
 
 
 def _chosen(recipe: Recipe, weights: Mapping[str, Sequence[float]] | None) -> DrawnWeights | None:
@@ -534,6 +558,8 @@ def replay(
 ) -> MergeResult:
     """Make a recorded merge again, with the weights that were drawn then, and check that the bytes are the same.
 
+    It is written in the format that it had then.
+
     Args:
         source: A manifest, or the model directory that holds one.
         out: The directory to make.
@@ -569,6 +595,8 @@ def replay(
     job = MergeJob(
         recipe, as_path(out), overwrite, size, chunk_entries, mesh, nonfinite, progress, recorded, sources or {}
     )._replace(other_files=allow_other_files)
+    output = recorded["output"]
+    job = job._replace(format=output.get("format", SAFETENSORS.name), as_step=bool(output.get("item")))
     changed = provenance.change(recorded)
     try:
         with _together(distributed) as processes:

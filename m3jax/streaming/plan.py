@@ -188,14 +188,18 @@ def _check_names(
     names: Sequence[str], first: Input, readers: Callable[[str], Sequence[Input]], ignored: set[str]
 ) -> None:
     missing: dict[tuple[str, str], list[str]] = {}
+    tensors: dict[str, Mapping[str, TensorInfo]] = {}
     for name in names:
         for model in readers(name) if name not in ignored else ():
             if (name in model.tensors) != (name in first.tensors):
                 have, lack = (model, first) if name in model.tensors else (first, model)
                 missing.setdefault((have.name, lack.name), []).append(name)
+                tensors |= {have.name: have.tensors, lack.name: lack.tensors}
     for (having, lacking), lost in missing.items():
         more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
-        said = f"{lost[0]}{more}: in {having} but not in {lacking}"
+        own = [name for name in tensors[lacking] if name not in tensors[having] and name not in ignored]
+        instead = f", which has {own[0]} instead" if own else ""
+        said = f"{lost[0]}{more}: in {having} but not in {lacking}{instead}"
         raise M3Error(f"{said}: merge models of one architecture, or exclude the tensor")
 
 

@@ -276,6 +276,14 @@ def test_a_depth_that_no_axis_has_is_a_doubt():
     assert "of 9 blocks" in found.parts["layers.w.kernel"].doubt
 
 
+def test_an_axis_that_contradicts_the_depth() -> None:
+    shapes = {"decoder.layers.a.kernel": (6, 5, 7), "decoder.layers.b.scale": (6, 5)}
+    found = anatomy_of(infos(shapes), {"num_layers": 5}, {"param_scan_axis": "0"})
+    (doubt,) = {part.doubt for part in found.parts.values() if part.doubt}
+    assert "metadata says that decoder.layers stacks blocks along axis 0, which has 6" in doubt
+    assert "and that there are 5 blocks" in doubt
+
+
 @pytest.mark.parametrize(
     ("config", "metadata"), [({"num_layers": 5}, {}), ({}, {"num_layers": "5"}), ({}, {"param_scan_axis": "0"})]
 )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
@@ -21,7 +22,8 @@ from support.checkpoint_suite import arrays_of_every_dtype, read, write_file
 
 from m3jax.checkpoints import open_orbax, open_safetensors, write_orbax
 from m3jax.checkpoints.orbax import boxes
-from m3jax.checkpoints.orbax_writer import _chunk_shape
+from m3jax.checkpoints.orbax_template import read_template
+from m3jax.checkpoints.orbax_writer import _chunk_shape, fill_with_orbax
 from m3jax.errors import M3Error
 
 FIXTURES = Path(__file__).parent / "fixtures" / "orbax"
@@ -275,7 +277,8 @@ def test_no_directory(tmp_path) -> None:
 
 def test_several_steps(tmp_path) -> None:
     managed(tmp_path / "run", 1, 2, 30)
-    refused(tmp_path / "run", "holds 3 steps", "1, 2, 30", f"such as {tmp_path / 'run' / '30'}")
+    with open_orbax(tmp_path / "run") as checkpoint:
+        assert checkpoint.item == tmp_path / "run" / "30" / "default"
     assert_holds(tmp_path / "run" / "30", TREE)
     assert_holds(tmp_path / "run" / "30" / "default", TREE)
 
@@ -573,3 +576,107 @@ done.set(); watcher.join(); print(peak)
         [sys.executable, "-c", code, str(tmp_path / "source")], capture_output=True, text=True, timeout=300, check=True
     )
     assert int(told.stdout) < 600
+
+
+# --- Writing as a template -------------------------------------------------------------------------------
+
+
+RICH = {
+    "params": {"w": jnp.ones((8, 6)), "l": [jnp.ones(2), jnp.zeros(3)], "a.b": jnp.ones(2)},
+    "opt": optax.adam(1e-3).init({"w": jnp.ones(2)}),
+    "none": None,
+    "empty": {},
+    "step": 7,
+    "told": "text",
+    "key": jax.random.key(0),
+}
+
+
+def assert_same(found, tree) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    for pair in zip(jax.tree.leaves(found), jax.tree.leaves(tree), strict=True):
+        a, b = pair
+        assert type(a) is type(b)
+        if isinstance(a, jax.Array):
+            assert (a.dtype, a.sharding) == (b.dtype, b.sharding)
+            pair = (jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in pair)
+        np.testing.assert_array_equal(*pair)
+
+
+@pytest.fixture(scope="module")
+def rich_run(tmp_path_factory):
+    """Step 5 of a manager: a tree with all kinds of leaves, sharded over devices, beside a tree and a text."""
+    place = tmp_path_factory.mktemp("rich") / "run"
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+    tree = {
+        **RICH,
+        "sharded": jax.device_put(jnp.arange(48.0).reshape(8, 6), NamedSharding(mesh, PartitionSpec("x", "y"))),
+    }
+    with ocp.CheckpointManager(place) as manager:
+        items = {"params": ocp.args.PyTreeSave(tree), "other": ocp.args.StandardSave({"m": jnp.ones(2)})}
+        told = ocp.args.JsonSave({"a": 1})
+        manager.save(5, args=ocp.args.Composite(**items, told=told), custom_metadata={"scan_layers": True})
+        manager.wait_until_finished()
+    return place
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")  # as the original says too
+def test_a_step_is_written_as_its_template(rich_run, tmp_path) -> None:
+    (tmp_path / "run" / "9").mkdir(parents=True)
+    with open_orbax(rich_run) as source:
+        fill_with_orbax(tmp_path / "run" / "9", source, template=read_template(rich_run))
+    restored = []
+    for place, step in ((rich_run, 5), (tmp_path / "run", 9)):
+        with ocp.CheckpointManager(place) as manager:
+            restored.append(manager.restore(step))
+            assert manager.metadata(step).custom_metadata == {"scan_layers": True}
+    assert_same(dict(restored[1].items()), dict(restored[0].items()))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        told = [
+            checkpointer.metadata(p).item_metadata.tree
+            for p in (rich_run / "5" / "params", tmp_path / "run" / "9" / "params")
+        ]
+        assert jax.tree.structure(told[0]) == jax.tree.structure(told[1])
+        assert told[0]["sharded"].storage == told[1]["sharded"].storage  # divided alike
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, {k: v for k, v in RICH.items() if k != "told"})
+        args = ocp.args.PyTreeRestore(abstract | {"told": ""}, partial_restore=True)
+        assert_same(
+            {
+                k: v
+                for k, v in checkpointer.restore(tmp_path / "run" / "9" / "params", args).items()
+                if k in ("params", "opt")
+            },
+            {k: v for k, v in RICH.items() if k in ("params", "opt")},
+        )
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")  # as the original says too
+def test_a_part_of_a_template(rich_run, tmp_path) -> None:
+    template = read_template(rich_run / "5" / "params")
+    with open_orbax(rich_run) as source:
+        names = [name for name in source.tensors if name.startswith("params.")]
+        part = {name: read(source, name) for name in names if name != "params.l.0"}
+        lacking = source_of(tmp_path / "lacking", part)
+        whole = source_of(tmp_path / "whole", part | {"params.l.0": np.float16([1, 2])})
+        other = source_of(tmp_path / "other", {"params.z": np.ones(1, np.float32)})
+    with open_safetensors(whole) as source:
+        write_orbax(tmp_path / "saved", source, template)
+    found = restore_pytree(tmp_path / "saved")
+    assert found.keys() == {"params", "none", "empty", "told"}  # nothing that only held the training's state
+    assert found["params"]["l"][0].dtype == np.float16
+    assert isinstance(found["params"]["l"], list)
+    for place, sentence in (
+        (lacking, "would lose some of its elements"),
+        (other, "'params.z' has no place in the tree"),
+    ):
+        with open_safetensors(place) as source, pytest.raises(M3Error, match=sentence):
+            write_orbax(tmp_path / "again", source, template)
+
+
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")  # as the original says too
+def test_checkpoints_of_trainers_come_back_alike(jax_data, tmp_path) -> None:
+    for name in ("maxtext_scanned/a", "tunix_full/a", "gemma_nested/a", "nnx_loop_mgr/a"):
+        template = read_template(jax_data / name)
+        with open_orbax(jax_data / name) as source:
+            write_orbax(tmp_path / name.replace("/", "-"), source, template._replace(name=""))
+        assert_same(restore_pytree(tmp_path / name.replace("/", "-")), restore_pytree(template.item))

@@ -169,6 +169,7 @@ def test_merge_passes_everything_on(stub: Stub, recipe: str, capsys: Capture) ->
     stub("m3jax.streaming.merging", merge_checkpoint=merge_checkpoint)
     options = ["--seed", "7", "--set", "mixup.alpha=0.25", "--set", "dtype=bfloat16", "--max-shard-size", "1MB"]
     flags = ["--overwrite", "--allow-nonfinite", "--chunk-entries", "64", "--quiet"]
+    flags += ["--format", "orbax", "--step", "40"]
     assert main(["merge", recipe, "out", *options, *flags]) == 0
     ((loaded, out), keywords) = calls[0]
     assert (loaded.seed, loaded.mixup.alpha, loaded.dtype, out) == (7, 0.25, "bfloat16", "out")
@@ -177,6 +178,8 @@ def test_merge_passes_everything_on(stub: Stub, recipe: str, capsys: Capture) ->
         "max_shard_size": "1MB",
         "allow_nonfinite": True,
         "chunk_entries": 64,
+        "format": "orbax",
+        "step": 40,
         "mesh": None,
         "distributed": False,
         "progress": None,

@@ -97,7 +97,9 @@ def test_a_model_in_memory_is_the_same_in_files(tmp_path, kind, writer, method, 
     for name, tree in zip(("base", "a", "b"), (base, *experts), strict=True):
         WRITERS[writer](tree, tmp_path / name)
     asked = {**keys, **more, "seed": 3, "base_model": str(tmp_path / "base")}
-    m3jax.merge_checkpoint({**asked, "models": [str(tmp_path / "a"), str(tmp_path / "b")]}, tmp_path / "out")
+    m3jax.merge_checkpoint(
+        {**asked, "models": [str(tmp_path / "a"), str(tmp_path / "b")]}, tmp_path / "out", format="safetensors"
+    )
     want, got = by_canonical_name(merged), by_canonical_name(read(tmp_path / "out"))
     assert got.keys() == want.keys()
     assert all(np.array_equal(got[name], want[name]) for name in want)

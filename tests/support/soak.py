@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 import m3jax
+from m3jax.checkpoints import open_checkpoint
 from m3jax.cluster.meshes import parse_mesh
 from support import oracle
+from support.checkpoint_suite import read
 from support.matrix import DTYPES
 from support.torch_files import write_arrays
 
@@ -223,8 +225,8 @@ def wrong_tensors(drawn: Recipe, place: Path) -> list[str]:
     m3jax.merge_checkpoint(keys, place / "out", **options)
     layout = drawn.layouts[1 if keys["merge_method"] == "slerp" else 0]
     want = arranged(oracle.merge(experts, base, **drawn.told), layout)
-    files = sorted((place / "out").glob("*.safetensors"))
-    got = {name: value for file in files for name, value in load_file(file).items()}
+    with open_checkpoint(place / "out") as checkpoint:  # in the base's format
+        got = {name: read(checkpoint, name) for name in checkpoint.tensors}
     return [
         name
         for name, value in want.items()

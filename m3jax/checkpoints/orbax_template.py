@@ -1,0 +1,324 @@
+"""What a checkpoint of Orbax is besides its values, so that another can be written to be restored as it is.
+
+The tree (kinds of keys, lists, `None` and empty states), what was saved with it, how its arrays are divided and
+compressed, their shardings, and for an item of a step its name and what stands beside it.
+"""
+
+import base64
+import glob
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from m3jax import documents
+from m3jax.checkpoints.formats import ORBAX
+from m3jax.checkpoints.headers import parse_json
+from m3jax.checkpoints.orbax_tree import (
+    COMMITTED,
+    MANIFEST,
+    NO_ARRAYS,
+    STEP,
+    TREE,
+    children,
+    find_item,
+    is_item,
+    joined,
+    key_value_spec,
+    read_tree,
+    step_number,
+    unusable,
+)
+from m3jax.checkpoints.protocol import DTYPE_NAMES, TensorInfo
+from m3jax.checkpoints.storage import read_file
+from m3jax.errors import M3Error
+
+SHARDINGS, STRINGS, ARRAYS = "_sharding", "_strings.json", "array_metadatas"
+_SEQUENCE = 1  # the `key_type` of what is in a list or tuple
+_STEP_FILES = ("orbax.checkpoint",)  # marks a step of the newest layout
+DEFAULT_ITEM = "default"  # what a CheckpointManager calls the only item of a step
+_HANDLER = "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler"
+
+
+class StoredArray(NamedTuple):
+    """How an array is stored.
+
+    Attributes:
+        info: What it is.
+        driver: Of TensorStore.
+        metadata: What the driver takes to make another.
+        chunk: The shape of what is written at a time.
+    """
+
+    info: TensorInfo
+    driver: str
+    metadata: Mapping[str, Any]
+    chunk: tuple[int, ...]
+
+
+class Template(NamedTuple):
+    """What a checkpoint is besides its values.
+
+    Attributes:
+        item: The directory of its arrays.
+        name: What the item is called in its step; empty where it is a checkpoint by itself.
+        tree: The content of `_METADATA`; None where an early version wrote none.
+        step: The content of the `_CHECKPOINT_METADATA` of the item or of its step.
+        beside: The other items of its step, and files that are no item's.
+        layouts: How each array is stored, by name.
+    """
+
+    item: Path
+    name: str
+    tree: Mapping[str, Any] | None
+    step: Mapping[str, Any]
+    beside: tuple[Path, ...]
+    layouts: Mapping[str, "StoredArray"] = MappingProxyType({})
+
+
+def read_template(path: Path) -> Template:
+    """What a checkpoint is besides its values.
+
+    Args:
+        path: A directory, as `find_item` takes it.
+
+    Raises:
+        M3Error: As `find_item`; or what it says of itself is damaged.
+    """
+    item = find_item(path)
+    tree = parse_json(read_file(item / TREE), str(item / TREE)) if (item / TREE).is_file() else None
+    step, layouts = item.parent, _layouts(item)
+    is_step = step_number(item.name) is not None and not (step / STEP).is_file()  # of a run whose steps have no items
+    if item == path or is_step:
+        return Template(item, "", tree, _told(item / STEP), (), layouts)
+    others = tuple(child for child in children(step) if child != item and _is_saved(child))
+    files = tuple(step / name for name in _STEP_FILES if (step / name).is_file())
+    return Template(item, item.name, tree, _told(step / STEP), (*others, *files), layouts)
+
+
+def _layouts(item: Path) -> dict[str, StoredArray]:
+    """How the arrays of an item are stored that are stored by themselves."""
+    import tensorstore as ts
+
+    tree, context = read_tree(item), ts.Context()
+    opening = {
+        name: ts.open({"driver": driver, "kvstore": key_value_spec(item, name)}, open=True, read=True, context=context)
+        for name, driver in tree.stored.items()
+    }
+    found = {}
+    for name, future in opening.items():
+        try:
+            store = future.result()
+        except Exception as error:  # of many types
+            raise unusable(f"array {name!r}", item, error) from error
+        told = store.spec(retain_context=False).to_json()["metadata"]
+        chunk = tuple(int(size or 1) for size in store.chunk_layout.write_chunk.shape or store.shape)
+        info = TensorInfo(name, tuple(store.shape), DTYPE_NAMES.get(store.dtype.name, store.dtype.name))
+        found[name] = StoredArray(info, tree.stored[name], told, chunk)
+    return found
+
+
+def _is_saved(directory: Path) -> bool:
+    """Whether a directory in a step is one of its items, of arrays or of anything else."""
+    return is_item(directory) or any((directory / name).is_file() for name in (COMMITTED, "metadata"))
+
+
+def _told(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        told = documents.parse_json(read_file(file))  # its metrics may be NaN
+    except ValueError as error:
+        raise M3Error(f"{file} is damaged: get the checkpoint again from its source.") from error
+    return told if isinstance(told, dict) else {}
+
+
+def without_state(template: Template) -> Template:
+    """A template without the other trees of its step, which hold the state of a training."""
+    return template._replace(beside=tuple(path for path in template.beside if not path.is_dir() or not is_item(path)))
+
+
+def file_patterns(template: Template | None, names: Iterable[str]) -> tuple[str, ...]:
+    """Patterns of all files of a checkpoint that is written after a template.
+
+    Args:
+        template: Which; None where there is none.
+        names: Of its arrays.
+    """
+    if template is None or not template.name:
+        return (*ORBAX.patterns, f"{ARRAYS}/*", SHARDINGS, STRINGS, *(f"{glob.escape(name)}/*" for name in names))
+    items = {template.name, *(path.name for path in template.beside if path.is_dir())}
+    return (STEP, COMMITTED, *_STEP_FILES, *(f"{glob.escape(item)}{more}" for item in items for more in ("/*", ".*/*")))
+
+
+# --- The tree ----------------------------------------------------------------------------------------------
+
+
+def tree_of(template: Template, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """The content of `_METADATA` of a checkpoint that has these arrays of the template's.
+
+    Args:
+        template: With a tree.
+        tensors: By the names that they have there. What holds none of them any more (`None`, empty states and texts
+            of a part of the tree that is left out) is left out with it.
+
+    Raises:
+        M3Error: An array has no place in the tree, or a list would have a hole.
+    """
+    assert template.tree is not None
+    entries: Mapping[str, Any] = template.tree["tree_metadata"]
+    paths = {key: tuple(part["key"] for part in entry["key_metadata"]) for key, entry in entries.items()}
+    arrays = {
+        path: joined(path)
+        for key, path in paths.items()
+        if entries[key]["value_metadata"]["value_type"] not in NO_ARRAYS
+    }
+    lost = next((name for name in tensors if name not in set(arrays.values())), None)
+    if lost is not None:
+        raise M3Error(
+            f"{lost!r} has no place in the tree of {template.item}: write safetensors, or take a base that has it."
+        )
+    kept = {path for path, name in arrays.items() if name in tensors}
+    found = {}
+    for key, path in paths.items():
+        if path in arrays and path not in kept:
+            continue
+        if path not in arrays and not _still_holds(path, arrays, kept):
+            continue
+        found[key] = _entry(entries[key], tensors.get(arrays.get(path, "")), template)
+    _check_lists(entries, paths, found, template)
+    rest = {key: value for key, value in template.tree.items() if key not in ("tree_metadata", "value_metadata_tree")}
+    whole = found.keys() == entries.keys()
+    rich = template.tree.get("value_metadata_tree")  # which cannot be cut
+    typed = {"value_metadata_tree": rich} if whole and rich is not None else {}
+    return {"tree_metadata": found, **rest, **typed, "store_array_data_equal_to_fill_value": True}
+
+
+def _still_holds(path: tuple[str, ...], arrays: Collection[tuple[str, ...]], kept: Collection[tuple[str, ...]]) -> bool:
+    """Whether the nearest part of a tree around a leaf that had arrays still has one."""
+    for depth in range(len(path) - 1, -1, -1):
+        if any(array[:depth] == path[:depth] for array in arrays):
+            return any(array[:depth] == path[:depth] for array in kept)
+    return True
+
+
+def _entry(entry: Mapping[str, Any], info: TensorInfo | None, template: Template) -> dict[str, Any]:
+    """An entry of the tree, of an array as it will be stored."""
+    told = dict(entry["value_metadata"])
+    if info is None:
+        return dict(entry)
+    if told.get("skip_deserialize"):  # it was in the msgpack file of an early version
+        told = {"value_type": "np.ndarray", "skip_deserialize": False}
+    if told.get("write_shape") is not None and not _is_as_stored(template, info):
+        told["write_shape"] = list(info.shape)
+    return {**entry, "value_metadata": told}
+
+
+def _is_as_stored(template: Template, info: TensorInfo) -> bool:
+    """Whether an array has the shape that it has in the template, so that it is divided in the same way."""
+    return info.name in template.layouts and template.layouts[info.name].info.shape == info.shape
+
+
+def _check_lists(
+    entries: Mapping[str, Any],
+    paths: Mapping[str, tuple[str, ...]],
+    found: Collection[str],
+    template: Template,
+) -> None:
+    """Raise M3Error if a list loses an element and keeps a later one."""
+    numbers: dict[tuple[str, ...], set[int]] = {}
+    for key in found:
+        for depth, part in enumerate(entries[key]["key_metadata"]):
+            if part["key_type"] == _SEQUENCE:
+                numbers.setdefault(paths[key][:depth], set()).add(int(part["key"]))
+    for place, there in numbers.items():
+        if len(there) <= max(there) and len(found) < len(entries):
+            raise M3Error(
+                f"a list in the tree of {template.item} ({joined(place)}) would lose some of its elements: write "
+                "safetensors, or keep them (keep_state: first)."
+            )
+
+
+# --- The arrays --------------------------------------------------------------------------------------------
+
+
+def layout_of(template: Template, info: TensorInfo) -> StoredArray | None:
+    """How an array is to be stored: as the template's, divided and compressed in the same way.
+
+    Returns:
+        The layout; None where the template's array has another shape, or is not stored by itself.
+    """
+    if not _is_as_stored(template, info):
+        return None
+    layout = template.layouts[info.name]
+    if layout.info.dtype == info.dtype:
+        return layout
+    dtypes = ("dtype", "data_type", "fill_value")
+    return layout._replace(metadata={key: value for key, value in layout.metadata.items() if key not in dtypes})
+
+
+def uses_database(template: Template) -> bool:
+    """Whether the arrays of a template are in one database (OCDBT), not in a directory each."""
+    return (template.item / MANIFEST).is_file()
+
+
+# --- The files beside the tree -----------------------------------------------------------------------------
+
+
+def tree_files(template: Template, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, str]]:
+    """The small files of an item that restoring reads: their names and texts.
+
+    Args:
+        template: What they are taken from.
+        tensors: The arrays that the item will have.
+    """
+    if (file := template.item / SHARDINGS).is_file():
+        told = _told(file)
+        kept = {key: value for key, value in told.items() if _decoded(key) in tensors}
+        yield SHARDINGS, json.dumps(kept)
+    if (file := template.item / STRINGS).is_file():
+        yield STRINGS, read_file(file).decode()
+    for file in sorted((template.item / ARRAYS).glob("*")):
+        entries = [
+            _array_entry(template, entry, tensors)
+            for entry in _told(file).get("array_metadatas", ())
+            if entry["array_metadata"]["param_name"] in tensors
+        ]
+        yield f"{ARRAYS}/{file.name}", json.dumps({"array_metadatas": entries})
+
+
+def _decoded(key: str) -> str:
+    try:
+        return base64.b64decode(key).decode()
+    except ValueError:
+        return ""
+
+
+def _array_entry(template: Template, entry: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    told = entry["array_metadata"]
+    info = tensors[told["param_name"]]
+    if _is_as_stored(template, info):
+        return dict(entry)
+    shape = list(info.shape)
+    return {"array_metadata": {**told, "write_shape": shape, "chunk_shape": shape}}
+
+
+def step_content(template: Template | None, begun: int, ended: int) -> dict[str, Any]:
+    """The content of `_CHECKPOINT_METADATA`: the template's but for what tells of its own save and training.
+
+    Args:
+        template: What it is taken from; None for a checkpoint of numpy arrays.
+        begun: When writing began, in nanoseconds.
+        ended: When it ended.
+    """
+    told = {} if template is None else template.step
+    handlers = told.get("item_handlers") or _HANDLER
+    return {
+        "item_handlers": handlers,
+        "metrics": {},
+        "performance_metrics": {},
+        "init_timestamp_nsecs": begun,
+        "commit_timestamp_nsecs": ended,
+        "custom_metadata": told.get("custom_metadata") or {},
+    }
