@@ -198,7 +198,10 @@ def _one_step(place: str, said: str) -> int:
     """The one step that a name means."""
     steps = chosen_steps(place, said)
     if len(steps) > 1:
-        raise M3Error(f"{place}@{said} is {len(steps)} steps, which only `models` of a recipe takes: name one of them.")
+        raise M3Error(
+            f"{place}@{said} is {len(steps)} steps, which only models and sources of a recipe take, without an adapter:"
+            " name one of them."
+        )
     return steps[0]
 
 

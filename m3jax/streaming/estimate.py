@@ -23,6 +23,7 @@ _RATES = (1.3e9, 1.5e9)
 RATES_TEXT = "1.3 to 1.5 GB/s per process of 2 cores"
 _RUNTIME_BYTES = 250_000_000  # Python, JAX and compiled programs: what the same merges took beside their buffers
 _RANKING_BYTES = 200_000_000  # of samples and counts, where magnitudes are ranked (docs/pods.md)
+_ORBAX_NOTE = "as orbax it is made of safetensors, which go at the end: until then the disk holds the weights twice"
 _BUFFERS = 2  # chunks in flight per input, at the least: one that is computed, one that is read
 
 
@@ -204,7 +205,7 @@ def estimate(ready: Ready, method: str, place: Path | None, processes: int = 1) 
         (share / _RATES[1], share / _RATES[0]),
         ready.plan.weights,
         tuple(model.input.name for model in ready.models if model.role == "expert"),
-        (*ready.plan.notes, *ready.notes),
+        (*ready.plan.notes, *ready.notes, *([_ORBAX_NOTE] if ready.orbax is not None else [])),
     )
 
 

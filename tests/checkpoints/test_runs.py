@@ -74,7 +74,7 @@ def test_a_name_says_its_step(run) -> None:
     [
         ("@21", "has no step 21: the nearest is {run}@20."),
         ("@40", "step 40 of {run} was not saved to its end: the nearest is {run}@30."),
-        ("@last:2", "is 2 steps, which only `models` of a recipe takes: name one of them."),
+        ("@last:2", "is 2 steps, which only models and sources of a recipe take, without an adapter: name one of"),
         ("@last:9", "the run has 3 steps that were saved to their end: ask for 1 to 3."),
         ("@10:40:15", "has no step 25: the nearest is {run}@30."),
         ("@1:5", "names no step: the run has 30 as its last; write FIRST:LAST."),
