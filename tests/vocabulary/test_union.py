@@ -240,6 +240,21 @@ def test_without_a_key_the_refusal_names_the_one_that_settles_it(place, tensors,
     m3jax.merge_checkpoint({**keys, "exclude": ["embed_tokens", "lm_head"]}, tmp_path / "without")
 
 
+def test_as_many_rows_of_other_tokens_are_not_merged_by_numbers_unsaid(place, tmp_path):
+    by_numbers = {"merge_method": "linear", "models": [str(place / "in" / name) for name in ("base", "one")]}
+    with pytest.raises(M3Error, match=r"token 1 is 'a' in .*base and 'b' in .*one, so that .*: write tokenizer_source"):
+        m3jax.merge_checkpoint(by_numbers, tmp_path / "out")
+    m3jax.merge_checkpoint({**by_numbers, "exclude": ["embed_tokens", "lm_head"]}, tmp_path / "without")
+    for name, token in (("a", "[PAD]"), ("b", "<|user|>")):
+        shutil.copytree(place / "in" / "base", tmp_path / name)
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(tokenizer([*BASE, token])))
+    by_numbers["models"] = [str(tmp_path / name) for name in "ab"]
+    (note,) = (n for n in m3jax.merge_checkpoint(by_numbers, tmp_path / "added").notes if "token" in n)
+    assert "added token 8 is '[PAD]' in " in note
+    assert "'<|user|>' in " in note
+    assert "tokenizer_source: base, union or a model" in note
+
+
 @pytest.mark.parametrize(
     ("tokens", "sentence"),
     [
