@@ -79,7 +79,7 @@ def test_bytes_are_the_oracles_everywhere(tmp_path, method, sparsifier, dtype, g
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["linear", "ties_paper"])
-def test_one_digest_at_everychunk_size(tmp_path, method):
+def test_one_digest_at_every_chunk_size(tmp_path, method):
     write_models(tmp_path / "in", n=3)
     asked = recipe(tmp_path / "in", 3, **METHODS[method][1], sparsify={"method": "dare", "density": 0.3})
     digests = {m3jax.merge_checkpoint(asked, tmp_path / f"{c}", chunk_entries=c).digest for c in CHUNKS}
