@@ -207,7 +207,7 @@ WRITERS: dict[str, Callable[[Tree, Path], object]] = {
 
 
 def wrong_tensors(drawn: Recipe, place: Path) -> list[str]:
-    """Merges in an empty directory; returns the names of tensors that are not the oracle's, and what verifying finds."""
+    """Merges in an empty directory; returns the tensors that are not the oracle's, and what verifying finds."""
     paths = []
     for number, (tree, layout, written) in enumerate(zip(drawn.models, drawn.layouts, drawn.formats, strict=True)):
         paths.append(place / f"model-{number}")
