@@ -58,6 +58,7 @@ def test_rows_of_the_union_are_those_of_its_tokens(place, tensors, tmp_path, met
     told = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
     assert told["model"]["vocab"] == {token: number for number, token in enumerate(UNION)}
     assert m3jax.verify(tmp_path / "out").differences == ()
+    assert m3jax.verify_sample(tmp_path / "out", inputs=True).differences == ()
     assert m3jax.replay(tmp_path / "out", tmp_path / "again").digest == result.digest
 
 
@@ -287,6 +288,7 @@ def test_the_same_weights_stand_beside_an_experts_own_tokenizer(place, tensors, 
     assert (beside / "tokenizer.json").read_bytes() == (place / "in" / "three" / "tokenizer.json").read_bytes()
     assert json.loads((beside / "config.json").read_text())["vocab_size"] == ROWS["base"]
     assert m3jax.verify(out).differences == ()
+    assert m3jax.verify_sample(out, inputs=True).differences == ()
     again = m3jax.replay(out, tmp_path / "again", max_shard_size=200)
     assert (tmp_path / "again" / "also_for" / "three" / "model.safetensors.index.json").exists()
     assert m3jax.verify(again.directory).differences == ()
