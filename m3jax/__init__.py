@@ -45,10 +45,11 @@ if TYPE_CHECKING:
     from m3jax.methods.ties import ties as ties
     from m3jax.outputs.conversion import convert as convert
     from m3jax.outputs.extraction import extract_lora as extract_lora
-    from m3jax.outputs.manifest import verify as verify
+    from m3jax.outputs.verification import verify as verify
     from m3jax.recipe import load_recipe as load_recipe
     from m3jax.streaming.merging import merge_checkpoint as merge_checkpoint
     from m3jax.streaming.merging import replay as replay
+    from m3jax.streaming.sampling import verify_sample as verify_sample
     from m3jax.trees.adapters import with_lora as with_lora
     from m3jax.trees.loading import load as load
     from m3jax.trees.merging import merge as merge
@@ -102,7 +103,8 @@ _HOMES = {
     "soup": "trees.running",
     "task_arithmetic": "methods.linear",
     "ties": "methods.ties",
-    "verify": "outputs.manifest",
+    "verify": "outputs.verification",
+    "verify_sample": "streaming.sampling",
     "with_lora": "trees.adapters",
 }
 __all__ = sorted(_HOMES)

@@ -18,6 +18,10 @@ find_python() {
 install() {
   local environment=$1 name=$2 python stamp wanted
   shift 2
+  # M3JAX_LOCKED=1 takes the versions in constraints/, whatever has been published since.
+  if [[ -n ${M3JAX_LOCKED:-} && -f $root/constraints/$name.txt ]]; then
+    set -- --constraint "$root/constraints/$name.txt" "$@"
+  fi
   stamp=$environment/.installed-$name
   # With the path: an environment that has been moved points to where it was.
   wanted=$({ printf '%s\n' "$environment" "$@" && cat "$root/pyproject.toml"; } | cksum)

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cache
@@ -185,6 +185,32 @@ def _with_adapter(name: str, parts: AdaptedName, locate: Callable[[str], ModelDi
             f"{name}: names two adapters: add one to the model by m3jax convert, and the other to what it makes."
         )
     return model._replace(name=name, adapter=adapter)
+
+
+def locate_recorded(
+    name: str, sources: Mapping[str, str], locate: Callable[[str], ModelDirectory] = locate_model
+) -> ModelDirectory:
+    """Finds a model that a manifest records.
+
+    Args:
+        name: As it is recorded.
+        sources: Where models are now that have moved, by recorded name.
+        locate: Finds a model by what a user would write.
+
+    Returns:
+        The place, called as it is recorded.
+
+    Raises:
+        M3Error: It is not there; the sentence says whose word for the place was taken.
+    """
+    here = sources.get(name, name)
+    try:
+        return locate(here)._replace(name=name)
+    except M3Error as error:
+        said = str(error).rstrip(".")
+        if name in sources:
+            raise M3Error(f"{said}; this is where --input {name}={here} says that {name} is: correct it") from error
+        raise M3Error(f"{said}; if it has moved, --input {name}=HERE says where it is") from error
 
 
 def sketch_model(name: str) -> ModelDirectory:

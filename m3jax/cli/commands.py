@@ -220,17 +220,46 @@ def _merge(
 @_command
 def verify(
     *,
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="A directory that m3jax made.", show_default=False)],
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="What merge, replay or convert made.", show_default=False)
+    ],
+    all_inputs: Annotated[bool, typer.Option("--inputs", help="Compare the models that were read, too.")] = False,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="In place of all bytes, compute a sample again from the inputs.")
+    ] = False,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            "--sample", metavar="N", min=1, help="Tensors to compute again.  [default: 32]", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="S", help="Which of them.  [default: 0]", show_default=False)
+    ] = None,
+    inputs: options.Inputs = None,
     speech: options.Speech,
 ) -> None:
     """Check a model directory against its manifest.
 
     The exit code is 2 if they differ.
     """
-    from m3jax.outputs.manifest import verify as verify_directory
+    sources = options.read_sources(inputs or ())
+    if not replay and (sample is not None or seed is not None):
+        raise M3Error("--sample and --seed are for --replay: add it")
+    if sources and not (replay or all_inputs):
+        raise M3Error("--input is for --inputs and --replay, which read the models: add one of them")
+    from m3jax.outputs.verification import verify as verify_directory
 
     with terminal.progress_reporter(speech.quiet) as progress:
-        found = verify_directory(directory, progress=progress)
+        if replay:
+            from m3jax.streaming.sampling import DEFAULT_SAMPLE, verify_sample
+
+            size = DEFAULT_SAMPLE if sample is None else sample
+            found = verify_sample(
+                directory, inputs=all_inputs, sources=sources, sample=size, seed=seed or 0, progress=progress
+            )
+        else:
+            found = verify_directory(directory, inputs=all_inputs, sources=sources, progress=progress)
     still = speech.quiet and not found.differences
     shell.print_result(lambda: verification_json(found), lambda: verification_lines(found), speech.as_json, still)
     if found.differences:

@@ -258,7 +258,7 @@ def _draw_curve(path: Path, lab: "Laboratory", papers: "Papers", trials: Sequenc
 
 def _replay(original: "MergeResult", out: Path, echo: Tell) -> dict[str, Any]:
     """Makes a merge again from its manifest alone, and reads back what was written."""
-    from m3jax.outputs.manifest import verify
+    from m3jax.outputs.verification import verify
     from m3jax.streaming.merging import replay
 
     again = replay(original.directory, out, overwrite=True)
@@ -266,7 +266,7 @@ def _replay(original: "MergeResult", out: Path, echo: Tell) -> dict[str, Any]:
     same = again.digest == original.digest == found.digest
     echo("")
     echo(f"Replayed {original.directory.name} from its manifest into {out}:")
-    echo(f"  digest {found.digest[:_DIGITS]}, {'the same' if same else f'NOT {original.digest[:_DIGITS]}'}")
+    echo(f"  digest {again.digest[:_DIGITS]}, {'the same' if same else f'NOT {original.digest[:_DIGITS]}'}")
     checked = f"{count_text(found.tensors, 'tensor')} and {count_text(found.files, 'other file')}"
     differing = f", {count_text(len(found.differences), 'difference')}" if found.differences else " as recorded"
     echo(f"  verified: {checked}{differing}")

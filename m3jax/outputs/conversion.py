@@ -19,13 +19,14 @@ from m3jax.anatomy.kinds import mend_of
 from m3jax.checkpoints import (
     Checkpoint,
     FileFingerprint,
+    ModelDirectory,
     TensorDigest,
     TensorInfo,
-    digest_checkpoint,
+    digest_file,
     locate_model,
     parse_size,
 )
-from m3jax.checkpoints.adapters import check_no_adapter, open_stored, seen_adapted, tokenizer_note
+from m3jax.checkpoints.adapters import Adapting, check_no_adapter, open_stored, seen_adapted, tokenizer_note
 from m3jax.checkpoints.copying import pieces
 from m3jax.checkpoints.digest import Passing
 from m3jax.checkpoints.formats import ORBAX, SAFETENSORS, Format, written
@@ -38,10 +39,12 @@ from m3jax.checkpoints.remote import is_url
 from m3jax.checkpoints.runs import last_note
 from m3jax.checkpoints.storage import is_dir
 from m3jax.checkpoints.trust import remarks
+from m3jax.checkpoints.views import stored_digests
 from m3jax.errors import M3Error, saying_what_failed
-from m3jax.outputs.copies import Edit, write_copy
+from m3jax.outputs import mark
+from m3jax.outputs.copies import write_copy
 from m3jax.outputs.local import CONVERSION, Staging, check_free, exactly, replaced_with
-from m3jax.outputs.manifest import versions
+from m3jax.outputs.manifest import InputRecord, TensorDigests
 from m3jax.outputs.modes import narrow
 from m3jax.progress import Progress
 
@@ -137,17 +140,25 @@ def convert(
         stack.enter_context(stored)
         source = _dequantized(stored, place, os.fspath(src)) if dequantize else stored
         source = source if adapting is None else seen_adapted(source, adapting)
-        edit = _edited if dequantize else None
+        scheme = _scheme_of(stored, place) if dequantize else None
+        adapter = None if found.adapter is None or adapting is None else _told_of(found.adapter, adapting)
         template = read_template(place) if format == recognise(place) == ORBAX else None
-        total, digest, files = _convert(
-            source, named_companions(place), out, format, template, size, overwrite, edit, progress
-        )
-        named, beside = step_named(os.fspath(src)), tokenizer_note(found)
-        notes = (*remarks(named, place, source), *([beside] if beside is not None else []))
-        tensors = len(source.tensors)
+        named, beside = step_named(os.fspath(src)), named_companions(place)
+        model = found._replace(name=named)
+        job = _Job(model, stored, source, beside, out, format, template, size, overwrite, scheme, progress, adapter)
+        total, digest = _convert(job)
+        note = tokenizer_note(found)
+        notes = (*remarks(named, place, source), *([note] if note is not None else []))
+        tensors, files = len(source.tensors), tuple(job.beside)
     if named != os.fspath(src):
         notes = (last_note(os.fspath(src), named), *notes)
     return ConvertResult(out, format.name, tensors, total, digest, files, time.perf_counter() - begun, notes)
+
+
+def _scheme_of(stored: Checkpoint, place: Path) -> str | None:
+    """How a checkpoint's weights are quantised."""
+    config = read_config(place if is_dir(place) else place.parent)
+    return anatomy_of(stored.tensors, config, stored.metadata).quantisation
 
 
 def _dequantized(stored: Checkpoint, place: Path, name: str) -> Checkpoint:
@@ -156,7 +167,7 @@ def _dequantized(stored: Checkpoint, place: Path, name: str) -> Checkpoint:
     found = find_dequantisation(stored.tensors, config, name)
     if found is not None:
         return seen_dequantized(stored, found, found.dtype)
-    scheme = anatomy_of(stored.tensors, config, stored.metadata).quantisation
+    scheme = _scheme_of(stored, place)
     if scheme is None:
         raise M3Error(f"{name} has no float8 weights: convert it without dequantising.")
     raise M3Error(f"{name} is quantised ({scheme}), which cannot be undone here: {mend_of(scheme)}.")
@@ -167,47 +178,86 @@ def _edited(name: str, entries: dict[str, Any]) -> dict[str, Any]:
     return without_quantisation(entries) if name == "config.json" else entries
 
 
-def _convert(
-    source: Checkpoint,
-    beside: Mapping[str, Path],
-    out: Path,
-    to: Format,
-    template: Template | None,
-    max_shard_size: int,
-    overwrite: bool,
-    edit: Edit | None,
-    progress: Report | None,
-) -> tuple[int, str, tuple[str, ...]]:
-    """The work between opening and closing; returns bytes, digest and the names of the files carried over."""
+class _Job(NamedTuple):
+    """A conversion between opening and closing.
+
+    Attributes:
+        model: What is converted.
+        stored: Its tensors as they are in files.
+        source: Its tensors as they are to be written.
+        beside: The files that are carried over, by name.
+        out: Where the output is to appear.
+        to: The format to write.
+        template: What the tree of Orbax is taken from; None where it is made anew, or there is none.
+        max_shard_size: Bytes of tensors per file at most.
+        overwrite: Replace what is there.
+        dequantised: The scheme of the weights that are read as numbers; None where they are written as they are.
+        progress: Called after every few megabytes.
+        adapter: What is told of the adapter that is added; None where there is none.
+    """
+
+    model: ModelDirectory
+    stored: Checkpoint
+    source: Checkpoint
+    beside: Mapping[str, Path]
+    out: Path
+    to: Format
+    template: Template | None
+    max_shard_size: int
+    overwrite: bool
+    dequantised: str | None
+    progress: Report | None
+    adapter: Mapping[str, Any] | None = None
+
+
+def _told_of(place: ModelDirectory, adapting: Adapting) -> dict[str, Any]:
+    """What is told of an adapter, as a merge's manifest does."""
+    return {"name": place.name, "revision": place.revision, "config": adapting.config_digest}
+
+
+def _convert(job: _Job) -> tuple[int, str]:
+    """Write, read back and publish; returns bytes and digest."""
+    source, to, beside = job.source, job.to, job.beside
     before = source.fingerprint()
     total = sum(info.nbytes for info in source.tensors.values())
     small = sum(file.stat().st_size for file in beside.values()) + _TOLD_PER_TENSOR * len(source.tensors)
-    told = [to.name, max_shard_size, source.location, before, sorted(beside)]
+    told = [to.name, job.max_shard_size, source.location, before, sorted(beside)]
     identity = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-    with Staging(out, identity, total + small, overwrite, names=_names(to, source, template, beside)) as staging:
+    with Staging(job.out, identity, total + small, job.overwrite, names=_names(job)) as staging:
         narrow(staging.path, source.files())  # before there is anything in it
-        watched = _Watched(source, _Stage("converting", total, progress))
-        if template is not None:
-            fill_with_orbax(staging.path, watched, template=template)
+        watched = _Watched(source, _Stage("converting", total, job.progress))
+        if job.template is not None:
+            fill_with_orbax(staging.path, watched, template=job.template)
         else:
             assert to.write is not None  # `written` gives no other
-            to.write(staging.path, watched, max_shard_size)
+            to.write(staging.path, watched, job.max_shard_size)
         for name, file in beside.items():
-            write_copy(file, staging.path, name, edit)
-        digest = _verify(staging.path, to, watched, _Stage("verifying", total, progress))
+            write_copy(file, staging.path, name, _edited if job.dequantised else None)
+        digests = _verify(staging.path, to, watched, _Stage("verifying", total, job.progress))
         if source.fingerprint() != before:
             raise M3Error(f"{source.location} changed while it was being converted: convert again once it is at rest.")
-        mark = {"m3jax": versions()["m3jax"], "format": to.name, "digest": digest, "files": staging.files()}
-        (staging.path / CONVERSION).write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
+        files = {name: digest_file(staging.path / name) for name in staging.files()}
+        record = mark.build(to.name, _record(job, digests), digests, files)
+        (staging.path / CONVERSION).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         narrow(staging.path, source.files())
         staging.publish()
-    return total, digest, tuple(beside)
+    return total, str(record["output"]["digest"])
 
 
-def _names(to: Format, source: Checkpoint, template: Template | None, beside: Mapping[str, Path]) -> tuple[str, ...]:
+def _record(job: _Job, digests: TensorDigests) -> InputRecord:
+    """What was read, as it is stored."""
+    read = {}
+    for name, (_, digest) in digests.items():
+        for stored, own in stored_digests(job.source, name, digest).items():
+            read[stored] = job.stored.tensors[stored], own
+    return InputRecord(job.model.name, "source", job.model.revision, read, job.dequantised, job.adapter)
+
+
+def _names(job: _Job) -> tuple[str, ...]:
     """Patterns of the files of a conversion."""
-    if template is not None:
-        return (*file_patterns(template, source.tensors), *exactly([*beside, CONVERSION]))
+    to, beside = job.to, job.beside
+    if job.template is not None:
+        return (*file_patterns(job.template, job.source.tensors), *exactly([*beside, CONVERSION]))
     weights = [f"*{ending}" for ending in to.endings] + ([to.index_file] if to.index_file else [])
     return (*weights, *to.patterns, *exactly([*beside, CONVERSION]))
 
@@ -215,8 +265,8 @@ def _names(to: Format, source: Checkpoint, template: Template | None, beside: Ma
 # --- Verifying -------------------------------------------------------------------------------------------
 
 
-def _verify(directory: Path, to: Format, source: "_Watched", stage: "_Stage") -> str:
-    """Read back what was written; returns its digest, which is the source's too."""
+def _verify(directory: Path, to: Format, source: "_Watched", stage: "_Stage") -> TensorDigests:
+    """Read back what was written; returns the digest of each tensor, which is the source's too."""
     digests = {}
     with to.open(directory) as copy:
         for name in source.tensors.keys() | copy.tensors.keys():
@@ -227,10 +277,10 @@ def _verify(directory: Path, to: Format, source: "_Watched", stage: "_Stage") ->
             for _, piece in pieces(copy, name, 0, info.nbytes):
                 digest.update(piece)
                 stage.add(len(piece))
-            digests[name] = info.dtype, info.shape, digest.hexdigest()
+            digests[name] = info, digest.hexdigest()
             if digest.hexdigest() != source.digest(name):
                 raise _differs(source, directory, name)
-    return digest_checkpoint(digests)
+    return digests
 
 
 def _differs(source: Checkpoint, directory: Path, name: str) -> M3Error:

@@ -154,7 +154,8 @@ def _made_files(out: Path) -> tuple[str, ...] | None:
         links = output.get("links")
         others = exactly([*output["files"], *(links if isinstance(links, dict) else ()), FILE_NAME])
         return (*first, *varying_patterns(output), *others)
-    files = mark.get("files")
+    told = mark.get("output")
+    files = list(told["files"]) if isinstance(told, dict) and isinstance(told.get("files"), dict) else mark.get("files")
     if isinstance(files, list) and all(isinstance(name, str) for name in files):
         return exactly([*files, CONVERSION])
     return None

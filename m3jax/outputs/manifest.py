@@ -1,15 +1,15 @@
-"""What was done: the manifest of a merge, and checking an output directory against it. Needs no JAX.
+"""What was done: the manifest of a merge, written and read. Needs no JAX.
 
 A manifest tells all of its output: of each tensor the bytes, of each weight file the header, of each other file the
 bytes, and in its last entry its own content. It proves no origin: whoever may change the output may write another.
+docs/manifest.md describes every key; manifests of earlier versions are read as far as they tell.
 """
 
 import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as brief  # what a file says may be long without end
 from types import MappingProxyType
@@ -18,25 +18,16 @@ from typing import Any, NamedTuple
 from blake3 import blake3
 
 from m3jax.arithmetic import SCHEME, SCHEMES
-from m3jax.checkpoints import (
-    ALGORITHM,
-    Checkpoint,
-    TensorInfo,
-    digest_checkpoint,
-    digest_file,
-    digest_tensor,
-)
+from m3jax.checkpoints import ALGORITHM, TensorInfo, digest_checkpoint
 from m3jax.checkpoints.files import is_below
 from m3jax.checkpoints.formats import ORBAX
-from m3jax.checkpoints.remote import RemotePath, as_path
-from m3jax.checkpoints.storage import is_dir, list_names, read_file
+from m3jax.checkpoints.remote import as_path
+from m3jax.checkpoints.storage import read_file
 from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 from m3jax.methods import catalogue
 from m3jax.outputs import provenance
-from m3jax.outputs.local import is_own, unfinished
-from m3jax.outputs.written import open_written, varying_patterns
-from m3jax.progress import Progress
+from m3jax.outputs.local import unfinished
 from m3jax.recipe import Recipe
 
 FILE_NAME = provenance.FILE_NAME
@@ -44,9 +35,10 @@ README = "README.md"
 EDITABLE = (README,)
 """Files of an output that people are to edit: told of, never held against it."""
 
+VERSION = 3
+"""Of what a manifest tells: 1 lacked the digests of headers and of itself, 2 findings and the key that says this."""
+
 _OWN_DIGEST = "manifest_digest"
-_TOOLS = (".git", ".gitattributes", ".gitignore", ".cache", ".DS_Store")  # which no loader of models reads
-_DEEPEST = 8  # directories in directories that are looked through
 _PACKAGES = ("m3jax", "jax", "jaxlib", "numpy", "scipy", "ml_dtypes")
 
 TensorDigests = Mapping[str, tuple[TensorInfo, str]]
@@ -74,26 +66,6 @@ class InputRecord(NamedTuple):
     adapter: Mapping[str, Any] | None = None
 
 
-class Verification(NamedTuple):
-    """What comparing a directory with its manifest showed.
-
-    Attributes:
-        directory: The model directory.
-        digest: BLAKE3 of its weights as they are.
-        tensors: How many tensors were compared.
-        files: How many other files were compared.
-        differences: One sentence each; empty when all is as recorded.
-        notes: What was not held against the directory, or could not be checked, one sentence each.
-    """
-
-    directory: Path
-    digest: str
-    tensors: int
-    files: int
-    differences: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-
-
 def versions(method: str | None = None) -> dict[str, str]:
     """The versions that a merge's bits could depend on if something were wrong.
 
@@ -114,6 +86,30 @@ def _whole(tensors: TensorDigests) -> str:
     return digest_checkpoint({name: (info.dtype, info.shape, digest) for name, (info, digest) in tensors.items()})
 
 
+def told_of_input(record: InputRecord) -> dict[str, Any]:
+    """What is told of a model that was read."""
+    return {
+        "name": record.name,
+        "role": record.role,
+        "revision": record.revision,
+        **({} if record.dequantised is None else {"dequantised": record.dequantised}),
+        **({} if record.adapter is None else {"adapter": dict(record.adapter)}),
+        "digest": _whole(record.tensors),
+        "tensors": {name: digest for name, (_, digest) in record.tensors.items()},
+    }
+
+
+def told_of_tensors(tensors: TensorDigests) -> dict[str, Any]:
+    """What is told of weights that were written."""
+    return {
+        "digest": _whole(tensors),
+        "tensors": {
+            name: {"dtype": info.dtype, "shape": list(info.shape), "digest": digest}
+            for name, (info, digest) in tensors.items()
+        },
+    }
+
+
 def build(
     recipe: Recipe,
     weights: Mapping[str, Sequence[float]],
@@ -124,6 +120,7 @@ def build(
     scheme: str = SCHEME,
     anatomy: Mapping[str, Any] | None = None,
     intermediates: Mapping[str, Any] = MappingProxyType({}),
+    findings: Sequence[Any] = (),
     layout: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The manifest as plain data; the same merge gives the same manifest, wherever and whenever it is done.
@@ -140,9 +137,11 @@ def build(
         scheme: How its bits were made.
         anatomy: What was known of the tensors, for people.
         intermediates: The manifests of merges that were made to be inputs, by name.
+        findings: What was measured of the whole model, from which single tensors can be merged again.
         layout: In which format they are written, and how; None for safetensors.
     """
     return {
+        "schema": VERSION,
         "m3jax": versions()["m3jax"],
         "bits": scheme,
         "digest_algorithm": ALGORITHM,
@@ -154,27 +153,13 @@ def build(
             group: {"decimal": list(values), "hex": [float(v).hex() for v in values]}
             for group, values in weights.items()
         },
-        "inputs": [
-            {
-                "name": record.name,
-                "role": record.role,
-                "revision": record.revision,
-                **({} if record.dequantised is None else {"dequantised": record.dequantised}),
-                **({} if record.adapter is None else {"adapter": dict(record.adapter)}),
-                "digest": _whole(record.tensors),
-                "tensors": {name: digest for name, (_, digest) in record.tensors.items()},
-            }
-            for record in inputs
-        ],
+        "findings": list(findings),
+        "inputs": list(map(told_of_input, inputs)),
         **({"intermediates": dict(intermediates)} if intermediates else {}),
         "output": {
-            "digest": _whole(output),
+            **told_of_tensors(output),
             **(layout or {}),
             "max_shard_size": max_shard_size,
-            "tensors": {
-                name: {"dtype": info.dtype, "shape": list(info.shape), "digest": digest}
-                for name, (info, digest) in output.items()
-            },
             "files": {},
             "weight_files": dict(sorted(weight_files.items())),
             "editable": list(EDITABLE),
@@ -202,6 +187,11 @@ def completed(
     if weight_files is not None:
         more["weight_files"] = dict(sorted(weight_files.items()))
     told = {**record, "output": {**record["output"], "files": dict(sorted(files.items())), **more}}
+    return sealed(told)
+
+
+def sealed(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file tells, with the digest of it."""
     return {**told, _OWN_DIGEST: own_digest(told)}
 
 
@@ -232,15 +222,34 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         M3Error: It is missing, damaged, edited or of another scheme.
     """
-    file = locate(path)
-    manifest = _read(file)
-    if any(told.get(_OWN_DIGEST, own_digest(told)) != own_digest(told) for told in (manifest, *_within(manifest))):
-        raise M3Error(f"{file}: was changed after it was written: restore the file that m3jax merge wrote")
+    manifest, intact = read_edited(path)
+    if not intact:
+        raise M3Error(f"{locate(path)}: was changed after it was written: restore the file that m3jax merge wrote")
     return manifest
 
 
+def read_edited(path: str | os.PathLike[str]) -> tuple[dict[str, Any], bool]:
+    """A manifest, and whether it is as it was written, as far as its version can tell.
+
+    Raises:
+        M3Error: It is missing, damaged, or of another scheme.
+    """
+    file = locate(path)
+    manifest = _read(file)
+    return manifest, all(map(is_intact, (manifest, *within(manifest))))
+
+
+def is_intact(told: Mapping[str, Any]) -> bool:
+    """Whether what a file tells has the digest that it gives itself; true where it gives none."""
+    return bool(told.get(_OWN_DIGEST, own_digest(told)) == own_digest(told))
+
+
+def version_of(manifest: Mapping[str, Any]) -> int:
+    """Which version of manifests one is; see docs/manifest.md."""
+    return int(manifest.get("schema", 2 if _OWN_DIGEST in manifest else 1))
+
+
 def _read(file: Path) -> dict[str, Any]:
-    """A manifest whose own digest may be another."""
     try:
         manifest = parse_json(read_file(file), unique=True)
         if not isinstance(manifest, dict):
@@ -249,7 +258,12 @@ def _read(file: Path) -> dict[str, Any]:
     except FAULTS as error:
         said = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise M3Error(f"{file}: is not a manifest of m3jax ({said}): restore the file that m3jax merge wrote") from None
-    if any(told["bits"] not in SCHEMES for told in (manifest, *_within(manifest))):
+    if version_of(manifest) > VERSION:
+        raise M3Error(
+            f"{file}: is a manifest of version {version_of(manifest)}, but this m3jax reads up to {VERSION}: use the "
+            f"one that wrote it, {brief(manifest.get('m3jax'))}"
+        )
+    if any(told["bits"] not in SCHEMES for told in (manifest, *within(manifest))):
         raise M3Error(
             f"{file}: was made with bits {manifest['bits']!r}, but this version makes {', '.join(SCHEMES)}: use another"
         )
@@ -259,6 +273,7 @@ def _read(file: Path) -> dict[str, Any]:
 def _check(manifest: Mapping[str, Any]) -> None:
     """Raise KeyError, TypeError or ValueError unless the fields that are used have their types."""
     str(manifest["bits"])
+    _check_version(manifest)
     provenance.recorded_origin(manifest)
     for key in ("recipe", "weights", "output"):
         _check_object(manifest, key)
@@ -301,9 +316,20 @@ def _check(manifest: Mapping[str, Any]) -> None:
         _check(within)
 
 
-def _within(manifest: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
+def within(manifest: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
     """The manifests of the merges that one started from."""
     return list(manifest.get("intermediates", {}).values())
+
+
+def _check_version(manifest: Mapping[str, Any]) -> None:
+    """Raise ValueError or TypeError unless a manifest says which version it is of as that version says it."""
+    version = manifest.get("schema", 1)
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ValueError("its version is no number")
+    if version >= VERSION and _OWN_DIGEST not in manifest:
+        raise ValueError("it has lost a part")
+    if not isinstance(manifest.get("findings", []), list):
+        raise TypeError("findings is not a list")
 
 
 def _check_object(holder: Mapping[str, Any], key: str) -> None:
@@ -318,128 +344,26 @@ def drawn_weights(manifest: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
     }
 
 
+def inputs_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The records of the models that were read, also by the merges that one started from, whose outputs are none."""
+    made = manifest.get("intermediates", {})
+    records = [record for told in (manifest, *within(manifest)) for record in told["inputs"]]
+    return [record for record in records if record["name"] not in made]
+
+
+def check_sources(manifest: Mapping[str, Any], sources: Mapping[str, str]) -> None:
+    """Raise M3Error where a moved model is none that was recorded.
+
+    Args:
+        manifest: What was recorded.
+        sources: Where models are now, by recorded name.
+    """
+    named = sorted({str(record["name"]) for record in inputs_of(manifest)})
+    for name in sources:
+        if name not in named:
+            raise M3Error(f"{name}: is not a model of this manifest, which records {', '.join(named)}")
+
+
 def to_json(manifest: Mapping[str, Any]) -> str:
     """A manifest as the text of its file."""
     return json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-
-
-def verify(directory: str | os.PathLike[str], progress: Callable[[Progress], None] | None = None) -> Verification:
-    """Compare a model directory with the manifest in it: every tensor, every file, and what is there besides.
-
-    A manifest of a version that recorded less is checked as far as it goes; notes say what it does not tell.
-
-    Args:
-        directory: What `m3jax merge` wrote.
-        progress: Called with what is done so far.
-
-    Raises:
-        M3Error: There is no manifest or no readable weights.
-    """
-    file = locate(directory)
-    place, manifest = file.parent, _read(file)
-    recorded = manifest["output"]
-    differences, notes = [], []
-    if _OWN_DIGEST not in manifest:
-        notes.append(f"{file.name}: is of a version that recorded no digest of it: edits of it are not seen")
-    elif manifest[_OWN_DIGEST] != own_digest(manifest):
-        differences.append(f"{file.name}: was changed after it was written")
-    with open_written(place, recorded) as checkpoint:
-        found = _digests(checkpoint, progress)
-        headers = _headers(checkpoint, place, recorded)
-    differences += _differing_tensors(found, recorded["tensors"])
-    if "weight_files" in recorded:
-        differences += _differing_headers(headers, recorded["weight_files"])
-        links = recorded.get("links", {})
-        differences += _differing_links(place, links)
-        known = {*recorded["files"], *recorded["weight_files"], *links, file.name}
-        varying = varying_patterns(recorded)
-        beside = [name for name in _added(place, known) if not any(fnmatchcase(name, each) for each in varying)]
-        notes += [f"{name}: is none of the model's, and not looked into" for name in beside if name in _TOOLS]
-        notes += [
-            f"{name}: is left of a merge that was stopped as it ended, and may go" for name in beside if is_own(name)
-        ]
-        differences += [f"{n}: is not in the manifest" for n in beside if n not in _TOOLS and not is_own(n)]
-    else:
-        notes.append(f"{file.name}: is of a version that did not list all files: added ones and metadata are not seen")
-    for name, digest in sorted(recorded["files"].items()):
-        fault = _fault_of_file(place / name, digest)
-        if fault is not None and name in EDITABLE:
-            notes.append(f"{name}: {fault}, as people may edit it")
-        elif fault is not None:
-            differences.append(f"{name}: {fault}")
-    return Verification(place, _whole(found), len(found), len(recorded["files"]), tuple(differences), tuple(notes))
-
-
-def _digests(checkpoint: Checkpoint, progress: Callable[[Progress], None] | None) -> dict[str, tuple[TensorInfo, str]]:
-    """The tensors of a checkpoint with the digests of their bytes."""
-    total = sum(info.nbytes for info in checkpoint.tensors.values())
-    done, found = 0, {}
-    for name, info in checkpoint.tensors.items():
-        found[name] = (info, digest_tensor(checkpoint, name))
-        done += info.nbytes
-        if progress is not None:
-            progress(Progress("verifying", done, total))
-    return found
-
-
-def _headers(checkpoint: Checkpoint, place: Path, recorded: Mapping[str, Any]) -> dict[str, str]:
-    """The digests of the files of weights as they are: of headers, or of whole small files where there are none."""
-    if "format" not in recorded:
-        return {name: told["header_blake3"] for name, told in checkpoint.fingerprint().items()}
-    return {name: digest_file(place / name) for name in recorded["weight_files"] if (place / name).is_file()}
-
-
-def _differing_tensors(found: TensorDigests, recorded: Mapping[str, Any]) -> Iterator[str]:
-    for name, (info, digest) in found.items():
-        expected = recorded.get(name)
-        if expected is None:
-            yield f"{name}: is not in the manifest"
-        elif (info.dtype, list(info.shape)) != (expected["dtype"], expected["shape"]):
-            yield f"{name}: is {info.dtype}{list(info.shape)}, not {expected['dtype']}{expected['shape']}"
-        elif digest != expected["digest"]:
-            yield f"{name}: its bytes are not those that were written"
-    yield from (f"{name}: is missing" for name in recorded if name not in found)
-
-
-def _differing_headers(found: Mapping[str, str], recorded: Mapping[str, Any]) -> Iterator[str]:
-    for name, digest in found.items():
-        if name in recorded and recorded[name] != digest:
-            yield f"{name}: its header is not the one that was written: its metadata, or the order of its tensors"
-    yield from (f"{name}: is missing, or not read as a file of the model" for name in recorded if name not in found)
-
-
-def _differing_links(place: Path, links: Mapping[str, str]) -> Iterator[str]:
-    """What is said of weight files that are there once more: a link is the same, a copy has the same bytes."""
-    for name, file in links.items():
-        if not (place / name).is_file():
-            yield f"{name}: is missing"
-        elif (place / file).is_file() and not _are_same(place / name, place / file):
-            yield f"{name}: is not the same as {file}"
-
-
-def _are_same(one: Path, other: Path) -> bool:
-    if not isinstance(one, RemotePath) and one.samefile(other):
-        return True
-    return digest_file(one) == digest_file(other)
-
-
-def _fault_of_file(path: Path, digest: str) -> str | None:
-    """What is wrong with a file beside the weights; None where it is as recorded."""
-    if not path.is_file():
-        return "is missing"
-    return None if digest_file(path) == digest else "has changed"
-
-
-def _added(place: Path, known: Container[str], above: str = "", depth: int = 0) -> Iterator[str]:
-    """The names of files that are not known, also in directories; links and what other tools put there stay closed."""
-    for name in sorted(list_names(place)):
-        path, full = place / name, f"{above}{name}"
-        if full in known:
-            continue
-        link = not isinstance(path, RemotePath) and os.path.islink(path)
-        if full in _TOOLS or link or not is_dir(path):
-            yield full
-        elif depth == _DEEPEST:
-            yield f"{full}/"
-        else:
-            yield from _added(path, known, f"{full}/", depth + 1)

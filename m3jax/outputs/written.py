@@ -9,11 +9,10 @@ from m3jax.checkpoints import Checkpoint, open_orbax, open_safetensors
 from m3jax.checkpoints.formats import ORBAX
 from m3jax.checkpoints.orbax_tree import COMMITTED, MANIFEST, STEP
 from m3jax.checkpoints.views import renamed
-from m3jax.errors import M3Error
 
 
 def open_written(directory: Path, told: Mapping[str, Any]) -> Checkpoint:
-    """The weights of an output, under the names of the merge.
+    """The weights of an output, as far as they are there, under the names of the merge.
 
     Args:
         directory: The output.
@@ -26,11 +25,7 @@ def open_written(directory: Path, told: Mapping[str, Any]) -> Checkpoint:
         return open_safetensors(directory)
     checkpoint = open_orbax(directory / str(told.get("item", "")))
     stored = told.get("stored") or {}
-    lost = next((name for name in stored.values() if name not in checkpoint.tensors), None)
-    if lost is not None:
-        checkpoint.close()
-        raise M3Error(f"{directory}: {lost!r} is missing: get the model again, or replay its manifest")
-    return renamed(checkpoint, stored)
+    return renamed(checkpoint, {name: own for name, own in stored.items() if own in checkpoint.tensors})
 
 
 class Varying(NamedTuple):

@@ -1,6 +1,6 @@
 """The inputs of a merge seen with the rows of one vocabulary."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from m3jax.arithmetic import SCHEMES
@@ -13,11 +13,14 @@ from m3jax.vocabulary import (
     United,
     count_rows,
     difference,
+    digests,
+    first_conflict,
     is_own,
     notes_on_rows,
     plan_rows,
     read_speakers,
     seen_with_rows,
+    token_at,
     unite,
     word_tensors,
 )
@@ -119,6 +122,39 @@ def _check_same_rows(models: Sequence["OpenedModel"], recipe: Recipe, template: 
                     f" {more.name} has {rows} more row{'s' if rows > 1 else ''} than {fewer.name};"
                     f" {_mend(one, two, models[template].role != 'expert')}"
                 )
+
+
+def notes_on_numbers(models: Sequence["OpenedModel"], recipe: Recipe, scheme: str) -> Iterator[str]:
+    """Sentences on tokens that have other numbers in other models, where the recipe lets rows be merged by numbers.
+
+    Args:
+        models: As for `aligned`, of a recipe without `tokenizer_source`.
+        recipe: What is asked for.
+        scheme: As for `aligned`.
+
+    Raises:
+        M3Error: An ordinary token of one model has the number of another one in another: as no tokens fit their rows
+            after the merge, no such merge is meant.
+    """
+    template = len(models) - 1 if models[-1].role != "expert" else 0
+    seen = Model(models[template].input.name, models[template].checkpoint, models[template].input.anatomy)
+    if scheme == SCHEMES[0] or all(map(recipe.excludes, word_tensors(seen))):
+        return
+    files = [named_companions(model.place.path) for model in models]
+    told = [digests(own) for own in files]
+    for position, model in enumerate(models):
+        if told[position] == told[template]:
+            continue
+        names = models[template].input.name, model.input.name
+        one, other = read_speakers([(names[0], files[template]), (names[1], files[position])])
+        number, is_ordinary = first_conflict(one, other) or (None, False)
+        if number is None:
+            continue
+        said = " and ".join(f"{token_at(speaker, number)!r} in {speaker.name}" for speaker in (one, other))
+        mend = "write tokenizer_source: base, union or a model to have them merged by their tokens"
+        if is_ordinary:
+            raise M3Error(f"token {number:,} is {said}, so that their rows cannot be merged by numbers: {mend}")
+        yield f"added token {number:,} is {said}, and their rows are merged by numbers: {mend}"
 
 
 def _mend(first: Speaker, other: Speaker, is_base: bool) -> str:

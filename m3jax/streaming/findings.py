@@ -433,16 +433,35 @@ class Findings:
             for (key, scope), state in self.states().items()
         ]
 
+    def of_model(self) -> list[Any]:
+        """What `to_json` has of the whole model: a few numbers, from which any tensor can be merged alone."""
+        return [entry for entry in self.to_json() if entry[1] is None]
+
+    def knows(self, steps: Sequence[Step], tensor: TensorPlan) -> bool:
+        """Whether what these passes measure of a tensor is known."""
+        keys = {step.stage for step in steps if applies(step, tensor)}
+        places = [(key, block.name) for key in keys for block in tensor.blocks]
+        return all(self._states.get(place, (False, None))[0] for place in places)
+
     def from_json(self, found: Sequence[Any]) -> None:
-        """Take over what `to_json` gave in an earlier run or another process."""
+        """Take over what `to_json` gave in an earlier run or another process.
+
+        Raises:
+            ValueError: It is of another merge; so are the other errors of `documents.FAULTS`.
+        """
         by_name = {b.name: (tensor, n) for tensor in self._plan.tensors for n, b in enumerate(tensor.blocks)}
         for key, scope, leaves in found:
-            stage = self._plan.pipeline.stage(key)
+            stage = {each.key: each for each in self._plan.pipeline.stages}[key]
             of_model = ((tensor, 0) for tensor in self._plan.tensors if _needs(stage, tensor))
-            tensor, block = by_name[scope] if scope is not None else next(of_model)
+            tensor, block = by_name[scope] if scope is not None else next(of_model, (None, 0))
+            if tensor is None:
+                raise ValueError(f"{key} is not needed")
+            begun = self._begin(stage, tensor, block)
+            like = [(leaf.dtype.name, list(leaf.shape)) for leaf in _leaves(begun)]
+            if [(dtype, shape) for dtype, shape, _ in leaves] != like:
+                raise ValueError(f"{key} has other numbers")
             arrays = [np.array(flat, dtype).reshape(shape) for dtype, shape, flat in leaves]
-            structure = jax.tree.structure(self._begin(stage, tensor, block))
-            self._states[key, scope] = (True, jax.tree.unflatten(structure, arrays))
+            self._states[key, scope] = (True, jax.tree.unflatten(jax.tree.structure(begun), arrays))
 
 
 def _blocks_of(visit: Visit) -> Sequence[int]:

@@ -21,6 +21,7 @@ from m3jax.errors import M3Error
 from m3jax.outputs import companions, manifest
 from m3jax.outputs.local import check_free, intermediates_directory
 from m3jax.outputs.remote import check_remote_free
+from m3jax.outputs.verification import verify
 from m3jax.recipe import Recipe
 from m3jax.streaming.jobs import MergeJob, Ready, prepare
 
@@ -152,7 +153,7 @@ def _made(
 def _is_made(out: Path, told: Path, identity: str) -> bool:
     """Whether a merge is there as it would be made."""
     try:
-        return told.read_text(encoding="utf-8") == identity and not manifest.verify(out).differences
+        return told.read_text(encoding="utf-8") == identity and not verify(out).differences
     except (OSError, ValueError, M3Error):
         return False
 

@@ -36,7 +36,7 @@ from m3jax.outputs.remote import check_remote_free
 from m3jax.progress import Progress
 from m3jax.recipe import Recipe, Source
 from m3jax.recipe.sections import Section, base_layers
-from m3jax.streaming.aligning import Alignment
+from m3jax.streaming.aligning import Alignment, notes_on_numbers
 from m3jax.streaming.opening import OpenedModel, notes_on_float8, open_models, with_written_dtypes
 from m3jax.streaming.plan import DrawnWeights, MergePlan, make_plan
 from m3jax.streaming.steps import with_steps
@@ -142,6 +142,16 @@ def written_format(asked: str | None, recipe: Recipe) -> str | None:
     return None if asked == "same" else asked or recipe.format
 
 
+def as_recorded(job: MergeJob) -> MergeJob:
+    """A replay that writes in the format of then.
+
+    Args:
+        job: The replay.
+    """
+    output = {} if job.recorded is None else job.recorded["output"]
+    return job._replace(format=output.get("format", SAFETENSORS.name), as_step=bool(output.get("item")))
+
+
 def _identity(recipe: Recipe, plan: MergePlan, inputs: Any, rest: Any, scheme: str = SCHEME) -> str:
     """Digest of everything that the output's bytes depend on."""
     told = {
@@ -218,7 +228,7 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     notes += tuple(note for source in sources if (note := tokenizer_note(source.place)) is not None)
     notes += tuple(notes_on_float8(job.recipe, sources))
     notes += tuple(model.note for model in models if model.note is not None)
-    notes += united.notes if united is not None else ()
+    notes += united.notes if united is not None else tuple(notes_on_numbers(models, job.recipe, job.scheme))
     ready = Ready(
         models, sources, plan, shards, beside_weights, fingerprints, identity, picked, unties, notes, vocabulary, orbax
     )

@@ -43,7 +43,15 @@ from m3jax.progress import Progress
 from m3jax.recipe import Recipe, load_recipe
 from m3jax.streaming.findings import Step, phases_of
 from m3jax.streaming.intermediates import with_intermediates
-from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, MergeJob, Ready, prepare, recorded_digests, written_format
+from m3jax.streaming.jobs import (
+    DEFAULT_SHARD_SIZE,
+    MergeJob,
+    Ready,
+    as_recorded,
+    prepare,
+    recorded_digests,
+    written_format,
+)
 from m3jax.streaming.opening import OpenedModel
 from m3jax.streaming.passes import Circumstances, Passes
 from m3jax.streaming.plan import DrawnWeights, MergePlan, TensorPlan, divide
@@ -143,10 +151,10 @@ def _merge_one(job: MergeJob, processes: Processes) -> MergeResult:
     begun = time.perf_counter()
     with saying_what_failed(job.out), ExitStack() as stack:
         ready = prepare(job, processes, stack)
-        other_files = _check_companions(job, ready) if processes.index == 0 else None
+        other_files = check_companions(job, ready) if processes.index == 0 else None
         workplace, mended = _open_workplace(job, ready, processes, stack)
         checkpoints = [m.checkpoint for m in ready.models]
-        entries = _chunk_size(job.chunk_entries, ready.plan, ready.models)
+        entries = chunk_size(job.chunk_entries, ready.plan, ready.models)
         how = Circumstances(entries, _local_mesh(job.mesh), processes, job.allow_nonfinite, job.progress)
         passes = Passes(ready.plan, checkpoints, job.recipe.seed, recorded_digests(ready, job.recorded), how)
         finished = _finished(workplace, ready.shards)
@@ -155,7 +163,7 @@ def _merge_one(job: MergeJob, processes: Processes) -> MergeResult:
         told = gather(processes, [_own_shards(workplace, finished), passes.bytes_read, written])
         made = {file: entry for shards, _, _ in told for file, entry in shards.items()}
         tensors = finished | {file: entry["tensors"] for file, entry in made.items()}
-        record = _record(job, ready, tensors)
+        record = _record(job, ready, tensors, passes.findings.of_model())
         if isinstance(workplace, Staging | RemoteStaging):
             workplace.finished = [entry for entry in workplace.finished if entry.get("shard") not in made]
             workplace.finished += made.values()
@@ -267,12 +275,18 @@ def _produce(
     for tensors in finished.values():
         for name, tensor in tensors.items():
             passes.take_digests(name, {int(p): digest for p, digest in tensor["inputs"].items()})
+    found = next((entry for entry in workplace.finished if "findings" in entry), None)
+    if found is not None:
+        passes.findings.from_json(found["findings"])
+        for name, digests in found["digests"].items():
+            passes.take_digests(name, {int(p): digest for p, digest in digests.items()})
     left = [(file, infos) for file, infos in shards if file not in finished]
     if not left:
         return 0
     processes = passes.how.processes
     *measured, merging = phases_of(passes.plan)
-    _measure(passes, workplace, measured, _own(shards, processes))
+    if found is None:
+        _measure(passes, workplace, measured, _own(shards, processes))
     own = _own(left, processes)
     if not own:
         return 0
@@ -290,13 +304,7 @@ def _measure(
     phases: Sequence[Sequence[Step]],
     own: Sequence[tuple[str, list[TensorInfo]]],
 ) -> None:
-    """Measure what comes before merging, unless an earlier run has done so."""
-    found = next((entry for entry in workplace.finished if "findings" in entry), None)
-    if found is not None:
-        passes.findings.from_json(found["findings"])
-        for name, digests in found["digests"].items():
-            passes.take_digests(name, {int(p): digest for p, digest in digests.items()})
-        return
+    """Measure what comes before merging, and journal it."""
     for phase in phases:
         if not passes.findings.settled(phase[0]):
             passes.measure(phase, _tensors(passes.plan, own))
@@ -312,7 +320,7 @@ def _tensors(plan: MergePlan, shards: Sequence[tuple[str, list[TensorInfo]]]) ->
     return [by_name[info.name] for _, infos in shards for info in infos]
 
 
-def _record(job: MergeJob, ready: Ready, entries: Mapping[str, Any]) -> dict[str, Any]:
+def _record(job: MergeJob, ready: Ready, entries: Mapping[str, Any], findings: Sequence[Any]) -> dict[str, Any]:
     """The manifest, but for the digests of the small files."""
     told = {name: tensor for tensors in entries.values() for name, tensor in tensors.items()}
     output = {t.output.name: (t.output, told[t.output.name]["digest"]) for t in ready.plan.tensors}
@@ -345,7 +353,8 @@ def _record(job: MergeJob, ready: Ready, entries: Mapping[str, Any]) -> dict[str
     layout = None if ready.orbax is None else ready.orbax.to_json()
     headers = {file: header_digest(infos) for file, infos in ready.shards} if layout is None else {}
     made = {str(recipe.name): job.made[str(recipe.name)] for recipe in job.recipe.needed}
-    return manifest.build(job.recipe, weights, records, output, headers, size, job.scheme, told_anatomy, made, layout)
+    shown = told_anatomy, made, findings, layout
+    return manifest.build(job.recipe, weights, records, output, headers, size, job.scheme, *shown)
 
 
 def _adapter_of(source: OpenedModel) -> dict[str, Any] | None:
@@ -416,10 +425,14 @@ def _published(job: MergeJob, ready: Ready) -> Iterator[str]:
             yield adapter["name"]
 
 
-def _check_companions(job: MergeJob, ready: Ready) -> str | None:
+def check_companions(job: MergeJob, ready: Ready) -> str | None:
     """What a replay would write beside the weights, held against what was written then.
 
     The index of shards is left out, as it follows their size, and so is what people may edit.
+
+    Args:
+        job: The replay.
+        ready: The same, prepared.
 
     Returns:
         A sentence on the files that would be others, if that is allowed; None where none would.
@@ -533,7 +546,12 @@ def _chosen(recipe: Recipe, weights: Mapping[str, Sequence[float]] | None) -> Dr
     return {group: tuple(map(float, values)) for group, values in weights.items()}
 
 
-def _chunk_size(entries: int | None, plan: MergePlan, models: Sequence[OpenedModel]) -> int:
+def chunk_size(entries: int | None, plan: MergePlan, models: Sequence[OpenedModel]) -> int:
+    """Entries of the largest chunk: as asked for, or as many as keep buffers small.
+
+    Raises:
+        M3Error: What is asked for is no such number.
+    """
     if entries is None:
         merged = [t for t in plan.tensors if t.pipeline is not None]
         infos = [models[p].checkpoint.tensors[t.output.name] for t in merged for p in t.sources]
@@ -584,19 +602,13 @@ def replay(
     recorded_size = recorded["output"]["max_shard_size"]
     size = parse_size(recorded_size if max_shard_size is None else max_shard_size)
     nonfinite = True  # the inputs' digests are checked, so they hold what was accepted then
-    within = recorded.get("intermediates", {})
-    for each in within.values():
+    for each in manifest.within(recorded):
         provenance.check(each)
-    read = [record["name"] for told in (recorded, *within.values()) for record in told["inputs"]]
-    named = [name for name in dict.fromkeys(read) if name not in within]
-    for name in sources or {}:
-        if name not in named:
-            raise M3Error(f"{name}: is not a model of this manifest, which records {', '.join(sorted(named))}")
+    manifest.check_sources(recorded, sources or {})
     job = MergeJob(
         recipe, as_path(out), overwrite, size, chunk_entries, mesh, nonfinite, progress, recorded, sources or {}
     )._replace(other_files=allow_other_files)
-    output = recorded["output"]
-    job = job._replace(format=output.get("format", SAFETENSORS.name), as_step=bool(output.get("item")))
+    job = as_recorded(job)
     changed = provenance.change(recorded)
     try:
         with _together(distributed) as processes:

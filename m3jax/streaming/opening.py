@@ -14,7 +14,7 @@ from m3jax.anatomy.stored import stored_anatomy
 from m3jax.arithmetic import SCHEMES
 from m3jax.checkpoints import Checkpoint, ModelDirectory
 from m3jax.checkpoints.adapters import Adapting, check_no_adapter, open_stored, seen_adapted
-from m3jax.checkpoints.locate import read_config
+from m3jax.checkpoints.locate import locate_recorded, read_config
 from m3jax.checkpoints.views import Run, Stored, beside, part_of, prefix_view, renamed, stacked_layers, stored_at
 from m3jax.checkpoints.views_assembled import assembled
 from m3jax.checkpoints.views_stacked import BlockPlace, Stacking, restacked
@@ -55,13 +55,10 @@ class OpenedModel(NamedTuple):
 
 
 def _open_model(name: str, role: str, job: "MergeJob", stack: ExitStack) -> OpenedModel:
-    try:
+    if job.recorded is None:
         place = job.locate(job.sources.get(name, name))
-    except M3Error as error:
-        if job.recorded is None:
-            raise
-        hint = f"if it has moved, --input {name}=HERE says where it is"
-        raise M3Error(f"{str(error).rstrip('.')}; {hint}") from error
+    else:
+        place = locate_recorded(name, job.sources, job.locate)
     check_no_adapter(place)
     stored, adapting = open_stored(place)
     checkpoint = stack.enter_context(stored)

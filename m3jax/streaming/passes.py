@@ -89,7 +89,7 @@ class Passes:
         self._spread = None if how.mesh is None else NamedSharding(how.mesh, spec)
         self._multiple = 1 if how.mesh is None else how.mesh.size
 
-    def _note_digest(self, position: int, name: str, digest: str) -> None:
+    def note_digest(self, position: int, name: str, digest: str) -> None:
         """Record the digest of an input's tensor; refuse one that has changed since a recorded merge or pass."""
         checkpoint = self._checkpoints[position]
         place, found = stored_at(checkpoint, name).location, stored_digests(checkpoint, name, digest)
@@ -187,6 +187,21 @@ class Passes:
         """
         return self._go_through(phase, tensors, write)
 
+    def again(self, visit: Visit) -> bytes:
+        """The bytes that one chunk of a tensor merges to, once what is measured of it is known.
+
+        Args:
+            visit: Of the merging stage; its digests are not taken.
+        """
+        checkpoints = {p: self._checkpoints[p] for p in visit.plan.sources}
+        with ChunkReader(checkpoints, [visit], self.note_digest, self.how.allow_nonfinite) as reader:
+            (loaded,) = map(self._spread_out, reader)
+            merged = visit.plan.pipeline is not None
+            scalars = self.findings.scalars(visit.plan, self._root, visit.block) if merged else None
+            result = np.asarray(self._merged(loaded, scalars, np.uint32(0)))[: visit.size]
+            self.bytes_read += self._bytes_of(visit)
+            return bytes(as_bytes(result))
+
     def _go_through(
         self,
         phase: Sequence[Step],
@@ -197,7 +212,7 @@ class Passes:
         positions = sorted({p for v in plan_visits for p in v.plan.sources})
         checkpoints = {p: self._checkpoints[p] for p in positions}
         with ExitStack() as stack:
-            reader = ChunkReader(checkpoints, plan_visits, self._note_digest, self.how.allow_nonfinite)
+            reader = ChunkReader(checkpoints, plan_visits, self.note_digest, self.how.allow_nonfinite)
             stack.enter_context(reader)
             shards = stack.enter_context(write(reader.release)) if write is not None else None
             self._consume(reader, shards, plan_visits)

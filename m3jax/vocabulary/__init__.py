@@ -1,7 +1,7 @@
 """Tokenizers of several models as one, and models seen with its rows; no JAX."""
 
 from m3jax.vocabulary.files import united_files, with_ids
-from m3jax.vocabulary.reading import Added, Vocabulary, is_vocabulary, read_vocabulary
+from m3jax.vocabulary.reading import Added, Vocabulary, digests, is_vocabulary, read_vocabulary
 from m3jax.vocabulary.rows import (
     Model,
     RowPlan,
@@ -12,7 +12,16 @@ from m3jax.vocabulary.rows import (
     seen_with_rows,
     word_tensors,
 )
-from m3jax.vocabulary.uniting import Speaker, United, difference, misnumbered, read_speakers, unite
+from m3jax.vocabulary.uniting import (
+    Speaker,
+    United,
+    difference,
+    first_conflict,
+    misnumbered,
+    read_speakers,
+    token_at,
+    unite,
+)
 
 __all__ = [
     "Added",
@@ -23,6 +32,8 @@ __all__ = [
     "Vocabulary",
     "count_rows",
     "difference",
+    "digests",
+    "first_conflict",
     "is_own",
     "is_vocabulary",
     "misnumbered",
@@ -31,6 +42,7 @@ __all__ = [
     "read_speakers",
     "read_vocabulary",
     "seen_with_rows",
+    "token_at",
     "unite",
     "united_files",
     "with_ids",

@@ -219,6 +219,32 @@ def difference(one: Speaker, other: Speaker) -> str | None:
     return ", ".join(told + more)
 
 
+def first_conflict(one: Speaker, other: Speaker) -> tuple[int, bool] | None:
+    """The first number that stands for one token in a model and for another in another model.
+
+    Returns:
+        The number, and whether both tokens are ordinary ones, which come before added ones; None where no number
+        does, or nobody can tell.
+    """
+    a, b = one.vocabulary, other.vocabulary
+    if a is None or b is None:
+        return None
+    names = {number: token for token, number in a.tokens.items()}
+    differing = [
+        (token in (b.added or ()) or names[number] in (a.added or ()), number)
+        for token, number in b.tokens.items()
+        if names.get(number, token) != token
+    ]
+    is_added, number = min(differing, default=(False, None))
+    return None if number is None else (number, not is_added)
+
+
+def token_at(speaker: Speaker, number: int) -> str | None:
+    """The token of a number; None where there is none."""
+    tokens = speaker.vocabulary.tokens if speaker.vocabulary is not None else {}
+    return next((token for token, own in tokens.items() if own == number), None)
+
+
 def misnumbered(united: United, position: int) -> str | None:
     """What a model's tokenizer numbers otherwise than a united vocabulary, in words; None where nothing."""
     speaker = united.speakers[position]

@@ -17,7 +17,7 @@ import pytest
 from m3jax.checkpoints import ShardWriter, TensorInfo
 from m3jax.cli.commands import main
 from m3jax.errors import M3Error
-from m3jax.outputs.manifest import Verification
+from m3jax.outputs.verification import Verification
 from m3jax.progress import Progress
 
 Capture = pytest.CaptureFixture[str]
@@ -279,7 +279,7 @@ def test_bad_inputs_of_a_replay(stub: Stub, capsys: Capture, text: str) -> None:
 
 
 def test_verify(stub: Stub, capsys: Capture) -> None:
-    stub("m3jax.outputs.manifest", verify=lambda directory, progress: Verification(directory, "ab", 3, 2, ()))
+    stub("m3jax.outputs.verification", verify=lambda directory, **how: Verification(directory, "ab", 3, 2, ()))
     assert main(["verify", "out"]) == 0
     assert capsys.readouterr().out.startswith("out: as recorded")
     assert main(["verify", "out", "--quiet"]) == 0
@@ -288,7 +288,8 @@ def test_verify(stub: Stub, capsys: Capture) -> None:
 
 def test_verify_with_differences(stub: Stub, capsys: Capture) -> None:
     stub(
-        "m3jax.outputs.manifest", verify=lambda directory, progress: Verification(directory, "ab", 3, 2, ("w differs",))
+        "m3jax.outputs.verification",
+        verify=lambda directory, **how: Verification(directory, "ab", 3, 2, ("w differs",)),
     )
     assert main(["verify", "out", "--quiet"]) == 2
     assert capsys.readouterr().out.startswith("w differs\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support import faults
-from support.faults import STARTS, contents, make_inputs, prepare, step_through
+from support.faults import STARTS, contents, make_inputs, prepare, runs, step_through, step_through_run
 
 import m3jax
 from m3jax.outputs.conversion import convert
@@ -44,6 +44,16 @@ def test_every_call_of_a_conversion(inputs, tmp_path, start, fault):
 @pytest.mark.parametrize("start", STARTS)
 def test_some_calls_of_a_merge(inputs, tmp_path, start):
     check(inputs, tmp_path, "merge", start, "kill", stride=9)
+
+
+@pytest.mark.parametrize("name", ["explore", "evaluate", "attack"])
+def test_calls_of_runs_that_go_on(inputs, tmp_path, name):
+    """`scripts/faults` takes every call and every fault."""
+    for fault, stride in (("kill", 3 if name == "explore" else 1), ("ENOSPC", 7)):
+        outcomes, calls, wrong = step_through_run(runs(inputs)[name], tmp_path, fault, stride)
+        assert wrong == []
+        assert calls >= 5
+        assert outcomes.total() >= calls // stride
 
 
 ENDING = """

@@ -36,6 +36,7 @@ def edit(out: Path, change: Callable[[dict[str, Any]], object], seal: bool = Fal
 
 def aged(record: dict[str, Any]) -> None:
     """What a manifest lacked before it told of all files."""
+    del record["schema"], record["findings"]
     del record["manifest_digest"], record["output"]["weight_files"], record["output"]["editable"]
 
 

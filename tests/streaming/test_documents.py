@@ -57,6 +57,10 @@ def test_documents_are_merged_in_turn_and_replayed(place):
     moved = {str(place / "c"): str(place / "moved")}
     assert m3jax.replay(place / "out", place / "again", sources=moved).digest == result.digest
     assert (place / "again" / "m3jax.json").read_bytes() == (place / "out" / "m3jax.json").read_bytes()
+    compared = m3jax.verify(place / "out", inputs=True, sources=moved)
+    assert not compared.differences
+    with pytest.raises(M3Error, match="was merged from merges that are made on the way"):
+        m3jax.verify_sample(place / "out", sources=moved)
     told["intermediates"]["first"]["seed"] = 1
     (place / "again" / "m3jax.json").write_text(json.dumps(told))
     with pytest.raises(M3Error, match="was changed after it was written"):

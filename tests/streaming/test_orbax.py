@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from m3jax import M3Error, load_recipe, merge_checkpoint, replay, soup, verify
 from m3jax.checkpoints import open_checkpoint
 from m3jax.outputs import orbax as orbax_output
+from m3jax.streaming.sampling import verify_sample
 from m3jax.streaming.steps import with_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided")  # as for the original
@@ -117,8 +118,10 @@ def test_one_digest_whatever_the_format(runs, merged, tmp_path) -> None:
 def test_what_verify_sees(merged) -> None:
     result, run = merged
     place = run / "40"
-    found = verify(place)
+    found = verify(place, inputs=True)
     assert (found.digest, found.differences) == (result.digest, ())
+    sampled = verify_sample(place, inputs=True)
+    assert (sampled.tensors, sampled.differences) == (11, ())
     (place / "model" / "added").touch()
     (place / "told" / "metadata").write_text("{}")
     tree = place / "model" / "_METADATA"
@@ -127,8 +130,15 @@ def test_what_verify_sees(merged) -> None:
     differences = " ".join(verify(place).differences)
     assert all(name in differences for name in ("model/added", "told/metadata", "model/_METADATA"))
     (place / "model" / "added").unlink()
+    database = place / "model" / "manifest.ocdbt"
+    database.rename(run / "kept")
+    found = verify(place)
+    assert "11 tensors cannot be compared without it: " in " ".join(found.differences)
+    assert (found.digest, found.tensors) == (None, 0)
+    (run / "kept").rename(database)
     tree.write_text(kept)
     (place / "told" / "metadata").write_text('{"seed": 3}')
+    assert verify(place).differences == ()
 
 
 def test_training_state_is_left_out_unless_it_is_asked_for(runs, tmp_path) -> None:

@@ -156,6 +156,7 @@ def test_adapters_and_models_are_steps(place, tmp_path) -> None:
     assert result.digest == merge_checkpoint({**told, "models": same}, tmp_path / "same").digest
     assert replay(tmp_path / "out", tmp_path / "again").digest == result.digest
     converted = convert(f"{place}/orbax+{place}/adapter", tmp_path / "converted", to="orbax")
+    assert verify(tmp_path / "converted", inputs=True).differences == ()
     assert converted.notes[0].startswith(f"{place}/orbax+{place}/adapter: {place}/orbax@20+{place}/adapter is read")
     with open_checkpoint(tmp_path / "converted") as checkpoint:
         assert checkpoint.files()[0].parent.name == "model"

@@ -7,6 +7,7 @@ place stays as a process that is gone has left it. `exit` ends the process inste
 import builtins
 import errno
 import io
+import json
 import os
 import shutil
 import threading
@@ -21,6 +22,8 @@ import numpy as np
 
 import m3jax
 from m3jax.errors import M3Error
+from m3jax.evaluation import Completion, evaluate_task, get_task, robustness
+from m3jax.evaluation.attacks.trial import attack_task
 from m3jax.outputs import directories
 from m3jax.outputs.conversion import convert
 from support.directories import recipe, write
@@ -226,3 +229,128 @@ def step_through(scenario, kind, stride=1):
         at += stride
     shutil.rmtree(place, ignore_errors=True)
     return outcomes, calls, wrong
+
+
+# --- Runs, which fill their place as they go ---------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """A command that keeps what is finished and goes on from it when it is given again.
+
+    Attributes:
+        command: Works in the directory that it is given; raises M3Error.
+        result: What has come out there; None while it is not through.
+        allowed: Whether a result may be there before the command is through: a part of the whole one.
+    """
+
+    command: Callable[[Path], Any]
+    result: Callable[[Path], Any]
+    allowed: Callable[[Any, Any], bool] = lambda found, whole: found is None or found == whole
+
+
+def _evaluated():
+    task = get_task("gsm8k")
+    examples = task.read([{"question": f"Question {n}", "answer": f"#### {n}"} for n in range(6)])
+
+    def answer(prompts, settings):
+        return [Completion(f"The answer is: {len(prompt)}", 4, finished=True) for prompt in prompts]
+
+    def command(place):
+        evaluate_task(task, examples, answer, out_dir=place / "out", model="toy", resume=True, batch_size=2)
+
+    def result(place):
+        summary = place / "out" / "summary.json"
+        return (summary.read_text(), (place / "out" / "records.jsonl").read_text()) if summary.is_file() else None
+
+    return Run(command, result)
+
+
+def _attacked():
+    task = get_task("sst2")
+    rows = [{"sentence": f"a {word} film", "label": label} for word, label in (("bad", 0), ("good", 1), ("fine", 1))]
+    plan = robustness.make_plan(attacks=("stresstest", "checklist"), budget=20, task="sst2")
+
+    def answer(prompts, settings):
+        return [Completion("negative" if "bad" in prompt else "positive", 1, finished=True) for prompt in prompts]
+
+    def command(place):
+        with robustness._keeping(place / "out") as keep:
+            attack_task(task, rows, answer, plan, keep=keep, model="toy")
+
+    def result(place):
+        file = place / "out" / robustness.FILE
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def part(found, whole):
+        return found is None or all(each in whole["attacks"] for each in found["attacks"])
+
+    return Run(command, result, part)
+
+
+def _explored(inputs):
+    asked = recipe(inputs, merge_method="task_arithmetic", mixup={"alpha": 0.5}, seed=3)
+    asked = {key: value for key, value in asked.items() if key != "weights"}
+
+    def score(params, share):
+        return {"near": -float(np.abs(np.asarray(params["a"]) - 0.1).mean())}
+
+    def command(place):
+        m3jax.explore(asked, place / "out", score=score, samples=3, select="near", overwrite=True)
+
+    return Run(command, lambda place: contents(place / "out"))
+
+
+def runs(inputs):
+    """Explorations, evaluations and attacks, by name."""
+    return {"explore": _explored(inputs), "evaluate": _evaluated(), "attack": _attacked()}
+
+
+def step_through_run(run, scratch, kind, stride=1):
+    """Do some work with a fault at each call in turn, and then again without one.
+
+    Args:
+        run: The work.
+        scratch: A directory that exists, for the places of it.
+        kind: Of `KINDS`.
+        stride: Take every so many calls.
+
+    Returns:
+        As `step_through`.
+    """
+    place = scratch / "place"
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    run.command(place)
+    whole, beside = run.result(place), _names(place)
+    outcomes, wrong = Counter(), []
+    at = 1
+    while True:
+        shutil.rmtree(place)
+        place.mkdir()
+        ended = "finished"
+        with Faults(place, at, kind) as faults:
+            try:
+                run.command(place)
+            except (Killed, M3Error) as error:
+                ended = "killed" if isinstance(error, Killed) else "refused"
+        if len(faults.calls) < at:
+            break
+        found = run.result(place)
+        state = "none" if found is None else "new" if found == whole else "part"
+        said = f"{kind} at {at} ({faults.calls[at - 1]}), {ended}, then {state}"
+        if not run.allowed(found, whole) or (ended == "finished" and state != "new"):
+            wrong.append(said)
+        outcomes[f"{ended}, {state} output"] += 1
+        try:
+            run.command(place)
+        except M3Error as error:
+            wrong.append(f"{said}; again: {error}")
+        if run.result(place) != whole or _names(place) != beside:
+            wrong.append(f"{said}; left {sorted(_names(place) ^ beside)}")
+        at += stride
+    shutil.rmtree(place)
+    return outcomes, len(faults.calls), wrong
+
+
+def _names(place):
+    return {path.relative_to(place).as_posix() for path in place.rglob("*")}

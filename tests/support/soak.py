@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 import m3jax
 from m3jax.checkpoints import open_checkpoint
 from m3jax.cluster.meshes import parse_mesh
+from m3jax.streaming.sampling import verify_sample
 from support import oracle
 from support.checkpoint_suite import read
 from support.matrix import DTYPES
@@ -23,6 +24,7 @@ FORMATS = ("safetensors", "shards", "msgpack", "orbax", "pytorch")
 LAYOUTS = ("by block", "axis 0", "axis 1")
 METHODS = ("linear", "task_arithmetic", "ties", "slerp", "model_stock")
 SPARSIFIERS = ("none", "dare", "magnitude", "breadcrumbs", "della")
+_SAMPLED = 3  # tensors that are computed again from the manifest
 
 
 class Recipe(NamedTuple):
@@ -207,7 +209,7 @@ WRITERS: dict[str, Callable[[Tree, Path], object]] = {
 
 
 def wrong_tensors(drawn: Recipe, place: Path) -> list[str]:
-    """Merges in an empty directory; returns the names of tensors that are not the oracle's."""
+    """Merges in an empty directory; returns the tensors that are not the oracle's, and what verifying finds."""
     paths = []
     for number, (tree, layout, written) in enumerate(zip(drawn.models, drawn.layouts, drawn.formats, strict=True)):
         paths.append(place / f"model-{number}")
@@ -227,8 +229,10 @@ def wrong_tensors(drawn: Recipe, place: Path) -> list[str]:
     want = arranged(oracle.merge(experts, base, **drawn.told), layout)
     with open_checkpoint(place / "out") as checkpoint:  # in the base's format
         got = {name: read(checkpoint, name) for name in checkpoint.tensors}
-    return [
+    wrong = [
         name
         for name, value in want.items()
         if name not in got or got[name].dtype != value.dtype or got[name].tobytes() != value.tobytes()
-    ] + sorted(got.keys() - want.keys())
+    ]
+    sampled = verify_sample(place / "out", sample=_SAMPLED, inputs=True)
+    return [*wrong, *sorted(got.keys() - want.keys()), *sampled.differences]

@@ -58,6 +58,7 @@ def test_rows_of_the_union_are_those_of_its_tokens(place, tensors, tmp_path, met
     told = json.loads((tmp_path / "out" / "tokenizer.json").read_text())
     assert told["model"]["vocab"] == {token: number for number, token in enumerate(UNION)}
     assert m3jax.verify(tmp_path / "out").differences == ()
+    assert m3jax.verify_sample(tmp_path / "out", inputs=True).differences == ()
     assert m3jax.replay(tmp_path / "out", tmp_path / "again").digest == result.digest
 
 
@@ -240,6 +241,21 @@ def test_without_a_key_the_refusal_names_the_one_that_settles_it(place, tensors,
     m3jax.merge_checkpoint({**keys, "exclude": ["embed_tokens", "lm_head"]}, tmp_path / "without")
 
 
+def test_as_many_rows_of_other_tokens_are_not_merged_by_numbers_unsaid(place, tmp_path):
+    by_numbers = {"merge_method": "linear", "models": [str(place / "in" / name) for name in ("base", "one")]}
+    with pytest.raises(M3Error, match=r"token 1 is 'a' in .*base and 'b' in .*one, so that .*: write tokenizer_source"):
+        m3jax.merge_checkpoint(by_numbers, tmp_path / "out")
+    m3jax.merge_checkpoint({**by_numbers, "exclude": ["embed_tokens", "lm_head"]}, tmp_path / "without")
+    for name, token in (("a", "[PAD]"), ("b", "<|user|>")):
+        shutil.copytree(place / "in" / "base", tmp_path / name)
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(tokenizer([*BASE, token])))
+    by_numbers["models"] = [str(tmp_path / name) for name in "ab"]
+    (note,) = (n for n in m3jax.merge_checkpoint(by_numbers, tmp_path / "added").notes if "token" in n)
+    assert "added token 8 is '[PAD]' in " in note
+    assert "'<|user|>' in " in note
+    assert "tokenizer_source: base, union or a model" in note
+
+
 @pytest.mark.parametrize(
     ("tokens", "sentence"),
     [
@@ -272,6 +288,7 @@ def test_the_same_weights_stand_beside_an_experts_own_tokenizer(place, tensors, 
     assert (beside / "tokenizer.json").read_bytes() == (place / "in" / "three" / "tokenizer.json").read_bytes()
     assert json.loads((beside / "config.json").read_text())["vocab_size"] == ROWS["base"]
     assert m3jax.verify(out).differences == ()
+    assert m3jax.verify_sample(out, inputs=True).differences == ()
     again = m3jax.replay(out, tmp_path / "again", max_shard_size=200)
     assert (tmp_path / "again" / "also_for" / "three" / "model.safetensors.index.json").exists()
     assert m3jax.verify(again.directory).differences == ()

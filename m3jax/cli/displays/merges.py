@@ -9,7 +9,7 @@ from m3jax.text import count_text, safe_text, shape_text, share_text, size_text,
 if TYPE_CHECKING:  # JAX and numpy take longer to import than --help may take
     from m3jax.outputs.conversion import ConvertResult
     from m3jax.outputs.extraction import ExtractResult
-    from m3jax.outputs.manifest import Verification
+    from m3jax.outputs.verification import Verification
     from m3jax.streaming.estimate import Estimate
     from m3jax.streaming.merging import MergeResult
 
@@ -88,7 +88,12 @@ def verification_lines(found: "Verification") -> Iterator[str]:
         yield f"{found.directory}: not as recorded, {count_text(len(found.differences), 'difference')} in {checked}"
     else:
         yield f"{found.directory}: as recorded, {checked}"
-    yield f"digest   {found.digest}"
+    if found.inputs:
+        yield f"inputs   {count_text(found.inputs, 'tensor')} of them compared"
+    if found.digest is not None:
+        yield f"digest   {found.digest}"
+    if found.mend is not None:
+        yield f"mend     {safe_text(found.mend)}"
 
 
 def verification_json(found: "Verification") -> dict[str, Any]:

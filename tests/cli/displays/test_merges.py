@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from m3jax.cli.displays.merges import merge_lines, verification_json, verification_lines
-from m3jax.outputs.manifest import Verification
+from m3jax.outputs.verification import Verification
 
 
 def merged(manifest: dict[str, Any], **changes: Any) -> Any:

@@ -1,0 +1,47 @@
+"""scripts/reliability adds up what pieces of long runs have counted, and keeps apart what cannot be added."""
+
+import importlib.machinery
+import importlib.util
+import json
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "reliability"
+
+
+def reliability():
+    loader = importlib.machinery.SourceFileLoader("reliability", str(SCRIPT))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("reliability", loader))
+    loader.exec_module(module)
+    return module
+
+
+def test_pieces_are_added_up(tmp_path, monkeypatch):
+    script = reliability()
+    monkeypatch.setattr(script, "PAGE", tmp_path / "page.md")
+    fuzz = "| reader | executions | read | refused | faults |\n|---|---:|---:|---:|---|\n| a | 1,000 | 3 | 997 | {} |\n"
+    soak = "| method | sparsifier | recipes | right |\n|---|---|---|---|\n| ties | none | 4 | 4 |\n| all | | 4 | 4 |\n"
+    memory = "\n| merges in one process | resident MiB |\n|---|---|\n| 20 | 300 |\n"
+    faults = (
+        "| command | begins | at | calls | again |\n|---|---|---|---|---|\n| merge | new | x | 3 | 3 of 3 right |\n"
+    )
+    said = [("fuzz", fuzz.format("none")), ("fuzz", fuzz.format("KeyError at a.py:1 (2)")), ("soak", soak + memory)]
+    said += [("soak", soak), ("faults", faults), ("faults", faults)]
+    for number, (name, text) in enumerate(said):
+        piece = {"script": name, "command": f"scripts/{name}", "minutes": 1.0, "code": number == 1, "said": text}
+        (tmp_path / f"{number}.json").write_text(json.dumps(piece))
+    assert script.write(tmp_path) == 1
+    page = (tmp_path / "page.md").read_text()
+    assert "| a | 2,000 | 6 | 1,994 | none; KeyError at a.py:1 (2) |" in page
+    assert "| ties | none | 8 | 8 |" in page
+    assert "| all |  | 8 | 8 |" in page
+    assert "| 20 | 300 |" in page
+    assert "| merge | new | x | 6 | 6 of 6 right |" in page
+    assert page.count("- `scripts/fuzz`, 1.0 minutes, exit code") == 2
+
+
+def test_what_a_script_says_is_kept(tmp_path):
+    script = reliability()
+    assert script.run(tmp_path, "fuzz", ["--seconds", "0.05", "--only", "recipe"]) == 0
+    (piece,) = (json.loads(file.read_text()) for file in tmp_path.glob("*.json"))
+    assert piece["command"] == "scripts/fuzz --seconds 0.05 --only recipe"
+    assert "| recipe |" in piece["said"]
