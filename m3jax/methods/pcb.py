@@ -83,6 +83,9 @@ def _of_experts(found: Array, like: Array) -> Array:
 def _competing(values: Values, known: Known) -> tuple[Array, Array]:
     """Clamped magnitudes and scores exp(n·norm(|δᵢ|)²)·tanh(δᵢ·Σδⱼ), those of the experts stacked.
 
+    Of two neighbouring numbers scores are the smaller one, so that 31 bits order them, and the one that a rank finds is
+    the one that an entry has: its share is exactly 0 or 1.
+
     Stacked, because a program that has these functions once is compiled much faster than one that has them n times.
     """
     spans, zero, every = known.found["range"], known.zero, jnp.stack(values)
@@ -91,18 +94,25 @@ def _competing(values: Values, known: Known) -> tuple[Array, Array]:
     share = exact.multiply(exact.subtract(size, low), inverse, zero)
     power = exact.multiply(exact.multiply(share, share, zero), jnp.float32(len(values)), zero)
     pull = exact.multiply(every, functools.reduce(exact.add, values)[None], zero)
-    return size, exact.multiply(functions.exp(power, zero), functions.tanh(pull, zero), zero)
+    return size, _evened(exact.multiply(functions.exp(power, zero), functions.tanh(pull, zero), zero))
+
+
+def _evened(score: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Of each two neighbouring numbers the smaller one."""
+    bits = exact.as_bits(jnp.where(score == 0, 0.0, score))
+    smaller = jnp.where(bits >> np.uint32(31) == 1, bits | np.uint32(1), bits & np.uint32(0xFFFFFFFE))
+    return lax.bitcast_convert_type(smaller, jnp.float32)
 
 
 def _ordered(score: Float[Array, "..."]) -> UInt32[Array, "..."]:
-    """Numbers below 2³¹ that are ordered as scores are; two neighbours have the same one."""
+    """Numbers below 2³¹ that are ordered as scores are."""
     bits = exact.as_bits(score)
     negative = bits >> np.uint32(31) == 1
     return jnp.where(negative, ~bits, bits | np.uint32(0x80000000)) >> np.uint32(1)
 
 
 def _score_of(order: np.ndarray) -> np.ndarray:
-    """The smaller of the scores that have a number."""
+    """The scores that have these numbers."""
     doubled = (order.astype(np.uint64) << np.uint64(1)).astype(np.uint32)
     negative = doubled < np.uint32(0x80000000)
     scores: np.ndarray = (

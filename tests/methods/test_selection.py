@@ -113,6 +113,14 @@ def test_pcb_is_the_formula_in_float64(normalize):
     np.testing.assert_allclose(got * total, want * total, rtol=1e-5, atol=1e-7)
 
 
+def test_pcb_drops_entries_at_the_threshold():
+    """Their share is exactly 0: where the others' are 0 too, any other one would be divided by itself."""
+    for seed in range(4):
+        deltas = np.random.default_rng(seed).normal(0, 0.1, (1, 204)).astype(np.float32)
+        # Of one expert, 20 entries and the threshold are not below it.
+        assert np.count_nonzero(of_deltas(m3jax.pcb(0.1), *deltas.tolist())) == 20
+
+
 def test_ties_are_kept_whoever_comes_first():
     a, b, c = [4, 1, 1, 0], [0, 3, 1, 2], [2, 2, 1, 1]
     # Variances 8, 2, 0 and 2 thirds: the two of 2 tie for the second place, and experts who agree are not kept.

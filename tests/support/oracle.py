@@ -384,6 +384,13 @@ def spans(low, high):
     return F32(low), F32(1 / width if width > 0 and 1 / width < 2.0**120 else 0.0)
 
 
+def even(x):
+    """Of two neighbouring numbers the one whose pattern, ordered as the numbers are, is even."""
+    bits = np.where(x == 0, F32(0), x).astype(F32).view(U32)
+    order = np.where(bits >> U32(31), ~bits, bits | U32(2**31)) & U32(0xFFFFFFFE)
+    return np.where(order < U32(2**31), ~order, order & U32(2**31 - 1)).astype(U32).view(F32)
+
+
 def pcb(deltas, size, weights, scale, density, normalize):
     """The mean of entries by how they compete. Arrays hold everything that is ranked, in rows."""
     n, together, scores, clamped = len(deltas), added(deltas), [], []
@@ -394,15 +401,11 @@ def pcb(deltas, size, weights, scale, density, normalize):
         first, inverse = spans(low, high)
         share = flush(flush(clamped[-1] - first) * inverse)
         alone = exp(flush(flush(share * share) * F32(n)))
-        scores.append(flush(alone * tanh(flush(d * together))))
+        scores.append(even(flush(alone * tanh(flush(d * together)))))
     terms, shares = [], []
     for i, score in enumerate(scores):
         ordered = np.sort(score, axis=None)
         least, most = ordered[min(int(size * (1 - density)), size - 1)], ordered[-1]
-        # Of two neighbouring numbers the one whose pattern, ordered as the numbers are, is even.
-        bits = np.array([least, most], F32).view(U32)
-        order = np.where(bits >> U32(31), ~bits, bits | U32(2**31)) & U32(0xFFFFFFFE)
-        least, most = np.where(order < U32(2**31), ~order, order & U32(2**31 - 1)).astype(U32).view(F32)
         first, inverse = spans(least, most)
         share = flush(np.maximum(flush(score - first), F32(0)) * inverse)
         signed = (np.sign(deltas[i]) * clamped[i]).astype(F32)
