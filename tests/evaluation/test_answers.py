@@ -220,6 +220,12 @@ NUMBERS: list[tuple[str, int | Fraction | None]] = [
     ("`answer = 20`", 20),
     ("The answer is 20 and that's final.", 20),
     ("The answer is 20?", 20),
+    ("The answer is $\\sqrt{16}$.", None),
+    ("The answer is twice 9.", None),
+    ("So $x \\neq 18$. The answer is $x \\neq 18$.", None),
+    ("The final answer => 18", 18),
+    ('Here it is:\n{"steps": "3 + 4", "final_answer": "18 eggs"}', 18),
+    ("The total number of weeks is 4, since there are 30 days.", None),
 ]
 
 MATHEMATICS = [
@@ -577,6 +583,11 @@ MATHEMATICS = [
     ("2", "2", True),
     ("x = 2", "2", True),
     ("$\\frac{1}{2}$.", "\\frac12", True),
+    ('{"answer": "\\frac{1}{2}"}', "\\frac{1}{2}", True),
+    ('{"answer": "\\sqrt{2}"}', "\\sqrt{2}", True),
+    ("The answer is $3\\sqrt{2} \\text{ or none}$.", "3\\sqrt{2}", False),
+    ("\\boxed{\\begin{aligned} x &= 1 \\\\ y &= 2 \\end{aligned}}", "x = 1, y = 2", True),
+    ("\\boxed{{3 \\over 4}}", "\\frac{3}{4}", True),
 ]
 
 SENTIMENTS = [
@@ -644,6 +655,10 @@ SENTIMENTS = [
     ("negative. negative. negative.", "negative"),
     ("This isn't negative; if anything it's positive.", "positive"),
     ("Without context, it's hard to say, but likely negative.", "negative"),
+    ("Sentiment: positive, although some would call it negative.", "positive"),
+    ("I have no doubt that it is positive.", "positive"),
+    ("It is nothing but positive.", "positive"),
+    ('{"positive": 0.08, "negative": 0.92}', "negative"),
 ]
 
 GRAMMARS = [

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from m3jax.evaluation.scorers import slices
-from m3jax.evaluation.scorers.spoken import spoken
+from m3jax.evaluation.scorers.spoken import field, spoken
 
 _FENCE = re.compile(r"^(?P<indent>[ \t>]*)(?P<mark>`{3,}|~{3,})(?P<info>[^\n]*)$", re.MULTILINE)
 _ONE_LINE = re.compile(r"(?P<mark>`{1,3})(?P<body>[^`\n]+)(?P=mark)")
@@ -26,6 +26,11 @@ _BEGINS = re.compile(r"^[ \t]*(?:import \w|from [\w.]+ import |def \w|class \w|a
 _GLUED = re.compile(r"^(?![ \t>]*```)([^`\n]*[^`\s])[ \t]*(```\w*)[ \t]*$", re.MULTILINE)
 _BEGINS_BARE = re.compile(rf"(?:{_BEGINS.pattern})|^[A-Za-z_]\w* *= *\S")
 _MARKS = re.compile(r"^[ \t]*(?:`{3,}|~{3,}).*$\n?", re.MULTILINE)
+# Three quotation marks for the fence's.
+_QUOTED = re.compile(
+    r"^(?P<mark>\'{3}|\"{3})(?:python|py)3?[ \t]*(?P<body>\n.*?^)(?P=mark)[ \t]*$", re.DOTALL | re.MULTILINE
+)
+_NAMES = ("code", "solution", "program", "implementation", "completion", "python", "answer")  # of a JSON object
 _MOST_STARTS = 60
 _MOST_CLOSINGS = 12
 
@@ -77,7 +82,11 @@ def extract_code(text: str, name: str | Sequence[str] | None = None) -> str | No
         'def one(): return 1\\n'
     """
     names = (name,) if isinstance(name, str) else tuple(name or ())
-    found = list(_stretches(_GLUED.sub(r"\1\n\2", spoken(text))))  # a fence at the end of a line has its own
+    given = field(text, _NAMES)
+    text = text if given is None else given
+    found = list(
+        _stretches(_GLUED.sub(r"\1\n\2", _QUOTED.sub(r"```python\g<body>```", spoken(text))))
+    )  # a fence at the end of a line has its own
     programs = [program for program in map(_compiled, found) if program is not None]
     if names and (chosen := _chosen(programs, names)) is not None:
         return chosen
@@ -137,7 +146,7 @@ def _provides(source: str, names: Sequence[str]) -> bool:
 
 def _is_stub(source: str, names: Sequence[str]) -> bool:
     tree = slices.parsed(source)
-    return tree is not None and any(slices.is_stub(tree, name) for name in names)
+    return tree is not None and any(slices.is_stub(tree, name) or slices.is_imported(tree, name) for name in names)
 
 
 def _with_methods(source: str, names: Sequence[str]) -> str:

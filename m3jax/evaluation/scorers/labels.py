@@ -4,14 +4,15 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from m3jax.evaluation.scorers.spoken import spoken, turns
+from m3jax.evaluation.scorers.spoken import field, spoken, turns
 
 _CLAUSES = re.compile(
-    r"[,.;:!?\n()]|\s[–—-]{1,2}\s|\b(?:but|however|although|though|while|whereas|yet|because|since|instead|despite|so|as\s+it)\b",
+    r"[,.;:!?\n()]|\s[–—-]{1,2}\s"
+    r"|\b(?:(?<!anything )but|however|although|though|while|whereas|yet|because|since|instead|despite|so|as\s+it)\b",
     re.IGNORECASE,
 )
 _NEGATIONS = re.compile(
-    r"\b(?:not|never|cannot|neither|nor|hardly|barely|scarcely|no|nothing|devoid\s+of|without|lacks?|(?:is|was|are|were|do|does|did|would|could|should|ca|wo)n['’]?t"
+    r"\b(?:not|never|cannot|neither|nor|doubt(?:s|ed|ful)?|hardly|barely|scarcely|no|nothing|devoid\s+of|without|lacks?|(?:is|was|are|were|do|does|did|would|could|should|ca|wo)n['’]?t"
     r"|far\s+from|anything\s+but|rules?\s+out|fails?\s+to\s+be|opposite\s+of|contrary\s+of)\b|\bnon[- ]?$",
     re.IGNORECASE,
 )
@@ -28,6 +29,8 @@ _FINAL = re.compile(
     r"(?:\b(?:answer|sentiment|label|classification|class|category|verdict|conclusion|prediction|judge?ment|output|result|grammar)\b"
     r"[^.\n,;]{0,40}?(?:\bis\b|\bwould\s+be\b|\bshould\s+be\b|\bas\b|:|=|->|→)"
     r"|\b(?:classif\w+|label\w*|judged?|rated?|consider\w*|describ\w+|call\w*|choose|say)\b[^.\n,;]{0,40}?(?:\bas\b|\bit\b|:|\bto\s+be\b|['\"*]|\bis\b)"
+    r"|\b(?:leans?|settle\s+on|go\s+with|opt\s+for|pick)\b"
+    r"|\b(?:wait|correction|actually|scratch\s+that|on\s+second\s+thought|on\s+reflection|reconsidering|re-?reading)\b"
     r"|\b(?:overall|therefore|thus|hence|in\s+(?:short|sum|summary|conclusion)|ultimately|finally|all\s+in\s+all|on\s+balance|so)\b)",
     re.IGNORECASE,
 )
@@ -39,6 +42,26 @@ _AGAINST = re.compile(
     r"(?:an?\s+)?['\"“‘]?$",
     re.IGNORECASE,
 )
+_CONCEDED = re.compile(
+    r"\b(?:though|although|despite|in\s+spite\s+of|notwithstanding|even\s+if|while|whereas|because|since)\b",
+    re.IGNORECASE,
+)
+_UNTICKED = re.compile(r"^\W*?(?:\[\s?\]|☐|⬜).*$", re.MULTILINE)
+_WRONG = re.compile(
+    r"[\s'\"”’]*(?:would\s+be|is|was)\s+(?:wrong|incorrect|a\s+mistake|inaccurate|misleading)\b", re.IGNORECASE
+)
+_NAMES: tuple[str, ...] = (
+    "label",
+    "sentiment",
+    "answer",
+    "final_answer",
+    "classification",
+    "prediction",
+    "class",
+    "category",
+    "output",
+)
+_NAMES += ("result", "judgment", "judgement", "verdict", "acceptability", "grammaticality")  # of a JSON object
 _LONGEST = 300  # letters of a sentence or a quotation
 _WOULD = re.compile(r"\bwould\s+(?:then\s+|only\s+)?be\s+$", re.IGNORECASE)
 _LESS = re.compile(r"\bless\s+$", re.IGNORECASE)
@@ -97,6 +120,7 @@ def read_label(text: str, labels: Sequence[str]) -> Label:
     """
     words = "|".join(sorted(map(re.escape, labels), key=len, reverse=True))
     named = re.compile(rf"(?<![\w-])(?:non[- ]?)?(?P<label>{words})(?!\w)", re.IGNORECASE)
+    text = field(text, _NAMES) or text
     kept = ""
     for part in turns(re.sub(r"[ \t]{20,}", " ", spoken(text))):
         if kept and _read(kept, labels, named) != Label(None):
@@ -107,6 +131,8 @@ def read_label(text: str, labels: Sequence[str]) -> Label:
 
 def _read(text: str, labels: Sequence[str], named: re.Pattern[str]) -> Label:
     text = re.sub(r"[*_`]+", "", text)
+    if re.search(r"\[[xX✓✔]\]|☑|✅|☒", text):
+        text = _UNTICKED.sub("", text)
     label = named.pattern.replace("(?P<label>", "(?:")
     text = re.sub(  # what is quoted and names no label is the sentence, or a word of it
         rf"(?<!\w)['\"“‘](?:(?!{label})[^\n]){{1,{_LONGEST}}}['\"”’](?=[\s.,;:!?)]|$)",
@@ -120,6 +146,11 @@ def _read(text: str, labels: Sequence[str], named: re.Pattern[str]) -> Label:
     committed = [mention for mention in mentions if mention.word is not None]
     if final and final[-1].word is not None:
         return Label(final[-1].word)
+    if (shares := _shares(text, labels)) is not None:
+        likeliest = max(shares)
+        return Label(
+            labels[shares.index(likeliest)] if shares.count(likeliest) == 1 else None, shares.count(likeliest) > 1
+        )
     first = re.match(r"[\W\d]*(?:(?:it(?:['’]s|\s+is)|this\s+is|the\s+sentence\s+is|sentence\s+is)\s+)?", plain)
     start = first.end() if first is not None else 0
     if committed and committed[0].place <= start:
@@ -127,6 +158,23 @@ def _read(text: str, labels: Sequence[str], named: re.Pattern[str]) -> Label:
     if committed and len({mention.word for mention in committed}) == 1:
         return Label(committed[0].word)
     return Label(None, is_unclear=bool(named.search(text)) or _NEITHER.search(text) is not None)
+
+
+def _shares(text: str, labels: Sequence[str]) -> list[float] | None:
+    """How likely a text calls each label: "Positive: 92%, Negative: 8%"; None where it doesn't say so of all."""
+    shares = []
+    for label in labels:
+        word = rf"(?<![\w-]){re.escape(label)}(?!\w)"
+        said = re.findall(
+            rf"{word}['\"”]?\s*(?:[:=(-]|is)\s*(\d+(?:\.\d+)?\s*%|0?\.\d+)|(\d+(?:\.\d+)?)\s*%\s+{word}",
+            text,
+            re.IGNORECASE,
+        )
+        if len(said) != 1:
+            return None
+        number = (said[0][0] or f"{said[0][1]}%").replace(" ", "")
+        shares.append(float(number.rstrip("%")) / (100 if number.endswith("%") else 1))
+    return shares
 
 
 def _without_echoes(text: str, named: re.Pattern[str]) -> str:
@@ -162,10 +210,19 @@ def _mentions(text: str, labels: Sequence[str], named: re.Pattern[str]) -> Itera
         ends = [clause.end() for clause in _CLAUSES.finditer(before)]
         clause = before[max(ends[-1] if ends else 0, begins) :]
         word: str | None = next(label for label in labels if label.lower() == found["label"].lower())
-        is_weak = _WOULD.search(before) is not None and (begins > 0 or named.search(text, found.end()) is not None)
+        after = next(
+            (other for other in named.finditer(text, found.end()) if not _AGAINST.search(text[: other.start()])), None
+        )
+        is_weak = _WOULD.search(before) is not None and (begins > 0 or after is not None)
         if _HEDGE.search(clause) or is_weak:  # what would be so is not, where something else is said to be
             word = None
-        elif (len(_NEGATIONS.findall(_NO_NEGATION.sub("", clause))) + bool(_LESS.search(clause))) % 2:
+        elif (
+            len(_NEGATIONS.findall(_NO_NEGATION.sub("", clause)))
+            + bool(_LESS.search(clause))
+            + bool(_WRONG.match(text, found.end()))
+        ) % 2:
             word = labels[1 - list(labels).index(str(word))] if len(labels) == 2 else None
-        sentence = re.split(r"[.!?\n]\s", before)[-1]
-        yield _Mention(word, found.start(), _FINAL.search(sentence) is not None)
+        sentence = re.split(r"[.!?]\s|\n", before)[-1]
+        between = sentence[max(0, begins - len(before) + len(sentence)) :]
+        is_conceded = len(between) < len(sentence) and _CONCEDED.search(between) is not None
+        yield _Mention(word, found.start(), not is_conceded and _FINAL.search(sentence) is not None)

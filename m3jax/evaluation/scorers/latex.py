@@ -70,6 +70,14 @@ _REWRITES = [
         (r"~", " "),
     )
 ]
+_ROOT = re.compile(r"√\s*(\d+(?:\.\d+)?)")
+_STYLE = re.compile(
+    r"\\(?:text)?color\s*(?:\[\w+\])?\s*\{\w+\}|\\[hv]?phantom\s*\{[^{}]*\}|\\(?:mathstrut|strut|nonumber|notag)(?![a-zA-Z])"
+    r"|\\(?:boldsymbol|mathbf|bm|pmb)\s*(?=\{[^{}]*[^\w{}])"
+)
+_ALIGNED = re.compile(
+    r"\\begin\{(?P<kind>aligned|align\*?|gathered|split|equation\*?)\}(?P<body>.*)\\end\{(?P=kind)\}", re.DOTALL
+)
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")
 _TEXT = re.compile(r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|operatorname|rm|bf)\s*\{([^{}]*)\}")
 _APPROXIMATELY = re.compile(
@@ -135,9 +143,10 @@ def _unworded(text: str) -> str:
 
 def _cleaned(text: str) -> str:
     """The text with one spelling for what has many."""
+    text = _ROOT.sub(r"\\sqrt{\1}", text)
     for symbol, plain in _SYMBOLS.items():
         text = text.replace(symbol, plain)
-    text = _BOXED.sub(r"\1", text.strip())
+    text = _BOXED.sub(r"\1", _unstyled(text.strip()))
     if text.count("$") % 2 and re.match(r"-?\$\d", text):
         text = text.replace("$", r"\$", 1)  # one alone is no delimiter, but a currency
     text = text.rstrip(".").strip()
@@ -151,6 +160,22 @@ def _cleaned(text: str) -> str:
     text = text.strip().rstrip(".,;").strip()
     if french := re.fullmatch(r"([\[\]])([^\[\],;]+)[,;]([^\[\],;]+)([\[\]])", text):  # ]1, 2[ is (1, 2)
         text = f"{'[' if french[1] == '[' else '('}{french[2]},{french[3]}{']' if french[4] == ']' else ')'}"
+    return text
+
+
+def _unstyled(text: str) -> str:
+    """The text without colour, bold type and the alignment of lines."""
+    aligned = _ALIGNED.fullmatch(text.strip(" $."))
+    if aligned is not None:
+        lines = (line if r"\begin" in line else line.replace("&", " ") for line in _split(aligned["body"], "\\\\"))
+        text = ",".join(line.strip() for line in lines if line.strip())
+    text = _STYLE.sub("", text).strip()
+    while (
+        _is_wrapped(text, "{", "}")
+        and len(_split(text[1:-1], ",")) == 1
+        and not re.search(r"\\(?:over|choose)\b", text)
+    ):
+        text = text[1:-1].strip()
     return text
 
 
@@ -255,8 +280,9 @@ def _shape(text: str) -> _Shape:
     pieces = _split(text, r"\cup")
     if len(pieces) > 1:
         return _Shape("union", "", tuple(pieces))
-    if _is_wrapped(text, "{", "}") and len(pieces := _split(text[1:-1], ",")) > 1:
-        return _Shape("set", "", _alternatives(pieces))
+    if _is_wrapped(text, "{", "}"):
+        pieces = _split(text[1:-1], ",")
+        return _Shape("set", "", _alternatives(pieces)) if len(pieces) > 1 else _shape(text[1:-1].strip())
     if text.startswith(r"\{") and text.endswith(r"\}"):
         inside = text[2:-2]
         if built := re.match(r"\s*[a-z]\s*(?:\\in\s*\\mathbb\{?R\}?\s*)?(?:\\mid|\||:)\s*", inside):

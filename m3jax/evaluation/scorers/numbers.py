@@ -38,6 +38,9 @@ _LATEX = [
         (r"\*\*|__|[*`]|\\\(|\\\)|\\\[|\\\]|[{}]", " "),
         (r"\\", ""),
         (r"\b(?:negative|minus)\s+(?=[$€£]?\d)", "-"),
+        (r"[=-]+>", "= "),
+        (r"</?(?:b|strong|i|em|u|mark|span|p|br)\b[^<>]*>", " "),
+        (r"<\s*(-?\d[^<>]*)>", r" \1 "),
     )
 ]  # fmt: skip
 _CURRENCY = r"(?:US|CA|AU|C|A|HK|NZ)?[$€£¥₹₱₩]|\b(?:USD|EUR|GBP|CAD|AUD|INR|Rs\.?)"
@@ -62,7 +65,7 @@ _NOT_ONE = re.compile(
 _OPERATED = re.compile(rf"\s*(?:[A-Za-z]+\s+){{1,3}}[×÷+*]\s*(?:{_CURRENCY})?\s?\d")
 _BOUNDED = re.compile(
     r"\b(?:(?:more|less|fewer|greater|larger|smaller|higher|lower|other)\s+than|not|n't|between|from|over|under|above|below"
-    r"|neither|either|betw\.)\s*$",
+    r"|neither|either|betw\.|twice|double|triple|(?:half|third|quarter)\s+of|sqrt|neq?|lt|gt|log|ln)\s*\(?$|[<>≠√]\s*\(?$",
     re.IGNORECASE,
 )
 _COMPOUND = re.compile(
@@ -92,7 +95,13 @@ _WORDS = {word: value for value, word in enumerate(_ONES.split())}
 _WORDS |= {word: 10 * value for value, word in enumerate(_TENS.split(), 2)}
 _NAMED_VALUES = re.compile(r"=\s*-?\d[\d.]*\s*(?:,|and|or)\s+(?:and\s+)?[A-Za-z]\w*\s*=")
 _PARTS = re.compile(r"\b(?:half|halves|third|fourth|quarter|fifth|sixth|eighth|tenth|hundredth)s?\b", re.IGNORECASE)
+_TOTAL = re.compile(
+    r"\b(?:total|amount|result|sum|number|value|profit|cost|price|difference)\b[^.,;:\d]{0,60}"
+    rf"\b(?:is|are|was|would\s+be|will\s+be|equals|comes\s+to)\s+(?P<said>-?(?:{_CURRENCY})?\s?(?:{_DIGITS})(?:\.\d+)?(?:\s+[A-Za-z]+)?)\.?$",
+    re.IGNORECASE,
+)
 _LARGEST_POWER = 200
+_CLOSED = re.compile(r"(?:\\end\{[a-z]+\*?\}|\\\]|\$\$|\s)+\Z")
 
 
 class Reading(NamedTuple):
@@ -205,7 +214,8 @@ def _is_only_number(line: str) -> bool:
 
 def _unmarked(text: str) -> Reading:
     """What a text ends in that marks no answer."""
-    line = re.sub(r"^[\W_]*[A-Za-z][A-Za-z ]{0,30}[*_]*:[*_]*(?=\s)", "", last_line(text)).strip()
+    text = _CLOSED.sub("", text)
+    line = re.sub(r"^[\W_]*[A-Za-z][A-Za-z ]{0,30}[*_]*:[*_]*(?=\s)", "", last_line(text)).strip().lstrip("> ")
     if line and _is_only_number(line):
         return Reading(parse_number(line), line)
     concluded = conclusion(text) or (last_sentence(text) if "=" in text else "")
@@ -220,8 +230,10 @@ def _unmarked(text: str) -> Reading:
         values = set(_values(_plain(concluded)))
         if len(values) == 1:
             return Reading(values.pop(), concluded)
+    if total := _TOTAL.search(_plain(concluded or line).strip()):  # "After selling 3, the total would be 18."
+        return Reading(parse_number(total["said"]), total["said"])
     _, equals, right = _END.sub("", line).rpartition("=")
-    if equals and _is_only_number(right.strip(" *_`$\\()[]")):
+    if equals and _is_only_number(_plain(right).strip(" *_`$\\()[]")):
         return Reading(parse_number(right), right.strip())
     bold = [inside for inside in re.findall(r"\*\*([^*]+)\*\*", line) if _is_only_number(inside)]
     return Reading(parse_number(bold[-1]), bold[-1]) if len(bold) == 1 else Reading(None, "")

@@ -174,6 +174,12 @@ def is_stub(tree: ast.Module, name: str) -> bool:
     )
 
 
+def is_imported(tree: ast.Module, name: str) -> bool:
+    """Whether a program only imports what has this name."""
+    binding = [node for node in tree.body if name in _bound(node)]
+    return bool(binding) and all(isinstance(node, ast.Import | ast.ImportFrom) for node in binding)
+
+
 def _is_load(node: ast.Name) -> bool:
     return isinstance(node.ctx, ast.Load)
 
@@ -183,7 +189,7 @@ def _bound(node: ast.stmt) -> Iterable[str]:
     for inner in _here(node):
         if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield inner.name
-        elif isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Store):
+        elif isinstance(inner, ast.Name) and not _is_load(inner):  # what is deleted is bound to nothing
             yield inner.id
         elif isinstance(inner, ast.Import | ast.ImportFrom):
             yield from ((alias.asname or alias.name).partition(".")[0] for alias in inner.names)

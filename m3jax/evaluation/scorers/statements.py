@@ -4,8 +4,11 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from m3jax.evaluation.scorers.spoken import spoken, turns
+from m3jax.evaluation.scorers.spoken import field, spoken, turns
 
+_NAMES = ("answer", "final_answer", "final answer", "result", "final_result")  # of what a JSON object says
+# Escapes of JSON that LaTeX meant: \\frac, \\binom, \\times, \\rho.
+_ESCAPES = str.maketrans({"\f": r"\f", "\b": r"\b", "\t": r"\t", "\r": r"\r"})
 _LONGEST = 3000  # letters of a statement; a text may say "the answer is" a thousand times
 _DECOR = r"[\s*_`\"'“”‘’:=➜→>|-]*"
 _KIND = (
@@ -21,12 +24,21 @@ _SAYS = re.compile(
 _LABEL = re.compile(
     r"(?:^|(?<=[.!?\n])|(?<=[.!?]\s))[ \t>#*_`{\[(\"'✅🎯💡📌-]*"
     r"(?:\d+[.)]\s*)?(?:the\s+|so\s+(?:the\s+)?)?"
-    r"(?:(?:correct|final|right|short|direct|numerical|my)\s+)*(?:answer|ans|final\s+(?:result|value|solution))"
+    r"(?:(?:correct|final|right|short|direct|numerical|my)\s+)*(?:answer|ans|final[\s_]+(?:answer|result|value|solution))"
     r"(?:\s*\([^()\n]{0,40}\))?[ \t*_`\"'\])]*"
     r"(?P<mark>[:=：➜→]|(?<=\s)[-–—](?=\s)|\.(?=\s)|(?<=\*\*\s)(?=[$\\\d])|[ \t]*$)",
     re.IGNORECASE | re.MULTILINE,
 )
-_INNER_LABEL = re.compile(r"\bfinal\s+answer[ \t*_`\"']*[:=]|\banswer[*_`\"']*\s*:", re.IGNORECASE)
+_INNER_LABEL = re.compile(r"\bfinal[\s_]+answer[ \t*_`\"']*[:=]|\banswer[*_`\"']*\s*:", re.IGNORECASE)
+_CHINESE = re.compile(r"答案[*_\s]*(?:[：:]|是|为)")
+_ROW = re.compile(
+    r"^[ \t]*\|[ \t*_]*(?:final\s+)?answer[ \t*_:]*\|(?=[^|\n]*[\d\\$][^|\n]*\|[ \t]*$)", re.IGNORECASE | re.MULTILINE
+)
+_INSTEAD = re.compile(
+    r"\banswer\s+(?:is\s+not|isn['’]t)\s[^\n]{1,120}?(?:\bbut(?:\s+rather)?|\bit(?:['’]s|\s+is)(?:\s+actually)?)\s+"
+    r"(?=\W{0,4}(?:\d|\$|\\[(\[a-z]))",
+    re.IGNORECASE,
+)
 _TAG = re.compile(r"<(?:final_)?answer>(?P<said>.*?)</(?:final_)?answer>", re.IGNORECASE | re.DOTALL)
 _HASHES = re.compile(r"^[ \t>*]*(?:####(?!#)|#{2,6}(?=[ \t]*[$€£*]*-?\d[\d,.]*[ \t*]*$))[ \t]*", re.MULTILINE)
 _DENIED = re.compile(
@@ -90,6 +102,9 @@ def deciding_part(text: str, is_answer: Callable[[str], bool]) -> str:
         text: What the model wrote.
         is_answer: Whether a part states an answer.
     """
+    given = field(text, _NAMES)
+    if given is not None and "\n" not in given.strip():
+        return f"The answer is: {given.translate(_ESCAPES)}"
     kept = ""
     for part in turns(re.sub(r"[ \t]{20,}", " ", spoken(text))):
         if kept and is_answer(kept):
@@ -118,8 +133,13 @@ def _all(text: str) -> Iterator[Statement]:
             yield _following(text, found.end(), "sentence", found["colon"] is not None)
     for found in _LABEL.finditer(text):
         yield _following(text, found.end(), "label", True)
+    for pattern in (_CHINESE, _ROW, _INSTEAD):
+        for found in pattern.finditer(text):
+            yield _following(text, found.end(), "label", True)
+    boxed = [(box.place, box.end) for box in boxes(text)] if "box" in text else []
     for found in _INNER_LABEL.finditer(text):
-        if not _is_talk(text, found.start(), found.end()):
+        is_boxed = any(start < found.start() < end for start, end in boxed)
+        if not is_boxed and not _is_talk(text, found.start(), found.end()):
             yield _following(text, found.end(), "label", True)
 
 
@@ -131,6 +151,8 @@ def _following(text: str, place: int, kind: str, is_firm: bool) -> Statement:
         is_bullet = decor.group()[sign + 1 :].startswith((" ", "\t")) and "\n" in decor.group()[:sign]
         if not decor.group()[sign + 1 :].strip("*_ ") and not is_bullet:
             start = place + sign
+    if text[start : start + 1] == "}":  # \\text{Answer: } 5
+        start += 1
     return Statement(text[start : start + _LONGEST], place, kind, is_firm)
 
 

@@ -61,7 +61,10 @@ def measured(text: str) -> Measured:
     for form in (_TEXT, _BARE, _LETTER):
         found = form.search(text)
         if found is not None and _is_quantity(text[: found.start()]):
-            if form is not _LETTER and re.fullmatch(r"\s*(?:and|or|if|base\b.*|for\b.*)\s*", found["said"]):
+            if form is not _LETTER and re.match(
+                r"\s*(?:(?:and|or|nor|not|if|hundred|thousand|million|billion|trillion)\b|(?:base|for)\b)",
+                found["said"],
+            ):
                 continue
             rest = text[: found.start()].strip().rstrip(",")
             return Measured(rest, _unit(f"{found['said']}{found['power'] or ''}"))

@@ -1,5 +1,6 @@
 """HumanEval and MBPP: functions to write, judged by running their tests."""
 
+import re
 from collections.abc import Callable, Sequence
 
 from m3jax.errors import M3Error
@@ -11,6 +12,8 @@ from m3jax.evaluation.scorers.code import defines, extract_code, is_python
 from m3jax.evaluation.scorers.paper import paper_program
 from m3jax.evaluation.scorers.slices import called_names
 from m3jax.evaluation.tasks.base import Example, Execution, Judge, Judgement, Task
+
+_FUTURE = re.compile(r"^from __future__ import .*$", re.MULTILINE)
 
 
 def humaneval() -> Task:
@@ -58,7 +61,8 @@ def _humaneval_program(example: Example, text: str) -> str | None:
     code = extract_code(text, name)
     if code is not None and defines(code, name) and is_python(code):
         header = prompt[: prompt.rindex(f"def {name}")]
-        return f"{header}\n{code}"
+        future = "".join(f"{line}\n" for line in _FUTURE.findall(code))  # Python wants them first
+        return f"{future}{header}\n{_FUTURE.sub('', code)}"
     continued = continued_program(prompt, name, text)
     if continued is not None and is_python(continued):
         return continued

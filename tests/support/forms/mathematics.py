@@ -1,5 +1,6 @@
 """Forms of MATH's answers: where a solution states it, how it may be spelled, and what means something else."""
 
+import json
 import re
 
 _WORK = "First $a = 3$, so $b = 4$ and $a + b = 7$.\n"
@@ -54,6 +55,13 @@ def _plain_statements(gold: str) -> dict[str, str]:
         "Answer: box": f"Answer: $\\boxed{{{gold}}}$",
         "#### $X$": f"#### ${gold}$",
         "<answer>": f"<answer>${gold}$</answer>",
+        "JSON": json.dumps({"reasoning": "first $9999$", "answer": gold}),
+        "JSON, box": json.dumps({"answer": f"\\boxed{{{gold}}}"}),
+        "label in \\text": f"\\[\\text{{Answer: }} {gold}\\]",
+        "label in the box": f"$\\boxed{{\\text{{Answer: }}{gold}}}$",
+        "row of a table": f"| step | value |\n|---|---|\n| 1 | $9999$ |\n| **Answer** | **${gold}$** |",
+        "Chinese": f"答案：${gold}$",
+        "the answer is not … but": f"The answer is not $9999$ but ${gold}$.",
     }
 
 
@@ -78,7 +86,8 @@ def _other_statements(gold: str) -> dict[str, str]:
 def spellings(gold: str) -> dict[str, str]:
     """Other ways to write the same."""
     return (
-        _typography(gold)
+        _styles(gold)
+        | _typography(gold)
         | _fractions(gold)
         | _matrices(gold)
         | _numbers(gold)
@@ -88,6 +97,17 @@ def spellings(gold: str) -> dict[str, str]:
         | _lists(gold)
         | _equations(gold)
     )
+
+
+def _styles(gold: str) -> dict[str, str]:
+    return {
+        "braces": f"{{{gold}}}",
+        "\\boldsymbol": f"\\boldsymbol{{{gold}}}",
+        "\\color": f"\\color{{red}}{{{gold}}}",
+        "\\textcolor": f"\\textcolor{{red}}{{{gold}}}",
+        "aligned": f"\\begin{{aligned}} {gold} \\end{{aligned}}",
+        "\\phantom": f"{gold}\\phantom{{.}}",
+    }
 
 
 def _typography(gold: str) -> dict[str, str]:
@@ -297,6 +317,7 @@ def _other_values(gold: str) -> dict[str, str]:
         return {}
     said = {"X + 1": f"{gold} + 1", "2x = X": f"2x = {gold}"}
     if gold != "0":
+        said["X or none"] = f"{gold} \\text{{ or none}}"
         said |= {"-(X)": f"-({gold})", "X/2": f"({gold})/2"}
     if gold not in ("0", "1", "-1") and not re.match(r"\d+ ?\\frac", gold):
         said["1/X"] = f"\\frac{{1}}{{{gold}}}"

@@ -56,7 +56,15 @@ def _statements(gold: str) -> dict[str, str]:
         "Ans: n cm": f"{_STEPS}Ans: {gold} cm",
         "Final answer → n": f"{_STEPS}Final answer → {gold}",
         "JSON": f'{{"reasoning": "3 + 4", "answer": {gold.replace(",", "")}}}',
+        "JSON in a fence, words": f'```json\n{{"steps": ["3 + 4"], "final_answer": "{gold} dollars"}}\n```',
         "<answer>": f"3 + 4 = 7\n<answer>{gold}</answer>",
+        "<b>": f"{_STEPS}The answer is <b>{gold}</b>.",
+        "the answer is not … but": f"{_STEPS}The answer is not 9999991 but {gold}.",
+        "the answer isn't …; it's": f"{_STEPS}So the answer isn't 9999991; it's {gold}.",
+        "Chinese": f"{_STEPS}答案：{gold}",
+        "row of a table": f"| Step | Value |\n|---|---|\n| 1 | 13 |\n| **Answer** | **{gold}** |",
+        "Harmony's channels": "<|channel|>analysis<|message|>The answer is 9999991.<|end|><|start|>assistant"
+        f"<|channel|>final<|message|>The answer is {gold}.<|return|>",
     }
 
 
@@ -69,6 +77,10 @@ def _endings(gold: str) -> dict[str, str]:
         "Therefore, one number": f"{_STEPS}Therefore, Janet makes ${gold} every day at the market.",
         "Therefore, bold number": f"{_STEPS}Therefore, with 2 eggs Janet makes **${gold}** every day.",
         "So … = n": f"{_STEPS}So she makes 9 * 2 = ${gold} every day.",
+        "aligned equations": f"\\begin{{align*}}\n\\text{{Total}} &= 9 * 2 \\\\\n&= {gold}\n\\end{{align*}}",
+        "displayed equation": f"{_STEPS}\\[\n\\text{{Total}} = 9 * 2 = \\textbf{{{gold}}}\n\\]",
+        "the total would be": f"After selling 9999991 of them, the total amount would be {gold}.",
+        "quotation": f"{_STEPS}\n> **{gold}**",
         "last sentence, unmarked": f"{_STEPS}\nJanet makes ${gold} every day at the market.",
     }
 
@@ -170,11 +182,19 @@ def neighbours(gold: str) -> dict[str, str]:
             "n thousand": f"{gold} thousand dollars.",
             "$nk": f"${gold}k.",
             "n/2": f"{gold}/2",
+            "half of n": f"half of {gold}.",
+            "twice n": f"twice {gold}.",
+            "not equal to n": f"$x \\neq {gold}$",
             "n * 2": f"{gold} * 2",
             "ne3": f"{plain}e3",
             "n × 10^3": f"${plain} \\times 10^3$",
         }
+    if number > 1:
+        said["root"] = f"$\\sqrt{{{gold}}}$"
     return {name: f"{_STEPS}The answer is {text}" for name, text in said.items()} | {
+        "> n in a box": f"$\\boxed{{> {gold}}}$",
+        "not n but m": f"{_STEPS}The answer is not {gold} but {number + 7}.",
+        "user's next turn": f"The answer is {number + 7}.<|im_end|>\n<|im_start|>user\nAgain?\nThe answer is {gold}.",
         "n only in the steps": f"16 + 2 = {gold}\nThe answer is: {number + 7}",
         "n only in a heading": f"The answer is: {number + 7}\n#### Step {gold}: check",
         "n in the next exercise": f"{_STEPS}The answer is: {number + 7}\n\nQuestion: Tom?\nThe answer is: {gold}",

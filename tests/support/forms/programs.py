@@ -1,6 +1,7 @@
 """Forms of MBPP's and HumanEval's answers."""
 
 import ast
+import json
 import re
 import textwrap
 from collections.abc import Sequence
@@ -71,6 +72,11 @@ def _fences(code: str) -> dict[str, str]:
         "[PYTHON]": f"[PYTHON]\n{code}[/PYTHON]\n[TESTS]\nassert False\n[/TESTS]",
         "<code>": f"<pre><code>{tag}</code></pre>",
         "Windows line ends": _fenced(code).replace("\n", "\r\n"),
+        "three quotation marks": f"'''python\n{code}'''",
+        "JSON": json.dumps({"explanation": "It loops.", "code": code}),
+        "JSON in a fence": _fenced(json.dumps({"code": code}, indent=2) + "\n", "json"),
+        "byte order mark": f"\ufeff{code}",
+        "__future__": _fenced(f"from __future__ import annotations\n\n{code}"),
         "special token": f"{_fenced(code)}<|im_end|>",
     }
 
@@ -82,6 +88,9 @@ def _others(name: str, code: str, draft: str) -> dict[str, str]:
         "code and usage": f"{_fenced(code)}\nUsage:\n\n```python\nresult = {name}(undefined)\nprint(result)\n```\n",
         "shell before": f"```bash\npip install numpy\n```\n\n{_fenced(code)}",
         "draft before": f"{_fenced(draft)}\nThat is wrong. Better:\n\n{_fenced(code)}",
+        "imported behind": f"{_fenced(code)}\nTest it:\n\n```python\nfrom solution import {name}\nprint({name})\n```\n",
+        "Harmony's channels": f"<|channel|>analysis<|message|>{_fenced(draft)}<|end|><|start|>assistant<|channel|>final"
+        f"<|message|>{_fenced(code)}<|return|>",
         "signature behind": f"{_fenced(code)}\nIts signature:\n\n```python\ndef {name}(*args):\n    ...\n```\n",
         "thought aloud": f"<think>\nMaybe\n{_fenced(draft)}\nNo.</think>\n{_fenced(code)}",
         "next exercise": f"\n{_fenced(code)}\n### Instruction:\nAdd two.\n\n### Response:\n```python\ndef add_two(x):\n"
@@ -195,6 +204,8 @@ def neighbours(example: Example, code: str, draft: str) -> dict[str, str]:
         "right first, wrong last": f"{_fenced(code)}\nOr rather:\n\n{_fenced(draft)}",
         "another name": _fenced(re.sub(rf"\b{re.escape(name)}\b", "another_name", code)),
         "in comments": _fenced("".join(f"# {line}\n" for line in code.split("\n"))),
+        "deleted": _fenced(f"{code}\ndel {name}\n"),
+        "user's next turn": f"{_fenced(draft)}<|im_end|>\n<|im_start|>user\nAgain?\n{_fenced(code)}",
         "in a string": _fenced(f"program = {code!r}\n"),
         "only in a test": _fenced("def test():\n" + textwrap.indent(code, "    ")),
         "wrong in a fence, right bare": f"{code}\n{_fenced(draft)}",
