@@ -70,10 +70,11 @@ _REWRITES = [
         (r"~", " "),
     )
 ]
+_GROUPED = re.compile(r"(?:\\?\$)?\d{1,3}(?:,(?:\\!)?\d{3})+(?:\.\d+)?")
 _ROOT = re.compile(r"√\s*(\d+(?:\.\d+)?)")
 _STYLE = re.compile(
     r"\\(?:text)?color\s*(?:\[\w+\])?\s*\{\w+\}|\\[hv]?phantom\s*\{[^{}]*\}|\\(?:mathstrut|strut|nonumber|notag)(?![a-zA-Z])"
-    r"|\\(?:boldsymbol|mathbf|bm|pmb)\s*(?=\{[^{}]*[^\w{}])"
+    r"|\\(?:boldsymbol|mathbf|bm|pmb)\s*(?=\{[^{}]*(?:[^\w{}]|\{))"
 )
 _ALIGNED = re.compile(
     r"\\begin\{(?P<kind>aligned|align\*?|gathered|split|equation\*?)\}(?P<body>.*)\\end\{(?P=kind)\}", re.DOTALL
@@ -170,12 +171,11 @@ def _unstyled(text: str) -> str:
         lines = (line if r"\begin" in line else line.replace("&", " ") for line in _split(aligned["body"], "\\\\"))
         text = ",".join(line.strip() for line in lines if line.strip())
     text = _STYLE.sub("", text).strip()
-    while (
-        _is_wrapped(text, "{", "}")
-        and len(_split(text[1:-1], ",")) == 1
-        and not re.search(r"\\(?:over|choose)\b", text)
-    ):
-        text = text[1:-1].strip()
+    while _is_wrapped(text, "{", "}") and not re.search(r"\\(?:over|choose)\b", text):
+        inside = text[1:-1].strip()
+        if len(_split(inside, ",")) > 1 and not _GROUPED.fullmatch(inside):
+            break  # a set
+        text = inside
     return text
 
 
