@@ -23,6 +23,7 @@ from m3jax.methods.leaf import (
 from m3jax.methods.mixup import draw, draw_walk, likelihood_of_one
 from m3jax.naming import block_of, layer_position
 from m3jax.recipe import Recipe, unmatched
+from m3jax.recipe.settings import nearest
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _DTYPE_NAMES = {name: dtype for dtype, name in FLOATS.items()}
@@ -306,6 +307,13 @@ def _weights_of(recipe: Recipe, pipeline: Pipeline, piece: _Piece, drawn: DrawnW
     return drawn[group]
 
 
+def _check_groups(recipe: Recipe, given: DrawnWeights, pieces: Sequence[_Piece]) -> None:
+    """Raise M3Error where a recipe gives weights for a group that there is not."""
+    groups = {_group(piece, recipe.mixup.granularity) for piece in pieces} if recipe.mixup is not None else set()
+    if surplus := [group for group in given if group not in groups]:
+        raise M3Error(f"mixup.weights: {surplus[0]} is no group of these models; {nearest(surplus[0], groups)}")
+
+
 def settings_in(plans: Iterable[TensorPlan]) -> list[Settings]:
     """The numbers of everything that is merged, in order."""
     return [block.settings for plan in plans for block in plan.blocks]
@@ -490,8 +498,11 @@ def make_plan(
     pieces = {name: _pieces(models[0].anatomy, name, modules.get(name)) for name in merged if name in mergeable}
     outcome = drawn if drawn is not None or recipe.mixup is None else recipe.mixup.weights
     weights = outcome
+    every = [piece for own in pieces.values() for piece in own]
     if weights is None:
-        weights = draws_of(recipe, pipeline.method, [piece for own in pieces.values() for piece in own])
+        weights = draws_of(recipe, pipeline.method, every)
+    elif drawn is None:
+        _check_groups(recipe, weights, every)
 
     plans = []
     if recipe.keep_state == "first":

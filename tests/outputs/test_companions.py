@@ -310,6 +310,9 @@ def test_the_recipe_in_a_card_makes_the_model_it_describes(models: list[Path], g
         again = m3jax.merge_checkpoint(told_recipe(place / name), place / f"{name} again")
         assert again.digest == result.digest
     assert drawn.digest != chosen.digest
+    recipe["mixup"]["weights"] = {group: [0.3, 0.9], "model.layers.9": [0, 1]}
+    with pytest.raises(M3Error, match=r"mixup.weights: (model.layers.9 is no group|one draw for the model)"):
+        m3jax.merge_checkpoint(recipe, place / "surplus")
     assert m3jax.replay(place / "chosen again", place / "replayed").digest == chosen.digest
 
 
