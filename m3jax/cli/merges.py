@@ -1,0 +1,206 @@
+"""The commands that make merges, make them again, and compare them with what is recorded.
+
+What a command needs is imported inside it, so that `--help` and `inspect` start without JAX.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import typer
+
+from m3jax.cli import options, shell, terminal
+from m3jax.cli.displays.merges import (
+    estimate_lines,
+    merge_json,
+    merge_lines,
+    verification_json,
+    verification_lines,
+)
+from m3jax.cli.displays.recipes import explanation_lines
+from m3jax.errors import M3Error
+
+if TYPE_CHECKING:
+    from m3jax.streaming.merging import MergeResult
+
+_Start: TypeAlias = "tuple[Sequence[str], Callable[..., MergeResult]]"
+"""Notes on what was read, and the function that does it."""
+
+
+def merge(
+    *,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file.", show_default=False)],
+    out: options.Out,
+    changes: options.Changes,
+    max_shard_size: options.MaxShardSize = "5GB",
+    overwrite: options.Overwrite = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Go on where weights are NaN or infinite.")
+    ] = False,
+    format: options.Format = None,
+    step: options.Step = None,
+    chunk_entries: Annotated[int | None, typer.Option(hidden=True)] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what the merge would read, write and take; read no weights.")
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say what would happen to each tensor, and why; read no weights.")
+    ] = False,
+    machines: options.Machines,
+    speech: options.Speech,
+) -> None:
+    """Merge models as a recipe says.
+
+    An interrupted merge keeps its finished files; the same command resumes it.
+    """
+    if explain:
+        from m3jax.checkpoints.remote import as_path
+        from m3jax.outputs.orbax import step_directory
+        from m3jax.streaming.explaining import explain_recipe
+
+        if plan:
+            raise M3Error("--explain and --plan say different things: give one of them")
+        with step_directory(as_path(out), step) as place:
+            explained = explain_recipe(recipe, place, changes.all(), changes.seed, overwrite, format)
+        width = terminal.width()
+        shell.print_notes(explained.notes, speech.quiet)
+        shell.print_result(explained.to_json, lambda: explanation_lines(explained, width), speech.as_json)
+        return
+    if plan:
+        from m3jax.checkpoints.remote import as_path
+        from m3jax.outputs.orbax import step_directory
+        from m3jax.streaming.estimate import estimate_recipe
+
+        processes = machines.num_processes or 1
+        given = changes.all()
+        with step_directory(as_path(out), step) as place:
+            estimate = estimate_recipe(recipe, place, given, changes.seed, overwrite, max_shard_size, processes, format)
+        width = terminal.width()
+        shell.print_result(estimate.to_json, lambda: estimate_lines(estimate, width), speech.as_json)
+        return
+
+    def prepare() -> _Start:
+        from m3jax.recipe import load_recipe
+
+        loaded = load_recipe(recipe, changes.all(), changes.seed)
+
+        def start(**how: Any) -> "MergeResult":
+            from m3jax.streaming.merging import merge_checkpoint
+
+            how |= {"format": format, "step": step}
+            return merge_checkpoint(loaded, out, allow_nonfinite=allow_nonfinite, chunk_entries=chunk_entries, **how)
+
+        return loaded.notes(), start
+
+    _merge(prepare, out, machines, speech, overwrite=overwrite, max_shard_size=max_shard_size)
+
+
+def replay(
+    *,
+    manifest: Annotated[
+        str, typer.Argument(metavar="MANIFEST", help="An m3jax.json, or the directory it is in.", show_default=False)
+    ],
+    out: options.Out,
+    inputs: options.Inputs = None,
+    allow_other_files: Annotated[
+        bool, typer.Option("--allow-other-files", help="Go on where config or tokenizer are others than then.")
+    ] = False,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Largest weight file.  [default: as recorded]", show_default=False),
+    ] = None,
+    overwrite: options.Overwrite = False,
+    machines: options.Machines,
+    speech: options.Speech,
+) -> None:
+    """Do a merge again from its manifest, bit for bit."""
+
+    def prepare() -> _Start:
+        sources = options.read_sources(inputs or ())
+
+        def start(**how: Any) -> "MergeResult":
+            from m3jax.streaming.merging import replay as replay_manifest
+
+            return replay_manifest(manifest, out, sources=sources, allow_other_files=allow_other_files, **how)
+
+        return (), start
+
+    _merge(prepare, out, machines, speech, overwrite=overwrite, max_shard_size=max_shard_size)
+
+
+def _merge(
+    prepare: Callable[[], _Start], out: str, machines: options.Machines, speech: options.Speech, **where: Any
+) -> None:
+    """What merging and replaying share.
+
+    Args:
+        prepare: Reads what is asked for, before JAX starts, so that a mistake in it shows at once.
+        out: Where the merge goes.
+        machines: What it runs on.
+        speech: What is said of it.
+        **where: What both functions take for the output.
+    """
+
+    def work(speaks: bool) -> None:
+        still = speech.quiet or not speaks
+        with shell.resumable(out):
+            notes, start = prepare()
+            shell.print_notes(notes, still)
+            shell.silence_downloads(still)
+            from m3jax.cluster.meshes import local_mesh
+
+            with terminal.progress_reporter(still) as progress:
+                mesh = local_mesh(machines.mesh)
+                result = start(mesh=mesh, distributed=machines.distributed, progress=progress, **where)
+        shell.print_notes((note for note in result.notes if note not in notes), still)
+        as_json = speech.as_json and speaks
+        shell.print_result(lambda: merge_json(result), lambda: merge_lines(result), as_json, still)
+
+    shell.perform(work, machines.rendezvous(), speech.debug)
+
+
+def verify(
+    *,
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="What merge, replay or convert made.", show_default=False)
+    ],
+    all_inputs: Annotated[bool, typer.Option("--inputs", help="Compare the models that were read, too.")] = False,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="In place of all bytes, compute a sample again from the inputs.")
+    ] = False,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            "--sample", metavar="N", min=1, help="Tensors to compute again.  [default: 32]", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="S", help="Which of them.  [default: 0]", show_default=False)
+    ] = None,
+    inputs: options.Inputs = None,
+    speech: options.Speech,
+) -> None:
+    """Check a model directory against its manifest.
+
+    The exit code is 2 if they differ.
+    """
+    sources = options.read_sources(inputs or ())
+    if not replay and (sample is not None or seed is not None):
+        raise M3Error("--sample and --seed are for --replay: add it")
+    if sources and not (replay or all_inputs):
+        raise M3Error("--input is for --inputs and --replay, which read the models: add one of them")
+    from m3jax.outputs.verification import verify as verify_directory
+
+    with terminal.progress_reporter(speech.quiet) as progress:
+        if replay:
+            from m3jax.streaming.sampling import DEFAULT_SAMPLE, verify_sample
+
+            size = DEFAULT_SAMPLE if sample is None else sample
+            found = verify_sample(
+                directory, inputs=all_inputs, sources=sources, sample=size, seed=seed or 0, progress=progress
+            )
+        else:
+            found = verify_directory(directory, inputs=all_inputs, sources=sources, progress=progress)
+    still = speech.quiet and not found.differences
+    shell.print_result(lambda: verification_json(found), lambda: verification_lines(found), speech.as_json, still)
+    if found.differences:
+        raise typer.Exit(shell.BAD_INPUT)
