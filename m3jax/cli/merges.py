@@ -60,7 +60,7 @@ def merge(
         if plan:
             raise M3Error("--explain and --plan say different things: give one of them")
         with step_directory(as_path(out), step) as place:
-            explained = explain_recipe(recipe, place, changes.all(), changes.seed, overwrite, format)
+            explained = explain_recipe(recipe, place, changes.all(), changes.seed, format)
         width = terminal.width()
         shell.print_notes(explained.notes, speech.quiet)
         shell.print_result(explained.to_json, lambda: explanation_lines(explained, width), speech.as_json)
@@ -73,7 +73,7 @@ def merge(
         processes = machines.num_processes or 1
         given = changes.all()
         with step_directory(as_path(out), step) as place:
-            estimate = estimate_recipe(recipe, place, given, changes.seed, overwrite, max_shard_size, processes, format)
+            estimate = estimate_recipe(recipe, place, given, changes.seed, max_shard_size, processes, format)
         width = terminal.width()
         shell.print_result(estimate.to_json, lambda: estimate_lines(estimate, width), speech.as_json)
         return

@@ -82,16 +82,21 @@ def replaced_with(out: Path, place: Path) -> Path | None:
     return next((target for target in targets if target == inside or target in inside.parents), None)
 
 
-def check_free(out: Path, overwrite: bool) -> None:
-    """Raise M3Error if `out` is taken, if its parent is not there, or if `OUT.partial` is not a merge's.
-
-    An output that a crash left with its journal may be this very merge's, which `Staging` knows.
-    """
+def check_place(out: Path) -> None:
+    """Raise M3Error if `out` is no name for a directory, or its parent is not there."""
     if not out.name or out.name == "..":
         raise M3Error(f"{out}: is not a name for a new directory: give one")
     if not out.parent.is_dir():
         state = "is a file" if out.parent.exists() else "does not exist"
         raise M3Error(f"{out}: its parent {state}: make a directory there, or choose another place")
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raise M3Error if `out` is taken, if its parent is not there, or if `OUT.partial` is not a merge's.
+
+    An output that a crash left with its journal may be this very merge's, which `Staging` knows.
+    """
+    check_place(out)
     if overwrite:
         _check_replaceable(out)
     elif _is_taken(out) and not _published(out):

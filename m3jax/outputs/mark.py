@@ -53,6 +53,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         told = parse_json(read_file(file), unique=True)
         if not isinstance(told, dict):
             raise ValueError("not an object")
+        if told.get("format") == "peft":
+            raise M3Error(f"{file}: is of an adapter, of which no digests of tensors are recorded: extract it again")
         if "schema" not in told:
             raise M3Error(f"{file}: is of a version that recorded no digests to compare with: {mend}")
         if int(told["schema"]) > VERSION:

@@ -214,7 +214,6 @@ def estimate_recipe(
     out: str | os.PathLike[str],
     overrides: Sequence[str] = (),
     seed: int | None = None,
-    overwrite: bool = False,
     max_shard_size: int | str | None = None,
     processes: int = 1,
     format: str | None = None,
@@ -223,10 +222,9 @@ def estimate_recipe(
 
     Args:
         recipe: Its YAML file.
-        out: Where the output would go.
+        out: Where the output would go; it may be there.
         overrides: As in `load_recipe`.
         seed: As in `load_recipe`.
-        overwrite: Let the output exist.
         max_shard_size: Bytes per file at most.
         processes: How many share the work.
         format: As in `merge_checkpoint`.
@@ -241,14 +239,13 @@ def estimate_recipe(
     needed = loaded.needed
     alone = [each.model_copy(update={"intermediates": needed[:number]}) for number, each in enumerate(needed)]
     plain = SAFETENSORS.name
-    within = {str(each.name): _estimated(each, out, overwrite, max_shard_size, processes, plain) for each in alone}
-    return _estimated(loaded, out, overwrite, max_shard_size, processes, format)._replace(intermediates=within)
+    within = {str(each.name): _estimated(each, out, max_shard_size, processes, plain) for each in alone}
+    return _estimated(loaded, out, max_shard_size, processes, format)._replace(intermediates=within)
 
 
 def _estimated(
     loaded: Recipe,
     out: str | os.PathLike[str],
-    overwrite: bool,
     max_shard_size: int | str | None,
     processes: int,
     format: str | None,
@@ -257,6 +254,6 @@ def _estimated(
     method += f", {loaded.sparsify.method} before" if loaded.sparsify is not None else ""
     method += ", drawn weights" if loaded.mixup is not None else ""
     place = as_path(out)
-    options: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size, "format": format}
+    options: dict[str, Any] = {"max_shard_size": max_shard_size, "format": format, "writes": False}
     with prepared(loaded, out, **options, locate=sketch_model, readying=outlined) as ready:
         return estimate(ready, method, None if isinstance(place, RemotePath) else place.absolute().parent, processes)

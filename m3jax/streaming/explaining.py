@@ -236,17 +236,15 @@ def explain_recipe(
     out: str | os.PathLike[str],
     overrides: Sequence[str] = (),
     seed: int | None = None,
-    overwrite: bool = False,
     format: str | None = None,
 ) -> Explanation:
     """What `m3jax merge` with the same arguments will do to each group of tensors; no weights are read.
 
     Args:
         recipe: A `Recipe`, its YAML file, or its content as a mapping.
-        out: Where the output would go.
+        out: Where the output would go; it may be there.
         overrides: As in `load_recipe`.
         seed: As in `load_recipe`.
-        overwrite: Let the output exist.
         format: As in `merge_checkpoint`.
 
     Raises:
@@ -259,9 +257,9 @@ def explain_recipe(
     within = {}
     for number, each in enumerate(loaded.needed):
         alone = each.model_copy(update={"intermediates": loaded.needed[:number]})
-        own = explain_recipe(alone, out, overwrite=overwrite, format=SAFETENSORS.name)
+        own = explain_recipe(alone, out, format=SAFETENSORS.name)
         within[str(each.name)] = own._replace(intermediates={})
-    how: dict[str, Any] = {"overwrite": overwrite, "format": format}
+    how: dict[str, Any] = {"format": format, "writes": False}
     with prepared(loaded, out, **how, locate=sketch_model, readying=outlined) as ready:
         found = explain(ready, loaded, within)
     return found._replace(notes=tuple(dict.fromkeys((*said, *found.notes))))

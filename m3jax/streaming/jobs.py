@@ -30,7 +30,7 @@ from m3jax.checkpoints.views import stored_at
 from m3jax.cluster.processes import ALONE, Processes, gather
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs import companions, manifest
-from m3jax.outputs.local import check_free, replaced_with
+from m3jax.outputs.local import check_free, check_place, replaced_with
 from m3jax.outputs.orbax import OrbaxOutput, plan_orbax
 from m3jax.outputs.remote import check_remote_free
 from m3jax.progress import Progress
@@ -65,6 +65,7 @@ class MergeJob(NamedTuple):
         format: In which the output is written; as the recipe says, or else as the base is, if None.
         as_step: Write a step of a run, where the format has some.
         said: What a user should know of how the recipe was read.
+        writes: Whether the output is to be made; a plan does not mind what is there.
     """
 
     recipe: Recipe
@@ -84,6 +85,7 @@ class MergeJob(NamedTuple):
     format: str | None = None
     as_step: bool = False
     said: tuple[str, ...] = ()
+    writes: bool = True
 
     @property
     def scheme(self) -> str:
@@ -180,6 +182,17 @@ def _check_agreement(processes: Processes, recipe: Recipe, ready: Ready, rest: A
         )
 
 
+def _check_output(job: MergeJob) -> None:
+    """Raise M3Error where the output cannot be made in its place."""
+    if isinstance(job.out, RemotePath):
+        if job.writes:
+            check_remote_free(job.out, job.overwrite)
+    elif job.writes:
+        check_free(job.out, job.overwrite)
+    else:
+        check_place(job.out)
+
+
 def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     """Open the models and plan the merge.
 
@@ -191,10 +204,8 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     Raises:
         M3Error: The output place, the models or the recipe are at fault.
     """
-    if processes.index == 0 and isinstance(job.out, RemotePath):
-        check_remote_free(job.out, job.overwrite)
-    elif processes.index == 0:
-        check_free(job.out, job.overwrite)
+    if processes.index == 0:
+        _check_output(job)
     if job.recipe.also_for and isinstance(job.out, RemotePath):
         raise M3Error("also_for: links weights, which remote storage cannot: merge to this disk, or leave it out")
     lacking = next((recipe.name for recipe in job.recipe.needed if recipe.name not in job.sources), None)
@@ -333,18 +344,20 @@ def prepared(
     locate: Callable[[str], ModelDirectory] = locate_model,
     readying: Callable[[MergeJob, Processes], MergeJob] | None = None,
     format: str | None = None,
+    writes: bool = True,
 ) -> Iterator[Ready]:
     """A merge up to its first byte: inputs opened, shapes compared, everything planned from headers alone.
 
     Args:
         recipe: What to merge.
-        out: Where the output would go; it must be free.
+        out: Where the output would go; it must be free if anything is to be written.
         overwrite: Let it exist.
         max_shard_size: As in `merge_checkpoint`.
         locate: Finds the models; `sketch_model` where headers are all that is wanted of them.
         readying: Finds the merges that this one starts from: `intermediates.outlined` where headers are all that is
             wanted of them.
         format: As in `merge_checkpoint`.
+        writes: Whether anything is to be written.
 
     Yields:
         The merge, with its inputs open.
@@ -355,6 +368,6 @@ def prepared(
     size = parse_size(DEFAULT_SHARD_SIZE if max_shard_size is None else max_shard_size)
     loaded, said = with_steps(recipe)
     job = MergeJob(loaded, as_path(out), overwrite, size, None, None, False, None, locate=locate)
-    job = job._replace(format=written_format(format, loaded), said=said)
+    job = job._replace(format=written_format(format, loaded), said=said, writes=writes)
     with saying_what_failed(job.out), ExitStack() as stack:
         yield prepare(job if readying is None else readying(job, ALONE), ALONE, stack)

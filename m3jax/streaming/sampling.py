@@ -107,6 +107,8 @@ def verify_sample(
         )
     else:
         said = ("nothing was computed again, as the manifest is not the one that was written",)
+    # What an input or this machine has otherwise no replay mends.
+    is_output = bool(beside.differences or weights.differences) or any(map(_is_output, found.differences))
     verified = Verification(
         beside.directory,
         None,
@@ -115,9 +117,12 @@ def verify_sample(
         differences,
         (*beside.notes, *found.notes, *said),
         sample=found.bytes,
-        mend=mend_of(beside.directory, beside.recorded) if differences else None,
+        mend=mend_of(beside.directory, beside.recorded) if beside.intact and is_output else None,
     )
     return with_inputs(verified, beside.recorded, sources or {}, progress) if inputs else verified
+
+
+_OTHER_BYTES = "its bytes are not those that were written"
 
 
 class _Asked(NamedTuple):
@@ -230,11 +235,15 @@ def _merged(passes: Passes, tensor: TensorPlan, visit: Visit) -> bytes:
     return passes.again(visit)
 
 
+def _is_output(difference: str) -> bool:
+    return difference.endswith(_OTHER_BYTES)
+
+
 def _why(passes: Passes, ready: Ready, recorded: Mapping[str, Any], tensor: TensorPlan, stored: Checkpoint) -> str:
     """What has changed where a tensor is not what its inputs give."""
     name = tensor.output.name
     if digest_tensor(stored, name) != recorded["output"]["tensors"][name]["digest"]:
-        return "its bytes are not those that were written"
+        return _OTHER_BYTES
     for position in tensor.sources:
         try:
             passes.note_digest(position, name, digest_tensor(ready.models[position].checkpoint, name))

@@ -119,13 +119,10 @@ def test_a_plan_says_what_the_merge_would_refuse(place, tmp_path, capsys):
     recipe = write(place, "linear.json", merge_method="linear", mixup={"alpha": 0.5})
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
-    assert commands.main(["merge", recipe, str(tmp_path / "out"), "--plan"]) == 2
-    assert "exists already" in capsys.readouterr().err
-    assert commands.main(["merge", recipe, str(tmp_path / "out"), "--plan", "--overwrite"]) == 2
-    assert "only what m3jax has made is overwritten" in capsys.readouterr().err
-    files = {path.name: "" for path in (tmp_path / "out").iterdir()}
-    (tmp_path / "out" / "m3jax.json").write_text(json.dumps({"output": {"files": files}}))
-    assert commands.main(["merge", recipe, str(tmp_path / "out"), "--plan", "--overwrite"]) == 0
+    for question in ("--plan", "--explain"):  # which ask for no place
+        assert commands.main(["merge", recipe, str(tmp_path / "out"), question]) == 0
+    assert commands.main(["merge", recipe, str(tmp_path / "no" / "out"), "--plan"]) == 2
+    assert "its parent does not exist" in capsys.readouterr().err
     assert commands.main(["merge", recipe, str(tmp_path / "no" / "out"), "--plan"]) == 2
     assert "does not exist" in capsys.readouterr().err
 
