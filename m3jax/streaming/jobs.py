@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
+from m3jax.anatomy.agreement import notes_on_configurations
 from m3jax.arithmetic import SCHEME
 from m3jax.checkpoints import (
     FileFingerprint,
@@ -23,6 +24,7 @@ from m3jax.checkpoints import (
 )
 from m3jax.checkpoints.adapters import tokenizer_note
 from m3jax.checkpoints.formats import ORBAX, SAFETENSORS
+from m3jax.checkpoints.locate import read_config
 from m3jax.checkpoints.opening import recognise
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.checkpoints.trust import remarks
@@ -238,6 +240,7 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     notes = job.said + said + tuple(note for m in models for note in remarks(m.input.name, m.place.path, m.checkpoint))
     notes += tuple(note for source in sources if (note := tokenizer_note(source.place)) is not None)
     notes += tuple(notes_on_float8(job.recipe, sources))
+    notes += tuple(notes_on_configurations([(s.input.name, read_config(s.place.path)) for s in sources]))
     notes += tuple(model.note for model in models if model.note is not None)
     notes += united.notes if united is not None else tuple(notes_on_numbers(models, job.recipe, job.scheme))
     ready = Ready(

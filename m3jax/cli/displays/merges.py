@@ -162,7 +162,8 @@ def extraction_lines(result: "ExtractResult") -> Iterator[str]:
     share = share_text(int(10**9 * result.share), 10**9)
     yield (
         f"extracted {count_text(result.modules, 'weight')} as factors that hold {share} of the"
-        f" squares of what differs in these, and {count_text(result.saved, 'tensor')} whole, {size_text(result.bytes)}, to"
+        " squares of what differs in these,"
+        f" and {count_text(result.saved, 'tensor')} whole, {size_text(result.bytes)}, to"
         f" {shlex.quote(str(result.directory))} in {time_text(result.seconds)}: digest {result.digest}"
     )
 
