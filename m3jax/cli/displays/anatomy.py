@@ -34,7 +34,7 @@ def anatomy_lines(found: "AnatomySummary", width: int | None = None) -> Iterator
     for name, original in found.aliases.items():
         yield f"{safe_text(name)} is {safe_text(original)}"
     for name, axis in found.vocabulary.items():
-        yield f"{safe_text(name)} has an axis of tokens: {axis}"
+        yield f"{safe_text(name)}: axis {axis} is of tokens"
     if found.ties_embeddings and not found.aliases:
         yield "the output embedding is the input embedding"
     if found.notes:
