@@ -439,7 +439,10 @@ def differing_inputs(
     for record in manifest.inputs_of(recorded):
         try:
             place = locate_recorded(str(record["name"]), sources)
-            with open_stored(place)[0] as checkpoint:
+            stored, adapting = open_stored(place)
+            with stored as checkpoint:
+                if record.get("adapter", {}).get("config") != (None if adapting is None else adapting.config_digest):
+                    differences.append(f"{record['name']}: the adapter's configuration has changed since: restore it")
                 differences += _differing_input(record, checkpoint, known, progress)
         except M3Error as error:
             differences.append(str(error))

@@ -86,8 +86,10 @@ def test_a_manifest_tells_of_both_and_a_replay_holds_them_to_it(place, tmp_path)
         (factors(MODULES, 2, 5), 4, "lora_"),
     ):
         other = write_adapter(tmp_path / f"other-{alpha}", tensors, lora_alpha=alpha)
+        moved = {record["name"]: f"{place}/base+{other}"}
         with pytest.raises(M3Error, match=said):
-            m3jax.replay(tmp_path / "out", tmp_path / "wrong", sources={record["name"]: f"{place}/base+{other}"})
+            m3jax.replay(tmp_path / "out", tmp_path / "wrong", sources=moved)
+        assert said in m3jax.verify(tmp_path / "out", inputs=True, sources=moved).differences[0]
 
 
 def test_a_bare_adapter_is_refused_with_the_spelling_that_works(place, tmp_path):
