@@ -3,8 +3,27 @@
 import re
 
 _BLOCK = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d{1,9})(?=\.|$)")
-_OUTPUT_EMBEDDING = re.compile(r"embed_out|unembed")
-_INPUT_EMBEDDING = re.compile(r"embed|(?:^|\.)w[tp]e(?:\.|$)")
+_AFTER_BLOCKS = re.compile(r"embed_out|unembed")
+_BEFORE_BLOCKS = re.compile(r"embed|(?:^|\.)w[tp]e(?:\.|$)")
+
+INPUT_EMBEDDING = re.compile(
+    r"(?:^|\.)(?:embed_tokens(?:\.embed_tokens|\.word_embeddings)?|wte|word_embeddings?|tok_embeddings|tokens_embed|embed_in|"
+    r"token_embeddings?|shared|embed_tokens_per_layer|embed_text_tokens)\.weight$"
+)
+"""How embeddings of tokens are called by most architectures."""
+NO_WORDS = re.compile(
+    r"pos(?:ition)?s?(?:_|e?mb|itional|$|\.)|wpe|token_type|segment|patch|class|type_emb|image|vision|audio|time|entity"
+)
+"""What is found in the names of embeddings of something else."""
+HEAD = re.compile(
+    r"(?:^|\.)(?:lm_head|embed_out|output_projection|vocab_projector|proj_out|generator_lm_head|lm_loss|pred_layer\.proj|"
+    r"(?:lm_head|predictions|cls\.predictions|mlm_score|head|mlm_head)\.decoder|predictions(?:\.dense)?|lm_head\.out_proj|final_logits|"
+    r"output_layer|unembed|unembedding_projection|logits_dense|logits|embed_tokens_head)(?:\.(?:weight|bias|kernel|w|embedding))?$"
+    r"|^(?:model\.)?(?:head|output|decoder)\.(?:weight|bias|kernel|w)$|(?:^|\.)final_logits_bias$"
+)
+"""How output embeddings and their biases are called."""
+SIDES = re.compile(r"(?:^|\.)(?:encoder|decoder|text_encoder|text_decoder)\.(?:embed_tokens|word_embeddings)\.weight$")
+"""How encoder and decoder call the embedding that they share."""
 OUTSIDE_BLOCKS = "outside blocks"
 """The group of all tensors that belong to no transformer block (embeddings, final norm, head)."""
 
@@ -47,7 +66,7 @@ def layer_position(name: str, num_layers: int) -> float:
     block = block_of(name)
     if block is not None:
         return position(block[1], num_layers)
-    before = _INPUT_EMBEDDING.search(name) and not _OUTPUT_EMBEDDING.search(name)
+    before = _BEFORE_BLOCKS.search(name) and not _AFTER_BLOCKS.search(name)
     return 0.0 if before else 1.0
 
 

@@ -1,11 +1,11 @@
 """Names that are one tensor."""
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from m3jax.anatomy.families import Family, family_of, subconfig
 from m3jax.anatomy.vocabulary import Words
+from m3jax.naming import SIDES
 
 Shape = tuple[int, ...]
 
@@ -27,7 +27,6 @@ _BIASES = (
     ("lm_head.decoder.bias", "lm_head.bias"),
     ("predictions.decoder.bias", "predictions.bias"),
 )
-_SIDES = re.compile(r"(?:^|\.)(?:encoder|decoder|text_encoder|text_decoder)\.(?:embed_tokens|word_embeddings)\.weight$")
 
 
 def read_ties(config: Mapping[str, Any] | None, family: Family, has_head: bool, override: bool | None) -> Ties:
@@ -84,7 +83,7 @@ def find_aliases(shapes: Mapping[str, Shape], words: Words, family: Family, tied
     candidates: list[tuple[str, str]] = []
     if words.embeddings:
         original = words.embeddings[0]
-        copies = [name for name in words.embeddings[1:] if _SIDES.search(name)]
+        copies = [name for name in words.embeddings[1:] if SIDES.search(name)]
         shared = family.always_shared or (tied is not False and original.rpartition(".")[0].endswith("shared"))
         for copy, known in [*((c, shared) for c in copies), *((h, tied is True) for h in words.heads)]:
             if shapes[copy] != shapes[original] or (tied is False and not (known and copy in copies)):

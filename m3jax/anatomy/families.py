@@ -243,18 +243,5 @@ def vocabulary_size(config: Mapping[str, Any]) -> int | None:
 
 # --- Names of vocabulary tensors -------------------------------------------------------------------------
 
-INPUT_EMBEDDING = re.compile(
-    r"(?:^|\.)(?:embed_tokens(?:\.embed_tokens|\.word_embeddings)?|wte|word_embeddings?|tok_embeddings|tokens_embed|embed_in|"
-    r"token_embeddings?|shared|embed_tokens_per_layer|embed_text_tokens)\.weight$"
-)
 FLAX_EMBEDDING = re.compile(r"(?:^|\.)(?:embedding|input_embedding)$")
-NO_WORDS = re.compile(
-    r"pos(?:ition)?s?(?:_|e?mb|itional|$|\.)|wpe|token_type|segment|patch|class|type_emb|image|vision|audio|time|entity"
-)
-HEAD = re.compile(
-    r"(?:^|\.)(?:lm_head|embed_out|output_projection|vocab_projector|proj_out|generator_lm_head|lm_loss|pred_layer\.proj|"
-    r"(?:lm_head|predictions|cls\.predictions|mlm_score|head|mlm_head)\.decoder|predictions(?:\.dense)?|lm_head\.out_proj|final_logits|"
-    r"output_layer|unembed|unembedding_projection|logits_dense|logits|embed_tokens_head)(?:\.(?:weight|bias|kernel|w|embedding))?$"
-    r"|^(?:model\.)?(?:head|output|decoder)\.(?:weight|bias|kernel|w)$|(?:^|\.)final_logits_bias$"
-)
 CERTAIN_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|logits_dense|unembed)\.(?:weight|kernel|w)$")

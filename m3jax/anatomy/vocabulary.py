@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from m3jax.anatomy.families import CERTAIN_HEAD, FLAX_EMBEDDING, HEAD, INPUT_EMBEDDING, NO_WORDS, Family
+from m3jax.anatomy.families import CERTAIN_HEAD, FLAX_EMBEDDING, Family
+from m3jax.naming import HEAD, INPUT_EMBEDDING, NO_WORDS
 
 Shape = tuple[int, ...]
 

@@ -35,6 +35,7 @@ from m3jax.checkpoints.trust import check_companion
 from m3jax.checkpoints.views_adapted import FLOATS, Adaptation, Factor, Product, adapted
 from m3jax.documents import parse_json, pattern
 from m3jax.errors import M3Error
+from m3jax.naming import HEAD, INPUT_EMBEDDING, NO_WORDS, SIDES, block_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -66,6 +67,9 @@ _READ = frozenset(
 )
 _REFUSED = {"use_dora": "DoRA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "target_parameters": "of parameters"}
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # which leave the base as it was
+
+_TURNED = frozenset({"decision_transformer", "gpt2", "imagegpt", "openai-gpt"})  # whose blocks' weights are [in, out]
+_AT_ONCE = 2**24  # bytes of two tensors that are compared
 
 
 class StoredAdapter(NamedTuple):
@@ -159,7 +163,7 @@ def open_stored(place: ModelDirectory) -> tuple[Checkpoint, Adapting | None]:
         adapter = _open_adapter(place.adapter)
         opened.enter_context(adapter.checkpoint)
         base = opened.enter_context(open_checkpoint(place.path))
-        found = _Joined(place.name, base, adapter), _adapting(place, base.tensors, adapter)
+        found = _Joined(place.name, base, adapter), _adapting(place, base, adapter)
         opened.pop_all()  # which stay open
     return found
 
@@ -337,8 +341,9 @@ class _Pair(NamedTuple):
     bias: TensorInfo | None
 
 
-def _adapting(place: ModelDirectory, base: Mapping[str, TensorInfo], adapter: StoredAdapter) -> Adapting:
+def _adapting(place: ModelDirectory, checkpoint: Checkpoint, adapter: StoredAdapter) -> Adapting:
     """What an adapter does to the tensors of a base."""
+    base, config = checkpoint.tensors, read_config(_directory(place)) or {}
     pairs, replacing = _sorted(adapter)
     wanted = {f"{module}.weight" for module in pairs} | {f"{m}.bias" for m, pair in pairs.items() if pair.bias}
     names = _names_in_base(wanted | replacing.keys(), base, place, adapter)
@@ -346,15 +351,10 @@ def _adapting(place: ModelDirectory, base: Mapping[str, TensorInfo], adapter: St
         names[name]: Adaptation(_replacement(base[names[name]], info, adapter).name, None)
         for name, info in replacing.items()
     }
-    for name, info in replacing.items():
-        if "embed" in name or ".wte." in f".{name}":
-            _check_untied(names[name], info, base, place, adapter)
     scales = _Scales(adapter.file, adapter.config)
-    fans = _Fans(adapter)
+    fans = _Fans(adapter, turned_types(config))
     for module, pair in pairs.items():
         weight = base[names[f"{module}.weight"]]
-        if pair.embedding:
-            _check_untied(weight.name, weight, base, place, adapter)
         left, right = fans.factors(weight, pair)
         scale = scales.of(module, left.shape[1])
         adaptations[weight.name] = _added(adaptations, weight.name, Product(left, right, scale))
@@ -365,6 +365,7 @@ def _adapting(place: ModelDirectory, base: Mapping[str, TensorInfo], adapter: St
             product = Product(Factor(None, (1, 1)), Factor(pair.bias.name, (1, bias.size)), scale)
             adaptations[bias.name] = _added(adaptations, bias.name, product)
     fans.check()
+    adaptations = _with_ties(adaptations, checkpoint, config, adapter)
     return Adapting(adaptations, frozenset(adapter.checkpoint.tensors), adapter.seen["header_blake3"])
 
 
@@ -448,13 +449,26 @@ def _misfit(adapter: StoredAdapter, info: TensorInfo, own: TensorInfo) -> M3Erro
     )
 
 
+def turned_types(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The architectures in a config.json, its own first, that keep the weights of their blocks as [in, out].
+
+    Example:
+        >>> turned_types({"model_type": "gpt2"}), turned_types({"model_type": "llama"})
+        (('gpt2',), ())
+    """
+    parts = (config, *(each for each in config.values() if isinstance(each, dict)))
+    return tuple(str(each["model_type"]) for each in parts if each.get("model_type") in _TURNED)
+
+
 class _Fans:
     """How factors lie on weights: as [out, in], or as [in, out] where fan_in_fan_out says so.
 
-    The shape tells it unless it is square. Where shapes and the configuration disagree, what is square is unclear.
+    The shape tells it unless it is square. A square in a block lies as its architecture has it where that is known to
+    turn weights, whatever is said: so does PEFT. Else, where shapes and the configuration disagree, it is unclear.
     """
 
-    def __init__(self, adapter: StoredAdapter) -> None:
+    def __init__(self, adapter: StoredAdapter, turned_types: tuple[str, ...]) -> None:
+        self._turned_types = turned_types
         self._adapter, self._told = adapter, bool(adapter.config.get("fan_in_fan_out"))
         self._square: str | None = None
         self._other: str | None = None
@@ -479,6 +493,8 @@ class _Fans:
             if not as_turned:
                 raise _misfit(self._adapter, pair.a, weight)
             return turned
+        if as_straight and as_turned and self._turned_types:
+            return turned if block_of(weight.name) is not None else straight
         if as_straight and as_turned:
             self._square = weight.name
             return turned if self._told else straight
@@ -495,19 +511,102 @@ class _Fans:
             )
 
 
-def _check_untied(
-    name: str, info: TensorInfo, base: Mapping[str, TensorInfo], place: ModelDirectory, adapter: StoredAdapter
-) -> None:
-    """Raise M3Error if an input embedding would be changed where the output embedding is the same tensor."""
-    config = read_config(_directory(place)) or {}
+# --- Ties ------------------------------------------------------------------------------------------------
+
+
+class _Words(NamedTuple):
+    """The tensors of a base that may be one: its embedding, that of its encoder and decoder, output embeddings."""
+
+    original: str
+    sides: tuple[str, ...]
+    heads: tuple[str, ...]
+
+
+def _with_ties(
+    adaptations: dict[str, Adaptation], base: Checkpoint, config: Mapping[str, Any], adapter: StoredAdapter
+) -> dict[str, Adaptation]:
+    """Adaptations that leave one tensor one: all copies of what is tied change alike, as ensure_weight_tying says.
+
+    Raises:
+        M3Error: A tied tensor would change under one of its names, or it is not known whether it is tied.
+    """
     text = config.get("text_config")
-    config = {**config, **text} if isinstance(text, dict) else config
-    if len(info.shape) != 2 or config.get("vocab_size") not in (None, info.shape[0]):
-        return
-    tied = config.get("tie_word_embeddings")
-    alike = any(other.shape == info.shape for called, other in base.items() if called != name)
-    if not adapter.config.get("ensure_weight_tying") and (tied is True or (tied is None and not alike)):
-        raise M3Error(
-            f"{adapter.name} changes {name}, which is the output embedding too, though it was trained as one of the"
-            " two: store the base with an output embedding of its own and tie_word_embeddings false."
+    text = text if isinstance(text, dict) else {}
+    words = _words_of(base.tensors, text.get("vocab_size", config.get("vocab_size")))
+    if words is None or adaptations.keys().isdisjoint((words.original, *words.sides, *words.heads)):
+        return adaptations
+    said = [part["tie_word_embeddings"] for part in (config, text) if isinstance(part.get("tie_word_embeddings"), bool)]
+    told = None if not said else True if not words.heads and True in said else said[0]
+    copies = [
+        *(each for each in words.sides if told is not False or _are_alike(base, each, words.original)),
+        *(each for each in words.heads if told or (told is None and _are_alike(base, each, words.original))),
+    ]
+    not_stored = (told is not False and not words.heads) or (_is_shared(words.original) and not words.sides)
+    names = (words.original, *copies)
+    changed = [name for name in names if name in adaptations]
+    if not changed or not (copies or not_stored):
+        return adaptations
+    if not adapter.config.get("ensure_weight_tying"):
+        raise _tied_fault(changed[0], words, copies, told, adapter)
+    stored, product = adaptations[changed[0]]
+    return adaptations | {name: Adaptation(name if stored == changed[0] else stored, product) for name in names}
+
+
+def _tied_fault(changed: str, words: _Words, copies: list[str], told: bool | None, adapter: StoredAdapter) -> M3Error:
+    other = next((name for name in copies if name != changed), None) if changed == words.original else words.original
+    if told is None and other is not None:
+        return M3Error(
+            f"{adapter.name} changes {changed}, of which {other} may be a copy, for both hold the same: say in the"
+            " base's config.json by tie_word_embeddings whether they are one."
         )
+    shared = told is False or (changed != words.original and changed in words.sides)
+    what = "the embedding of encoder and decoder" if shared else "the output embedding"
+    what = "the input embedding" if changed in words.heads else what
+    mend = (
+        "merge the adapter in PEFT first"
+        if shared
+        else "store the base with an output embedding of its own and tie_word_embeddings false"
+    )
+    beside = "" if other is None else f" ({other})"
+    return M3Error(
+        f"{adapter.name} changes {changed}, which is {what} too{beside}, though it was trained as one of the two:"
+        f" {mend}."
+    )
+
+
+def _words_of(tensors: Mapping[str, TensorInfo], size: Any) -> _Words | None:
+    """What of a base may be tied, of one shape; None where it has no input embedding."""
+    matrices = {
+        name: info.shape
+        for name, info in tensors.items()
+        if len(info.shape) == 2 and block_of(name) is None and not (isinstance(size, int) and info.shape[0] < size)
+    }
+    heads = [name for name in matrices if HEAD.search(name)]
+    others = [name for name in matrices if name not in heads and not NO_WORDS.search(name)]
+    known = [name for name in others if INPUT_EMBEDDING.search(name)]
+    shapes = {matrices[name] for name in heads}  # of some architectures the embedding has another name
+    words = known or [n for n in others if matrices[n] in shapes or (not heads and matrices[n][0] == size)]
+    if not words:
+        return None
+    original = min(words, key=lambda name: (not _is_shared(name), "per_layer" in name, "encoder." in name))
+    alike = [name for name in matrices if matrices[name] == matrices[original] and name != original]
+    sides = tuple(name for name in alike if _is_shared(original) and SIDES.search(name))
+    return _Words(original, sides, tuple(name for name in alike if name in heads))
+
+
+def _is_shared(name: str) -> bool:
+    return name.rpartition(".")[0].endswith("shared")
+
+
+def _are_alike(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two tensors of one shape have the same dtype and bytes."""
+    first, second = checkpoint.tensors[one], checkpoint.tensors[other]
+    if first.dtype != second.dtype:
+        return False
+    for start in range(0, first.nbytes, _AT_ONCE):
+        own, its = (np.empty(min(_AT_ONCE, first.nbytes - start), np.uint8) for _ in range(2))
+        checkpoint.read_into(one, start, own)
+        checkpoint.read_into(other, start, its)
+        if not np.array_equal(own, its):
+            return False
+    return True

@@ -32,7 +32,7 @@ from m3jax.checkpoints import (
     locate_model,
     open_safetensors,
 )
-from m3jax.checkpoints.adapters import CONFIG, WEIGHTS, check_no_adapter, open_model
+from m3jax.checkpoints.adapters import CONFIG, WEIGHTS, check_no_adapter, open_model, turned_types
 from m3jax.checkpoints.locate import read_config
 from m3jax.checkpoints.remote import is_url
 from m3jax.checkpoints.views_adapted import FLOATS
@@ -45,7 +45,6 @@ from m3jax.progress import Progress
 _PREFIX = "base_model.model."
 _MORE = 10  # columns of the subspace beyond the rank, and how often it is multiplied by the matrix and its transpose
 _ROUNDS = 4
-_TURNED = frozenset({"decision_transformer", "gpt2", "imagegpt", "openai-gpt"})  # whose weights lie as [in, out]
 _NO_LINEAR = re.compile(r"embed|relative_attention_bias|norm|(?:^|\.)(?:ln|wte|wpe)(?:_|\.|$)")
 _NAMED = 5  # tensors that a note lists
 
@@ -132,8 +131,9 @@ def extract_lora(
         tuned, plain = (stack.enter_context(open_model(each)) for each in found)
         _check_alike(tuned, plain, names)
         config = read_config(found[1].path if found[1].path.is_dir() else found[1].path.parent) or {}
-        if config.get("model_type") in _TURNED:
-            raise M3Error(f"{names[1]} is {config['model_type']}, whose weights lie as [in, out]: extract it in PEFT.")
+        turned = turned_types(config)
+        if turned:
+            raise M3Error(f"{names[1]} is {turned[0]}, whose weights lie as [in, out]: extract it in PEFT.")
         extracted = _extracted(tuned, plain, stored_anatomy(plain, found[1].path, config or None), rank, progress)
         if not extracted.tensors:
             raise M3Error(f"{names[0]} has the weights of {names[1]}: there is nothing to extract.")
@@ -199,8 +199,8 @@ def _extracted(
         if progress is not None:
             progress(Progress("extracting", done, total))
     modules = {name.removesuffix(".weight") for name in found.ranks}
-    tied = anatomy.embedding if anatomy.ties_embeddings else None  # of which PEFT would change one of the two
-    beside = [n for n in found.saved if n.rpartition(".")[0] in modules or "." not in n or n == tied]
+    tied = _tied_names(anatomy)  # of which PEFT would change one of the two
+    beside = [n for n in found.saved if n.rpartition(".")[0] in modules or "." not in n or n in tied]
     for name in beside:
         del found.tensors[_PREFIX + name]
     return found._replace(saved=[n for n in found.saved if n not in beside], left_out=beside)
@@ -226,9 +226,18 @@ def _with_tensor(found: _Extracted, name: str, tuned: Any, plain: Any, anatomy: 
     )
 
 
+def _tied_names(anatomy: Anatomy) -> set[str]:
+    """What is one tensor with another, under all of its names."""
+    copies = {name: part.alias_of for name, part in anatomy.parts.items() if part.alias_of is not None}
+    own = {anatomy.embedding} if anatomy.ties_embeddings else set()
+    return {name for name in (*copies, *copies.values(), *own) if name is not None}
+
+
 def _is_linear(name: str, shape: tuple[int, ...], anatomy: Anatomy) -> bool:
-    """Whether a tensor is the weight of a linear module: of a block, or the output embedding."""
+    """Whether a tensor is the weight of a linear module: of a block, or an output embedding of its own."""
     if len(shape) != 2 or not name.endswith(".weight") or not min(shape):
+        return False
+    if anatomy.parts[name].alias_of is not None:
         return False
     return name == anatomy.head or (anatomy.parts[name].block is not None and not _NO_LINEAR.search(name))
 

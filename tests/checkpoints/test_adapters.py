@@ -193,17 +193,90 @@ def test_values_that_are_no_numbers_are_refused(place):
             whole(view, f"{ATTENTION}.weight")
 
 
-def test_a_tied_embedding_and_weights_that_are_no_floats_are_refused(place):
-    base = numbers()
-    embedding = {f"{PREFIX}model.embed_tokens.lora_embedding_A": np.ones((2, 9), np.float32)}
-    embedding |= {f"{PREFIX}model.embed_tokens.lora_embedding_B": np.ones((12, 2), np.float32)}
-    write_adapter(place / "embedding", embedding)
+def test_weights_that_are_no_floats_are_refused(place):
     write_adapter(place / "lora", factors(SHAPES, 2, 0))
-    write(place / "tied", base, {"tie_word_embeddings": True})
-    write(place / "integers", {name: np.ones(value.shape, np.int8) for name, value in base.items()})
-    for name, said in (("tied+embedding", "is the output embedding too"), ("integers+lora", "is I8, and adapters")):
-        with pytest.raises(M3Error, match=said):
-            open_model(locate_model(name))
+    write(place / "integers", {name: np.ones(value.shape, np.int8) for name, value in numbers().items()})
+    with pytest.raises(M3Error, match="is I8, and adapters"):
+        open_model(locate_model("integers+lora"))
+
+
+EMBED, HEAD, SHARED = "model.embed_tokens.weight", "lm_head.weight", "shared.weight"
+SIDE = "encoder.embed_tokens.weight"
+
+
+def test_what_is_tied_changes_under_all_of_its_names_or_is_refused(place):
+    """Whatever of it is stored, by whichever name an adapter changes it; what is not tied changes alone."""
+    rows = np.arange(108, dtype=np.float32).reshape(9, 12)
+    drawn = {"A": np.ones((2, 9), np.float32), "B": np.ones((12, 2), np.float32)}
+    factored = {f"{PREFIX}model.embed_tokens.lora_embedding_{which}": value for which, value in drawn.items()}
+    adapters = {
+        "head": factors({"lm_head": (9, 12)}, 2, 0),
+        "whole-head": {PREFIX + HEAD: rows + 1},
+        "embed": factored,
+        "whole-embed": {PREFIX + EMBED: rows + 1},
+        "both": {PREFIX + EMBED: rows + 1, PREFIX + HEAD: rows + 2},
+        "whole-shared": {PREFIX + SHARED: rows + 1},
+    }
+    for name, tensors in adapters.items():
+        write_adapter(place / name, tensors)
+        write_adapter(place / f"{name}-tying", tensors, ensure_weight_tying=True)
+    llama, both = {"model_type": "llama", "vocab_size": 9}, {EMBED: rows, HEAD: rows}
+    tied, untied = ({"tie_word_embeddings": told} for told in (True, False))
+    bases = {
+        "tied": (both, llama | tied),
+        "tied-one": ({EMBED: rows}, llama | tied),
+        "silent": (both, llama),
+        "untied": (both, llama | untied),
+        "own": ({EMBED: rows, HEAD: rows + 5}, llama),
+        "inner": (both, {"text_config": llama | tied}),
+        "t5": ({SHARED: rows, SIDE: rows, HEAD: rows + 5}, {"model_type": "t5", "vocab_size": 9} | untied),
+        "bart": ({SHARED: rows, SIDE: rows + 5, HEAD: rows + 5}, {"model_type": "bart", "vocab_size": 9} | untied),
+    }
+    for name, (tensors, config) in bases.items():
+        write(place / name, tensors, config)
+
+    for base in ("tied", "inner", "silent"):
+        for name in ("head", "whole-head", "embed", "whole-embed", "both"):
+            said = (
+                "by tie_word_embeddings whether"
+                if base == "silent"
+                else "put embedding too .*tie_word_embeddings false"
+            )
+            with pytest.raises(M3Error, match=said):
+                open_model(locate_model(f"{base}+{name}"))
+    with pytest.raises(M3Error, match="which is the output embedding too, though"):
+        open_model(locate_model("tied-one+embed"))
+    with pytest.raises(M3Error, match=r"the embedding of encoder and decoder too .*in PEFT first"):
+        open_model(locate_model("t5+whole-shared"))
+
+    for base, name, alike, changed in (
+        *(("tied", f"{each}-tying", both, both) for each in ("head", "whole-head", "embed", "whole-embed", "both")),
+        ("silent", "embed-tying", both, both),
+        ("tied-one", "embed-tying", {EMBED}, {EMBED}),
+        ("t5", "whole-shared-tying", {SHARED, SIDE}, {SHARED, SIDE}),
+        ("bart", "whole-shared", {SHARED}, {SHARED}),
+        ("bart", "whole-shared-tying", {SHARED}, {SHARED}),
+        *((base, f"head{end}", {HEAD}, {HEAD}) for base in ("untied", "own") for end in ("", "-tying")),
+        *((base, f"whole-embed{end}", {EMBED}, {EMBED}) for base in ("untied", "own") for end in ("", "-tying")),
+    ):
+        with open_model(locate_model(f"{base}+{name}")) as view:
+            seen = {each: whole(view, each) for each in view.tensors}
+        assert {each for each in seen if (seen[each] != bases[base][0][each]).any()} == set(changed), (base, name)
+        assert len({seen[each].tobytes() for each in alike}) == 1, (base, name)
+
+
+def test_square_weights_lie_as_the_architecture_has_them(place):
+    """PEFT adds to a Conv1D as [in, out] and to a Linear as [out, in], whatever fan_in_fan_out says."""
+    inner, outer = "transformer.h.0.attn.c_proj", "lm_head"
+    base = numbers({f"{inner}.weight": (12, 12), f"{outer}.weight": (12, 12)}, np.float32)
+    tensors = factors({inner: (12, 12), outer: (12, 12)}, 2, 0)
+    write(place / "gpt2", base, {"model_type": "gpt2", "tie_word_embeddings": False})
+    for told in (False, True):
+        write_adapter(place / "lora", tensors, fan_in_fan_out=told)
+        with open_model(locate_model("gpt2+lora")) as view:
+            for module, turned in ((inner, True), (outer, False)):
+                want = adapted(base, tensors, module, 2, turned)
+                assert whole(view, f"{module}.weight").tobytes() == want.tobytes(), (told, module)
 
 
 @pytest.mark.torch

@@ -105,3 +105,18 @@ def test_what_cannot_be_extracted_is_refused(place):
     for out, rank, said in (("out", 0, "at least 1"), ("base", 2, "exists already"), ("tuned/x/y", 2, "parent")):
         with pytest.raises(M3Error, match=said):
             extract_lora(place / "tuned", place / "base", place / out, rank)
+
+
+def test_a_tied_pair_is_one_tensor_whatever_is_stored(place):
+    tied = CONFIG | {"tie_word_embeddings": True}
+    for name, seed in (("tied-base", 0), ("tied-tuned", 1)):
+        tensors = weights(seed)
+        write(place / name, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, tied)
+    found = extract_lora(place / "tied-tuned", place / "tied-base", place / "out", 40)
+    assert found.modules == 2
+    assert any(
+        "lm_head.weight, model.embed_tokens.weight" in note and "a tied embedding" in note for note in found.notes
+    )
+    again = m3jax.load(f"{place}/tied-base+{place}/out", flat=True)
+    assert (again["lm_head.weight"] == weights(0)["model.embed_tokens.weight"]).all()
+    np.testing.assert_allclose(again[f"{UP}.weight"], weights(1)[f"{UP}.weight"], atol=2e-5)
