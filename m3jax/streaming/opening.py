@@ -81,9 +81,25 @@ def _dequantised(model: OpenedModel, job: "MergeJob") -> OpenedModel:
     """A model with numbers in place of float8 weights and scales, where a recipe asks for it, and with its adapter."""
     if model.dequantised is not None:
         model = _viewed(model, seen_dequantized(model.checkpoint, model.dequantised), job)
-    if model.adapting is not None:
-        model = _viewed(model, seen_adapted(model.checkpoint, model.adapting), job)
+    adapting = model.adapting
+    if adapting is not None:
+        model = _viewed(model, seen_adapted(model.checkpoint, adapting), job)
+        _check_copies(model.input, adapting)
     return model
+
+
+def _check_copies(model: Input, adapting: Adapting) -> None:
+    """Raise M3Error if an adapter leaves two of what is one tensor, as a recipe or the architecture has it."""
+    for copy, part in model.anatomy.parts.items():
+        original = part.alias_of
+        if original is None or (copy in adapting.adaptations) == (original in adapting.adaptations):
+            continue
+        changed, kept = (copy, original) if copy in adapting.adaptations else (original, copy)
+        raise M3Error(
+            f"{model.name}: its adapter changes {changed} but not {kept}, which are one tensor here: where they are two"
+            " embeddings, say so by tie_word_embeddings in config.json or `anatomy: {tied: false}`; else merge the"
+            " adapter in PEFT first."
+        )
 
 
 def _opened(

@@ -129,3 +129,20 @@ def test_inspect_shows_the_model_with_its_adapter(place):
     assert compare(name, f"{place}/merged-a").identical
     assert not compare(name, f"{place}/base").identical
     assert m3jax.load(name, flat=True).keys() == read(place / "base").keys()
+
+
+def test_an_adapter_that_would_leave_two_of_one_tensor_is_refused(tmp_path):
+    """What a recipe says of ties, and biases that are one, too."""
+    rows = {"model.embed_tokens.weight": np.ones((9, 4), np.float32), "lm_head.weight": np.ones((9, 4), np.float32)}
+    write(tmp_path / "base", rows, CONFIG)
+    write_adapter(tmp_path / "head", factors({"lm_head": (9, 4)}, 2, 0))
+    bias = {f"cls.predictions.{name}": np.zeros(9, np.float32) for name in ("bias", "decoder.bias")}
+    write(tmp_path / "bert", bias | {"bert.embeddings.word_embeddings.weight": np.ones((9, 4), np.float32)}, CONFIG)
+    write_adapter(tmp_path / "bias", {"base_model.model.cls.predictions.bias": np.ones(9, np.float32)})
+    asked = {"merge_method": "linear", "models": [f"{tmp_path}/base+{tmp_path}/head"]}
+    found = m3jax.merge_checkpoint(asked, tmp_path / "out")
+    assert {name for name, value in read(found.directory).items() if (value != rows[name]).any()} == {"lm_head.weight"}
+    bert = {"merge_method": "linear", "models": [f"{tmp_path}/bert+{tmp_path}/bias"]}
+    for wrong in (asked | {"anatomy": {"tied": True}}, bert):
+        with pytest.raises(M3Error, match=r"its adapter changes .* but not .*, which are one tensor here"):
+            m3jax.merge_checkpoint(wrong, tmp_path / "wrong")
