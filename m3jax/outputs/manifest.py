@@ -56,6 +56,7 @@ class InputRecord(NamedTuple):
         dequantised: The scheme of its weights where they were read as numbers; None where they were not quantised.
         adapter: What was added to it: its name, its revision and the digest of its configuration; its tensors are
             among `tensors`.
+        tokens: The digest of its tokens' numbers, empty where they cannot be read; None where they decided nothing.
     """
 
     name: str
@@ -64,6 +65,7 @@ class InputRecord(NamedTuple):
     tensors: TensorDigests
     dequantised: str | None = None
     adapter: Mapping[str, Any] | None = None
+    tokens: str | None = None
 
 
 def versions(method: str | None = None) -> dict[str, str]:
@@ -94,6 +96,7 @@ def told_of_input(record: InputRecord) -> dict[str, Any]:
         "revision": record.revision,
         **({} if record.dequantised is None else {"dequantised": record.dequantised}),
         **({} if record.adapter is None else {"adapter": dict(record.adapter)}),
+        **({} if record.tokens is None else {"tokens": record.tokens}),
         "digest": _whole(record.tensors),
         "tensors": {name: digest for name, (_, digest) in record.tensors.items()},
     }
@@ -342,6 +345,18 @@ def drawn_weights(manifest: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
     return {
         group: tuple(float.fromhex(value) for value in values["hex"]) for group, values in manifest["weights"].items()
     }
+
+
+def other_tokens(record: Mapping[str, Any]) -> str:
+    """What to say of an input whose tokens have other numbers than are recorded.
+
+    Args:
+        record: Of the input.
+    """
+    return (
+        f"{record['name']}: its tokenizer gives tokens other numbers than when it was merged, by which rows were taken:"
+        " restore it, or make a new merge with m3jax merge"
+    )
 
 
 def inputs_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:

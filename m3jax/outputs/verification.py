@@ -19,7 +19,7 @@ from m3jax.checkpoints import (
 )
 from m3jax.checkpoints.adapters import open_stored
 from m3jax.checkpoints.formats import SAFETENSORS
-from m3jax.checkpoints.locate import locate_recorded
+from m3jax.checkpoints.locate import locate_recorded, named_companions
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.checkpoints.storage import is_dir, is_file, list_names, read_file
 from m3jax.documents import FAULTS, parse_json
@@ -29,6 +29,7 @@ from m3jax.outputs.local import CONVERSION, is_own
 from m3jax.outputs.written import open_written, varying_patterns
 from m3jax.progress import Progress
 from m3jax.text import count_text
+from m3jax.vocabulary import numbering, read_vocabulary
 
 Report = Callable[[Progress], None]
 
@@ -444,6 +445,8 @@ def differing_inputs(
                 if record.get("adapter", {}).get("config") != (None if adapting is None else adapting.config_digest):
                     differences.append(f"{record['name']}: the adapter's configuration has changed since: restore it")
                 differences += _differing_input(record, checkpoint, known, progress)
+            if "tokens" in record and numbering(read_vocabulary(named_companions(place.path))) != record["tokens"]:
+                differences.append(manifest.other_tokens(record))
         except M3Error as error:
             differences.append(str(error))
             continue

@@ -17,6 +17,7 @@ from m3jax.vocabulary import (
     first_conflict,
     is_own,
     notes_on_rows,
+    numbering,
     plan_rows,
     read_speakers,
     seen_with_rows,
@@ -39,6 +40,13 @@ class Alignment(NamedTuple):
 
     united: United
     size: int | None
+
+    @property
+    def numberings(self) -> tuple[str, ...]:
+        """For each model the digest of which token has which number; models with equal files share a vocabulary."""
+        distinct = {id(speaker.vocabulary): speaker.vocabulary for speaker in self.united.speakers}
+        told = {key: numbering(vocabulary) for key, vocabulary in distinct.items()}
+        return tuple(told[id(speaker.vocabulary)] for speaker in self.united.speakers)
 
 
 def aligned(

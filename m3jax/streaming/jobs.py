@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from m3jax.anatomy.agreement import notes_on_configurations
+from m3jax.anatomy.stored import step_metadata
 from m3jax.arithmetic import SCHEME
 from m3jax.checkpoints import (
     FileFingerprint,
@@ -118,6 +119,7 @@ class Ready(NamedTuple):
         notes: What a user should know of how the inputs were read.
         vocabulary: The one that all inputs have; None where the recipe asks for none.
         orbax: How the output is written where that is not as safetensors.
+        tokens: For each model that is read the digest of its tokens' numbers; empty where they decide nothing.
     """
 
     models: list[OpenedModel]
@@ -132,6 +134,7 @@ class Ready(NamedTuple):
     notes: tuple[str, ...]
     vocabulary: Alignment | None
     orbax: OrbaxOutput | None = None
+    tokens: tuple[str, ...] = ()
 
 
 def written_format(asked: str | None, recipe: Recipe) -> str | None:
@@ -228,11 +231,20 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     united, size = vocabulary or (None, None)
     beside_weights = companions.gather(job.recipe, places, plan.template, united, size)
     shards = plan_shards([t.output for t in plan.tensors], job.max_shard_size)
-    _check_recorded(job.recorded, plan, sources)
+    tokens = vocabulary.numberings if vocabulary is not None else ()
+    _check_recorded(job.recorded, plan, sources, tokens)
     fingerprints = [m.checkpoint.fingerprint() for m in models]
     beside = {name: digest_file(path) for name, path in beside_weights.items()}
     orbax, said = _orbax_output(job, models, plan, stacked)
-    rest = [shards, job.expected, beside, job.allow_nonfinite, *([orbax.to_json()] if orbax is not None else [])]
+    decided = [_read_beside(sources), tokens]
+    rest = [
+        shards,
+        job.expected,
+        beside,
+        job.allow_nonfinite,
+        decided,
+        *([orbax.to_json()] if orbax is not None else []),
+    ]
     inputs = [[m.input.name, str(m.place.path), told] for m, told in zip(models, fingerprints, strict=True)]
     identity = _identity(job.recipe, plan, inputs, rest, job.scheme)
     picked = _picked(job.recipe, plan.template == len(models) - 1 and base is not None) if stacked else None
@@ -243,11 +255,15 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     notes += tuple(notes_on_configurations([(s.input.name, read_config(s.place.path)) for s in sources]))
     notes += tuple(model.note for model in models if model.note is not None)
     notes += united.notes if united is not None else tuple(notes_on_numbers(models, job.recipe, job.scheme))
-    ready = Ready(
-        models, sources, plan, shards, beside_weights, fingerprints, identity, picked, unties, notes, vocabulary, orbax
-    )
+    written = shards, beside_weights, fingerprints, identity, picked, unties, notes
+    ready = Ready(models, sources, plan, *written, vocabulary, orbax, tokens)
     _check_agreement(processes, job.recipe, ready, rest)
     return ready
+
+
+def _read_beside(sources: Sequence[OpenedModel]) -> list[Any]:
+    """What was read of each model beside its weights to know its tensors; its adapter's is in its fingerprint."""
+    return [[s.input.name, read_config(s.place.path), step_metadata(s.place.path)] for s in sources]
 
 
 def _orbax_output(
@@ -322,8 +338,10 @@ def _check_apart(out: Path, models: Sequence[OpenedModel]) -> None:
             raise M3Error(f"{target}: is one of the models, or holds {model.input.name}: choose another output")
 
 
-def _check_recorded(recorded: Mapping[str, Any] | None, plan: MergePlan, models: Sequence[OpenedModel]) -> None:
-    """Refuse early what a replay cannot reproduce: tensors that came, went or changed their shape."""
+def _check_recorded(
+    recorded: Mapping[str, Any] | None, plan: MergePlan, models: Sequence[OpenedModel], tokens: Sequence[str]
+) -> None:
+    """Refuse early what a replay cannot reproduce: tensors that came, went or changed their shape, other tokens."""
     if recorded is None:
         return
     planned = {t.output.name: [t.output.dtype, list(t.output.shape)] for t in plan.tensors}
@@ -335,6 +353,9 @@ def _check_recorded(recorded: Mapping[str, Any] | None, plan: MergePlan, models:
         then = record.get("adapter", {}).get("config")
         if then != (None if model.adapting is None else model.adapting.config_digest):
             raise M3Error(f"{model.input.name}: the adapter's configuration has changed since: restore it")
+    for record, own in zip(recorded["inputs"], tokens, strict=False):  # none where a recipe asks for no vocabulary
+        if record["name"] not in recorded.get("intermediates", {}) and record.get("tokens", own) != own:
+            raise M3Error(manifest.other_tokens(record))
 
 
 @contextmanager

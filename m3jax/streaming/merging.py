@@ -344,8 +344,9 @@ def _record(job: MergeJob, ready: Ready, entries: Mapping[str, Any], findings: S
             digests,
             None if source.dequantised is None else source.input.anatomy.quantisation,
             _adapter_of(source),
+            ready.tokens[position] if ready.tokens else None,
         )
-        for source, digests in zip(ready.sources, read, strict=True)
+        for position, (source, digests) in enumerate(zip(ready.sources, read, strict=True))
     ]
     model = ready.models[ready.plan.template]
     told_anatomy = summarise(model.input.anatomy, model.checkpoint.tensors).to_json()

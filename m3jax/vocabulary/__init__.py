@@ -1,7 +1,7 @@
 """Tokenizers of several models as one, and models seen with its rows; no JAX."""
 
 from m3jax.vocabulary.files import united_files, with_ids
-from m3jax.vocabulary.reading import Added, Vocabulary, digests, is_vocabulary, read_vocabulary
+from m3jax.vocabulary.reading import Added, Vocabulary, digests, is_vocabulary, numbering, read_vocabulary
 from m3jax.vocabulary.rows import (
     Model,
     RowPlan,
@@ -38,6 +38,7 @@ __all__ = [
     "is_vocabulary",
     "misnumbered",
     "notes_on_rows",
+    "numbering",
     "plan_rows",
     "read_speakers",
     "read_vocabulary",

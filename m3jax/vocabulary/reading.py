@@ -1,10 +1,13 @@
 """Vocabularies as the files beside the weights tell them: tokens with their ids, added tokens, merges and scores."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
+
+from blake3 import blake3
 
 from m3jax.checkpoints import digest_file
 from m3jax.documents import FAULTS, parse_json
@@ -101,6 +104,18 @@ def read_vocabulary(files: Mapping[str, Path]) -> Vocabulary | None:
     special = {token: Added(special=True) for token in (*roles.values(), *further)}
     added = {**special, **{token: how for token, (_, how) in later.items()}, **(told.added or {})}
     return told._replace(tokens=tokens, added=added if told.added is not None or added else None, roles=roles)
+
+
+def numbering(vocabulary: Vocabulary | None) -> str:
+    """BLAKE3 of which token has which id, as JSON with sorted keys and without spaces; empty where nobody can tell.
+
+    Args:
+        vocabulary: As it was read.
+    """
+    if vocabulary is None:
+        return ""
+    told = json.dumps(dict(vocabulary.tokens), sort_keys=True, separators=(",", ":"))
+    return blake3(told.encode()).hexdigest()
 
 
 def has_tokenizer(files: Mapping[str, Path]) -> bool:

@@ -165,19 +165,53 @@ def test_what_a_recipe_says_of_tokens(place, tensors, tmp_path):
     assert m3jax.replay(tmp_path / "out", tmp_path / "again").digest == result.digest
 
 
+def stop(told):
+    if told.done > told.total / 2:
+        raise KeyboardInterrupt
+
+
 def test_an_interrupted_merge_is_gone_on_with(place, tensors, tmp_path):
     keys = recipe(place, merge_method="linear")
     whole = m3jax.merge_checkpoint(keys, tmp_path / "whole", max_shard_size=1)
-
-    def stop(told):
-        if told.done > told.total / 2:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         m3jax.merge_checkpoint(keys, tmp_path / "out", max_shard_size=1, progress=stop)
     result = m3jax.merge_checkpoint(keys, tmp_path / "out", max_shard_size=1)
     assert result.resumed_shards
     assert result.manifest == whole.manifest
+
+
+def test_what_was_made_before_an_experts_tokens_or_config_were_corrected_is_made_again(place, tensors, tmp_path):
+    shutil.copytree(place / "in", tmp_path / "in")
+    keys = recipe(tmp_path, ["one"], tokenizer_source="base")
+    files = {name: tmp_path / "in" / "one" / name for name in ("tokenizer.json", "config.json")}
+    right = files["tokenizer.json"].read_text()
+    wrong = json.dumps(tokenizer(["<unk>", "a", "b", *VOCABULARIES["one"][3:]]))
+    config = json.loads(files["config.json"].read_text())
+
+    def begin(told, out="out"):
+        files["tokenizer.json"].write_text(told)
+        with pytest.raises(KeyboardInterrupt):
+            m3jax.merge_checkpoint(keys, tmp_path / out, max_shard_size=1, progress=stop)
+        assert len(list((tmp_path / f"{out}.partial").glob("*.safetensors")))
+
+    begin(wrong)
+    files["tokenizer.json"].write_text(right)
+    result = m3jax.merge_checkpoint(keys, tmp_path / "out", max_shard_size=1)
+    whole = m3jax.merge_checkpoint(keys, tmp_path / "whole", max_shard_size=1)
+    assert (result.resumed_shards, result.manifest) == (0, whole.manifest)
+    begin(right, "other")
+    files["config.json"].write_text(json.dumps({**config, "num_attention_heads": 3}))
+    assert m3jax.merge_checkpoint(keys, tmp_path / "other", max_shard_size=1).resumed_shards == 0
+    # what was merged tells of tokens that have changed since
+    assert m3jax.verify(tmp_path / "out", inputs=True).differences == ()
+    files["tokenizer.json"].write_text(json.dumps({**json.loads(right), "truncation": None}))
+    assert m3jax.replay(tmp_path / "out", tmp_path / "again").digest == result.digest  # whose ids are the same
+    files["tokenizer.json"].write_text(wrong)
+    (said,) = m3jax.verify(tmp_path / "out", inputs=True).differences
+    assert "one: its tokenizer gives tokens other numbers than when it was merged" in said
+    assert any(said in told for told in m3jax.verify_sample(tmp_path / "out").differences)
+    with pytest.raises(M3Error, match="one: its tokenizer gives tokens other numbers"):
+        m3jax.replay(tmp_path / "out", tmp_path / "no")
 
 
 def test_stacked_layers_have_the_rows_of_the_models_that_they_are_of(place, tensors, tmp_path):
