@@ -13,7 +13,6 @@ from m3jax.vocabulary import (
     United,
     count_rows,
     difference,
-    digests,
     first_conflict,
     is_own,
     notes_on_rows,
@@ -21,7 +20,6 @@ from m3jax.vocabulary import (
     plan_rows,
     read_speakers,
     seen_with_rows,
-    token_at,
     unite,
     word_tensors,
 )
@@ -148,21 +146,15 @@ def notes_on_numbers(models: Sequence["OpenedModel"], recipe: Recipe, scheme: st
     seen = Model(models[template].input.name, models[template].checkpoint, models[template].input.anatomy)
     if scheme == SCHEMES[0] or all(map(recipe.excludes, word_tensors(seen))):
         return
-    files = [named_companions(model.place.path) for model in models]
-    told = [digests(own) for own in files]
-    for position, model in enumerate(models):
-        if told[position] == told[template]:
-            continue
-        names = models[template].input.name, model.input.name
-        one, other = read_speakers([(names[0], files[template]), (names[1], files[position])])
-        number, is_ordinary = first_conflict(one, other) or (None, False)
-        if number is None:
-            continue
-        said = " and ".join(f"{token_at(speaker, number)!r} in {speaker.name}" for speaker in (one, other))
-        mend = "write tokenizer_source: base, union or a model to have them merged by their tokens"
-        if is_ordinary:
-            raise M3Error(f"token {number:,} is {said}, so that their rows cannot be merged by numbers: {mend}")
-        yield f"added token {number:,} is {said}, and their rows are merged by numbers: {mend}"
+    count = count_rows(seen)
+    found = first_conflict(_speakers([models[template], *models]), count) if count is not None else None
+    if found is None:
+        return
+    said = " and ".join(f"{token!r} in {name}" for token, name in found.said)
+    mend = "write tokenizer_source: base, union or a model to have them merged by their tokens"
+    if found.is_ordinary:
+        raise M3Error(f"token {found.number:,} is {said}, so that their rows cannot be merged by numbers: {mend}")
+    yield f"added token {found.number:,} is {said}, and their rows are merged by numbers: {mend}"
 
 
 def _mend(first: Speaker, other: Speaker, is_base: bool) -> str:

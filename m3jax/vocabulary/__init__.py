@@ -19,7 +19,6 @@ from m3jax.vocabulary.uniting import (
     first_conflict,
     misnumbered,
     read_speakers,
-    token_at,
     unite,
 )
 
@@ -43,7 +42,6 @@ __all__ = [
     "read_speakers",
     "read_vocabulary",
     "seen_with_rows",
-    "token_at",
     "unite",
     "united_files",
     "with_ids",

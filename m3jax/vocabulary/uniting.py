@@ -33,6 +33,20 @@ class Speaker(NamedTuple):
     vocabulary: Vocabulary | None
 
 
+class Conflict(NamedTuple):
+    """A number that stands for different tokens in two models.
+
+    Attributes:
+        number: It.
+        said: Each token with the name of its model.
+        is_ordinary: Whether neither is an added one.
+    """
+
+    number: int
+    said: tuple[tuple[str, str], tuple[str, str]]
+    is_ordinary: bool
+
+
 class United(NamedTuple):
     """The vocabulary of an output.
 
@@ -219,30 +233,41 @@ def difference(one: Speaker, other: Speaker) -> str | None:
     return ", ".join(told + more)
 
 
-def first_conflict(one: Speaker, other: Speaker) -> tuple[int, bool] | None:
+def first_conflict(speakers: Sequence[Speaker], count: int) -> Conflict | None:
     """The first number that stands for one token in a model and for another in another model.
 
+    Args:
+        speakers: Any number of models; all are held against all.
+        count: How many rows they have: numbers beyond are of no row.
+
     Returns:
-        The number, and whether both tokens are ordinary ones, which come before added ones; None where no number
-        does, or nobody can tell.
+        The number and its tokens, two ordinary ones before others; None where no number has several, or nobody can
+        tell.
     """
-    a, b = one.vocabulary, other.vocabulary
-    if a is None or b is None:
-        return None
-    names = {number: token for token, number in a.tokens.items()}
-    differing = [
-        (token in (b.added or ()) or names[number] in (a.added or ()), number)
-        for token, number in b.tokens.items()
-        if names.get(number, token) != token
-    ]
-    is_added, number = min(differing, default=(False, None))
-    return None if number is None else (number, not is_added)
+    tokens: dict[int, str] = {}
+    owners: dict[int, Speaker] = {}
+    found: dict[int, Conflict] = {}
+    distinct: dict[int, Speaker] = {}
+    for speaker in speakers:
+        distinct.setdefault(id(speaker.vocabulary), speaker)
+    for speaker in distinct.values():
+        told = speaker.vocabulary
+        for token, number in told.tokens.items() if told is not None else ():
+            if number >= count:
+                continue
+            first, owner = tokens.setdefault(number, token), owners.setdefault(number, speaker)
+            if first == token:
+                continue
+            is_added = _is_added(first, owner), _is_added(token, speaker)
+            if number not in found or not (found[number].is_ordinary or any(is_added)):
+                found[number] = Conflict(number, ((first, owner.name), (token, speaker.name)), not any(is_added))
+            if is_added == (True, False):  # against which other ordinary ones are held
+                tokens[number], owners[number] = token, speaker
+    return min(found.values(), key=lambda each: (not each.is_ordinary, each.number), default=None)
 
 
-def token_at(speaker: Speaker, number: int) -> str | None:
-    """The token of a number; None where there is none."""
-    tokens = speaker.vocabulary.tokens if speaker.vocabulary is not None else {}
-    return next((token for token, own in tokens.items() if own == number), None)
+def _is_added(token: str, speaker: Speaker) -> bool:
+    return speaker.vocabulary is not None and token in (speaker.vocabulary.added or ())
 
 
 def misnumbered(united: United, position: int) -> str | None:

@@ -288,6 +288,16 @@ def test_as_many_rows_of_other_tokens_are_not_merged_by_numbers_unsaid(place, tm
     assert "added token 8 is '[PAD]' in " in note
     assert "'<|user|>' in " in note
     assert "tokenizer_source: base, union or a model" in note
+    # models that fit the base, which has rows without tokens, need not fit each other
+    by_numbers["models"] = [str(place / "in" / "base"), *by_numbers["models"]]
+    (note,) = (n for n in m3jax.merge_checkpoint(by_numbers, tmp_path / "three").notes if "token" in n)
+    assert "added token 8 is '[PAD]' in " in note
+    for name, token in (("a", "x"), ("b", "y")):
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(tokenizer([*BASE, token])))
+    for keys in (by_numbers, {**recipe(place), "base_model": str(tmp_path / "a"), "models": [str(tmp_path / "b")]}):
+        keys.pop("tokenizer_source", None)  # the base is told first
+        with pytest.raises(M3Error, match=r"token 8 is 'x' in .*a and 'y' in .*b, so that "):
+            m3jax.merge_checkpoint(keys, tmp_path / "ordinary")
 
 
 @pytest.mark.parametrize(
