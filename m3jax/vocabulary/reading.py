@@ -70,6 +70,8 @@ class Vocabulary(NamedTuple):
         kind: What splits texts: "byte-level BPE", "SentencePiece BPE", "Unigram", "WordPiece", …; None if unknown.
         scores: Of pieces; None where there are none.
         roles: The tokens that are called `bos_token`, `pad_token`, ….
+        steps: What else splits texts, as a tokenizer.json says it: "normalizer", "pre_tokenizer", and "options", those
+            of what splits words; None where the files do not tell.
     """
 
     tokens: Mapping[str, int]
@@ -78,6 +80,7 @@ class Vocabulary(NamedTuple):
     kind: str | None = None
     scores: Mapping[str, float] | None = None
     roles: Mapping[str, str] = MappingProxyType({})
+    steps: Mapping[str, Any] | None = None
 
 
 def read_vocabulary(files: Mapping[str, Path]) -> Vocabulary | None:
@@ -184,7 +187,10 @@ def _from_tokenizer(entries: Any) -> Vocabulary:
     added = {token["content"]: _added(token) for token in told}
     pairs = model.get("merges")
     merges = None if pairs is None else tuple(tuple(p.split(" ") if isinstance(p, str) else p) for p in pairs)
-    return Vocabulary({**_ids(vocabulary), **ids}, added, merges, _kind(entries, model, listed), scores)
+    kind = _kind(entries, model, listed)
+    options = {key: each for key, each in model.items() if each and key not in ("type", "vocab", "merges", "unk_id")}
+    steps = {"normalizer": entries.get("normalizer"), "pre_tokenizer": entries.get("pre_tokenizer"), "options": options}
+    return Vocabulary({**_ids(vocabulary), **ids}, added, merges, kind, scores, steps=steps)
 
 
 def _kind(entries: Mapping[str, Any], model: Mapping[str, Any], listed: bool) -> str | None:

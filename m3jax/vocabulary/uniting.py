@@ -1,8 +1,10 @@
 """One vocabulary for several models: its tokens and their ids, and where it is taken from."""
 
+import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from m3jax.checkpoints import digest_file
 from m3jax.errors import M3Error
@@ -129,18 +131,23 @@ def unite(source: str, speakers: Sequence[Speaker], template: int) -> United:
         return United(tuple(speakers), leader, first.vocabulary.tokens, {}, {}, tuple(dict.fromkeys(notes)))
     tokens = dict(first.vocabulary.tokens)
     added, roles = dict(first.vocabulary.added or {}), dict(first.vocabulary.roles)
+    owners = dict.fromkeys(added, first.name)
     for other in others:
         assert other.vocabulary is not None
         fresh = sorted((t for t in other.vocabulary.tokens if t not in tokens), key=other.vocabulary.tokens.__getitem__)
         end = 1 + max(tokens.values(), default=-1)
         tokens |= {token: end + place for place, token in enumerate(fresh)}
         for token, how in (other.vocabulary.added or {}).items():
-            if _around(added.setdefault(token, how)) != _around(how):
+            led, leads = added.setdefault(token, how), owners.setdefault(token, other.name)
+            if _around(led) != _around(how):
+                notes.append(f"{token!r} is read as in {leads}: {other.name} treats the spaces around it otherwise")
+            if led.special != how.special:
                 notes.append(
-                    f"{token!r} is read as in {first.name}: {other.name} treats the spaces around it otherwise"
+                    f"{token!r} is {'' if led.special else 'not '}special, as in {leads}: in {other.name} it is"
+                    f" {'not' if led.special else 'special'}"
                 )
         roles = {**other.vocabulary.roles, **roles}
-        notes += _on_splitting(first, other)
+        notes += [*_on_splitting(first, other), *_on_reading(first, other), *_on_scores(first, other)]
     own = first.vocabulary
     return United(
         tuple(speakers),
@@ -210,6 +217,75 @@ def _on_splitting(first: Speaker, other: Speaker) -> Iterator[str]:
             f"{first.name} and {other.name} have the same tokens, but their merges differ from number"
             f" {_first_difference(a, b)} on: those of {first.name} come first"
         )
+
+
+def _on_reading(first: Speaker, other: Speaker) -> Iterator[str]:
+    """What to say where equal tokens are found otherwise than one of the models has learned it."""
+    a, b = first.vocabulary, other.vocabulary
+    assert a is not None
+    assert b is not None
+    if a.steps is None or b.steps is None:  # files of a time when they did not tell it
+        return
+    differing = [(name, a.steps[name], b.steps[name]) for name in a.steps if a.steps[name] != b.steps[name]]
+    names = [name for name, own, theirs in differing if _loaded(name, own) != _loaded(name, theirs)]
+    if names:
+        yield (
+            f"texts are split by the {' and '.join(names)} of {first.name}'s tokenizer.json: what {other.name} has"
+            " learned with is another"
+        )
+    once = [t for t in a.tokens if t in b.tokens and (t in (a.added or ())) != (t in (b.added or ()))]
+    if once:
+        adding, lacking = (first, other) if once[0] in (a.added or ()) else (other, first)
+        yield f"{_some(once)} is found before all else, as it is added in {adding.name}: in {lacking.name} it is not"
+
+
+def _on_scores(first: Speaker, other: Speaker) -> Iterator[str]:
+    """What to say where pieces are not scored as one of the models has learned it."""
+    a, b = first.vocabulary, other.vocabulary
+    assert a is not None
+    assert b is not None
+    if scored := _scored_otherwise(a, b):
+        yield f"{_some(scored)} has another score in {other.name}: that of {first.name} is taken"
+    if a.steps is None or not a.scores or not b.scores:  # a model of SentencePiece takes pieces as they are
+        return
+    lowest = min(a.scores.values())
+    below = [token for token, score in b.scores.items() if score < lowest and token not in a.tokens]
+    if below:
+        yield (
+            f"{_some(below)} of {other.name} gets the score {lowest:g} in place of {b.scores[below[0]]:g}: it is the"
+            f" lowest of {first.name}, from which the score of what is unknown is reckoned"
+        )
+
+
+def _some(tokens: Sequence[str]) -> str:
+    return f"{tokens[0]!r}" if len(tokens) == 1 else f"{tokens[0]!r} (and {len(tokens) - 1:,} more)"
+
+
+def _loaded(name: str, step: Any) -> Any:
+    """A step of a tokenizer.json as its library understands it, which has several ways to say the same."""
+    from tokenizers import Tokenizer
+
+    if name == "options":
+        return step
+    told = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {}, "unk_token": ""}}
+    try:
+        return json.loads(Tokenizer.from_str(json.dumps({**told, name: step})).to_str())[name]
+    except BaseException as error:  # as of `files._ids_of`: then what is written is compared
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        return step
+
+
+def _scored_otherwise(a: Vocabulary, b: Vocabulary) -> list[str]:
+    """The pieces of two models whose scores differ; of byte-pair encoding, whose order by them does."""
+    scores, others = a.scores, b.scores
+    if scores is None or others is None:
+        return []
+    common = [token for token in scores if token in others and token not in (a.added or ())]
+    if a.kind == "Unigram":
+        return [token for token in common if not math.isclose(scores[token], others[token], rel_tol=1e-6)]
+    pairs = zip(*(sorted(common, key=lambda token: (-own[token], token)) for own in (scores, others)), strict=True)
+    return [one for one, other in pairs if one != other]
 
 
 def _first_difference(a: Vocabulary, b: Vocabulary) -> int:

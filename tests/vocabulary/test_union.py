@@ -14,6 +14,7 @@ from support.matrix import METHODS, SPARSIFIERS, same
 
 import m3jax
 from m3jax.errors import M3Error
+from m3jax.vocabulary import read_speakers, unite, united_files
 
 EXPERTS = ("one", "two", "three")
 FAMILIES = [
@@ -347,3 +348,37 @@ def test_the_same_weights_stand_beside_an_experts_own_tokenizer(place, tensors, 
     one = str(place / "in" / "one")
     with pytest.raises(M3Error, match=r"also_for: .*one numbers 'b' 1, the output 2, so the same weights cannot stand"):
         merge(place, tmp_path / "other", ("one",), also_for=[one])
+
+
+def test_notes_tell_what_is_read_otherwise_than_a_model_has_learned_it(tmp_path):
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+    def speaker(name, scores, special=True, **steps):
+        told = [[token, score] for token, score in scores.items()]
+        added = [{"id": 0, "content": "<unk>", **flags, "special": special}]
+        model = {"type": "Unigram", "unk_id": 0, "vocab": told, "byte_fallback": False}
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({"version": "1.0", "added_tokens": added, "model": model, **steps}))
+        return name, {"tokenizer.json": file}
+
+    def notes(*others):
+        return unite("union", read_speakers([speaker("one", scores), *others]), 0).notes
+
+    scores = {"<unk>": 0.0, "a": -1.0, "b": -2.0, "ab": -5.0}
+    space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}
+    assert notes(speaker("two", {**scores, "a": -1.00000001}, normalizer=None)) == ()
+    same = [
+        speaker("two", scores, pre_tokenizer=space),
+        speaker("three", scores, pre_tokenizer={**space, "split": True}),
+    ]
+    assert unite("union", read_speakers(same), 0).notes == ()  # two ways to say one thing
+    (said,) = notes(speaker("two", {**scores, "ab": -4.0}))
+    assert said == "'ab' has another score in two: that of one is taken"
+    (said,) = notes(speaker("two", scores, False))
+    assert said == "'<unk>' is special, as in one: in two it is not"
+    (said,) = notes(speaker("two", scores, normalizer={"type": "Lowercase"}))
+    assert said.startswith("texts are split by the normalizer of one's tokenizer.json: ")
+    _, said = notes(speaker("two", {**scores, "d": -20.0}))
+    assert said.startswith("'d' of two gets the score -5 in place of -20: ")
+    united = unite("union", read_speakers([speaker("one", scores), speaker("two", {**scores, "d": -20.0})]), 0)
+    assert json.loads(united_files(united)["tokenizer.json"])["model"]["vocab"][-1] == ["d", -5.0]
