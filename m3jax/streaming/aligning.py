@@ -48,14 +48,15 @@ class Alignment(NamedTuple):
 
 
 def aligned(
-    models: Sequence["OpenedModel"], recipe: Recipe, scheme: str
+    models: Sequence["OpenedModel"], recipe: Recipe, scheme: str, base: str | None
 ) -> tuple[list["OpenedModel"], Alignment | None]:
     """The models with the rows of the vocabulary that a recipe asks for.
 
     Args:
-        models: Opened, under one naming, experts first; a base comes last.
+        models: Opened, under one naming; the first leads where there is no base.
         recipe: What is asked for.
         scheme: How bits are made: merges of the scheme m3jax-1 took rows by their places.
+        base: Which of them is the base of the whole merge, and so leads; None without.
 
     Returns:
         Views of them, and the vocabulary; the models as they are and None where the recipe asks for none.
@@ -63,7 +64,7 @@ def aligned(
     Raises:
         M3Error: Tokenizers or tensors do not fit each other or the recipe; none is asked for, and one is needed.
     """
-    template = len(models) - 1 if models[-1].role != "expert" else 0
+    template = max((i for i, model in enumerate(models) if model.input.name == base), default=0)
     if recipe.tokenizer_source is None:
         if scheme != SCHEMES[0]:
             _check_same_rows(models, recipe, template)
@@ -84,8 +85,8 @@ def aligned(
             " leave out tokenizer_source, or give models whose embeddings are called as usual"
         )
     known = [count for count in counts if count is not None]
-    base = next((i for i, model in enumerate(models) if model.input.name == recipe.base_model), None)
-    plans = plan_rows(united, known, base, recipe.tokenizer)
+    lender = next((i for i, model in enumerate(models) if model.input.name == base), None)
+    plans = plan_rows(united, known, lender, recipe.tokenizer)
     if all(is_own(plan, count) for plan, count in zip(plans, known, strict=True)):
         return list(models), Alignment(united, None)
     found = []

@@ -40,7 +40,13 @@ from m3jax.progress import Progress
 from m3jax.recipe import Recipe, Source
 from m3jax.recipe.sections import Section, base_layers
 from m3jax.streaming.aligning import Alignment, notes_on_numbers
-from m3jax.streaming.opening import OpenedModel, notes_on_float8, open_models, with_written_dtypes
+from m3jax.streaming.opening import (
+    OpenedModel,
+    givers_of_rows,
+    notes_on_float8,
+    open_models,
+    with_written_dtypes,
+)
 from m3jax.streaming.plan import DrawnWeights, MergePlan, make_plan
 from m3jax.streaming.steps import with_steps
 
@@ -254,7 +260,8 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     notes += tuple(notes_on_float8(job.recipe, sources))
     notes += tuple(notes_on_configurations([(s.input.name, read_config(s.place.path)) for s in sources]))
     notes += tuple(model.note for model in models if model.note is not None)
-    notes += united.notes if united is not None else tuple(notes_on_numbers(models, job.recipe, job.scheme))
+    givers = givers_of_rows(models, sources, plan.template, job.recipe) if stacked else models
+    notes += united.notes if united is not None else tuple(notes_on_numbers(givers, job.recipe, job.scheme))
     written = shards, beside_weights, fingerprints, identity, picked, unties, notes
     ready = Ready(models, sources, plan, *written, vocabulary, orbax, tokens)
     _check_agreement(processes, job.recipe, ready, rest)

@@ -23,6 +23,7 @@ from m3jax.recipe import Recipe, Source
 from m3jax.recipe.sections import Section, base_layers
 from m3jax.streaming.aligning import Alignment, aligned
 from m3jax.streaming.plan import Input, as_stored, as_untied, untied_head
+from m3jax.vocabulary import Model, word_tensors
 
 _WEIGHTS = frozenset({"parameter", "statistics", "adapter", "quantised"})  # what every naming of a model has
 
@@ -170,8 +171,14 @@ def open_models(job: "MergeJob", stack: ExitStack) -> OpenedModels:
     _check_overrides(job, sources)
     models = [_dequantised(model, job) for model in sources]
     alike = _under_one_naming(_stacked_alike(_alike(models, job), job), job)
-    seen, vocabulary = aligned(_with_heads(alike, job), recipe, job.scheme)
+    seen, vocabulary = aligned(_with_heads(alike, job), recipe, job.scheme, _base_of(recipe, [base]))
     return OpenedModels(seen, sources, False, vocabulary)
+
+
+def _base_of(recipe: Recipe, bases: Sequence[str | None]) -> str | None:
+    """The first of some bases, which is the base of the whole merge; None where none is read as one."""
+    is_read = recipe.base_role is not None or recipe.row.base == "first"
+    return next((name for name in bases if name is not None), None) if is_read else None
 
 
 def _alike(models: Sequence[OpenedModel], job: "MergeJob") -> list[OpenedModel]:
@@ -295,6 +302,27 @@ def notes_on_float8(recipe: Recipe, sources: Sequence[OpenedModel]) -> Iterator[
         yield "dequantize: no model has float8 weights, so there was nothing to do"
 
 
+def givers_of_rows(
+    models: Sequence[OpenedModel], sources: Sequence[OpenedModel], template: int, recipe: Recipe
+) -> list[OpenedModel]:
+    """The models that the rows of tokens of stacked inputs are of, and last the one whose tokenizer the output has.
+
+    Args:
+        models: The inputs of the plan, each a view of several sources.
+        sources: The models that are read for them.
+        template: Which of the inputs gives the output its tokenizer.
+        recipe: What is asked for: rows that it excludes are of the template alone.
+    """
+    places = {
+        stored_at(model.checkpoint, name).location
+        for position, model in enumerate(models)
+        for name in word_tensors(Model(model.input.name, model.checkpoint, model.input.anatomy))
+        if position == template or not recipe.excludes(name)
+    }
+    giving = [source._replace(role="expert") for source in sources if source.checkpoint.location in places]
+    return [*giving, models[template]._replace(role="template")]
+
+
 def _depth(model: OpenedModel) -> int:
     """How many layers a model has."""
     return max((tower.depth for tower in model.input.anatomy.towers.values()), default=0)
@@ -304,13 +332,15 @@ def _put_together(job: "MergeJob", role: str | None, opened: dict[str, OpenedMod
     """The inputs of a merge of slices or modules: each a view of the models that its layers and modules come from."""
     recipe = job.recipe
     sections = recipe.every_section
-    bases = [recipe.base_model, *(section.base for section in sections)] if role is not None else []
+    bases = [recipe.base_model, *(section.base for section in sections)]
     named = [(entry.model, "expert") for section in sections for entry in section.experts]
-    for name, own_role in (*named, *((name, role or "expert") for name in bases if name is not None)):
+    named += [(name, role) for name in bases if name is not None and role is not None]
+    for name, own_role in named:
         if name not in opened:
             opened[name] = _open_model(name, own_role, job, stack)
     _check_overrides(job, list(opened.values()))
-    views, vocabulary = aligned([_dequantised(model, job) for model in opened.values()], recipe, job.scheme)
+    base = _base_of(recipe, [name for name in bases if name in opened])
+    views, vocabulary = aligned([_dequantised(model, job) for model in opened.values()], recipe, job.scheme, base)
     seen = dict(zip(opened, views, strict=True))
     parts = {name: _parts_of(recipe, model) for name, model in seen.items()}
 
@@ -334,7 +364,6 @@ def _put_together(job: "MergeJob", role: str | None, opened: dict[str, OpenedMod
     for number in range(max(recipe.counts)):
         first = next(found for section in sections if (found := _picked(section, number)) is not None)
         models.append(_viewed(seen[first.model]._replace(role="expert"), column(expert(number)), job))
-    base = next((name for name in bases if name is not None), None)
     if base is not None and role is not None:
         models.append(_viewed(seen[base]._replace(role=role), column(_picked_base), job))
     return OpenedModels(models, list(opened.values()), True, vocabulary)

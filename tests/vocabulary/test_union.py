@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from support import oracle
 from support.alignment import BASE, ROWS, UNION, VOCABULARIES, WIDTH, aligned, tokenizer, write_models
+from support.alignment import NAMES as BY_STYLE
 from support.directories import read
 from support.matrix import METHODS, SPARSIFIERS, same
 
@@ -17,6 +18,8 @@ from m3jax.errors import M3Error
 from m3jax.vocabulary import read_speakers, unite, united_files
 
 EXPERTS = ("one", "two", "three")
+NAMES = BY_STYLE["plain"]
+SAME = (True, [])
 FAMILIES = [
     ("linear", "none"),
     ("task_arithmetic", "dare"),
@@ -215,17 +218,25 @@ def test_what_was_made_before_an_experts_tokens_or_config_were_corrected_is_made
         m3jax.replay(tmp_path / "out", tmp_path / "no")
 
 
+def configured(place, tmp_path):
+    """The models, whose configurations tell that they have one layer."""
+    shutil.copytree(place / "in", tmp_path / "in")
+    for config in (tmp_path / "in").glob("*/config.json"):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 1}))
+    return tmp_path
+
+
+def layers(place, *runs):
+    """One slice for each list of models."""
+    return [{"sources": [{"model": str(place / "in" / name), "layer_range": [0, 1]} for name in run]} for run in runs]
+
+
 def test_stacked_layers_have_the_rows_of_the_models_that_they_are_of(place, tensors, tmp_path):
     names = ("one", "three")
-    stack = [{"sources": [{"model": str(place / "in" / name), "layer_range": [0, 1]}]} for name in names]
-    asked = {"merge_method": "passthrough", "slices": stack, "tokenizer_source": "union"}
-    configured = tmp_path / "in"
-    shutil.copytree(place / "in", configured)
-    for name in names:
-        told = json.loads((configured / name / "config.json").read_text())
-        (configured / name / "config.json").write_text(json.dumps({**told, "num_hidden_layers": 1}))
-    asked = json.loads(json.dumps(asked).replace(str(place / "in"), str(configured)))
-    m3jax.merge_checkpoint(asked, tmp_path / "out")
+    stack = layers(configured(place, tmp_path), *((name,) for name in names))
+    m3jax.merge_checkpoint(
+        {"merge_method": "passthrough", "slices": stack, "tokenizer_source": "union"}, tmp_path / "out"
+    )
     # One leads, so that its tokens come first, and nobody has a base's rows.
     tokens = [*VOCABULARIES["one"], "[PAD]"]
     seen = aligned({name: tensors[name] for name in ("one", "three")}, tokens=tokens, base=None)
@@ -236,6 +247,40 @@ def test_stacked_layers_have_the_rows_of_the_models_that_they_are_of(place, tens
     assert [sorted(record["tensors"]) for record in told] == [
         ["lm_head.weight", "model.embed_tokens.weight", "model.layers.0.mlp.weight"] for _ in names
     ]
+
+
+def test_the_base_of_stacked_layers_and_modules_leads(place, tensors, tmp_path):
+    new = configured(place, tmp_path)
+    base, one = (str(new / "in" / name) for name in ("base", "one"))
+    seen = aligned({name: tensors[name] for name in ("one", "base")}, tokens=VOCABULARIES["one"], base="one")
+    want = oracle.merge([seen["base"], seen["one"]], None, "linear", [0.5, 0.5])
+    asked = {"merge_method": "linear", "base_model": one, "tokenizer_source": "base", "parameters": {"weight": 0.5}}
+    whole = {"modules": {"default": {"models": [base, one]}}}
+    for place, made_of in (("s", {"slices": layers(new, ("base", "one"), ("base", "one"))}), ("m", whole)):
+        m3jax.merge_checkpoint({**asked, **made_of}, tmp_path / place)
+        assert json.loads((tmp_path / place / "tokenizer.json").read_text()) == tokenizer(VOCABULARIES["one"])
+        assert (
+            same({n: x for n, x in read(tmp_path / place).items() if n in NAMES}, {n: want[n] for n in NAMES}) == SAME
+        )
+
+
+def test_a_base_of_a_slice_leads_nobody_and_its_rows_are_seen(place, tensors, tmp_path):
+    new = configured(place, tmp_path)
+    stack = layers(new, ("one",), ("base",))
+    stack[1]["base_model"] = str(new / "in" / "one")
+    asked = {"merge_method": "task_arithmetic", "base_model": str(new / "in" / "base"), "slices": stack}
+    asked["parameters"] = {"weight": 0.5}
+    m3jax.merge_checkpoint({**asked, "tokenizer_source": "base"}, tmp_path / "out")
+    seen = aligned({name: tensors[name] for name in ("base", "one")}, tokens=BASE, size=ROWS["base"])
+    got = read(tmp_path / "out")
+    for key, expert, below in zip(NAMES, ("one", "base"), ("base", "one"), strict=True):
+        want = oracle.merge([{key: seen[expert][key]}], {key: seen[below][key]}, "task_arithmetic", [0.5])
+        assert np.array_equal(got[key], want[key])
+    for told in (asked, {"merge_method": "passthrough", "slices": layers(new, ("base",), ("one",))}):
+        with pytest.raises(M3Error, match=r"token 1 is .* cannot be merged by numbers: write tokenizer_source"):
+            m3jax.merge_checkpoint(told, tmp_path / "no")
+    within = {"merge_method": "passthrough", "slices": layers(new, ("base",), ("one",), ("base",))}
+    m3jax.merge_checkpoint(within, tmp_path / "within")  # whose own rows are nowhere in the output
 
 
 # --- What cannot be --------------------------------------------------------------------------------------
