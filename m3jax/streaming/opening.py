@@ -255,25 +255,36 @@ def _under_one_naming(models: Sequence[OpenedModel], job: "MergeJob") -> list[Op
     return [model if model is template else under_it(model) for model in models]
 
 
-def _with_heads(models: Sequence[OpenedModel], job: "MergeJob") -> list[OpenedModel]:
-    """The models with an output embedding, where one of them has its own: a tied one's is its input embedding."""
-    heads = {untied_head(model.input) for model in models if model.role != "template"} - {None}
+def _with_heads(
+    models: Sequence[OpenedModel], job: "MergeJob", deciding: Sequence[OpenedModel] | None = None
+) -> list[OpenedModel]:
+    """The models with an output embedding, where one of those that decide (all, if None) has its own.
+
+    A tied model's is its input embedding, whatever copy of it is stored.
+    """
+    heads = {untied_head(model.input) for model in (models if deciding is None else deciding)} - {None}
     if len(heads) != 1:
         return list(models)
     (head,) = heads
 
     def with_head(model: OpenedModel) -> OpenedModel:
-        embedding = model.input.anatomy.embedding
-        if model.input.anatomy.ties_embeddings is False or head in model.checkpoint.tensors:
+        embedding, ties = model.input.anatomy.embedding, model.input.anatomy.ties_embeddings
+        if ties is False or (head in model.checkpoint.tensors and not ties):
             return model  # one that is not tied lacks its head, which the plan says
         if head is None or embedding is None:
             return model
-        view = renamed(model.checkpoint, {head: embedding, embedding: embedding})
-        opened = _viewed(model, view, job)
-        untied = opened.input._replace(anatomy=as_untied(opened.input.anatomy))
-        return opened._replace(input=untied, given_head=True)
+        tensors = model.checkpoint.tensors
+        if head in tensors and tensors[head].shape != tensors[embedding].shape:
+            return _untied(model)  # of which the anatomy says that they count as two
+        rest = part_of(model.checkpoint, [name for name in model.checkpoint.tensors if name != head])
+        return _untied(_viewed(model, renamed(rest, {head: embedding, embedding: embedding}), job))
 
     return [with_head(model) for model in models]
+
+
+def _untied(model: OpenedModel) -> OpenedModel:
+    """A model whose output embedding stands for itself, though its configuration ties it."""
+    return model._replace(input=model.input._replace(anatomy=as_untied(model.input.anatomy)), given_head=True)
 
 
 def with_written_dtypes(models: Sequence[OpenedModel], sources: Sequence[OpenedModel]) -> list[OpenedModel]:
@@ -340,7 +351,9 @@ def _put_together(job: "MergeJob", role: str | None, opened: dict[str, OpenedMod
             opened[name] = _open_model(name, own_role, job, stack)
     _check_overrides(job, list(opened.values()))
     base = _base_of(recipe, [name for name in bases if name in opened])
-    views, vocabulary = aligned([_dequantised(model, job) for model in opened.values()], recipe, job.scheme, base)
+    numbers = {name: _dequantised(model, job) for name, model in opened.items()}
+    ends = [numbers[name] for name in _ends(recipe, numbers, base if role is not None else None)]
+    views, vocabulary = aligned(_with_heads(list(numbers.values()), job, ends), recipe, job.scheme, base)
     seen = dict(zip(opened, views, strict=True))
     parts = {name: _parts_of(recipe, model) for name, model in seen.items()}
 
@@ -360,13 +373,54 @@ def _put_together(job: "MergeJob", role: str | None, opened: dict[str, OpenedMod
     def expert(number: int) -> Callable[[Section], Picked | None]:
         return lambda section: _picked(section, number)
 
+    gives_heads = any(model.given_head for model in views)
+
+    def viewed(model: OpenedModel, own_role: str, view: Checkpoint) -> OpenedModel:
+        found = _viewed(model._replace(role=own_role), view, job)
+        return _untied(found)._replace(given_head=model.given_head) if gives_heads else found
+
     models = []
     for number in range(max(recipe.counts)):
         first = next(found for section in sections if (found := _picked(section, number)) is not None)
-        models.append(_viewed(seen[first.model]._replace(role="expert"), column(expert(number)), job))
+        models.append(viewed(seen[first.model], "expert", column(expert(number))))
+    _check_heads(models, ends, seen)
     if base is not None and role is not None:
-        models.append(_viewed(seen[base]._replace(role=role), column(_picked_base), job))
+        models.append(viewed(seen[base], role, column(_picked_base)))
     return OpenedModels(models, list(opened.values()), True, vocabulary)
+
+
+def _ends(recipe: Recipe, opened: Mapping[str, OpenedModel], base: str | None) -> list[str]:
+    """The models that an output's embeddings may be of, and the one that gives its configuration."""
+    parts = {name: _parts_of(recipe, model) for name, model in opened.items()}
+
+    def has_words(module: str | None) -> bool:
+        return any(
+            {model.input.anatomy.embedding, model.input.anatomy.head} & parts[name][module].tensors.keys()
+            for name, model in opened.items()
+        )
+
+    outer = [section for module, own in recipe.sections.items() if has_words(module) for section in (own[0], own[-1])]
+    named = [entry.model for section in (recipe.every_section[0], *outer) for entry in section.experts]
+    named += [section.base for section in outer if section.base is not None] if base is not None else []
+    return list(dict.fromkeys([*named, *([base] if base is not None else [])]))
+
+
+def _check_heads(models: Sequence[OpenedModel], ends: Sequence[OpenedModel], seen: Mapping[str, OpenedModel]) -> None:
+    """Raise M3Error where some of the models at the ends have an output embedding, and stacked ones lack it."""
+    heads = {head: model.input.name for model in ends if (head := untied_head(model.input)) is not None}
+    if not heads:
+        return
+    (head, having), *_ = heads.items()
+    tied = next((name for each in ends if seen[name := each.input.name].input.anatomy.ties_embeddings), None)
+    lacking = next(
+        (each.input.name for each in ends if not heads.keys() & seen[each.input.name].checkpoint.tensors), None
+    )
+    if tied is None and any(name in model.checkpoint.tensors for model in models for name in heads):
+        return
+    raise M3Error(
+        f"{head}: is in {having} but not in {tied or lacking}, which would lose the output its output embedding: put "
+        "together models of one architecture"
+    )
 
 
 class Picked(NamedTuple):

@@ -238,6 +238,16 @@ def test_tied_embeddings(tmp_path):
     assert same(read(tmp_path / "untied"), oracle.merge(experts, base, "task_arithmetic")) == (True, [])
     assert json.loads((tmp_path / "untied" / "config.json").read_text())["tie_word_embeddings"] is False
     assert m3jax.replay(tmp_path / "untied", tmp_path / "again").digest == m3jax.verify(tmp_path / "untied").digest
+    stale = {name: values for name, values in base.items() if name in shapes}
+    stale["lm_head.weight"] = experts[1]["lm_head.weight"]  # a copy that nobody uses
+    write(tmp_path / "in" / "stale", stale, {"tie_word_embeddings": True})
+    m3jax.merge_checkpoint({**asked, "base_model": str(tmp_path / "in" / "stale")}, tmp_path / "copied")
+    assert same(read(tmp_path / "copied"), oracle.merge(experts, base, "task_arithmetic")) == (True, [])
+    assert json.loads((tmp_path / "copied" / "config.json").read_text())["tie_word_embeddings"] is False
+    tied = {**asked, "merge_method": "linear", "models": [str(tmp_path / "in" / name) for name in ("base", "expert-1")]}
+    m3jax.merge_checkpoint({**tied, "base_model": str(tmp_path / "in" / "expert-0")}, tmp_path / "told")
+    assert same(read(tmp_path / "told"), oracle.merge([base, experts[1]], method="linear")) == (True, [])
+    assert json.loads((tmp_path / "told" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_companions_are_carried_over(tmp_path):

@@ -144,6 +144,47 @@ def test_slices_with_bases_and_numbers_of_sources_of_their_own(place):
         m3jax.merge_checkpoint(scoped, place / "no")
 
 
+def test_a_tied_model_beside_an_untied_one_has_its_embedding_as_head(place):
+    """The head of an output is the last model's, and its configuration says whether it is the embedding."""
+    tied, untied = model(3), model(2)
+    del tied[HEAD]
+    for name, told in (("tied", tied), ("untied", untied)):
+        config = {"model_type": "llama", "num_hidden_layers": 2, "tie_word_embeddings": name == "tied"}
+        write(place / name, told, config)
+    copied = place / "copied"  # with a copy that nobody uses
+    write(copied, {**tied, HEAD: untied[HEAD]}, json.loads((place / "tied" / "config.json").read_text()))
+    heads = {"tied": tied[EMBED], "copied": tied[EMBED], "untied": untied[HEAD]}
+
+    def merged(out, **asked):
+        result = m3jax.merge_checkpoint({"merge_method": "passthrough", **asked}, place / out)
+        told = json.loads((place / out / "config.json").read_text())
+        return read(place / out), told["tie_word_embeddings"], result.digest
+
+    for first, last in (("untied", "tied"), ("tied", "untied"), ("copied", "untied"), ("untied", "copied")):
+        stack = slices(place, [(first, 0, 1)], [(last, 1, 2)])
+        got, ties, digest = merged(f"{first}-{last}", slices=stack)
+        assert np.array_equal(got[EMBED], (untied if first == "untied" else tied)[EMBED])
+        assert np.array_equal(got[HEAD], heads[last])
+        assert ties is False
+    assert m3jax.replay(place / "untied-copied", place / "again").digest == digest
+    apart = {name: {"models": [str(place / own)]} for name, own in (("lm_head", "tied"), ("default", "untied"))}
+    got, ties, _ = merged("apart", modules=apart)
+    assert np.array_equal(got[HEAD], tied[EMBED])
+    assert ties is False
+    both = {"default": {"models": [str(place / name) for name in ("tied", "untied")]}}
+    got, ties, _ = merged("both", merge_method="linear", modules=both)
+    want = oracle.merge([{HEAD: tied[EMBED]}, {HEAD: untied[HEAD]}], method="linear")
+    assert np.array_equal(got[HEAD], want[HEAD])
+    assert ties is False
+    within = slices(place, [("tied", 0, 1)], [("untied", 1, 2)], [("tied", 1, 2)])
+    got, ties, _ = merged("within", slices=within)
+    assert HEAD not in got
+    assert ties is True
+    (place / "tied" / "config.json").write_text(json.dumps({"model_type": "llama", "tie_word_embeddings": False}))
+    with pytest.raises(M3Error, match=r"lm_head\.weight: is in .*untied but not in .*tied, which would lose"):
+        merged("lost", slices=slices(place, [("untied", 0, 1)], [("tied", 1, 2)]))
+
+
 def test_a_model_that_is_there_twice_and_one_that_only_gives_layers_are_told_apart(place):
     for name in ("base", "a", "b"):
         (place / name / "tokenizer.json").write_text(json.dumps({"of": name}))
