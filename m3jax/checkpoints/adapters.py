@@ -49,20 +49,24 @@ _MOST = 1e30  # of r and lora_alpha, beyond which float32 ends
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<which>[AB])(?:\.default)?(?P<rest>\.\w+)?")
 _WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
+_ALL_LINEAR = "all-linear"
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.\d+\.")  # which transformers may hold as one parameter, of which PEFT makes no module
+_BESIDE = re.compile(r"(?:^|\.)mtp\w*\.")  # heads that predict further tokens, which transformers leaves out
 
 # What a configuration says beside what is read here, and which changes nothing of how factors are added to weights.
 _OF_TRAINING = frozenset(
     {
         *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config"),
-        *("exclude_modules", "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config"),
-        *("lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size"),
-        *("revision", "runtime_config", "target_modules", "task_type", "velora_config"),
+        *("inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version"),
+        *("qalora_group_size", "revision", "runtime_config", "task_type", "velora_config"),
     }
 )
 _READ = frozenset(
     {
         *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),
-        *("bias", "lora_bias", "init_lora_weights"),
+        *("bias", "lora_bias", "init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform"),
+        *("layers_pattern", "modules_to_save"),
     }
 )
 _REFUSED = {"use_dora": "DoRA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "target_parameters": "of parameters"}
@@ -329,6 +333,69 @@ class _Scales:
         return float(told)
 
 
+class _Scope:
+    """Which modules of a model a configuration names, as PEFT reads it."""
+
+    def __init__(self, file: Path, config: Mapping[str, Any]) -> None:
+        self._file, self._config = file, config
+        targets = config.get("target_modules")
+        self.targets = targets if isinstance(targets, str) else self._texts("target_modules")
+        self.all_linear = isinstance(self.targets, str) and self.targets.lower() == _ALL_LINEAR
+        excluded = config.get("exclude_modules")
+        self._excluded = excluded if isinstance(excluded, str) else self._texts("exclude_modules")
+        self._saved = self._texts("modules_to_save") or ()
+        told = config.get("layers_to_transform")
+        layers = told if isinstance(told, list) else [] if told is None else [told]
+        if not all(isinstance(layer, int) for layer in layers):
+            raise M3Error(f"{file}: layers_to_transform is {told!r:.100}, no numbers of layers: restore the file.")
+        self._layers = frozenset(layers)
+        lists = config.get("layers_pattern") or []
+        self._lists = (lists,) if isinstance(lists, str) else self._texts("layers_pattern") or ()
+
+    def _texts(self, key: str) -> tuple[str, ...] | None:
+        told = self._config.get(key)
+        if told is None:
+            return None
+        if not isinstance(told, list) or not all(isinstance(text, str) for text in told):
+            raise M3Error(f"{self._file}: {key} is {told!r:.100}, no list of names of modules: restore the file.")
+        return tuple(told)
+
+    def _found(self, key: str, text: str, module: str) -> Any:
+        try:
+            return pattern(text).search(module)
+        except ValueError as error:
+            raise M3Error(f"{self._file}: {key} holds what is no regular expression ({error}): mend it.") from None
+
+    def _among(self, key: str, names: str | tuple[str, ...], module: str) -> bool:
+        """Whether a module is one of these names or ends with one as its last parts, or is all of what they match."""
+        if isinstance(names, str):
+            return bool(self._found(key, rf"\A(?:{names})\Z", module))
+        return any(f".{module}".endswith(f".{name}") for name in names)
+
+    def leaves_out(self, module: str) -> str | None:
+        """The key that keeps a module without factors; None where it has them, or where nothing tells."""
+        if self._excluded and self._among("exclude_modules", self._excluded, module):
+            return "exclude_modules"
+        if any(self._found("modules_to_save", rf"^(?:.*\.)?{name}(?:$|\.)", module) for name in self._saved):
+            return "modules_to_save"
+        known = self.targets is not None and not self.all_linear
+        if known and not self._among("target_modules", self.targets or (), module):
+            return "target_modules"
+        if self._layers and not isinstance(self.targets, str) and module not in (self.targets or ()):
+            starts = [rf"(?:^|.*?\.)(?:{each})" for each in self._lists] or [r".*?\.[^.]*"]
+            found = (self._found("layers_pattern", rf"^{each}\.(?P<layer>\d+)\.", module) for each in starts)
+            layer = next((int(match["layer"]) for match in found if match), None)
+            if layer not in self._layers:
+                return "layers_to_transform"
+        return None
+
+    def saves(self, module: str) -> bool:
+        """Whether a module, or one that it is part of, is saved whole."""
+        parts = module.split(".")
+        outer = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+        return any(each.endswith(name) for each in outer for name in self._saved)
+
+
 # --- Tensors ---------------------------------------------------------------------------------------------
 
 
@@ -347,6 +414,8 @@ def _adapting(place: ModelDirectory, checkpoint: Checkpoint, adapter: StoredAdap
     pairs, replacing = _sorted(adapter)
     wanted = {f"{module}.weight" for module in pairs} | {f"{m}.bias" for m, pair in pairs.items() if pair.bias}
     names = _names_in_base(wanted | replacing.keys(), base, place, adapter)
+    _check_named(pairs, replacing, adapter)
+    _check_whole(pairs, replacing, _seen_by_peft(names, base, place), adapter)
     adaptations = {
         names[name]: Adaptation(_replacement(base[names[name]], info, adapter).name, None)
         for name, info in replacing.items()
@@ -367,6 +436,95 @@ def _adapting(place: ModelDirectory, checkpoint: Checkpoint, adapter: StoredAdap
     fans.check()
     adaptations = _with_ties(adaptations, checkpoint, config, adapter)
     return Adapting(adaptations, frozenset(adapter.checkpoint.tensors), adapter.seen["header_blake3"])
+
+
+def _check_named(pairs: Mapping[str, _Pair], replacing: Mapping[str, TensorInfo], adapter: StoredAdapter) -> None:
+    """Raise M3Error if an adapter has what its configuration does not name, which PEFT would leave aside."""
+    scope = _Scope(adapter.file, adapter.config)
+    tying = bool(adapter.config.get("ensure_weight_tying"))  # then the other of two tied embeddings has factors too
+    keys = {module: scope.leaves_out(module) for module in pairs if not (tying and _is_embedding(module))}
+    for name, info in replacing.items():
+        if ".modules_to_save." in info.name and not scope.saves(name.rpartition(".")[0]):
+            keys[name] = "modules_to_save"
+    aside = [name for name, key in keys.items() if key is not None]
+    if aside:
+        raise M3Error(
+            f"{adapter.name} changes {_and_more(aside)}, which {keys[aside[0]]} in {adapter.file} leaves out: get both"
+            " files of one adapter."
+        )
+
+
+def _check_whole(
+    pairs: Mapping[str, _Pair],
+    replacing: Mapping[str, TensorInfo],
+    model: Mapping[str, TensorInfo],
+    adapter: StoredAdapter,
+) -> None:
+    """Raise M3Error if an adapter lacks what its configuration names of a model, whose tensors have PEFT's names."""
+    scope = _Scope(adapter.file, adapter.config)
+    kinds = {_kind(module) for module in pairs}
+    experts = any(_EXPERT.search(module) for module in pairs)
+    weights = {name.removesuffix(".weight"): info for name, info in model.items() if name.endswith(".weight")}
+    modules = [
+        module
+        for module, info in weights.items()
+        if len(info.shape) > 1 and module not in pairs and (experts or not _EXPERT.search(module))
+    ]
+    if scope.targets is None:
+        modules = []  # PEFT's own choice for each architecture
+    elif scope.all_linear:
+        modules = [module for module in modules if _kind(module) in kinds]
+    missing = [module for module in modules if scope.leaves_out(module) is None]
+    if missing:
+        raise M3Error(
+            f"{adapter.name} has no factors of {_and_more(missing)}, which {adapter.file} names: get the whole adapter,"
+            " or name in its exclude_modules what it was never trained on."
+        )
+    ends = (".weight", ".bias")
+    lacking = [n for n in model if n.endswith(ends) and n not in replacing and scope.saves(n.rpartition(".")[0])]
+    if lacking:
+        raise M3Error(
+            f"{adapter.name} has no {_and_more(lacking)}, which modules_to_save in {adapter.file} names: get the whole"
+            " adapter."
+        )
+
+
+def _seen_by_peft(
+    names: Mapping[str, str], base: Mapping[str, TensorInfo], place: ModelDirectory
+) -> dict[str, TensorInfo]:
+    """The tensors of a base that PEFT's model has, by the names that they have there.
+
+    Not those outside the module that the adapter was trained on, nor layers beyond the last (which predict further
+    tokens).
+    """
+    theirs, ours = next(iter(names.items()))
+    inner, outer = (ours.removesuffix(theirs), "") if ours.endswith(theirs) else ("", theirs.removesuffix(ours))
+    config = read_config(_directory(place)) or {}
+    text = config.get("text_config")
+    layers = {**config, **(text if isinstance(text, dict) else {})}.get("num_hidden_layers")
+
+    def beside(name: str) -> bool:
+        layer = _LAYER.search(name)
+        return bool(_BESIDE.search(name)) or (layer is not None and isinstance(layers, int) and int(layer[1]) >= layers)
+
+    return {
+        outer + name.removeprefix(inner): info
+        for name, info in base.items()
+        if name.startswith(inner) and not beside(name)
+    }
+
+
+def _is_embedding(module: str) -> bool:
+    return "embed" in module or ".wte." in f".{module}." or module.rpartition(".")[2] == "lm_head"
+
+
+def _kind(module: str) -> str:
+    """A module's name without its numbers."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "#", module)
+
+
+def _and_more(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1:,} more)"
 
 
 def _added(known: Mapping[str, Adaptation], name: str, product: Product) -> Adaptation:

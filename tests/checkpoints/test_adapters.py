@@ -121,7 +121,7 @@ def test_everything_else_that_an_adapter_may_hold(place):
     base = numbers()
     base["conv.weight"] = base.pop("score.kernel")
     write(place / "inner", {name.removeprefix("model."): value for name, value in base.items() if "lm_" not in name})
-    config = {"fan_in_fan_out": True, "lora_bias": True, "modules_to_save": ["norm"], "bias": "all"}
+    config = {"fan_in_fan_out": True, "lora_bias": True, "modules_to_save": ["norm", "lm_head"], "bias": "all"}
     write(place / "whole", base, {"tie_word_embeddings": False})
     write_adapter(place / "lora", {PREFIX + name: value for name, value in drawn.items()}, **config)
     want = {
@@ -147,7 +147,7 @@ def test_everything_else_that_an_adapter_may_hold(place):
             assert whole(view, name).tobytes() == value.tobytes(), name
         assert stored_at(view, "model.norm.weight").name == f"{PREFIX}model.norm.weight"
     inside = {PREFIX + n: v for n, v in drawn.items() if n.startswith((ATTENTION, MLP))}
-    write_adapter(place / "part", inside, **config)
+    write_adapter(place / "part", inside, **config | {"modules_to_save": None})
     with open_model(locate_model("inner+part")) as view:
         name = f"{MLP}.weight"
         assert whole(view, name.removeprefix("model.")).tobytes() == want[name].tobytes()
@@ -181,6 +181,88 @@ def test_what_cannot_be_added_is_refused_in_a_sentence(place, tensors, config, s
     with pytest.raises(M3Error, match=said) as caught:
         open_model(locate_model("base+lora"))
     assert "\n" not in str(caught.value)
+
+
+Q, K, V, DENSE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
+EXPERT = "mlp.experts.0.down_proj"
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+def inside(parts, *layers):
+    return [f"model.layers.{layer}.{part}" for layer in layers for part in parts]
+
+
+ALL = inside((Q, V, DENSE), 0, 1)
+BELONGING = [  # modules with factors, configuration, and what is said; None where PEFT loads it whole
+    (ALL, {"target_modules": TARGETS}, None),
+    (ALL, {}, None),
+    (inside((Q,), 1), {}, None),
+    (ALL, {"target_modules": [*TARGETS, "c_attn"]}, None),
+    (ALL, {"target_modules": ["self_attn.q_proj", "model.layers.0.self_attn.v_proj", V[-6:], DENSE]}, None),
+    (ALL, {"target_modules": r".*\.(q|v|down)_proj", "exclude_modules": ".*experts.*"}, None),
+    (ALL, {"target_modules": "all-linear"}, None),
+    ([*ALL, *inside((EXPERT,), 0, 1)], {"target_modules": TARGETS}, None),
+    (inside((Q,), 0), {"target_modules": ["q_proj"], "layers_to_transform": 0}, None),
+    (inside((Q,), 1), {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}, None),
+    (inside((Q,), 1), {"target_modules": ["q_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]}, None),
+    (inside((Q, V), 0, 1), {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["score"]}, None),
+    (["model.embed_tokens", "lm_head"], {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, None),
+    (inside((Q, V, DENSE), 0), {"target_modules": TARGETS}, r"no factors of .*layers.1.mlp.down_proj \(and 2 more\)"),
+    (
+        inside((Q, V, DENSE), 0),
+        {"target_modules": "all-linear"},
+        r"no factors of .*layers.1.mlp.down_proj \(and 2 more\)",
+    ),
+    (inside((Q, DENSE), 0, 1), {"target_modules": TARGETS}, r"no factors of .*0.self_attn.v_proj \(and 1 more\)"),
+    (inside((Q,), 0, 1), {"target_modules": r".*\.(q|v)_proj"}, r"no factors of .*0.self_attn.v_proj \(and 1 more\)"),
+    (
+        [*ALL, *inside((EXPERT,), 0)],
+        {"target_modules": TARGETS},
+        "no factors of model.layers.1.mlp.experts.0.down_proj",
+    ),
+    (ALL, {"target_modules": TARGETS, "modules_to_save": ["lm_head"]}, "no lm_head.weight, which modules_to_save in"),
+    (
+        ALL,
+        {"target_modules": TARGETS, "layers_to_transform": [0]},
+        r"1.mlp.down_proj \(and 2 more\), which layers_to_transform",
+    ),
+    (
+        ALL,
+        {"layers_to_transform": [1]},
+        r"changes model.layers.0.mlp.down_proj \(and 2 more\), which layers_to_transform",
+    ),
+    (ALL, {"target_modules": ["q_proj"]}, r"changes model.layers.0.mlp.down_proj \(and 3 more\), which target_modules"),
+    (ALL, {"target_modules": "q_proj"}, r"changes model.layers.0.mlp.down_proj \(and 5 more\), which target_modules"),
+    (ALL, {"target_modules": TARGETS, "exclude_modules": ["v_proj"]}, r"v_proj \(and 1 more\), which exclude_modules"),
+    (ALL, {"target_modules": TARGETS, "modules_to_save": ["mlp"]}, r"down_proj \(and 1 more\), which modules_to_save"),
+    (ALL, {"target_modules": 3}, "target_modules is 3, no list of names"),
+    (ALL, {"target_modules": "("}, "target_modules holds what is no regular expression"),
+    (ALL, {"target_modules": TARGETS, "layers_to_transform": ["0"]}, "layers_to_transform is .*no numbers of layers"),
+]
+
+
+def test_what_a_configuration_names_is_what_an_adapter_has(place):
+    """As PEFT matches names, where experts may be modules or one parameter, whichever transformers makes of them."""
+    modules = [*inside((Q, K, V, DENSE, EXPERT), 0, 1, 2), "mtp.layers.0.self_attn.q_proj"]
+    modules += ["model.embed_tokens", "lm_head"]
+    weights = {f"{module}.weight": np.ones((4, 4), np.float32) for module in modules}
+    config = {"tie_word_embeddings": False, "num_hidden_layers": 2}  # the third layer predicts further tokens
+    write(place / "model", weights, config)
+    wrapped = {f"language.{name}": value for name, value in weights.items()}
+    write(place / "wrapped", {**wrapped, "vision.q_proj.weight": np.ones((4, 4), np.float32)}, config)
+    for index, (had, told, said) in enumerate(BELONGING):
+        tensors = factors(dict.fromkeys(had, (4, 4)), 2, 0)
+        for which, name in enumerate(list(tensors)):
+            if "embed_tokens" in name:
+                tensors[f"{name.split('.lora_')[0]}.lora_embedding_{'AB'[which % 2]}"] = tensors.pop(name)
+        write_adapter(place / f"lora-{index}", tensors, **told)
+        for base in ("model", "wrapped"):
+            if said is None:
+                open_model(locate_model(f"{base}+lora-{index}")).close()
+                continue
+            with pytest.raises(M3Error, match=said) as caught:
+                open_model(locate_model(f"{base}+lora-{index}"))
+            assert "\n" not in str(caught.value)
 
 
 def test_values_that_are_no_numbers_are_refused(place):
