@@ -480,12 +480,14 @@ def _check_whole(
             f"{adapter.name} has no factors of {_and_more(missing)}, which {adapter.file} names: get the whole adapter,"
             " or name in its exclude_modules what it was never trained on."
         )
-    ends = (".weight", ".bias")
-    lacking = [n for n in model if n.endswith(ends) and n not in replacing and scope.saves(n.rpartition(".")[0])]
+    keys = {name: "modules_to_save" for name in model if scope.saves(name.rpartition(".")[0])}
+    if adapter.config.get("bias") == "all":
+        keys |= {name: "bias" for name in model if name.endswith(".bias")}
+    lacking = [name for name in keys if name.endswith((".weight", ".bias")) and name not in replacing]
     if lacking:
         raise M3Error(
-            f"{adapter.name} has no {_and_more(lacking)}, which modules_to_save in {adapter.file} names: get the whole"
-            " adapter."
+            f"{adapter.name} has no {_and_more(lacking)}, which {keys[lacking[0]]} in {adapter.file} names: get the"
+            " whole adapter."
         )
 
 

@@ -121,7 +121,7 @@ def test_everything_else_that_an_adapter_may_hold(place):
     base = numbers()
     base["conv.weight"] = base.pop("score.kernel")
     write(place / "inner", {name.removeprefix("model."): value for name, value in base.items() if "lm_" not in name})
-    config = {"fan_in_fan_out": True, "lora_bias": True, "modules_to_save": ["norm", "lm_head"], "bias": "all"}
+    config = {"fan_in_fan_out": True, "lora_bias": True, "modules_to_save": ["norm", "lm_head"], "bias": "lora_only"}
     write(place / "whole", base, {"tie_word_embeddings": False})
     write_adapter(place / "lora", {PREFIX + name: value for name, value in drawn.items()}, **config)
     want = {
@@ -246,6 +246,7 @@ def test_what_a_configuration_names_is_what_an_adapter_has(place):
     modules = [*inside((Q, K, V, DENSE, EXPERT), 0, 1, 2), "mtp.layers.0.self_attn.q_proj"]
     modules += ["model.embed_tokens", "lm_head"]
     weights = {f"{module}.weight": np.ones((4, 4), np.float32) for module in modules}
+    weights[f"{modules[0]}.bias"] = np.ones(4, np.float32)
     config = {"tie_word_embeddings": False, "num_hidden_layers": 2}  # the third layer predicts further tokens
     write(place / "model", weights, config)
     wrapped = {f"language.{name}": value for name, value in weights.items()}
