@@ -98,7 +98,7 @@ def documents(place, **keys):
     return {**told, "intermediates": [{**average, **keys}]}
 
 
-def test_the_output_alone_of_several_documents_is_of_a_format_and_a_run(place, tmp_path, monkeypatch, capsys) -> None:
+def test_the_output_alone_of_several_documents_is_of_a_format_and_a_run(place, tmp_path, monkeypatch) -> None:
     class Killed(BaseException):
         pass
 
@@ -135,9 +135,8 @@ def test_the_output_alone_of_several_documents_is_of_a_format_and_a_run(place, t
     assert f"{place}/orbax@last:2: the steps 10, 20 are read" in explained.notes
     (place / "documents.yaml").write_text(yaml.safe_dump(told))
     for option in ("--explain", "--plan"):
-        assert main(app, ["merge", str(place / "documents.yaml"), str(run), "--step", "8", option]) == 0
-        assert main(app, ["merge", str(place / "documents.yaml"), str(run), "--step", "7", option]) == 2
-        assert f"{run}/7: exists already" in capsys.readouterr().err
+        for step in ("8", "7"):  # also where there is one
+            assert main(app, ["merge", str(place / "documents.yaml"), str(run), "--step", step, option]) == 0
     assert [path.name for path in run.iterdir()] == ["7"]
 
 
