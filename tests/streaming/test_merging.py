@@ -64,7 +64,8 @@ def test_bytes_are_the_oracles(tmp_path, method, sparsifier):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "sparsifier", "dtype", "granularity", "chunk"),
-    pairwise(METHODS, SPARSIFIERS, DTYPES, GROUPS, CHUNKS, apart=((0, 1),)),  # which scripts/golden brings together
+    # Methods with sparsifiers are what scripts/golden brings together, and scripts/soak the rest: every other one here.
+    list(pairwise(METHODS, SPARSIFIERS, DTYPES, GROUPS, CHUNKS, apart=((0, 1),)))[::2],
 )
 def test_bytes_are_the_oracles_everywhere(tmp_path, method, sparsifier, dtype, granularity, chunk):
     _, keys, told = METHODS[method]
