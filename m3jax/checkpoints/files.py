@@ -9,19 +9,27 @@ from itertools import count
 from pathlib import Path, PurePosixPath
 from reprlib import repr as brief  # what a file says may be long or deep without end
 from types import MappingProxyType
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from m3jax.checkpoints.formats import INDEX_ENDING, Format
 from m3jax.checkpoints.headers import parse_json
 from m3jax.checkpoints.protocol import FileFingerprint, LocalFingerprint, RemoteFingerprint, natural_key
 from m3jax.checkpoints.remote import Identity, RemotePath, changed
-from m3jax.checkpoints.storage import ByteSource, is_file, list_names, open_source, read_file
+from m3jax.checkpoints.storage import ByteSource, is_dir, is_file, list_names, open_source, read_file
 from m3jax.errors import M3Error
 
 _LONGEST_PATH = 4096 // 4  # characters, of up to four bytes
 _HEADERS_AT_ONCE = 16  # of remote files, where each takes a while to come
 
-_Header = TypeVar("_Header")
+
+class _Told(Protocol):
+    """What a file says of itself."""
+
+    @property
+    def tensors(self) -> Mapping[str, object]: ...
+
+
+_Header = TypeVar("_Header", bound=_Told)
 
 
 # --- Indexes ---------------------------------------------------------------------------------------------
@@ -88,7 +96,7 @@ def _check_present(index: Path, files: Iterable[str]) -> None:
             raise M3Error(f"{index} names {file!r}, which is not there: download the model again{other}.")
 
 
-def check_index(index: Path, weight_map: Mapping[str, str], held: Mapping[str, Collection[str]]) -> None:
+def _check_index(index: Path, weight_map: Mapping[str, str], held: Mapping[str, Collection[str]]) -> None:
     """Checks that files hold the tensors that an index places in them, and no others.
 
     Args:
@@ -137,7 +145,7 @@ def check_numbering(directory: Path, files: Sequence[str]) -> None:
             raise M3Error(f"{directory} lacks {name}, one of {int(total)} files: download the model again.")
 
 
-def check_disjoint(root: Path, held: Mapping[str, Collection[str]], format: Format) -> None:
+def _check_disjoint(root: Path, held: Mapping[str, Collection[str]], format: Format) -> None:
     """Checks that no tensor is in two files, as no index tells which is meant.
 
     Args:
@@ -162,7 +170,36 @@ def check_disjoint(root: Path, held: Mapping[str, Collection[str]], format: Form
 # --- Headers ---------------------------------------------------------------------------------------------
 
 
-def read_of_each(read: Callable[[Path], _Header], root: Path, files: Sequence[str]) -> dict[str, _Header]:
+def read_files(
+    source: Path, format: Format, choose: Callable[[Path], Sequence[str]], read: Callable[[Path], _Header]
+) -> tuple[Path, dict[str, _Header]]:
+    """What the files of a checkpoint say of themselves, whether an index names them or not.
+
+    Args:
+        source: A file, an index, or a directory.
+        format: Its format.
+        choose: The files of a directory that has no index to follow.
+        read: Reads what one file says; the tensors in it are its `tensors`.
+
+    Returns:
+        The directory that the files are in, and what each says, by its name there.
+
+    Raises:
+        M3Error: There are none, one is damaged, or they do not agree with each other or the index.
+    """
+    index = find_index(source, format)
+    if index is not None:
+        weight_map = read_index(index)
+        told = _read_of_each(read, index.parent, sorted(set(weight_map.values()), key=natural_key))
+        _check_index(index, weight_map, {file: each.tensors for file, each in told.items()})
+        return index.parent, told
+    root, files = (source, choose(source)) if is_dir(source) else (source.parent, [source.name])
+    told = _read_of_each(read, root, files)
+    _check_disjoint(root, {file: each.tensors for file, each in told.items()}, format)
+    return root, told
+
+
+def _read_of_each(read: Callable[[Path], _Header], root: Path, files: Sequence[str]) -> dict[str, _Header]:
     """What files say of themselves, by their names, several at a time where they are remote.
 
     Args:

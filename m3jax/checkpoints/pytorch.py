@@ -18,13 +18,9 @@ from blake3 import blake3
 from m3jax.checkpoints.files import (
     Seen,
     WeightFiles,
-    check_disjoint,
-    check_index,
     check_numbering,
-    find_index,
     joined_metadata,
-    read_index,
-    read_of_each,
+    read_files,
 )
 from m3jax.checkpoints.formats import PYTORCH
 from m3jax.checkpoints.headers import damaged
@@ -142,18 +138,8 @@ def open_pytorch(path: str | os.PathLike[str]) -> Checkpoint:
         M3Error: There are no such weights; or a file is of another format, damaged, asks for Python objects that
             tensors do not need, or does not agree with the others.
     """
-    source = as_path(path)
-    index = find_index(source, PYTORCH)
-    if index is not None:
-        weight_map = read_index(index)
-        root, files = index.parent, sorted(set(weight_map.values()), key=natural_key)
-        contents = read_of_each(read_content, root, files)
-        check_index(index, weight_map, {file: content.tensors for file, content in contents.items()})
-    else:
-        root, files = (source, _choose(source)) if is_dir(source) else (source.parent, [source.name])
-        contents = read_of_each(read_content, root, files)
-        check_disjoint(root, {file: content.tensors for file, content in contents.items()}, PYTORCH)
-    return PytorchCheckpoint(str(path), root, contents)
+    root, told = read_files(as_path(path), PYTORCH, _choose, read_content)
+    return PytorchCheckpoint(str(path), root, told)
 
 
 def _choose(directory: Path) -> list[str]:

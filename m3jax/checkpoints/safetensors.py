@@ -11,13 +11,9 @@ from blake3 import blake3
 from m3jax.checkpoints.files import (
     Seen,
     WeightFiles,
-    check_disjoint,
-    check_index,
     check_numbering,
-    find_index,
     joined_metadata,
-    read_index,
-    read_of_each,
+    read_files,
 )
 from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.headers import Header, read_header, read_raw_header
@@ -31,7 +27,7 @@ from m3jax.checkpoints.protocol import (
     room_for,
 )
 from m3jax.checkpoints.remote import as_path
-from m3jax.checkpoints.storage import is_dir, is_file, list_names
+from m3jax.checkpoints.storage import is_file, list_names
 from m3jax.errors import M3Error
 
 # --- Files -----------------------------------------------------------------------------------------------
@@ -125,18 +121,8 @@ def open_safetensors(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         M3Error: There are no such weights, or a file is damaged or does not agree with the others.
     """
-    source = as_path(path)
-    index = find_index(source, SAFETENSORS)
-    if index is not None:
-        weight_map = read_index(index)
-        root, files = index.parent, sorted(set(weight_map.values()), key=natural_key)
-        headers = read_of_each(read_header, root, files)
-        check_index(index, weight_map, {file: header.tensors for file, header in headers.items()})
-    else:
-        root, files = (source, _list_weights(source)) if is_dir(source) else (source.parent, [source.name])
-        headers = read_of_each(read_header, root, files)
-        check_disjoint(root, {file: header.tensors for file, header in headers.items()}, SAFETENSORS)
-    return SafetensorsCheckpoint(str(path), root, headers)
+    root, told = read_files(as_path(path), SAFETENSORS, _list_weights, read_header)
+    return SafetensorsCheckpoint(str(path), root, told)
 
 
 def _list_weights(directory: Path) -> list[str]:
