@@ -20,6 +20,7 @@ from m3jax.vocabulary import (
     plan_rows,
     read_speakers,
     seen_with_rows,
+    told_apart,
     unite,
     word_tensors,
 )
@@ -148,7 +149,9 @@ def notes_on_numbers(models: Sequence["OpenedModel"], recipe: Recipe, scheme: st
     if scheme == SCHEMES[0] or all(map(recipe.excludes, word_tensors(seen))):
         return
     count = count_rows(seen)
-    found = first_conflict(_speakers([models[template], *models]), count) if count is not None else None
+    if count is None or len({told_apart(named_companions(model.place.path)) for model in models}) == 1:
+        return  # as nearly always; a large vocabulary takes a second to read
+    found = first_conflict(_speakers([models[template], *models]), count)
     if found is None:
         return
     said = " and ".join(f"{token!r} in {name}" for token, name in found.said)

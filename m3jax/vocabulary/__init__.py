@@ -19,6 +19,7 @@ from m3jax.vocabulary.uniting import (
     first_conflict,
     misnumbered,
     read_speakers,
+    told_apart,
     unite,
 )
 
@@ -42,6 +43,7 @@ __all__ = [
     "read_speakers",
     "read_vocabulary",
     "seen_with_rows",
+    "told_apart",
     "unite",
     "united_files",
     "with_ids",

@@ -85,6 +85,12 @@ class United(NamedTuple):
         return self.own if told is None else told.tokens
 
 
+def told_apart(files: Mapping[str, Path]) -> tuple[tuple[str, str], ...]:
+    """The digests of all files that tell of a model's tokens: models for which they are equal have the same."""
+    beside = {file: files[file] for file in ("tokenizer_config.json", "special_tokens_map.json") if file in files}
+    return tuple(sorted({**digests(files), **{file: digest_file(path) for file, path in beside.items()}}.items()))
+
+
 def read_speakers(models: Sequence[tuple[str, Mapping[str, Path]]]) -> tuple[Speaker, ...]:
     """The models with their tokens; files that are equal are read once.
 
@@ -94,9 +100,7 @@ def read_speakers(models: Sequence[tuple[str, Mapping[str, Path]]]) -> tuple[Spe
     known: dict[tuple[tuple[str, str], ...], Vocabulary | None] = {}
     speakers = []
     for name, files in models:
-        beside = {file: files[file] for file in ("tokenizer_config.json", "special_tokens_map.json") if file in files}
-        told = {**digests(files), **{file: digest_file(path) for file, path in beside.items()}}
-        key = tuple(sorted(told.items()))
+        key = told_apart(files)
         if key not in known:
             known[key] = read_vocabulary(files)
         speakers.append(Speaker(name, files, known[key]))
