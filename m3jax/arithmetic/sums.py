@@ -7,7 +7,7 @@ References:
     Demmel & Nguyen, Parallel reproducible summation, 2015.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ Values = Sequence[Float[Array, "..."]]
 
 _LIMB_BITS = 11
 LIMBS = 7  # 31-bit terms of up to 2**46 entries
+_HALF_BITS = 16
+_HALVES_LIMIT = 2 ** (32 - _HALF_BITS)  # entries along an axis whose lower halves add up in 32 bits
 _AXIS_LIMIT = 2 ** (32 - _LIMB_BITS)
 _ROW = 4096
 _TERM_BITS = 30
@@ -41,6 +43,25 @@ def _terms(values: Values, zero: Zero) -> list[Float[Array, "..."]]:
     return [exact.multiply(values[i], values[j], zero) for i, j in pairs_of(len(values))]
 
 
+def _in_rows(terms: Sequence[Array], valid: Bool[Array, "..."] | None, by_row: bool) -> list[Array]:
+    """Terms with zeros for what does not count; flat ones as rows, of which the last is filled up."""
+    counted = [term if valid is None else jnp.where(valid, term, jnp.zeros_like(term)) for term in terms]
+    if by_row or counted[0].ndim > 1:
+        return counted
+    rows = -(-counted[0].size // _ROW)
+    return [jnp.pad(term, (0, rows * _ROW - term.size)).reshape(rows, _ROW) for term in map(jnp.ravel, counted)]
+
+
+def _reduced(operands: Sequence[Array], function: Callable[[Any, Any], Any]) -> list[Array]:
+    """All operands reduced along the last axis in one loop, which reads what they are made of once."""
+    zeros = tuple(np.zeros((), operand.dtype) for operand in operands)
+
+    def together(one: Sequence[Array], other: Sequence[Array]) -> tuple[Array, ...]:
+        return tuple(map(function, one, other))
+
+    return list(lax.reduce(tuple(operands), zeros, together, (operands[0].ndim - 1,)))
+
+
 def largest(
     values: Values, zero: Zero, valid: Bool[Array, "..."] | None = None, by_row: bool = False
 ) -> UInt32[Array, "*rows pairs"]:
@@ -52,35 +73,59 @@ def largest(
         valid: Which entries count; all when None.
         by_row: One product for each row, along the last axis, instead of one for all.
     """
-    bits = [exact.magnitude_bits(term) for term in _terms(values, zero)]
-    if valid is not None:
-        bits = [jnp.where(valid, b, 0) for b in bits]
-    axis = -1 if by_row else None
-    return jnp.stack([jnp.max(b, axis=axis, initial=np.uint32(0)) for b in bits], axis=-1)
+    bits = _in_rows([exact.magnitude_bits(term) for term in _terms(values, zero)], valid, by_row)
+    found = jnp.stack(_reduced(bits, jnp.maximum), axis=-1)
+    return found if by_row else jnp.max(found, axis=tuple(range(found.ndim - 1)), initial=np.uint32(0))
 
 
 def _power_of_two(exponent: Array) -> Float[Array, "..."]:
     return lax.bitcast_convert_type((exponent + 127).astype(jnp.uint32) << np.uint32(23), jnp.float32)
 
 
-def _add_up(terms: UInt32[Array, "..."], by_row: bool) -> UInt32[Array, "*rows limbs"]:
-    """The sum of uint32 numbers below 2³¹ as limbs of 11 bits, lowest first."""
-    if terms.ndim < 2 and not by_row:
-        rows = -(-terms.size // _ROW)
-        terms = jnp.pad(terms.ravel(), (0, rows * _ROW - terms.size)).reshape(rows, _ROW)
-    base, mask = np.uint32(_LIMB_BITS), np.uint32(2**_LIMB_BITS - 1)
-    limbs = [(terms >> np.uint32(_LIMB_BITS * i)) & mask for i in range(3)]
-    for axis in range(terms.ndim - 1, terms.ndim - 2 if by_row else -1, -1):
-        if terms.shape[axis] > _AXIS_LIMIT:
-            raise ValueError(f"an axis of {terms.shape[axis]} entries is over {_AXIS_LIMIT}")
-        sums = [jnp.sum(limb, axis=axis, dtype=jnp.uint32) for limb in limbs]
-        sums += [jnp.zeros_like(sums[0])] * (min(LIMBS, len(sums) + 2) - len(sums))
-        limbs, carry = [], jnp.zeros_like(sums[0])
-        for total in sums:
-            total = total + carry
-            limbs.append(total & mask)
-            carry = total >> base
-    limbs += [jnp.zeros_like(limbs[0])] * (LIMBS - len(limbs))
+def _carried(limbs: Sequence[Array]) -> list[Array]:
+    """Limbs of 11 bits, from ones that may have more."""
+    carried, carry = [], jnp.zeros_like(limbs[0])
+    for limb in limbs:
+        total = limb + carry
+        carried.append(total & np.uint32(2**_LIMB_BITS - 1))
+        carry = total >> np.uint32(_LIMB_BITS)
+    return carried
+
+
+def _spread(number: UInt32[Array, "..."], place: int) -> list[UInt32[Array, "..."]]:
+    """The limbs of number · 2^place."""
+    first, shift = divmod(place, _LIMB_BITS)
+    mask = np.uint32(2**_LIMB_BITS - 1)
+    rest = number >> np.uint32(_LIMB_BITS - shift)
+    own = [(number << np.uint32(shift)) & mask] + [(rest >> np.uint32(_LIMB_BITS * i)) & mask for i in range(3)]
+    limbs = [jnp.zeros_like(number)] * first + own
+    return (limbs + [jnp.zeros_like(number)] * LIMBS)[:LIMBS]
+
+
+def _add_up(units: Sequence[Integer[Array, "..."]], by_row: bool) -> UInt32[Array, "*rows 2 pairs limbs"]:
+    """Sums of int32 numbers within ±2³⁰, each as the difference of two numbers in limbs of 11 bits, lowest first."""
+    length = units[0].shape[-1]
+    if any(axis > _AXIS_LIMIT for axis in units[0].shape):
+        raise ValueError(f"an axis of {max(units[0].shape)} entries is over {_AXIS_LIMIT}")
+    places = (0, _HALF_BITS) if length <= _HALVES_LIMIT else (0, _LIMB_BITS, 2 * _LIMB_BITS)
+    digits = [
+        unit >> np.int32(place) if place == places[-1] else (unit >> np.int32(place)) & np.int32(2 ** places[1] - 1)
+        for place in places
+        for unit in units
+    ]
+    sums = _reduced(digits, jnp.add)
+    *lower, top = (
+        jnp.stack(sums[i * len(units) : (i + 1) * len(units)], axis=-1).astype(jnp.uint32) for i in range(len(places))
+    )
+    negative = top >> np.uint32(31) == 1  # the highest digit alone has a sign
+    none = jnp.zeros_like(top)
+    either = [jnp.stack([number, none], axis=-2) for number in lower]
+    either += [jnp.stack([jnp.where(negative, none, top), jnp.where(negative, none - top, none)], axis=-2)]
+    limbs = [jnp.zeros_like(either[0])] * LIMBS
+    for number, place in zip(either, places, strict=True):
+        limbs = _carried([limb + own for limb, own in zip(limbs, _spread(number, place), strict=True)])
+    for _ in range(0 if by_row else units[0].ndim - 1):
+        limbs = _carried([jnp.sum(limb, axis=0, dtype=jnp.uint32) for limb in limbs])
     return jnp.stack(limbs, axis=-1)
 
 
@@ -91,7 +136,7 @@ def integer_sums(
     valid: Bool[Array, "..."] | None = None,
     by_row: bool = False,
 ) -> UInt32[Array, "*rows 2 pairs limbs"]:
-    """Sums of the positive and of the negated negative terms of each inner product, in its unit, as limbs.
+    """Sums of the terms of each inner product, in its unit, as limbs of two numbers whose difference they are.
 
     Args:
         values: The vectors, float32 arrays of one shape.
@@ -100,18 +145,14 @@ def integer_sums(
         valid: Which entries count; all when None.
         by_row: As for `largest`.
     """
-    positive, negative = [], []
+    units = []
     for product, term in enumerate(_terms(values, zero)):
         top = largest_bits[..., product, None] if by_row else largest_bits[product]
         exponent = (top >> np.uint32(23)).astype(jnp.int32) - 127
         shift = _TERM_BITS - 1 - exponent  # in two factors: one power of two could overflow
         scaled = term * _power_of_two(shift // 2) * _power_of_two(shift - shift // 2)
-        units = lax.round(jnp.abs(scaled), lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.uint32)
-        if valid is not None:
-            units = jnp.where(valid, units, 0)
-        positive.append(_add_up(jnp.where(term > 0, units, 0), by_row))
-        negative.append(_add_up(jnp.where(term < 0, units, 0), by_row))
-    return jnp.stack([jnp.stack(positive, axis=-2), jnp.stack(negative, axis=-2)], axis=-3)
+        units.append(lax.round(scaled, lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.int32))
+    return _add_up(_in_rows(units, valid, by_row), by_row)
 
 
 def _to_integers(limbs: np.ndarray) -> np.ndarray:
