@@ -2,14 +2,18 @@
 
 import gc
 import os
+from importlib import metadata
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Bits are the same however much the compiler optimises, and most of a test is compilation: as little as it can here; as
 # users have it where support/compiling is used, in tests/scripts/test_golden.py, and in the processes of tests/cluster.
-os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
-)
+quick = "--xla_backend_optimization_level=0"
+if metadata.version("jaxlib").startswith(
+    "0.10."
+):  # a third less to compile; XLA ends a process that gives it unknown flags
+    quick += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {quick} {os.environ.get('XLA_FLAGS', '')}"
 
 import hypothesis
 import jax
@@ -33,6 +37,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 MOST_MAPS = 15_000
+
+gc.set_threshold(100_000, 20, 50)  # traces are made of many small objects, few of them in cycles
 
 # How long an example takes is a matter of what else the machine does.
 hypothesis.settings.register_profile("m3jax", deadline=None)
