@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from m3jax.checkpoints import DTYPES, sketch_model
+from m3jax.checkpoints import sketch_model
 from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.recipe import Recipe, load_recipe
@@ -15,7 +15,7 @@ from m3jax.streaming.findings import Step, applies, phases_of
 from m3jax.streaming.intermediates import outlined
 from m3jax.streaming.jobs import Ready, prepared
 from m3jax.streaming.plan import DrawnWeights, MergePlan, TensorPlan, divide
-from m3jax.streaming.reading import default_chunk_entries
+from m3jax.streaming.reading import HELD_BYTES, chunk_size, held_bytes, widest_entry
 
 # Bytes read and written per second by a process of two cores, from the page cache: DARE and TIES on 1.1 B parameters in
 # docs/benchmarks/merge-2-cores.json, as docs/pods.md takes them (linear merging lies between them beside its start-up).
@@ -132,16 +132,25 @@ def _read_bytes(ready: Ready, tensor: TensorPlan) -> int:
     return sum(info.nbytes for info in infos)
 
 
-def _needed(plan: MergePlan) -> list[Step]:
-    """The readings that are made: where a sample brackets a threshold, one more pass settles it, not two."""
-    steps = [step for phase in phases_of(plan) for step in phase]
-    return [step for step in steps if not step.sampled and not step.fallback]
+def _needed(plan: MergePlan) -> list[list[Step]]:
+    """The readings that are made, by phase: where a sample brackets a threshold, one more settles it, not two."""
+    phases = [[step for step in phase if not step.sampled and not step.fallback] for phase in phases_of(plan)]
+    return [phase for phase in phases if phase]
 
 
-def _passes(ready: Ready, stages: Sequence[Step]) -> Iterator[PassEstimate]:
-    for stage in stages:
-        total = sum(_read_bytes(ready, tensor) for tensor in ready.plan.tensors if applies(stage, tensor))
-        yield PassEstimate(stage.label, total)
+def _passes(ready: Ready, phases: Sequence[Sequence[Step]]) -> Iterator[PassEstimate]:
+    checkpoints = [model.checkpoint for model in ready.models]
+    entries = chunk_size(None, ready.plan, checkpoints)
+    for phase in phases:
+        gone_over: set[str] = set()
+        for step in phase:
+            total = 0
+            for tensor in ready.plan.tensors:
+                if applies(step, tensor):
+                    again = tensor.output.name in gone_over
+                    total += _read_bytes(ready, tensor) - (held_bytes(tensor, checkpoints, entries) if again else 0)
+                    gone_over.add(tensor.output.name)
+            yield PassEstimate(step.label, total)
 
 
 def _tensors(plan: MergePlan) -> tuple[TensorEstimate, ...]:
@@ -152,14 +161,13 @@ def _tensors(plan: MergePlan) -> tuple[TensorEstimate, ...]:
     return tuple(TensorEstimate(shape, dtype, count, merged) for (shape, dtype, merged), count in counts.items())
 
 
-def _buffers(ready: Ready) -> int:
-    """Bytes of the chunks in flight: those read ahead, and the results that are computed and written."""
-    merged = [tensor for tensor in ready.plan.tensors if tensor.pipeline is not None]
-    widths = [
-        DTYPES[ready.models[p].checkpoint.tensors[t.output.name].dtype].itemsize for t in merged for p in t.sources
-    ]
-    inputs, width = len(ready.models), max(widths, default=2)
-    return default_chunk_entries(inputs, width) * (width * inputs * _BUFFERS + 4)
+def _buffers(ready: Ready, phases: Sequence[Sequence[Step]]) -> int:
+    """Bytes of the chunks in flight, read ahead, computed and written, and of what is kept between readings."""
+    checkpoints = [model.checkpoint for model in ready.models]
+    in_flight = widest_entry(ready.plan, checkpoints) * len(checkpoints) * _BUFFERS + 4
+    several = [t for phase in phases for t in ready.plan.tensors if sum(applies(step, t) for step in phase) > 1]
+    held = max((min(_read_bytes(ready, tensor), HELD_BYTES) for tensor in several), default=0)
+    return chunk_size(None, ready.plan, checkpoints) * in_flight + held
 
 
 def estimate(ready: Ready, method: str, place: Path | None, processes: int = 1) -> Estimate:
@@ -171,8 +179,8 @@ def estimate(ready: Ready, method: str, place: Path | None, processes: int = 1) 
         place: A directory on the disk that the output goes to; None for object storage.
         processes: How many share the work.
     """
-    stages = _needed(ready.plan)
-    passes = tuple(_passes(ready, stages))
+    phases = _needed(ready.plan)
+    passes = tuple(_passes(ready, phases))
     written = sum(tensor.output.nbytes for tensor in ready.plan.tensors)
     read = sum(entry.bytes for entry in passes)
     files = [sum(info.nbytes for info in infos) for _, infos in ready.shards]
@@ -198,7 +206,7 @@ def estimate(ready: Ready, method: str, place: Path | None, processes: int = 1) 
         written,
         len(files),
         None if place is None else shutil.disk_usage(place).free,
-        _RUNTIME_BYTES + _buffers(ready) + (_RANKING_BYTES if any(stage.stage for stage in stages) else 0),
+        _RUNTIME_BYTES + _buffers(ready, phases) + (_RANKING_BYTES if len(passes) > 1 else 0),
         resident + written,
         processes,
         largest,

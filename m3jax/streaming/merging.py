@@ -18,7 +18,6 @@ from jax.sharding import AxisType, Mesh
 
 from m3jax.anatomy import summarise
 from m3jax.checkpoints import (
-    DTYPES,
     FileFingerprint,
     TensorInfo,
     digest_tensor,
@@ -55,7 +54,7 @@ from m3jax.streaming.jobs import (
 from m3jax.streaming.opening import OpenedModel
 from m3jax.streaming.passes import Circumstances, Passes
 from m3jax.streaming.plan import DrawnWeights, MergePlan, TensorPlan, divide
-from m3jax.streaming.reading import Loaded, default_chunk_entries
+from m3jax.streaming.reading import Loaded, chunk_size
 from m3jax.streaming.steps import with_steps
 from m3jax.streaming.writing import OtherBytesError, Shards
 
@@ -154,7 +153,7 @@ def _merge_one(job: MergeJob, processes: Processes) -> MergeResult:
         other_files = check_companions(job, ready) if processes.index == 0 else None
         workplace, mended = _open_workplace(job, ready, processes, stack)
         checkpoints = [m.checkpoint for m in ready.models]
-        entries = chunk_size(job.chunk_entries, ready.plan, ready.models)
+        entries = chunk_size(job.chunk_entries, ready.plan, [model.checkpoint for model in ready.models])
         how = Circumstances(entries, _local_mesh(job.mesh), processes, job.allow_nonfinite, job.progress)
         passes = Passes(ready.plan, checkpoints, job.recipe.seed, recorded_digests(ready, job.recorded), how)
         finished = _finished(workplace, ready.shards)
@@ -545,21 +544,6 @@ def _chosen(recipe: Recipe, weights: Mapping[str, Sequence[float]] | None) -> Dr
     if odd is not None:
         raise M3Error(f"weights: {len(weights[odd])} are given for {odd} where {count} are needed")
     return {group: tuple(map(float, values)) for group, values in weights.items()}
-
-
-def chunk_size(entries: int | None, plan: MergePlan, models: Sequence[OpenedModel]) -> int:
-    """Entries of the largest chunk: as asked for, or as many as keep buffers small.
-
-    Raises:
-        M3Error: What is asked for is no such number.
-    """
-    if entries is None:
-        merged = [t for t in plan.tensors if t.pipeline is not None]
-        infos = [models[p].checkpoint.tensors[t.output.name] for t in merged for p in t.sources]
-        return default_chunk_entries(len(models), max((DTYPES[i.dtype].itemsize for i in infos), default=2))
-    if not isinstance(entries, int) or entries < 2**16 or entries & (entries - 1):
-        raise M3Error(f"chunk entries are {entries!r}, but must be a power of two of at least 65536")
-    return entries
 
 
 def replay(

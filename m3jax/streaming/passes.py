@@ -253,7 +253,7 @@ class Passes:
             elif shards is not None:
                 shards.submit(loaded, self._merged(loaded, scalars, zero))
             step = self._bytes_of(visit)
-            self.bytes_read += step
+            self.bytes_read += 0 if loaded.hold.again else step
             done[visit.stage.label] += step
             if self.how.progress is not None:
                 self.how.progress(Progress(visit.stage.label, done[visit.stage.label], totals[visit.stage.label]))

@@ -1,8 +1,11 @@
 """Reading ahead: the chunks of several checkpoints, in a given order, hashed and checked on the way."""
 
+import functools
+import itertools
 import math
 import queue
 import threading
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -11,7 +14,7 @@ import numpy as np
 
 from m3jax.checkpoints import DTYPES, Checkpoint, TensorDigest
 from m3jax.errors import M3Error
-from m3jax.streaming.plan import TensorPlan, row_size
+from m3jax.streaming.plan import MergePlan, TensorPlan, row_size
 
 _AHEAD = 2  # chunks that each input may be read ahead
 _IN_FLIGHT = 4  # chunks that may be computed or written while their buffers are still in use
@@ -20,6 +23,9 @@ _POLL_SECONDS = 0.2
 _BUFFER_BYTES = 160_000_000
 _LONGEST_SLICE = 4  # in chunks: longer slices through all blocks are read block by block
 _CACHED_BYTES = 2**20  # a piece that is read, hashed and checked while it is in the processor's cache
+
+HELD_BYTES = 96 * 2**20
+"""What is kept in memory of a tensor while it is gone over several times, so that it is read once."""
 
 # By dtype: an unsigned and a signed word, and the bits of infinity. NaN and infinity are the largest of their sign: as
 # signed words the positive ones, as unsigned words the negative ones.
@@ -165,6 +171,20 @@ def check_finite(raw: np.ndarray, dtype: str, say: Callable[[], str]) -> None:
             raise M3Error(say())
 
 
+class Hold(NamedTuple):
+    """What is kept of a chunk between the stages of its tensor, so that it is read once.
+
+    Attributes:
+        kept: A later visit needs its buffers.
+        again: An earlier visit has filled them.
+        all: The whole tensor is kept, and so hashed once; else each stage hashes all of it, to see whether it changed.
+    """
+
+    kept: bool = False
+    again: bool = False
+    all: bool = False
+
+
 class Loaded(NamedTuple):
     """A visit with what was read for it.
 
@@ -173,11 +193,43 @@ class Loaded(NamedTuple):
         arrays: For each source of the visit's plan a flat array of `padded` entries in the tensor's dtype there, in
             `buffers` or on devices.
         buffers: The memory that the arrays were read into.
+        hold: What is kept of it.
     """
 
     visit: Visit
     arrays: tuple[Any, ...]
     buffers: tuple[np.ndarray, ...]
+    hold: Hold = Hold()
+
+
+def held_chunks(chunks: Sequence[Visit], entry_bytes: int) -> int:
+    """How many of a tensor's chunks, the first ones, are kept while it is gone over several times.
+
+    Args:
+        chunks: All, of one stage.
+        entry_bytes: Of an entry in all sources.
+    """
+    sizes = itertools.accumulate(chunk.padded * entry_bytes for chunk in chunks)
+    return sum(size <= HELD_BYTES for size in sizes)
+
+
+def holds_of(schedule: Sequence[Visit], entry_bytes: Callable[[TensorPlan], int]) -> list[Hold]:
+    """For each visit what is kept of its chunk.
+
+    Args:
+        schedule: Visits in order.
+        entry_bytes: Of an entry of a tensor in all its sources.
+    """
+    holds: list[Hold] = []
+    for _, group in itertools.groupby(schedule, key=lambda visit: id(visit.plan)):
+        own = list(group)
+        stages = [list(visits) for _, visits in itertools.groupby(own, key=lambda visit: visit.stage)]
+        alone = len(stages) == 1 or not all(visit.whole for visit in own)
+        count = 0 if alone else held_chunks(stages[0], entry_bytes(own[0].plan))
+        for number, chunks in enumerate(stages):
+            held = Hold(number + 1 < len(stages), number > 0, count == len(chunks))
+            holds += [held if place < count else Hold() for place in range(len(chunks))]
+    return holds
 
 
 def default_chunk_entries(inputs: int, width: int) -> int:
@@ -193,15 +245,53 @@ def default_chunk_entries(inputs: int, width: int) -> int:
     return entries
 
 
+def chunk_size(entries: int | None, plan: MergePlan, checkpoints: Sequence[Checkpoint]) -> int:
+    """Entries of the largest chunk: as asked for, or as many as keep buffers small.
+
+    Args:
+        entries: As asked for.
+        plan: Of the merge.
+        checkpoints: The inputs, in the plan's order.
+
+    Raises:
+        M3Error: What is asked for is no such number.
+    """
+    if entries is None:
+        return default_chunk_entries(len(checkpoints), widest_entry(plan, checkpoints))
+    if not isinstance(entries, int) or entries < 2**16 or entries & (entries - 1):
+        raise M3Error(f"chunk entries are {entries!r}, but must be a power of two of at least 65536")
+    return entries
+
+
+def widest_entry(plan: MergePlan, checkpoints: Sequence[Checkpoint]) -> int:
+    """Bytes of an entry of the widest tensor that is merged."""
+    merged = [(tensor, p) for tensor in plan.tensors if tensor.pipeline is not None for p in tensor.sources]
+    infos = [checkpoints[position].tensors[tensor.output.name] for tensor, position in merged]
+    return max((DTYPES[info.dtype].itemsize for info in infos), default=2)
+
+
+def held_bytes(plan: TensorPlan, checkpoints: Sequence[Checkpoint], chunk_entries: int) -> int:
+    """Bytes of a tensor's sources that are read once however often the tensor is gone over."""
+    chunks = list(visits(None, plan, chunk_entries, False))
+    width = _entry_bytes(checkpoints, plan)
+    return width * sum(chunk.size for chunk in chunks[: held_chunks(chunks, width)])
+
+
+def _entry_bytes(checkpoints: Mapping[int, Checkpoint] | Sequence[Checkpoint], plan: TensorPlan) -> int:
+    """Bytes of an entry of a tensor in all its sources."""
+    return sum(DTYPES[checkpoints[p].tensors[plan.output.name].dtype].itemsize for p in plan.sources)
+
+
 class _Lane:
     """One input's thread, its queue of read chunks and its pool of buffers."""
 
-    def __init__(self, checkpoint: Checkpoint, chunk_bytes: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, chunk_bytes: int, most_held: int) -> None:
         self.checkpoint = checkpoint
         self.ready: queue.Queue[np.ndarray | BaseException] = queue.Queue(_AHEAD)
         self.free: queue.Queue[np.ndarray | None] = queue.Queue()
         self.chunk_bytes = chunk_bytes
-        for _ in range(_AHEAD + _IN_FLIGHT):
+        self.held: deque[np.ndarray] = deque()  # in the order of chunks, which every stage goes through
+        for _ in range(_AHEAD + _IN_FLIGHT + most_held):
             self.free.put(None)  # allocated when first used
 
 
@@ -232,7 +322,10 @@ class ChunkReader:
             for position in visit.plan.sources:
                 info = checkpoints[position].tensors[visit.plan.output.name]
                 sizes[position] = max(sizes[position], visit.padded * DTYPES[info.dtype].itemsize)
-        self._lanes = {position: _Lane(c, sizes[position]) for position, c in checkpoints.items()}
+        self._holds = holds_of(schedule, functools.partial(_entry_bytes, checkpoints))
+        firsts = Counter(id(v.plan) for v, h in zip(schedule, self._holds, strict=True) if h.kept and not h.again)
+        most_held = max(firsts.values(), default=0)
+        self._lanes = {position: _Lane(c, sizes[position], most_held) for position, c in checkpoints.items()}
         self._schedule = schedule
         self._on_digest = on_digest
         self._allow_nonfinite = allow_nonfinite
@@ -255,16 +348,19 @@ class ChunkReader:
             thread.join()
 
     def __iter__(self) -> Iterator[Loaded]:
-        for visit in self._schedule:
+        for visit, hold in zip(self._schedule, self._holds, strict=True):
             buffers = tuple(self._take(self._lanes[position].ready) for position in visit.plan.sources)
             for buffer in buffers:
                 if isinstance(buffer, BaseException):
                     raise buffer
             sources = zip(visit.plan.sources, buffers, strict=True)
-            yield Loaded(visit, tuple(self._typed(visit, position, buffer) for position, buffer in sources), buffers)
+            arrays = tuple(self._typed(visit, position, buffer) for position, buffer in sources)
+            yield Loaded(visit, arrays, buffers, hold)
 
     def release(self, loaded: Loaded) -> None:
-        """Give the buffers of a chunk back to be read into again."""
+        """Give the buffers of a chunk back to be read into again, unless a later visit needs what is in them."""
+        if loaded.hold.kept:
+            return
         for position, buffer in zip(loaded.visit.plan.sources, loaded.buffers, strict=True):
             self._lanes[position].free.put(buffer)
 
@@ -294,13 +390,16 @@ class ChunkReader:
         lane = self._lanes[position]
         try:
             digest = TensorDigest()
-            for visit in self._schedule:
+            for visit, hold in zip(self._schedule, self._holds, strict=True):
                 if position not in visit.plan.sources:
                     continue
-                buffer = self._take(lane.free)
+                buffer = lane.held.popleft() if hold.again else self._take(lane.free)
                 buffer = _aligned_empty(lane.chunk_bytes) if buffer is None else buffer
-                self._read(position, visit, buffer, digest)
-                if visit.whole and visit.last:
+                if not (hold.again and hold.all):
+                    self._read(position, visit, buffer, digest, hold.again)
+                if hold.kept:
+                    lane.held.append(buffer)
+                if visit.whole and visit.last and not (hold.again and hold.all):
                     self._on_digest(position, visit.plan.output.name, digest.hexdigest())
                     digest = TensorDigest()
                 self._put(lane.ready, buffer)
@@ -312,14 +411,16 @@ class ChunkReader:
             except _Stopped:
                 return
 
-    def _read(self, position: int, visit: Visit, buffer: np.ndarray, digest: TensorDigest) -> None:
+    def _read(self, position: int, visit: Visit, buffer: np.ndarray, digest: TensorDigest, filled: bool) -> None:
+        """Read, hash and check a chunk; what an earlier stage has filled is hashed alone."""
         checkpoint = self._lanes[position].checkpoint
         info = checkpoint.tensors[visit.plan.output.name]
         width = DTYPES[info.dtype].itemsize
         raw = buffer[: visit.size * width]
         for start in range(0, raw.size, _CACHED_BYTES):
             piece = raw[start : start + _CACHED_BYTES]
-            checkpoint.read_into(info.name, visit.start * width + start, piece)
+            if not filled:
+                checkpoint.read_into(info.name, visit.start * width + start, piece)
             if visit.whole:
                 digest.update(piece)
             if visit.first_reading and not self._allow_nonfinite and visit.plan.pipeline is not None:

@@ -34,10 +34,10 @@ from m3jax.progress import Progress
 from m3jax.recipe import Recipe
 from m3jax.streaming.findings import MERGE, phases_of
 from m3jax.streaming.jobs import MergeJob, Ready, as_recorded, prepare, recorded_digests
-from m3jax.streaming.merging import check_companions, chunk_size
+from m3jax.streaming.merging import check_companions
 from m3jax.streaming.passes import Circumstances, Passes
 from m3jax.streaming.plan import TensorPlan
-from m3jax.streaming.reading import Visit, visits
+from m3jax.streaming.reading import Visit, chunk_size, visits
 from m3jax.text import size_text
 
 DEFAULT_SAMPLE = 32
@@ -150,7 +150,7 @@ def _compare(beside: Beside, stored: Mapping[str, Checkpoint], asked: _Asked) ->
         job = MergeJob(recipe, nowhere, False, size, None, None, True, None, recorded, asked.sources, True)
         ready = prepare(as_recorded(job), ALONE, stack)
         other_files = check_companions(job, ready)
-        entries = chunk_size(asked.chunk_entries, ready.plan, ready.models)
+        entries = chunk_size(asked.chunk_entries, ready.plan, [model.checkpoint for model in ready.models])
         how = Circumstances(entries, None, ALONE, True, asked.progress)
         checkpoints = [model.checkpoint for model in ready.models]
         passes = Passes(ready.plan, checkpoints, recipe.seed, recorded_digests(ready, recorded), how)

@@ -135,16 +135,33 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_plan_reads_and_writes_what_the_merge_does(tmp_path, name):
-    """A small model has no sample: its thresholds take two readings, which the plan counts too."""
+def models_and_recipe(tmp_path, name):
     rng = np.random.default_rng(0)
     for model in ("base", "lm", "math"):
         (tmp_path / model).mkdir()
         tensors = {f"layers.{i}.w": rng.standard_normal((64, 96)).astype(ml_dtypes.bfloat16) for i in range(3)}
         save_file({**tensors, "steps": np.arange(4)}, tmp_path / model / "model.safetensors")
     base = {} if name == "linear" else {"base_model": str(tmp_path / ("lm" if name == "slerp" else "base"))}
-    recipe = write(tmp_path, "recipe.json", **base, **{k: v for k, v in RECIPES[name].items() if v is not None})
+    return write(tmp_path, "recipe.json", **base, **{k: v for k, v in RECIPES[name].items() if v is not None})
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_plan_reads_and_writes_what_the_merge_does(tmp_path, name):
+    """A small model has no sample: its thresholds take two readings, which the plan counts too."""
+    recipe = models_and_recipe(tmp_path, name)
     planned = estimate_recipe(recipe, tmp_path / "out")
     done = m3jax.merge_checkpoint(recipe, tmp_path / "out")
     assert (planned.bytes_read, planned.bytes_written) == (done.bytes_read, done.bytes_written)
+    times = {"linear": 2, "ties": 12, "trimmed tensors": 3, "slerp": 2}  # a tensor is read once, the model four times
+    assert done.bytes_read == times[name] * done.bytes_written
+
+
+@pytest.mark.parametrize(("held", "read"), [(0, 36), (3 * 2**13, 20), (2**20, 12)])
+def test_what_is_measured_by_tensor_is_read_once_as_far_as_it_may_be_held(tmp_path, monkeypatch, held, read):
+    recipe = models_and_recipe(tmp_path, "trimmed tensors")  # of three models; a tensor has two chunks, of 2:1
+    want = m3jax.merge_checkpoint(recipe, tmp_path / "want").digest
+    monkeypatch.setattr("m3jax.streaming.reading.HELD_BYTES", held)
+    monkeypatch.setattr("m3jax.streaming.reading.default_chunk_entries", lambda inputs, width: 2**12)
+    done = m3jax.merge_checkpoint(recipe, tmp_path / "out")
+    assert (done.digest, done.bytes_read) == (want, read * done.bytes_written // 4)
+    assert estimate_recipe(recipe, tmp_path / "other").bytes_read == done.bytes_read
