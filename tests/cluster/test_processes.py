@@ -259,7 +259,7 @@ def check_killed(place, tmp_path, reference, victim, seconds, resume_with):
         if codes[index]:
             assert (codes[index], len(lines)) == (2, 1), (codes, ended)
             expected = ("died or lost its connection", "was not reached", "not every process came")
-                assert any(sentence in lines[0] for sentence in expected), lines[0]
+            assert any(sentence in lines[0] for sentence in expected), lines[0]
         else:
             assert out.exists()
     if not out.exists():
