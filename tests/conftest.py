@@ -8,12 +8,14 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Bits are the same however much the compiler optimises, and most of a test is compilation: as little as it can here; as
 # users have it where support/compiling is used, in tests/scripts/test_golden.py, and in the processes of tests/cluster.
-quick = "--xla_backend_optimization_level=0"
-if metadata.version("jaxlib").startswith(
-    "0.10."
-):  # a third less to compile; XLA ends a process that gives it unknown flags
-    quick += " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {quick} {os.environ.get('XLA_FLAGS', '')}"
+# Without fusion emitters a third less is to compile; XLA ends a process that gives it a flag that it does not know.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false" * metadata.version("jaxlib").startswith("0.10."),
+        os.environ.get("XLA_FLAGS", ""),
+    ]
+)
 
 import hypothesis
 import jax
