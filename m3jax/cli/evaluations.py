@@ -163,6 +163,13 @@ def explore(
     steps: options.Steps = 100,
     learning_rate: options.LearningRate = 0.05,
     journal: options.Journal = None,
+    references: Annotated[
+        bool, typer.Option("--references/--no-references", help="Score the base, the experts and equal weights too.")
+    ] = True,
+    picture: Annotated[
+        Path | None,
+        typer.Option("--picture", metavar="FILE", help="Draw the scores over the weights (.png, .svg, .pdf)."),
+    ] = None,
     changes: options.Changes,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Use the first N examples of each task only.")] = None,
     batch_size: options.BatchSize = 8,
@@ -188,6 +195,9 @@ def explore(
     shell.print_notes(loaded.notes(), speech.quiet)
     shell.silence_downloads(speech.quiet)
     from m3jax import exploration
+
+    if picture is not None:
+        exploration.check_picture(picture)
     from m3jax.evaluation.models import make_mesh
 
     how = exploration.Evaluation(limit, batch_size, *answers, overflow, *programs, grader)
@@ -205,11 +215,14 @@ def explore(
             optimize=learned,
             mesh=make_mesh(mesh),
             journal=journal,
+            references=references,
             overwrite=overwrite,
             max_shard_size=max_shard_size,
             watch=watch,
             tell=tell,
         )
+    if picture is not None:
+        exploration.picture(found, picture)
     width = terminal.width()
     shell.print_result(
         lambda: exploration_json(found), lambda: exploration_lines(found, width), speech.as_json, speech.quiet

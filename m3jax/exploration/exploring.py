@@ -20,7 +20,9 @@ from m3jax.evaluation.records import digest
 from m3jax.exploration import optimizing
 from m3jax.exploration.journal import SampleJournal
 from m3jax.exploration.optimizing import Optimization
-from m3jax.exploration.resident import Resident, load_resident
+from m3jax.exploration.references import Reference, expert_names, references_of
+from m3jax.exploration.remarks import remarks_on
+from m3jax.exploration.resident import Params, Resident, load_resident
 from m3jax.exploration.samples import Space, space_of
 from m3jax.exploration.scoring import Dev, Evaluation, Score, make_score, own_params, read_devs
 from m3jax.exploration.selection import MEAN, Result, check_select, choose, pareto_front, value
@@ -49,6 +51,9 @@ class Exploration(NamedTuple):
         journal: The directory that holds the samples.
         merge: The output directory that was written.
         seconds: Wall time.
+        references: The base, every expert and equal weights, on the same examples; they are never chosen.
+        experts: What the recipe calls the experts, in the order of weights.
+        examples: By task, how many a whole evaluation is on; empty for a score of one's own.
     """
 
     choice: Result
@@ -59,6 +64,14 @@ class Exploration(NamedTuple):
     journal: Path
     merge: MergeResult
     seconds: float
+    references: tuple[Result, ...]
+    experts: tuple[str, ...]
+    examples: Mapping[str, int]
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the scores cannot tell, in sentences."""
+        return remarks_on(self.choice, self.results, self.references, self.examples)
 
 
 class _Work(NamedTuple):
@@ -76,15 +89,27 @@ class _Work(NamedTuple):
     ) -> Result:
         """The result of a trial, from the journal or by merging and evaluating."""
         known = self.journal.find(trial.sample, trial.share, trial.weights)
-        if known is None:
+        unscored = Result(trial.sample, trial.weights, trial.share, {}, 0.0, granularity, optimized, learning)
+        return self._said(known, unscored, lambda: self.resident().merge(trial.weights))
+
+    def measure(self, number: int, reference: Reference, granularity: str) -> Result:
+        """The result of a reference, likewise."""
+        done = (result for result in self.journal.done if result.reference == reference.name)
+        known = next((result for result in done if result.weights == reference.weights), None)
+        unscored = Result(-number, reference.weights, 1.0, {}, 0.0, granularity, reference=reference.name)
+        return self._said(known, unscored, reference.params)
+
+    def _said(self, known: Result | None, unscored: Result, params: Callable[[], Params]) -> Result:
+        """What is known, or else scored and noted now; whoever watches is told."""
+        result = known
+        if result is None:
             begun = time.perf_counter()
-            scores = dict(self.score(self.resident().merge(trial.weights), trial.share))
-            spent = time.perf_counter() - begun
-            result = Result(trial.sample, trial.weights, trial.share, scores, spent, granularity, optimized, learning)
+            scores = dict(self.score(params(), unscored.share))
+            result = unscored._replace(scores=scores, seconds=time.perf_counter() - begun)
             self.journal.note(result)
         if self.watch is not None:
-            self.watch(known or result, known is not None)
-        return known or result
+            self.watch(result, known is not None)
+        return result
 
 
 def _journal_directory(out: str | os.PathLike[str], journal: str | os.PathLike[str] | None) -> Path:
@@ -252,6 +277,7 @@ def explore(
     optimize: Optimization | None = None,
     mesh: Mesh | None = None,
     journal: str | os.PathLike[str] | None = None,
+    references: bool | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     tell: Tell | None = None,
@@ -271,7 +297,8 @@ def explore(
         samples: The budget: evaluations on all dev examples.
         select: "mean" of the tasks' accuracies, one task's name, "pareto" (of the front, the sample whose worst task
             is best), or the number of a sample to take.
-        strategy: "draw" (independent draws of the recipe's Beta or Dirichlet), "sobol" (scrambled Sobol points of the
+        strategy: "draw" (independent draws of the recipe's Beta or Dirichlet, the first of them that of `m3jax merge`),
+            "sobol" (scrambled Sobol points of the
             same distribution), "grid" (even weights, the same everywhere), "halving" (many draws on a quarter or an
             eighth of the examples, the better half goes on) or "cma" (CMA-ES; needs evosax).
         evaluation: Its options.
@@ -281,6 +308,8 @@ def explore(
         optimize: Refine the best sample's weights by gradients of a dev loss; the result is one more sample.
         mesh: Over which experts and merges are spread, with axes fsdp and tp; one device without it.
         journal: Directory of the samples; by default OUT.exploration.
+        references: Also score the base, every expert and equal weights, beside the budget; by default where tasks are
+            given.
         overwrite: Replace `out` if it exists.
         max_shard_size: As in `merge_checkpoint`.
         tell: Told in lines what is going on.
@@ -322,13 +351,10 @@ def explore(
             _check_optimization(optimize, loaded, space, bool(scores.devs))
         identity = _identity(loaded, ready, scores.told, samples, select, strategy)
         with SampleJournal(place, identity) as book:
-            choice, results, losses = _search(
-                _Circumstances(loaded, space, ready, scores, book, mesh, apply_fn, tell, watch),
-                strategy,
-                samples,
-                select,
-                optimize,
-            )
+            beside = references if references is not None else score is None
+            given = _Circumstances(loaded, space, ready, scores, book, mesh, apply_fn, tell, watch, beside)
+            choice, results, losses, measured = _search(given, strategy, samples, select, optimize)
+        experts = expert_names(ready)
     merge = merge_checkpoint(
         _with_granularity(loaded, choice.granularity),
         out,
@@ -347,6 +373,9 @@ def explore(
         place,
         merge,
         time.perf_counter() - begun,
+        tuple(measured),
+        experts,
+        {dev.task.name: len(dev.examples) for dev in scores.devs},
     )
 
 
@@ -362,12 +391,13 @@ class _Circumstances(NamedTuple):
     apply_fn: ApplyFn | None
     tell: Tell | None
     watch: Watch | None
+    references: bool
 
 
 def _search(
     given: _Circumstances, strategy: str, samples: int, select: str, optimize: Optimization | None
-) -> tuple[Result, list[Result], tuple[float, ...]]:
-    """Evaluate, learn and choose; the experts leave memory with it."""
+) -> tuple[Result, list[Result], tuple[float, ...], list[Result]]:
+    """Measure references, evaluate, learn and choose; the experts leave memory with it."""
 
     @functools.cache  # and never, where the journal has all that is asked for
     def resident() -> Resident:
@@ -376,6 +406,9 @@ def _search(
         return load_resident(given.ready, given.recipe.seed, given.mesh)
 
     work = _Work(given.recipe, given.space, resident, given.scores.score, given.book, given.watch)
+    assert given.recipe.mixup is not None
+    beside = references_of(given.ready, given.space, resident) if given.references else []
+    measured = [work.measure(n, each, given.recipe.mixup.granularity) for n, each in enumerate(beside, 1)]
     results = _run(work, strategy, samples, select)
     losses: tuple[float, ...] = ()
     if optimize is not None:
@@ -384,7 +417,7 @@ def _search(
         number = 1 + max(result.sample for result in results)
         learned, losses = _learn(given, work, optimize, start, number)
         results = [*results, learned]
-    return choose(results, select), results, losses
+    return choose(results, select), results, losses, measured
 
 
 def _with_granularity(recipe: Recipe, granularity: str) -> Recipe:

@@ -21,6 +21,7 @@ class Result(NamedTuple):
         granularity: Of the weights: "model", "layer" or "tensor".
         optimized: The number of the sample that learning started from, for learned weights.
         learning: Digest of how they were learned.
+        reference: What it is, where it is no sample but what samples are measured against; its number is below 0.
     """
 
     sample: int
@@ -31,6 +32,7 @@ class Result(NamedTuple):
     granularity: str
     optimized: int | None = None
     learning: str | None = None
+    reference: str | None = None
 
     @property
     def mean(self) -> float:

@@ -24,6 +24,7 @@ from m3jax.evaluation.models import load_model
 from m3jax.evaluation.options import check_evaluation
 from m3jax.evaluation.tasks.base import Judgement
 from m3jax.exploration import Evaluation, Optimization, exploring, scoring
+from m3jax.exploration.samples import to_hex
 from m3jax.streaming.jobs import prepared
 
 ONE_BLOCK = TINY._replace(layers=1)
@@ -71,7 +72,7 @@ def test_samples_are_evaluated_as_the_merge_that_is_written(place, tmp_path, gra
     options = {"tasks": data, "samples": 5, "evaluation": OPTIONS}
     found = m3jax.explore(recipe, tmp_path / "out", tell=lines.append, **options)
     compiled = [line for line in lines if line.startswith("compiling")]
-    assert 0 < len(compiled) == len(set(compiled)) <= 2  # one reads prompts, one goes on: none per sample
+    assert len(compiled) == 4  # one reads prompts, one goes on, of inputs and of merges in float32: none per sample
     assert len({result.scores["sst2"] for result in found.results}) > 1
     assert found.choice.scores["sst2"] == max(result.scores["sst2"] for result in found.results)
     model = load_model(str(tmp_path / "out"))
@@ -80,6 +81,15 @@ def test_samples_are_evaluated_as_the_merge_that_is_written(place, tmp_path, gra
         model.params, model.config, model.tokenizer, "sst2", data=data["sst2"], settings=settings, template="none"
     )
     assert summary.accuracy == found.choice.scores["sst2"]
+    merged = m3jax.merge_checkpoint(recipe, tmp_path / "own")  # sample 0 is what the recipe draws by itself
+    assert to_hex(found.results[0].weights) == {g: list(w["hex"]) for g, w in merged.manifest["weights"].items()}
+    for reference in found.references[:3]:
+        directory = place / "base" if reference.reference == "base" else reference.reference
+        alone = load_model(str(directory))
+        summary = m3jax.evaluate(
+            alone.params, alone.config, alone.tokenizer, "sst2", data=data["sst2"], settings=settings, template="none"
+        )
+        assert (summary.accuracy, reference.weights) == (reference.scores["sst2"], {})
 
 
 @pytest.mark.slow
@@ -131,6 +141,8 @@ def command(place, out, *more):
 
 
 def test_the_command(place, tmp_path, capsys, graded):
+    """Beside the samples stand the base, the experts and equal weights, which are scored once and never chosen."""
+    experts = [place / name for name in ("expert-a", "expert-b")]
     assert commands.main(command(place, tmp_path / "out", "--strategy", "grid", "--json")) == 0
     said = capsys.readouterr()
     found = json.loads(said.out)
@@ -148,7 +160,19 @@ def test_the_command(place, tmp_path, capsys, graded):
     assert "compiling" not in said.err
     assert "loading" not in said.err
     assert f"{tmp_path / 'first'}: sample 0, 4 evaluations in " in said.out
-    assert said.out.startswith("sample  weights        share    sst2    mean")
+    rows = said.out.splitlines()
+    assert rows[0].split() == ["sample", "expert-a", "expert-b", "sst2"]
+    named = [row.split("  ")[0] for row in rows[1:9]]
+    assert named[:4] == ["base", "expert-a", "expert-b", "equal weights"]
+    assert sorted(named[4:]) == ["0 *", "1", "2", "3"]
+    counts = [round(8 * float(row.split()[-3])) for row in rows[1:9]]
+    assert all(row.endswith("]") for row in rows[1:9])
+    assert ("no sample has more than" in said.out) == (max(counts[4:]) <= 2)
+    assert "they flatter it: evaluate it on others" in said.out
+    assert [result["reference"] for result in found["references"]] == ["base", *map(str, experts), "equal weights"]
+    assert "references" not in json.loads((tmp_path / "out.exploration" / "journal.jsonl").read_text().splitlines()[0])
+    assert commands.main(command(place, tmp_path / "bare", *journal[:4], "--no-references", "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["references"] == []
 
 
 def test_mistakes_are_said_before_weights_are_loaded(place, tmp_path, capsys, monkeypatch):

@@ -1,8 +1,9 @@
 """What people see of an exploration: a live table on a terminal, lines elsewhere, and the summary."""
 
+import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -32,20 +33,65 @@ def weights_text(weights: "Weights") -> str:
     return f"{len(firsts)} groups, {min(firsts):.2f} to {max(firsts):.2f}"
 
 
-def _cells(result: "Result") -> list[str]:
-    learned = "" if result.optimized is None else f" from {result.optimized}"
-    scores = [f"{score:.4f}" for score in result.scores.values()]
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names of models as columns are headed: the last part of each path, where that tells them apart.
+
+    Example:
+        >>> short_names(["org/math-7b", "org/code-7b"]), short_names(["a/final", "b/final"])
+        (['math-7b', 'code-7b'], ['a/final', 'b/final'])
+    """
+    last = [name.rstrip("/").rsplit("/", 1)[-1] for name in names]
+    return last if len(set(last)) == len(names) else list(names)
+
+
+def _named(result: "Result") -> str:
+    if result.reference is not None:
+        return result.reference if result.weights else short_names([result.reference])[0]
+    return f"{result.sample}" if result.optimized is None else f"{result.sample} from {result.optimized}"
+
+
+def _weight_cells(result: "Result", experts: Sequence[str]) -> list[str]:
+    """Weights under the experts' names where there is one group with one for each, else in one cell."""
+    if not experts:
+        return [weights_text(result.weights) if result.weights else ""]
+    if not result.weights:
+        return [""] * len(experts)
+    firsts = next(iter(result.weights.values()))
+    if set(result.weights.values()) != {firsts}:  # of a layer each
+        return [weights_text(result.weights), *[""] * (len(experts) - 1)]
+    return [f"{weight:.4f}" for weight in firsts]
+
+
+def score_text(score: float, examples: int | None) -> str:
+    """A score with its 95 % interval, where it is known of how many examples.
+
+    Example:
+        >>> score_text(0.5, None), score_text(0.5, 32)
+        ('0.5000', '0.5000 [0.34, 0.66]')
+    """
+    if not examples:
+        return f"{score:.4f}"
+    from m3jax.evaluation.statistics import wilson_interval
+
+    low, high = wilson_interval(round(score * examples), examples)
+    return f"{score:.4f} [{low:.2f}, {high:.2f}]"
+
+
+def _cells(result: "Result", experts: Sequence[str], examples: Mapping[str, int], chosen: bool = False) -> list[str]:
+    counts = {task: math.ceil(result.share * count) for task, count in examples.items()}
+    scores = [score_text(score, counts.get(task)) for task, score in result.scores.items()]
     return [
-        f"{result.sample}{learned}",
-        weights_text(result.weights),
-        f"{result.share:g}",
+        _named(result) + " *" * chosen,
+        *_weight_cells(result, experts),
+        *([] if experts else [f"{result.share:g}"]),
         *scores,
-        f"{result.mean:.4f}",
+        *([f"{result.mean:.4f}"] if len(scores) > 1 else []),
     ]
 
 
-def _head(result: "Result") -> list[str]:
-    return ["sample", "weights", "share", *result.scores, "mean"]
+def _head(result: "Result", experts: Sequence[str]) -> list[str]:
+    means = ["mean"] if len(result.scores) > 1 else []
+    return ["sample", *(short_names(experts) or ["weights", "share"]), *result.scores, *means]
 
 
 class _Board:
@@ -53,10 +99,15 @@ class _Board:
 
     def __init__(self, samples: int) -> None:
         self._samples, self._begun = samples, time.monotonic()
+        self.references: list[Result] = []
         self.results: list[Result] = []
         self._fresh = 0.0
 
     def add(self, result: "Result", known: bool) -> None:
+        if result.reference is not None:
+            self.references.append(result)
+            self._begun = time.monotonic()  # the time left is told from samples
+            return
         self.results.append(result)
         self._fresh += 0.0 if known else result.share
 
@@ -70,8 +121,8 @@ class _Board:
         return f"{said}, {time_text((time.monotonic() - self._begun) / self._fresh * left)} left"
 
     def best(self) -> "list[Result]":
-        """The results to show, the best first."""
-        return sorted(self.results, key=lambda r: (-r.share, -r.mean, r.sample))[:_SHOWN]
+        """The results to show: what samples are measured against, then the best samples first."""
+        return self.references + sorted(self.results, key=lambda r: (-r.share, -r.mean, r.sample))[:_SHOWN]
 
 
 def _lines(board: _Board, stream: TextIO) -> "Watch":
@@ -80,7 +131,10 @@ def _lines(board: _Board, stream: TextIO) -> "Watch":
         scores = ", ".join(f"{task} {score:.4f}" for task, score in result.scores.items())
         before = " (before)" if known else ""
         part = "" if result.share == 1.0 else f" on {result.share:.3g} of the examples"
-        said = f"sample {_cells(result)[0]}{part}: {weights_text(result.weights)}: {scores}{before}; {board.state()}"
+        named = _named(result) if result.reference is not None else f"sample {_named(result)}"
+        weights = f": {weights_text(result.weights)}" if result.weights else ""
+        state = "" if result.reference is not None else f"; {board.state()}"
+        said = f"{named}{part}{weights}: {scores}{before}{state}"
         print(safe_text(said), file=stream, flush=True)
 
     return watch
@@ -93,10 +147,10 @@ def _draw(board: _Board, now: str) -> Any:
     said = f"{board.state()}; {now}" if now else board.state()
     shown = Table(caption=Text(safe_text(said)), caption_justify="left")
     rows = board.best()
-    for column in _head(rows[0]) if rows else ["sample"]:
+    for column in _head(rows[0], ()) if rows else ["sample"]:
         shown.add_column(Text(safe_text(column)), justify="left" if column == "weights" else "right")
     for row in rows:
-        shown.add_row(*(Text(safe_text(cell)) for cell in _cells(row)))
+        shown.add_row(*(Text(safe_text(cell)) for cell in _cells(row, (), {})))
     return shown
 
 
@@ -144,6 +198,10 @@ def exploration_json(found: "Exploration") -> dict[str, Any]:
         "cost": found.cost,
         "losses": list(found.losses),
         "seconds": found.seconds,
+        "experts": list(found.experts),
+        "examples": dict(found.examples),
+        "references": [_result_json(result) for result in found.references],
+        "remarks": list(found.remarks),
         "samples": [_result_json(result) for result in found.results],
     }
 
@@ -154,7 +212,7 @@ def _result_json(result: "Result") -> dict[str, Any]:
 
 
 def exploration_lines(found: "Exploration", width: int | None = None) -> Iterator[str]:
-    """An exploration for people: the best samples, the choice, and where things are.
+    """An exploration for people: what samples are measured against, the best of them, the choice, and what is in doubt.
 
     Args:
         found: The exploration.
@@ -162,7 +220,10 @@ def exploration_lines(found: "Exploration", width: int | None = None) -> Iterato
     """
     best = sorted((r for r in found.results if r.share == 1.0), key=lambda r: (-r.mean, r.sample))
     shown = best[:_SHOWN] + [r for r in best[_SHOWN:] if r == found.choice]
-    yield from table(_head(found.choice), [_cells(result) for result in shown], width, left=2)
+    chosen = [result == found.choice for result in shown]
+    rows = [_cells(result, found.experts, found.examples) for result in found.references]
+    rows += [_cells(r, found.experts, found.examples, is_it) for r, is_it in zip(shown, chosen, strict=True)]
+    yield from table(_head(found.choice, found.experts), rows, width, left=1)
     if len(best) > len(shown):
         yield f"and {count_text(len(best) - len(shown), 'sample')} more in {found.journal}"
     yield ""
@@ -171,3 +232,8 @@ def exploration_lines(found: "Exploration", width: int | None = None) -> Iterato
     spent = f"{found.cost:g} evaluations in {time_text(found.seconds)}"
     yield f"{found.merge.directory}: sample {found.choice.sample}, {spent}"
     yield f"digest   {found.merge.digest}"
+    for remark in found.remarks:
+        yield f"note: {remark}"
+    if found.examples:
+        task = next(iter(found.examples))
+        yield f"next: m3jax evaluate {found.merge.directory} --task {task} --data OTHER_EXAMPLES"

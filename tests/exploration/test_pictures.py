@@ -1,0 +1,56 @@
+"""What an exploration looks like, and what its scores cannot tell."""
+
+from pathlib import Path
+
+import pytest
+
+from m3jax.errors import M3Error
+from m3jax.exploration import Exploration, Result, check_picture, picture
+from m3jax.exploration.references import EQUAL
+from m3jax.exploration.remarks import remarks_on
+
+
+def result(sample, weights, score, reference=None):
+    groups = {"model": weights} if weights else {}
+    return Result(sample, groups, 1.0, {"a_$task": score}, 0.0, "model", reference=reference)
+
+
+def exploration(experts, examples):
+    names = tuple(f"/models/expert_{number}$" for number in range(experts))
+    lines = [result(-1, (), 0.25, "base"), *(result(-2, (), 0.5, name) for name in names)]
+    count = max(experts, 1)
+    ratios = [tuple((1 + (i == j)) / (count + 1) for j in range(count)) for i in range(count)]
+    samples = tuple(result(number, ratio, number / 8) for number, ratio in enumerate(ratios))
+    lines.append(result(-9, (1 / count,) * count, 0.375, EQUAL))
+    counts = {"a_$task": 8} if examples else {}
+    return Exploration(
+        samples[-1], samples, (0,), 2.0, (), Path("journal"), None, 1.0, tuple(lines), names, counts
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("experts", "examples"), [(1, True), (2, True), (2, False), (3, True), (5, False)])
+def test_any_number_of_experts_is_drawn(tmp_path, experts, examples):
+    picture(exploration(experts, examples), tmp_path / "found.svg")
+    drawn = (tmp_path / "found.svg").read_text()
+    assert drawn.count("<path") > 20
+    with pytest.raises(M3Error, match="a picture's name ends in"):
+        check_picture(tmp_path / "found.txt")
+    with pytest.raises(M3Error, match="its parent does not exist"):
+        check_picture(tmp_path / "no" / "found.png")
+
+
+def test_what_scores_cannot_tell_is_said():
+    def remarks(best, equal, count):
+        samples = [result(0, (0.1, 0.9), 0.0), result(1, (0.3, 0.7), best / count)]
+        beside = [result(-1, (0.5, 0.5), equal / count, EQUAL)]
+        return " / ".join(remarks_on(samples[1], samples, beside, {"a_$task": count}))
+
+    few = remarks(2, 0, 32)
+    assert "no sample has more than 2 right answers of 32, so their order is chance" in few
+    assert "on 32 examples of a_$task the chosen sample cannot be told apart from equal weights" in few
+    assert "cannot be told apart" not in remarks(30, 10, 32)
+    assert "cannot be told apart" in remarks(18, 16, 32)
+    assert (
+        remarks(30, 10, 32) == "its scores are of the examples that chose it, so they flatter it: evaluate it on others"
+    )
+    assert remarks_on(result(0, (1.0,), 0.5), [result(0, (1.0,), 0.5)], [], {}) == ()
