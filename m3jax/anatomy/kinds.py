@@ -54,7 +54,7 @@ def is_training_state(name: str) -> bool:
 # --- Adapters, statistics, buffers -----------------------------------------------------------------------
 
 _ADAPTER = re.compile(
-    r"(?:^|[._/])(?:lora_(?:embedding_)?[ABab]|lora_magnitude_vector|lora_[ab]|ia3_l|prompt_embeddings|oft_r|hada_w[12]_[ab]|"
+    r"(?:^|[._/])(?:lora_(?:embedding_)?[ABab]|lora_magnitude_vector|lora[._/][ab]|lora[._/](?:up|down)|lora[AB]|ia3_l|prompt_embeddings|oft_r|hada_w[12]_[ab]|"
     r"lokr_w[12](?:_[ab])?|vera_lambda_[bd]|prefix_encoder)(?=[._/]|$)"
 )
 _STATISTICS = re.compile(r"(?:^|\.)running_(?:mean|var)$|(?:^|\.)batch_stats\.")

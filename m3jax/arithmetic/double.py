@@ -47,10 +47,14 @@ def _two_product(a: Float[Array, "..."], b: Float[Array, "..."]) -> tuple[Array,
 
 @dataclass(frozen=True)
 class Double:
-    """high + low, two float32 arrays of one shape."""
+    """high + low, two float32 arrays of one shape.
+
+    `rest` is what they do not hold of a float64 that came from the host, where that is known; arithmetic drops it.
+    """
 
     high: Float[Array, "..."]
     low: Float[Array, "..."]
+    rest: Float[Array, "..."] | None = None
 
     @classmethod
     def of(cls, value: "Double | float | Float[Array, '...']") -> "Double":
@@ -91,6 +95,20 @@ class Double:
 
     def __rtruediv__(self, other: float) -> "Double":
         return Double.of(other) / self
+
+
+def thirds(values: Float[np.ndarray, "..."]) -> Float[np.ndarray, "... 3"]:
+    """Numbers of float64 as three float32 each, whose sum in float64 they are: the largest first.
+
+    Example:
+        >>> float(thirds(np.array([1 / 3])).astype(np.float64).sum()) == 1 / 3
+        True
+    """
+    parts, rest = [], np.asarray(values, np.float64)
+    for _ in range(3):
+        parts.append(rest.astype(np.float32))
+        rest = rest - parts[-1].astype(np.float64)
+    return np.stack(parts, axis=-1)
 
 
 def or_one(value: Double | float) -> Double | float:

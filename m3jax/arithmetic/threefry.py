@@ -93,16 +93,16 @@ def key_words(key: Any) -> Words:
     return key
 
 
-def fold_in(key: Words, data: int) -> Words:
-    """`jax.random.fold_in` on the words of a key: host arithmetic on a numpy key, traced on a traced one.
+def fold_in(key: Words, data: Any) -> Words:
+    """`jax.random.fold_in` on the words of a key: host arithmetic on what is known there, else traced.
 
     Args:
         key: uint32[2].
-        data: An integer in [0, 2³²).
+        data: An integer in [0, 2³²), which may be traced.
     """
-    zero = key[0] ^ key[0]
-    word = zero + np.uint32(data)
-    if isinstance(key, np.ndarray):
+    zero, traced = key[0] ^ key[0], isinstance(data, jax.core.Tracer)
+    word = zero + (jnp.asarray(data).astype(jnp.uint32) if traced else np.uint32(data))
+    if isinstance(key, np.ndarray) and not traced:
         with np.errstate(over="ignore"):
             return np.stack(threefry2x32((key[0], key[1]), (zero, word)))
     return jnp.stack(threefry2x32((key[0], key[1]), (zero, word)))
@@ -116,12 +116,12 @@ def fold_in_name(key: Words, name: str) -> Words:
     return key
 
 
-def sample_key(root: Words, sample: int) -> Words:
+def sample_key(root: Words, sample: Any) -> Words:
     """The root key of one sample of an exploration, from which its weights are drawn as a merge's are from its seed.
 
     Args:
         root: uint32[2], the recipe's root key.
-        sample: Its number, from 0.
+        sample: Its number, from 0; may be traced.
 
     Example:
         >>> bool((sample_key(root_key(7), 0) == sample_key(root_key(7), 1)).any())

@@ -109,29 +109,27 @@ def _or_nan(function: Callable[[], np.ndarray], shape: tuple[int, ...]) -> np.nd
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _traced(
-    rule: Rule, shape: tuple[int, ...], state: Products, high: Float[Array, " k"], low: Float[Array, " k"]
-) -> Float[Array, "*shape"]:
-    """The coefficients of weights high + low, any of which may be known only to the trace: the bits are the host's."""
-    value: Array = _call_back(rule, shape, False, state, high, low)[0]
+def _traced(rule: Rule, shape: tuple[int, ...], state: Products, parts: Float[Array, "3 k"]) -> Float[Array, "*shape"]:
+    """The coefficients of weights, each the sum of three parts, known only to the trace: the bits are the host's."""
+    value: Array = _call_back(rule, shape, False, state, parts)[0]
     return value
 
 
-def _call_back(rule: Rule, shape: tuple[int, ...], slopes: bool, state: Products, high: Any, low: Any) -> Any:
-    wide = (*shape, high.shape[-1])
+def _call_back(rule: Rule, shape: tuple[int, ...], slopes: bool, state: Products, parts: Any) -> Any:
+    wide = (*shape, parts.shape[-1])
 
-    def found(state: Products, high: np.ndarray, low: np.ndarray) -> list[np.ndarray]:
-        weights = high.astype(np.float64) + low.astype(np.float64)
+    def found(state: Products, parts: np.ndarray) -> list[np.ndarray]:
+        weights = parts.astype(np.float64).sum(axis=0)  # of three terms, one after the other: exact
         value = _or_nan(lambda: _rounded(rule, state, weights), shape)
         return [value, _or_nan(lambda: _sloped(rule, state, weights), wide)] if slopes else [value]
 
-    return on_host(found, [shape, wide] if slopes else [shape], state, high, low)
+    return on_host(found, [shape, wide] if slopes else [shape], state, parts)
 
 
 @_traced.defjvp
 def _traced_jvp(rule, shape, primals, tangents):  # type: ignore[no-untyped-def]
     value, slopes = _call_back(rule, shape, True, *primals)
-    moved = tangents[1] + tangents[2]
+    moved = tangents[1].sum(axis=0)
     return value, jnp.sum(slopes * moved.reshape((1,) * len(shape) + (-1,)), axis=-1)
 
 
@@ -145,7 +143,8 @@ def _conclude(
     shape = (*state.largest.shape[:-1], len(settings.comparison))
     if any(isinstance(weight, Double) for weight in settings.weights):
         pairs = [Double.of(weight) for weight in settings.weights]
-        return _traced(rule, shape, state, jnp.stack([w.high for w in pairs]), jnp.stack([w.low for w in pairs]))
+        parts = [(w.high, w.low, jnp.zeros_like(w.low) if w.rest is None else w.rest) for w in pairs]
+        return _traced(rule, shape, state, jnp.stack([jnp.stack(own) for own in zip(*parts, strict=True)]))
     weights = np.array(settings.weights, np.float64)
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(state)):
         return _rounded(rule, state, weights)

@@ -297,7 +297,11 @@ def measure_squares(name: str, conclude: Callable[[Any, Any, Settings], Any], pr
 
 
 def on_host(
-    function: Callable[..., Any], shapes: Sequence[tuple[int, ...]], *operands: Any, dtype: DTypeLike = np.float32
+    function: Callable[..., Any],
+    shapes: Sequence[tuple[int, ...]],
+    *operands: Any,
+    dtype: DTypeLike = np.float32,
+    batched: bool = False,
 ) -> Any:
     """`function(*operands)` in numpy: at once where the operands are known, else by a callback from the program.
 
@@ -306,6 +310,8 @@ def on_host(
         shapes: Of each of them.
         operands: Pytrees of arrays.
         dtype: Of each of the results.
+        batched: Whether the function takes operands with leading axes, and gives results that have them too; where
+            not, `vmap` calls it once for each entry of the batch.
     """
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(operands)):
         return function(*jax.tree.map(np.asarray, operands))
@@ -314,4 +320,4 @@ def on_host(
         return function(*jax.tree.map(np.asarray, given))
 
     result = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]  # type: ignore[no-untyped-call]
-    return jax.pure_callback(called, result, *operands, vmap_method="sequential")
+    return jax.pure_callback(called, result, *operands, vmap_method="broadcast_all" if batched else "sequential")

@@ -5,13 +5,16 @@ References:
     arXiv 2502.15434, 2025.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jaxtyping import Array, Float
 
 from m3jax.arithmetic import threefry
 from m3jax.errors import M3Error
+from m3jax.methods.measures import on_host
 
 GRANULARITIES = ("model", "layer", "tensor")
 
@@ -23,32 +26,45 @@ class Mixup(NamedTuple):
         alpha: The concentration α of Beta(α, α), or of the symmetric Dirichlet for more than two experts; or the two
             shape parameters (a, b) of a Beta, for exactly two experts.
         granularity: One draw for the whole "model", one per transformer block ("layer"), or one per "tensor".
+        smooth: The correlation of neighbouring blocks, of granularity "layer".
+        sample: Which sample of an exploration; None for the draw of a merge.
     """
 
     alpha: float | tuple[float, float] = 0.5
     granularity: str = "model"
+    smooth: float = 0.0
+    sample: Any = None
 
 
-def mixup(alpha: float | tuple[float, float] = 0.5, granularity: str = "model") -> Mixup:
-    """Weights drawn by M³.
+def mixup(
+    alpha: float | tuple[float, float] = 0.5, granularity: str = "model", *, smooth: float = 0.0, sample: Any = None
+) -> Mixup:
+    """Weights drawn by M³, from the key that a merge is given; those of a recipe with the same keys and seed.
 
     Args:
         alpha: See `Mixup`.
         granularity: See `Mixup`.
+        smooth: See `Mixup`; in [0, 1).
+        sample: The weights of sample k of `m3jax.explore`, by its strategy "draw"; an integer, which may be traced.
+            Masks are those of the key, whatever the sample.
 
     Raises:
-        M3Error: `alpha` is not positive and finite, or the granularity is unknown.
+        M3Error: `alpha` is not positive and finite, the granularity is unknown, `smooth` is none of layers.
 
     Example:
-        >>> mixup(alpha=0.5)
-        Mixup(alpha=0.5, granularity='model')
+        >>> mixup(alpha=0.5).granularity
+        'model'
     """
     shapes = alpha if isinstance(alpha, tuple | list) else (alpha,)
     if len(shapes) not in (1, 2) or not all(np.isfinite(a) and a > 0 for a in shapes):
         raise M3Error(f"mixup: alpha is {alpha}, but must be a positive number or a pair of them")
     if granularity not in GRANULARITIES:
         raise M3Error(f"mixup: granularity is {granularity!r}, but must be one of {', '.join(GRANULARITIES)}")
-    return Mixup(tuple(shapes) if len(shapes) == 2 else shapes[0], granularity)  # type: ignore[arg-type]
+    if not 0 <= smooth < 1:
+        raise M3Error(f"mixup: smooth is {smooth}, but must be at least 0 and below 1")
+    if smooth and granularity != "layer":
+        raise M3Error(f'mixup: smooth is of neighbouring layers, but granularity is {granularity!r}: give "layer"')
+    return Mixup(tuple(shapes) if len(shapes) == 2 else shapes[0], granularity, float(smooth), sample)  # type: ignore[arg-type]
 
 
 def uniform(key: threefry.Words, draw: int) -> np.ndarray:
@@ -67,21 +83,23 @@ def uniform(key: threefry.Words, draw: int) -> np.ndarray:
 
 
 def beta_quantile(p: np.ndarray | np.float64, a: float, b: float) -> np.ndarray:
-    """The p-quantile of Beta(a, b), computed in float64 and rounded to float32.
+    """The p-quantile of Beta(a, b), computed in float64 and rounded to float32; below 2⁻¹²⁵ it is 0.
 
     SciPy's inverse of the regularised incomplete beta function; the manifest stores what came out, so that a replay
     does not depend on it.
     """
     from scipy.special import betaincinv
 
-    return np.asarray(betaincinv(a, b, p)).astype(np.float32)
+    found = np.asarray(betaincinv(a, b, p))
+    # Threads in which XLA runs flush what is subnormal, also where a program calls the host back.
+    return np.where(found < 2.0**-125, 0.0, found).astype(np.float32)
 
 
 def group_key(key: Any, group: str | None) -> threefry.Words:
     """The key from which the weights of `group` are drawn; `None` is the whole model."""
     words = threefry.key_words(key)
     if not isinstance(words, np.ndarray):
-        raise TypeError("weights are drawn on the host: call m3jax.draw_weights outside of jit and pass them in")
+        raise TypeError("the key is traced: take m3jax.mixup_weights, or m3jax.merge(..., weights=m3jax.mixup(alpha))")
     root = threefry.fold_in(words, threefry.WEIGHTS)
     return root if group is None else threefry.fold_in_name(root, group)
 
@@ -108,6 +126,12 @@ def draw_weights(
         >>> a + b
         1.0
     """
+    _check_draw(alpha, num_experts)
+    words = group_key(key, group)
+    return weights_at([float(uniform(words, stick)) for stick in range(num_experts - 1)], alpha)
+
+
+def _check_draw(alpha: Any, num_experts: int) -> None:
     if isinstance(alpha, tuple | list) and num_experts != 2:
         raise M3Error(
             f"mixup: alpha has two shape parameters {tuple(alpha)}, which define a draw for two experts, "
@@ -116,8 +140,91 @@ def draw_weights(
     shapes = alpha if isinstance(alpha, tuple | list) else (alpha,)
     if len(shapes) > 2 or not all(isinstance(a, int | float | np.number) and 0 < a < np.inf for a in shapes):
         raise M3Error(f"mixup: alpha is {alpha!r}, but must be a number above 0, or two of them")
-    words = group_key(key, group)
-    return weights_at([float(uniform(words, stick)) for stick in range(num_experts - 1)], alpha)
+
+
+def root_of(key: Any, sample: Any = None) -> threefry.Words:
+    """The words that weights are drawn from: of a key, or of a sample of an exploration with that key.
+
+    Args:
+        key: An integer seed, or one threefry2x32 key.
+        sample: Its number; None for the key's own.
+
+    Returns:
+        uint32[2], of numpy where key and sample are known, else traced.
+
+    Raises:
+        M3Error: There are several keys, or the sample is no number from 0 on.
+    """
+    words = threefry.key_words(key)
+    if words.shape != (2,):
+        raise M3Error(
+            f"mixup: there are keys of shape {list(words.shape[:-1])}: give one, or map over them by jax.vmap"
+        )
+    if sample is None:
+        return words
+    if not isinstance(sample, jax.core.Tracer):
+        number = np.asarray(sample)
+        if number.shape != () or number.dtype.kind not in "iu" or not 0 <= number < 2**32:
+            raise M3Error(f"mixup: sample is {sample!r}, but must be one integer from 0 on")
+        sample = int(number)
+    elif sample.shape != () or not np.issubdtype(sample.dtype, np.integer):
+        raise M3Error(f"mixup: sample is traced, {sample.dtype}{list(sample.shape)}: give one integer")
+    return threefry.sample_key(words, sample)
+
+
+def mixup_weights(
+    key: Any,
+    alpha: float | tuple[float, float] = 0.5,
+    num_experts: int = 2,
+    group: str | None = None,
+    *,
+    sample: Any = None,
+) -> Float[Any, "*batch n"]:
+    """Merging weights for many keys or samples at once, or from a key that is traced.
+
+    On the host the numbers are those of `draw_weights`. In a program (under `jit`, `vmap`, `scan`, `shard_map`) the
+    host is called back to draw them, which costs about 0.2 ms and is no operation that `jax.export` can write; there
+    each is rounded to float32, so that for the bits of a merge whose weights are drawn one rather gives
+    `weights=mixup(alpha)` and the key to `m3jax.merge`.
+
+    Args:
+        key: An integer seed, a threefry2x32 key, or an array of keys.
+        alpha: As for `draw_weights`.
+        num_experts: As for `draw_weights`.
+        group: As for `draw_weights`.
+        sample: Samples of an exploration with these keys, an integer or an array of them, as `mixup` takes it; None
+            for the keys' own draws.
+
+    Returns:
+        One row for each key, or key and sample where both broadcast: float64 of numpy where they are known, else
+        float32.
+
+    Raises:
+        M3Error: As `draw_weights`, or a sample is no integer from 0 on.
+
+    Example:
+        >>> mixup_weights(7, alpha=0.5, sample=range(3)).shape
+        (3, 2)
+        >>> keys = jax.random.split(jax.random.key(0, impl="threefry2x32"), 4)
+        >>> drawn = jax.vmap(mixup_weights)(keys)
+        >>> bool((drawn == mixup_weights(keys).astype(np.float32)).all())
+        True
+    """
+    _check_draw(alpha, num_experts)
+    words = threefry.key_words(key)
+    if isinstance(words, jax.core.Tracer) or isinstance(sample, jax.core.Tracer):
+
+        def found(roots: np.ndarray) -> list[np.ndarray]:
+            return [mixup_weights(roots, alpha, num_experts, group).astype(np.float32)]
+
+        drawn: Array = on_host(found, [(num_experts,)], root_of(words, sample), batched=True)[0]
+        return drawn
+    samples = np.asarray(-1 if sample is None else sample, np.int64)
+    shape = np.broadcast_shapes(words.shape[:-1], samples.shape)
+    rows, numbers = np.broadcast_to(words, (*shape, 2)).reshape(-1, 2), np.broadcast_to(samples, shape).reshape(-1)
+    roots = [root_of(row, None if sample is None else number) for row, number in zip(rows, numbers, strict=True)]
+    weights = [draw_weights(root, alpha, num_experts, group) for root in roots]
+    return np.array(weights, np.float64).reshape(*shape, num_experts)
 
 
 def weights_at(p: Sequence[float], alpha: float | tuple[float, float]) -> tuple[float, ...]:
@@ -239,3 +346,33 @@ def draw(
     if weighting == "position":
         return (draw_position(key, alpha, group),)
     return draw_weights(key, alpha, num_experts, group)
+
+
+def draw_groups(
+    weighting: str,
+    key: Any,
+    alpha: float | tuple[float, float],
+    num_experts: int,
+    groups: Iterable[str | None],
+    walks: Iterable[Mapping[int, str]] = (),
+    smooth: float = 0.0,
+) -> dict[str | None, tuple[float, ...]]:
+    """What M³ draws for all groups of a model.
+
+    Args:
+        weighting: As for `draw`.
+        key: As for `draw`.
+        alpha: As for `draw`.
+        num_experts: As for `draw`.
+        groups: Those that weights are drawn for; None is the whole model.
+        walks: Of each tower the groups of its blocks, by their numbers, as `draw_walk` takes them.
+        smooth: Their correlation; 0 for none.
+
+    Returns:
+        Weights by group.
+    """
+    drawn = {group: draw(weighting, key, alpha, num_experts, group) for group in groups}
+    for blocks in walks if smooth else ():
+        walked = draw_walk(key, alpha, num_experts, blocks, smooth)
+        drawn |= {group: weights[: len(drawn[group])] for group, weights in walked.items() if group in drawn}
+    return drawn

@@ -20,7 +20,7 @@ from m3jax.methods.leaf import (
     statistics_weights,
     without_idle_sparsifier,
 )
-from m3jax.methods.mixup import draw, draw_walk, likelihood_of_one
+from m3jax.methods.mixup import draw_groups, likelihood_of_one
 from m3jax.naming import block_of, layer_position
 from m3jax.recipe import Recipe, unmatched
 from m3jax.recipe.settings import nearest
@@ -271,16 +271,13 @@ def draws_of(recipe: Recipe, method: Method, pieces: Sequence[_Piece]) -> DrawnW
     groups: dict[str, str | None] = {WHOLE_MODEL: None}
     if granularity != "model":
         groups = {group: group for group in (_group(piece, granularity) for piece in pieces)}
-    count = len(recipe.experts)
-    drawn = {label: draw(method.weighting, recipe.seed, alpha, count, group) for label, group in groups.items()}
     walks: dict[str, dict[int, str]] = {}
     for piece in pieces if recipe.mixup.smooth else ():
         if piece.block is not None:
             walks.setdefault(piece.block[0], {})[piece.block[1]] = piece.group
-    for blocks in walks.values():
-        walked = draw_walk(recipe.seed, alpha, count, blocks, recipe.mixup.smooth)
-        drawn |= {group: weights[: len(drawn[group])] for group, weights in walked.items()}
-    return drawn
+    how = (walks.values(), recipe.mixup.smooth)
+    drawn = draw_groups(method.weighting, recipe.seed, alpha, len(recipe.experts), groups.values(), *how)
+    return {label: drawn[group] for label, group in groups.items()}
 
 
 def _settings(recipe: Recipe, pipeline: Pipeline, piece: _Piece, drawn: DrawnWeights) -> Settings:

@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ _NAMES = (
     re.compile(r"(?P<weight>.+)_lora_(?P<which>[ab])"),  # qwix, and so Tunix
     re.compile(r"(?P<module>(?:.*\.)?)lora_(?P<which>[ab])\.(?P<rest>kernel)"),  # MaxText
     re.compile(r"(?P<module>(?:.*?\.)??)(?:lora\.)?lora_(?P<which>[ab])"),  # flax.nnx.LoRA
+    re.compile(r"(?P<module>(?:.*\.)?)lora\.(?P<which>[ab])"),  # Gemma's library
 )
 _WEIGHTS = ("kernel", "w", "weight", "embedding")
 
@@ -53,9 +54,10 @@ def with_lora(
     """Adds low-rank adapters to the weights of a tree: each W becomes W + scale·A·B.
 
     Factors are matched with weights by name: `X_lora_a` is of `X` (qwix and Tunix: `w_lora_a`), `X.lora_a.kernel` of
-    `X.kernel` (MaxText), `X.lora.lora_a` or `X.lora_a` of the kernel of X (`flax.nnx.LoRA`), and in `a` and `b` also
-    `X` itself. A has the axes of W that are summed over, then the rank; B the rank, then the other axes; several axes
-    may be one in a factor. Where W stacks blocks, so do both, along the same axis. Of a matrix A has the first axis.
+    `X.kernel` (MaxText), `X.lora.lora_a` or `X.lora_a` of the kernel of X (`flax.nnx.LoRA`), `X.lora.a` of the weight
+    of X (Gemma's library), and in `a` and `b` also `X` itself. A has the axes of W that are summed over, then the rank;
+    B the rank, then the other axes; several axes may be one in a factor. Where W stacks blocks, so do both, along the
+    same axis. Of a matrix A has the first axis.
 
     The function is pure: eager, under `jit`, and differentiable. Its bits are those that `m3jax.load("base+adapter")`
     has of the same factors: float32, rank by rank, rounded once to the dtype of W.
@@ -108,6 +110,40 @@ def with_lora(
         values[name] = _added(values[name], pair.a, pair.b, jnp.asarray(factor, jnp.float32), zero, place, short)
     added = jax.tree.unflatten(jax.tree.structure(params), list(values.values()))
     return _without(added, {name for name in leaves if inside and _weight_of(name, leaves) is not None})
+
+
+def with_products(experts: Sequence[PyTree], base: PyTree, scale: Any) -> tuple[list[PyTree], PyTree]:
+    """Trees with the products of their factors added, so that they can be merged.
+
+    Args:
+        experts: Of which some have factors, beside their weights, or alone, when they are added to the base's.
+        base: The base, if there is one, with or without factors of its own.
+        scale: As for `with_lora`.
+
+    Raises:
+        M3Error: No tree has factors, or as `with_lora`.
+    """
+    known = [leaves_of(tree) for tree in experts]
+    named = [{name for name in leaves if any(pattern.fullmatch(name) for pattern in _NAMES)} for leaves in known]
+    own = set() if base is None else {n for n in leaves_of(base) if any(each.fullmatch(n) for each in _NAMES)}
+    if not own and not any(named):
+        raise M3Error("lora: no tree has factors, which are called as w_lora_a and w_lora_b beside w: leave it out")
+    whole = with_lora(base, scale=scale) if own else base
+
+    def added(number: int) -> PyTree:
+        if not named[number]:
+            return experts[number]
+        if len(named[number]) < len(known[number]):
+            return with_lora(experts[number], scale=scale)
+        if base is None:
+            raise M3Error(f"lora: expert {number} has factors alone: give base=, the weights that they were trained on")
+        if own:
+            raise M3Error(
+                f"lora: expert {number} has factors alone, and so has the base some: take those of the base out"
+            )
+        return with_lora(base, experts[number], experts[number], scale=scale)
+
+    return [added(number) for number in range(len(experts))], whole
 
 
 # --- Names -----------------------------------------------------------------------------------------------

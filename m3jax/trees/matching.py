@@ -280,9 +280,9 @@ def _check_mergeable(reference: Mapping[str, Leaf], parts: Mapping[str, Part]) -
     for name in reference:
         if parts[name].kind == "adapter":
             raise M3Error(
-                f"{name}: is a factor of an adapter, and merging factors is not merging their products: add each "
-                "adapter to its weights first (W + scale·B·A), or average factors all the same by "
-                "anatomy={'kinds': {PATTERN: 'parameter'}}"
+                f"{name}: is a factor of an adapter, and merging factors is not merging their products: merge these by "
+                "lora=SCALE (alpha / rank), or average factors all the same by anatomy={'kinds': {PATTERN: "
+                "'parameter'}}"
             )
         if parts[name].kind == "quantised":
             raise M3Error(f"{name}: is of a quantised weight, whose integers cannot be merged: dequantise it first")

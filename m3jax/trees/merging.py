@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import ArrayLike, PyTree
 from numpy.typing import DTypeLike
 
-from m3jax.anatomy import MODEL_KINDS, Kind
+from m3jax.anatomy import MODEL_KINDS, OUTSIDE_BLOCKS, Kind
 from m3jax.arithmetic import threefry
 from m3jax.arithmetic.double import Double
 from m3jax.errors import M3Error
@@ -30,8 +30,9 @@ from m3jax.methods.leaf import (
     statistics_pipeline,
     statistics_weights,
 )
-from m3jax.methods.mixup import Mixup, draw
-from m3jax.trees import arrays, matching
+from m3jax.methods.mixup import Mixup, root_of
+from m3jax.trees import arrays, draws, matching
+from m3jax.trees.adapters import with_products
 from m3jax.trees.arrays import Column, Stacked, tensor_shape
 from m3jax.trees.matching import is_traced
 from m3jax.trees.matching import leaf_name as leaf_name
@@ -70,29 +71,41 @@ class _Tensor(NamedTuple):
         name: Its canonical name.
         spelled: What the tree calls its leaf.
         layer: The group that it shares a draw per layer with.
+        tower: The tower of its block; None outside blocks.
+        block: Its block's number there.
     """
 
     name: str
     spelled: str
     layer: str
+    tower: str | None = None
+    block: int | None = None
 
 
 def _tensors(tree: ParameterTree, name: str) -> list[_Tensor]:
     part = tree.parts[name]
     if part.stack_axis is None:
-        return [_Tensor(part.canonical, name, tree.group(name, "layer"))]
-    return [_Tensor(own, name, group) for own, group in zip(part.block_names, part.groups, strict=True)]
+        inside = () if part.block is None else (part.tower, part.block)
+        return [_Tensor(part.canonical, name, tree.group(name, "layer"), *inside)]
+    blocks = zip(part.block_names, part.groups, part.blocks, strict=True)
+    return [_Tensor(own, name, group, part.tower, block) for own, group, block in blocks]
 
 
 def _is_prefix(key: str, name: str) -> bool:
     return not key or name == key or name.startswith(f"{key}.")
 
 
+def _goes_by(key: str, tensor: _Tensor, by_block: bool) -> bool:
+    """Whether a key of a mapping means a tensor; one whose weights are by block means tensors in blocks alone."""
+    if by_block and tensor.tower is None:
+        return False
+    named = any(_is_prefix(key, name) for name in (tensor.name, tensor.spelled))
+    return named or (key == tensor.tower if by_block else key == tensor.layer)
+
+
 def _key_of(weights: Mapping[str, ArrayLike], tensor: _Tensor) -> str | None:
     """The key of a mapping whose weights a tensor gets: the longest that it goes by."""
-    fitting = [
-        key for key in weights if key == tensor.layer or any(_is_prefix(key, n) for n in (tensor.name, tensor.spelled))
-    ]
+    fitting = [key for key, own in weights.items() if _goes_by(key, tensor, len(_shape_of(own)) == 2)]
     return max(fitting, key=len, default=None)
 
 
@@ -101,23 +114,23 @@ class _Weights(NamedTuple):
 
     Attributes:
         given: What the caller gave.
-        rows: The row of each layer, of an array of weights by layer; else empty.
+        rows: The row of each block, or layer, of an array of weights by block; of a mapping, by key.
     """
 
     given: Weights
-    rows: Mapping[str, int]
+    rows: Mapping[str, Mapping[str, int]]
 
-    def group(self, tensor: _Tensor) -> str | None:
+    def group(self, tensor: _Tensor) -> Any:
         """The tensors that share their weights with one; None for all of them."""
         if isinstance(self.given, Mapping):
             found = _key_of(self.given, tensor)
             if found is None:
                 raise M3Error(f"weights: none given for {tensor.name}: name it, its block or a prefix of its name")
-            return found
+            return (found, tensor.layer) if found in self.rows else found
         if isinstance(self.given, Mixup):
             by_layer = {"model": None, "tensor": tensor.name, "layer": tensor.layer}
             return by_layer[self.given.granularity]
-        return tensor.layer if self.rows else None
+        return ("", tensor.layer) if self.rows else None
 
 
 def _weights_of(weights: Weights, tree: ParameterTree, names: Sequence[str]) -> _Weights:
@@ -129,51 +142,100 @@ def _weights_of(weights: Weights, tree: ParameterTree, names: Sequence[str]) -> 
     if isinstance(weights, Mixup) and weights.granularity == "layer":
         check_blocks(tree, names, 'mixup: granularity is "layer"')
     if isinstance(weights, Mapping):
-        known = [tensor for name in tree.leaves for tensor in _tensors(tree, name)]
-        for key in weights:
-            if not any(key == t.layer or _is_prefix(key, t.name) or _is_prefix(key, t.spelled) for t in known):
-                there = {text for t in known for text in (t.name, t.layer)}
-                near = difflib.get_close_matches(key, sorted(there), 1)
-                hint = f": did you mean {near[0]!r}?" if near else ": give a leaf's name, a block's, or a prefix"
-                raise M3Error(f"weights: {key!r} is no name of the tree{hint}")
-    if isinstance(weights, Mixup | Mapping | None) or len(_shape_of(weights)) < 2:
+        return _Weights(weights, _rows_by_key(weights, tree, names))
+    if isinstance(weights, Mixup | None) or len(_shape_of(weights)) < 2:
         return _Weights(weights, {})
     shape = _shape_of(weights)
     check_blocks(tree, names, f"weights of shape {list(shape)} are by block")
     groups = groups_of(tree)
     if len(shape) != 2 or shape[0] != len(groups):
-        raise M3Error(
-            f"weights: are of shape {list(shape)}, but there are {len(groups)} groups of leaves, {groups[0]} to "
-            f"{groups[-1]}: give one row for each, in the order of m3jax.trees.parts.layer_groups"
+        outside = groups[-1] == OUTSIDE_BLOCKS
+        blocks = len(groups) - outside
+        what = f"{blocks} blocks ({groups[0]} to {groups[blocks - 1]})" + (
+            " and a group outside them" if outside else ""
         )
-    return _Weights(weights, {group: row for row, group in enumerate(groups)})
+        raise M3Error(
+            f"weights: are of shape {list(shape)}, but there are {what}: give one row for each, in the order of "
+            "m3jax.trees.parts.layer_groups, or a mapping of towers or prefixes of names to rows of their blocks"
+        )
+    return _Weights(weights, {"": {group: row for row, group in enumerate(groups)}})
+
+
+def _rows_by_key(
+    weights: Mapping[str, ArrayLike], tree: ParameterTree, names: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """The row of each block, by the keys whose weights are by block.
+
+    Raises:
+        M3Error: A key means no tensor, or its weights are by block and fit none.
+    """
+    known = [tensor for name in tree.leaves for tensor in _tensors(tree, name)]
+    found: dict[str, dict[str, int]] = {}
+    for key, own in weights.items():
+        shape = _shape_of(own)
+        if len(shape) > 2:
+            raise M3Error(f"weights: {key!r} has shape {list(shape)}: give n numbers, or rows of n for its blocks")
+        by_block = len(shape) == 2
+        if by_block:
+            check_blocks(tree, names, f"weights: {key!r} has shape {list(shape)}, which is by block")
+        meant = [tensor for tensor in known if _goes_by(key, tensor, by_block)]
+        if not meant:
+            towers = {str(tensor.tower) for tensor in known if tensor.tower is not None} if by_block else set()
+            near = difflib.get_close_matches(
+                key, sorted({text for t in known for text in (t.name, t.layer)} | towers), 1
+            )
+            hint = f": did you mean {near[0]!r}?" if near else ": give a leaf's name, a block's, or a prefix"
+            raise M3Error(f"weights: {key!r} is no name of the tree{' with blocks' if by_block else ''}{hint}")
+        if by_block:
+            found[key] = _rows_of(key, shape, meant)
+    return found
+
+
+def _rows_of(key: str, shape: tuple[int, ...], meant: Sequence[_Tensor]) -> dict[str, int]:
+    """The row of each block of one tower."""
+    towers = list(dict.fromkeys(str(tensor.tower) for tensor in meant))
+    if len(towers) > 1:
+        raise M3Error(
+            f"weights: {key!r} has rows for blocks, but means those of {len(towers)} towers: give each its own, as "
+            f"{', '.join(map(repr, towers))}"
+        )
+    blocks = {tensor.layer: tensor.block or 0 for tensor in meant}
+    layers = sorted(blocks, key=blocks.__getitem__)
+    if shape[0] != len(layers):
+        raise M3Error(
+            f"weights: {key!r} has {shape[0]} rows, but there are {len(layers)} blocks, {layers[0]} to {layers[-1]}: "
+            "give one row for each"
+        )
+    return {layer: row for row, layer in enumerate(layers)}
 
 
 def _shape_of(weights: Any) -> tuple[int, ...]:
-    return np.shape(weights) if hasattr(weights, "shape") or not is_traced(weights) else (len(weights),)
+    if hasattr(weights, "shape") or not is_traced(weights):
+        return np.shape(weights)
+    return len(weights), *_shape_of(weights[0])
 
 
-def _group_weights(pipe: Pipeline, weights: _Weights, key: Any, group: str | None) -> tuple[Any, ...]:
-    method, count, given = pipe.method, pipe.num_weights, weights.given
-    if given is not None and not count:
-        raise M3Error(f"{method.name}: takes no weights, but some are given: leave them out")
+def _group_weights(pipe: Pipeline, weights: _Weights, group: Any) -> tuple[Any, ...]:
+    """The weights of a group, of those that are given."""
+    method, count = pipe.method, pipe.num_weights
+    given: Any = weights.given
     if given is None:
         return (0.5,) if method.weighting == "position" else (1.0,) * count
-    if isinstance(given, Mixup):
-        if key is None:
-            raise M3Error("mixup: weights are drawn from a key, but none is given: pass key=jax.random.key(seed)")
-        if is_traced(key):
-            raise M3Error(
-                "mixup: weights are drawn on the host, but the key is traced: before jit or vmap, draw them with "
-                "weights = numpy.array([m3jax.draw_weights(k, alpha) for k in keys]), and map merge over weights"
-            )
-        return draw(method.weighting, key, given.alpha, count, group)
     if group is None:
         return _as_scalars(given, count, "merge")
-    if isinstance(given, Mapping):
+    if isinstance(group, str):
         return _as_scalars(given[group], count, group)
-    rows: Any = given
-    return _as_scalars(rows[weights.rows[group]], count, group)
+    key, layer = group
+    rows = given[key] if isinstance(given, Mapping) else given
+    return _as_scalars(rows[weights.rows[key][layer]], count, layer)
+
+
+def _drawing(pipe: Pipeline, tree: ParameterTree, names: Sequence[str], how: Mixup, key: Any) -> draws.Drawing:
+    """How weights are drawn, where they are."""
+    if key is None:
+        raise M3Error("mixup: weights are drawn from a key, but none is given: pass key=jax.random.key(seed)")
+    walks = draws.walks_of(tree, names) if how.smooth else ()
+    return draws.Drawing(how, pipe.method.weighting, pipe.num_weights, walks, root_of(key, how.sample))
 
 
 # --- columns ------------------------------------------------------------------------------------------------------
@@ -186,9 +248,9 @@ def _columns_to_merge(
     has_base: bool,
     weights: _Weights,
     key: Any,
-    numbers_of: Callable[[str | None], Settings],
+    fold: Callable[[Sequence[str | None]], draws.Folded],
 ) -> list[Column]:
-    """Columns with the scalars that are known before any entry is looked at; `numbers_of` gives those of a group."""
+    """Columns with the scalars that are known before any entry is looked at; `fold` gives those of groups."""
     tensors = {name: _tensors(tree, name) for name in columns}
     keys: dict[str, Any] = {}
     if pipe.random:
@@ -198,15 +260,12 @@ def _columns_to_merge(
             keys[name] = drawn[start : start + len(own)]
             start += len(own)
 
-    @functools.cache
-    def shared(group: str | None) -> tuple[Settings, Any]:
-        """What the tensors of a group share: traced weights are folded once for all of them."""
-        settings = numbers_of(group)
-        return settings, pipe.method.fold(pipe.method.options, settings)
+    # What the tensors of a group share: traced weights are folded once for all of them.
+    shared = fold(list(dict.fromkeys(weights.group(tensor) for own in tensors.values() for tensor in own)))
 
     @functools.cache
     def scalars_of(group: str | None, shape: tuple[int, ...]) -> LeafScalars:
-        settings, folded = shared(group)
+        settings, folded = shared[group]
         return scalars_from(pipe, settings, shape, None, folded)
 
     def column(name: str) -> Column:
@@ -216,7 +275,7 @@ def _columns_to_merge(
         groups = [weights.group(tensor) for tensor in tensors[name]]
         shape = tensor_shape(np.shape(experts[0]), axis)
         scalars = [scalars_of(group, shape) for group in groups]
-        settings = tuple(shared(group)[0] for group in groups)
+        settings = tuple(shared[group][0] for group in groups)
         own = keys.get(name)
         if axis is None:
             only = scalars[0]._replace(mask_keys=None if own is None else own[0])
@@ -256,14 +315,26 @@ def _planned(
     statistics = {name: column for name, column in columns.items() if kinds[name] == "statistics"}
     plain = statistics_pipeline(pipe.num_experts)
 
-    def of_parameters(group: str | None) -> Settings:
-        return settings_of(pipe, _group_weights(pipe, weights, key, group), scale)
+    if weights.given is not None and not pipe.num_weights:
+        raise M3Error(f"{pipe.method.name}: takes no weights, but some are given: leave them out")
+    how = weights.given
+    drawing = _drawing(pipe, tree, list(kinds), how, key) if isinstance(how, Mixup) else None
 
-    def of_statistics(group: str | None) -> Settings:
-        return settings_of(plain, statistics_weights(pipe, _group_weights(pipe, weights, key, group)), 1.0)
+    def fold_by(doing: Pipeline, weigh: draws.Weigh, groups: Sequence[str | None]) -> draws.Folded:
+        if drawing is not None:
+            return draws.folded(drawing, doing, groups, weigh) if groups else {}
+        settings = {group: weigh(_group_weights(pipe, weights, group)) for group in groups}
+        return {group: (own, doing.method.fold(doing.method.options, own)) for group, own in settings.items()}
 
-    own = _columns_to_merge(pipe, tree, parameters, has_base, weights, key, of_parameters)
-    others = _columns_to_merge(plain, tree, statistics, has_base, weights, key, of_statistics)
+    def as_parameters(given: tuple[Any, ...]) -> Settings:
+        return settings_of(pipe, given, scale)
+
+    def as_statistics(given: tuple[Any, ...]) -> Settings:
+        return settings_of(plain, statistics_weights(pipe, given), 1.0)
+
+    fold, fold_plain = (functools.partial(fold_by, *each) for each in ((pipe, as_parameters), (plain, as_statistics)))
+    own = _columns_to_merge(pipe, tree, parameters, has_base, weights, key, fold)
+    others = _columns_to_merge(plain, tree, statistics, has_base, weights, key, fold_plain)
     return [(pipe, column) for column in arrays.measured(pipe, own, zero)] + [(plain, column) for column in others]
 
 
@@ -362,6 +433,7 @@ def merge(
     only: matching.Only = None,
     anatomy: AnatomyOf = None,
     donate: bool = False,
+    lora: Any = None,
 ) -> PyTree:
     """Merge parameter trees; the bits do not depend on jit, device, mesh or sharding.
 
@@ -385,12 +457,14 @@ def merge(
             each expert.
         base: The tree that task vectors are taken from, for methods that use them.
         weights: n numbers for the whole model, or one for every expert; a mapping to such from leaf names, blocks
-            ("layers.3") or prefixes of names, of which the longest that fits a leaf counts; an array [groups, n] with a
-            row for each block of each tower and a last one for what is outside blocks, in the order of
-            `m3jax.trees.parts.layer_groups`; `mixup(alpha)` to draw them (M³); None for ones. For slerp, one position
-            t instead of n numbers.
+            ("layers.3") or prefixes of names, of which the longest that fits a leaf counts, or from towers or prefixes
+            to arrays [blocks, n] for what is in blocks; an array [groups, n] with a row for each block of each tower
+            and a last one for what is outside blocks, in the order of `m3jax.trees.parts.layer_groups`; `mixup(alpha)`
+            to draw them (M³); None for ones. Arrays may be traced; leaves that stack blocks take their rows. For
+            slerp, one position t instead of n numbers.
         sparsify: `dare(density)` or `magnitude(density)`, applied before the method.
-        key: Integer seed or threefry2x32 key for DARE's masks and M³'s draws. Draws need a key known on the host.
+        key: Integer seed or threefry2x32 key for DARE's masks and M³'s draws. Where it is traced, the program calls
+            back to the host for draws, which gives their bits and costs some tenths of a millisecond.
         dtype: Of merged leaves; default: each leaf's dtype in the base, or else in the first expert.
         only: What is merged; the other leaves come from the base, or else from the first expert, as they are, and
             need not be equal in the other trees or even be there. A collection or several: "params" of linen variables
@@ -401,6 +475,9 @@ def merge(
             "optimizer"}}; patterns are searched in leaf names.
         donate: Free each array of the experts once it is merged, so that no more than inputs and one leaf are in
             memory; the base's arrays are kept. In a trace this has no effect: there the caller's `donate_argnums` has.
+        lora: Merge adapters as products: the scale (alpha / rank) of the low-rank factors that trees have, one number
+            or a mapping from patterns to numbers, as `with_lora` takes it. Each tree's W becomes W + scale·A·B first; a
+            tree of factors alone is added to the base's weights. The result has whole weights and no factors.
 
     Returns:
         A tree like the base, or else like the first expert, of the same type, its leaves sharded as there.
@@ -427,6 +504,8 @@ def merge(
     check_pipeline(pipe, base is not None)
     if sparsify is not None and sparsify.random and key is None:
         raise M3Error(f"{sparsify.name}: masks are drawn from a key, but none is given: pass key=jax.random.key(seed)")
+    if lora is not None:
+        experts, base = with_products(experts, base, lora)
     models, labels = list(experts), [f"expert {i}" for i in range(len(experts))]
     if base is not None:
         models, labels = [base, *models], ["the base", *labels]

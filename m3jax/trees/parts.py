@@ -101,8 +101,12 @@ def _kind(name: str, leaf: Leaf) -> Kind | None:
     return None
 
 
-def _stored_names(leaves: Mapping[str, Leaf]) -> dict[str, str]:
-    """The names that files of the tree have, in which a box is a `value`."""
+def stored_names(leaves: Mapping[str, Leaf]) -> dict[str, str]:
+    """The names that files of a tree have, in which a box is a `value`.
+
+    Args:
+        leaves: Of `leaves_of`.
+    """
     stored = {name: f"{name}.value" if leaf.alone else name for name, leaf in leaves.items()}
     taken = set(leaves)
     return {name: name if name != other and other in taken else other for name, other in stored.items()}
@@ -136,7 +140,7 @@ def tree_of(leaves: Mapping[str, Leaf], anatomy: AnatomyOf = None) -> ParameterT
     Raises:
         M3Error: What the caller says cannot be.
     """
-    stored = _stored_names(leaves)
+    stored = stored_names(leaves)
     infos = {stored[name]: _info(stored[name], leaf) for name, leaf in leaves.items()}
     said = overrides_of(anatomy)
     schemes = quantised(infos)

@@ -19,7 +19,9 @@ from m3jax.arithmetic import double, exact
 from m3jax.errors import M3Error
 from m3jax.methods.linear import linear, stack
 from m3jax.methods.schedules import Schedule, read_schedule, schedule_weights
+from m3jax.trees.matching import leaves_of
 from m3jax.trees.merging import merge
+from m3jax.trees.parts import AnatomyOf, tree_of
 
 
 def soup(trees: Iterable[PyTree], schedule: str | Mapping[str, Any] = "uniform", **options: Any) -> PyTree:
@@ -29,7 +31,7 @@ def soup(trees: Iterable[PyTree], schedule: str | Mapping[str, Any] = "uniform",
         trees: As `merge` takes them.
         schedule: How much each counts: "uniform", {"method": "ema", "decay": 0.9}, or {"method": "wsm", "decay":
             "linear" or "1-sqrt"}.
-        **options: Of `merge`: `dtype`, `only`, `anatomy`, `donate`.
+        **options: Of `merge`: `dtype`, `only`, `anatomy`, `donate`, `lora`.
 
     Returns:
         A tree like the first. The bits are those of a recipe with the same schedule, and of `RunningMerge`.
@@ -86,17 +88,32 @@ class RunningMerge:
     kind: str
 
     @classmethod
-    def start(cls, params: PyTree, schedule: str | Mapping[str, Any] = "uniform", window: int | None = None) -> Self:
+    def start(
+        cls,
+        params: PyTree,
+        schedule: str | Mapping[str, Any] = "uniform",
+        window: int | None = None,
+        anatomy: AnatomyOf = None,
+    ) -> Self:
         """An average of no steps.
 
         Args:
             params: A tree like those to come, of arrays or of their shapes; its values do not count.
             schedule: As `soup` takes it.
             window: How many steps there will be; None for as many as come, which "wsm" cannot do.
+            anatomy: What is known of the tree, as for `merge`: by {"kinds": {PATTERN: "parameter"}} factors of
+                adapters are averaged too.
 
         Raises:
-            M3Error: The schedule is not known, or has no window and needs one.
+            M3Error: The schedule is not known, or has no window and needs one; a leaf is a factor of an adapter.
         """
+        parts = tree_of(leaves_of(params), anatomy).parts
+        factor = next((name for name, part in parts.items() if part.kind == "adapter"), None)
+        if factor is not None:
+            raise M3Error(
+                f"{factor}: is a factor of an adapter, whose average is not that of products: average "
+                "m3jax.with_lora(params, scale=…), or factors all the same by anatomy={'kinds': {PATTERN: 'parameter'}}"
+            )
         found = read_schedule(schedule)
         if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
             raise M3Error(f"window: {window!r} is no number of steps: give one from 1 on")

@@ -125,3 +125,46 @@ def test_what_does_not_fit_is_refused():
         with pytest.raises(M3Error, match=said):
             call()
     assert with_lora(turned, axes={"w": (1,)})["w"].shape == (6, 6, 5)
+
+
+def test_merging_adapters_merges_products():
+    w, *rest = drawn(5, (6, 4), (6, 2), (2, 4), (6, 3), (3, 4), (4,))
+    (a0, b0, a1, b1), norm = rest[:4], rest[4]
+    experts = [{"q": {"w": w, "w_lora_a": a, "w_lora_b": b}, "norm": norm} for a, b in ((a0, b0), (a1, b1))]
+    whole = [{"q": {"w": want(w, a, b, 2.0)}, "norm": norm} for a, b in ((a0, b0), (a1, b1))]
+    expected = np.asarray(m3jax.merge(whole, weights=[0.3, 0.7])["q"]["w"])
+    merged = m3jax.merge(experts, weights=[0.3, 0.7], lora=2.0)
+    assert merged["q"].keys() == {"w"}
+    assert np.asarray(merged["q"]["w"]).tobytes() == expected.tobytes()
+    # Tunix saves the factors alone: they are of the base, which gives the rest of the tree too.
+    base = nnx.State({"q": {"w": nnx.Param(jnp.asarray(w))}, "norm": nnx.Param(jnp.asarray(norm))})
+    alone = [{"q.w_lora_a": a, "q.w_lora_b": b} for a, b in ((a0, b0), (a1, b1))]
+    found = jax.jit(lambda alone, base: m3jax.merge(alone, base=base, weights=[0.3, 0.7], lora={"q": 2.0}))(alone, base)
+    assert isinstance(found, nnx.State)
+    assert np.asarray(found["q"]["w"][...]).tobytes() == expected.tobytes()
+    for call, said in (
+        (lambda: m3jax.merge(experts), r"q\.w_lora_a: is a factor .* lora=SCALE"),
+        (lambda: m3jax.soup(experts), r"q\.w_lora_a: is a factor"),
+        (lambda: m3jax.RunningMerge.start(experts[0]), r"q\.w_lora_a: is a factor .* average m3jax\.with_lora"),
+        (lambda: m3jax.merge(alone, lora=2.0), "expert 0 has factors alone: give base="),
+        (lambda: m3jax.merge(alone, base=experts[0], lora=2.0), "so has the base"),
+        (lambda: m3jax.merge(whole, lora=2.0), "no tree has factors"),
+    ):
+        with pytest.raises(M3Error, match=said):
+            call()
+    forced = m3jax.merge([experts[0]] * 2, anatomy={"kinds": {"lora": "parameter"}})
+    assert np.asarray(forced["q"]["w_lora_a"]).tolist() == a0.tolist()
+    average = m3jax.RunningMerge.start(alone[0], anatomy={"kinds": {"lora": "parameter"}})
+    assert len(average.sums) == 2
+
+
+def test_every_spelling_of_factors_is_refused_or_added():
+    w, a, b = drawn(6, (3, 8, 5), (8, 2), (2, 3, 5))
+    gemma = {"layer_0": {"attn": {"q_einsum": {"w": w, "lora": {"a": a, "b": b}}}}}
+    merged = m3jax.merge([gemma, gemma], lora=1.0)["layer_0"]["attn"]["q_einsum"]
+    assert np.asarray(merged["w"]).tobytes() == want(w, a, b, 1.0, (1,)).tobytes()
+    assert merged.keys() == {"w"}
+    for name in ("x.lora.a", "x.lora_a.kernel", "x.lora.down.weight", "x.lora_up", "x.loraA", "w_lora_b", "x/lora_a"):
+        with pytest.raises(M3Error, match="is a factor of an adapter"):
+            m3jax.merge([{name: a, "w": w}] * 2)
+    assert m3jax.merge([{"flora.a": a}] * 2).keys() == {"flora.a"}

@@ -261,6 +261,46 @@ def test_weights_that_name_nothing_are_refused():
         m3jax.merge(experts, weights={"layers": [1, 2]})
 
 
+@pytest.mark.parametrize("how", ["given", "traced"])
+def test_rows_of_weights_for_the_blocks_of_each_tower(how):
+    """By tower or by prefix; what is outside of blocks goes by the other keys."""
+    shapes = {f"vision.layers.{i}.w": (3, 4) for i in range(2)} | {f"text.layers.{i}.w": (3, 4) for i in range(3)}
+    _, experts = models(DTYPES["float32"], 2, shapes | {"text.norm": (4,)})
+    rows = np.random.default_rng(0).uniform(0.1, 0.9, (5, 2)).astype(np.float32)
+    rest = np.float32([0.25, 0.75])
+    each = {name: row.tolist() for name, row in zip(shapes, rows, strict=True)}
+    want = oracle.merge(experts, weights=each | {"text.norm": rest.tolist()})
+
+    def held(tree):
+        return {
+            "vision.layers.w": np.stack([tree[f"vision.layers.{i}.w"] for i in range(2)], 1),
+            **{name: leaf for name, leaf in tree.items() if name.startswith("text.")},
+        }
+
+    def call(vision, text, rest):
+        weights = {"vision": vision, "text.layers": text, "": rest}
+        return m3jax.merge([held(e) for e in experts], weights=weights, anatomy={"stacked": {"vision": 1}})
+
+    got = (jax.jit(call) if how == "traced" else call)(rows[:2], rows[2:], rest)
+    assert same(got, held(want)) == (True, [])
+
+
+def test_rows_that_do_not_fit_are_refused():
+    shapes = {f"a.layers.{i}.w": (3, 4) for i in range(2)} | {f"b.layers.{i}.w": (3, 4) for i in range(3)}
+    _, experts = models(DTYPES["float32"], 2, shapes | {"norm": (4,)})
+    for weights, said in (
+        ({"": np.ones((5, 2))}, r"'' has rows for blocks, but means those of 2 towers: give each its own"),
+        ({"": [1, 1], "a": np.ones((3, 2))}, r"'a' has 3 rows, but there are 2 blocks, a\.layers\.0 to a\.layers\.1"),
+        ({"": [1, 1], "norm": np.ones((1, 2))}, "'norm' is no name of the tree with blocks"),
+        ({"": [1, 1], "a": np.ones((2, 3))}, r"a\.layers\.0: 3 weights given where 2 are needed"),
+        ({"": [1, 1], "a": np.ones((2, 2, 2))}, r"'a' has shape \[2, 2, 2\]"),
+        (np.ones((5, 2)), r"there are 5 blocks \(a\.layers\.0 to b\.layers\.2\) and a group outside them"),
+        ({"a": np.ones((2, 2)), "b": np.ones((3, 2))}, "none given for norm"),
+    ):
+        with pytest.raises(M3Error, match=said):
+            m3jax.merge(experts, weights=weights)
+
+
 # --- which blocks there are ---------------------------------------------------------------------------------------
 
 
