@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from m3jax.methods.magnitude import magnitude as magnitude
     from m3jax.methods.mixup import draw_weights as draw_weights
     from m3jax.methods.mixup import mixup as mixup
+    from m3jax.methods.mixup import mixup_weights as mixup_weights
     from m3jax.methods.model_stock import model_stock as model_stock
     from m3jax.methods.multislerp import multislerp as multislerp
     from m3jax.methods.nearswap import nearswap as nearswap
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from m3jax.streaming.merging import replay as replay
     from m3jax.streaming.sampling import verify_sample as verify_sample
     from m3jax.trees.adapters import with_lora as with_lora
+    from m3jax.trees.digests import digest as digest
     from m3jax.trees.loading import load as load
     from m3jax.trees.merging import merge as merge
     from m3jax.trees.running import RunningMerge as RunningMerge
@@ -86,6 +88,7 @@ _HOMES = {
     "nuslerp": "methods.nuslerp",
     "passthrough": "methods.passthrough",
     "dare": "methods.dare",
+    "digest": "trees.digests",
     "draw_weights": "methods.mixup",
     "evaluate": "evaluation.models",
     "explore": "exploration",
@@ -97,6 +100,7 @@ _HOMES = {
     "merge": "trees.merging",
     "merge_checkpoint": "streaming.merging",
     "mixup": "methods.mixup",
+    "mixup_weights": "methods.mixup",
     "replay": "streaming.merging",
     "RunningMerge": "trees.running",
     "slerp": "methods.slerp",

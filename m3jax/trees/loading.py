@@ -18,6 +18,7 @@ from m3jax.checkpoints.orbax_writer import check_tree
 from m3jax.checkpoints.protocol import DTYPES, Checkpoint, TensorInfo
 from m3jax.errors import M3Error
 from m3jax.trees.matching import named_leaves
+from m3jax.trees.restoring import restored
 
 _BLOCK = 16 << 20  # bytes of whole rows read at a time where shards hold parts of rows
 _RUN = 64 << 10  # bytes: shorter parts of rows cost more to read one by one than the rows that they are in
@@ -33,6 +34,7 @@ def load(
     *,
     dtype: DTypeLike | None = None,
     flat: bool = False,
+    like: PyTree = None,
 ) -> PyTree:
     """Loads a checkpoint's tensors as JAX arrays, straight into their shardings.
 
@@ -44,15 +46,21 @@ def load(
         sharding: Where tensors go: the default device if None; one `jax.sharding.Sharding` for all of them; a function
             (name, shape) -> sharding; or a tree of shardings, or of anything that has one, such as arrays or
             `jax.ShapeDtypeStruct`, nested or by name, that has every tensor.
-        dtype: What floats become, rounded to nearest even; by default all keep their dtypes.
+        dtype: What floats become, rounded to nearest even; by default all keep their dtypes, or get those of `like`.
         flat: Return a flat dict by name, which is what names that are no paths need.
+        like: A tree of the caller's own, of arrays or `jax.ShapeDtypeStruct`s: a `flax.nnx.State` or module, a train
+            state, any pytree. Its leaves are matched with tensors by name, or else by canonical name, as trees are
+            that are merged: without boxes (`value`) and wrappers (`params`). Floats get their leaf's dtype, all get
+            its sharding; integers must be of its dtype. What is of training (optimizer and random states, steps)
+            comes from the checkpoint where it is there, else stays as it is in `like`; random keys always stay.
 
     Returns:
-        Nested dicts, names split at ".", or a flat dict.
+        Nested dicts, names split at ".", or a flat dict; or a tree of `like`'s type.
 
     Raises:
         M3Error: The checkpoint cannot be read; a sharding is missing or does not divide a tensor; a 64-bit tensor
-            has values that need `jax_enable_x64`.
+            has values that need `jax_enable_x64`; `like` differs, of which the first path on both sides is named, or
+            has only shapes of a trainer's state that the checkpoint lacks.
 
     Example:
         >>> import tempfile
@@ -61,10 +69,22 @@ def load(
         >>> save_file({"dense.kernel": np.ones((2, 3), np.float32)}, f"{directory}/model.safetensors")
         >>> load(directory, dtype="bfloat16")["dense"]["kernel"].dtype
         dtype(bfloat16)
+        >>> like = {"params": {"dense": {"kernel": jax.ShapeDtypeStruct((2, 3), "float32")}}}
+        >>> load(directory, like=like)["params"]["dense"]["kernel"].shape
+        (2, 3)
     """
     wanted = None if dtype is None else _checked(np.dtype(dtype))
+    if like is not None and (flat or sharding is not None):
+        raise M3Error("load: like gives names and shardings, so flat and sharding are not given beside it: give one.")
     place = _as_function(sharding)
     with open_model(locate_model(os.fspath(path))) as checkpoint:
+        if like is not None:
+
+            def read(info: TensorInfo, sharding: Sharding | None, dtype: np.dtype[Any] | None) -> jax.Array:
+                is_float = dtype is not None and jax.numpy.issubdtype(dtype, jax.numpy.floating)
+                return _load(checkpoint, info, sharding, _checked(dtype) if is_float and dtype is not None else None)
+
+            return restored(checkpoint, like, read, wanted)
         if not flat:
             check_tree(checkpoint.tensors, f"{checkpoint.location}, which flat=True loads,")
         arrays = _load_all(checkpoint, checkpoint.tensors, place, wanted)
