@@ -1,10 +1,11 @@
-"""The documents: every example of docs/extend.md runs, and docs/architecture.md has the floors that are enforced."""
+"""Documents: examples of docs/extend.md and docs/functional.md run; docs/architecture.md has the enforced floors."""
 
 import ast
 import re
 import tomllib
 from pathlib import Path
 
+import jax
 import pytest
 from support.outside import forget
 
@@ -74,6 +75,18 @@ def test_examples_run(folder, title):
             install(folder, tomllib.loads(code)["project"])
 
 
+def test_the_program_of_functional_pipelines_runs(folder):
+    text = (ROOT / "docs" / "functional.md").read_text(encoding="utf-8")
+    namespace = {"__name__": "example"}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as users have them
+        for part in text.split("\n## "):
+            found = blocks(part)
+            assert found != []
+            for language, code in found:
+                assert language == "python"
+                exec(compile(code, f"docs/functional.md, {part.splitlines()[0]}", "exec"), namespace)
+
+
 def test_sections_are_those_that_the_page_promises():
     assert list(SECTIONS) == ["A method", "A format of checkpoints", "A task", "A family of tensor names"]
 
@@ -92,7 +105,9 @@ def test_architecture_is_what_is_enforced():
     }
 
 
-@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/extend.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "page", ["docs/architecture.md", "docs/extend.md", "docs/functional.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+)
 def test_links_and_files_that_pages_name_are_there(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     links = {link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
