@@ -183,8 +183,8 @@ def mixup_weights(
     """Merging weights for many keys or samples at once, or from a key that is traced.
 
     On the host the numbers are those of `draw_weights`. In a program (under `jit`, `vmap`, `scan`, `shard_map`) the
-    host is called back to draw them, which costs about 0.2 ms and is no operation that `jax.export` can write; there
-    each is rounded to float32, so that for the bits of a merge whose weights are drawn one rather gives
+    host is called back to draw them, which costs some tenths of a millisecond and is no operation that `jax.export` can
+    write; there each is rounded to float32. For the bits of a merge whose weights are drawn, rather give
     `weights=mixup(alpha)` and the key to `m3jax.merge`.
 
     Args:

@@ -26,6 +26,7 @@ _NAMES = (
     re.compile(r"(?P<module>(?:.*\.)?)lora\.(?P<which>[ab])"),  # Gemma's library
 )
 _WEIGHTS = ("kernel", "w", "weight", "embedding")
+_BOX = ".value"  # at the end of names in what is read of a file of boxes
 
 
 class _Pair(NamedTuple):
@@ -124,8 +125,8 @@ def with_products(experts: Sequence[PyTree], base: PyTree, scale: Any) -> tuple[
         M3Error: No tree has factors, or as `with_lora`.
     """
     known = [leaves_of(tree) for tree in experts]
-    named = [{name for name in leaves if any(pattern.fullmatch(name) for pattern in _NAMES)} for leaves in known]
-    own = set() if base is None else {n for n in leaves_of(base) if any(each.fullmatch(n) for each in _NAMES)}
+    named = [[name for name in leaves if _told_of(name) is not None] for leaves in known]
+    own = base is not None and any(_told_of(name) is not None for name in leaves_of(base))
     if not own and not any(named):
         raise M3Error("lora: no tree has factors, which are called as w_lora_a and w_lora_b beside w: leave it out")
     whole = with_lora(base, scale=scale) if own else base
@@ -149,22 +150,24 @@ def with_products(experts: Sequence[PyTree], base: PyTree, scale: Any) -> tuple[
 # --- Names -----------------------------------------------------------------------------------------------
 
 
+def _told_of(name: str) -> dict[str, str] | None:
+    """What the name of a factor tells of its weight; None of a leaf that is called like none."""
+    stem = name.removesuffix(_BOX)
+    match = next((found for pattern in _NAMES if (found := pattern.fullmatch(stem))), None)
+    return None if match is None else match.groupdict()
+
+
 def _weight_of(name: str, leaves: Mapping[str, Leaf]) -> tuple[str, str] | None:
     """The weight that a leaf is a factor of, and which factor; None of a leaf that is called like none."""
-    for pattern in _NAMES:
-        match = pattern.fullmatch(name)
-        if match is None:
-            continue
-        told = match.groupdict()
-        rests = [told["rest"]] if "rest" in told else _WEIGHTS
-        weights = [told["weight"]] if "weight" in told else [told["module"] + rest for rest in rests]
-        weight = next((weight for weight in weights if weight in leaves), None)
-        if weight is None:
-            raise M3Error(
-                f"{name}: is a factor of no weight of the tree, which has no {weights[0]!r}: give its weights"
-            )
-        return weight, match["which"]
-    return None
+    told = _told_of(name)
+    if told is None:
+        return None
+    rests = [told["rest"]] if "rest" in told else _WEIGHTS
+    stems = [told["weight"]] if "weight" in told else [told["module"] + rest for rest in rests]
+    weight = next((weight for stem in stems for weight in (stem, stem + _BOX) if weight in leaves), None)
+    if weight is None:
+        raise M3Error(f"{name}: is a factor of no weight of the tree, which has no {stems[0]!r}: give its weights")
+    return weight, told["which"]
 
 
 def _factors_in(

@@ -66,7 +66,7 @@ def walks_of(tree: ParameterTree, names: Sequence[str]) -> tuple[Mapping[int, st
 
 
 def folded(drawing: Drawing, pipe: Pipeline, groups: Sequence[str | None], weigh: Weigh) -> Folded:
-    """The settings of groups whose weights are drawn, and what they fold into.
+    """The settings of groups whose weights are drawn, and what they fold into: the same bits in a program as outside.
 
     Args:
         drawing: How they are drawn.

@@ -1,20 +1,19 @@
 """merge(): parameter trees in, a parameter tree out; pure, under jit, on any sharding."""
 
-import difflib
 import functools
 import inspect
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import ArrayLike, PyTree
+from jaxtyping import PyTree
 from numpy.typing import DTypeLike
 
-from m3jax.anatomy import MODEL_KINDS, OUTSIDE_BLOCKS, Kind
+from m3jax.anatomy import MODEL_KINDS, Kind
 from m3jax.arithmetic import threefry
 from m3jax.arithmetic.double import Double
 from m3jax.errors import M3Error
@@ -37,197 +36,11 @@ from m3jax.trees.arrays import Column, Stacked, tensor_shape
 from m3jax.trees.matching import is_traced
 from m3jax.trees.matching import leaf_name as leaf_name
 from m3jax.trees.matching import named_leaves as named_leaves
-from m3jax.trees.parts import AnatomyOf, ParameterTree, check_blocks, groups_of, laid_out_as, tree_of
+from m3jax.trees.parts import AnatomyOf, ParameterTree, laid_out_as, tree_of
 from m3jax.trees.parts import canonical_leaves as canonical_leaves
+from m3jax.trees.weights import TreeWeights, Weights, group_weights, tensors_of, weights_of
 
 _LOG = logging.getLogger("m3jax")
-
-Weights = Mixup | Mapping[str, ArrayLike] | Sequence[ArrayLike] | ArrayLike | None
-
-
-def _as_scalars(values: Any, count: int, where: str) -> tuple[Any, ...]:
-    """`count` scalars, host floats where they are known and `Double`s where they are traced; one stands for all."""
-    if is_traced(values):
-        stacked = jnp.stack([jnp.asarray(v) for v in values]) if isinstance(values, list | tuple) else values
-        if stacked.shape not in ((count,), ()):
-            raise M3Error(f"{where}: weights of shape {list(stacked.shape)} given for {count} experts")
-        return tuple(Double.of(w) for w in jnp.broadcast_to(stacked, (count,)))
-    given = np.asarray(values, np.float64)
-    flat = np.broadcast_to(given, (count,)) if given.ndim == 0 else given.reshape(-1)
-    if flat.size != count:
-        raise M3Error(f"{where}: {flat.size} weights given where {count} are needed")
-    if not np.isfinite(flat).all():
-        raise M3Error(f"{where}: weights {flat.tolist()} are not all finite")
-    return tuple(float(w) for w in flat)
-
-
-# --- whose weights ------------------------------------------------------------------------------------------------
-
-
-class _Tensor(NamedTuple):
-    """One tensor of the merge: a leaf, or a block of one that stacks several.
-
-    Attributes:
-        name: Its canonical name.
-        spelled: What the tree calls its leaf.
-        layer: The group that it shares a draw per layer with.
-        tower: The tower of its block; None outside blocks.
-        block: Its block's number there.
-    """
-
-    name: str
-    spelled: str
-    layer: str
-    tower: str | None = None
-    block: int | None = None
-
-
-def _tensors(tree: ParameterTree, name: str) -> list[_Tensor]:
-    part = tree.parts[name]
-    if part.stack_axis is None:
-        inside = () if part.block is None else (part.tower, part.block)
-        return [_Tensor(part.canonical, name, tree.group(name, "layer"), *inside)]
-    blocks = zip(part.block_names, part.groups, part.blocks, strict=True)
-    return [_Tensor(own, name, group, part.tower, block) for own, group, block in blocks]
-
-
-def _is_prefix(key: str, name: str) -> bool:
-    return not key or name == key or name.startswith(f"{key}.")
-
-
-def _goes_by(key: str, tensor: _Tensor, by_block: bool) -> bool:
-    """Whether a key of a mapping means a tensor; one whose weights are by block means tensors in blocks alone."""
-    if by_block and tensor.tower is None:
-        return False
-    named = any(_is_prefix(key, name) for name in (tensor.name, tensor.spelled))
-    return named or (key == tensor.tower if by_block else key == tensor.layer)
-
-
-def _key_of(weights: Mapping[str, ArrayLike], tensor: _Tensor) -> str | None:
-    """The key of a mapping whose weights a tensor gets: the longest that it goes by."""
-    fitting = [key for key, own in weights.items() if _goes_by(key, tensor, len(_shape_of(own)) == 2)]
-    return max(fitting, key=len, default=None)
-
-
-class _Weights(NamedTuple):
-    """Where each tensor's weights come from.
-
-    Attributes:
-        given: What the caller gave.
-        rows: The row of each block, or layer, of an array of weights by block; of a mapping, by key.
-    """
-
-    given: Weights
-    rows: Mapping[str, Mapping[str, int]]
-
-    def group(self, tensor: _Tensor) -> Any:
-        """The tensors that share their weights with one; None for all of them."""
-        if isinstance(self.given, Mapping):
-            found = _key_of(self.given, tensor)
-            if found is None:
-                raise M3Error(f"weights: none given for {tensor.name}: name it, its block or a prefix of its name")
-            return (found, tensor.layer) if found in self.rows else found
-        if isinstance(self.given, Mixup):
-            by_layer = {"model": None, "tensor": tensor.name, "layer": tensor.layer}
-            return by_layer[self.given.granularity]
-        return ("", tensor.layer) if self.rows else None
-
-
-def _weights_of(weights: Weights, tree: ParameterTree, names: Sequence[str]) -> _Weights:
-    """Weights that fit a tree.
-
-    Raises:
-        M3Error: They are by block, but blocks cannot be told; they name no tensor; or there is not a row for each.
-    """
-    if isinstance(weights, Mixup) and weights.granularity == "layer":
-        check_blocks(tree, names, 'mixup: granularity is "layer"')
-    if isinstance(weights, Mapping):
-        return _Weights(weights, _rows_by_key(weights, tree, names))
-    if isinstance(weights, Mixup | None) or len(_shape_of(weights)) < 2:
-        return _Weights(weights, {})
-    shape = _shape_of(weights)
-    check_blocks(tree, names, f"weights of shape {list(shape)} are by block")
-    groups = groups_of(tree)
-    if len(shape) != 2 or shape[0] != len(groups):
-        outside = groups[-1] == OUTSIDE_BLOCKS
-        blocks = len(groups) - outside
-        what = f"{blocks} blocks ({groups[0]} to {groups[blocks - 1]})" + (
-            " and a group outside them" if outside else ""
-        )
-        raise M3Error(
-            f"weights: are of shape {list(shape)}, but there are {what}: give one row for each, in the order of "
-            "m3jax.trees.parts.layer_groups, or a mapping of towers or prefixes of names to rows of their blocks"
-        )
-    return _Weights(weights, {"": {group: row for row, group in enumerate(groups)}})
-
-
-def _rows_by_key(
-    weights: Mapping[str, ArrayLike], tree: ParameterTree, names: Sequence[str]
-) -> dict[str, dict[str, int]]:
-    """The row of each block, by the keys whose weights are by block.
-
-    Raises:
-        M3Error: A key means no tensor, or its weights are by block and fit none.
-    """
-    known = [tensor for name in tree.leaves for tensor in _tensors(tree, name)]
-    found: dict[str, dict[str, int]] = {}
-    for key, own in weights.items():
-        shape = _shape_of(own)
-        if len(shape) > 2:
-            raise M3Error(f"weights: {key!r} has shape {list(shape)}: give n numbers, or rows of n for its blocks")
-        by_block = len(shape) == 2
-        if by_block:
-            check_blocks(tree, names, f"weights: {key!r} has shape {list(shape)}, which is by block")
-        meant = [tensor for tensor in known if _goes_by(key, tensor, by_block)]
-        if not meant:
-            towers = {str(tensor.tower) for tensor in known if tensor.tower is not None} if by_block else set()
-            near = difflib.get_close_matches(
-                key, sorted({text for t in known for text in (t.name, t.layer)} | towers), 1
-            )
-            hint = f": did you mean {near[0]!r}?" if near else ": give a leaf's name, a block's, or a prefix"
-            raise M3Error(f"weights: {key!r} is no name of the tree{' with blocks' if by_block else ''}{hint}")
-        if by_block:
-            found[key] = _rows_of(key, shape, meant)
-    return found
-
-
-def _rows_of(key: str, shape: tuple[int, ...], meant: Sequence[_Tensor]) -> dict[str, int]:
-    """The row of each block of one tower."""
-    towers = list(dict.fromkeys(str(tensor.tower) for tensor in meant))
-    if len(towers) > 1:
-        raise M3Error(
-            f"weights: {key!r} has rows for blocks, but means those of {len(towers)} towers: give each its own, as "
-            f"{', '.join(map(repr, towers))}"
-        )
-    blocks = {tensor.layer: tensor.block or 0 for tensor in meant}
-    layers = sorted(blocks, key=blocks.__getitem__)
-    if shape[0] != len(layers):
-        raise M3Error(
-            f"weights: {key!r} has {shape[0]} rows, but there are {len(layers)} blocks, {layers[0]} to {layers[-1]}: "
-            "give one row for each"
-        )
-    return {layer: row for row, layer in enumerate(layers)}
-
-
-def _shape_of(weights: Any) -> tuple[int, ...]:
-    if hasattr(weights, "shape") or not is_traced(weights):
-        return np.shape(weights)
-    return len(weights), *_shape_of(weights[0])
-
-
-def _group_weights(pipe: Pipeline, weights: _Weights, group: Any) -> tuple[Any, ...]:
-    """The weights of a group, of those that are given."""
-    method, count = pipe.method, pipe.num_weights
-    given: Any = weights.given
-    if given is None:
-        return (0.5,) if method.weighting == "position" else (1.0,) * count
-    if group is None:
-        return _as_scalars(given, count, "merge")
-    if isinstance(group, str):
-        return _as_scalars(given[group], count, group)
-    key, layer = group
-    rows = given[key] if isinstance(given, Mapping) else given
-    return _as_scalars(rows[weights.rows[key][layer]], count, layer)
 
 
 def _drawing(pipe: Pipeline, tree: ParameterTree, names: Sequence[str], how: Mixup, key: Any) -> draws.Drawing:
@@ -246,12 +59,12 @@ def _columns_to_merge(
     tree: ParameterTree,
     columns: Mapping[str, list[Any]],
     has_base: bool,
-    weights: _Weights,
+    weights: TreeWeights,
     key: Any,
-    fold: Callable[[Sequence[str | None]], draws.Folded],
+    fold: Callable[[Sequence[Any]], draws.Folded],
 ) -> list[Column]:
     """Columns with the scalars that are known before any entry is looked at; `fold` gives those of groups."""
-    tensors = {name: _tensors(tree, name) for name in columns}
+    tensors = {name: tensors_of(tree, name) for name in columns}
     keys: dict[str, Any] = {}
     if pipe.random:
         every = [tensor.name for own in tensors.values() for tensor in own]
@@ -264,7 +77,7 @@ def _columns_to_merge(
     shared = fold(list(dict.fromkeys(weights.group(tensor) for own in tensors.values() for tensor in own)))
 
     @functools.cache
-    def scalars_of(group: str | None, shape: tuple[int, ...]) -> LeafScalars:
+    def scalars_of(group: Any, shape: tuple[int, ...]) -> LeafScalars:
         settings, folded = shared[group]
         return scalars_from(pipe, settings, shape, None, folded)
 
@@ -305,7 +118,7 @@ def _planned(
     kinds: Mapping[str, Kind],
     columns: Mapping[str, list[Any]],
     has_base: bool,
-    weights: _Weights,
+    weights: TreeWeights,
     scale: Any,
     key: Any,
     zero: Any,
@@ -320,10 +133,10 @@ def _planned(
     how = weights.given
     drawing = _drawing(pipe, tree, list(kinds), how, key) if isinstance(how, Mixup) else None
 
-    def fold_by(doing: Pipeline, weigh: draws.Weigh, groups: Sequence[str | None]) -> draws.Folded:
+    def fold_by(doing: Pipeline, weigh: draws.Weigh, groups: Sequence[Any]) -> draws.Folded:
         if drawing is not None:
             return draws.folded(drawing, doing, groups, weigh) if groups else {}
-        settings = {group: weigh(_group_weights(pipe, weights, group)) for group in groups}
+        settings = {group: weigh(group_weights(pipe, weights, group)) for group in groups}
         return {group: (own, doing.method.fold(doing.method.options, own)) for group, own in settings.items()}
 
     def as_parameters(given: tuple[Any, ...]) -> Settings:
@@ -357,7 +170,7 @@ def _check_call(experts: Any, method: Any, sparsify: Any) -> None:
         )
 
 
-def _check_places(pipe: Pipeline, tree: ParameterTree, columns: Mapping[str, list[Any]], weights: _Weights) -> None:
+def _check_places(pipe: Pipeline, tree: ParameterTree, columns: Mapping[str, list[Any]], weights: TreeWeights) -> None:
     """Raises M3Error under manual mesh axes, where an array is a shard, if the merge needs to know the whole."""
     by_block = bool(weights.rows) or isinstance(weights.given, Mapping)
     by_block |= isinstance(weights.given, Mixup) and weights.given.granularity != "model"
@@ -523,7 +336,7 @@ def merge(
     in_trace = isinstance(scale, Double) or is_traced(columns, weights, key, jnp.zeros((), jnp.uint32))
     zero: Any = None if in_trace else np.uint32(0)
 
-    whose = _weights_of(weights, tree, list(kinds))
+    whose = weights_of(weights, tree, list(kinds))
     _check_places(pipe, tree, columns, whose)
     planned = _planned(pipe, tree, kinds, columns, base is not None, whose, scale, key, zero)
     kept = [leaf for name, leaf in template.items() if base is not None or name not in columns]

@@ -158,6 +158,20 @@ def test_merging_adapters_merges_products():
     assert len(average.sums) == 2
 
 
+def test_adapters_of_tunix_as_they_are_read(jax_data):
+    """Orbax calls what is in a box `value`."""
+    base = m3jax.load(jax_data / "tunix_full" / "base")
+    experts = [m3jax.load(jax_data / "tunix_lora" / run) for run in "ab"]
+    merged = m3jax.merge(experts, base=base, lora=2.0)
+    assert jax.tree.structure(merged) == jax.tree.structure(base)
+    of = lambda tree: tree["layers"]["1"]["mlp"]["gate_proj"]  # noqa: E731
+    w = of(base)["kernel"]["value"]
+    factors_of = [(of(e)["kernel_lora_a"]["value"], of(e)["kernel_lora_b"]["value"]) for e in experts]
+    whole = [{"w": want(np.asarray(w), *map(np.asarray, pair), 2.0)} for pair in factors_of]
+    expected = np.asarray(m3jax.merge(whole)["w"])
+    assert np.asarray(of(merged)["kernel"]["value"]).tobytes() == expected.tobytes()
+
+
 def test_every_spelling_of_factors_is_refused_or_added():
     w, a, b = drawn(6, (3, 8, 5), (8, 2), (2, 3, 5))
     gemma = {"layer_0": {"attn": {"q_einsum": {"w": w, "lora": {"a": a, "b": b}}}}}

@@ -29,6 +29,14 @@ def test_a_tree_has_the_digest_of_the_manifest_whatever_the_format(tmp_path):
     assert m3jax.digest(trees[0]) != result.digest
 
 
+def test_runs_of_trainers(jax_data, tmp_path):
+    for run in ("maxtext_scanned", "tunix_full", "linen_scan_composite", "nnx_loop_mgr", "gemma_nested"):
+        tree = m3jax.load(jax_data / run / "a")
+        converted = m3jax.convert(jax_data / run / "a", tmp_path / run, to="safetensors")
+        assert m3jax.digest(tree) == converted.digest
+        assert m3jax.digest(m3jax.load(jax_data / run / "a", like=tree)) == converted.digest
+
+
 def test_boxes_are_values_as_in_files():
     w = jnp.ones((2, 3), jnp.bfloat16)
     assert m3jax.digest(nnx.State({"a": {"w": nnx.Param(w)}})) == m3jax.digest({"a.w.value": np.asarray(w)})
