@@ -18,6 +18,7 @@ from m3jax.checkpoints.orbax_writer import check_tree
 from m3jax.checkpoints.protocol import DTYPES, Checkpoint, TensorInfo
 from m3jax.errors import M3Error
 from m3jax.trees.matching import named_leaves
+from m3jax.trees.parts import AnatomyOf
 from m3jax.trees.restoring import restored
 
 _BLOCK = 16 << 20  # bytes of whole rows read at a time where shards hold parts of rows
@@ -35,6 +36,7 @@ def load(
     dtype: DTypeLike | None = None,
     flat: bool = False,
     like: PyTree = None,
+    anatomy: AnatomyOf = None,
 ) -> PyTree:
     """Loads a checkpoint's tensors as JAX arrays, straight into their shardings.
 
@@ -50,9 +52,11 @@ def load(
         flat: Return a flat dict by name, which is what names that are no paths need.
         like: A tree of the caller's own, of arrays or `jax.ShapeDtypeStruct`s: a `flax.nnx.State` or module, a train
             state, any pytree. Its leaves are matched with tensors by name, or else by canonical name, as trees are
-            that are merged: without boxes (`value`) and wrappers (`params`). Floats get their leaf's dtype, all get
-            its sharding; integers must be of its dtype. What is of training (optimizer and random states, steps)
-            comes from the checkpoint where it is there, else stays as it is in `like`; random keys always stay.
+            that are merged: without boxes (`value`) and wrappers (`params`), blocks stacked as in `like`. Floats get
+            their leaf's dtype, all get its sharding; integers must be of its dtype. What is of training (optimizer and
+            random states, steps) comes from the checkpoint where it is there, else stays as it is in `like`; random
+            keys always stay.
+        anatomy: What is known of `like` beside names, shapes and types: as for `m3jax.merge`.
 
     Returns:
         Nested dicts, names split at ".", or a flat dict; or a tree of `like`'s type.
@@ -80,11 +84,13 @@ def load(
     with open_model(locate_model(os.fspath(path))) as checkpoint:
         if like is not None:
 
-            def read(info: TensorInfo, sharding: Sharding | None, dtype: np.dtype[Any] | None) -> jax.Array:
+            def read(
+                seen: Checkpoint, info: TensorInfo, sharding: Sharding | None, dtype: np.dtype[Any] | None
+            ) -> jax.Array:
                 is_float = dtype is not None and jax.numpy.issubdtype(dtype, jax.numpy.floating)
-                return _load(checkpoint, info, sharding, _checked(dtype) if is_float and dtype is not None else None)
+                return _load(seen, info, sharding, _checked(dtype) if is_float and dtype is not None else None)
 
-            return restored(checkpoint, like, read, wanted)
+            return restored(checkpoint, like, anatomy, read, wanted)
         if not flat:
             check_tree(checkpoint.tensors, f"{checkpoint.location}, which flat=True loads,")
         arrays = _load_all(checkpoint, checkpoint.tensors, place, wanted)

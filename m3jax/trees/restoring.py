@@ -12,21 +12,28 @@ from jaxtyping import PyTree
 
 from m3jax.anatomy import MODEL_KINDS, canonical_names
 from m3jax.anatomy.kinds import is_training_state
+from m3jax.anatomy.layout import find_layout
+from m3jax.anatomy.stored import stored_anatomy
 from m3jax.checkpoints.protocol import DTYPES, Checkpoint, TensorInfo
+from m3jax.checkpoints.remote import as_path
+from m3jax.checkpoints.views_stacked import BlockPlace, Stacking, restacked
 from m3jax.errors import M3Error
 from m3jax.trees.matching import leaves_of
-from m3jax.trees.parts import ParameterTree, tree_of
+from m3jax.trees.parts import AnatomyOf, ParameterTree, tree_of
 
-Reader = Callable[[TensorInfo, Sharding | None, np.dtype[Any] | None], jax.Array]
-"""(tensor, sharding, dtype of floats) → its values."""
+Reader = Callable[[Checkpoint, TensorInfo, Sharding | None, np.dtype[Any] | None], jax.Array]
+"""(checkpoint, tensor, sharding, dtype of floats) → its values."""
 
 
-def restored(checkpoint: Checkpoint, like: PyTree, read: Reader, dtype: np.dtype[Any] | None) -> PyTree:
+def restored(
+    checkpoint: Checkpoint, like: PyTree, anatomy: AnatomyOf, read: Reader, dtype: np.dtype[Any] | None
+) -> PyTree:
     """A tree like another with the values of a checkpoint.
 
     Args:
         checkpoint: Open.
         like: As `m3jax.load` takes it.
+        anatomy: What is known of `like`, as for `m3jax.merge`.
         read: What reads a tensor.
         dtype: Of floats, where not that of their leaves.
 
@@ -36,8 +43,9 @@ def restored(checkpoint: Checkpoint, like: PyTree, read: Reader, dtype: np.dtype
     nnx = sys.modules.get("flax.nnx")
     if nnx is not None and isinstance(like, nnx.Module):
         graph, state = nnx.split(like)
-        return nnx.merge(graph, restored(checkpoint, state, read, dtype))
-    tree = tree_of(leaves_of(like))
+        return nnx.merge(graph, restored(checkpoint, state, anatomy, read, dtype))
+    tree = tree_of(leaves_of(like), anatomy)
+    checkpoint = _laid_out(checkpoint, tree)
     found = _matched(checkpoint, tree)
     values = []
     for name, leaf in tree.leaves.items():
@@ -47,9 +55,24 @@ def restored(checkpoint: Checkpoint, like: PyTree, read: Reader, dtype: np.dtype
         info = checkpoint.tensors[found[name]]
         wanted = _dtype_of(leaf.value)
         _check_leaf(name, info, leaf.value, wanted)
-        array = read(info, _sharding_of(leaf.value), wanted if dtype is None else dtype)
+        array = read(checkpoint, info, _sharding_of(leaf.value), wanted if dtype is None else dtype)
         values.append(_as(name, leaf.value, array))
     return jax.tree.unflatten(jax.tree.structure(like), values)
+
+
+def _laid_out(checkpoint: Checkpoint, tree: ParameterTree) -> Checkpoint:
+    """The checkpoint with its blocks stacked as a tree's are, where it stores the same otherwise: a view by range."""
+    shapes = {stored: np.shape(tree.leaves[name].value) for name, stored in tree.stored.items()}
+    own = {name: info.shape for name, info in checkpoint.tensors.items()}
+    if all(own.get(name) == shape for name, shape in shapes.items()):
+        return checkpoint
+    parts = stored_anatomy(checkpoint, as_path(checkpoint.location), None).parts
+    found = find_layout((tree.anatomy.parts, shapes), (parts, own))
+    if not found:
+        return checkpoint
+    used = {block.stored for stacking in found.values() for block in stacking.blocks} | found.keys()
+    rest = {name: Stacking((BlockPlace(name),)) for name in own if name not in used}
+    return restacked(checkpoint, {**rest, **found})
 
 
 def _matched(checkpoint: Checkpoint, tree: ParameterTree) -> dict[str, str]:

@@ -63,6 +63,23 @@ def test_states_and_modules_of_nnx(saved):
         m3jax.load(saved, like=nnx.eval_shape(lambda: Model(nnx.Rngs(0))))
 
 
+def test_blocks_are_stacked_as_in_like(tmp_path):
+    kernels, biases = np.arange(96, dtype=np.float32).reshape(3, 8, 4), np.arange(12, dtype=np.float32).reshape(3, 4)
+    each = {f"layers_{i}.kernel": kernels[i] for i in range(3)} | {f"layers_{i}.bias": biases[i] for i in range(3)}
+    apart = write(tmp_path / "apart", each)
+    second = {"layers.kernel": np.stack(kernels, 1), "layers.bias": np.stack(biases, 1)}
+    stacked = write(tmp_path / "stacked", second)
+    wanted = {"layers": {"kernel": kernels, "bias": biases}}
+    like = {"params": jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), wanted)}
+    for path in (apart, stacked):
+        loaded = m3jax.load(path, like=like, anatomy={"stacked": {"layers": 0}})["params"]
+        assert jax.tree.map(lambda x: x.tolist(), loaded) == jax.tree.map(lambda x: x.tolist(), wanted)
+    ones = {"layers": [{"kernel": kernels[0] * 0, "bias": biases[0] * 0} for _ in range(3)]}
+    loaded = m3jax.load(stacked, like=ones)["layers"]
+    assert [layer["kernel"].tolist() for layer in loaded] == kernels.tolist()
+    assert [layer["bias"].tolist() for layer in loaded] == biases.tolist()
+
+
 def test_train_states_keep_what_the_checkpoint_lacks(tmp_path):
     module = linen.Dense(4)
     params = module.init(jax.random.key(0), jnp.ones((1, 8)))["params"]
