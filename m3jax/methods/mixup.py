@@ -100,6 +100,8 @@ def group_key(key: Any, group: str | None) -> threefry.Words:
     words = threefry.key_words(key)
     if not isinstance(words, np.ndarray):
         raise TypeError("the key is traced: take m3jax.mixup_weights, or m3jax.merge(..., weights=m3jax.mixup(alpha))")
+    if words.shape != (2,):
+        raise M3Error(f"mixup: there are keys of shape {list(words.shape[:-1])}: m3jax.mixup_weights takes several")
     root = threefry.fold_in(words, threefry.WEIGHTS)
     return root if group is None else threefry.fold_in_name(root, group)
 

@@ -25,7 +25,7 @@ _NAMES = (
     re.compile(r"(?P<module>(?:.*?\.)??)(?:lora\.)?lora_(?P<which>[ab])"),  # flax.nnx.LoRA
     re.compile(r"(?P<module>(?:.*\.)?)lora\.(?P<which>[ab])"),  # Gemma's library
 )
-_WEIGHTS = ("kernel", "w", "weight", "embedding")
+_WEIGHTS = ("kernel", "w", "weight", "embedding", "base_module.kernel")  # the last within flax.nnx.LoRA
 _BOX = ".value"  # at the end of names in what is read of a file of boxes
 
 

@@ -93,6 +93,13 @@ def test_flax_modules():
     kernel, a, b = layer.kernel[...], layer.lora.lora_a[...], layer.lora.lora_b[...]
     assert np.asarray(found["kernel"][...]).tobytes() == want(*map(np.asarray, (kernel, a, b)), 1.0).tobytes()
     assert "lora" not in found
+    around = nnx.state(nnx.LoRA(6, 2, 4, base_module=nnx.Linear(6, 4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1)))
+    around["lora_b"] = around["lora_b"].replace(jnp.ones((2, 4)))
+    kernel, a = around["base_module"]["kernel"][...], around["lora_a"][...]
+    added = m3jax.merge([around], lora=1.0)
+    expected = want(np.asarray(kernel), np.asarray(a), np.ones((2, 4), np.float32), 1.0)
+    assert np.asarray(added["base_module"]["kernel"][...]).tobytes() == expected.tobytes()
+    assert "lora_a" not in added
 
 
 def test_trees_of_factors_alone_scales_by_pattern_and_gradients():

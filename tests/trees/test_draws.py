@@ -158,6 +158,7 @@ def test_what_cannot_be_drawn_is_said():
     _, experts = models(DTYPES["float32"], 2, SHAPES)
     for call, said in (
         (lambda: m3jax.merge(experts, weights=mixup(0.5), key=keys(3)), r"keys of shape \[3\]: give one"),
+        (lambda: draw_weights(keys(3), 0.5), r"keys of shape \[3\]: m3jax\.mixup_weights takes several"),
         (lambda: m3jax.merge(experts, weights=mixup(0.5, sample=-1), key=0), "sample is -1"),
         (lambda: jax.jit(lambda k: mixup_weights(0, sample=k))(0.5), r"sample is traced, float32\[\]"),
         (lambda: jax.vmap(lambda k: mixup_weights(k, 0.0))(keys(2)), "alpha is 0.0"),

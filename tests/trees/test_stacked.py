@@ -249,7 +249,9 @@ def test_an_array_of_weights_has_a_row_for_each_block(how):
     assert same(run(experts, rows), want) == (True, [])
     got = run([stacked(e, 1) for e in experts], rows)
     assert same(unstacked(got, 1), want) == (True, [])
-    with pytest.raises(M3Error, match=r"\[4, 2\], but there are 5 groups of leaves, layers\.0 to outside blocks"):
+    with pytest.raises(
+        M3Error, match=r"\[4, 2\], but there are 4 blocks \(layers\.0 to layers\.3\) and a group outside"
+    ):
         run(experts, rows[:4])
 
 
