@@ -61,7 +61,9 @@ def _dtype(name: str, value: Any) -> str:
     if not isinstance(value, np.ndarray | np.generic | jax.Array):
         raise M3Error(f"{name}: is of type {type(value).__name__}, which formats store each in its way: give an array")
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-        raise M3Error(f"{name}: is a random key, which files do not have: leave it out, or give jax.random.key_data of it")
+        raise M3Error(
+            f"{name}: is a random key, which files do not have: leave it out, or give jax.random.key_data of it"
+        )
     if value.dtype.name not in DTYPE_NAMES:
         raise M3Error(f"{name}: is of dtype {value.dtype.name}, which files do not have: give one that they have")
     return DTYPE_NAMES[value.dtype.name]

@@ -96,10 +96,9 @@ def _matched(checkpoint: Checkpoint, tree: ParameterTree) -> dict[str, str]:
     missing = [name for name in model if name not in found]
     extra = [name for name in tensors if name not in taken and not is_training_state(name)]
     if missing or extra:
-        sides = [f"{missing[0]} of like is not in it"] if missing else []
-        sides += [f"{extra[0]} of it is not in like"] if extra else []
-        count = f"{len(missing)} and {len(extra)} in all"
-        raise M3Error(f"{checkpoint.location}: differs from like: {', and '.join(sides)} ({count}): give a like tree")
+        sides = [f"{missing[0]} of like is not in it ({len(missing)} leaves in all)"] if missing else []
+        sides += [f"{extra[0]} of it is not in like ({len(extra)} tensors in all)"] if extra else []
+        raise M3Error(f"{checkpoint.location}: differs from like: {', and '.join(sides)}: give a tree of its model")
     _check_training(checkpoint, tree, found)
     return found
 

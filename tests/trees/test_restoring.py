@@ -104,10 +104,10 @@ def test_train_states_keep_what_the_checkpoint_lacks(tmp_path):
 def test_what_differs_is_named_on_both_sides(saved, tmp_path):
     kernel = jax.ShapeDtypeStruct((8, 4), np.float32)
     for like, said in (
-        ({"layers.0.kernel": kernel}, r"layers\.0\.bias of it is not in like \(0 and 1 in all\)"),
+        ({"layers.0.kernel": kernel}, r"layers\.0\.bias of it is not in like \(1 tensors in all\)"),
         (
             {"layers.0.kernel": kernel, "layers.0.scale": kernel},
-            r"layers\.0\.scale of like is not in it, and layers\.0\.bias of",
+            r"layers\.0\.scale of like is not in it .*, and layers\.0\.bias of",
         ),
         (
             {"layers.0.kernel": kernel, "layers.0.bias": kernel},
