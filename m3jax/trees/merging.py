@@ -127,7 +127,6 @@ def _planned(
     parameters = {name: column for name, column in columns.items() if kinds[name] == "parameter"}
     statistics = {name: column for name, column in columns.items() if kinds[name] == "statistics"}
     plain = statistics_pipeline(pipe.num_experts)
-
     if weights.given is not None and not pipe.num_weights:
         raise M3Error(f"{pipe.method.name}: takes no weights, but some are given: leave them out")
     how = weights.given
@@ -145,9 +144,10 @@ def _planned(
     def as_statistics(given: tuple[Any, ...]) -> Settings:
         return settings_of(plain, statistics_weights(pipe, given), 1.0)
 
-    fold, fold_plain = (functools.partial(fold_by, *each) for each in ((pipe, as_parameters), (plain, as_statistics)))
+    fold = functools.partial(fold_by, pipe, as_parameters)
     own = _columns_to_merge(pipe, tree, parameters, has_base, weights, key, fold)
-    others = _columns_to_merge(plain, tree, statistics, has_base, weights, key, fold_plain)
+    fold = functools.partial(fold_by, plain, as_statistics)
+    others = _columns_to_merge(plain, tree, statistics, has_base, weights, key, fold)
     return [(pipe, column) for column in arrays.measured(pipe, own, zero)] + [(plain, column) for column in others]
 
 
