@@ -173,7 +173,8 @@ class Method(NamedTuple):
     Attributes:
         name: As in recipes.
         fold: (options, settings) → scalars (a pytree), folded in float64 and rounded once to float32. A factor that
-            changes nothing may be None, which stands for ones.
+            changes nothing may be None, which stands for ones. Weights drawn in a program are folded on the host, by a
+            call from it: what is known there is folded without JAX.
         combine: Pure function (options, values, known) → float32 array, before the base is added.
         measures: What it must know of more than one entry, in order; a later one sees what an earlier one found.
         options: Its own hyper-parameters, hashable: equal methods share compiled programs.
