@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support.directories import write
-from support.matrix import DTYPES, few, models, same
+from support.matrix import ALONE, DTYPES, METHODS, few, models, same
 
 import m3jax
 from m3jax import M3Error, draw_weights, mixup, mixup_weights
@@ -52,9 +52,14 @@ CASES = [  # with a normaliser, a table of subsets and masks, a position, and a 
     (m3jax.slerp(), 2, "tensor", None),
     (m3jax.multislerp(), 3, "model", None),
 ]
+EVERY = [
+    (made, 2 if made.experts[1] == 2 else 3, "layer", None)
+    for made, *_ in (METHODS | ALONE).values()
+    if made.weighting != "none"
+]
 
 
-@pytest.mark.parametrize(("method", "n", "granularity", "sparsify"), few(CASES, *CASES[:2]))
+@pytest.mark.parametrize(("method", "n", "granularity", "sparsify"), few([*CASES, *EVERY], *CASES[:2]))
 def test_merges_with_drawn_weights_are_the_eager_ones(method, n, granularity, sparsify):
     base, experts = models(DTYPES["bfloat16"], n, SHAPES)
     many = keys(3)
