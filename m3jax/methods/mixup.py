@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -46,7 +47,7 @@ def mixup(
         granularity: See `Mixup`.
         smooth: See `Mixup`; in [0, 1).
         sample: The weights of sample k of `m3jax.explore`, by its strategy "draw"; an integer, which may be traced.
-            Masks are those of the key, whatever the sample.
+            Sample 0 is the key's own draw, and masks are those of the key, whatever the sample.
 
     Raises:
         M3Error: `alpha` is not positive and finite, the granularity is unknown, `smooth` is none of layers.
@@ -149,7 +150,7 @@ def root_of(key: Any, sample: Any = None) -> threefry.Words:
 
     Args:
         key: An integer seed, or one threefry2x32 key.
-        sample: Its number; None for the key's own.
+        sample: Its number; None for the key's own, which sample 0 is too.
 
     Returns:
         uint32[2], of numpy where key and sample are known, else traced.
@@ -164,14 +165,14 @@ def root_of(key: Any, sample: Any = None) -> threefry.Words:
         )
     if sample is None:
         return words
-    if not isinstance(sample, jax.core.Tracer):
-        number = np.asarray(sample)
-        if number.shape != () or number.dtype.kind not in "iu" or not 0 <= number < 2**32:
-            raise M3Error(f"mixup: sample is {sample!r}, but must be one integer from 0 on")
-        sample = int(number)
-    elif sample.shape != () or not np.issubdtype(sample.dtype, np.integer):
-        raise M3Error(f"mixup: sample is traced, {sample.dtype}{list(sample.shape)}: give one integer")
-    return threefry.sample_key(words, sample)
+    if isinstance(sample, jax.core.Tracer):
+        if sample.shape != () or not np.issubdtype(sample.dtype, np.integer):
+            raise M3Error(f"mixup: sample is traced, {sample.dtype}{list(sample.shape)}: give one integer")
+        return jnp.where(sample == 0, words, threefry.sample_key(words, sample))
+    number = np.asarray(sample)
+    if number.shape != () or number.dtype.kind not in "iu" or not 0 <= number < 2**32:
+        raise M3Error(f"mixup: sample is {sample!r}, but must be one integer from 0 on")
+    return threefry.sample_key(words, int(number)) if number else words
 
 
 def mixup_weights(

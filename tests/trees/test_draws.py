@@ -11,7 +11,7 @@ from support.matrix import ALONE, DTYPES, METHODS, few, models, same
 import m3jax
 from m3jax import M3Error, draw_weights, mixup, mixup_weights
 from m3jax.arithmetic import threefry
-from m3jax.exploration import samples
+from m3jax.exploration import samples, strategies
 from m3jax.methods.leaf import Pipeline, settings_of
 
 SHAPES = {"layers.0.w": (8, 4), "layers.1.w": (8, 4)}
@@ -109,7 +109,9 @@ def test_sharded_merges_and_shard_map_users(kind):
 def test_samples_of_an_exploration():
     base, experts = models(DTYPES["bfloat16"], 2, SHAPES)
     groups = ("layers.0", "layers.1")
-    space = samples.Space(groups, 2, 0.5, False, threefry.root_key(7))
+    own = {group: draw_weights(7, 0.5, 2, group) for group in groups}
+    space = samples.Space(groups, 2, 0.5, False, threefry.root_key(7), own)
+    trials = [trial for (trial,) in strategies.STRATEGIES["draw"](space, 3)]
     method, sparsify = m3jax.task_arithmetic(), m3jax.dare(0.5)
 
     def call(sample):
@@ -118,7 +120,7 @@ def test_samples_of_an_exploration():
 
     batch = jax.jit(jax.vmap(call))(jnp.arange(3))
     for k in range(3):
-        drawn = samples.drawn(space, k)
+        drawn = trials[k].weights
         want = m3jax.merge(experts, method, base=base, weights=drawn, sparsify=sparsify, key=7)
         assert same(call(k), want) == (True, [])
         assert same({name: leaf[k] for name, leaf in batch.items()}, want) == (True, [])
