@@ -105,12 +105,19 @@ def test_architecture_is_what_is_enforced():
     }
 
 
-@pytest.mark.parametrize(
-    "page", ["docs/architecture.md", "docs/extend.md", "docs/functional.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-)
+PAGES = [*(ROOT / "docs").glob("**/*.md"), *ROOT.glob("*.md")]
+
+
+@pytest.mark.parametrize("page", sorted(str(page.relative_to(ROOT)) for page in PAGES if page.parent.name != "site"))
 def test_links_and_files_that_pages_name_are_there(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     links = {link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link}
     assert [link for link in links if link and not ((ROOT / page).parent / link).exists()] == []
     named = set(re.findall(r"`((?:m3jax|tests|scripts|docs|configs)/[\w/.]*)`", text))
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_site_has_every_page():
+    settings = (ROOT / "docs" / "site" / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = [str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")]
+    assert [page for page in pages if not page.startswith("site/") and page not in settings] == []

@@ -82,7 +82,8 @@ def _value(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _range(parameter: Parameter) -> str:
+def range_text(parameter: Parameter) -> str:
+    """Which values a parameter may have."""
     if parameter.only:
         return f"{_value(parameter.default)} only"
     if parameter.kind == "flag":
@@ -97,7 +98,7 @@ def _range(parameter: Parameter) -> str:
     return f"{low:g} to {high:g}"
 
 
-def _level(parameter: Parameter, of_sparsifier: bool) -> str:
+def level_text(parameter: Parameter, of_sparsifier: bool) -> str:
     """For what a parameter may have a value of its own; the block `sparsify` is not an expert's."""
     return _LEVELS["tensor" if of_sparsifier and parameter.level == "expert" else parameter.level]
 
@@ -266,7 +267,7 @@ def _has(formula: str, symbol: str) -> bool:
 def _parameters(row: Described, width: int | None) -> Iterator[str]:
     head = ("parameter", "default", "range", "one value for")
     of_sparsifier = isinstance(row, SparsifierRow)
-    rows = [(p.name, _value(p.default), _range(p), _level(p, of_sparsifier)) for p in row.parameters]
+    rows = [(p.name, _value(p.default), range_text(p), level_text(p, of_sparsifier)) for p in row.parameters]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     helps = ["", *map(_help, row.parameters)]
     for cells, said in zip((head, *rows), helps, strict=True):

@@ -1,0 +1,264 @@
+"""Makes the site: pages of docs/ as they are, pages made of the catalogue, the schema, commands and docstrings.
+
+    python docs/site/build.py DIRECTORY
+
+Every link has to lead somewhere, or nothing is made.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from safetensors.numpy import save_file
+
+import m3jax
+from m3jax.cli import commands
+from m3jax.cli.displays import methods as displayed
+from m3jax.errors import M3Error
+from m3jax.methods import catalogue
+from m3jax.methods.rows import MethodRow
+from m3jax.recipe.editors import recipe_schema
+
+ROOT = Path(__file__).resolve().parents[2]
+_SIDE = 96  # entries along a side of a method's picture
+
+
+# --- pages as they are --------------------------------------------------------------------------------------------
+
+
+def _adapted(text: str, page: Path) -> str:
+    """A page of docs/ as a page of the site: links to files of the checkout that are no pages become their names."""
+
+    def link(found: re.Match[str]) -> str:
+        text, target = found.groups()
+        if "://" in target or target.startswith("#"):
+            return found[0]
+        path = (page.parent / target.partition("#")[0]).resolve()
+        if path.is_relative_to(ROOT / "docs") and path.suffix in (".md", ".png", ".json", ".jsonl"):
+            return found[0]
+        if not path.exists():
+            raise SystemExit(f"{page}: {target} is not there")
+        named = str(path.relative_to(ROOT))
+        return f"`{named}`" if text.strip("`") == named else f"{text} (`{named}`)"
+
+    return re.sub(r"(?<!!)\[([^\]]+)\]\(([^)\s]+)\)", link, text)
+
+
+def copied_pages(pages: Path) -> None:
+    """All of docs/ but the site's own files, and the changelog."""
+    for source in sorted((ROOT / "docs").rglob("*")):
+        place = source.relative_to(ROOT / "docs")
+        if source.is_dir() or place.parts[0] in ("site", "benchmarks"):
+            continue
+        (pages / place).parent.mkdir(parents=True, exist_ok=True)
+        if source.suffix == ".md":
+            (pages / place).write_text(_adapted(source.read_text(encoding="utf-8"), source), encoding="utf-8")
+        else:
+            shutil.copyfile(source, pages / place)
+    changelog = ROOT / "CHANGELOG.md"
+    text = changelog.read_text(encoding="utf-8").replace("](docs/", "](")
+    (pages / "changelog.md").write_text(_adapted(text, ROOT / "docs" / "CHANGELOG.md"), encoding="utf-8")
+    for name in ("index.md", "extra.css"):
+        shutil.copyfile(ROOT / "docs" / "site" / name, pages / name)
+
+
+# --- methods ------------------------------------------------------------------------------------------------------
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield f"|{'---|' * len(head)}"
+    for row in rows:
+        yield f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in row)} |"
+    yield ""
+
+
+def _yaml(content: Mapping[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True).strip()
+
+
+def _models(place: Path, count: int) -> None:
+    """Experts whose task vectors are, over a square, each entry of one with each of the other; further ones are 0."""
+    ramp = np.linspace(-1, 1, _SIDE, dtype=np.float32)
+    across, down = np.meshgrid(ramp, ramp)
+    vectors = {"base": 0 * across, "expert-a": across, "expert-b": down}
+    for name in ("base", *(f"expert-{chr(ord('a') + i)}" for i in range(count))):
+        (place / name).mkdir(exist_ok=True)
+        tensor = np.ascontiguousarray(vectors.get(name, 0 * across))
+        save_file({"model.layers.0.mlp.up_proj.weight": tensor}, place / name / "model.safetensors")
+
+
+def _merged_square(content: dict[str, Any], place: Path) -> np.ndarray:
+    """What the example of a method makes of that square."""
+    from safetensors.numpy import load_file
+
+    text = json.dumps(content).replace('"org/', f'"{place}/')
+    (place / "recipe.json").write_text(text)
+    out = place / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    m3jax.merge_checkpoint(place / "recipe.json", out)
+    (merged,) = load_file(out / "model.safetensors").values()
+    return merged.astype(np.float32)
+
+
+def _picture(merged: np.ndarray, path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.4, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    most = max(float(np.abs(merged).max()), 1e-6)
+    drawn = axes.imshow(merged, cmap="RdBu_r", origin="lower", extent=(-1, 1, -1, 1), vmin=-most, vmax=most)
+    figure.colorbar(drawn, ax=axes, label="merged entry, less the base's")
+    axes.set(xlabel="entry of expert a, less the base's", ylabel="of expert b")
+    figure.savefig(path, dpi=110)
+
+
+def _method_page(row: MethodRow, pages: Path, place: Path) -> str:
+    content = displayed.example(row)
+    told = displayed.method_json(row.name)["method"]
+    lines = [f"# {row.name}", "", f"{row.summary[0].upper()}{row.summary[1:]}.", "", "```text", row.formula, "```", ""]
+    lines += [f"Needs {', '.join(told['needs'])}. Paper: {row.paper}.", "", '<div class="method" markdown>', ""]
+    try:
+        _models(place, len(content["models"]))
+        _picture(_merged_square(content, place), pages / "methods" / f"{row.name}.png")
+        lines += [f"![What {row.name} makes of two entries]({row.name}.png)", ""]
+        lines += ["What the example below makes of each pair of entries of two experts (further ones are the base)."]
+    except M3Error as error:
+        print(f"{row.name} is not drawn: {error}", file=sys.stderr)
+    lines += ["", "</div>", "", "```yaml", _yaml(content), "```", ""]
+    rows = [
+        [f"`{p.name}`", _shown(p.default), displayed.range_text(p), displayed.level_text(p, False), p.help]
+        for p in row.parameters
+    ]
+    lines += _table(["parameter", "default", "range", "one value for", "what it does"], rows)
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def method_pages(pages: Path) -> list[str]:
+    """A page for each method, and one that lists them; returns their names."""
+    (pages / "methods").mkdir()
+    rows = [row for row in catalogue.rows() if isinstance(row, MethodRow)]
+    with tempfile.TemporaryDirectory() as place:
+        for row in rows:
+            page = _method_page(row, pages, Path(place))
+            (pages / "methods" / f"{row.name}.md").write_text(page, encoding="utf-8")
+    head = ["method", "what it does", "paper"]
+    lines = ["# Methods", "", "`merge_method` of a recipe is one of these, as in `m3jax methods NAME`.", ""]
+    lines += _table(head, [[f"[{row.name}]({row.name}.md)", row.summary, row.paper] for row in rows])
+    lines += ["## Sparsifiers", "", "`sparsify: {method: …}` goes before any method that works on task vectors.", ""]
+    lines += _table(head, [[f"`{row.name}`", row.summary, row.paper] for row in catalogue.SPARSIFIERS])
+    (pages / "methods" / "index.md").write_text("\n".join(lines), encoding="utf-8")
+    return [row.name for row in rows]
+
+
+# --- keys, commands, functions ------------------------------------------------------------------------------------
+
+
+def _type_of(told: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
+    if "$ref" in told:
+        return told["$ref"].rsplit("/", 1)[-1]
+    either = told.get("anyOf") or told.get("oneOf")
+    if either:
+        if all("const" in one for one in either):
+            return "one name"
+        return " or ".join(dict.fromkeys(_type_of(one, definitions) for one in either if one.get("type") != "null"))
+    if told.get("type") == "array":
+        return f"list of {_type_of(told.get('items', {}), definitions)}" if told.get("items") else "list"
+    return str(told.get("type", "anything")).replace("object", "mapping")
+
+
+def keys_page(pages: Path) -> None:
+    """Every key of a recipe, from its schema."""
+    schema = recipe_schema()
+    definitions = schema.get("$defs", {})
+    lines = ["# Keys of a recipe", "", "From the schema that `m3jax recipe schema` prints for editors.", ""]
+    for title, part in [("At the top", schema), *definitions.items()]:
+        if not part.get("properties"):
+            continue
+        lines += [f"## {title}", ""]
+        rows = [[f"`{n}`", _type_of(t, definitions), t.get("description", "")] for n, t in part["properties"].items()]
+        lines += _table(["key", "value", "what it does"], rows)
+    (pages / "keys.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def commands_page(pages: Path) -> None:
+    """Every command with its options, from what `--help` shows."""
+    lines = ["# Commands", ""]
+    top = typer.main.get_command(commands.app)
+
+    def told(name: str, command: Any) -> Iterator[str]:
+        if hasattr(command, "commands"):
+            for inner, each in command.commands.items():
+                yield from told(f"{name} {inner}", each)
+            return
+        arguments = " ".join((p.metavar or p.name.upper()) for p in command.params if p.param_type_name == "argument")
+        yield from [f"## {name}", "", f"```sh\n{name} {arguments} [OPTIONS]\n```", "", (command.help or "").strip(), ""]
+        rows = [
+            [", ".join(f"`{o}`" for o in p.opts + p.secondary_opts), getattr(p, "help", "") or ""]
+            for p in command.params
+            if p.param_type_name == "option" and not getattr(p, "hidden", False)
+        ]
+        yield from _table(["option", "what it does"], rows)
+
+    lines += told("m3jax", top)
+    (pages / "commands.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def functions_page(pages: Path) -> None:
+    """Every public name, from its docstring."""
+    lines = ["# Functions", "", "What `import m3jax` gives.", ""]
+    homes = {name: f"m3jax.{home}.{name}" for name, home in m3jax._HOMES.items()}
+    small = sorted(name for name in homes if name[0].islower())
+    for title, names in (("To use", small), ("To extend", sorted(set(homes) - set(small)))):
+        lines += [f"## {title}", ""]
+        for name in names:
+            found = getattr(m3jax, name)
+            lines += [f"::: {found.__module__}.{found.__qualname__}", ""]
+    (pages / "api.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def main(out: Path) -> None:
+    """Write the site.
+
+    Args:
+        out: Where; what is there is replaced if a site was made there before.
+    """
+    if out.exists() and not (out / "sitemap.xml").exists():
+        raise SystemExit(f"{out}: holds something else than a site: give another directory")
+    with tempfile.TemporaryDirectory() as place:
+        pages = Path(place) / "pages"
+        pages.mkdir()
+        copied_pages(pages)
+        names = method_pages(pages)
+        keys_page(pages)
+        commands_page(pages)
+        functions_page(pages)
+        methods = ["index", *names]
+        listed = "\n".join(["      - Methods:", *(f"          - methods/{name}.md" for name in methods)])
+        settings = (ROOT / "docs" / "site" / "mkdocs.yml").read_text(encoding="utf-8")
+        settings = settings.replace("      - Methods: methods/", listed)
+        (Path(place) / "mkdocs.yml").write_text(settings, encoding="utf-8")
+        command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(out.resolve())]
+        if subprocess.run(command, cwd=place).returncode:
+            raise SystemExit("the site has faults, which stand above")
+    print(f"{out}/index.html")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
