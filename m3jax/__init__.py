@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from m3jax.evaluation.robustness import attack as attack
     from m3jax.evaluation.tasks.base import Task as Task
     from m3jax.exploration import explore as explore
+    from m3jax.exploration.in_memory import explore_trees as explore_trees
     from m3jax.methods.base import Measure as Measure
     from m3jax.methods.base import Method as Method
     from m3jax.methods.base import Round as Round
@@ -92,6 +93,7 @@ _HOMES = {
     "draw_weights": "methods.mixup",
     "evaluate": "evaluation.models",
     "explore": "exploration",
+    "explore_trees": "exploration.in_memory",
     "extract_lora": "outputs.extraction",
     "linear": "methods.linear",
     "load": "trees.loading",

@@ -119,15 +119,20 @@ def fold_in_name(key: Words, name: str) -> Words:
 def sample_key(root: Words, sample: Any) -> Words:
     """The root key of one sample of an exploration, from which its weights are drawn as a merge's are from its seed.
 
+    Sample 0 is what the recipe draws by itself, so its key is the recipe's.
+
     Args:
         root: uint32[2], the recipe's root key.
         sample: Its number, from 0; may be traced.
 
     Example:
-        >>> bool((sample_key(root_key(7), 0) == sample_key(root_key(7), 1)).any())
-        False
+        >>> [bool((sample_key(root_key(7), k) == root_key(7)).all()) for k in (0, 1)]
+        [True, False]
     """
-    return fold_in(fold_in(root, SAMPLES), sample)
+    own = fold_in(fold_in(root, SAMPLES), sample)
+    if isinstance(sample, int | np.integer):
+        return root if sample == 0 else own
+    return jnp.where(sample == 0, root, own)
 
 
 def mask_keys(root: Words, names: Sequence[str], num_experts: int) -> Words:

@@ -24,7 +24,6 @@ class Space(NamedTuple):
         alpha: Of the Beta or Dirichlet that independent draws follow.
         position: The method takes a position t for its weights.
         root: uint32[2], the recipe's root key.
-        own: What the recipe itself draws.
     """
 
     groups: tuple[str, ...]
@@ -32,7 +31,6 @@ class Space(NamedTuple):
     alpha: float | tuple[float, float]
     position: bool
     root: threefry.Words
-    own: Weights | None = None
 
     @property
     def dimensions(self) -> int:
@@ -63,9 +61,7 @@ def space_of(recipe: Recipe, plan: MergePlan) -> Space:
         )
     pipe = plan.pipeline
     root = threefry.root_key(recipe.seed)
-    own = {group: tuple(map(float, weights)) for group, weights in plan.weights.items()}
-    position = pipe.method.weighting == "position"
-    return Space(tuple(own), pipe.num_experts, recipe.mixup.alpha, position, root, own)
+    return Space(tuple(plan.weights), pipe.num_experts, recipe.mixup.alpha, pipe.method.weighting == "position", root)
 
 
 def _stored(space: Space, weights: tuple[float, ...]) -> tuple[float, ...]:
@@ -73,7 +69,7 @@ def _stored(space: Space, weights: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def drawn(space: Space, sample: int) -> Weights:
-    """The weights of one independent draw, which no other draw enters.
+    """The weights of one independent draw, which no other draw enters; the first is what `m3jax merge` draws.
 
     Args:
         space: The space.

@@ -44,12 +44,7 @@ Strategy = Generator[list[Trial], list[float], None]
 
 def _draws(space: Space, budget: int) -> Strategy:
     for sample in range(budget):
-        yield [Trial(sample, _draw(space, sample))]
-
-
-def _draw(space: Space, sample: int) -> Weights:
-    """An independent draw; the first is the recipe's own, which `m3jax merge` takes."""
-    return space.own if sample == 0 and space.own is not None else drawn(space, sample)
+        yield [Trial(sample, drawn(space, sample))]
 
 
 def _quasi_random(space: Space, budget: int) -> Strategy:
@@ -101,7 +96,7 @@ def _rounds(budget: int) -> list[tuple[int, float]]:
 
 def _halving(space: Space, budget: int) -> Strategy:
     schedule = _rounds(budget)
-    alive = [Trial(sample, _draw(space, sample)) for sample in range(schedule[0][0])]
+    alive = [Trial(sample, drawn(space, sample)) for sample in range(schedule[0][0])]
     for count, share in schedule:
         alive = [trial._replace(share=share) for trial in alive[:count]]
         values: list[float] = []

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -168,11 +167,11 @@ def root_of(key: Any, sample: Any = None) -> threefry.Words:
     if isinstance(sample, jax.core.Tracer):
         if sample.shape != () or not np.issubdtype(sample.dtype, np.integer):
             raise M3Error(f"mixup: sample is traced, {sample.dtype}{list(sample.shape)}: give one integer")
-        return jnp.where(sample == 0, words, threefry.sample_key(words, sample))
+        return threefry.sample_key(words, sample)
     number = np.asarray(sample)
     if number.shape != () or number.dtype.kind not in "iu" or not 0 <= number < 2**32:
         raise M3Error(f"mixup: sample is {sample!r}, but must be one integer from 0 on")
-    return threefry.sample_key(words, int(number)) if number else words
+    return threefry.sample_key(words, int(number))
 
 
 def mixup_weights(

@@ -1,0 +1,185 @@
+"""Many draws of trees in memory: scored in one program where the score allows it, and what came of them."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import PyTree
+
+from m3jax.errors import M3Error
+from m3jax.methods.base import Method, Sparsifier
+from m3jax.methods.mixup import mixup, mixup_weights
+from m3jax.text import table
+from m3jax.trees.merging import merge
+
+
+class TreeExploration(NamedTuple):
+    """What draws of trees in memory came to.
+
+    Attributes:
+        best: The merged tree with the highest score, the first of equals.
+        sample: Its number.
+        scores: float[samples], in the order of draws.
+        draws: float64[samples, n], the weights of each; float64[samples, 1], positions, for slerp.
+        experts: float[n], what each expert scores by itself.
+        equal: What equal weights score.
+        base: What the base scores; None without one.
+        compiled: Whether all draws were scored in one program.
+    """
+
+    best: PyTree
+    sample: int
+    scores: np.ndarray
+    draws: np.ndarray
+    experts: np.ndarray
+    equal: float
+    base: float | None
+    compiled: bool
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weights of the best."""
+        return tuple(map(float, self.draws[self.sample]))
+
+    @property
+    def table(self) -> str:
+        """Base, experts, equal weights, then the draws, the best first."""
+        count = self.draws.shape[1]
+        rows = [] if self.base is None else [["base", *[""] * count, f"{self.base:.4f}"]]
+        rows += [[f"expert {i}", *[""] * count, f"{score:.4f}"] for i, score in enumerate(self.experts)]
+        rows += [["equal weights", *[""] * count, f"{self.equal:.4f}"]]
+        for sample in np.argsort(-self.scores, kind="stable"):
+            rows.append([f"{sample}", *(f"{w:.4f}" for w in self.draws[sample]), f"{self.scores[sample]:.4f}"])
+        return "\n".join(table(["sample", *(f"w{i}" for i in range(count)), "score"], rows))
+
+    def __repr__(self) -> str:
+        weights = ", ".join(f"{weight:.4f}" for weight in self.weights)
+        return (
+            f"TreeExploration(sample {self.sample} of {len(self.scores)}: weights ({weights}), score"
+            f" {self.scores[self.sample]:.4f}; equal weights {self.equal:.4f})"
+        )
+
+    def plot(self, path: str | Path) -> None:
+        """Draw scores over weights, as `m3jax explore --picture` does.
+
+        Args:
+            path: A .png, .svg or .pdf file.
+
+        Raises:
+            M3Error: It cannot be written.
+        """
+        from m3jax.exploration.pictures import picture
+
+        picture(_as_exploration(self), Path(path))
+
+
+def _as_exploration(found: TreeExploration) -> Any:
+    from m3jax.exploration.exploring import Exploration
+    from m3jax.exploration.references import EQUAL
+    from m3jax.exploration.selection import Result
+
+    def result(sample: int, weights: Sequence[float], score: float, reference: str | None = None) -> Result:
+        groups = {"model": tuple(map(float, weights))} if len(weights) else {}
+        return Result(sample, groups, 1.0, {"score": float(score)}, 0.0, "model", reference=reference)
+
+    results = tuple(result(i, w, s) for i, (w, s) in enumerate(zip(found.draws, found.scores, strict=True)))
+    names = tuple(f"expert {i}" for i in range(len(found.experts)))
+    count = found.draws.shape[1]
+    beside = [] if found.base is None else [result(-1, (), found.base, "base")]
+    beside += [result(-2, (), score, name) for name, score in zip(names, found.experts, strict=True)]
+    beside += [result(-3, (0.5,) if count == 1 else (1 / count,) * count, found.equal, EQUAL)]
+    best = results[found.sample]
+    return Exploration(best, results, (), 0.0, (), Path(), None, 0.0, tuple(beside), names, {})  # type: ignore[arg-type]
+
+
+def explore_trees(
+    experts: Sequence[PyTree],
+    method: Method | None = None,
+    *,
+    score: Callable[[PyTree], Any],
+    base: PyTree | None = None,
+    samples: int = 32,
+    alpha: float | tuple[float, float] = 0.5,
+    sparsify: Sparsifier | None = None,
+    key: Any = 0,
+    batch_size: int | None = None,
+) -> TreeExploration:
+    """Draw many ratios (M³) for trees in memory, score the merges, and keep the best.
+
+    Sample k is `merge(experts, method, weights=mixup(alpha, sample=k), key=key, …)`, bit for bit. Where JAX can trace
+    the score, all draws are one program that holds one merge at a time (`batch_size` merges with it, by `vmap`); else
+    each merge is made and scored by itself.
+
+    Args:
+        experts: As of `m3jax.merge`, two or more.
+        method: As of `m3jax.merge`, for methods that take weights; default `linear()`.
+        score: From a merged tree to one number, larger being better. It sees the experts and the base too.
+        base: As of `m3jax.merge`.
+        samples: How many draws.
+        alpha: Of the Beta, or Dirichlet for more experts.
+        sparsify: As of `m3jax.merge`.
+        key: Integer seed or key of draws and masks.
+        batch_size: How many merges are scored at once; 1 by default, in the least memory.
+
+    Returns:
+        The best merge, and the scores of all, of each input and of equal weights.
+
+    Raises:
+        M3Error: There are no samples, or what `merge` refuses; the score of a tree is not one number, or is NaN.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> a, b = {"w": jnp.zeros(2)}, {"w": jnp.ones(2)}
+        >>> found = explore_trees([a, b], score=lambda tree: -jnp.abs(tree["w"] - 0.25).sum(), samples=64)
+        >>> bool(abs(found.best["w"][0] - 0.25) < 0.05), found.compiled
+        (True, True)
+
+    References:
+        Zhou et al., Mixup Model Merge, arXiv 2502.15434, 2025.
+    """
+    if samples < 1:
+        raise M3Error(f"samples are {samples}, but must be at least 1")
+    experts = list(experts)
+
+    def drawn(sample: Any) -> PyTree:
+        weights = mixup(alpha, sample=sample)
+        return merge(experts, method, base=base, weights=weights, sparsify=sparsify, key=key)
+
+    def number(tree: PyTree) -> Any:
+        found = jnp.asarray(score(tree))
+        if found.shape != ():
+            raise M3Error(f"score: gives an array of shape {found.shape}, but must give one number: take its mean")
+        return found
+
+    position = method is not None and method.weighting == "position"
+    count = len(experts)
+    equal_weights: Any = 0.5 if position else [1 / count] * count
+    equal = merge(experts, method, base=base, weights=equal_weights, sparsify=sparsify, key=key)
+    alone = np.array([float(number(tree)) for tree in experts])
+    compiled = _is_traceable(number, equal)
+    if compiled:
+        every = jax.jit(lambda numbers: lax.map(lambda k: number(drawn(k)), numbers, batch_size=batch_size))
+        scores = np.asarray(every(jnp.arange(samples, dtype=jnp.uint32)))
+    else:
+        scores = np.array([float(number(drawn(k))) for k in range(samples)])
+    if np.isnan(scores).any():
+        raise M3Error(f"score: is NaN of sample {int(np.argmax(np.isnan(scores)))}: give a number for every tree")
+    best = int(np.argmax(scores))
+    draws = np.atleast_2d(np.asarray(mixup_weights(key, alpha, count, sample=range(samples)), np.float64))
+    draws = draws[:, :1] if position else draws
+    of_base = None if base is None else float(number(base))
+    return TreeExploration(drawn(best), best, scores, draws, alone, float(number(equal)), of_base, compiled)
+
+
+def _is_traceable(function: Callable[[PyTree], Any], tree: PyTree) -> bool:
+    """Whether JAX can trace a function of a tree: it branches on no value and leaves no array for numpy."""
+    errors = jax.errors
+    try:
+        jax.eval_shape(function, tree)
+    except (errors.ConcretizationTypeError, errors.TracerArrayConversionError, errors.TracerBoolConversionError):
+        return False
+    return True
