@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from m3jax.outputs.extraction import extract_lora as extract_lora
     from m3jax.outputs.verification import verify as verify
     from m3jax.recipe import load_recipe as load_recipe
+    from m3jax.streaming.differences import diff as diff
     from m3jax.streaming.merging import merge_checkpoint as merge_checkpoint
     from m3jax.streaming.merging import replay as replay
     from m3jax.streaming.sampling import verify_sample as verify_sample
@@ -91,6 +92,7 @@ _HOMES = {
     "dare": "methods.dare",
     "digest": "trees.digests",
     "draw_weights": "methods.mixup",
+    "diff": "streaming.differences",
     "evaluate": "evaluation.models",
     "explore": "exploration",
     "explore_trees": "exploration.in_memory",

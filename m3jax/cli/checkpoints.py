@@ -4,6 +4,7 @@ What a command needs is imported inside it, so that `--help` and `inspect` start
 """
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +13,7 @@ from m3jax.checkpoints import formats
 from m3jax.cli import options, shell, terminal
 from m3jax.cli.displays.anatomy import anatomy_lines
 from m3jax.cli.displays.checkpoints import comparison_lines, overview_lines
+from m3jax.cli.displays.differences import difference_lines
 from m3jax.cli.displays.machine import examination_lines
 from m3jax.cli.displays.merges import (
     convert_json,
@@ -68,6 +70,65 @@ def inspect(
     with terminal.progress_reporter() as progress:
         comparison = inspection.compare(path, other, pattern, progress)
     shell.print_result(comparison.to_json, lambda: comparison_lines(comparison, width), as_json)
+
+
+def diff(
+    *,
+    a: Annotated[
+        str,
+        typer.Argument(metavar="A", help="A model directory, weight file, run or hub id; or MODEL+ADAPTER."),
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one, in any format and naming of the same model.")],
+    base: Annotated[
+        str | None,
+        typer.Option("--base", metavar="BASE", help="What both were tuned from: compare what each learned beyond it."),
+    ] = None,
+    merge: Annotated[
+        str | None, typer.Option("--merge", metavar="M", help="A merge of both: find its λ, M = λ·A + (1−λ)·B.")
+    ] = None,
+    by: Annotated[
+        str, typer.Option("--by", metavar="layer|module|tensor", help="What a row of the table is.")
+    ] = "layer",
+    picture: Annotated[
+        Path | None,
+        typer.Option("--picture", metavar="FILE", help="Draw a map of layers and modules: .png or .svg."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="How models are seen, as in tokenizer_source=union; may be repeated."
+        ),
+    ] = None,
+    speech: options.Speech,
+) -> None:
+    """Show what differs between two models, by layer and module.
+
+    They are seen as a merge sees them. `inspect A B` compares files, tensor by tensor, as they are stored.
+    """
+    shell.silence_downloads(speech.quiet)
+    from m3jax.streaming import differences
+
+    rows = differences.read_by(by)
+    if picture is not None:
+        from m3jax.laboratory.maps import check_picture
+
+        check_picture(picture)
+
+    def tell(line: str) -> None:
+        shell.print_notes([line], speech.quiet)
+
+    with terminal.progress_reporter(speech.quiet) as progress:
+        found = differences.diff(a, b, base=base, merge=merge, changes=overrides or (), progress=progress, tell=tell)
+    shell.print_notes(found.notes, speech.quiet)
+    if picture is not None:
+        from m3jax.laboratory.maps import save_map
+
+        if not save_map(found, picture):
+            tell(f"{picture} is not drawn, as nothing differs")
+    width = terminal.width()
+    shell.print_result(
+        lambda: found.to_json(rows), lambda: difference_lines(found, rows, width), speech.as_json, speech.quiet
+    )
 
 
 def doctor(

@@ -45,7 +45,14 @@ app.add_typer(_recipes, name="recipe", rich_help_panel=None)
 
 _COMMANDS: tuple[Callable[..., None], ...] = (
     *(merges.merge, merges.replay, merges.verify),
-    *(checkpoints.inspect, checkpoints.doctor, checkpoints.methods, checkpoints.convert, checkpoints.extract_lora),
+    *(
+        checkpoints.inspect,
+        checkpoints.diff,
+        checkpoints.doctor,
+        checkpoints.methods,
+        checkpoints.convert,
+        checkpoints.extract_lora,
+    ),
     *(evaluations.evaluate, evaluations.attack, evaluations.report, evaluations.explore, evaluations.demo),
 )
 for _work in _COMMANDS:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_INK, _BLUE, _ORANGE, _GREY = "#333333", "#4c72b0", "#dd8452", "#8c8c8c"
+INK, _BLUE, _ORANGE, _GREY = "#333333", "#4c72b0", "#dd8452", "#8c8c8c"
 _SKILLS = ("#55a868", "#8172b3", "#c44e52", "#937860", "#da8bc3")
 _ARMS = {EQUAL: ("equal weights", _GREY), TUNED: ("best of a grid", _BLUE), M3: ("best of M³'s draws", _ORANGE)}
 _PER_ROW = 3  # panels
@@ -47,7 +47,7 @@ def _figure(panels: int, height: float = 4.4) -> "tuple[Figure, list[Axes]]":
         left.remove()
     for panel in axes[:panels]:
         panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(colors=_INK)
+        panel.tick_params(colors=INK)
     return figure, axes[:panels]
 
 
@@ -59,11 +59,15 @@ def _finish(figure: "Figure", axes: "Sequence[Axes]", path: Path, first: Sequenc
         figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=3, fontsize=9, frameon=False)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=144)
-    _write_whole(path, drawn.getvalue())
+    write_whole(path, drawn.getvalue())
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all.
+
+    Raises:
+        M3Error: It cannot be written.
+    """
     beside = path.with_name(path.name + ".part")
     try:
         with open(beside, "wb") as file:
@@ -135,7 +139,7 @@ def save_curves(lines: Iterable[Line], path: Path) -> bool:
     for panel, (group, pair) in zip(axes, pairs.items(), strict=True):
         _draw_curve(panel, group, pair, skills)
     for panel in axes[::_PER_ROW]:
-        panel.set_ylabel("accuracy on dev examples", color=_INK)
+        panel.set_ylabel("accuracy on dev examples", color=INK)
     _finish(figure, axes, path, first=skills)
     return True
 
@@ -146,17 +150,17 @@ def _draw_curve(axes: "Axes", group: Group, pair: _Pair, skills: Sequence[str]) 
         colour = _SKILLS[skills.index(skill) % len(_SKILLS)]
         axes.plot(ratios, [point["dev"][skill] for point in pair.curve], color=colour, linewidth=1, label=skill)
     if ratios:
-        axes.plot(*_points(pair.curve), color=_INK, linewidth=2.2, label=f"mean of both, seed {pair.seed}")
+        axes.plot(*_points(pair.curve), color=INK, linewidth=2.2, label=f"mean of both, seed {pair.seed}")
     axes.axvline(0.5, color=_GREY, linestyle="--", linewidth=1.2, zorder=0, label="equal weights, λ = ½")
     others = [one for seed, trials in pair.drawn.items() if seed != pair.seed for one in trials]
     _draw_points(axes, others, "o", 16, _ORANGE, "M³'s draws, other seeds (other examples)", alpha=0.35)
     drawn, grid = pair.drawn.get(pair.seed, ()), pair.grid.get(pair.seed, ())
     _draw_points(axes, drawn, "o", 32, _ORANGE, f"M³'s draws, seed {pair.seed}")
-    _draw_points(axes, _chosen(drawn), "*", 220, _ORANGE, f"the best of them, seed {pair.seed}", edge=_INK)
+    _draw_points(axes, _chosen(drawn), "*", 220, _ORANGE, f"the best of them, seed {pair.seed}", edge=INK)
     _draw_points(axes, _chosen(grid), "D", 55, _BLUE, f"best of a grid, seed {pair.seed}")
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
-    axes.set_title(" and ".join(group), color=_INK, fontsize=11)
-    axes.set_xlabel(f"λ, weight of {group[0]}", color=_INK)
+    axes.set_title(" and ".join(group), color=INK, fontsize=11)
+    axes.set_xlabel(f"λ, weight of {group[0]}", color=INK)
 
 
 def _points(trials: Iterable[Any]) -> tuple[list[float], list[float]]:
@@ -218,12 +222,12 @@ def save_bars(lines: Iterable[Line], path: Path) -> bool:
     said = (("test", "accuracy, test"), ("shifted", "accuracy, out of distribution"), ("pdr", "performance drop rate"))
     for panel, (measure, title) in zip(axes, said, strict=True):
         _draw_bars(panel, cells, groups, measure)
-        panel.set_title(title, color=_INK, fontsize=11)
+        panel.set_title(title, color=INK, fontsize=11)
     for panel in axes[:2]:
         panel.set_ylim(0, 1)
-    axes[0].set_ylabel("accuracy, share of examples", color=_INK)
-    axes[2].set_ylabel("PDR, share of clean accuracy lost", color=_INK)
-    axes[2].axhline(0, color=_INK, linewidth=0.8)
+    axes[0].set_ylabel("accuracy, share of examples", color=INK)
+    axes[2].set_ylabel("PDR, share of clean accuracy lost", color=INK)
+    axes[2].axhline(0, color=INK, linewidth=0.8)
     _finish(figure, axes, path)
     return True
 
@@ -242,7 +246,7 @@ def _draw_bars(axes: "Axes", cells: Sequence[Cell], groups: Sequence[Group], mea
             width,
             # Where there is no interval, nothing is drawn: a span of 0 would look like certainty.
             yerr=[math.nan if value.half is None else value.half for _, value in there] if there else None,
-            error_kw={"ecolor": _INK, "elinewidth": 1.2},
+            error_kw={"ecolor": INK, "elinewidth": 1.2},
             capsize=3,
             label=label,
             color=colour,
@@ -279,23 +283,23 @@ def save_alphas(lines: Iterable[Line], path: Path) -> bool:
     _draw_law(spread, shapes)
     _draw_estimates(depth, [(one.draws, one.dev) for one in depths], _ORANGE)
     for panel in (score, spread):
-        panel.set_xlabel("α of Beta(α, α)", color=_INK)
+        panel.set_xlabel("α of Beta(α, α)", color=INK)
         _mark(panel, [shape.alpha for shape in shapes])
-    depth.set_xlabel("number of draws", color=_INK)
+    depth.set_xlabel("number of draws", color=INK)
     _mark(depth, [one.draws for one in depths])
     spread.set_ylim(0, 0.55)
     for panel in (score, depth):
         low, high = panel.get_ylim()
         panel.set_ylim(max(low, 0), min(high, 1))
-    score.set_ylabel(f"test accuracy, {AVERAGE} merging of pairs", color=_INK)
-    spread.set_ylabel("standard deviation of λ", color=_INK)
-    depth.set_ylabel("dev accuracy, mean of all merges", color=_INK)
+    score.set_ylabel(f"test accuracy, {AVERAGE} merging of pairs", color=INK)
+    spread.set_ylabel("standard deviation of λ", color=INK)
+    depth.set_ylabel("dev accuracy, mean of all merges", color=INK)
     for panel, title in (
         (score, "best of the draws"),
         (spread, "spread of the draws"),
         (depth, "best of the first draws"),
     ):
-        panel.set_title(title, color=_INK, fontsize=11)
+        panel.set_title(title, color=INK, fontsize=11)
     _finish(figure, (score, spread, depth), path)
     return True
 
@@ -310,7 +314,7 @@ def _draw_estimates(
             [value.mean for _, value in there],
             yerr=[math.nan if value.half is None else value.half for _, value in there],
             color=colour,
-            ecolor=_INK,
+            ecolor=INK,
             elinewidth=1.2,
             capsize=3,
             marker="o",

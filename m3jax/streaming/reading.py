@@ -258,6 +258,15 @@ def chunk_size(entries: int | None, plan: MergePlan, checkpoints: Sequence[Check
     """
     if entries is None:
         return default_chunk_entries(len(checkpoints), widest_entry(plan, checkpoints))
+    return checked_chunk_entries(entries)
+
+
+def checked_chunk_entries(entries: int) -> int:
+    """Entries of the largest chunk, as asked for.
+
+    Raises:
+        M3Error: They are no power of two, or too few.
+    """
     if not isinstance(entries, int) or entries < 2**16 or entries & (entries - 1):
         raise M3Error(f"chunk entries are {entries!r}, but must be a power of two of at least 65536")
     return entries
