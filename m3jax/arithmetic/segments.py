@@ -24,22 +24,20 @@ def largest(rows: Floats) -> Floats:
     return found
 
 
-def sums_of(products: Floats, bounds: Floats) -> Floats:
+def sums_of(products: Floats) -> Floats:
     """The sum of each row of products; the array is used up.
 
     Args:
         products: float64[rows, segment], finite, with at most `SEGMENT` columns.
-        bounds: float64[rows], no smaller than the magnitude of any product of the row.
 
     Returns:
         float64[rows].
 
     Example:
-        >>> x, y = np.full((1, 3), 0.5), np.array([[1.0, 2.0, -4.0]])
-        >>> sums_of(x * y, largest(x) * largest(y))
+        >>> sums_of(0.5 * np.array([[1.0, 2.0, -4.0]]))
         array([-0.5])
     """
-    _, exponents = np.frexp(bounds)
+    _, exponents = np.frexp(largest(products))
     anchors = np.ldexp(1.5, exponents + SEGMENT_BITS - 1)[:, None]  # its last place is the unit
     products += anchors
     products -= anchors

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from m3jax.anatomy.roles import ROLES, Role
 from m3jax.errors import M3Error
 from m3jax.laboratory.figures import INK, write_whole
-from m3jax.streaming.differences import Differences, Line, Measures
+from m3jax.streaming.differences import Differences, MeasuredGroup, Measures
 from m3jax.text import safe_text
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class _Matrix(NamedTuple):
     undefined: list[tuple[int, int]]
 
 
-def _matrix(cells: Sequence[Line], rows: Sequence[str], modules: Sequence[Role], panel: _Panel) -> _Matrix:
+def _matrix(cells: Sequence[MeasuredGroup], rows: Sequence[str], modules: Sequence[Role], panel: _Panel) -> _Matrix:
     matrix = [[math.nan] * len(modules) for _ in rows]
     undefined = []
     for cell in cells:

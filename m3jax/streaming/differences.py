@@ -192,7 +192,7 @@ class TensorSums(NamedTuple):
     sums: Sums
 
 
-class Line(NamedTuple):
+class MeasuredGroup(NamedTuple):
     """Tensors that are told together.
 
     Attributes:
@@ -251,22 +251,22 @@ class Differences(NamedTuple):
     def _measures(self, parts: Sequence[Sums]) -> Measures:
         return measures_of(added(parts), self.base is not None, self.merge is not None)
 
-    def lines(self, by: By) -> tuple[Line, ...]:
+    def lines(self, by: By) -> tuple[MeasuredGroup, ...]:
         """The tensors together by layer or by module, or each by itself."""
         return self._lines({"layer": _by_layer, "module": _by_role, "tensor": _by_itself}[by])
 
-    def cells(self) -> tuple[Line, ...]:
+    def cells(self) -> tuple[MeasuredGroup, ...]:
         """The tensors together by layer and module."""
         return self._lines(lambda tensor: (*_by_layer(tensor), tensor.role))
 
-    def _lines(self, key: Callable[[TensorSums], tuple[Any, ...]]) -> tuple[Line, ...]:
+    def _lines(self, key: Callable[[TensorSums], tuple[Any, ...]]) -> tuple[MeasuredGroup, ...]:
         several = len({tensor.tower for tensor in self.tensors}) > 1
         groups: dict[tuple[Any, ...], list[TensorSums]] = {}
         for tensor in sorted(self.tensors, key=_order):
             groups.setdefault(key(tensor), []).append(tensor)
         return tuple(self._line(found, several, key) for found in groups.values())
 
-    def _line(self, found: Sequence[TensorSums], several: bool, key: Callable[..., Any]) -> Line:
+    def _line(self, found: Sequence[TensorSums], several: bool, key: Callable[..., Any]) -> MeasuredGroup:
         first = found[0]
         layers, roles, towers = ({t.layer for t in found}, {t.role for t in found}, {t.tower for t in found})
         layer = layers.pop() if len(layers) == 1 else None
@@ -281,7 +281,7 @@ class Differences(NamedTuple):
             words.append(layer_name(first.layer))
         number = layer if layer is not None and 0 <= layer < _AFTER else None
         measured = self._measures([tensor.sums for tensor in found])
-        return Line(" ".join(words), tower, number, role, len(found), measured)
+        return MeasuredGroup(" ".join(words), tower, number, role, len(found), measured)
 
     def to_json(self, by: By = "layer") -> dict[str, Any]:
         """As plain data; see docs/diff.md."""
@@ -496,15 +496,13 @@ def _measure(arrays: _Entries, size: int, based: bool, merged: bool) -> _Found:
         pairs += [(beyond_b, apart), (beyond_b, beyond_b)]
     if based:
         pairs.append((values[-1], values[-1]))
-    vectors = {id(vector): vector for pair in pairs for vector in pair}
-    tops = {key: segments.largest(vector) for key, vector in vectors.items()}
     room = np.empty_like(a)
     found, counts = np.empty((len(a), len(pairs))), np.array([equal, nonfinite, 0, 0], np.int64)
     for number, (x, y) in enumerate(pairs):
         np.multiply(x, y, out=room)
         if x is delta_a and y is delta_b:
             counts[2:] = np.count_nonzero(room), np.count_nonzero(room > 0)  # no product of float32 vanishes in float64
-        found[:, number] = segments.sums_of(room, tops[id(x)] * tops[id(y)])
+        found[:, number] = segments.sums_of(room)
     return _Found(counts, found)
 
 
