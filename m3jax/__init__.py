@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from m3jax.streaming.merging import merge_checkpoint as merge_checkpoint
     from m3jax.streaming.merging import replay as replay
     from m3jax.streaming.sampling import verify_sample as verify_sample
+    from m3jax.streaming.seeds import merge_seeds as merge_seeds
     from m3jax.trees.adapters import with_lora as with_lora
     from m3jax.trees.digests import digest as digest
     from m3jax.trees.loading import load as load
@@ -103,6 +104,7 @@ _HOMES = {
     "magnitude": "methods.magnitude",
     "merge": "trees.merging",
     "merge_checkpoint": "streaming.merging",
+    "merge_seeds": "streaming.seeds",
     "mixup": "methods.mixup",
     "mixup_weights": "methods.mixup",
     "replay": "streaming.merging",

@@ -17,9 +17,11 @@ from m3jax.cli.displays.merges import (
     verification_lines,
 )
 from m3jax.cli.displays.recipes import explanation_lines
+from m3jax.cli.displays.seeds import seeds_estimate_lines, seeds_explanation_lines, seeds_json, seeds_lines
 from m3jax.errors import M3Error
 
 if TYPE_CHECKING:
+    from m3jax.recipe import Recipe
     from m3jax.streaming.merging import MergeResult
 
 _Start: TypeAlias = "tuple[Sequence[str], Callable[..., MergeResult]]"
@@ -31,6 +33,7 @@ def merge(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file.", show_default=False)],
     out: options.Out,
     changes: options.Changes,
+    seeds: options.Seeds = None,
     max_shard_size: options.MaxShardSize = "5GB",
     overwrite: options.Overwrite = False,
     allow_nonfinite: Annotated[
@@ -52,13 +55,26 @@ def merge(
 
     An interrupted merge keeps its finished files; the same command resumes it.
     """
+    if explain and plan:
+        raise M3Error("--explain and --plan say different things: give one of them")
+    from m3jax.recipe import load_seeds
+
+    many = load_seeds(recipe, changes.all(), changes.seed, seeds)
+    if many:
+        if step is not None:
+            raise M3Error("--step: writes one step of a run, and each seed's merge a directory: leave one of them out")
+        if explain or plan:
+            _tell_of_seeds(many, out, explain, max_shard_size, machines.num_processes or 1, format, speech)
+        else:
+            how = {"allow_nonfinite": allow_nonfinite, "chunk_entries": chunk_entries, "format": format}
+            how |= {"overwrite": overwrite, "max_shard_size": max_shard_size}
+            _merge_seeds(many, out, machines, speech, **how)
+        return
     if explain:
         from m3jax.checkpoints.remote import as_path
         from m3jax.outputs.orbax import step_directory
         from m3jax.streaming.explaining import explain_recipe
 
-        if plan:
-            raise M3Error("--explain and --plan say different things: give one of them")
         with step_directory(as_path(out), step) as place:
             explained = explain_recipe(recipe, place, changes.all(), changes.seed, format)
         width = terminal.width()
@@ -125,6 +141,57 @@ def replay(
         return (), start
 
     _merge(prepare, out, machines, speech, overwrite=overwrite, max_shard_size=max_shard_size)
+
+
+def _tell_of_seeds(
+    recipes: "dict[int, Recipe]",
+    out: str,
+    explain: bool,
+    max_shard_size: str,
+    processes: int,
+    format: str | None,
+    speech: options.Speech,
+) -> None:
+    """What merges of several seeds would do, or take."""
+    from m3jax.streaming.seeds import estimate_seeds, explain_seeds
+
+    width = terminal.width()
+    if explain:
+        explained = explain_seeds(recipes, out, format)
+        shell.print_notes(explained.first.notes, speech.quiet)
+        shell.print_result(explained.to_json, lambda: seeds_explanation_lines(explained, width), speech.as_json)
+        return
+    found = estimate_seeds(recipes, out, max_shard_size, processes, format)
+    shell.print_result(found.to_json, lambda: seeds_estimate_lines(found, width), speech.as_json)
+
+
+def _merge_seeds(
+    recipes: "dict[int, Recipe]", out: str, machines: options.Machines, speech: options.Speech, **how: Any
+) -> None:
+    """Makes a merge for each seed."""
+
+    def work(speaks: bool) -> None:
+        still = speech.quiet or not speaks
+        notes = next(iter(recipes.values())).notes()
+        shell.print_notes(notes, still)
+        shell.silence_downloads(still)
+        from m3jax.cluster.meshes import local_mesh
+        from m3jax.streaming.seeds import merge_seeds
+
+        def tell(line: str) -> None:
+            shell.print_notes([line], still)
+
+        kept = "finished merges and files are kept, and the same command resumes"
+        with shell.resumable(out, kept), terminal.progress_reporter(still) as progress:
+            where = {"mesh": local_mesh(machines.mesh), "distributed": machines.distributed}
+            made = merge_seeds(recipes, out, progress=progress, tell=tell, **where, **how)
+        said = dict.fromkeys(note for one in made if one.result is not None for note in one.result.notes)
+        shell.print_notes((note for note in said if note not in notes), still)
+        shell.print_result(
+            lambda: seeds_json(made), lambda: seeds_lines(made, terminal.width()), speech.as_json and speaks, still
+        )
+
+    shell.perform(work, machines.rendezvous(), speech.debug)
 
 
 def _merge(

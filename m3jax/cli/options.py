@@ -39,6 +39,12 @@ Step = Annotated[
 # --- Recipes and manifests ----------------------------------------------------------------------------------------
 
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Use this seed, not the recipe's.")]
+Seeds = Annotated[
+    str | None,
+    typer.Option(
+        "--seeds", metavar="A..B", help="A merge for each of these seeds, in OUT/seed-A and so on.", show_default=False
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe, as in mixup.alpha=0.5; may be repeated."),

@@ -244,7 +244,10 @@ def _print_progress(line: str) -> None:
 
 
 def print_result(
-    data: Callable[[], dict[str, Any]], lines: Callable[[], Iterable[str]], as_json: bool, quiet: bool = False
+    data: Callable[[], dict[str, Any] | list[Any]],
+    lines: Callable[[], Iterable[str]],
+    as_json: bool,
+    quiet: bool = False,
 ) -> None:
     """Prints a result on standard output, as JSON, or as lines unless `quiet`; only what is wanted is made."""
     if as_json:
@@ -254,6 +257,6 @@ def print_result(
             say(line, sys.stdout)
 
 
-def print_json(data: dict[str, Any]) -> None:
+def print_json(data: dict[str, Any] | list[Any]) -> None:
     """Prints JSON, on standard output."""
     print(json.dumps(data, indent=2, allow_nan=False))

@@ -334,7 +334,12 @@ def explore(
     check_type("evaluation", evaluation, Evaluation, optional=True)
     check_type("optimize", optimize, Optimization, optional=True)
     check_type("mesh", mesh, Mesh, optional=True)
-    loaded, _ = with_steps(recipe if isinstance(recipe, Recipe) else load_recipe(recipe))
+    read = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if read.seeds is not None:
+        raise M3Error(
+            "seeds: asks m3jax merge for several merges, while explore draws its samples from one seed: write seed"
+        )
+    loaded, _ = with_steps(read)
     if (score is None) == (not tasks):
         raise M3Error("tasks: give at least one --task NAME=FILE to compare samples by, or a score function instead")
     place = _journal_directory(out, journal)

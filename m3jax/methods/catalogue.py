@@ -420,6 +420,7 @@ SPARSIFIERS: tuple[SparsifierRow, ...] = (
         "drop each entry with probability 1 − density",
         "Yu et al., Language models are super Mario, 2024, arXiv 2311.03099",
         (_SPARSE._replace(default=None), _RESCALE._replace(note="")),
+        random=True,
     ),
     SparsifierRow(
         "magnitude",
@@ -445,6 +446,7 @@ SPARSIFIERS: tuple[SparsifierRow, ...] = (
         "drop entries at random, the smaller ones of a row more likely",
         _DELLA_PAPER,
         (_SPARSE._replace(default=None), _EPSILON, _RESCALE_DELLA._replace(note="")),
+        random=True,
     ),
 )
 
@@ -599,6 +601,15 @@ def sparsifier_row(name: str) -> SparsifierRow:
     if row is None:
         raise M3Error(f"{name!r} is no sparsifier: there are {', '.join(row.name for row in SPARSIFIERS)}")
     return row
+
+
+def may_be_random(sparsifier: str) -> bool:
+    """Whether a sparsifier drops entries at random; of one that a package outside brings, only it can tell.
+
+    Args:
+        sparsifier: Its factory, "module:function".
+    """
+    return next((row.random for row in SPARSIFIERS if row.sparsifier == sparsifier), True)
 
 
 def rows() -> Iterator[MethodRow | M3Error]:

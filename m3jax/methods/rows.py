@@ -84,6 +84,7 @@ class SparsifierRow(NamedTuple):
         summary: What it does, in one line.
         paper: Where it comes from.
         parameters: Its own, beside `target`.
+        random: Whether it drops entries at random.
     """
 
     name: str
@@ -91,6 +92,7 @@ class SparsifierRow(NamedTuple):
     summary: str
     paper: str
     parameters: tuple[Parameter, ...]
+    random: bool = False
 
 
 def arguments(parameters: tuple[Parameter, ...], owner: str, level: str) -> dict[str, str]:

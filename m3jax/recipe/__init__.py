@@ -1,7 +1,7 @@
 """The recipe: what to merge and how, in a superset of mergekit's YAML."""
 
 from m3jax.recipe.entries import MixupSettings, ModelEntry, Slice, Source, Sparsify
-from m3jax.recipe.loading import load_recipe
+from m3jax.recipe.loading import load_recipe, load_seeds
 from m3jax.recipe.matching import unmatched
 from m3jax.recipe.schema import Recipe
 from m3jax.recipe.settings import Filtered, Setting
@@ -16,5 +16,6 @@ __all__ = [
     "Source",
     "Sparsify",
     "load_recipe",
+    "load_seeds",
     "unmatched",
 ]

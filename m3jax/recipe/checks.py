@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from m3jax.methods import catalogue
 from m3jax.recipe.blocks import weight_parameters
 from m3jax.recipe.entries import MixupSettings, Module, Slice
 from m3jax.recipe.sections import Section, entries_of
@@ -255,6 +256,28 @@ def check_schedule(recipe: "Recipe") -> None:
         raise RecipeError(f"weighs steps of runs, and {recipe.merge_method} has no weights; use linear", "schedule")
 
 
+def check_seeds(recipe: "Recipe") -> None:
+    """Several seeds are in the place of one, and give different merges."""
+    if recipe.seeds is None:
+        return
+    if "seed" in recipe.model_fields_set:
+        raise RecipeError("given together with seed; keep one of the two", "seeds")
+    if not is_random(recipe):
+        raise RecipeError(f"{same_for_all(recipe)}; write seed, or draw something", "seeds")
+
+
+def is_random(recipe: "Recipe") -> bool:
+    """Whether a merge may depend on its seed: weights are drawn, or entries are dropped at random."""
+    drawn = recipe.mixup is not None and recipe.mixup.weights is None
+    factory = recipe.row.sparsifier if recipe.sparsify is None else recipe.sparsify.row.sparsifier
+    return drawn or (factory is not None and catalogue.may_be_random(factory))
+
+
+def same_for_all(recipe: "Recipe") -> str:
+    """What to say of a merge that does not depend on its seed."""
+    return f"nothing of this {recipe.merge_method} is drawn (mixup, dare, della), so that all merges would be the same"
+
+
 CHECKS = (
     check_models,
     check_schedule,
@@ -268,4 +291,5 @@ CHECKS = (
     check_sparsify,
     check_whole,
     check_normalizer,
+    check_seeds,
 )

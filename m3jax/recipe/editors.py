@@ -15,6 +15,8 @@ Schema = dict[str, Any]
 _TEXT: Schema = {"type": "string"}
 _DTYPE: Schema = {"enum": ["bfloat16", "float16", "float32", "bf16", "fp16", "fp32", "half", "float", None]}
 _REGEXES: Schema = {"type": "array", "items": {"type": "string", "format": "regex"}}
+_SEED: Schema = {"type": "integer", "minimum": 0}
+_RANGE: Schema = {**_TEXT, "pattern": r"\d", "description": "0..31, or 0..7, 12"}
 _DECAYING: Schema = {
     "type": "object",
     "properties": {
@@ -37,6 +39,7 @@ _HELP: Mapping[str, str] = {
     "mixup": "M³: weights are drawn from Beta(α, α), or Dirichlet(α, …, α), not given.",
     "parameters": "Of the method: numbers, gradients over the layers, formulas of depth, or lists of filters by name.",
     "seed": "Of all that is random.",
+    "seeds": "Several seeds, 0..31 or a list: as many merges, OUT/seed-00 and so on.",
     "dtype": "That is written, unless out_dtype says another.",
     "out_dtype": "That is written.",
     "dequantize": "Merge float8 weights as the numbers that they stand for.",
@@ -84,7 +87,8 @@ def _properties(rows: list[MethodRow]) -> Schema:
         "sparsify": {"anyOf": [_sparsifier(row) for row in catalogue.SPARSIFIERS] + [{"type": "null"}]},
         "mixup": _or_null({"$ref": "#/$defs/mixup"}),
         "parameters": {"$ref": "#/$defs/parameters"},
-        "seed": {"type": "integer", "minimum": 0},
+        "seed": _SEED,
+        "seeds": _or_null({"anyOf": [_RANGE, {"type": "array", "minItems": 1, "items": {"anyOf": [_SEED, _RANGE]}}]}),
         "dtype": _DTYPE,
         "out_dtype": _DTYPE,
         "dequantize": {"type": "boolean"},

@@ -26,6 +26,8 @@ def in_order(recipes: "Sequence[Recipe]", output: "Recipe") -> "tuple[Recipe, ..
             raise RecipeError("has no name by which others could take it; add it", number, "name")
         if recipe.intermediates:
             raise RecipeError("has intermediates of its own; list all in the one recipe", number, "intermediates")
+        if recipe.seeds is not None:
+            raise RecipeError("are for the output, and this is made on the way to it; write seed", number, "seeds")
         if recipe.format not in (None, "safetensors"):
             raise RecipeError("is for the output, and this is made on the way to it; remove it", number, "format")
         if recipe.name in named or recipe.name == output.name:

@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from m3jax.errors import M3Error
+from m3jax.recipe.checks import is_random, same_for_all
 from m3jax.recipe.dialect import read_yaml, with_override
 from m3jax.recipe.schema import Recipe
+from m3jax.recipe.settings import RecipeError
+from m3jax.recipe.values import read_seeds
 
 
 def load_recipe(
@@ -48,9 +51,54 @@ def load_recipe(
     return recipe
 
 
+def load_seeds(
+    source: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+    overrides: Sequence[str] = (),
+    seed: int | None = None,
+    seeds: str | Sequence[int] | None = None,
+) -> dict[int, Recipe]:
+    """Reads the recipes of the merges that a recipe with `seeds` asks for.
+
+    Args:
+      source: as in `load_recipe`.
+      overrides: as in `load_recipe`.
+      seed: as in `load_recipe`; it wins over `seeds` in the recipe.
+      seeds: several that win over those of the recipe, each in all of its documents, such as "0..31".
+
+    Returns:
+      For each seed the recipe with it alone; nothing where the recipe is of one merge.
+
+    Raises:
+      M3Error: as `load_recipe`, or the seeds are wrong, or all merges would be the same.
+    """
+    if seeds is None:
+        loaded = source if isinstance(source, Recipe) else load_recipe(source, overrides, seed)
+        return loaded.by_seed()
+    if seed is not None:
+        raise M3Error("--seeds: given together with --seed; keep one of the two")
+    try:
+        read = read_seeds(seeds)
+        if isinstance(source, Recipe):
+            found = {each: _seeded(source, each) for each in read}
+        else:
+            found = {each: load_recipe(source, overrides, each) for each in read}
+        first = next(iter(found.values()))
+        if not any(map(is_random, (first, *first.needed))):
+            raise RecipeError(f"{same_for_all(first)}; give --seed")
+    except RecipeError as fault:
+        raise M3Error(f"--seeds: {fault}") from None
+    return found
+
+
+def _seeded(recipe: Recipe, seed: int) -> Recipe:
+    """A recipe with another seed, in all of its documents."""
+    others = tuple(each.model_copy(update={"seed": seed}) for each in recipe.intermediates)
+    return recipe.model_copy(update={"seed": seed, "seeds": None, "intermediates": others})
+
+
 def _with_seed(raw: Mapping[str, Any], seed: int) -> dict[str, Any]:
     others = raw.get("intermediates")
-    found = {**raw, "seed": seed}
+    found = {**{key: value for key, value in raw.items() if key != "seeds"}, "seed": seed}
     if isinstance(others, list | tuple):
         found["intermediates"] = [{**each, "seed": seed} if isinstance(each, Mapping) else each for each in others]
     return found

@@ -48,7 +48,7 @@ from m3jax.recipe.intermediates import in_order, needed_for, read_intermediates
 from m3jax.recipe.sections import Section, entries_of, name_in, section_at, sections_of, stacks
 from m3jax.recipe.settings import Place, RecipeError, Setting, defaults_of, evaluate, is_gradient, parameters_of
 from m3jax.recipe.tokenizers import TokenizerSettings, plain_tokenizer, read_tokenizer
-from m3jax.recipe.values import OutputDtype, read_method, read_seed
+from m3jax.recipe.values import OutputDtype, read_method, read_seed, read_seeds
 
 
 def _as_list(raw: object) -> object:
@@ -90,6 +90,11 @@ class Recipe(Strict):
     mixup: MixupSettings | None = None
     parameters: Parameters = Field(default={}, validate_default=True)
     seed: Annotated[int, PlainValidator(read_seed)] = 0
+    seeds: Annotated[
+        tuple[int, ...] | None,
+        PlainValidator(read_seeds),
+        PlainSerializer(lambda seeds: seeds and list(seeds), return_type=list[int] | None),
+    ] = None
     dtype: Dtype = None
     out_dtype: Dtype = None
     dequantize: bool = False
@@ -329,11 +334,17 @@ class Recipe(Strict):
         everything = self.model_dump(mode="json")
         unused = {"models", "slices", "modules"} - ({"models"} if self.models is not None else set())
         unused |= {"intermediates", "anatomy", "only", "keep_state", "dequantize", "tokenizer", "also_for"}
-        unused |= {"format", "schedule"}
+        unused |= {"format", "schedule", "seeds"}
         for key in unused:  # what most recipes have not
             if not everything[key]:
                 del everything[key]
+        if self.seeds is not None:
+            del everything["seed"]
         return everything
+
+    def by_seed(self) -> "dict[int, Recipe]":
+        """The recipes of the merges that `seeds` asks for, each with its own `seed`; none where it says nothing."""
+        return {seed: self.model_copy(update={"seed": seed, "seeds": None}) for seed in self.seeds or ()}
 
     def notes(self) -> tuple[str, ...]:
         """What a reader who knows mergekit should be told, one sentence each."""

@@ -57,7 +57,7 @@ def _body(row: MethodRow) -> Iterator[str]:
         yield _line("# mixup: {alpha: 0.5}", f"M³: {drawn} is drawn, not given; granularity: model, layer or tensor")
     if row.sparsifies and row.sparsifier is None and row.base == "task_vectors":
         yield _line("# sparsify: {method: dare, density: 0.8}", "drop a share of each expert's changes before")
-    yield _line("seed: 0", "of all that is random")
+    yield _line("seed: 0", "of all that is random; seeds: 0..31 in its place makes as many merges")
     yield _line("dtype: bfloat16", "that is written; sums are made in float32")
     yield _line("# tokenizer_source: union", "union, base, or one of the models")
     yield _line("# exclude: ['.*rotary.*']", "copied, not merged: regular expressions of names")

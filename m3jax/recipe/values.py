@@ -12,6 +12,7 @@ from m3jax.recipe.settings import Place, RecipeError, nearest, number
 
 Row = TypeVar("Row", MethodRow, SparsifierRow)
 OutputDtype = Literal["bfloat16", "float16", "float32"]
+_MOST_SEEDS = 1_000
 
 
 def _row(name: object, known: Sequence[str], find: Callable[[str], Row]) -> Row:
@@ -102,6 +103,45 @@ def read_seed(raw: object) -> int:
     if not 0 <= seed < 2**64:
         raise RecipeError(f"{seed} is outside [0, 2^64); write a whole number inside")
     return seed
+
+
+def read_seeds(raw: object) -> tuple[int, ...]:
+    """Reads several seeds: `0..31`, a list of seeds and ranges, or the same as text with commas.
+
+    Raises:
+      RecipeError: one is no seed or no range, a range runs backwards, or there are none, too many or one twice.
+
+    Example:
+      >>> read_seeds("0..3, 7"), read_seeds([5, "1..2"])
+      ((0, 1, 2, 3, 7), (5, 1, 2))
+    """
+    parts = raw.split(",") if isinstance(raw, str) else raw
+    if not isinstance(parts, list | tuple):
+        raise RecipeError(f"{reprlib.repr(raw)} is no list of seeds; write such as 0..31, or seed for one")
+    seeds = [seed for part in parts for seed in _seed_range(part)]
+    if not seeds:
+        raise RecipeError("is empty; write such as 0..31")
+    if len(seeds) > _MOST_SEEDS:
+        raise _too_many(len(seeds))
+    twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
+    if twice is not None:
+        raise RecipeError(f"{twice} is there twice; name each seed once")
+    return tuple(seeds)
+
+
+def _seed_range(part: object) -> Sequence[int]:
+    if not isinstance(part, str) or ".." not in part:
+        return [read_seed(part)]
+    first, last = (read_seed(end.strip()) for end in part.split("..", 1))
+    if last < first:
+        raise RecipeError(f"{part.strip()} runs backwards; write {last}..{first}")
+    if last - first >= _MOST_SEEDS:
+        raise _too_many(last - first + 1)
+    return range(first, last + 1)
+
+
+def _too_many(count: int) -> RecipeError:
+    return RecipeError(f"{count:,} seeds are more than {_MOST_SEEDS:,}; write fewer, or several recipes")
 
 
 def read_regex(pattern: str) -> str:

@@ -218,7 +218,7 @@ def estimate(ready: Ready, method: str, place: Path | None, processes: int = 1) 
 
 
 def estimate_recipe(
-    recipe: str,
+    recipe: str | Recipe,
     out: str | os.PathLike[str],
     overrides: Sequence[str] = (),
     seed: int | None = None,
@@ -229,7 +229,7 @@ def estimate_recipe(
     """What `m3jax merge` with the same arguments will read, write and take; no weights are read.
 
     Args:
-        recipe: Its YAML file.
+        recipe: Its YAML file, or what was read of it.
         out: Where the output would go; it may be there.
         overrides: As in `load_recipe`.
         seed: As in `load_recipe`.
@@ -243,7 +243,7 @@ def estimate_recipe(
     Example:
         >>> estimate_recipe("recipe.yaml", "merged").bytes_read  # doctest: +SKIP
     """
-    loaded = load_recipe(recipe, overrides, seed)
+    loaded = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides, seed)
     needed = loaded.needed
     alone = [each.model_copy(update={"intermediates": needed[:number]}) for number, each in enumerate(needed)]
     plain = SAFETENSORS.name

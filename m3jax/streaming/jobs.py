@@ -215,6 +215,8 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     Raises:
         M3Error: The output place, the models or the recipe are at fault.
     """
+    if job.recipe.seeds is not None:
+        raise M3Error("seeds: asks for several merges, which m3jax merge and merge_seeds make: write one seed here")
     if processes.index == 0:
         _check_output(job)
     if job.recipe.also_for and isinstance(job.out, RemotePath):

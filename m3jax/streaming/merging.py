@@ -216,8 +216,12 @@ def _local_mesh(mesh: Mesh | None) -> Mesh | None:
 
 
 @contextmanager
-def _together(distributed: bool) -> Iterator[Processes]:
-    """The processes that take part: all of JAX's, or this one."""
+def together(distributed: bool) -> Iterator[Processes]:
+    """The processes that take part: all of JAX's, or this one.
+
+    Args:
+        distributed: Whether all of JAX's do.
+    """
     if not distributed:
         yield ALONE
         return
@@ -519,7 +523,7 @@ def merge_checkpoint(
     job = job._replace(chosen=_chosen(loaded, weights), format=written_format(format, loaded), said=said)
     job = job._replace(as_step=step is not None)
     like = next(iter(loaded.named_models), None)
-    with _together(distributed) as processes, step_directory(place, step, like) as target:
+    with together(distributed) as processes, step_directory(place, step, like) as target:
         return _merge(job._replace(out=target), processes)
 
 
@@ -596,7 +600,7 @@ def replay(
     job = as_recorded(job)
     changed = provenance.change(recorded)
     try:
-        with _together(distributed) as processes:
+        with together(distributed) as processes:
             result = _merge(job, processes)
     except OtherBytesError as error:
         raise M3Error(f"{error} ({changed})" if changed else str(error)) from error

@@ -87,6 +87,7 @@ def test_the_schema_has_every_key_and_takes_every_config():
         {"merge_method": "tise", "models": ["a"]},
         {"merge_method": "ties", "models": ["a"], "slices": []},
         {"merge_method": "ties", "models": ["a"], "sede": 1},
+        {"merge_method": "dare_ties", "models": ["a"], "seeds": 7},
         {"merge_method": "ties", "models": [{"model": "a", "paramters": {}}]},
         {"merge_method": "ties", "models": ["a"], "parameters": {"denisty": 1}},
         {"merge_method": "linear", "models": ["a"], "parameters": {"trim_scope": "model"}},
@@ -100,6 +101,13 @@ def test_the_schema_knows_mistakes(wrong):
     assert not fits(SCHEMA, wrong)
     with pytest.raises(M3Error):
         load_recipe(wrong)
+
+
+def test_the_schema_knows_seeds():
+    for seeds in ("0..31", [0, 3], ["0..7", 12]):
+        recipe = {"merge_method": "linear", "models": ["a", "b"], "mixup": {"alpha": 1}, "seeds": seeds}
+        assert fits(SCHEMA, recipe)
+        assert len(load_recipe(recipe).by_seed()) > 1
 
 
 def test_the_commands(capsys, tmp_path):
