@@ -12,16 +12,35 @@ ROLES: tuple[Role, ...] = get_args(Role)
 """In the order in which a model uses them."""
 
 _NORM = re.compile(
-    r"norm(?!al)|(?:^|\.)ln(?:_?[a-z0-9]{1,4})?(?=\.|$)|(?:^|\.)[a-z]+_ln(?=\.|$)|layrnorm", re.IGNORECASE
-)
-_ATTENTION = re.compile(
-    r"att(?:n|en)|(?:^|\.)(?:wqkv|qkv|[qkvo](?:_?proj)?|query|key|value|query_key_value|c_attn|w[qkvo]|sinks)(?=\.|$)",
+    r"norm(?!al)|(?:^|\.)bn\d*(?=\.|$)|(?:^|\.)ln(?:_?[a-z0-9]{1,4})?(?=\.|$)|(?:^|\.)[a-z]+_ln(?=\.|$)|layrnorm",
     re.IGNORECASE,
 )
-_MLP = re.compile(
-    r"mlp|ffn|ffw|feed_?forward|densereludense|(?:^|[._])moe(?=[._]|$)|expert|router|(?:^|\.)(?:fc\w{0,4}|intermediate|output|"
-    r"gate|wi(?:_\d)?|wo|w[123]|(?:gate|up|down|gate_up)_proj|lin(?:ear)?_?\d|dense_(?:h_to_4h|4h_to_h)|c_fc)(?=\.|$)",
-    re.IGNORECASE,
+_PARTS: tuple[tuple[Role, re.Pattern[str]], ...] = (  # of blocks; the one that is named first decides
+    ("attention", re.compile(r"att(?:n|en)", re.IGNORECASE)),
+    (
+        "mlp",
+        re.compile(
+            r"mlp|ffn|ffw|feed_?forward|densereludense|(?:^|[._])moe(?=[._]|$)|expert|router|(?:^|\.)ff(?=\.)",
+            re.IGNORECASE,
+        ),
+    ),
+)
+_MATRICES: tuple[tuple[Role, re.Pattern[str]], ...] = (  # by their own names, where no part is named
+    (
+        "attention",
+        re.compile(
+            r"(?:^|\.)(?:w?qkv|[qkvo](?:_?proj)?|query|key|value|query_key_value|c_attn|(?:[qkv]|out)_lin|w[qkv]|sinks)(?=\.|$)",
+            re.IGNORECASE,
+        ),
+    ),
+    (
+        "mlp",
+        re.compile(
+            r"(?:^|\.)(?:fc\w{0,4}|intermediate|output|gate|up|down|wi(?:_\d)?|wo|w[123]|(?:gate|up|down|gate_up)_proj|"
+            r"lin(?:ear)?_?\d|dense_(?:h_to_4h|4h_to_h)|c_fc)(?=\.|$)",
+            re.IGNORECASE,
+        ),
+    ),
 )
 _EMBEDDING = re.compile(
     r"emb(?:ed|_|\.|$)|embedding|(?:^|\.)(?:w[tp]e|shared)(?=\.|$)|position|patch|token_type|cls_token"
@@ -47,9 +66,9 @@ def role_of(anatomy: Anatomy, name: str, own: str | None = None) -> Role:
         ['embedding', 'norm', 'mlp']
     """
     part = anatomy.parts[name]
-    inside = bool(part.groups)
-    said = _behind_block(own or name, part.groups) if inside else name
-    module = said.rpartition(".")[0] or said  # what the last word names is a weight, a bias, a scale
+    inside, called = bool(part.groups), (own or name).removesuffix(".value")  # the box of Flax, not that of attention
+    said = _behind_block(called, part.groups) if inside else called
+    module = said.rpartition(".")[0] or called  # what the last word names is a weight, a bias, a scale
     if not inside:
         if name == anatomy.head or HEAD.search(name):
             return "head"
@@ -57,9 +76,14 @@ def role_of(anatomy: Anatomy, name: str, own: str | None = None) -> Role:
             return "embedding"
     if _NORM.search(module):
         return "norm"
-    if inside and _ATTENTION.search(said):
-        return "attention"
-    return "mlp" if inside and _MLP.search(said) else "other"
+    return _part_of_block(said) if inside else "other"
+
+
+def _part_of_block(said: str) -> Role:
+    found = [(match.start(), role) for role, pattern in _PARTS if (match := pattern.search(said))]
+    if found:
+        return min(found)[1]
+    return next((role for role, pattern in _MATRICES if pattern.search(said)), "other")
 
 
 def _behind_block(name: str, groups: tuple[str, ...]) -> str:

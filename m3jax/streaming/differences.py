@@ -541,27 +541,37 @@ def _measured(
     checkpoints = dict(enumerate(compared.checkpoints))
     schedule = [each for t in compared.tensors for each in visits("compare", t.plan, chunk_entries, False)]
     total, done = sum(_bytes_of(compared, visit) for visit in schedule), 0
-    found: dict[str, list[_Found]] = {}
-    equal: dict[str, int] = {}
+    tensors = {tensor.plan.output.name: tensor for tensor in compared.tensors}
+    found: list[_Found] = []
+    equal = 0
     reader = ChunkReader(checkpoints, schedule, lambda *_: None, allow_nonfinite=True)
     with reader, ThreadPoolExecutor(_THREADS) as threads:
         for loaded in reader:
-            name = loaded.visit.plan.output.name
-            if loaded.visit.plan.pipeline is None:
-                equal[name] = equal.get(name, 0) + _equal_entries(loaded)
+            visit, info = loaded.visit, loaded.visit.plan.output
+            if visit.plan.pipeline is None:
+                equal += _equal_entries(loaded)
             else:
-                work = (threads.submit(_measure, *piece, based, merged) for piece in _pieces(loaded))
-                found.setdefault(name, []).extend([each.result() for each in list(work)])
+                work = [threads.submit(_measure, *piece, based, merged) for piece in _pieces(loaded)]
+                found += [each.result() for each in work]
             reader.release(loaded)
-            done += _bytes_of(compared, loaded.visit)
+            done += _bytes_of(compared, visit)
             if progress is not None:
                 progress(Progress("comparing", done, total))
-    for tensor in compared.tensors:
-        info = tensor.plan.output
-        own = Sums(entries=info.size, equal=equal.get(info.name, 0))
-        if info.size and info.name in found:
-            own = _sums(info, found[info.name], based, merged)
-        yield TensorSums(info.name, tensor.tower, tensor.layer, tensor.role, own)
+            if visit.last:
+                own = _sums(info, found, based, merged) if found else Sums(entries=info.size, equal=equal)
+                tensor, found, equal = tensors[info.name], [], 0
+                yield TensorSums(info.name, tensor.tower, tensor.layer, tensor.role, own)
+
+
+def _state(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
+    """What tells files from what they are once they have changed: all but ctime, which a link changes."""
+    return [
+        {
+            file: {key: value for key, value in seen.items() if key != "ctime_ns"}
+            for file, seen in each.fingerprint().items()
+        }
+        for each in checkpoints
+    ]
 
 
 def _bytes_of(compared: _Compared, visit: Visit) -> int:
@@ -620,6 +630,7 @@ def diff(
     recipe, notes = _recipe(a, b, base, merge, changes)
     with ExitStack() as stack:
         compared = _opened(recipe, notes, stack)
+        before = _state(compared.checkpoints)
         identical = _are_identical(compared, progress)
         if identical and tell is not None:
             tell(f"{a} and {b} are the same, bit for bit")
@@ -627,6 +638,10 @@ def diff(
         if not (identical and base is None and merge is None):
             entries = _chunk_entries(compared) if chunk_entries is None else checked_chunk_entries(chunk_entries)
             tensors = tuple(_measured(compared, base is not None, merge is not None, entries, progress))
+        changed = [before != now for before, now in zip(before, _state(compared.checkpoints), strict=True)]
+        if any(changed):
+            where = compared.checkpoints[changed.index(True)].location
+            raise M3Error(f"{where}: changed while it was compared: compare again once it is at rest")
         size = sum(tensor.plan.output.size for tensor in compared.tensors)
         told = len(compared.tensors), size, compared.left_out, compared.notes
     return Differences(a, b, base, merge, identical, tensors, *told)

@@ -46,6 +46,13 @@ MODELS = (
         "params.decoder.layers_0.mlp.wi_0.kernel": "m",
         "params.decoder.logits_dense.kernel": "h",
     },
+    {
+        "layers.0.attn.value.kernel.value": "a",
+        "layers.0.mlp.down_proj.kernel.value": "m",
+        "layers.0.up.bias.value": "m",
+        "layers.0.bn.scale.value": "n",
+        "layers.0.drop.rate.value": "o",
+    },
     {"backbone.embeddings.weight": "e", "backbone.layers.0.mixer.in_proj.weight": "o", "backbone.norm_f.weight": "n"},
 )
 
