@@ -66,6 +66,8 @@ def role_of(anatomy: Anatomy, name: str, own: str | None = None) -> Role:
         ['embedding', 'norm', 'mlp']
     """
     part = anatomy.parts[name]
+    if part.kind == "buffer":
+        return "other"
     inside, called = bool(part.groups), (own or name).removesuffix(".value")  # the box of Flax, not that of attention
     said = _behind_block(called, part.groups) if inside else called
     module = said.rpartition(".")[0] or called  # what the last word names is a weight, a bias, a scale

@@ -180,7 +180,7 @@ class TensorSums(NamedTuple):
     Attributes:
         name: What it is called; the block's own where it is stored with others.
         tower: The tower that it is of; None if it is of none.
-        layer: Its block; −1 before the blocks, None where there are none, more than any block behind them.
+        layer: Its block; −1 before the blocks, more than any block behind them, None where it is of no tower.
         role: What it does.
         sums: What was found.
     """
@@ -323,7 +323,7 @@ def _by_itself(tensor: TensorSums) -> tuple[Any, ...]:
 
 def _order(tensor: TensorSums) -> tuple[Any, ...]:
     layer = -1 if tensor.layer is None else tensor.layer
-    return tensor.tower or "", layer, ROLES.index(tensor.role)
+    return tensor.tower is None, tensor.tower or "", layer, ROLES.index(tensor.role)
 
 
 # --- What is compared --------------------------------------------------------------------------------------------
@@ -438,7 +438,8 @@ def _tensors(tensor: TensorPlan, anatomy: Anatomy, views: Sequence[Checkpoint]) 
     """A tensor, or the blocks that it stacks."""
     name = tensor.output.name
     part = anatomy.parts[name]
-    outside = None if not anatomy.towers else -1 if part.position <= 0.0 else _AFTER
+    lost = not anatomy.towers or (part.tower is None and len(anatomy.towers) > 1)
+    outside = None if lost else -1 if part.position <= 0.0 else _AFTER
     stacked = (
         zip([block.name for block in tensor.blocks], part.blocks, strict=True) if tensor.axis is not None else None
     )

@@ -180,6 +180,29 @@ def test_what_is_no_number_and_what_is_no_parameter(tmp_path):
     assert not found.identical
 
 
+def test_towers_are_told_apart(tmp_path):
+    shapes = {"model.language_model.embed_tokens.weight": (5, 4), "model.multi_modal_projector.linear_1.weight": (4, 4)}
+    shapes |= {
+        f"model.{t}.layers.{i}.mlp.fc1.weight": (4, 4) for t in ("language_model", "vision_tower") for i in range(2)
+    }
+    for seed, name in enumerate("ab"):
+        rng = np.random.default_rng(seed)
+        tensors = {key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
+        write(tmp_path / name, tensors, {"model_type": "llava"})
+    found = m3jax.diff(str(tmp_path / "a"), str(tmp_path / "b"))
+    layers = [
+        "text before layers",
+        "text layer 0",
+        "text layer 1",
+        "vision layer 0",
+        "vision layer 1",
+        "outside layers",
+    ]
+    assert [line.name for line in found.lines("layer")] == layers
+    assert [line.name for line in found.lines("module")] == ["text embedding", "text mlp", "vision mlp", "other"]
+    assert [(line.tower, line.layer) for line in found.lines("layer")][2::3] == [("text", 1), (None, None)]
+
+
 def test_sums_of_the_widest_range_are_right():
     sums = m3jax.streaming.differences.Sums(3, 0, 3, square_a=1e76, square_b=1e-76, product=1.0, distance=1.0)
     told = measures_of(sums, based=True, merged=True)
