@@ -143,7 +143,7 @@ def _matrix(cells: Sequence[MeasuredGroup], rows: Sequence[str], modules: Sequen
 
 def _columns(panels: int, rows: int) -> int:
     """How many maps stand beside each other: deep models are higher than wide."""
-    return min(panels, 3) if rows <= _FEW_ROWS else panels
+    return panels if rows > _FEW_ROWS else 2 if panels == 4 else min(panels, 3)
 
 
 def _figure(panels: int, rows: int, modules: int) -> "tuple[Figure, list[Axes]]":
