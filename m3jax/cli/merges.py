@@ -66,7 +66,7 @@ def merge(
         if explain or plan:
             _tell_of_seeds(many, out, explain, max_shard_size, machines.num_processes or 1, format, speech)
         else:
-            how = {"allow_nonfinite": allow_nonfinite, "chunk_entries": chunk_entries, "format": format}
+            how: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "chunk_entries": chunk_entries, "format": format}
             how |= {"overwrite": overwrite, "max_shard_size": max_shard_size}
             _merge_seeds(many, out, machines, speech, **how)
         return
@@ -183,8 +183,8 @@ def _merge_seeds(
 
         kept = "finished merges and files are kept, and the same command resumes"
         with shell.resumable(out, kept), terminal.progress_reporter(still) as progress:
-            where = {"mesh": local_mesh(machines.mesh), "distributed": machines.distributed}
-            made = merge_seeds(recipes, out, progress=progress, tell=tell, **where, **how)
+            mesh, distributed = local_mesh(machines.mesh), machines.distributed
+            made = merge_seeds(recipes, out, mesh=mesh, distributed=distributed, progress=progress, tell=tell, **how)
         said = dict.fromkeys(note for one in made if one.result is not None for note in one.result.notes)
         shell.print_notes((note for note in said if note not in notes), still)
         shell.print_result(
