@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from m3jax.methods.consensus import consensus as consensus
     from m3jax.methods.dare import dare as dare
     from m3jax.methods.della import della as della
+    from m3jax.methods.fisher import fisher as fisher
     from m3jax.methods.karcher import karcher as karcher
     from m3jax.methods.linear import linear as linear
     from m3jax.methods.linear import task_arithmetic as task_arithmetic
@@ -79,6 +80,7 @@ _HOMES = {
     "breadcrumbs": "methods.breadcrumbs",
     "della": "methods.della",
     "consensus": "methods.consensus",
+    "fisher": "methods.fisher",
     "magmax": "methods.magmax",
     "model_stock": "methods.model_stock",
     "nearswap": "methods.nearswap",

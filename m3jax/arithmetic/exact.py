@@ -96,6 +96,59 @@ def subtract(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..
     return flush(a - b)
 
 
+_FRACTION = np.uint32(0x007FFFFF)
+_LEADING = np.uint32(0x00800000)
+_NAN = np.uint32(0x7FC00000)
+_DIGITS = 24  # of a float32, the leading one included
+
+
+def _quotient_bits(a: UInt32[Array, "..."], b: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """Bits of |a| / |b|, of float32s whose magnitudes have these bits: zeros, infinities, NaNs, numbers from 2⁻¹²⁵.
+
+    Long division: the 24 binary digits of the quotient one by one, then the remainder says whether to round up. No
+    quotient lies halfway between two float32s: 2q + 1 with 24 digits of q is odd and has 25, so times b it is no
+    24-digit number times a power of two.
+    """
+    one = np.uint32(1)
+    rest, divisor = (a & _FRACTION) | _LEADING, (b & _FRACTION) | _LEADING
+    short = (rest < divisor).astype(jnp.uint32)  # then the first digit is one place further right
+    rest, digits = rest << short, jnp.zeros_like(rest)
+    for _ in range(_DIGITS):
+        digit = rest >= divisor
+        rest = jnp.where(digit, rest - divisor, rest) << one
+        digits = (digits << one) | digit.astype(jnp.uint32)
+    exponent = (a >> np.uint32(23)).astype(jnp.int32) - (b >> np.uint32(23)).astype(jnp.int32)
+    exponent = exponent + np.int32(127) - short.astype(jnp.int32)
+    fraction = (digits & _FRACTION) + (rest > divisor).astype(jnp.uint32)  # a carry goes into the exponent
+    bits = (jnp.clip(exponent, 0, 255).astype(jnp.uint32) << np.uint32(23)) + fraction
+    tiny, huge = (exponent <= 0) | (bits & _EXPONENT_ABOVE_ONE == 0), bits >= _INFINITY
+    bits = jnp.where(tiny, np.uint32(0), jnp.where(huge, _INFINITY, bits))
+    bits = jnp.where((a == 0) | (b == _INFINITY), np.uint32(0), bits)
+    bits = jnp.where((a == _INFINITY) | (b == 0), _INFINITY, bits)
+    undefined = ((a == b) & ((a == 0) | (a == _INFINITY))) | (a > _INFINITY) | (b > _INFINITY)
+    return jnp.where(undefined, _NAN, bits)
+
+
+@jax.custom_jvp
+def divide(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."]:
+    """a / b of flushed float32s, rounded once, to nearest even, and flushed; by integers alone, as devices divide
+    float32s each in its own way.
+
+    Args:
+        a: What is divided; below 2⁻¹²⁵ only zeros.
+        b: What it is divided by, of the same shape; likewise. Zeros, infinities and NaNs as in IEEE 754.
+    """
+    magnitude = _quotient_bits(magnitude_bits(a), magnitude_bits(b))
+    return _from_bits(jnp.where(magnitude > _INFINITY, magnitude, magnitude | ((as_bits(a) ^ as_bits(b)) & _SIGN)))
+
+
+@divide.defjvp
+def _divide_jvp(primals, tangents):  # type: ignore[no-untyped-def]
+    (a, b), (a_dot, b_dot) = primals, tangents
+    quotient = divide(a, b)
+    return quotient, (a_dot - quotient * b_dot) / b
+
+
 @jax.custom_jvp
 def _bfloat16_to_float32(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return _from_bits(lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << np.uint32(16))

@@ -154,6 +154,7 @@ def _load(ready: Ready, mesh: Mesh | None) -> dict[str, tuple[Array, ...]]:
             sources = sources[:1]
         else:
             _check_finite(ready, tensor, sources)
+            _check_statistics(ready, tensor, sources)
         arrays[tensor.output.name] = sources
     return arrays
 
@@ -171,6 +172,21 @@ def _check_finite(ready: Ready, tensor: TensorPlan, sources: tuple[Array, ...]) 
         raise M3Error(
             f"{tensor.output.name}: holds NaN or infinities in {model}: restore the model, or exclude the tensor"
         )
+
+
+@jax.jit
+def _none_negative(arrays: Sequence[Array]) -> Bool[Array, " n"]:
+    return jnp.stack([(x >= 0).all() for x in arrays])
+
+
+def _check_statistics(ready: Ready, tensor: TensorPlan, sources: tuple[Array, ...]) -> None:
+    """Refuse negative statistics, likewise."""
+    if not tensor.statistics:
+        return
+    positive = np.asarray(_none_negative(sources[-len(tensor.statistics) :]))
+    if not positive.all():
+        name = ready.models[tensor.statistics[int(np.argmin(positive))]].input.name
+        raise M3Error(f"{tensor.output.name}: is negative somewhere in {name}, as statistics are not: measure again")
 
 
 def _check_equal(ready: Ready, tensor: TensorPlan, sources: Sequence[Array]) -> None:

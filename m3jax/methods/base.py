@@ -68,6 +68,7 @@ class Known(NamedTuple):
         entries: Where they lie in their tensor, by index.
         mask_keys: uint32[pairs, 2], Threefry keys of the leaf's mask streams; None without a random sparsifier.
         zero: A run-time zero, see `exact.fence`.
+        statistics: One float32 array per expert, not negative, of a method that asks for some.
     """
 
     scalars: Any
@@ -75,6 +76,7 @@ class Known(NamedTuple):
     entries: Index
     mask_keys: UInt32[Any, "pairs 2"] | None
     zero: Zero
+    statistics: Values = ()
 
 
 class Place(NamedTuple):
@@ -187,6 +189,8 @@ class Method(NamedTuple):
         rows: Needs whole rows: chunks are cut between them.
         copies: At scale 1 the result is the first expert, bit for bit.
         check: (options, numbers) → raises M3Error for parameters that cannot be.
+        statistics: The kind of statistics that each expert brings beside its own, one number for each entry, as they
+            are recorded where they were measured; empty if none.
     """
 
     name: str
@@ -203,6 +207,7 @@ class Method(NamedTuple):
     rows: bool = False
     copies: bool = False
     check: Callable[[Any, Numbers], None] | None = None
+    statistics: str = ""
 
 
 class Sparsifier(NamedTuple):

@@ -321,6 +321,20 @@ METHODS: tuple[MethodRow, ...] = (
         sparsifies=False,
     ),
     MethodRow(
+        "fisher",
+        "m3jax.methods.fisher:fisher",
+        "the mean of each entry, weighed by how much each model's data says of it",
+        "Σ wᵢ·Fᵢ·xᵢ / Σ wᵢ·Fᵢ, Fᵢ the diagonal of the model's Fisher information; Σ wᵢ·xᵢ / Σ wᵢ where that sum is 0",
+        "Matena & Raffel, Merging models with Fisher-weighted averaging, 2021, arXiv 2111.09832",
+        (
+            _WEIGHT._replace(low=0.0),
+            _CHANGED._replace(help="what each Fᵢ counts at least", default=0.0),
+        ),
+        base="expert",
+        sparsifies=False,
+        statistics="fisher",
+    ),
+    MethodRow(
         "nuslerp",
         "m3jax.methods.nuslerp:nuslerp",
         "along the arc between two models or task vectors, at the place that weights say",
@@ -453,7 +467,10 @@ SPARSIFIERS: tuple[SparsifierRow, ...] = (
 LEFT_OUT: Mapping[str, str] = {
     "arcee_fusion": "arcee_fusion is left out: above a million entries the quantiles by which it chooses come from an "
     "unseeded sample, so that no result of it can be repeated; take task_arithmetic with sparsify: {method: magnitude, "
-    "density: 0.1}, which moves the base by the largest entries of one expert's task vector"
+    "density: 0.1}, which moves the base by the largest entries of one expert's task vector",
+    "regmean": "regmean is left out: it solves a system of equations for each weight, whose Gram matrices have another "
+    "shape than the weight, so that no chunk of it can be merged alone; take fisher, whose statistics m3jax statistics "
+    "measures",
 }
 """Methods of other tools that are not here on purpose, and what to take instead."""
 

@@ -75,6 +75,7 @@ def _check_outside(row: MethodRow, method: Any, has_base: bool) -> None:
         "experts": (tuple(row.experts), tuple(method.experts)),
         "base": (row.base == "task_vectors" or (row.base == "optional" and has_base), method.uses_base),
         "sparsifies": (row.sparsifies, method.sparsifies),
+        "statistics": (row.statistics, method.statistics),
     }
     odd = next((field for field, (asked, made) in told.items() if asked != made), None)
     if odd is not None:

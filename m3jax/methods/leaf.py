@@ -71,6 +71,11 @@ class Pipeline(NamedTuple):
         return shape or (1,) if self.rows else shape
 
     @property
+    def num_arrays(self) -> int:
+        """How many arrays a leaf is made of beside the base's: one per expert, and its statistics where it has some."""
+        return self.num_experts * (2 if self.method.statistics else 1)
+
+    @property
     def random(self) -> bool:
         """Whether masks are drawn, for which a key is needed."""
         return self.sparsifier is not None and self.sparsifier.random
@@ -283,9 +288,10 @@ def with_found(pipeline: Pipeline, scalars: LeafScalars, stage: Stage, state: An
 # --- the entries of a leaf ----------------------------------------------------------------------------------------
 
 
-def _known(owner: str, scalars: LeafScalars, index: Index, zero: Zero) -> Known:
+def _known(owner: str, scalars: LeafScalars, index: Index, zero: Zero, statistics: Sequence[Array] = ()) -> Known:
     folded = scalars.sparsifier if owner == "sparsifier" else scalars.method
-    return Known(folded, scalars.found[owner], index, scalars.mask_keys, zero)
+    wide = tuple(exact.widen(x) for x in statistics) if owner == "method" else ()
+    return Known(folded, scalars.found[owner], index, scalars.mask_keys, zero, wide)
 
 
 def _task_vectors(pipeline: Pipeline, experts: Values, base: Array | None) -> Values:
@@ -336,7 +342,7 @@ def counted(
         pipeline: What is done.
         stage: The measure.
         step: Its round.
-        experts: One array per expert.
+        experts: As for `merged_leaf`.
         base: The base's array, where it is used.
         scalars: With what was concluded before.
         state: The measure's.
@@ -344,13 +350,15 @@ def counted(
         zero: As for `merged_leaf`.
         valid: Which entries count; all when None.
     """
+    experts, statistics = experts[: pipeline.num_experts], experts[pipeline.num_experts :]
     given = stage.measure.values == "given"
     values = (
         _given_values(pipeline, experts, base)
         if given
         else _sparse_values(pipeline, experts, base, scalars, index, zero)
     )
-    return step.counts(stage.options(pipeline), values, _known(stage.owner, scalars, index, zero), state, valid)
+    known = _known(stage.owner, scalars, index, zero, statistics)
+    return step.counts(stage.options(pipeline), values, known, state, valid)
 
 
 def merged_leaf(
@@ -366,8 +374,8 @@ def merged_leaf(
 
     Args:
         pipeline: What is done.
-        experts: One array per expert: float32, bfloat16 or float16, of one shape; rows along the last axis, where
-            the pipeline needs rows.
+        experts: One array per expert, and then the statistics of each where the method asks for some: float32,
+            bfloat16 or float16, of one shape; rows along the last axis, where the pipeline needs rows.
         base: The base's array, for methods and sparsifiers that take task vectors.
         scalars: With everything concluded.
         index: Flat index of each entry in its tensor.
@@ -375,8 +383,9 @@ def merged_leaf(
         dtype: Of the result.
     """
     method = pipeline.method
+    experts, statistics = experts[: pipeline.num_experts], experts[pipeline.num_experts :]
     values = _sparse_values(pipeline, experts, base, scalars, index, zero)
-    merged = method.combine(method.options, values, _known("method", scalars, index, zero))
+    merged = method.combine(method.options, values, _known("method", scalars, index, zero, statistics))
     if pipeline.uses_base and base is not None:
         merged = exact.add(merged, exact.widen(base))
     return exact.narrow(jnp.asarray(merged), dtype)

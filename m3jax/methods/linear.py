@@ -80,9 +80,9 @@ def fold_sum(options: Sum, settings: Settings) -> Float[Any, " n"]:
 
 
 def weighted_sum(
-    coefficients: Float[Array, " n"], values: Sequence[Float[Array, "..."]], zero: Zero
+    coefficients: Float[Array, " n"] | Sequence[Float[Array, "..."]], values: Sequence[Float[Array, "..."]], zero: Zero
 ) -> Float[Array, "..."]:
-    """Σ cᵢ·vᵢ in float32, expert 0 first."""
+    """Σ cᵢ·vᵢ in float32, expert 0 first; a coefficient is one number, or one for each entry."""
     terms = [exact.multiply(coefficients[i], value, zero) for i, value in enumerate(values)]
     return functools.reduce(exact.add, terms)
 

@@ -58,6 +58,7 @@ class MethodRow(NamedTuple):
         without: The method that is the same without the sparsifier.
         sparsifies: Whether recipes may put a sparsifier before it.
         fixed: Arguments of the factory that no parameter sets.
+        statistics: As `Method.statistics`.
     """
 
     name: str
@@ -73,6 +74,7 @@ class MethodRow(NamedTuple):
     without: str = ""
     sparsifies: bool = True
     fixed: tuple[tuple[str, Any], ...] = ()
+    statistics: str = ""
 
 
 class SparsifierRow(NamedTuple):
@@ -126,9 +128,9 @@ _BASES, _WEIGHTINGS = ("task_vectors", "expert", "first", "optional"), ("each", 
 
 def fault_of(row: MethodRow) -> str:
     """What is wrong with a row that a package outside gives; empty if nothing is."""
-    texts = (row.method, row.summary, row.formula, row.paper, row.without, row.sparsifier or "")
+    texts = (row.method, row.summary, row.formula, row.paper, row.without, row.sparsifier or "", row.statistics)
     if not all(isinstance(text, str) for text in texts):
-        return "method, summary, formula, paper, without and sparsifier are texts"
+        return "method, summary, formula, paper, without, sparsifier and statistics are texts"
     if not all(isinstance(parameter, Parameter) for parameter in row.parameters):
         return "parameters holds something that is no Parameter"
     for field, value, known in (("base", row.base, _BASES), ("weighting", row.weighting, _WEIGHTINGS)):

@@ -13,12 +13,19 @@ from m3jax.errors import M3Error
 from m3jax.outputs import manifest
 from m3jax.outputs.local import CONVERSION
 
+STATISTICS = "statistics"
+"""The key that tells which statistics of a model were written in place of its weights, and how they were measured."""
+
 VERSION = 2
 """Of what is told: 1 had the names of files and one digest."""
 
 
 def build(
-    to: str, source: manifest.InputRecord, tensors: manifest.TensorDigests, files: Mapping[str, str]
+    to: str,
+    source: manifest.InputRecord,
+    tensors: manifest.TensorDigests,
+    files: Mapping[str, str],
+    statistics: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What a conversion tells, as plain data; the same conversion tells the same.
 
@@ -27,12 +34,14 @@ def build(
         source: What was read.
         tensors: What was written.
         files: The digest of each file that was written.
+        statistics: Their kind, and how they were measured, where it is not the model's weights that were written.
     """
     told = {
         "schema": VERSION,
         "m3jax": manifest.versions()["m3jax"],
         "format": to,
         "digest_algorithm": ALGORITHM,
+        **({} if statistics is None else {STATISTICS: dict(statistics)}),
         "inputs": [manifest.told_of_input(source)],
         "output": {**manifest.told_of_tensors(tensors), "files": dict(sorted(files.items()))},
         "versions": manifest.versions(),
@@ -72,6 +81,8 @@ def _check(told: Mapping[str, Any]) -> None:
         raise ValueError("it was changed after it was written")
     output, (record,) = told["output"], told["inputs"]
     str(told["format"]), str(record["name"]), dict(record["tensors"])
+    if STATISTICS in told:
+        str(told[STATISTICS]["kind"]), dict(told[STATISTICS])
     for name in output["files"]:
         if not is_below(name):
             raise ValueError("it names a file outside the model")

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from m3jax.methods import catalogue
+from m3jax.methods.rows import MethodRow
 from m3jax.recipe.blocks import weight_parameters
 from m3jax.recipe.entries import MixupSettings, Module, Slice
 from m3jax.recipe.sections import Section, entries_of
@@ -278,6 +279,35 @@ def same_for_all(recipe: "Recipe") -> str:
     return f"nothing of this {recipe.merge_method} is drawn (mixup, dare, della), so that all merges would be the same"
 
 
+def check_statistics(recipe: "Recipe") -> None:
+    """Each model has the statistics that the method asks for, and they fit it as it is read."""
+    kind, method = recipe.row.statistics, recipe.merge_method
+    entries = [((*place, *where), entry) for place, holder in _holders(recipe) for where, entry in entries_of(holder)]
+    for place, entry in entries:
+        if entry.statistics is not None and not kind:
+            users = ", ".join(row.name for row in catalogue.rows() if isinstance(row, MethodRow) and row.statistics)
+            raise RecipeError(f"{method} takes no statistics, {users} does; remove it", *place, "statistics")
+    if not kind:
+        return
+    if recipe.models is None:
+        raise RecipeError(f"{method} merges whole models, whose statistics it needs; write models", *entries[0][0][:1])
+    for place, entry in entries:
+        if _SEVERAL.search(entry.model):
+            raise RecipeError("are several steps, and statistics are of one; name each step", *place, "model")
+        if entry.statistics is None:
+            mend = "write the output of m3jax statistics MODEL OUT"
+            raise RecipeError(
+                f"missing, and {method} needs {kind} statistics of each model; {mend}", *place, "statistics"
+            )
+    for key in ("tokenizer_source", "tokenizer", "also_for"):
+        if getattr(recipe, key):
+            raise RecipeError(
+                f"gives models other rows, of which there are no statistics; remove it, and give {method} models of "
+                "one vocabulary",
+                key,
+            )
+
+
 CHECKS = (
     check_models,
     check_schedule,
@@ -286,6 +316,7 @@ CHECKS = (
     check_base,
     check_tokenizers,
     check_experts,
+    check_statistics,
     check_mixup,
     check_given,
     check_sparsify,

@@ -48,10 +48,15 @@ class Strict(BaseModel):
 
 
 class ModelEntry(Strict):
-    """One model of the merge: its path or hub id, and what is set for it alone."""
+    """One model of the merge: its path or hub id, the statistics that belong to it, and what is set for it alone."""
 
     model: Name
+    statistics: Name | None = None
     parameters: Parameters = {}
+
+    @model_serializer(mode="wrap")
+    def _plain(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "statistics" or value}
 
     @model_validator(mode="before")
     @classmethod

@@ -43,6 +43,9 @@ def _body(row: MethodRow) -> Iterator[str]:
     own = next((parameter for parameter in row.parameters if parameter.level == "expert"), None)
     for number in range(count):
         yield f"  - model: org/expert-{chr(ord('a') + number)}"
+        if row.statistics:
+            measured = "what m3jax statistics has measured of it" if number == 0 else "and of this one"
+            yield _line(f"    statistics: org/expert-{chr(ord('a') + number)}-{row.statistics}", measured)
         if own is not None and number == 0:
             yield _line(f"    # parameters: {{{own.name}: {_value(own)}}}", "for this model alone")
     parameters = [parameter for parameter in row.parameters if not parameter.only]
@@ -59,7 +62,8 @@ def _body(row: MethodRow) -> Iterator[str]:
         yield _line("# sparsify: {method: dare, density: 0.8}", "drop a share of each expert's changes before")
     yield _line("seed: 0", "of all that is random; seeds: 0..31 in its place makes as many merges")
     yield _line("dtype: bfloat16", "that is written; sums are made in float32")
-    yield _line("# tokenizer_source: union", "union, base, or one of the models")
+    if not row.statistics:
+        yield _line("# tokenizer_source: union", "union, base, or one of the models")
     yield _line("# exclude: ['.*rotary.*']", "copied, not merged: regular expressions of names")
 
 

@@ -12,6 +12,7 @@ from m3jax.recipe import Recipe, load_recipe
 from m3jax.streaming.intermediates import outlined
 from m3jax.streaming.jobs import Ready, prepared
 from m3jax.streaming.plan import BlockPlan, TensorPlan
+from m3jax.streaming.statistics import ROLE as STATISTICS
 from m3jax.streaming.steps import with_steps
 
 Runs = tuple[tuple[int, int], ...]
@@ -23,7 +24,7 @@ class TensorSource(NamedTuple):
 
     Attributes:
         model: As the recipe names it.
-        role: "expert" or "base".
+        role: "expert", "base" or "statistics".
         shift: How much higher its blocks are numbered there than in the output.
     """
 
@@ -174,7 +175,8 @@ def _sources(ready: Ready, tensor: TensorPlan) -> Iterator[TensorSource]:
         model = there[0].input.name if there else ready.models[position].input.name
         here, stored = block_of(name), block_of(place.name)
         shift = stored[1] - here[1] if here is not None and stored is not None else 0
-        yield TensorSource(model, "base" if tensor.has_base and position == tensor.sources[0] else "expert", shift)
+        role = "base" if tensor.has_base and position == tensor.sources[0] else "expert"
+        yield TensorSource(model, STATISTICS if position in tensor.statistics else role, shift)
 
 
 def _numbers(recipe: Recipe, tensor: TensorPlan, block: BlockPlan) -> Iterator[tuple[str, tuple[float, ...]]]:

@@ -48,6 +48,7 @@ from m3jax.streaming.opening import (
     with_written_dtypes,
 )
 from m3jax.streaming.plan import DrawnWeights, MergePlan, make_plan
+from m3jax.streaming.statistics import OpenedStatistics, open_statistics
 from m3jax.streaming.steps import with_steps
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -112,8 +113,8 @@ class Ready(NamedTuple):
     """A merge as it is prepared: nothing of it has been written yet.
 
     Attributes:
-        models: The inputs of the plan, experts first, then the base if there is one; views, where they are seen
-            otherwise than they are stored.
+        models: The inputs of the plan, experts first, then the base if there is one, then the statistics of the experts
+            if the method asks for some; views, where they are seen otherwise than they are stored.
         sources: The models that are read for them.
         plan: What happens to each tensor.
         shards: The files to write, each with its tensors.
@@ -126,6 +127,7 @@ class Ready(NamedTuple):
         vocabulary: The one that all inputs have; None where the recipe asks for none.
         orbax: How the output is written where that is not as safetensors.
         tokens: For each model that is read the digest of its tokens' numbers; empty where they decide nothing.
+        statistics: Of the experts, which are among `models` and `sources` too, last.
     """
 
     models: list[OpenedModel]
@@ -141,6 +143,7 @@ class Ready(NamedTuple):
     vocabulary: Alignment | None
     orbax: OrbaxOutput | None = None
     tokens: tuple[str, ...] = ()
+    statistics: OpenedStatistics = OpenedStatistics()
 
 
 def written_format(asked: str | None, recipe: Recipe) -> str | None:
@@ -229,19 +232,22 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
         )
     models, sources, stacked, vocabulary = open_models(job, stack)
     models = with_written_dtypes(models, sources)
-    _check_apart(job.out, sources)
+    statistics = open_statistics(job, models, stack)
+    every, every_source = [*models, *statistics.models], [*sources, *statistics.sources]
+    _check_apart(job.out, every_source)
     drawn: DrawnWeights | None = manifest.drawn_weights(job.recorded) if job.recorded is not None else job.chosen
     base = models[-1].input if models[-1].role != "expert" else None
     names = [name for source in sources for name in source.checkpoint.tensors] if stacked else []
-    plan = make_plan(job.recipe, [m.input for m in models if m.role == "expert"], base, drawn, names)
+    experts = [m.input for m in models if m.role == "expert"]
+    plan = make_plan(job.recipe, experts, base, drawn, names, [m.input for m in statistics.models])
     places = [m.place for m in models]
     places += [source.place for source in sources if source.place not in places]  # those that only give layers
     united, size = vocabulary or (None, None)
     beside_weights = companions.gather(job.recipe, places, plan.template, united, size)
     shards = plan_shards([t.output for t in plan.tensors], job.max_shard_size)
     tokens = vocabulary.numberings if vocabulary is not None else ()
-    _check_recorded(job.recorded, plan, sources, tokens)
-    fingerprints = [m.checkpoint.fingerprint() for m in models]
+    _check_recorded(job.recorded, plan, every_source, tokens)
+    fingerprints = [m.checkpoint.fingerprint() for m in every]
     beside = {name: digest_file(path) for name, path in beside_weights.items()}
     orbax, said = _orbax_output(job, models, plan, stacked)
     decided = [_read_beside(sources), tokens]
@@ -252,8 +258,9 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
         job.allow_nonfinite,
         decided,
         *([orbax.to_json()] if orbax is not None else []),
+        *([statistics.identity()] if statistics.models else []),
     ]
-    inputs = [[m.input.name, str(m.place.path), told] for m, told in zip(models, fingerprints, strict=True)]
+    inputs = [[m.input.name, str(m.place.path), told] for m, told in zip(every, fingerprints, strict=True)]
     identity = _identity(job.recipe, plan, inputs, rest, job.scheme)
     picked = _picked(job.recipe, plan.template == len(models) - 1 and base is not None) if stacked else None
     unties = models[plan.template].given_head
@@ -261,11 +268,11 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     notes += tuple(note for source in sources if (note := tokenizer_note(source.place)) is not None)
     notes += tuple(notes_on_float8(job.recipe, sources))
     notes += tuple(notes_on_configurations([(s.input.name, read_config(s.place.path)) for s in sources]))
-    notes += tuple(model.note for model in models if model.note is not None)
+    notes += tuple(model.note for model in models if model.note is not None) + statistics.notes
     givers = givers_of_rows(models, sources, plan.template, job.recipe) if stacked else models
     notes += united.notes if united is not None else tuple(notes_on_numbers(givers, job.recipe, job.scheme))
     written = shards, beside_weights, fingerprints, identity, picked, unties, notes
-    ready = Ready(models, sources, plan, *written, vocabulary, orbax, tokens)
+    ready = Ready(every, every_source, plan, *written, vocabulary, orbax, tokens, statistics)
     _check_agreement(processes, job.recipe, ready, rest)
     return ready
 

@@ -55,6 +55,7 @@ from m3jax.streaming.opening import OpenedModel
 from m3jax.streaming.passes import Circumstances, Passes
 from m3jax.streaming.plan import DrawnWeights, MergePlan, TensorPlan, divide
 from m3jax.streaming.reading import Loaded, chunk_size
+from m3jax.streaming.statistics import ROLE as STATISTICS
 from m3jax.streaming.steps import with_steps
 from m3jax.streaming.writing import OtherBytesError, Shards
 
@@ -155,12 +156,13 @@ def _merge_one(job: MergeJob, processes: Processes) -> MergeResult:
         checkpoints = [m.checkpoint for m in ready.models]
         entries = chunk_size(job.chunk_entries, ready.plan, [model.checkpoint for model in ready.models])
         how = Circumstances(entries, _local_mesh(job.mesh), processes, job.allow_nonfinite, job.progress)
-        passes = Passes(ready.plan, checkpoints, job.recipe.seed, recorded_digests(ready, job.recorded), how)
+        told = ready.statistics.measured()
+        passes = Passes(ready.plan, checkpoints, job.recipe.seed, recorded_digests(ready, job.recorded), how, told)
         finished = _finished(workplace, ready.shards)
         written = _produce(passes, workplace, ready.shards, finished, job.expected)
         _check_at_rest(job, ready, passes)
-        told = gather(processes, [_own_shards(workplace, finished), passes.bytes_read, written])
-        made = {file: entry for shards, _, _ in told for file, entry in shards.items()}
+        done = gather(processes, [_own_shards(workplace, finished), passes.bytes_read, written])
+        made = {file: entry for shards, _, _ in done for file, entry in shards.items()}
         tensors = finished | {file: entry["tensors"] for file, entry in made.items()}
         record = _record(job, ready, tensors, passes.findings.of_model())
         if isinstance(workplace, Staging | RemoteStaging):
@@ -173,11 +175,11 @@ def _merge_one(job: MergeJob, processes: Processes) -> MergeResult:
         record["output"]["digest"],
         record,
         time.perf_counter() - begun,
-        sum(read for _, read, _ in told),
-        sum(wrote for _, _, wrote in told),
+        sum(read for _, read, _ in done),
+        sum(wrote for _, _, wrote in done),
         len(finished),
         (*_notes(job, ready, finished, processes.count), *mended, *([other_files] if other_files else [])),
-        tuple(read for _, read, _ in told),
+        tuple(read for _, read, _ in done),
     )
 
 
@@ -419,9 +421,11 @@ def _write_companions(job: MergeJob, ready: Ready, directory: Path) -> dict[str,
 def _published(job: MergeJob, ready: Ready) -> Iterator[str]:
     """What came from the hub, now or when a replayed merge was made: models and adapters, as the recipe names them."""
     if job.recorded is not None:
-        told = [(entry["name"], entry["revision"], entry.get("adapter")) for entry in job.recorded["inputs"]]
+        models = [entry for entry in job.recorded["inputs"] if entry["role"] != STATISTICS]
+        told = [(entry["name"], entry["revision"], entry.get("adapter")) for entry in models]
     else:
-        told = [(source.place.name, source.place.revision, _adapter_of(source)) for source in ready.sources]
+        sources = [source for source in ready.sources if source.role != STATISTICS]
+        told = [(source.place.name, source.place.revision, _adapter_of(source)) for source in sources]
     for name, revision, adapter in told:
         if revision is not None:
             yield name if adapter is None else name.removesuffix(f"+{adapter['name']}")

@@ -19,6 +19,7 @@ from m3jax.checkpoints.views import Run, Stored, beside, part_of, prefix_view, r
 from m3jax.checkpoints.views_assembled import assembled
 from m3jax.checkpoints.views_stacked import BlockPlace, Stacking, restacked
 from m3jax.errors import M3Error
+from m3jax.outputs.statistics import check_no_statistics
 from m3jax.recipe import Recipe, Source
 from m3jax.recipe.sections import Section, base_layers
 from m3jax.streaming.aligning import Alignment, aligned
@@ -35,7 +36,7 @@ class OpenedModel(NamedTuple):
     """One opened input.
 
     Attributes:
-        role: "expert", "base", or "template" for a base of which only config and tokenizer are used.
+        role: "expert", "base", "template" for a base of which only config and tokenizer are used, or "statistics".
         place: Where it is.
         checkpoint: Its tensors.
         input: What the plan knows of it.
@@ -55,12 +56,25 @@ class OpenedModel(NamedTuple):
     note: str | None = None
 
 
-def _open_model(name: str, role: str, job: "MergeJob", stack: ExitStack) -> OpenedModel:
+def open_model(name: str, role: str, job: "MergeJob", stack: ExitStack) -> OpenedModel:
+    """A model, or the statistics of one, as it is stored.
+
+    Args:
+        name: What the recipe calls it.
+        role: As `OpenedModel.role`.
+        job: The merge.
+        stack: Keeps it open.
+
+    Raises:
+        M3Error: It cannot be opened, has no tensors, or holds statistics where a model is asked for.
+    """
     if job.recorded is None:
         place = job.locate(job.sources.get(name, name))
     else:
         place = locate_recorded(name, job.sources, job.locate)
     check_no_adapter(place)
+    if role in ("expert", "base"):
+        check_no_statistics(name, place.path)
     stored, adapting = open_stored(place)
     checkpoint = stack.enter_context(stored)
     if not checkpoint.tensors:
@@ -72,8 +86,14 @@ def _open_model(name: str, role: str, job: "MergeJob", stack: ExitStack) -> Open
     return model._replace(dequantised=find_dequantisation(checkpoint.tensors, config, name))
 
 
-def _viewed(model: OpenedModel, view: Checkpoint, job: "MergeJob") -> OpenedModel:
-    """The same model seen otherwise."""
+def viewed(model: OpenedModel, view: Checkpoint, job: "MergeJob") -> OpenedModel:
+    """The same model seen otherwise.
+
+    Args:
+        model: As it was seen.
+        view: What it is seen as.
+        job: The merge.
+    """
     opened = _opened(model.role, model.place, view, job, model.dequantised)
     return model._replace(checkpoint=view, input=opened.input)
 
@@ -81,10 +101,10 @@ def _viewed(model: OpenedModel, view: Checkpoint, job: "MergeJob") -> OpenedMode
 def _dequantised(model: OpenedModel, job: "MergeJob") -> OpenedModel:
     """A model with numbers in place of float8 weights and scales, where a recipe asks for it, and with its adapter."""
     if model.dequantised is not None:
-        model = _viewed(model, seen_dequantized(model.checkpoint, model.dequantised), job)
+        model = viewed(model, seen_dequantized(model.checkpoint, model.dequantised), job)
     adapting = model.adapting
     if adapting is not None:
-        model = _viewed(model, seen_adapted(model.checkpoint, adapting), job)
+        model = viewed(model, seen_adapted(model.checkpoint, adapting), job)
         _check_copies(model.input, adapting)
     return model
 
@@ -158,10 +178,10 @@ def open_models(job: "MergeJob", stack: ExitStack) -> OpenedModels:
     recipe, role = job.recipe, job.recipe.base_role
     if recipe.stacks:
         return _put_together(job, role, {}, stack)
-    sources = [_open_model(entry.model, "expert", job, stack) for entry in recipe.experts]
+    sources = [open_model(entry.model, "expert", job, stack) for entry in recipe.experts]
     base = recipe.every_section[0].base
     if base is not None and role is not None:
-        sources.append(_open_model(base, role, job, stack))
+        sources.append(open_model(base, role, job, stack))
     declared = recipe.declared_layers()
     if declared is not None and any(_depth(model) != declared for model in sources):
         opened: dict[str, OpenedModel] = {}
@@ -170,8 +190,7 @@ def open_models(job: "MergeJob", stack: ExitStack) -> OpenedModels:
         return _put_together(job, role, opened, stack)  # of longer models
     _check_overrides(job, sources)
     models = [_dequantised(model, job) for model in sources]
-    alike = _under_one_naming(_stacked_alike(_alike(models, job), job), job)
-    seen, vocabulary = aligned(_with_heads(alike, job), recipe, job.scheme, _base_of(recipe, [base]))
+    seen, vocabulary = aligned(_with_heads(seen_alike(models, job), job), recipe, job.scheme, _base_of(recipe, [base]))
     return OpenedModels(seen, sources, False, vocabulary)
 
 
@@ -181,13 +200,23 @@ def _base_of(recipe: Recipe, bases: Sequence[str | None]) -> str | None:
     return next((name for name in bases if name is not None), None) if is_read else None
 
 
+def seen_alike(models: Sequence[OpenedModel], job: "MergeJob") -> list[OpenedModel]:
+    """Models under the names and in the layout of the base or the first.
+
+    Args:
+        models: The base, if there is one, last.
+        job: The merge.
+    """
+    return _under_one_naming(_stacked_alike(_alike(models, job), job), job)
+
+
 def _alike(models: Sequence[OpenedModel], job: "MergeJob") -> list[OpenedModel]:
     """The models under one naming: without a wrapper that others have not, and with the template's boxes."""
     names = [list(model.checkpoint.tensors) for model in models]
     seen = []
     for i, model in enumerate(models):
         view = prefix_view(model.checkpoint, *(names[:i] + names[i + 1 :]))
-        seen.append(model if view is model.checkpoint else _viewed(model, view, job))
+        seen.append(model if view is model.checkpoint else viewed(model, view, job))
     template = seen[-1]
     wanted = {part.canonical: name for name, part in template.input.anatomy.parts.items()}
 
@@ -196,7 +225,7 @@ def _alike(models: Sequence[OpenedModel], job: "MergeJob") -> list[OpenedModel]:
         if model.checkpoint.tensors.keys() == template.checkpoint.tensors.keys() or own.keys() != wanted.keys():
             return model
         view = renamed(model.checkpoint, {wanted[name]: stored for name, stored in own.items()})
-        return _viewed(model, view, job)
+        return viewed(model, view, job)
 
     return [renamed_alike(model) for model in seen]
 
@@ -224,7 +253,7 @@ def _stacked_alike(models: Sequence[OpenedModel], job: "MergeJob") -> list[Opene
             f"{model.input.name}: its blocks are read as those of {template.input.name} are stacked: "
             f"{next(iter(found.values())).blocks[0].stored} as {next(iter(found))}"
         )
-        return _viewed(model, restacked(model.checkpoint, {**rest, **found}), job)._replace(note=note)
+        return viewed(model, restacked(model.checkpoint, {**rest, **found}), job)._replace(note=note)
 
     return [model if model is template else stacked_alike(model) for model in models]
 
@@ -250,7 +279,7 @@ def _under_one_naming(models: Sequence[OpenedModel], job: "MergeJob") -> list[Op
         )
         if found is None:
             return model
-        return _viewed(model, assembled(model.checkpoint, found.assemblies), job)._replace(note=found.note)
+        return viewed(model, assembled(model.checkpoint, found.assemblies), job)._replace(note=found.note)
 
     return [model if model is template else under_it(model) for model in models]
 
@@ -277,7 +306,7 @@ def _with_heads(
         if head in tensors and tensors[head].shape != tensors[embedding].shape:
             return _untied(model)  # of which the anatomy says that they count as two
         rest = part_of(model.checkpoint, [name for name in model.checkpoint.tensors if name != head])
-        return _untied(_viewed(model, renamed(rest, {head: embedding, embedding: embedding}), job))
+        return _untied(viewed(model, renamed(rest, {head: embedding, embedding: embedding}), job))
 
     return [with_head(model) for model in models]
 
@@ -348,7 +377,7 @@ def _put_together(job: "MergeJob", role: str | None, opened: dict[str, OpenedMod
     named += [(name, role) for name in bases if name is not None and role is not None]
     for name, own_role in named:
         if name not in opened:
-            opened[name] = _open_model(name, own_role, job, stack)
+            opened[name] = open_model(name, own_role, job, stack)
     _check_overrides(job, list(opened.values()))
     base = _base_of(recipe, [name for name in bases if name in opened])
     numbers = {name: _dequantised(model, job) for name, model in opened.items()}
@@ -375,17 +404,17 @@ def _put_together(job: "MergeJob", role: str | None, opened: dict[str, OpenedMod
 
     gives_heads = any(model.given_head for model in views)
 
-    def viewed(model: OpenedModel, own_role: str, view: Checkpoint) -> OpenedModel:
-        found = _viewed(model._replace(role=own_role), view, job)
+    def seen_by(model: OpenedModel, own_role: str, view: Checkpoint) -> OpenedModel:
+        found = viewed(model._replace(role=own_role), view, job)
         return _untied(found)._replace(given_head=model.given_head) if gives_heads else found
 
     models = []
     for number in range(max(recipe.counts)):
         first = next(found for section in sections if (found := _picked(section, number)) is not None)
-        models.append(viewed(seen[first.model], "expert", column(expert(number))))
+        models.append(seen_by(seen[first.model], "expert", column(expert(number))))
     _check_heads(models, ends, seen)
     if base is not None and role is not None:
-        models.append(viewed(seen[base], role, column(_picked_base)))
+        models.append(seen_by(seen[base], role, column(_picked_base)))
     return OpenedModels(models, list(opened.values()), True, vocabulary)
 
 

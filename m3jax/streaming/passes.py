@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +38,18 @@ from m3jax.streaming.writing import Shards
 _DISPATCHED = 2  # measurements under way before their counts are fetched
 
 
+class MeasuredModel(NamedTuple):
+    """The model that statistics were measured of.
+
+    Attributes:
+        name: What the statistics are called.
+        tensors: Digests of the model's tensors, as they were stored then.
+    """
+
+    name: str
+    tensors: Mapping[str, str]
+
+
 class Circumstances(NamedTuple):
     """How a merge is gone about; its bytes do not depend on it.
 
@@ -65,6 +78,7 @@ class Passes:
         seed: int,
         recorded: Mapping[str, Mapping[str, str]] | None,
         how: Circumstances,
+        measured: Mapping[int, MeasuredModel] = MappingProxyType({}),
     ) -> None:
         """Begin.
 
@@ -74,6 +88,7 @@ class Passes:
             seed: Of masks.
             recorded: For a replay, the digests of stored tensors as recorded, by location.
             how: The circumstances.
+            measured: What statistics of inputs were measured of, by the input's position.
         """
         self.plan, self.how = plan, how
         self.findings = Findings(plan)
@@ -83,6 +98,7 @@ class Passes:
         self.bytes_read = 0
         self._checkpoints = checkpoints
         self._recorded = recorded
+        self._measured = measured
         self._root = threefry.root_key(seed)
         self._lock = threading.Lock()
         spec = PartitionSpec("entries")  # type: ignore[no-untyped-call]
@@ -94,6 +110,7 @@ class Passes:
         checkpoint = self._checkpoints[position]
         place, found = stored_at(checkpoint, name).location, stored_digests(checkpoint, name, digest)
         self._check_recorded(place, found)
+        self._check_measured(position, found)
         if isinstance(checkpoint, Lending):
             self._note_lenders(checkpoint, name)
         with self._lock:
@@ -110,6 +127,18 @@ class Passes:
             raise M3Error(
                 f"{place}: {changed} is not what was merged: its bytes have changed since; "
                 "restore the file, or make a new merge with m3jax merge"
+            )
+
+    def _check_measured(self, position: int, found: Mapping[str, str]) -> None:
+        """Raise M3Error if something that is stored is not what the input's statistics were measured of."""
+        measured = self._measured.get(position)
+        if measured is None:
+            return
+        other = next((stored for stored, own in found.items() if measured.tensors.get(stored, own) != own), None)
+        if other is not None:
+            raise M3Error(
+                f"{measured.name}: was measured of another model than {self.plan.inputs[position].name}, as {other} is "
+                "other there: measure this model with m3jax statistics"
             )
 
     def _note_lenders(self, checkpoint: Lending, name: str) -> None:

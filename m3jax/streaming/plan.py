@@ -74,7 +74,7 @@ class TensorPlan(NamedTuple):
 
     Attributes:
         output: The tensor to write.
-        sources: The inputs it is read from, by position; the base, if it is used, first.
+        sources: The inputs it is read from, by position; the base, if it is used, first; statistics last.
         pipeline: What is done; None if it is copied, from the first source, all sources being equal.
         blocks: What it consists of: itself, or the blocks that it stacks; nothing if it is copied.
         axis: Along which it stacks blocks; None if it does not.
@@ -94,7 +94,14 @@ class TensorPlan(NamedTuple):
     @property
     def has_base(self) -> bool:
         """Whether the first source is the base of task vectors."""
-        return self.pipeline is not None and len(self.sources) > self.pipeline.num_experts
+        return self.pipeline is not None and len(self.sources) > self.pipeline.num_arrays
+
+    @property
+    def statistics(self) -> tuple[int, ...]:
+        """Those of the sources that hold statistics: the last."""
+        if self.pipeline is None:
+            return ()
+        return self.sources[len(self.sources) - self.pipeline.num_arrays + self.pipeline.num_experts :]
 
     @property
     def block_shape(self) -> tuple[int, ...]:
@@ -110,7 +117,7 @@ class MergePlan(NamedTuple):
         pipeline: What is done to tensors that are merged.
         tensors: In the order of writing: the natural order of names.
         weights: What was drawn, by group; empty where weights are given.
-        inputs: The models, experts first, then the base if there is one.
+        inputs: The models, experts first, then the base if there is one, then the statistics of the experts.
         template: The position of the input whose config and tokenizer the output takes.
         notes: Sentences that a reader of the recipe should know.
     """
@@ -439,6 +446,7 @@ def make_plan(
     base: Input | None,
     drawn: DrawnWeights | None = None,
     stored: Sequence[str] = (),
+    statistics: Sequence[Input] = (),
 ) -> MergePlan:
     """Decide what happens to every tensor.
 
@@ -448,6 +456,7 @@ def make_plan(
         base: The base, if the recipe names one.
         drawn: Weights drawn earlier, which a replay uses instead of drawing.
         stored: What tensors are called in the models that layers are taken from, which filters see too.
+        statistics: Those of the experts, in their order, under the names of the merge; for methods that ask for some.
 
     Raises:
         M3Error: The models do not fit each other or the recipe.
@@ -455,8 +464,9 @@ def make_plan(
     count = len(experts)
     pipeline = Pipeline(method_of(recipe), sparsifier_of(recipe), count)
     check_pipeline(pipeline, base is not None)
-    inputs = (*experts, *([base] if base is not None else []))
-    template = len(inputs) - 1 if base is not None else 0
+    inputs = (*experts, *([base] if base is not None else []), *statistics)
+    template = count if base is not None else 0
+    beside = range(len(inputs) - len(statistics), len(inputs))
     used = (*((template,) if pipeline.uses_base else ()), *range(count))
     models = [inputs[i] for i in used]
     names = sorted({name for i in {template, *used} for name in inputs[i].tensors}, key=natural_key)
@@ -502,6 +512,7 @@ def make_plan(
         _check_groups(recipe, weights, every)
 
     plans = []
+    bare = _without_statistics(experts, statistics, mergeable) if pipeline.method.statistics else set()
     if recipe.keep_state == "first":
         own = [name for name in names if name in state and name in inputs[0].tensors]
         plans += [TensorPlan(inputs[0].tensors[name], (0,), why="training state of the first model") for name in own]
@@ -527,13 +538,40 @@ def make_plan(
             plans.append(_of_statistics(recipe, own_pipeline, reference, part, pieces[name], weights))
             continue
         output = reference._replace(dtype=output_dtype(recipe, teller, name))
-        where = positions(name)
+        if name in bare:
+            average = _of_statistics(recipe, own_pipeline, output, part, pieces[name], weights)
+            plans.append(average._replace(why="without statistics, so averaged"))
+            continue
+        where = (*positions(name), *beside)
         plans.append(_merged(recipe, own_pipeline, reference, output, where, part, pieces[name], weights))
     notes = tuple(_notes(models[0], state, merged, recipe.keep_state))
+    if parameters := sorted((n for n in bare if models[0].anatomy.parts[n].kind == "parameter"), key=natural_key):
+        notes += (f"{len(parameters)} tensors without statistics ({parameters[0]}, …) are averaged",)
     if outcome is None:
         notes += tuple(_note_on_draw(recipe, weights, [expert.name for expert in experts]))
     plans.sort(key=lambda plan: natural_key(plan.output.name))
     return MergePlan(pipeline, tuple(_comparable(pipeline, plans)), weights, inputs, template, notes)
+
+
+def _without_statistics(experts: Sequence[Input], statistics: Sequence[Input], names: set[str]) -> set[str]:
+    """Those of the tensors of which no expert has statistics.
+
+    Raises:
+        M3Error: Some experts have them and others have not, or there are none at all.
+    """
+    if len(statistics) != len(experts):
+        raise M3Error(f"{len(statistics)} statistics are given for {len(experts)} models: give those of each")
+    bare = set()
+    for name in names:
+        having = [name in each.tensors for each in statistics]
+        if not any(having):
+            bare.add(name)
+        elif not all(having):
+            there, not_there = (statistics[having.index(each)].name for each in (True, False))
+            raise M3Error(f"{name}: is in {there} but not in {not_there}: measure both anew, in the same way")
+    if bare == names:
+        raise M3Error(f"{statistics[0].name}: has statistics of no tensor that is merged: give those of these models")
+    return bare
 
 
 def _taken(inputs: Sequence[Input], position: int, name: str) -> TensorPlan:

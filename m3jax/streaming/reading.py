@@ -171,6 +171,16 @@ def check_finite(raw: np.ndarray, dtype: str, say: Callable[[], str]) -> None:
             raise M3Error(say())
 
 
+def check_statistics(raw: np.ndarray, dtype: str, say: Callable[[], str]) -> None:
+    """Raise M3Error with the sentence `say` makes if little-endian floats (uint8[bytes]) are not finite and from 0."""
+    if not raw.size:
+        return
+    unsigned, signed, infinity = _WORDS[dtype]
+    sign = 1 << (8 * np.dtype(unsigned).itemsize - 1)  # alone it is a zero
+    if raw.view(signed).max() >= infinity or raw.view(unsigned).max() > sign:
+        raise M3Error(say())
+
+
 class Hold(NamedTuple):
     """What is kept of a chunk between the stages of its tensor, so that it is read once.
 
@@ -432,7 +442,16 @@ class ChunkReader:
                 checkpoint.read_into(info.name, visit.start * width + start, piece)
             if visit.whole:
                 digest.update(piece)
-            if visit.first_reading and not self._allow_nonfinite and visit.plan.pipeline is not None:
+            if visit.first_reading and position in visit.plan.statistics:
+                check_statistics(
+                    piece,
+                    info.dtype,
+                    lambda: (
+                        f"{info.name} of {checkpoint.location}: holds negative or infinite numbers or NaN, and "
+                        "statistics are finite and from 0 on: measure them again"
+                    ),
+                )
+            elif visit.first_reading and not self._allow_nonfinite and visit.plan.pipeline is not None:
                 check_finite(
                     piece,
                     info.dtype,

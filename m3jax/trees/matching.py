@@ -209,8 +209,17 @@ def _differences(
     return clauses + ([f"{copied}: {_listed(buffers)}"] if buffers else [])
 
 
-def _found_in(tree: Mapping[str, Leaf], reference: Iterable[str], parts: Mapping[str, Part]) -> dict[str, str]:
-    """What a tree calls the leaves of another: by its name, or else by its canonical name."""
+def found_in(tree: Mapping[str, Leaf], reference: Iterable[str], parts: Mapping[str, Part]) -> dict[str, str]:
+    """What a tree calls the leaves of another: by its name, or else by its canonical name.
+
+    Args:
+        tree: Its leaves.
+        reference: The names of the other's.
+        parts: What the other's leaves are.
+
+    Returns:
+        Its names by those of the other; leaves that it lacks are absent.
+    """
     found = {name: name for name in reference if name in tree}
     missing = [name for name in reference if name not in found]
     if missing:
@@ -260,7 +269,7 @@ def match(
     }
     clauses, matched = [], [{name: leaf.value for name, leaf in first.items()}]
     for other, label in zip(others, labels[1:], strict=True):
-        found = _found_in(other, reference, parts)
+        found = found_in(other, reference, parts)
         own = {name: other[stored] for name, stored in found.items()}
         missing = [name for name in reference if name not in own]
         known = {*found.values(), *reference, *(n for n in first if parts[n].kind not in MODEL_KINDS)}

@@ -38,6 +38,7 @@ from m3jax.trees.matching import leaf_name as leaf_name
 from m3jax.trees.matching import named_leaves as named_leaves
 from m3jax.trees.parts import AnatomyOf, ParameterTree, laid_out_as, tree_of
 from m3jax.trees.parts import canonical_leaves as canonical_leaves
+from m3jax.trees.statistics import statistics_of
 from m3jax.trees.weights import TreeWeights, Weights, group_weights, tensors_of, weights_of
 
 _LOG = logging.getLogger("m3jax")
@@ -83,7 +84,7 @@ def _columns_to_merge(
 
     def column(name: str) -> Column:
         axis, arrays = tree.parts[name].stack_axis, columns[name]
-        experts = tuple(arrays[-pipe.num_experts :])
+        experts = tuple(arrays[-pipe.num_arrays :])
         base, template = arrays[0] if has_base and pipe.uses_base else None, arrays[0]
         groups = [weights.group(tensor) for tensor in tensors[name]]
         shape = tensor_shape(np.shape(experts[0]), axis)
@@ -121,11 +122,20 @@ def _planned(
     weights: TreeWeights,
     scale: Any,
     key: Any,
+    statistics: Mapping[str, tuple[Any, ...]],
     zero: Any,
 ) -> list[tuple[Pipeline, Column]]:
-    """Every column with what is done to it and all that was measured: parameters, then running statistics."""
-    parameters = {name: column for name, column in columns.items() if kinds[name] == "parameter"}
-    statistics = {name: column for name, column in columns.items() if kinds[name] == "statistics"}
+    """Every column with what is done to it and all that was measured: parameters, then what is only averaged.
+
+    These are running statistics, and parameters without the statistics that the method asks for.
+    """
+    lacks = {name for name in columns if pipe.method.statistics and name not in statistics}
+    parameters = {
+        name: [*column, *statistics.get(name, ())]
+        for name, column in columns.items()
+        if kinds[name] == "parameter" and name not in lacks
+    }
+    averaged = {name: column for name, column in columns.items() if name not in parameters}
     plain = statistics_pipeline(pipe.num_experts)
     if weights.given is not None and not pipe.num_weights:
         raise M3Error(f"{pipe.method.name}: takes no weights, but some are given: leave them out")
@@ -141,13 +151,13 @@ def _planned(
     def as_parameters(given: tuple[Any, ...]) -> Settings:
         return settings_of(pipe, given, scale)
 
-    def as_statistics(given: tuple[Any, ...]) -> Settings:
+    def as_averages(given: tuple[Any, ...]) -> Settings:
         return settings_of(plain, statistics_weights(pipe, given), 1.0)
 
     fold = functools.partial(fold_by, pipe, as_parameters)
     own = _columns_to_merge(pipe, tree, parameters, has_base, weights, key, fold)
-    fold = functools.partial(fold_by, plain, as_statistics)
-    others = _columns_to_merge(plain, tree, statistics, has_base, weights, key, fold)
+    fold = functools.partial(fold_by, plain, as_averages)
+    others = _columns_to_merge(plain, tree, averaged, has_base, weights, key, fold)
     return [(pipe, column) for column in arrays.measured(pipe, own, zero)] + [(plain, column) for column in others]
 
 
@@ -247,6 +257,7 @@ def merge(
     anatomy: AnatomyOf = None,
     donate: bool = False,
     lora: Any = None,
+    statistics: Sequence[PyTree] | None = None,
 ) -> PyTree:
     """Merge parameter trees; the bits do not depend on jit, device, mesh or sharding.
 
@@ -287,10 +298,13 @@ def merge(
             `m3jax.anatomy.Overrides` or a mapping with its keys, such as {"stacked": {"layers": 1}, "kinds": {"ema":
             "optimizer"}}; patterns are searched in leaf names.
         donate: Free each array of the experts once it is merged, so that no more than inputs and one leaf are in
-            memory; the base's arrays are kept. In a trace this has no effect: there the caller's `donate_argnums` has.
+            memory; the base's arrays are kept, those of statistics are not. In a trace this has no effect: there the
+            caller's `donate_argnums` has.
         lora: Merge adapters as products: the scale (alpha / rank) of the low-rank factors that trees have, one number
             or a mapping from patterns to numbers, as `with_lora` takes it. Each tree's W becomes W + scale·A·B first; a
             tree of factors alone is added to the base's weights. The result has whole weights and no factors.
+        statistics: For methods that ask for some (`fisher`), a tree for each expert like its own, of numbers from 0 on.
+            Leaves that none of them has are averaged. Numbers that are traced cannot be checked.
 
     Returns:
         A tree like the base, or else like the first expert, of the same type, its leaves sharded as there.
@@ -333,12 +347,13 @@ def merge(
     aliases = _aliases(tree, kinds, by_name)
     columns = {name: [model[name] for model in by_name] for name in kinds if name not in aliases}
     # Under a jit whose arguments are none of the merge's, a zero would be a constant of the program, and no fence.
-    in_trace = isinstance(scale, Double) or is_traced(columns, weights, key, jnp.zeros((), jnp.uint32))
+    in_trace = isinstance(scale, Double) or is_traced(columns, weights, key, statistics, jnp.zeros((), jnp.uint32))
     zero: Any = None if in_trace else np.uint32(0)
 
+    told = statistics_of(pipe, statistics, tree, [name for name in columns if kinds[name] == "parameter"], anatomy)
     whose = weights_of(weights, tree, list(kinds))
     _check_places(pipe, tree, columns, whose)
-    planned = _planned(pipe, tree, kinds, columns, base is not None, whose, scale, key, zero)
+    planned = _planned(pipe, tree, kinds, columns, base is not None, whose, scale, key, told, zero)
     kept = [leaf for name, leaf in template.items() if base is not None or name not in columns]
     doomed = _last_uses([leaf for _, leaf in planned], kept) if donate and not in_trace else [[]] * len(planned)
     merged: dict[str, Any] = dict(template)

@@ -124,3 +124,26 @@ def test_other_dtypes_are_refused(dtype):
         exact.widen(np.zeros(1, dtype))
     with pytest.raises(TypeError, match="float32, bfloat16, float16"):
         exact.narrow(jnp.zeros(1), dtype)
+
+
+def test_quotients_are_rounded_as_numpy_rounds_them():
+    """Any two float32s, quotients next to a halfway point, and every edge of the range with every other."""
+    rng = np.random.default_rng(3)
+    edges = np.array([0, 2.0**-125, 2.0**-124, 1, 1 + 2.0**-23, 2 - 2.0**-23, 3, 2.0**127, np.inf, np.nan], np.float32)
+    edges = np.concatenate([edges, -edges, [np.finfo(np.float32).max]]).astype(np.float32)
+    near = rng.uniform(1, 2, (2, 1 << 18)).astype(np.float32)
+    low = np.exp2(rng.uniform(-130, -120, 1 << 16)).astype(np.float32)
+    with np.errstate(all="ignore"):
+        a = np.concatenate([odd_float32s(), np.repeat(edges, len(edges)), near[0] * near[1], low * near[1, : 1 << 16]])
+        b = np.concatenate([odd_float32s()[::-1], np.tile(edges, len(edges)), near[1], near[1, : 1 << 16]])
+        a, b = oracle.flush(a), oracle.flush(b)
+        want = oracle.flush(a / b)
+    got = np.asarray(compiling.jit(exact.divide)(a, b))
+    number = ~np.isnan(want)
+    assert (bits(got)[number] == bits(want)[number]).all()
+    assert np.isnan(got[~number]).all()
+
+
+def test_quotients_have_derivatives():
+    one, other = (jax.grad(exact.divide, at)(jnp.float32(3.0), jnp.float32(2.0)) for at in (0, 1))
+    assert (one, other) == (0.5, -0.75)

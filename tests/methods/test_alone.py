@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support import oracle
-from support.directories import WIDE, read, recipe, write_models
-from support.matrix import ALONE, DTYPES, few, models, most, pairwise, same
+from support.directories import WIDE, read, recipe, write, write_models
+from support.matrix import ALONE, DTYPES, few, measured, models, most, pairwise, same
 
 import m3jax
 from m3jax.cluster.meshes import parse_mesh
@@ -21,6 +21,7 @@ PLACED = [
     ("nuslerp_columns", ("x", "y"), AxisType.Explicit),
     ("multislerp", ("x", None), AxisType.Auto),
     ("karcher", (None, "x"), AxisType.Auto),
+    ("fisher", ("x", "y"), AxisType.Explicit),
 ]
 STREAMED = [
     ("slerp", "x=1", 2**17),
@@ -33,6 +34,7 @@ STREAMED = [
     ("nuslerp_columns", "x=8", 2**16),
     ("multislerp", "x=1", 2**16),
     ("karcher", "x=8", 2**16),
+    ("fisher", "x=8", 2**16),
 ]
 QUICK = [
     ("slerp", "float32", "jit"),
@@ -50,6 +52,8 @@ QUICK = [
     ("nuslerp_columns", "float32", "eager"),
     ("multislerp", "float16", "eager"),
     ("karcher", "float32", "jit"),
+    ("fisher", "bfloat16", "eager"),
+    ("fisher_unfloored", "float32", "jit"),
 ]
 EVERY = [*pairwise(OFTEN, DTYPES, ("eager", "jit")), ("sce_all", "float16", "jit"), ("pcb_model", "float32", "eager")]
 
@@ -61,12 +65,13 @@ EVERY = [*pairwise(OFTEN, DTYPES, ("eager", "jit")), ("sce_all", "float16", "jit
 def test_merges_are_the_oracles(method, dtype, how):
     made, _, told, weights = ALONE[method]
     base, experts = models(DTYPES[dtype], most(method, 3))
-    want = oracle.merge(experts, base, weights=weights, **told)
+    statistics = measured(method, experts)
+    want = oracle.merge(experts, base, weights=weights, statistics=statistics, **told)
 
-    def call(experts, base):
-        return m3jax.merge(experts, made, base=base, weights=weights)
+    def call(experts, base, statistics):
+        return m3jax.merge(experts, made, base=base, weights=weights, statistics=statistics)
 
-    assert same((jax.jit(call) if how == "jit" else call)(experts, base), want) == (True, [])
+    assert same((jax.jit(call) if how == "jit" else call)(experts, base, statistics), want) == (True, [])
 
 
 @pytest.mark.parametrize(
@@ -82,11 +87,13 @@ def test_no_sharding_changes_a_bit(method, spec, kind):
         places = {name: PartitionSpec(*spec[: leaf.ndim]) for name, leaf in tree.items()}
         return {name: jax.device_put(leaf, NamedSharding(mesh, places[name])) for name, leaf in tree.items()}
 
-    want = oracle.merge(experts, base, weights=weights, **told)
+    statistics = measured(method, experts)
+    want = oracle.merge(experts, base, weights=weights, statistics=statistics, **told)
     there, here = [put(e) for e in experts], put(base)
-    assert same(m3jax.merge(there, made, base=here, weights=weights), want) == (True, [])
-    traced = jax.jit(lambda e, b: m3jax.merge(e, made, base=b, weights=weights))
-    assert same(traced(there, here), want) == (True, [])
+    beside = None if statistics is None else [put(s) for s in statistics]
+    assert same(m3jax.merge(there, made, base=here, weights=weights, statistics=beside), want) == (True, [])
+    traced = jax.jit(lambda e, b, s: m3jax.merge(e, made, base=b, weights=weights, statistics=s))
+    assert same(traced(there, here, beside), want) == (True, [])
 
 
 @pytest.mark.parametrize(
@@ -109,8 +116,12 @@ def test_out_of_core_and_replayed_are_the_oracles(tmp_path, method, mesh, chunk)
     elif weights is not None:
         given = zip(asked["models"], weights, strict=True)
         asked["models"] = [{"model": model, "parameters": {"weight": weight}} for model, weight in given]
+    statistics = measured(method, experts)
+    for i, each in enumerate(statistics or ()):
+        write(tmp_path / "in" / f"statistics-{i}", each, shards=i + 1)
+        asked["models"][i]["statistics"] = str(tmp_path / "in" / f"statistics-{i}")
     m3jax.merge_checkpoint(asked, tmp_path / "out", chunk_entries=chunk, mesh=parse_mesh(mesh))
-    want = oracle.merge(experts, base, weights=weights, **told)
+    want = oracle.merge(experts, base, weights=weights, statistics=statistics, **told)
     assert same(read(tmp_path / "out"), want) == (True, [])
     m3jax.replay(tmp_path / "out", tmp_path / "again", chunk_entries=2**18)
     assert same(read(tmp_path / "again"), want) == (True, [])

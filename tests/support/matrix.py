@@ -172,10 +172,35 @@ ALONE = {
         [0.5, 0.2, 0.9],
     ),
     "karcher": (m3jax.karcher(), {"merge_method": "karcher"}, {"method": "karcher"}, [0.5, 0.2, 0.9]),
+    "fisher": (
+        m3jax.fisher(1e-6),
+        {"merge_method": "fisher", "parameters": {"epsilon": 1e-6}, **_ALONE},
+        {"method": "fisher", "more": {"epsilon": 1e-6}},
+        [0.5, 0.2, 0.9],
+    ),
+    "fisher_unfloored": (
+        m3jax.fisher(),
+        {"merge_method": "fisher", **_ALONE},
+        {"method": "fisher", "more": {"epsilon": 0.0}},
+        [0.5, 0.2, 0.9],
+    ),
 }
 # Of these, what measures by tensor, row, column, and what ranks and counts: the others differ in what
 # they make of it.
 MEASURED = ("slerp", "model_stock", "model_stock_rows", "nuslerp_columns", "sce", "ramplus_tl")
+
+
+def measured(method, experts, seed=1):
+    """Statistics of experts, for a method that asks for some: of many magnitudes, zeros too, and not of all tensors."""
+    if not (METHODS.get(method) or ALONE[method])[0].statistics:
+        return None
+    rng = np.random.default_rng(seed)
+
+    def of(name, value):
+        found = np.exp2(rng.uniform(-120, 20, value.shape)).astype(np.float32)
+        return np.where(rng.random(value.shape) < 0.3, np.float32(0), found).astype(np.float32)
+
+    return [{name: of(name, value) for name, value in expert.items() if "norm" not in name} for expert in experts]
 
 
 def most(method, wanted):

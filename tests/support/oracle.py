@@ -430,6 +430,19 @@ def selected(method, deltas, weights, scale, normalize, more):
     return consensus(deltas, weights, scale, more["limits"], more["agreement"], normalize)
 
 
+def fisher(values, statistics, weights, epsilon):
+    """Every entry's mean by wᵢ·Fᵢ, or by wᵢ where these are all 0."""
+    shares = [scalar(w / sum(weights)) for w in weights]
+    told = [
+        flush(c * np.where(wide(f) < scalar(epsilon), scalar(epsilon), wide(f)))
+        for c, f in zip(shares, statistics, strict=True)
+    ]
+    total = added(told)
+    divisor = np.where(total == 0, F32(1), total)
+    parts = [np.where(total == 0, c, flush(t / divisor)) for c, t in zip(shares, told, strict=True)]
+    return added([flush(part * value) for part, value in zip(parts, values, strict=True)])
+
+
 SELECTION = ("sce", "ram", "ramplus_tl", "nearswap", "magmax", "consensus", "pcb")
 
 
@@ -457,6 +470,7 @@ def merge(
     more=None,  # own parameters of a method that selects entries
     deltas=False,  # of methods that take task vectors or not
     lines="tensor",  # what has an angle of its own: "tensor", "row" or "column"
+    statistics=None,  # list of {name: array}; what they lack is averaged
 ):
     n, names = len(experts), list(experts[0])
     normalize = (method in ("linear", "ties")) if normalize is None else normalize
@@ -525,6 +539,14 @@ def merge(
     merged = {}
     for name in names:
         w = weights[name]
+        if method == "fisher":
+            told = [{**more, "statistics": [s[name] for s in statistics]}] if name in statistics[0] else []
+            own = [values[name, i] for i in range(n)]
+            shares = [scalar(c / sum(w)) for c in w]
+            average = added([flush(c * v) for c, v in zip(shares, own, strict=True)])
+            total = fisher(own, weights=w, **told[0]) if told else average
+            merged[name] = narrow(total, out or np.asarray((base or experts[0])[name]).dtype.name)
+            continue
         if method == "slerp":
             a, b = values[name, 0], values[name, 1]
             t = float(w if np.ndim(w) == 0 else w[0])

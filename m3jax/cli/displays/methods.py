@@ -73,7 +73,8 @@ def _needs(row: MethodRow) -> list[str]:
         count = f"{fewest} {noun} or more" if fewest == 1 else f"{fewest} {noun}s or more"
     else:
         count = f"{fewest} to {most} {noun}s"
-    return [_BASES[row.base], count, _WEIGHTINGS[row.weighting]]
+    measured = [f"{row.statistics} statistics of each"] if row.statistics else []
+    return [_BASES[row.base], count, _WEIGHTINGS[row.weighting], *measured]
 
 
 def _value(value: object) -> str:
@@ -127,6 +128,11 @@ def example(row: Described) -> dict[str, Any]:
         entries = [
             {"model": name, "parameters": {weights[0].name: share}}
             for name, share in zip(names, _shares(count), strict=True)
+        ]
+    if row.statistics:
+        entries = [
+            {**(entry if isinstance(entry, dict) else {"model": entry}), "statistics": f"{name}-{row.statistics}"}
+            for entry, name in zip(entries, names, strict=True)
         ]
     recipe: dict[str, Any] = {"merge_method": row.name, "models": entries}
     if row.base == "task_vectors":
@@ -315,6 +321,7 @@ def _plain(row: Described) -> dict[str, Any]:
             "experts": list(row.experts),
             "weighting": row.weighting,
             "sparsifies": row.sparsifies,
+            "statistics": row.statistics or None,
             "needs": _needs(row),
             "package": None if origin is None else origin._asdict(),
         }

@@ -72,9 +72,11 @@ def _family_lines(family: "list[TensorGroup]") -> Iterator[str]:
         yield f"  {_name(pattern, runs)}"
     if len(names) > _SHOWN_NAMES:
         yield f"  … and {len(names) - _SHOWN_NAMES:,} more names; --json has all"
-    models = [_source(each.model, each.shift) for each in told.sources if each.role != "base"]
+    models = [_source(each.model, each.shift) for each in told.sources if each.role == "expert"]
+    measured = [_source(each.model, each.shift) for each in told.sources if each.role == "statistics"]
     base = next((_source(each.model, each.shift) for each in told.sources if each.role == "base"), None)
-    yield f"    of {', '.join(models)}{'' if base is None else f', over {base}'}"
+    by = f", by the statistics {', '.join(measured)}" if measured else ""
+    yield f"    of {', '.join(models)}{'' if base is None else f', over {base}'}{by}"
     for each in family:
         numbers = [f"{name} {_values(values)}" for name, values in each.treatment.numbers if values]
         blocks = dict.fromkeys(runs for _, runs in each.names)
