@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from m3jax.checkpoints.protocol import Checkpoint as Checkpoint
     from m3jax.errors import M3Error as M3Error
+    from m3jax.evaluation.measuring import measure_statistics as measure_statistics
     from m3jax.evaluation.models import evaluate as evaluate
     from m3jax.evaluation.robustness import attack as attack
     from m3jax.evaluation.tasks.base import Task as Task
@@ -104,6 +105,7 @@ _HOMES = {
     "load": "trees.loading",
     "load_recipe": "recipe",
     "magnitude": "methods.magnitude",
+    "measure_statistics": "evaluation.measuring",
     "merge": "trees.merging",
     "merge_checkpoint": "streaming.merging",
     "merge_seeds": "streaming.seeds",

@@ -45,15 +45,10 @@ app.add_typer(_recipes, name="recipe", rich_help_panel=None)
 
 _COMMANDS: tuple[Callable[..., None], ...] = (
     *(merges.merge, merges.replay, merges.verify),
-    *(
-        checkpoints.inspect,
-        checkpoints.diff,
-        checkpoints.doctor,
-        checkpoints.methods,
-        checkpoints.convert,
-        checkpoints.extract_lora,
-    ),
-    *(evaluations.evaluate, evaluations.attack, evaluations.report, evaluations.explore, evaluations.demo),
+    *(checkpoints.inspect, checkpoints.diff, checkpoints.doctor, checkpoints.methods),
+    *(checkpoints.convert, checkpoints.extract_lora),
+    *(evaluations.evaluate, evaluations.attack, evaluations.report, evaluations.explore, evaluations.statistics),
+    evaluations.demo,
 )
 for _work in _COMMANDS:
     app.command()(options.grouped(_work))

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from m3jax.cli import options, shell, terminal
-from m3jax.cli.displays.evaluation import attack_lines, evaluation_lines
+from m3jax.cli.displays.evaluation import attack_lines, evaluation_lines, statistics_lines
 from m3jax.cli.displays.exploration import exploration_json, exploration_lines, reporter
 from m3jax.errors import M3Error
 
@@ -226,6 +226,52 @@ def explore(
     width = terminal.width()
     shell.print_result(
         lambda: exploration_json(found), lambda: exploration_lines(found, width), speech.as_json, speech.quiet
+    )
+
+
+def statistics(
+    *,
+    model: options.Model,
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The directory to make.", show_default=False)],
+    data: options.Data = None,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", metavar="NAME", help="Whose prompts and answers are read.  [default: plain texts]"),
+    ] = None,
+    examples: Annotated[int | None, typer.Option(metavar="N", help="Use the first N examples only.")] = None,
+    template: options.Template = None,
+    overflow: Annotated[
+        str, typer.Option(metavar="error|skip", help="What becomes of examples that are longer than the model sees.")
+    ] = "error",
+    weights: options.Weights,
+    max_shard_size: options.MaxShardSize = "5GB",
+    overwrite: options.Overwrite = False,
+    speech: options.Speech,
+) -> None:
+    """Measure what data says of each parameter of a model, to merge by it (merge_method: fisher)."""
+    shell.silence_downloads(speech.quiet)
+    from m3jax.evaluation.measuring import measure_statistics
+
+    found = measure_statistics(
+        model,
+        out,
+        data=data,
+        task=task,
+        examples=examples,
+        template=template,
+        overflow=overflow,
+        dtype=weights.dtype,
+        mesh=weights.mesh,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        tell=shell.teller(speech.quiet),
+    )
+    shell.print_notes(found.notes, speech.quiet)
+    shell.print_result(
+        lambda: {**found._asdict(), "directory": str(found.directory), "notes": list(found.notes)},
+        lambda: statistics_lines(found),
+        speech.as_json,
+        speech.quiet,
     )
 
 

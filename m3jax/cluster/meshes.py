@@ -4,7 +4,7 @@ import math
 from collections.abc import Collection, Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from m3jax.errors import M3Error
 
@@ -50,3 +50,17 @@ def local_mesh(axes: str | None) -> Mesh | None:
         M3Error: As of `parse_mesh`.
     """
     return None if axes is None else parse_mesh(axes, jax.local_devices())
+
+
+def spread(mesh: Mesh | None, shape: Sequence[int]) -> Sharding | None:
+    """Where a tensor lies that is cut over all devices along the first axis that they divide.
+
+    Args:
+        mesh: The devices; None where there is one, which needs no saying.
+        shape: Of the tensor.
+    """
+    if mesh is None:
+        return None
+    axis = next((axis for axis, size in enumerate(shape) if size and size % mesh.size == 0), None)
+    spec = () if axis is None else (*(None,) * axis, mesh.axis_names)
+    return NamedSharding(mesh, PartitionSpec(*spec))  # type: ignore[no-untyped-call]

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
 from m3jax.arithmetic import exact, threefry
+from m3jax.cluster.meshes import spread
 from m3jax.cluster.processes import ALONE
 from m3jax.errors import M3Error
 from m3jax.exploration.samples import Weights, weights_of
@@ -125,15 +126,6 @@ def _merged_tensor(
     return result
 
 
-def _spread(mesh: Mesh | None, shape: Sequence[int]) -> Sharding | None:
-    """Where an input's tensor lies: cut over all devices along the first axis that they divide."""
-    if mesh is None:
-        return None
-    axis = next((axis for axis, size in enumerate(shape) if size and size % mesh.size == 0), None)
-    spec = () if axis is None else (*(None,) * axis, mesh.axis_names)
-    return NamedSharding(mesh, PartitionSpec(*spec))  # type: ignore[no-untyped-call]
-
-
 def _load(ready: Ready, mesh: Mesh | None) -> dict[str, tuple[Array, ...]]:
     """The arrays of every tensor; copied ones must be equal in all sources, of which one is kept."""
     wanted: dict[int, list[str]] = {}  # what is left out of the merge, as training state, is left where it is
@@ -142,7 +134,7 @@ def _load(ready: Ready, mesh: Mesh | None) -> dict[str, tuple[Array, ...]]:
             wanted.setdefault(position, []).append(tensor.output.name)
     loaded = {
         position: loading.load_checkpoint(
-            ready.models[position].checkpoint, names, lambda name, shape: _spread(mesh, shape)
+            ready.models[position].checkpoint, names, lambda name, shape: spread(mesh, shape)
         )
         for position, names in wanted.items()
     }

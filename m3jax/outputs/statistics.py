@@ -3,16 +3,41 @@
 They are told of in m3jax-conversion.json, as what is written from one model is, so that `verify` knows them.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
+from m3jax.checkpoints import (
+    ModelDirectory,
+    ShardWriter,
+    TensorInfo,
+    digest_file,
+    digest_tensor,
+    open_safetensors,
+    plan_shards,
+    write_index,
+)
+from m3jax.checkpoints.adapters import open_stored
+from m3jax.checkpoints.formats import SAFETENSORS
+from m3jax.checkpoints.locate import named_companions
+from m3jax.checkpoints.protocol import as_bytes, in_natural_order
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.storage import is_dir, is_file, read_file
 from m3jax.documents import FAULTS, parse_json
-from m3jax.errors import M3Error
+from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs import mark
-from m3jax.outputs.local import CONVERSION
+from m3jax.outputs.copies import write_copy
+from m3jax.outputs.local import CONVERSION, Staging, exactly
+from m3jax.outputs.manifest import InputRecord
+from m3jax.outputs.modes import narrow
+
+_CONFIG = "config.json"
+_TOLD_PER_TENSOR = 2**11  # bytes of headers and indexes, generously
 
 
 class StatisticsRecord(NamedTuple):
@@ -24,6 +49,8 @@ class StatisticsRecord(NamedTuple):
         adapter: The digest of the configuration of the adapter that was on it; None without one.
         tensors: Digests of the model's tensors, as they are stored.
         measured: How they were measured: data, examples, settings.
+        written: What was written, by name.
+        digest: Of what was written.
     """
 
     kind: str
@@ -31,6 +58,8 @@ class StatisticsRecord(NamedTuple):
     adapter: str | None
     tensors: Mapping[str, str]
     measured: Mapping[str, Any]
+    written: Mapping[str, TensorInfo]
+    digest: str
 
 
 def read_record(place: Path) -> StatisticsRecord | None:
@@ -54,10 +83,10 @@ def read_record(place: Path) -> StatisticsRecord | None:
     told = mark.read(directory)
     (model,) = told["inputs"]
     kept = dict(told[mark.STATISTICS])
-    adapter = model.get("adapter")
-    return StatisticsRecord(
-        kept.pop("kind"), model["name"], None if adapter is None else adapter["config"], model["tensors"], kept
-    )
+    kind, adapter, output = kept.pop("kind"), model.get("adapter"), told["output"]
+    written = {n: TensorInfo(n, tuple(each["shape"]), each["dtype"]) for n, each in output["tensors"].items()}
+    of_adapter = None if adapter is None else adapter["config"]
+    return StatisticsRecord(kind, model["name"], of_adapter, model["tensors"], kept, written, output["digest"])
 
 
 def check_no_statistics(name: str, place: Path) -> None:
@@ -73,3 +102,100 @@ def check_no_statistics(name: str, place: Path) -> None:
             f"{name}: holds {record.kind} statistics of {record.model}, no model: name the model, and these under "
             "`statistics`"
         )
+
+
+def record_of(place: ModelDirectory, name: str) -> InputRecord:
+    """What is told of a model that is measured; reads all of its weights.
+
+    Args:
+        place: Where it is.
+        name: What it is called.
+
+    Raises:
+        M3Error: It cannot be read.
+    """
+    stored, adapting = open_stored(place)
+    with stored as checkpoint:
+        tensors = {each: (info, digest_tensor(checkpoint, each)) for each, info in checkpoint.tensors.items()}
+    adapter = None
+    if place.adapter is not None and adapting is not None:
+        adapter = {"name": place.adapter.name, "revision": place.adapter.revision, "config": adapting.config_digest}
+    return InputRecord(name, "source", place.revision, tensors, None, adapter)
+
+
+def measured_before(out: Path, model: InputRecord, kind: str, measured: Mapping[str, Any]) -> StatisticsRecord | None:
+    """What a directory tells that holds just these statistics; None where it does not.
+
+    Args:
+        out: The directory.
+        model: What they are to be of.
+        kind: Which they are to be.
+        measured: How they are to be measured.
+
+    Raises:
+        M3Error: What is told there is damaged or edited.
+    """
+    told = read_record(out) if out.is_dir() else None
+    if told is None:
+        return None
+    adapter = None if model.adapter is None else model.adapter["config"]
+    tensors = {name: digest for name, (_, digest) in model.tensors.items()}
+    same = (told.kind, told.adapter, told.tensors, told.measured) == (kind, adapter, tensors, measured)
+    return told if same else None
+
+
+def write_statistics(
+    out: Path,
+    place: ModelDirectory,
+    model: InputRecord,
+    kind: str,
+    measured: Mapping[str, Any],
+    tensors: Mapping[str, npt.NDArray[np.float32]],
+    max_shard_size: int,
+    overwrite: bool = False,
+) -> str:
+    """Write statistics, which appear whole; returns the digest of their tensors.
+
+    Args:
+        out: The directory to make.
+        place: The model, whose config.json goes with them.
+        model: What is told of it.
+        kind: Which statistics they are.
+        measured: How they were measured.
+        tensors: By the model's names.
+        max_shard_size: Bytes of tensors per file at most.
+        overwrite: Replace what is there if m3jax has made it.
+
+    Raises:
+        M3Error: The place is at fault.
+    """
+    infos = list(in_natural_order({n: TensorInfo(n, v.shape, "F32") for n, v in tensors.items()}).values())
+    shards = plan_shards(infos, max_shard_size)
+    configs = {name: path for name, path in named_companions(place.path).items() if name == _CONFIG}
+    names = exactly([*(file for file, _ in shards), *configs, SAFETENSORS.index_file or "", CONVERSION])
+    size = sum(info.nbytes for info in infos)
+    identity = hashlib.sha256(json.dumps([kind, dict(measured)], sort_keys=True).encode()).hexdigest()
+    space = size + _TOLD_PER_TENSOR * len(infos)
+    with (
+        saying_what_failed(out),
+        Staging(out, identity, space, overwrite, names=names) as staging,
+        open_stored(place)[0] as read,
+    ):
+        narrow(staging.path, read.files())  # before there is anything in it
+        for file, own in shards:
+            with ShardWriter(staging.path / file, own) as shard:
+                for info in own:
+                    shard.write(info.name, 0, np.frombuffer(as_bytes(tensors[info.name]), np.uint8))
+                shard.finish()
+        if len(shards) > 1:
+            write_index(staging.path, shards, size)
+        for name, path in configs.items():
+            write_copy(path, staging.path, name)
+        with open_safetensors(staging.path) as written:
+            digests = {name: (info, digest_tensor(written, name)) for name, info in written.tensors.items()}
+        files = {name: digest_file(staging.path / name) for name in staging.files()}
+        told = mark.build(SAFETENSORS.name, model, digests, files, {"kind": kind, **measured})
+        (staging.path / CONVERSION).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        narrow(staging.path, read.files())
+        staging.publish()
+    return str(told["output"]["digest"])

@@ -44,7 +44,7 @@ class OpenedStatistics(NamedTuple):
 
     def identity(self) -> list[Any]:
         """What a merge depends on of what they tell."""
-        return [None if record is None else record._asdict() for record in self.records]
+        return [None if told is None else [told.kind, told.adapter, dict(told.tensors)] for told in self.records]
 
 
 def open_statistics(job: "MergeJob", models: Sequence[OpenedModel], stack: ExitStack) -> OpenedStatistics:

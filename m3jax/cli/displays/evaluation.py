@@ -1,9 +1,13 @@
 """What `m3jax evaluate` and `m3jax attack` say."""
 
+import shlex
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from m3jax.text import count_text
+from m3jax.text import count_text, size_text, time_text
+
+if TYPE_CHECKING:
+    from m3jax.evaluation.measuring import StatisticsResult
 
 # --- Evaluations -------------------------------------------------------------------------------------------------
 
@@ -82,3 +86,19 @@ def _drop_text(drop: dict[str, Any]) -> str:
         return f"{said}, PDR undefined, as nothing was right before"
     low, high = drop["interval"]
     return f"{said}, PDR {drop['pdr']:.3f} (95 % interval {low:.3f} to {high:.3f})"
+
+
+# --- Statistics --------------------------------------------------------------------------------------------------
+
+
+def statistics_lines(result: "StatisticsResult") -> Iterator[str]:
+    """Measured statistics in a line."""
+    place, skipped = shlex.quote(str(result.directory)), f" ({result.skipped} skipped)" if result.skipped else ""
+    if result.reused:
+        yield f"{place} holds these {result.kind} statistics already: digest {result.digest}"
+        return
+    yield (
+        f"measured {result.kind} statistics of {count_text(result.tensors, 'tensor')} on "
+        f"{count_text(result.examples, 'example')}{skipped}, {size_text(result.bytes)}, to {place} in "
+        f"{time_text(result.seconds)}: digest {result.digest}"
+    )

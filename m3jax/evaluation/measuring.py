@@ -1,0 +1,295 @@
+"""measure_statistics(): what the data of a model says of each of its parameters, for methods that weigh by it.
+
+The diagonal of the empirical Fisher information: for each example the gradient of the log probability of its answer
+(the one that the data gives), squared, and the mean of these over examples. Gradients are those of this machine: unlike
+a merge by the statistics, which anybody can repeat, measuring them is repeated to a few digits only.
+
+References:
+    Matena & Raffel, Merging models with Fisher-weighted averaging, 2021, arXiv 2111.09832.
+"""
+
+import functools
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from m3jax.checkpoints import adapters, parse_size
+from m3jax.cluster.meshes import spread
+from m3jax.decoder import DecoderConfig
+from m3jax.decoder.batching import length_bucket, pad
+from m3jax.decoder.params import match_tensors, nested_params
+from m3jax.decoder.running import ModelFunctions, model_of
+from m3jax.errors import M3Error
+from m3jax.evaluation import tokens
+from m3jax.evaluation.data import load_rows, source_text
+from m3jax.evaluation.models import StoredModel, make_mesh, open_model
+from m3jax.evaluation.options import Evaluation, check_evaluation
+from m3jax.evaluation.prompts import render
+from m3jax.evaluation.records import digest
+from m3jax.evaluation.runner import find_source, read_examples
+from m3jax.evaluation.tasks import get_task
+from m3jax.methods.fisher import KIND
+from m3jax.outputs.local import check_free, replaced_with
+from m3jax.outputs.statistics import measured_before, record_of, write_statistics
+from m3jax.progress import Tell, progress_lines
+from m3jax.trees import loading
+
+OVERFLOWS = ("error", "skip")
+_FLOATS = ("BF16", "F16", "F32")
+
+
+class StatisticsResult(NamedTuple):
+    """What measuring did.
+
+    Attributes:
+        directory: Where the statistics are.
+        kind: Which they are.
+        examples: How many were measured.
+        skipped: How many were left out, as the model does not see as many tokens.
+        tensors: Of how many tensors they are.
+        bytes: Of these.
+        digest: BLAKE3 of all tensors.
+        reused: Whether they were there already, so that nothing was measured.
+        seconds: Wall time.
+        notes: What a user should know.
+    """
+
+    directory: Path
+    kind: str
+    examples: int
+    skipped: int
+    tensors: int
+    bytes: int
+    digest: str
+    reused: bool
+    seconds: float
+    notes: tuple[str, ...]
+
+
+class Texts(NamedTuple):
+    """What is measured on.
+
+    Attributes:
+        pairs: Of each example what the model is shown, and what it is to say.
+        source: Where they are from, as people write it.
+        template: The prompt template.
+    """
+
+    pairs: list[tuple[str, str]]
+    source: str
+    template: str | None
+
+
+def measure_statistics(
+    model: str,
+    out: str | Path,
+    *,
+    data: str | None = None,
+    task: str | None = None,
+    examples: int | None = None,
+    template: str | None = None,
+    overflow: str = "error",
+    dtype: str | None = None,
+    mesh: str | None = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+    tell: Tell | None = None,
+) -> StatisticsResult:
+    """Measure the diagonal of a model's Fisher information on examples, and write it as a checkpoint of its own.
+
+    It has the model's names and shapes in float32, appears whole, and tells of which model and data it is. Where it is
+    there already, measured of the same model on the same data in the same way, nothing is done.
+
+    Memory holds the parameters, a gradient of their dtype, a float32 sum for each parameter, and what one example
+    takes.
+
+    Args:
+        model: A model directory or hub id that the decoder runs; or `model+adapter`.
+        out: The directory to make; its parent exists.
+        data: Of a task, its data file or a hub data set. Else rows with `text`, of which every token is foretold, or
+            with `prompt` and `completion`.
+        task: Whose prompts and right answers are taken, as in `m3jax evaluate`.
+        examples: Use the first N only.
+        template: The prompt template; the task's own if None.
+        overflow: What becomes of examples that are longer than the model sees: "error" or "skip".
+        dtype: Of the parameters; each keeps its own if None.
+        mesh: Such as "fsdp=4,tp=2"; one device if None.
+        max_shard_size: Bytes of tensors per file at most.
+        overwrite: Replace `out` if it is a directory that m3jax has made.
+        tell: Told in lines what is done.
+
+    Raises:
+        M3Error: The model, the data, an option or the place cannot be used, or a gradient is not finite.
+
+    References:
+        Matena & Raffel, 2021, arXiv 2111.09832.
+    """
+    begun, place, size = time.perf_counter(), Path(out), parse_size(max_shard_size)
+    check_evaluation(Evaluation(limit=examples, template=template, overflow=overflow), dtype, OVERFLOWS)
+    texts = _read(task, data, examples, template)
+    stored = open_model(model, dtype, make_mesh(mesh))
+    if any(replaced_with(place, p.path) for p in (stored.place, stored.place.adapter) if p is not None):
+        raise M3Error(f"{place}: is the model, or holds it: choose another output")
+    pairs, skipped = _encode(texts, stored, overflow)
+    if tell is not None:
+        tell(f"reading {model}")
+    record = record_of(stored.place, stored.name)
+    measured = {
+        "data": {"source": texts.source, "digest": digest(texts.pairs)},
+        "task": task,
+        "template": texts.template,
+        "examples": len(pairs),
+        "skipped": skipped,
+        "dtype": dtype,
+    }
+    there = measured_before(place, record, KIND, measured)
+    if there is None:
+        check_free(place, overwrite)
+        found = _fisher(stored, pairs, tell)
+        written = write_statistics(place, stored.place, record, KIND, measured, found, size, overwrite)
+        sizes = [value.nbytes for value in found.values()]
+    else:
+        written, sizes = there.digest, [info.nbytes for info in there.written.values()]
+    return StatisticsResult(
+        place,
+        KIND,
+        len(pairs),
+        skipped,
+        len(sizes),
+        sum(sizes),
+        written,
+        there is not None,
+        time.perf_counter() - begun,
+        stored.notes,
+    )
+
+
+def _read(task: str | None, data: str | None, examples: int | None, template: str | None) -> Texts:
+    """The texts to measure on, checked."""
+    if task is None:
+        return _read_plain(data, examples, template)
+    known = get_task(task)
+    found, asked = read_examples(known, data)[:examples], template or known.template
+    lacking = next((example.id for example in found if not example.gold), None)
+    if lacking is not None:
+        raise M3Error(f"{task}: {lacking} has no right answer in the data: take a task whose data has them")
+    pairs = [(example.instruction, f" {example.gold}") for example in found]
+    return _some(Texts(pairs, source_text(find_source(known, data)), asked))
+
+
+def _read_plain(data: str | None, examples: int | None, template: str | None) -> Texts:
+    if data is None:
+        raise M3Error("give --data FILE, with --task NAME for prompts and answers of a task")
+    pairs = []
+    for number, row in enumerate(load_rows(data)[:examples]):
+        before, after = row.get("prompt"), row.get("completion", row.get("text"))
+        if not isinstance(after, str) or not after or not isinstance(before, str | None):
+            raise M3Error(
+                f"{data}: row {number} has neither `text` nor `prompt` and `completion`, as texts: rename its fields, "
+                "or say with --task how it is read"
+            )
+        pairs.append((before or "", after))
+    return _some(Texts(pairs, source_text(data), template))
+
+
+def _some(texts: Texts) -> Texts:
+    if not texts.pairs:
+        raise M3Error(f"{texts.source}: there are no examples to measure on")
+    return texts
+
+
+class Text(NamedTuple):
+    """An example as the model reads it.
+
+    Attributes:
+        before: Tokens that it is shown.
+        after: Tokens that it is to say.
+    """
+
+    before: list[int]
+    after: list[int]
+
+
+def _encode(texts: Texts, model: StoredModel, overflow: str) -> tuple[list[Text], int]:
+    """The examples that the model sees whole, and how many others there are."""
+    found, limit = [], model.config.context_length
+    for number, (before, after) in enumerate(texts.pairs):
+        shown = before if texts.template is None or not before else render(texts.template, before, model.tokenizer)
+        text = Text(*tokens.split(model.tokenizer, shown, after))
+        if not text.after:
+            raise M3Error(f"{texts.source}: example {number} is one token, before which nothing is: leave it out")
+        length = len(text.before) + len(text.after) - 1  # the last is foretold only
+        if length <= limit:
+            found.append(text)
+        elif overflow == "error":
+            raise M3Error(
+                f"{texts.source}: example {number} has {length:,} tokens, but {model.name} sees {limit:,}: shorten it, "
+                "or leave such examples out with --overflow skip"
+            )
+    if not found:
+        raise M3Error(f"{texts.source}: no example is as short as {model.name} sees: take shorter ones")
+    return found, len(texts.pairs) - len(found)
+
+
+# --- Fisher information -------------------------------------------------------------------------------------------
+
+
+def _fisher(stored: StoredModel, texts: Sequence[Text], tell: Tell | None) -> dict[str, np.ndarray]:
+    """The mean over examples of squared gradients, float32, by tensor."""
+    arrays = _load(stored)
+    model, mesh = model_of(arrays, stored.config, None)
+    sums = {name: jnp.zeros_like(value, jnp.float32) for name, value in arrays.items()}
+    report = progress_lines(tell)
+    if report is not None:
+        report(0, len(texts))
+    for done, text in enumerate(texts, 1):
+        whole = [*text.before, *text.after]
+        length = length_bucket(len(whole), stored.config.context_length + 1)
+        counted = np.zeros((1, length), np.float32)
+        counted[0, len(text.before) - 1 : len(whole) - 1] = 1
+        sums = _with_squares(sums, arrays, *pad([whole], 1, length, mesh), counted, model=model, config=stored.config)
+        if report is not None:
+            jax.block_until_ready(sums)
+            report(done, len(texts))
+    found = {name: np.asarray(value) / np.float32(len(texts)) for name, value in sums.items()}
+    odd = next((name for name, value in found.items() if not np.isfinite(value).all()), None)
+    if odd is not None:
+        raise M3Error(f"{odd}: a gradient of {stored.name} is not finite: measure in float32 (--dtype float32)")
+    return found
+
+
+def _load(stored: StoredModel) -> dict[str, Array]:
+    """The tensors that the decoder is made of."""
+    with adapters.open_model(stored.place) as checkpoint:
+        there = {name: (info.shape, info.dtype in _FLOATS) for name, info in checkpoint.tensors.items()}
+        matched = match_tensors(there, stored.config, stored.name)
+        names = dict.fromkeys(part.name for parameter in matched.values() for part in parameter.parts)
+        arrays = loading.load_checkpoint(checkpoint, names, lambda name, shape: spread(stored.mesh, shape))
+    return arrays if stored.dtype is None else {name: x.astype(stored.dtype) for name, x in arrays.items()}
+
+
+@functools.partial(jax.jit, static_argnames=("model", "config"), donate_argnums=0)
+def _with_squares(
+    sums: Mapping[str, Array],
+    arrays: Mapping[str, Array],
+    texts: Int[Array, "1 length"],
+    lengths: Int[Array, "1"],
+    counted: Float[Array, "1 length"],
+    *,
+    model: ModelFunctions,
+    config: DecoderConfig,
+) -> dict[str, Array]:
+    """Sums with the squares of the gradient of one example's log probability."""
+
+    def log_prob(arrays: Mapping[str, Array]) -> Array:
+        found, _ = model.score(nested_params(arrays, config, "the model"), texts, lengths)
+        return jnp.sum(found * counted)
+
+    slopes = jax.grad(log_prob)(arrays)
+    return {name: value + jnp.square(slopes[name].astype(jnp.float32)) for name, value in sums.items()}
