@@ -27,6 +27,7 @@ from m3jax.decoder.params import match_tensors, nested_params
 from m3jax.decoder.running import ModelFunctions, model_of
 from m3jax.errors import M3Error
 from m3jax.evaluation import tokens
+from m3jax.evaluation.checks import check_count
 from m3jax.evaluation.data import load_rows, source_text
 from m3jax.evaluation.models import StoredModel, make_mesh, open_model
 from m3jax.evaluation.options import Evaluation, check_evaluation
@@ -131,8 +132,9 @@ def measure_statistics(
         Matena & Raffel, 2021, arXiv 2111.09832.
     """
     begun, place, size = time.perf_counter(), Path(out), parse_size(max_shard_size)
-    check_evaluation(Evaluation(limit=examples, template=template, overflow=overflow), dtype, OVERFLOWS)
-    texts = _read(task, data, examples, template)
+    check_evaluation(Evaluation(template=template, overflow=overflow), dtype, OVERFLOWS)
+    check_count("--examples", examples, optional=True)
+    texts = read_texts(task, data, examples, template)
     stored = open_model(model, dtype, make_mesh(mesh))
     if any(replaced_with(place, p.path) for p in (stored.place, stored.place.adapter) if p is not None):
         raise M3Error(f"{place}: is the model, or holds it: choose another output")
@@ -170,8 +172,18 @@ def measure_statistics(
     )
 
 
-def _read(task: str | None, data: str | None, examples: int | None, template: str | None) -> Texts:
-    """The texts to measure on, checked."""
+def read_texts(task: str | None, data: str | None, examples: int | None = None, template: str | None = None) -> Texts:
+    """The texts to measure on.
+
+    Args:
+        task: As for `measure_statistics`; and so are the others.
+        data: Where they are.
+        examples: How many at most.
+        template: The prompt template.
+
+    Raises:
+        M3Error: There are none, or they cannot be read.
+    """
     if task is None:
         return _read_plain(data, examples, template)
     known = get_task(task)
@@ -255,7 +267,7 @@ def _fisher(stored: StoredModel, texts: Sequence[Text], tell: Tell | None) -> di
         counted[0, len(text.before) - 1 : len(whole) - 1] = 1
         sums = _with_squares(sums, arrays, *pad([whole], 1, length, mesh), counted, model=model, config=stored.config)
         if report is not None:
-            jax.block_until_ready(sums)
+            jax.block_until_ready(sums)  # type: ignore[no-untyped-call]
             report(done, len(texts))
     found = {name: np.asarray(value) / np.float32(len(texts)) for name, value in sums.items()}
     odd = next((name for name, value in found.items() if not np.isfinite(value).all()), None)

@@ -1,0 +1,175 @@
+"""Statistics beside the models of a recipe: how they are aligned with them, and every way in which they do not fit."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from support import oracle
+from support.directories import read, write
+from support.matrix import SHAPES, measured, models, same
+
+import m3jax
+from m3jax import M3Error
+from m3jax.checkpoints import locate_model
+from m3jax.outputs.statistics import record_of, write_statistics
+from m3jax.recipe import Recipe
+
+TIED = {"num_hidden_layers": 2, "tie_word_embeddings": True}
+TOLD = {"method": "fisher", "more": {"epsilon": 0.0}}
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def write_all(place, n=2, config=None):
+    """Experts and statistics of them, as somebody else may have written them; and both as trees."""
+    _, experts = models(ml_dtypes.bfloat16, n, SHAPES)
+    statistics = measured("fisher", experts)
+    for i, (expert, own) in enumerate(zip(experts, statistics, strict=True)):
+        write(place / f"expert-{i}", expert, config)
+        write(place / f"statistics-{i}", own, config)
+    return experts, statistics
+
+
+def rewrite(directory, tensors):
+    """Other tensors in place of those of a directory."""
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+def recipe_of(place, n=2, **keys):
+    entries = [
+        {"model": str(place / f"expert-{i}"), "statistics": str(place / f"statistics-{i}"), **keys.pop(f"of_{i}", {})}
+        for i in range(n)
+    ]
+    return {"merge_method": "fisher", "models": entries, **keys}
+
+
+def record(place, i, kind="fisher"):
+    """Statistics of an expert written as `m3jax statistics` writes them."""
+    own, model = read(place / f"statistics-{i}"), locate_model(str(place / f"expert-{i}"))
+    out = place / f"recorded-{i}"
+    write_statistics(out, model, record_of(model, model.name), kind, {"examples": 1}, own, 6000)
+    return {"model": str(place / f"expert-{i}"), "statistics": str(out)}
+
+
+def test_what_is_one_tensor_has_one_statistics_and_what_has_none_is_averaged(tmp_path):
+    experts, statistics = write_all(tmp_path, config=TIED)
+    for i, expert in enumerate(experts):  # one stores its tied head too, whose statistics are the embedding's
+        rewrite(tmp_path / f"expert-{i}", expert | {HEAD: expert[EMBEDDING]})
+    found = m3jax.merge_checkpoint(recipe_of(tmp_path, mixup={"alpha": 1.0}, seed=3), tmp_path / "out")
+    weights = found.manifest["weights"]["model"]["decimal"]
+    want = oracle.merge(experts, weights=weights, statistics=statistics, **TOLD)
+    assert same(read(tmp_path / "out"), want | {HEAD: want[EMBEDDING]}) == (True, [])
+    assert any("1 tensors without statistics (model.norm.weight, …) are averaged" in note for note in found.notes)
+    assert sum("does not tell of which model its statistics are" in note for note in found.notes) == 2
+    assert [each["role"] for each in found.manifest["inputs"]] == ["expert"] * 2 + ["statistics"] * 2
+    assert m3jax.verify(tmp_path / "out", inputs=True).differences == ()
+    rewrite(tmp_path / "statistics-1", {name: value * 2 for name, value in statistics[1].items()})
+    assert "has changed since it was read" in m3jax.verify(tmp_path / "out", inputs=True).differences[0]
+
+
+def test_recorded_statistics_are_held_against_the_model(tmp_path):
+    experts, statistics = write_all(tmp_path)
+    entries = [record(tmp_path, i) for i in range(2)]
+    assert len(list((tmp_path / "recorded-0").glob("*.safetensors"))) > 1
+    found = m3jax.merge_checkpoint({"merge_method": "fisher", "models": entries}, tmp_path / "out")
+    want = oracle.merge(experts, statistics=statistics, **TOLD, weights=[1.0, 1.0])
+    assert same(read(tmp_path / "out"), want) == (True, [])
+    assert not any("does not tell" in note for note in found.notes)
+    assert m3jax.replay(tmp_path / "out", tmp_path / "again").digest == found.digest
+    assert m3jax.verify(tmp_path / "recorded-0", inputs=True).differences == ()
+    swapped = [entry | {"statistics": other["statistics"]} for entry, other in zip(entries, entries[::-1], strict=True)]
+    with pytest.raises(M3Error, match=r"recorded-[01]: was measured of another model than .*expert-[01]"):
+        m3jax.merge_checkpoint({"merge_method": "fisher", "models": swapped}, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(M3Error, match=r"recorded-0: holds fisher statistics of .*expert-0, no model"):
+        m3jax.merge_checkpoint({"merge_method": "linear", "models": [entries[0]["statistics"]]}, tmp_path / "other")
+    (tmp_path / "recorded-0").rename(tmp_path / "kept")
+    of_kind = record(tmp_path, 0, "gram")
+    with pytest.raises(M3Error, match="recorded-0: holds gram statistics, but fisher needs fisher"):
+        m3jax.merge_checkpoint({"merge_method": "fisher", "models": [of_kind, entries[1]]}, tmp_path / "other")
+    mark = tmp_path / "recorded-1" / "m3jax-conversion.json"
+    mark.write_text(json.dumps(json.loads(mark.read_text()) | {"m3jax": "0"}))
+    with pytest.raises(M3Error, match="it was changed after it was written"):
+        m3jax.merge_checkpoint({"merge_method": "fisher", "models": entries[1:]}, tmp_path / "other")
+
+
+def edited(change):
+    """What becomes of the second expert's statistics."""
+
+    def edit(statistics):
+        found = {name: value.copy() for name, value in statistics.items()}
+        return change(found) or found
+
+    return edit
+
+
+def first(value):
+    def edit(tree):
+        tree[EMBEDDING][3, 2] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda s: s | {"model.other.weight": s[EMBEDDING]}, "is in .*statistics-1 but not in .*expert-1"),
+        (lambda s: s | {EMBEDDING: s[EMBEDDING][:7]}, r"is \[7, 16\] in .*statistics-1 but \[40, 16\] in .*expert-1"),
+        (lambda s: s | {EMBEDDING: s[EMBEDDING].astype(np.int32)}, "is I32 in .*, but statistics are BF16, F16 or F32"),
+        (
+            lambda s: {n: v for n, v in s.items() if n != EMBEDDING},
+            "embed_tokens.weight: is in .* but not in .*: measure",
+        ),
+        (first(-1e-30), "holds negative or infinite numbers or NaN"),
+        (first(np.inf), "holds negative or infinite numbers or NaN"),
+        (first(np.nan), "holds negative or infinite numbers or NaN"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_refused(tmp_path, change, sentence):
+    _, statistics = write_all(tmp_path)
+    rewrite(tmp_path / "statistics-1", edited(change)(statistics[1]))
+    with pytest.raises(M3Error, match=sentence):
+        m3jax.merge_checkpoint(recipe_of(tmp_path), tmp_path / "out", allow_nonfinite=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_zero_may_have_a_sign_and_statistics_no_tensor_in_common_are_refused(tmp_path):
+    _, statistics = write_all(tmp_path)
+    rewrite(tmp_path / "statistics-1", edited(first(-0.0))(statistics[1]))
+    m3jax.merge_checkpoint(recipe_of(tmp_path), tmp_path / "out")
+    with pytest.raises(M3Error, match="has statistics of no tensor that is merged"):
+        m3jax.merge_checkpoint(recipe_of(tmp_path, exclude=["embed", "mlp"]), tmp_path / "other")
+
+
+A, B = ({"model": name, "statistics": f"{name}-fisher"} for name in "ab")
+SLICE = {"sources": [{"model": "a", "layer_range": [0, 2]}, {"model": "b", "layer_range": [0, 2]}]}
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"models": [A, "b"]}, "models.1.statistics: missing, and fisher needs fisher statistics of each model"),
+        ({"models": [A, B], "merge_method": "linear"}, "models.0.statistics: linear takes no statistics, fisher does"),
+        ({"slices": [SLICE]}, "slices: fisher merges whole models, whose statistics it needs; write models"),
+        ({"models": [A, B], "tokenizer_source": "union"}, "tokenizer_source: gives models other rows"),
+        ({"models": [A | {"model": "run@last:3"}, B]}, "models.0.model: are several steps, and statistics are of one"),
+        ({"models": [A | {"parameters": {"weight": -1}}, B]}, "models.0.parameters.weight: -1"),
+        ({"models": [A, B], "parameters": {"epsilon": -1}}, "parameters.epsilon: -1"),
+        (
+            {"models": [A, B], "base_model": "c", "sparsify": {"method": "dare", "density": 0.5}},
+            "sparsify: fisher cannot be combined",
+        ),
+        ({"models": [A | {"statistic": "c"}, B]}, "did you mean 'statistics'"),
+    ],
+)
+def test_recipes_that_cannot_be_are_refused(keys, sentence):
+    with pytest.raises(M3Error) as told:
+        Recipe.model_validate({"merge_method": "fisher", **keys})
+    assert sentence in str(told.value)
+
+
+def test_a_recipe_without_statistics_is_recorded_as_before():
+    assert Recipe.model_validate({"merge_method": "linear", "models": ["a"]}).resolved()["models"] == [
+        {"model": "a", "parameters": {}}
+    ]
