@@ -216,7 +216,7 @@ def _some(texts: Texts) -> Texts:
     return texts
 
 
-class Text(NamedTuple):
+class Foretold(NamedTuple):
     """An example as the model reads it.
 
     Attributes:
@@ -228,12 +228,12 @@ class Text(NamedTuple):
     after: list[int]
 
 
-def _encode(texts: Texts, model: StoredModel, overflow: str) -> tuple[list[Text], int]:
+def _encode(texts: Texts, model: StoredModel, overflow: str) -> tuple[list[Foretold], int]:
     """The examples that the model sees whole, and how many others there are."""
     found, limit = [], model.config.context_length
     for number, (before, after) in enumerate(texts.pairs):
         shown = before if texts.template is None or not before else render(texts.template, before, model.tokenizer)
-        text = Text(*tokens.split(model.tokenizer, shown, after))
+        text = Foretold(*tokens.split(model.tokenizer, shown, after))
         if not text.after:
             raise M3Error(f"{texts.source}: example {number} is one token, before which nothing is: leave it out")
         length = len(text.before) + len(text.after) - 1  # the last is foretold only
@@ -252,7 +252,7 @@ def _encode(texts: Texts, model: StoredModel, overflow: str) -> tuple[list[Text]
 # --- Fisher information -------------------------------------------------------------------------------------------
 
 
-def _fisher(stored: StoredModel, texts: Sequence[Text], tell: Tell | None) -> dict[str, np.ndarray]:
+def _fisher(stored: StoredModel, texts: Sequence[Foretold], tell: Tell | None) -> dict[str, np.ndarray]:
     """The mean over examples of squared gradients, float32, by tensor."""
     arrays = _load(stored)
     model, mesh = model_of(arrays, stored.config, None)
