@@ -81,13 +81,19 @@ def _check(name: str, shape: tuple[int, ...], arrays: tuple[Any, ...]) -> None:
                 f"{name}: the statistics of expert {number} are {kind}, but the leaf is of shape {list(shape)}: give "
                 "one float for each entry"
             )
-        if not is_traced(array) and not bool(_are_statistics(array)):
+        if not is_traced(array) and not _are_statistics(array):
             raise M3Error(
                 f"{name}: the statistics of expert {number} hold negative or infinite numbers or NaN, which none are: "
                 "measure them again"
             )
 
 
+def _are_statistics(array: Any) -> bool:
+    """Whether numbers that are known are finite and from 0 on."""
+    with jax.ensure_compile_time_eval():  # in a caller's trace too
+        return bool(_all_from_zero(array))
+
+
 @jax.jit
-def _are_statistics(array: Array) -> Bool[Array, ""]:
+def _all_from_zero(array: Array) -> Bool[Array, ""]:
     return jnp.all((array >= 0) & (array < jnp.inf))

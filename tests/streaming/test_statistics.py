@@ -94,6 +94,30 @@ def test_recorded_statistics_are_held_against_the_model(tmp_path):
         m3jax.merge_checkpoint({"merge_method": "fisher", "models": entries[1:]}, tmp_path / "other")
 
 
+def test_statistics_are_stacked_as_their_model_is(tmp_path):
+    """Experts that stack their layers, statistics layer by layer: as if all were layer by layer, each with its draw."""
+    rng = np.random.default_rng(0)
+    shapes = {f"layers_{i}.{name}": shape for i in range(3) for name, shape in (("w", (4, 5)), ("v", (7,)))}
+    experts, statistics = (
+        [{n: np.exp(rng.standard_normal(s)).astype(np.float32) for n, s in shapes.items()} for _ in range(2)]
+        for _ in range(2)
+    )
+
+    def stacked(tree):
+        return {f"layers.{name}": np.stack([tree[f"layers_{i}.{name}"] for i in range(3)]) for name in "wv"}
+
+    for i, (expert, own) in enumerate(zip(experts, statistics, strict=True)):
+        write(tmp_path / f"expert-{i}", stacked(expert), {"num_hidden_layers": 3})
+        write(tmp_path / f"statistics-{i}", own, {"num_hidden_layers": 3})
+    asked = recipe_of(tmp_path, mixup={"alpha": 1.0, "granularity": "layer"}, seed=3)
+    m3jax.merge_checkpoint(asked, tmp_path / "out")
+    how = {"weights": m3jax.mixup(1.0, "layer"), "key": 3}
+    want = stacked(m3jax.merge(experts, m3jax.fisher(), statistics=statistics, **how))
+    assert same(read(tmp_path / "out"), want) == (True, [])
+    got = m3jax.merge([stacked(e) for e in experts], m3jax.fisher(), statistics=statistics, **how)
+    assert same(got, want) == (True, [])
+
+
 def edited(change):
     """What becomes of the second expert's statistics."""
 
