@@ -81,12 +81,21 @@ def read_record(place: Path) -> StatisticsRecord | None:
     if not isinstance(told, dict) or mark.STATISTICS not in told:
         return None
     told = mark.read(directory)
-    (model,) = told["inputs"]
-    kept = dict(told[mark.STATISTICS])
-    kind, adapter, output = kept.pop("kind"), model.get("adapter"), told["output"]
+    try:
+        return _record_in(told)
+    except FAULTS as error:
+        raise M3Error(
+            f"{directory / CONVERSION}: is not what m3jax statistics writes ({error}): measure again"
+        ) from None
+
+
+def _record_in(told: Mapping[str, Any]) -> StatisticsRecord:
+    (model,), output, kept = told["inputs"], told["output"], dict(told[mark.STATISTICS])
+    kind, adapter = str(kept.pop("kind")), model.get("adapter")
     written = {n: TensorInfo(n, tuple(each["shape"]), each["dtype"]) for n, each in output["tensors"].items()}
-    of_adapter = None if adapter is None else adapter["config"]
-    return StatisticsRecord(kind, model["name"], of_adapter, model["tensors"], kept, written, output["digest"])
+    of_adapter = None if adapter is None else str(adapter["config"])
+    tensors = {name: str(digest) for name, digest in model["tensors"].items()}
+    return StatisticsRecord(kind, str(model["name"]), of_adapter, tensors, kept, written, str(output["digest"]))
 
 
 def check_no_statistics(name: str, place: Path) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from support import oracle
-from support.directories import WIDE, read, recipe, write_models
+from support.directories import WIDE, read, recipe, write, write_models
 from support.matrix import same
 
 import m3jax
@@ -123,8 +123,12 @@ def test_recipes_of_these_names_are_the_oracles(tmp_path, name):
 @pytest.mark.parametrize("row", catalogue.METHODS, ids=lambda row: row.name)
 def test_every_row_merges_with_its_defaults(tmp_path, row):
     count = min(row.experts[1] or 3, 3)
-    write_models(tmp_path / "in", n=count, shapes={"model.layers.0.w": (8, 6), "model.norm.weight": (6,)})
+    shapes = {"model.layers.0.w": (8, 6), "model.norm.weight": (6,)}
+    _, experts = write_models(tmp_path / "in", n=count, shapes=shapes)
     asked = recipe(tmp_path / "in", count, merge_method=row.name)
+    for i, model in enumerate(asked["models"] if row.statistics else ()):
+        own = write(tmp_path / "in" / f"{i}", {name: np.square(np.float32(x)) for name, x in experts[i].items()})
+        asked["models"][i] = {"model": model, "statistics": str(own)}
     needed = {p.name: 0.5 for p in row.parameters if p.default is None}
     if row.base != "task_vectors":
         del asked["base_model"]
