@@ -42,11 +42,11 @@ def references_of(ready: Ready, space: Space, resident: Callable[[], Resident]) 
         resident: Loads the inputs.
     """
     merged = [tensor for tensor in ready.plan.tensors if tensor.pipeline is not None]
-    alike = {(tensor.sources, tensor.has_base) for tensor in merged}
+    alike = {(tensor.models, tensor.has_base) for tensor in merged}
     found: list[Reference] = []
     if len(alike) == 1:
-        ((sources, has_base),) = alike
-        for place, position in enumerate(sources):
+        ((models, has_base),) = alike
+        for place, position in enumerate(models):
             name = "base" if has_base and place == 0 else ready.models[position].input.name
 
             def params(place: int = place) -> Params:

@@ -104,6 +104,11 @@ class TensorPlan(NamedTuple):
         return self.sources[len(self.sources) - self.pipeline.num_arrays + self.pipeline.num_experts :]
 
     @property
+    def models(self) -> tuple[int, ...]:
+        """Those of the sources that are models: all others."""
+        return self.sources[: len(self.sources) - len(self.statistics)]
+
+    @property
     def block_shape(self) -> tuple[int, ...]:
         """The shape of each of its blocks."""
         shape = self.output.shape

@@ -13,8 +13,12 @@ from support.matrix import SHAPES, measured, models, same
 import m3jax
 from m3jax import M3Error
 from m3jax.checkpoints import locate_model
+from m3jax.exploration import load_resident
+from m3jax.exploration.references import references_of
+from m3jax.exploration.samples import space_of
 from m3jax.outputs.statistics import record_of, write_statistics
 from m3jax.recipe import Recipe
+from m3jax.streaming.jobs import prepared
 
 TIED = {"num_hidden_layers": 2, "tie_word_embeddings": True}
 TOLD = {"method": "fisher", "more": {"epsilon": 0.0}}
@@ -116,6 +120,23 @@ def test_statistics_are_stacked_as_their_model_is(tmp_path):
     assert same(read(tmp_path / "out"), want) == (True, [])
     got = m3jax.merge([stacked(e) for e in experts], m3jax.fisher(), statistics=statistics, **how)
     assert same(got, want) == (True, [])
+
+
+def test_an_exploration_tries_weights_and_takes_no_statistics_for_a_model(tmp_path):
+    experts, statistics = write_all(tmp_path)
+    recipe = Recipe.model_validate(recipe_of(tmp_path, mixup={"alpha": 1.0}))
+    with prepared(recipe, tmp_path / "out") as ready:
+        resident = load_resident(ready, 0)
+        space = space_of(recipe, ready.plan)
+        references = references_of(ready, space, lambda: resident)
+    assert [each.name for each in references[:-1]] == [str(tmp_path / f"expert-{i}") for i in range(2)]
+    for each, expert in zip(references, experts, strict=False):
+        assert same(each.params(), expert) == (True, [])
+    want = oracle.merge(experts, weights=[0.25, 0.75], statistics=statistics, **TOLD)
+    assert same(resident.merge({"model": (0.25, 0.75)}), want) == (True, [])
+    rewrite(tmp_path / "statistics-1", edited(first(-1.0))(statistics[1]))
+    with prepared(recipe, tmp_path / "out") as ready, pytest.raises(M3Error, match=r"negative somewhere in .*statis"):
+        load_resident(ready, 0)
 
 
 def edited(change):
