@@ -37,9 +37,11 @@ def accepted(found: dict[tuple[str, str], Judgement]) -> list[tuple[str, str]]:
 
 def test_numbers_in_every_form() -> None:
     examples = sampled("gsm8k")
-    right = ((e, form, text) for e in examples for form, text in numbers.forms(e.gold).items())
-    wrong = ((e, form, text) for e in examples for form, text in numbers.forms(numbers.other(e.gold)).items())
-    near = ((e, form, text) for e in examples for form, text in numbers.neighbours(e.gold).items())
+    right = ((e, form, text) for e in examples for form, text in numbers.forms(e.gold, e.instruction).items())
+    wrong = (
+        (e, form, text) for e in examples for form, text in numbers.forms(numbers.other(e.gold), e.instruction).items()
+    )
+    near = ((e, form, text) for e in examples for form, text in numbers.neighbours(e.gold, e.instruction).items())
     assert refused(judged("gsm8k", right)) == []
     assert accepted(judged("gsm8k", wrong)) == []
     assert accepted(judged("gsm8k", near)) == []
@@ -47,7 +49,9 @@ def test_numbers_in_every_form() -> None:
 
 def test_ranges_are_unclear() -> None:
     example = sampled("gsm8k")[0]
-    found = judged("gsm8k", [(example, form, text) for form, text in numbers.neighbours(example.gold).items()])
+    found = judged(
+        "gsm8k", [(example, form, text) for form, text in numbers.neighbours(example.gold, example.instruction).items()]
+    )
     for form in ("range n to m", "between n and m", "n or m", "more than n"):
         assert found[example.id, form].unclear
 
@@ -112,6 +116,10 @@ def test_programs_that_must_not_pass(task: str) -> None:
 
 def test_the_papers_grader_reads_only_its_mark() -> None:
     example = sampled("gsm8k")[0]
-    found = judged("gsm8k", [(example, form, text) for form, text in numbers.forms(example.gold).items()], "paper")
+    found = judged(
+        "gsm8k",
+        [(example, form, text) for form, text in numbers.forms(example.gold, example.instruction).items()],
+        "paper",
+    )
     assert found[example.id, "The answer is: n"].correct
     assert found[example.id, "box"].parsed is None

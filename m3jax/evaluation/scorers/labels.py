@@ -12,8 +12,10 @@ _CLAUSES = re.compile(
     re.IGNORECASE,
 )
 _NEGATIONS = re.compile(
-    r"\b(?:not|never|cannot|neither|nor|doubt(?:s|ed|ful)?|hardly|barely|scarcely|no|nothing|devoid\s+of|without|lacks?|(?:is|was|are|were|do|does|did|would|could|should|ca|wo)n['’]?t"
-    r"|far\s+from|anything\s+but|rules?\s+out|fails?\s+to\s+be|opposite\s+of|contrary\s+of)\b|\bnon[- ]?$",
+    r"\b(?:not|never|cannot|neither|nor|nobody|none|doubt(?:s|ed|ful)?|hardly|barely|scarcely|no|nothing|devoid\s+of|without|lacks?|(?:is|was|are|were|do|does|did|would|could|should|ca|wo)n['’]?t"
+    r"|far\s+from|anything\s+but|rules?\s+out|fails?\s+to\s+be|opposite\s+of|contrary\s+of"
+    r"|(?:wrong|incorrect|(?:a\s+)?mistaken?|inaccurate|misleading|unfair|absurd|an\s+error)\s+to\s+(?:call|label|say|consider|classify|describe"
+    r"|rate|judge|regard|deem|think))\b|\bnon[- ]?$",
     re.IGNORECASE,
 )
 _NO_NEGATION = re.compile(
@@ -48,8 +50,11 @@ _CONCEDED = re.compile(
 )
 _UNTICKED = re.compile(r"^\W*?(?:\[\s?\]|☐|⬜).*$", re.MULTILINE)
 _WRONG = re.compile(
-    r"[\s'\"”’]*(?:would\s+be|is|was)\s+(?:wrong|incorrect|a\s+mistake|inaccurate|misleading)\b", re.IGNORECASE
+    r"[\s'\"”’]*(?:(?:would\s+be|is|was)\s+(?:wrong|incorrect|a\s+mistake|inaccurate|misleading|out\s+of\s+the\s+question)\b"
+    r"|(?:(?:is|was|does|do|did|would|could|can|may|will|should)(?:\s+not|n['’]t)|cannot|can['’]t|won['’]t)\b(?!\s+(?:only|just|merely)\b))",
+    re.IGNORECASE,
 )
+_ON_CONDITION = re.compile(r"[^.!?\n]{0,40}?\b(?:if|had|unless|were)\b(?!\s+anything)", re.IGNORECASE)
 _NAMES: tuple[str, ...] = (
     "label",
     "sentiment",
@@ -83,6 +88,7 @@ class _Mention(NamedTuple):
     word: str | None
     place: int
     is_final: bool
+    is_conceded: bool
 
 
 def parse_label(text: str, labels: Sequence[str]) -> str | None:
@@ -155,6 +161,7 @@ def _read(text: str, labels: Sequence[str], named: re.Pattern[str]) -> Label:
     start = first.end() if first is not None else 0
     if committed and committed[0].place <= start:
         return Label(committed[0].word)
+    committed = [mention for mention in committed if not mention.is_conceded] or committed
     if committed and len({mention.word for mention in committed}) == 1:
         return Label(committed[0].word)
     return Label(None, is_unclear=bool(named.search(text)) or _NEITHER.search(text) is not None)
@@ -180,6 +187,20 @@ def _shares(text: str, labels: Sequence[str]) -> list[float] | None:
 def _without_echoes(text: str, named: re.Pattern[str]) -> str:
     """The text without questions and without the choice itself: "positive or negative", "neither … nor …"."""
     label = named.pattern.replace("(?P<label>", "(?:")
+    asked = (
+        rf"\b(?:is|was|does|would|could|should)\b(?P<asked>[^.!?\n]{{0,80}}?{label})(?P<rest>[^.!?\n]{{0,40}})"
+        r"\?\s*(?P<reply>yes|no)\b"
+    )
+    text = re.sub(  # "Is it positive? No."
+        asked,
+        lambda found: (
+            found.group()
+            if re.search(label, found["rest"], re.IGNORECASE)
+            else f"It is{' not' if found['reply'].lower() == 'no' else ''}{found['asked']}."
+        ),
+        text,
+        flags=re.IGNORECASE,
+    )
     quoted = rf"['\"“”‘’]?{label}['\"“”‘’]?"
     joint = r"\s*(?:,|/|\||\bor\b|\bnor\b|\band\b|\bvs\.?|\bversus\b)\s*(?:or\s+|nor\s+|and\s+)?(?:as\s+)?"
     choice = rf"(?:neither|either|both|between|not)?\s*\(?{quoted}(?:{joint}{quoted})+\)?"
@@ -207,13 +228,15 @@ def _mentions(text: str, labels: Sequence[str], named: re.Pattern[str]) -> Itera
             text[found.end() :],
         ):
             continue
-        ends = [clause.end() for clause in _CLAUSES.finditer(before)]
-        clause = before[max(ends[-1] if ends else 0, begins) :]
+        clauses = list(_CLAUSES.finditer(before))
+        clause = before[max(clauses[-1].end() if clauses else 0, begins) :]
         word: str | None = next(label for label in labels if label.lower() == found["label"].lower())
         after = next(
             (other for other in named.finditer(text, found.end()) if not _AGAINST.search(text[: other.start()])), None
         )
-        is_weak = _WOULD.search(before) is not None and (begins > 0 or after is not None)
+        is_weak = _WOULD.search(before) is not None and (
+            begins > 0 or after is not None or _ON_CONDITION.match(text, found.end()) is not None
+        )
         if _HEDGE.search(clause) or is_weak:  # what would be so is not, where something else is said to be
             word = None
         elif (
@@ -225,4 +248,5 @@ def _mentions(text: str, labels: Sequence[str], named: re.Pattern[str]) -> Itera
         sentence = re.split(r"[.!?]\s|\n", before)[-1]
         between = sentence[max(0, begins - len(before) + len(sentence)) :]
         is_conceded = len(between) < len(sentence) and _CONCEDED.search(between) is not None
-        yield _Mention(word, found.start(), not is_conceded and _FINAL.search(sentence) is not None)
+        is_aside = bool(clauses) and _CONCEDED.fullmatch(clauses[-1].group()) is not None
+        yield _Mention(word, found.start(), not is_conceded and _FINAL.search(sentence) is not None, is_aside)

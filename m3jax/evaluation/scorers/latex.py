@@ -9,7 +9,7 @@ import re
 from fractions import Fraction
 from typing import NamedTuple
 
-from m3jax.evaluation.scorers import units
+from m3jax.evaluation.scorers import quantities, units
 from m3jax.evaluation.scorers.expressions import (
     UnreadableError,
     agrees_to_its_digits,
@@ -66,10 +66,13 @@ _REWRITES = [
         (r"(?<=[\w)}])\s*\*\*\s*(?=[\w({-])", "^"),
         (r"\{([^{}]*)\\choose\b([^{}]*)\}", r"\\binom{\1}{\2}"),
         (r"\{([^{}]*)\\over\b([^{}]*)\}", r"\\frac{\1}{\2}"),
-        (r"\(?\\?[pb]?mod\s*(?:\{\w+\}|\w+)\)?\s*$", ""),
         (r"~", " "),
+        (r"\bper\s+cent\b", "percent"),
     )
 ]
+_MODULUS = re.compile(
+    r"[\s,]*\(?\s*(?:\\[pb]?mod|(?:\\text\s*\{\s*)?\b(?:mod(?:ulo)?)\b(?:\s*\})?)\s*\{?\s*(?P<modulus>\w+)\s*\}?\s*\)?[\s$.]*$"
+)
 _GROUPED = re.compile(r"(?:\\?\$)?\d{1,3}(?:,(?:\\!)?\d{3})+(?:\.\d+)?")
 _ROOT = re.compile(r"√\s*(\d+(?:\.\d+)?)")
 _STYLE = re.compile(
@@ -105,9 +108,10 @@ _FLIPPED = {r"\le": r"\ge", r"\ge": r"\le", "<": ">", ">": "<"}
 _CHOICE = re.compile(r"(?:(?:option|choice|answer)\s*)?\(?\s*([A-Z])\s*\)?", re.IGNORECASE)
 _CHOSEN = re.compile(r"(?:(?:option|choice|answer)\s*)?(?:\(\s*([A-Z])\s*\)|([A-Z])\s*[.):](?=\s|$))")
 _TWO_CHOICES = re.compile(r"\(?[A-Z]\)?\s*(?:,|and|or|&|/)\s*\(?[A-Z]\b")
-_SCALED = re.compile(r"(?<=[\d}])\s*(?:\\text\s*\{\s*)?(hundred|thousand|million|billion|trillion)\b(\s*\})?")
-_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_WORD = re.compile(r"(?<![\\a-zA-Z])[A-Za-z]{3,}")
+_SCALED = re.compile(r"(?<=[\d}])\s*(?:\\text\s*\{\s*)?(hundred|thousand|million|billion|trillion|dozens?)\b(\s*\})?")
+_SCALES = {"hundred": "10^2", "thousand": "10^3", "million": "10^6", "billion": "10^9", "trillion": "10^{12}"}
+_SCALES |= {"dozen": "12", "dozens": "12"}
+_WORD = re.compile(r"(?<![\\a-zA-Z])(?:[A-Za-z]{3,}|(?:to|up|of|or|if|no)(?![A-Za-z]))")
 _REAL = re.compile(
     r"(?:all\s+)?(?:the\s+)?real\s+numbers?|\\mathbb\s*\{?R\}?|\\R|all\s+(?:real\s+)?(?:[a-z]|\\in)?\s*\\?i?n?\s*\\mathbb\{R\}"
 )
@@ -116,18 +120,33 @@ _MOST_MATRIX = 5
 _MOST_WORDS = 6
 
 
-def equivalent(answer: str, gold: str) -> bool:
+def equivalent(answer: str, gold: str, asked: str = "") -> bool:
     """Whether two answers mean the same.
 
     A missing unit, currency, degree or percent sign is read through, one that differs is not; a fraction equals its
     decimal where they are equal exactly, an irrational number its decimal where that is right to every digit written,
-    and to nine at least; the order of a list or set does not matter, that of a tuple does.
+    and to nine at least; the order of a list or set does not matter, that of a tuple does. Where the question is
+    known, a percent or degree sign or a modulus behind the answer, of which the gold one has none, is read through only
+    if the question is about such.
+
+    Args:
+        answer: The answer.
+        gold: The right one.
+        asked: The question; empty where it is not known.
 
     Example:
         >>> equivalent("1/2", r"\\frac{1}{2}"), equivalent("0.333", r"\\frac13"), equivalent("(1, 2]", "(1,2]")
         (True, False, True)
     """
-    one, other = _cleaned(answer), _cleaned(gold)
+    (answer, modulus), (gold, modulus_) = _without_modulus(answer), _without_modulus(gold)
+    if modulus and modulus != modulus_:
+        is_rest = gold.isdigit() and (not modulus.isdigit() or int(gold) < int(modulus))
+        if modulus_ or (asked and not (is_rest and quantities.is_about(asked, "modulus"))):
+            return False
+    one, other = _cleaned(quantities.uncounted(answer, asked)), _cleaned(gold)
+    unit, is_bare = units.measured(one).unit, not units.measured(other).unit
+    if asked and is_bare and unit in ("percent", "degree") and not quantities.is_about(asked, unit):
+        return unit == "percent" and _same_shape(f"({units.measured(one).text})/100", other)
     letters = [_CHOICE.fullmatch(_unworded(text)) for text in (one, other)]
     for letter, text in ((letters[1], one), (letters[0], other)):
         chosen = _CHOSEN.match(_unworded(text))
@@ -136,6 +155,14 @@ def equivalent(answer: str, gold: str) -> bool:
                 return False
             return letter[1] == (chosen[1] or chosen[2])
     return _same(one, other)
+
+
+def _without_modulus(text: str) -> tuple[str, str]:
+    """3 \\pmod 7 as 3 and 7; the modulus is empty where there is none."""
+    found = _MODULUS.search(text)
+    if found is None or not text[: found.start()].strip(" $("):
+        return text, ""
+    return text[: found.start()], found["modulus"]
 
 
 def _unworded(text: str) -> str:
@@ -153,7 +180,7 @@ def _cleaned(text: str) -> str:
     text = text.rstrip(".").strip()
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    text = _SCALED.sub(lambda found: rf"\times 10^{{{_SCALES[found[1]]}}} ", text)
+    text = _SCALED.sub(lambda found: rf"\times {_SCALES[found[1]]} ", text)
     text = _real_sets(text.strip())
     text = _exact(text)
     text = _PLAIN_NAMES.sub(r"\\\1 ", text).replace(r"\infinity", r"\infty").replace(r"\inf ", r"\infty ")

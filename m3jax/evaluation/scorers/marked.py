@@ -3,9 +3,17 @@
 import re
 from collections.abc import Iterator
 
-from m3jax.evaluation.scorers import units
+from m3jax.evaluation.scorers import quantities, units
 from m3jax.evaluation.scorers.latex import equivalent
-from m3jax.evaluation.scorers.statements import Statement, boxes, conclusion, deciding_part, last_line, statements
+from m3jax.evaluation.scorers.statements import (
+    Statement,
+    boxes,
+    conclusion,
+    deciding_part,
+    last_line,
+    last_sentence,
+    statements,
+)
 
 _END = re.compile(
     r"[.!?](?:\*\*|[*_\"')\]])*\s*\n|\n\s*\n|[.!?](?:\*\*|[*_\"')\]])*\s+(?=[A-Z][a-z]*\b|\*\*|\\boxed)|\n(?=\s*(?:[-*#]|\d+\.)\s)"
@@ -23,9 +31,17 @@ _CLOSING = {
 }
 _JOINT = re.compile(r"\s*(?P<word>,\s*(?:and|or)\b|,|;|\band\b|\bor\b|\\quad|\bunion\b)\s*(?=\$|\\\(|\\\[|\\boxed)")
 _LED_BOX = re.compile(r"^\\text\s*\{\s*(?:the\s+)?(?:final\s+)?answer\s*(?:is|:|=)\s*:?\s*\}", re.IGNORECASE)
-_SCALE = re.compile(r"\s*(?:hundred|thousand|million|billion|trillion)\b")
+_SCALE = re.compile(r"\s*(?:hundred|thousand|million|billion|trillion|dozens?)\b")
 _SUCH_THAT = re.compile(r"\s*(?:such\s+that|for\s+which|satisfying|with|where)\s*(?=\$|\\\(|\\\[)", re.IGNORECASE)
 _BASE = re.compile(r"\s*\(?(?:in\s+)?base[\s-]+\$?(?P<base>\d+|[a-z]+)\$?\)?", re.IGNORECASE)
+_LABEL = re.compile(
+    r"^[\W_]*(?:the\s+)?(?:final\s+)?(?:solution|result|value|total|conclusion)[*_]*\s*[:=][*_]*(?=\s)", re.IGNORECASE
+)
+_ENDED = re.compile(  # "The solution is $x = 2$."
+    r"\b(?:is|are|equals?|be|get|gives?|obtain|have|becomes)\s*:?\s*(?P<said>(?:\$[^$]+\$|\\\(.+?\\\)))[\s.*!∎]*$",
+    re.IGNORECASE,
+)
+_DENIED = re.compile(r"\b(?:not|cannot|never|if|suppose|assume|whether)\b|n['’]t\b", re.IGNORECASE)
 _LEADING = re.compile(
     r"(?:(?:then|therefore|thus|simply|just|the|that|an?|is|are|value|values|number|interval|point|equation|function|matrix|vector"
     r"|set|option|choice|exactly|of|be|given|by|expression|polynomial|ordered|pair|triple|we|have|get|x|n|k|it|equal|to|area|all"
@@ -126,9 +142,9 @@ def _run(said: str) -> str:
         behind = _SUCH_THAT.match(said, end)
         if behind is not None and re.fullmatch(r"\\?[A-Za-z]+", parts[0]):  # all $x$ such that $x > 2$
             return _run(said[behind.end() :])
-        return said[:end].strip() + _unit_behind(said[end:])
+        return said[:end].strip() + _words_behind(said[end:])
     separator = " or " if "or" in joint else ", "
-    return "$" + separator.join(part.strip(" ,.") for part in parts) + "$" + _unit_behind(said[place:])
+    return "$" + separator.join(part.strip(" ,.") for part in parts) + "$" + _words_behind(said[place:])
 
 
 def _runs(text: str) -> Iterator[str]:
@@ -145,7 +161,8 @@ def _runs(text: str) -> Iterator[str]:
             if ended is None:
                 break
             place = ended.end()
-        yield _run(text[opened.start() : place])
+        lead, trail = quantities.surroundings(text[: opened.start()], text[place:])
+        yield f"{lead}{_run(text[opened.start() : place])}{trail}"
 
 
 def _last_formula(said: str) -> str | None:
@@ -155,6 +172,11 @@ def _last_formula(said: str) -> str | None:
         return runs[-1]
     plain = re.search(r"(?:^|\s)([-+]?[\d.,/]*\d)$", said)
     return plain[1] if plain is not None else None
+
+
+def _words_behind(rest: str) -> str:
+    """The words behind a formula that belong to it: what changes it, or its unit."""
+    return quantities.surroundings("", rest)[1] or _unit_behind(rest)
 
 
 def _unit_behind(rest: str) -> str:
@@ -186,7 +208,9 @@ def _unmarked(text: str) -> str | None:
         plain = re.search(r"(?:=|\bis|\bare|\bequals)\s+([^=]*\d[^=]*)$", _END.split(concluded + "\n\n", maxsplit=1)[0])
         if plain is not None:
             return _REASON.split(plain[1], maxsplit=1)[0].strip().rstrip(".*").strip()
-    line = last_line(text).strip("*_ ").rstrip(".")
+    if (ended := _ENDED.search(last_sentence(text))) is not None and not _DENIED.search(ended.string):
+        return next(_runs(ended["said"]), None)
+    line = _LABEL.sub("", last_line(text).strip("*_ ").rstrip(".")).strip("*_ ")
     display = re.search(r"(?:\$\$|\\\[)\s*([^$]+?)\s*(?:\$\$|\\\])[\s.*]*$", text)
     if display is not None:
         return display[1].strip()

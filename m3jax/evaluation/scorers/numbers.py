@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
+from m3jax.evaluation.scorers import quantities
 from m3jax.evaluation.scorers.statements import (
     Statement,
     conclusion,
@@ -30,6 +31,9 @@ _LATEX = [
         (r"\\div(?![a-zA-Z])", "÷"),
         (r"\\(?:approx|simeq|sim)(?![a-zA-Z])", "≈"),
         (r"\\pm(?![a-zA-Z])", "±"),
+        (r"<=|\\leq?(?:slant)?(?![a-zA-Z])", "≤"),
+        (r">=|\\geq?(?:slant)?(?![a-zA-Z])", "≥"),
+        (r"!=|=/=|\\neq?(?![a-zA-Z])", "≠"),
         (r"\\(?:left|right|displaystyle|quad|qquad|,|!|;|:| )", " "),
         (r"\^\s*\{?\s*\\circ\s*\}?|°", " "),
         (r"\^\s*\{([^{}]*)\}", r"^\1"),
@@ -54,20 +58,16 @@ _NUMBER = re.compile(
     rf"|(?P<whole>{_DIGITS})?(?P<decimals>\.\d+|,\d\d(?![\d,]))?(?P<power>[eE][-+]?\d{{1,3}}(?!\w))?)"
 )
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "mn": 10**6}
-_SCALES |= {"bn": 10**9, "k": 10**3, "mil": 10**6}
-_SCALE = re.compile(r"\s*-?(hundred|thousand|million|billion|trillion|mn|bn|mil)\b|(k)\b(?!\w)", re.IGNORECASE)
+_SCALES |= {"bn": 10**9, "k": 10**3, "mil": 10**6, "dozen": 12, "dozens": 12}
+_SCALE = re.compile(r"\s*-?(hundred|thousand|million|billion|trillion|mn|bn|mil|dozens?)\b|(k)\b(?!\w)", re.IGNORECASE)
 _LARGE = re.compile(r"([MB])(?![\w.])")
+_OF_MONEY = re.compile(r"[MB]\s+(?:dollars|euros|pounds|USD|EUR)\b")
 _NOT_ONE = re.compile(
     r"\s*(?:[-–—~]|\.\.+|±|\bto\b|\bthrough\b|\bor\b|\band\b|,|:|&)\s*(?:(?:about|around|even|possibly|maybe)\s+)?"
     rf"(?:{_CURRENCY})?\s?-?\.?\d",
     re.IGNORECASE,
 )
 _OPERATED = re.compile(rf"\s*(?:[A-Za-z]+\s+){{1,3}}[×÷+*]\s*(?:{_CURRENCY})?\s?\d")
-_BOUNDED = re.compile(
-    r"\b(?:(?:more|less|fewer|greater|larger|smaller|higher|lower|other)\s+than|not|n't|between|from|over|under|above|below"
-    r"|neither|either|betw\.|twice|double|triple|(?:half|third|quarter)\s+of|sqrt|neq?|lt|gt|log|ln)\s*\(?$|[<>≠√]\s*\(?$",
-    re.IGNORECASE,
-)
 _COMPOUND = re.compile(
     r"\s*(?:hours?|hrs?|h|minutes?|mins?|days?|weeks?|months?|years?|feet|foot|ft|yards?|pounds?|lbs?|km|meters?|m|quarters?"
     rf"|dozens?|gallons?)\.?,?\s+(?:and\s+)?(?:a\s+half\b|(?:{_CURRENCY})?\d+(?:\.\d+)?\s*(?!%)[a-z])",
@@ -94,6 +94,9 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _WORDS = {word: value for value, word in enumerate(_ONES.split())}
 _WORDS |= {word: 10 * value for value, word in enumerate(_TENS.split(), 2)}
 _NAMED_VALUES = re.compile(r"=\s*-?\d[\d.]*\s*(?:,|and|or)\s+(?:and\s+)?[A-Za-z]\w*\s*=")
+_COUNTED = re.compile(r"(?<=\d)\s*(?:hundred|thousand|million|billion|dozen)s?\b", re.IGNORECASE)
+_PERCENT = re.compile(r"\s*(?:%|percent\b|per\s?cent\b)", re.IGNORECASE)
+_WORKED = re.compile(r"(?<=[\d%])\s*\([^()]*=[^()]*\)")  # 18 (that is, 9 * 2 = 18)
 _PARTS = re.compile(r"\b(?:half|halves|third|fourth|quarter|fifth|sixth|eighth|tenth|hundredth)s?\b", re.IGNORECASE)
 _TOTAL = re.compile(
     r"\b(?:total|amount|result|sum|number|value|profit|cost|price|difference)\b[^.,;:\d]{0,60}"
@@ -116,28 +119,38 @@ class Reading(NamedTuple):
     said: str
 
 
-def parse_number(text: str) -> Fraction | None:
+def parse_number(text: str, asked: str = "") -> Fraction | None:
     """The number that a short answer states, exactly; None where it states none, or no single one.
 
     Currency, thousands separators, units, percent signs, emphasis and LaTeX are read through; mixed numbers, powers of
     ten, plain arithmetic, "18 million" and numbers in words are worth what they say. Ranges ("15 to 18"), lists and
-    bounds ("more than 18") are no single number. Where the answer is an equation, its last side counts.
+    bounds ("more than 18") are no single number, nor is "half of 18" (see `quantities`). Where the answer is an
+    equation, its last side counts.
+
+    Args:
+        text: The answer.
+        asked: The question that it answers, which may ask for pairs, for a minimum or for per cent; empty where it is
+            not known.
 
     Example:
         >>> parse_number("$1,080.50 per week"), parse_number("x = 3/4"), parse_number("15-18")
         (Fraction(2161, 2), Fraction(3, 4), None)
     """
     text = _plain(text)
+    for word in _COUNTED.findall(text):
+        if quantities.is_counted_in(asked, word):  # "3 dozen" is 3 where dozens are counted
+            text = text.replace(word, "")
     if _NAMED_VALUES.search(text):
         return None
+    text = _WORKED.sub(" ", text)
     exact, *_ = [part for part in text.split("≈") if re.search(r"\d", part)] or [text]
     for side in reversed(exact.split("=")):
         if re.search(r"\d", side):
-            return _reading(side)
-    return number_in_words(text)
+            return _reading(side, asked)
+    return number_in_words(text, asked)
 
 
-def stated_number(text: str) -> Reading:
+def stated_number(text: str, asked: str = "") -> Reading:
     """The number that a worked solution ends in.
 
     The last statement of the answer that holds a number decides: "The answer is …", a heading "Final Answer", a box,
@@ -145,14 +158,18 @@ def stated_number(text: str) -> Reading:
     the answer is"). Without a statement, a last sentence that concludes ("Therefore, …") or a last line that is a
     number or ends in "= 18 dollars". What follows a next exercise that the model set itself does not count.
 
+    Args:
+        text: What the model wrote.
+        asked: The question; see `parse_number`.
+
     Example:
         >>> stated_number("#### Step 1: 3 eggs\\n9 * 2 = 18. The answer is 18.\\n#### Step 2: check 3").value
         Fraction(18, 1)
     """
-    return _stated(deciding_part(text, lambda part: _stated(part).said != ""))
+    return _stated(deciding_part(text, lambda part: _stated(part, asked).said != ""), asked)
 
 
-def _stated(text: str) -> Reading:
+def _stated(text: str, asked: str) -> Reading:
     talkative: str | None = None  # "#### 5 eggs of hers" may be a heading: it counts after the others
     for found in reversed(statements(text)):
         phrase = _phrase(found)
@@ -160,11 +177,11 @@ def _stated(text: str) -> Reading:
             continue
         is_talk = found.kind == "reversed" or len(re.findall(r"[A-Za-z]{2,}", phrase)) > 1
         if found.kind not in ("hashes", "reversed") or not is_talk:
-            return Reading(parse_number(phrase), phrase.strip() or found.kind)
+            return Reading(parse_number(phrase, asked), phrase.strip() or found.kind)
         talkative = talkative or phrase
     if talkative is not None:
-        return Reading(parse_number(talkative), talkative)
-    return _unmarked(text)
+        return Reading(parse_number(talkative, asked), talkative)
+    return _unmarked(text, asked)
 
 
 def _phrase(found: Statement) -> str | None:
@@ -212,31 +229,37 @@ def _is_only_number(line: str) -> bool:
     )
 
 
-def _unmarked(text: str) -> Reading:
+def _unmarked(text: str, asked: str) -> Reading:
     """What a text ends in that marks no answer."""
     text = _CLOSED.sub("", text)
     line = re.sub(r"^[\W_]*[A-Za-z][A-Za-z ]{0,30}[*_]*:[*_]*(?=\s)", "", last_line(text)).strip().lstrip("> ")
     if line and _is_only_number(line):
-        return Reading(parse_number(line), line)
+        return Reading(parse_number(line, asked), line)
     concluded = conclusion(text) or (last_sentence(text) if "=" in text else "")
     if re.search(r"\bnot\b|n['’]t\b|\banswer\b", concluded, re.IGNORECASE):
         return Reading(None, "")
     if concluded and not concluded.rstrip(" *_\"')").endswith("?"):
-        bold = [inside for inside in re.findall(r"\*\*([^*]+)\*\*", concluded) if _has_number(inside)]
+        bold = [said for said, inside in _bold(concluded) if _has_number(inside)]
         if bold:
-            return Reading(parse_number(bold[-1]), bold[-1])
+            return Reading(parse_number(bold[-1], asked), bold[-1])
         if "=" in concluded:
-            return Reading(parse_number(concluded), concluded)
-        values = set(_values(_plain(concluded)))
-        if len(values) == 1:
-            return Reading(values.pop(), concluded)
+            return Reading(parse_number(concluded, asked), concluded)
+        if len(set(_values(_plain(concluded)))) == 1:
+            return Reading(parse_number(concluded, asked), concluded)
     if total := _TOTAL.search(_plain(concluded or line).strip()):  # "After selling 3, the total would be 18."
-        return Reading(parse_number(total["said"]), total["said"])
+        return Reading(parse_number(total["said"], asked), total["said"])
     _, equals, right = _END.sub("", line).rpartition("=")
     if equals and _is_only_number(_plain(right).strip(" *_`$\\()[]")):
-        return Reading(parse_number(right), right.strip())
-    bold = [inside for inside in re.findall(r"\*\*([^*]+)\*\*", line) if _is_only_number(inside)]
-    return Reading(parse_number(bold[-1]), bold[-1]) if len(bold) == 1 else Reading(None, "")
+        return Reading(parse_number(right, asked), right.strip())
+    bold = [said for said, inside in _bold(line) if _is_only_number(inside)]
+    return Reading(parse_number(bold[-1], asked), bold[-1]) if len(bold) == 1 else Reading(None, "")
+
+
+def _bold(text: str) -> Iterator[tuple[str, str]]:
+    """Each text in bold type, with the words around it that change it, and without."""
+    for found in re.finditer(r"\*\*([^*]+)\*\*", text):
+        lead, trail = quantities.surroundings(text[: found.start()], text[found.end() :])
+        yield f"{lead}{found[1]}{trail}", found[1]
 
 
 def _values(text: str) -> Iterator[Fraction]:
@@ -261,7 +284,7 @@ def _plain(text: str) -> str:
     return text
 
 
-def _reading(side: str) -> Fraction | None:
+def _reading(side: str, asked: str) -> Fraction | None:
     """The one number of a side of an equation."""
     without = _ASIDE.sub(" ", side)
     side = without if re.search(r"\d", without) else side
@@ -269,14 +292,15 @@ def _reading(side: str) -> Fraction | None:
     if found is None:
         return None
     before, start = side[: found.start()], found.start()
-    if _BOUNDED.search(before.rstrip(" $€£")):
-        return None
     opened = re.search(r"[-+]?\s?\([\s(]*$", before)
     arithmetic = _Arithmetic(side, opened.start() if opened is not None else start)
     value = arithmetic.value()
     if value is None:
         return None
-    after = side[arithmetic.place :]
+    after = ("%" if side[arithmetic.place - 1] == "%" else "") + side[arithmetic.place :]
+    is_share = _PERCENT.match(after) is not None and asked != "" and not quantities.is_about(asked, "percent")
+    if is_share or quantities.is_changed(before, after, asked):
+        return None
     if value.denominator != 1 and re.match(r"\s+of\s+(?:the\s+)?[$€£]?\d", after):
         return None  # a third of 60
     cents = _CENTS.match(after)
@@ -313,7 +337,8 @@ def _scale(after: str, number: str) -> tuple[int, int]:
         factor *= _SCALES[(scale[1] or scale[2]).lower()]
         place += scale.end()
     large = _LARGE.match(after)
-    if place == 0 and large is not None and re.search(_CURRENCY, number):  # $5M; 5M may be metres
+    is_money = re.search(_CURRENCY, number) is not None or _OF_MONEY.match(after) is not None
+    if place == 0 and large is not None and is_money:  # $5M; 5M may be metres
         return {"M": 10**6, "B": 10**9}[large[1]], large.end()
     return factor, place
 
@@ -394,23 +419,27 @@ class _Arithmetic:
 _BARE = re.compile(_NUMBER.pattern.replace(r"(?<![\w.^])", r"\s*", 1))
 
 
-def number_in_words(text: str) -> Fraction | None:
+def number_in_words(text: str, asked: str = "") -> Fraction | None:
     """A number in words at the beginning of a text: "eighteen", "two hundred and five"."""
     total = current = 0
     seen = False
+    end = len(text)
     if _PARTS.search(text):
         return None
-    for word in re.findall(r"[A-Za-z]+|[^\sA-Za-z-]", text):
-        low = word.lower()
+    for found in re.finditer(r"[A-Za-z]+|[^\sA-Za-z-]", text):
+        low = found.group().lower()
         if low in _WORDS:
             current += _WORDS[low]
-        elif low in ("hundred", "thousand", "million", "billion") and seen:
+        elif low in _SCALES and len(low) > 3 and seen:
             current *= _SCALES[low]
-            if low != "hundred":
+            if low not in ("hundred", "dozen", "dozens"):
                 total, current = total + current, 0
         elif not (seen and low == "and"):
-            if seen or low not in ("a", "an", "exactly", "about", "only", "just", "a", "total", "of"):
+            if seen or low not in ("a", "an", "exactly", "about", "only", "just", "total", "of"):
+                end = found.start()
                 break
             continue
         seen = True
-    return Fraction(total + current) if seen else None
+    if not seen or quantities.is_changed("", text[end:], asked):
+        return None
+    return Fraction(total + current)

@@ -4,20 +4,23 @@ import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from m3jax.evaluation.scorers import quantities
 from m3jax.evaluation.scorers.spoken import field, spoken, turns
 
 _NAMES = ("answer", "final_answer", "final answer", "result", "final_result")  # of what a JSON object says
 # Escapes of JSON that LaTeX meant: \\frac, \\binom, \\times, \\rho.
 _ESCAPES = str.maketrans({"\f": r"\f", "\b": r"\b", "\t": r"\t", "\r": r"\r"})
+_NEAR = 100  # letters around a box that may change what it says
 _LONGEST = 3000  # letters of a statement; a text may say "the answer is" a thousand times
 _DECOR = r"[\s*_`\"'“”‘’:=➜→>|-]*"
 _KIND = (
     r"(?:(?:correct|final|right|exact|simplified|required|desired|numerical|numeric|best|overall|resulting|my|our)\s+)*"
 )
 _SAYS = re.compile(
-    rf"\b{_KIND}answer(?:\s+(?:to|for|of)\s+[^.:\n]{{0,120}}?)?\s*\W{{0,3}}?"
+    rf"\b(?:{_KIND}answer|final\s+(?:result|value|total))(?:\s+(?:to|for|of)\s+[^.:\n]{{0,120}}?)?\s*\W{{0,3}}?"
+    r"(?:,\s+(?:then|therefore|thus|hence|of\s+course|finally|in\s+(?:short|conclusion)),\s+)?"
     r"(?:is|are|would\s+be|will\s+be|should\s+be|must\s+be|becomes|equals|comes\s+(?:out\s+)?to|comes\s+to\s+be)\b"
-    r"(?:\s+(?:therefore|thus|then|hence|indeed|simply|just|now|still|given\s+by|as\s+follows|below|clearly))*"
+    r"(?:\s+(?:therefore|thus|then|hence|indeed|simply|just|now|still|given\s+by|as\s+follows|clearly|below(?=\s*[:.\n])))*"
     r"\s*(?P<colon>:)?",
     re.IGNORECASE,
 )
@@ -28,6 +31,13 @@ _LABEL = re.compile(
     r"(?:\s*\([^()\n]{0,40}\))?[ \t*_`\"'\])]*"
     r"(?P<mark>[:=：➜→]|(?<=\s)[-–—](?=\s)|\.(?=\s)|(?<=\*\*\s)(?=[$\\\d])|[ \t]*$)",
     re.IGNORECASE | re.MULTILINE,
+)
+_OF = re.compile(
+    r"\b(?:a|our|my|the)\s+final\s+(?:answer|result|total|value)\s+of(?=\W{1,4}[\d\\(\[A-Za-z])", re.IGNORECASE
+)
+_ALONE = re.compile(
+    r"\A\s*(?P<said>\S[^\n]{0,80})\n\s*[#*_]*(?:explanation|reason(?:ing)?|because|why|here['’]?s|step[\s-]+(?:by|1)|working|justification)\b",
+    re.IGNORECASE,
 )
 _INNER_LABEL = re.compile(r"\bfinal[\s_]+answer[ \t*_`\"']*[:=]|\banswer[*_`\"']*\s*:", re.IGNORECASE)
 _CHINESE = re.compile(r"答案[*_\s]*(?:[：:]|是|为)")
@@ -116,9 +126,10 @@ def deciding_part(text: str, is_answer: Callable[[str], bool]) -> str:
 def _all(text: str) -> Iterator[Statement]:
     for found in _TAG.finditer(text):
         yield Statement(found["said"], found.start("said"), "tagged", True)
-    for start, inside in _joined_boxes(text):
-        if not _TAKEN_BACK.search(text[max(0, start - 40) : start]):
-            yield Statement(inside, start, "boxed", True)
+    for box in _joined_boxes(text):
+        if not _TAKEN_BACK.search(text[max(0, box.place - 40) : box.place]):
+            lead, trail = quantities.surroundings(text[max(0, box.start - _NEAR) : box.start], text[box.end :][:_NEAR])
+            yield Statement(f"{lead}{box.inside}{trail}", box.place, "boxed", True)
     if _ASKED.search(text):
         for found in _REPLY.finditer(text):
             yield _following(text, found.end(), "label", True)
@@ -133,7 +144,14 @@ def _all(text: str) -> Iterator[Statement]:
             yield _following(text, found.end(), "sentence", found["colon"] is not None)
     for found in _LABEL.finditer(text):
         yield _following(text, found.end(), "label", True)
-    for pattern in (_CHINESE, _ROW, _INSTEAD):
+    alone = _ALONE.match(text)
+    if (
+        alone is not None
+        and re.search(r"[\d\\]", alone["said"])
+        and len(re.findall(r"(?<!\\)\b[A-Za-z]{2,}", alone["said"])) < 3
+    ):
+        yield Statement(alone["said"], alone.start("said"), "label", True)  # the answer, and then why
+    for pattern in (_CHINESE, _ROW, _INSTEAD, _OF):
         for found in pattern.finditer(text):
             yield _following(text, found.end(), "label", True)
     boxed = [(box.place, box.end) for box in boxes(text)] if "box" in text else []
@@ -184,16 +202,21 @@ def boxes(text: str) -> Iterator[Box]:
             yield Box(found.start(), found.end(), found.end() + end + 1, rest[1:end].strip())
 
 
-def _joined_boxes(text: str) -> Iterator[tuple[int, str]]:
-    """The places and contents of boxes; those that "and", "or" or a comma joins are one list."""
+def _joined_boxes(text: str) -> Iterator[Box]:
+    """Boxes; those that "and", "or" or a comma joins are one list."""
     together: list[Box] = []
     for box in boxes(text):
         if together and not _JOINS_BOXES.fullmatch(text[together[-1].end : box.start]):
-            yield together[-1].place, ", ".join(dict.fromkeys(part.inside for part in together))
+            yield _joined(together)
             together = []
         together.append(box)
     if together:
-        yield together[-1].place, ", ".join(dict.fromkeys(part.inside for part in together))
+        yield _joined(together)
+
+
+def _joined(together: list[Box]) -> Box:
+    inside = ", ".join(dict.fromkeys(box.inside for box in together))
+    return Box(together[0].start, together[-1].place, together[-1].end, inside)
 
 
 def closing_brace(text: str) -> int | None:

@@ -3,6 +3,8 @@
 import re
 from typing import NamedTuple
 
+from m3jax.evaluation.scorers import quantities
+
 _UNITS = {
     "degree": "degrees deg", "radian": "radians rad", "percent": "percents pct", "cent": "cents",
     "dollar": "dollars usd bucks",
@@ -66,6 +68,8 @@ def measured(text: str) -> Measured:
                 found["said"],
             ):
                 continue
+            if form is not _LETTER and quantities.is_changed("", f" {found['said'].strip()}"):
+                continue  # 3 squared, 3 hundredths
             rest = text[: found.start()].strip().rstrip(",")
             return Measured(rest, _unit(f"{found['said']}{found['power'] or ''}"))
     return Measured(text, "")

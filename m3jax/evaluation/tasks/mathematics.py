@@ -48,7 +48,7 @@ def _read_gsm8k(rows: Sequence[Row]) -> list[Example]:
 
 
 def _judge_gsm8k(example: Example, text: str) -> Judgement:
-    number, said = stated_number(text)
+    number, said = stated_number(text, example.instruction)
     if number is None and said:
         return Judgement(False, None, f"the answer {said[:80]!r} is no single number", unclear=True)
     if number is None:
@@ -108,7 +108,7 @@ def _judge_math(example: Example, text: str) -> Judgement:
     answer = marked_answer(text)
     if answer is None:
         return Judgement(False, None)
-    return Judgement(equivalent(answer, example.gold), answer)
+    return Judgement(equivalent(answer, example.gold, example.instruction), answer)
 
 
 def _judge_math_as_paper(example: Example, text: str) -> Judgement:

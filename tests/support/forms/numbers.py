@@ -1,15 +1,24 @@
 """Forms of GSM8K's answers."""
 
+import re
+
 _STEPS = "Janet's first count is 16 - 3 = 13.\nThen 13 * 4 = 52 and 52 / 2 = 26.\n"
 _ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 _ONES += ["thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
 _TENS = ["zero", "ten", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 
-def forms(gold: str) -> dict[str, str]:
-    """The number, as the test set writes it, in every form that fits it."""
+def forms(gold: str, asked: str) -> dict[str, str]:
+    """The number, as the test set writes it, in every form that fits it and the question."""
     number = int(gold.replace(",", ""))
-    return _statements(gold) | _endings(gold) | _run_ons(gold) | _spellings(number, gold) | _thousands(number)
+    said = _statements(gold) | _endings(gold) | _run_ons(gold) | _spellings(number, gold) | _thousands(number)
+    if _asks_for_percent(asked):
+        said["n%"] = f"{_STEPS}The answer is: {gold}%"
+    return said
+
+
+def _asks_for_percent(asked: str) -> bool:
+    return re.search(r"%|\bper ?cent", asked) is not None
 
 
 def _statements(gold: str) -> dict[str, str]:
@@ -110,7 +119,6 @@ def _spellings(number: int, gold: str) -> dict[str, str]:
         "\\frac{3n}{3}": f"$\\frac{{{3 * number}}}{{3}}$",
         "scientific, e": f"{number / 10:.12g}e1",
         "scientific, × 10^2": f"${number / 100:.12g} \\times 10^{{2}}$",
-        "n%": f"{gold}%",
         "n ≈ n.0": f"{gold} ≈ {gold}.0",
         "plain \\text": f"$\\text{{{gold}}}$",
     }
@@ -148,8 +156,13 @@ def other(gold: str) -> str:
     return f"{int(gold.replace(',', '')) + 1:,}" if "," in gold else str(int(gold) + 1)
 
 
-def neighbours(gold: str) -> dict[str, str]:
+def neighbours(gold: str, asked: str) -> dict[str, str]:
     """Completions that state something else, in whose words the right number stands."""
+    said = {name: f"{_STEPS}The answer is {text}." for name, text in _modified(gold, asked).items()}
+    return _neighbours(gold) | said
+
+
+def _neighbours(gold: str) -> dict[str, str]:
     plain = gold.replace(",", "")
     number = int(plain)
     said = {
@@ -201,3 +214,44 @@ def neighbours(gold: str) -> dict[str, str]:
         "n only thought": f"<think>The answer is {gold}.</think>The answer is {number + 7}.",
         "if the answer is n": f"If the answer is {gold}, we erred. The answer is {number + 7}.",
     }
+
+
+# What changes a number, by kind: bounds, parts, multiples, algebra, negations, remainders.
+_MODIFIERS = (
+    "fewer than {}", "one more than {}", "nearly {}", "just under {}", "in excess of {}", "{}-ish", "anything but {}",
+    "never {}", "either {} or 999", "{} or none", "{}:30", "{} and a half hours", "{} and three quarters",
+)  # fmt: skip
+_ARITHMETIC = (
+    "a third of {}", "ten times {}", "{} hundredths", "{} times 3", "{} plus 5", "{} divided by 4", "{}x", "{} + x",
+    "{} remainder 3", "{}% of 50", "{} more than 20", "{}K", "{} hundred", "{}M dollars",
+)  # fmt: skip
+_POWERS = ("the square root of {}", "{} squared", "{} cubed", "{} to the power of 3")
+_LOWER = (
+    "at least {}", "a minimum of {}", "{} items or more", "{}+", "no less than {}", "$\\geq {}$", "≥ {}", "{} at least",
+)  # fmt: skip
+_UPPER = (
+    "at most {}", "a maximum of {}", "{} items or fewer", "up to {}", "no more than {}", "$\\leq {}$", "≤ {}",
+    "{} tops",
+)  # fmt: skip
+# Words that change a number unless the question has them itself.
+_BY_QUESTION = {
+    "{} dozen eggs": "dozen",
+    "{} pairs": "pair",
+    "{} each": "each|every|per|apiece|average|mean|equally|evenly|one|single|share",
+    "{}%": "%|per ?cent",
+}
+
+
+def _modified(gold: str, asked: str) -> dict[str, str]:
+    """The number with words that make another quantity of it, unless the question asks for just such a one."""
+    low, number = asked.lower(), int(gold.replace(",", ""))
+    chosen = [*_MODIFIERS]
+    if not re.search("least|minim|fewest|smallest|lowest", low):
+        chosen += _LOWER
+    if not re.search("most|maxim|largest|greatest|highest|up to", low):
+        chosen += _UPPER
+    if number:
+        chosen += [*_ARITHMETIC, *(form for form, words in _BY_QUESTION.items() if not re.search(words, low))]
+    if number > 1:
+        chosen += _POWERS
+    return {form.format("n"): form.format(gold) for form in chosen}
