@@ -8,14 +8,18 @@ from m3jax.evaluation.scorers.spoken import field, spoken, turns
 
 _CLAUSES = re.compile(
     r"[,.;:!?\n()]|\s[–—-]{1,2}\s"
-    r"|\b(?:(?<!anything )but|however|although|though|while|whereas|yet|because|since|instead|despite|so|as\s+it)\b",
+    r"|\b(?:(?<!anything )(?<!everything )(?<!all )but|however|although|though|while|whereas|yet|because|since|instead"
+    r"|despite|(?<!go )so|as\s+it)\b",
     re.IGNORECASE,
 )
 _NEGATIONS = re.compile(
-    r"\b(?:not|never|cannot|neither|nor|nobody|none|doubt(?:s|ed|ful)?|hardly|barely|scarcely|no|nothing|devoid\s+of|without|lacks?|(?:is|was|are|were|do|does|did|would|could|should|ca|wo)n['’]?t"
+    r"\b(?:not|never|cannot|neither|nor|nobody|none|nowhere|little|doubt(?:s|ed|ful)?|hardly|barely|scarcely|no|nothing|devoid\s+of|without|lacks?|(?:is|was|are|were|do|does|did|would|could|should|ca|wo)n['’]?t"
     r"|far\s+from|anything\s+but|rules?\s+out|fails?\s+to\s+be|opposite\s+of|contrary\s+of"
-    r"|(?:wrong|incorrect|(?:a\s+)?mistaken?|inaccurate|misleading|unfair|absurd|an\s+error)\s+to\s+(?:call|label|say|consider|classify|describe"
-    r"|rate|judge|regard|deem|think))\b|\bnon[- ]?$",
+    r"|(?:wrong|incorrect|(?:a\s+)?mistaken?|inaccurate|misleading|unfair|absurd|an\s+error|hard|difficult|tough|impossible"
+    r"|reluctant|refus\w+|hesita\w+|declin\w+|a\s+stretch)\s+to\s+(?:see|call|label|say|consider|classify|describe"
+    r"|rate|judge|regard|deem|think)|(?:false|untrue|incorrect|wrong|inaccurate)\s+that|too\s+\w+\s+to\s+be|everything\s+but|reverse\s+of"
+    r"|antithesis\s+of|short\s+of|reject\w*|den(?:y|ies)|disput\w+|disagree\w*|disbeliev\w+"
+    r"|avoid\w*|dismiss\w*|exclud\w+)\b|\bnon[- ]?$",
     re.IGNORECASE,
 )
 _NO_NEGATION = re.compile(
@@ -24,7 +28,7 @@ _NO_NEGATION = re.compile(
 )
 _HEDGE = re.compile(
     r"\b(?:not\s+(?:necessarily|sure|clear(?:\s+(?:if|whether))?|certain|obvious|possible)|unclear|uncertain|unsure|whether|if(?!\s+anything)|could\s+be|might|may\s+be|argu\w+|either"
-    r"|cannot\s+(?:tell|say|determine|decide|classify)|ambiguous)\b",
+    r"|cannot\s+(?:tell|say|determine|decide|classify)|ambiguous|needs?\s+more|not\s+enough|insufficient|too\s+little)\b",
     re.IGNORECASE,
 )
 _FINAL = re.compile(
@@ -50,8 +54,14 @@ _CONCEDED = re.compile(
 )
 _UNTICKED = re.compile(r"^\W*?(?:\[\s?\]|☐|⬜).*$", re.MULTILINE)
 _WRONG = re.compile(
-    r"[\s'\"”’]*(?:(?:would\s+be|is|was)\s+(?:wrong|incorrect|a\s+mistake|inaccurate|misleading|out\s+of\s+the\s+question)\b"
+    r"[\s'\"”’]*(?:(?:would\s+be|is|was)\s+(?:wrong|incorrect|a\s+mistake|inaccurate|misleading|false|untrue|excluded|rejected"
+    r"|out\s+of\s+the\s+question)\b|(?:can|must|should|may|is|was)\s+(?:be\s+)?(?:ruled\s+out|rejected|excluded|dismissed)\b"
+    r"|,?\s*(?:it|this|that|but|yet)\s+(?:it\s+|really\s+)?(?:is\s+not|isn['’]t)\b|\s?[:=]\s*(?:no|false|✗|❌)(?!\w)"
     r"|(?:(?:is|was|does|do|did|would|could|can|may|will|should)(?:\s+not|n['’]t)|cannot|can['’]t|won['’]t)\b(?!\s+(?:only|just|merely)\b))",
+    re.IGNORECASE,
+)
+_IN_PART = re.compile(
+    r"\s+(?:in\s+(?:part\b|(?:some|other|certain)\s+(?:ways|parts|places|respects))|to\s+(?:a|some)\s+(?:degree|extent))",
     re.IGNORECASE,
 )
 _ON_CONDITION = re.compile(r"[^.!?\n]{0,40}?\b(?:if|had|unless|were)\b(?!\s+anything)", re.IGNORECASE)
@@ -173,7 +183,7 @@ def _shares(text: str, labels: Sequence[str]) -> list[float] | None:
     for label in labels:
         word = rf"(?<![\w-]){re.escape(label)}(?!\w)"
         said = re.findall(
-            rf"{word}['\"”]?\s*(?:[:=(-]|is)\s*(\d+(?:\.\d+)?\s*%|0?\.\d+)|(\d+(?:\.\d+)?)\s*%\s+{word}",
+            rf"{word}['\"”]?\s*(?:[:=(-]|is)?\s*(\d+(?:\.\d+)?\s*%|0?\.\d+)|(\d+(?:\.\d+)?)\s*%\s+{word}",
             text,
             re.IGNORECASE,
         )
@@ -188,21 +198,21 @@ def _without_echoes(text: str, named: re.Pattern[str]) -> str:
     """The text without questions and without the choice itself: "positive or negative", "neither … nor …"."""
     label = named.pattern.replace("(?P<label>", "(?:")
     asked = (
-        rf"\b(?:is|was|does|would|could|should)\b(?P<asked>[^.!?\n]{{0,80}}?{label})(?P<rest>[^.!?\n]{{0,40}})"
-        r"\?\s*(?P<reply>yes|no)\b"
+        rf"(?:\b(?:is|was|does|would|could|should)\b|(?:^|(?<=[.!?\n]))\s*(?={label}))(?P<asked>[^.!?\n]{{0,80}}?{label})(?P<rest>[^.!?\n]{{0,40}})"
+        r"\?\s*(?P<reply>yes|nope|no|hardly|(?:definitely|certainly)\s+not|not\s+at\s+all)\b"
     )
     text = re.sub(  # "Is it positive? No."
         asked,
         lambda found: (
             found.group()
             if re.search(label, found["rest"], re.IGNORECASE)
-            else f"It is{' not' if found['reply'].lower() == 'no' else ''}{found['asked']}."
+            else f"It is{'' if found['reply'].lower() == 'yes' else ' not'} {found['asked']}."
         ),
         text,
         flags=re.IGNORECASE,
     )
     quoted = rf"['\"“”‘’]?{label}['\"“”‘’]?"
-    joint = r"\s*(?:,|/|\||\bor\b|\bnor\b|\band\b|\bvs\.?|\bversus\b)\s*(?:or\s+|nor\s+|and\s+)?(?:as\s+)?"
+    joint = r"\s*(?:,|/|\||\bor\b|\bnor\b|\band\b|\bvs\.?|\bversus\b|&)\s*(?:or\s+|nor\s+|and\s+)?(?:as\s+)?"
     choice = rf"(?:neither|either|both|between|not)?\s*\(?{quoted}(?:{joint}{quoted})+\)?"
     text = re.sub(
         rf"\bneither\b[^.!?\n]{{0,60}}?{label}[^.!?\n]{{0,60}}?\bn?or\b[^.!?\n]{{0,60}}?{label}",
@@ -237,7 +247,9 @@ def _mentions(text: str, labels: Sequence[str], named: re.Pattern[str]) -> Itera
         is_weak = _WOULD.search(before) is not None and (
             begins > 0 or after is not None or _ON_CONDITION.match(text, found.end()) is not None
         )
-        if _HEDGE.search(clause) or is_weak:  # what would be so is not, where something else is said to be
+        if (
+            _HEDGE.search(clause) or is_weak or _IN_PART.match(text, found.end())
+        ):  # what would be so is not, where something else is said to be
             word = None
         elif (
             len(_NEGATIONS.findall(_NO_NEGATION.sub("", clause)))

@@ -56,7 +56,7 @@ _REWRITES = [
         (r"\\(?:geqslant|geq)(?![a-zA-Z])|>=", r"\\ge "),
         (r"\\lt(?![a-zA-Z])", "<"),
         (r"\\gt(?![a-zA-Z])", ">"),
-        (r"\\neq(?![a-zA-Z])|!=", r"\\ne "),
+        (r"\\neq(?![a-zA-Z])|!=|\\not\s*=", r"\\ne "),
         (r"\\infinity", r"\\infty"),
         (r"(^|[,(\[])\s*\+\s*(?=\\infty)", r"\1"),
         (r"\\(?:varnothing|emptyset)(?![a-zA-Z])|\\\{\s*\\\}", r"\\emptyset "),
@@ -68,6 +68,8 @@ _REWRITES = [
         (r"\{([^{}]*)\\over\b([^{}]*)\}", r"\\frac{\1}{\2}"),
         (r"~", " "),
         (r"\bper\s+cent\b", "percent"),
+        (r"\\(?:text|mbox)\s*\{\s*\}", " "),
+        (r"\\text\s*\{\s*\\?%\s*\}", r"\\%"),
     )
 ]
 _MODULUS = re.compile(
@@ -76,7 +78,7 @@ _MODULUS = re.compile(
 _GROUPED = re.compile(r"(?:\\?\$)?\d{1,3}(?:,(?:\\!)?\d{3})+(?:\.\d+)?")
 _ROOT = re.compile(r"√\s*(\d+(?:\.\d+)?)")
 _STYLE = re.compile(
-    r"\\(?:text)?color\s*(?:\[\w+\])?\s*\{\w+\}|\\[hv]?phantom\s*\{[^{}]*\}|\\(?:mathstrut|strut|nonumber|notag)(?![a-zA-Z])"
+    r"\\(?:text)?color\s*(?:\[\w+\])?\s*\{\w+\}|\\[hv]?phantom\s*\{[^{}]*\}|\\(?:mathstrut|strut|nonumber|notag|tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![a-zA-Z])"
     r"|\\(?:boldsymbol|mathbf|bm|pmb)\s*(?=\{[^{}]*(?:[^\w{}]|\{))"
 )
 _ALIGNED = re.compile(
@@ -141,7 +143,7 @@ def equivalent(answer: str, gold: str, asked: str = "") -> bool:
     (answer, modulus), (gold, modulus_) = _without_modulus(answer), _without_modulus(gold)
     if modulus and modulus != modulus_:
         is_rest = gold.isdigit() and (not modulus.isdigit() or int(gold) < int(modulus))
-        if modulus_ or (asked and not (is_rest and quantities.is_about(asked, "modulus"))):
+        if modulus_ or (asked and not (is_rest and quantities.is_modulus(asked, modulus))):
             return False
     one, other = _cleaned(quantities.uncounted(answer, asked)), _cleaned(gold)
     unit, is_bare = units.measured(one).unit, not units.measured(other).unit

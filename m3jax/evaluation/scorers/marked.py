@@ -38,7 +38,7 @@ _LABEL = re.compile(
     r"^[\W_]*(?:the\s+)?(?:final\s+)?(?:solution|result|value|total|conclusion)[*_]*\s*[:=][*_]*(?=\s)", re.IGNORECASE
 )
 _ENDED = re.compile(  # "The solution is $x = 2$."
-    r"\b(?:is|are|equals?|be|get|gives?|obtain|have|becomes)\s*:?\s*(?P<said>(?:\$[^$]+\$|\\\(.+?\\\)))[\s.*!∎]*$",
+    r"\b(?:is|are|equals?|be|get|gives?|obtain|have|becomes)\s*:?\s*(?P<said>\$[^$]+\$|\\\(.+?\\\)|-?\d[\d,.]*\d|-?\d|-?\\[dt]?frac\s*\{[^{}]*\}\{[^{}]*\})[\s.*!∎]*$",
     re.IGNORECASE,
 )
 _DENIED = re.compile(r"\b(?:not|cannot|never|if|suppose|assume|whether)\b|n['’]t\b", re.IGNORECASE)
@@ -176,7 +176,7 @@ def _last_formula(said: str) -> str | None:
 
 def _words_behind(rest: str) -> str:
     """The words behind a formula that belong to it: what changes it, or its unit."""
-    return quantities.surroundings("", rest)[1] or _unit_behind(rest)
+    return quantities.surroundings("", f"${rest}")[1] or _unit_behind(rest)
 
 
 def _unit_behind(rest: str) -> str:
@@ -209,7 +209,7 @@ def _unmarked(text: str) -> str | None:
         if plain is not None:
             return _REASON.split(plain[1], maxsplit=1)[0].strip().rstrip(".*").strip()
     if (ended := _ENDED.search(last_sentence(text))) is not None and not _DENIED.search(ended.string):
-        return next(_runs(ended["said"]), None)
+        return next(_runs(ended["said"]), ended["said"])
     line = _LABEL.sub("", last_line(text).strip("*_ ").rstrip(".")).strip("*_ ")
     display = re.search(r"(?:\$\$|\\\[)\s*([^$]+?)\s*(?:\$\$|\\\])[\s.*]*$", text)
     if display is not None:

@@ -38,6 +38,7 @@ _LATEX = [
         (r"\^\s*\{?\s*\\circ\s*\}?|°", " "),
         (r"\^\s*\{([^{}]*)\}", r"^\1"),
         (r"(?<=\d)\s*\*\*\s*(?=\d)", "^"),
+        (r"(?<=[\d)])\s*(?<!\*)\*(?!\*)\s*(?=[A-Za-z](?![A-Za-z*]))", "×"),
         (r"(?<=[\d)])\s*\*\s*(?=[$€£(]?\d)|(?<=\d)\s*[xX]\s*(?=10\b)|(?<=\d)\s[xX]\s(?=\d)", "×"),
         (r"\*\*|__|[*`]|\\\(|\\\)|\\\[|\\\]|[{}]", " "),
         (r"\\", ""),
@@ -63,25 +64,26 @@ _SCALE = re.compile(r"\s*-?(hundred|thousand|million|billion|trillion|mn|bn|mil|
 _LARGE = re.compile(r"([MB])(?![\w.])")
 _OF_MONEY = re.compile(r"[MB]\s+(?:dollars|euros|pounds|USD|EUR)\b")
 _NOT_ONE = re.compile(
-    r"\s*(?:[-–—~]|\.\.+|±|\bto\b|\bthrough\b|\bor\b|\band\b|,|:|&)\s*(?:(?:about|around|even|possibly|maybe)\s+)?"
+    r"\s*(?:[-–—~]|\.\.+|±|\bto\b|\bthrough\b|\bor\b|\band\b|[,;:&])\s*(?:or\s+|and\s+)?(?:(?:about|around|even|possibly|maybe)\s+)?"
     rf"(?:{_CURRENCY})?\s?-?\.?\d",
     re.IGNORECASE,
 )
 _OPERATED = re.compile(rf"\s*(?:[A-Za-z]+\s+){{1,3}}[×÷+*]\s*(?:{_CURRENCY})?\s?\d")
 _COMPOUND = re.compile(
     r"\s*(?:hours?|hrs?|h|minutes?|mins?|days?|weeks?|months?|years?|feet|foot|ft|yards?|pounds?|lbs?|km|meters?|m|quarters?"
-    rf"|dozens?|gallons?)\.?,?\s+(?:and\s+)?(?:a\s+half\b|(?:{_CURRENCY})?\d+(?:\.\d+)?\s*(?!%)[a-z])",
+    rf"|dozens?|gallons?|dollars|euros)\.?,?\s+(?:and\s+)?(?:a\s+half\b|(?:{_CURRENCY})?\d+(?:\.\d+)?\s*(?!%)[a-z])",
     re.IGNORECASE,
 )
 _CENTS = re.compile(
     r"\s*(?:dollars?|bucks|euros?|pounds?)?\s*(?:and|,)\s*(\d{1,2})\s*(?:cents?|¢|pence)", re.IGNORECASE
 )
+_AND_COINS = re.compile(r"\s*(?:dollars|euros|pounds)\s+\d+\b(?!\s*%)")
 _ALSO = re.compile(rf"\s*(?:[A-Za-z]+\s+){{1,3}}(?:and|or|to)\s+(?:{_CURRENCY})?\d", re.IGNORECASE)
-_ASIDE = re.compile(r"(?<=[\w.%])\s*[(\[][^()\[\]]*[)\]](?!\s*[×÷/*^+\d-])")
+_ASIDE = re.compile(r"(?<=[\w.%])(?:\s+|(?=[(\[][^()\[\]]*(?:[A-Za-z]{3}|=)))[(\[][^()\[\]]*[)\]](?!\s*[×÷/*^+\d-])")
 _REASON = re.compile(
     r"[,;:(]?\s+(?:because|since|as\s+(?:she|he|it|they|the|we|each|there|every|a|an|\d)|so\s+that|which|where|given\s+that|assuming"
-    r"|after|considering|due\s+to|based\s+on|when|if|with|for\s+a\s+total|rounded|i\.e\.|that\s+is|or\s+simply)\b"
-    r"|\s[-–—]{1,2}\s(?=[A-Za-z])|;",
+    r"|after|considering|due\s+to|based\s+on|when|if|with(?!\s+(?:an?\s+)?remainder)|for\s+a\s+total|rounded|i\.e\.|that\s+is|or\s+simply)\b"
+    r"|\s[-–—]{1,2}\s(?=[A-Za-z]{2}|[aAI]\s)|;(?!\s*\$?\d[\d.,]*(?:\s*\w*\s*$|\s*[,;]))",
     re.IGNORECASE,
 )
 _END = re.compile(r"(?<=[\w)%$*}\]!\"'])[.!?](?=\s|$|[*_\"')$<]|\\[)\]])")
@@ -207,7 +209,7 @@ def _phrase(found: Statement) -> str | None:
 
 def _first_line(said: str) -> str:
     """The first line that says something; a displayed formula whole."""
-    said = said.lstrip(" \t\n*_`>:")
+    said = said.lstrip(" \t\n*_`:")
     opened = re.match(r"\\\[|\$\$|\\begin\{(?:aligned|align\*?|equation\*?)\}", said)
     if opened is not None:
         closing = {"\\[": "\\]", "$$": "$$"}.get(opened.group(), r"\end{")
@@ -299,16 +301,18 @@ def _reading(side: str, asked: str) -> Fraction | None:
         return None
     after = ("%" if side[arithmetic.place - 1] == "%" else "") + side[arithmetic.place :]
     is_share = _PERCENT.match(after) is not None and asked != "" and not quantities.is_about(asked, "percent")
+    if found["sign"] and re.search(r"(?<![A-Za-z])[A-HJ-Za-z]\s*$", before):
+        return None  # x + 18
+    cents = _CENTS.match(after)
+    if cents is not None:
+        value += Fraction(int(cents[1]), 100) * (-1 if value < 0 else 1)
+        after = after[cents.end() :]
     if is_share or quantities.is_changed(before, after, asked):
         return None
     if value.denominator != 1 and re.match(r"\s+of\s+(?:the\s+)?[$€£]?\d", after):
         return None  # a third of 60
-    cents = _CENTS.match(after)
-    if cents is not None:
-        return value + Fraction(int(cents[1]), 100) * (-1 if value < 0 else 1)
-    if any(pattern.match(after) for pattern in (_NOT_ONE, _OPERATED, _COMPOUND, _ALSO)) or re.match(r"\.\d", after):
-        return None
-    return value
+    parts = (_NOT_ONE, _OPERATED, _COMPOUND, _ALSO, _AND_COINS)
+    return None if any(pattern.match(after) for pattern in parts) or re.match(r"\.\d", after) else value
 
 
 def _has_digits(found: re.Match[str]) -> bool:

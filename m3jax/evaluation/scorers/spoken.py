@@ -24,7 +24,8 @@ _THOUGHT = re.compile(
 _NEXT = re.compile(
     r"^[ \t]*(?:\#{1,6}[ \t]*|\*\*|__|<\|?|\[)?[ \t]*"
     r"(?:(?:new |next |another |following )?(?:question|problem|instruction|exercise|input|sentence|review|user|human"
-    r"|inst|im_start|start_header_id)\b[ \t]*\#?\d*|Q\d*)[ \t]*(?:\*\*|__)?[ \t]*(?:[:.\]>]|\|>)",
+    r"|inst|im_start|start_header_id)\b[ \t]*\#?\d*|Q\d*)[ \t]*(?:\*\*|__)?[ \t]*(?:[:.\]>]|\|>)"
+    r"|^[ \t]*\#{1,6}[ \t]*(?:next\s+|new\s+)?(?:question|problem|exercise)[ \t]*\#?\d+[ \t]*$",
     re.IGNORECASE | re.MULTILINE,
 )
 _TURN = re.compile(r"(?<=[\s.!?])(?:USER|HUMAN|Human|User):\s")

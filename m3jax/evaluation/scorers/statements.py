@@ -10,6 +10,7 @@ from m3jax.evaluation.scorers.spoken import field, spoken, turns
 _NAMES = ("answer", "final_answer", "final answer", "result", "final_result")  # of what a JSON object says
 # Escapes of JSON that LaTeX meant: \\frac, \\binom, \\times, \\rho.
 _ESCAPES = str.maketrans({"\f": r"\f", "\b": r"\b", "\t": r"\t", "\r": r"\r"})
+_COMPARED = re.compile(r"[^\n]*?(?<![-=<>])(?P<sign>[<>]=?)\s*")  # "is > 5"; a ">" behind a line's end quotes
 _NEAR = 100  # letters around a box that may change what it says
 _LONGEST = 3000  # letters of a statement; a text may say "the answer is" a thousand times
 _DECOR = r"[\s*_`\"'“”‘’:=➜→>|-]*"
@@ -19,7 +20,7 @@ _KIND = (
 _SAYS = re.compile(
     rf"\b(?:{_KIND}answer|final\s+(?:result|value|total))(?:\s+(?:to|for|of)\s+[^.:\n]{{0,120}}?)?\s*\W{{0,3}}?"
     r"(?:,\s+(?:then|therefore|thus|hence|of\s+course|finally|in\s+(?:short|conclusion)),\s+)?"
-    r"(?:is|are|would\s+be|will\s+be|should\s+be|must\s+be|becomes|equals|comes\s+(?:out\s+)?to|comes\s+to\s+be)\b"
+    r"(?:is|are|(?:would|will|should|must)(?:\s+(?:therefore|thus|then|hence|now))?\s+be|becomes|equals|comes\s+(?:out\s+)?to|comes\s+to\s+be)\b"
     r"(?:\s+(?:therefore|thus|then|hence|indeed|simply|just|now|still|given\s+by|as\s+follows|clearly|below(?=\s*[:.\n])))*"
     r"\s*(?P<colon>:)?",
     re.IGNORECASE,
@@ -29,18 +30,21 @@ _LABEL = re.compile(
     r"(?:\d+[.)]\s*)?(?:the\s+|so\s+(?:the\s+)?)?"
     r"(?:(?:correct|final|right|short|direct|numerical|my)\s+)*(?:answer|ans|final[\s_]+(?:answer|result|value|solution))"
     r"(?:\s*\([^()\n]{0,40}\))?[ \t*_`\"'\])]*"
-    r"(?P<mark>[:=：➜→]|(?<=\s)[-–—](?=\s)|\.(?=\s)|(?<=\*\*\s)(?=[$\\\d])|[ \t]*$)",
+    r"(?P<mark>[:=：➜→]|(?<=\s)[-–—](?=\s)|\.(?=[\s*_])|(?<=\*\*\s)(?=[$\\\d])|[ \t]*$)",
     re.IGNORECASE | re.MULTILINE,
 )
 _OF = re.compile(
     r"\b(?:a|our|my|the)\s+final\s+(?:answer|result|total|value)\s+of(?=\W{1,4}[\d\\(\[A-Za-z])", re.IGNORECASE
 )
 _ALONE = re.compile(
-    r"\A\s*(?P<said>\S[^\n]{0,80})\n\s*[#*_]*(?:explanation|reason(?:ing)?|because|why|here['’]?s|step[\s-]+(?:by|1)|working|justification)\b",
+    r"(?:\A|\n[ \t]*\n)\s*(?P<said>\S[^\n]{0,80})\n\s*[#*_]*(?:explanation|reason(?:ing)?|because|why|here['’]?s"
+    r"|step[\s-]+(?:by|1)|working|justification)\b",
     re.IGNORECASE,
 )
+_PLAIN_WORDS = re.compile(r"(?<!\\)\b[A-Za-z]{2,}")
 _INNER_LABEL = re.compile(r"\bfinal[\s_]+answer[ \t*_`\"']*[:=]|\banswer[*_`\"']*\s*:", re.IGNORECASE)
 _CHINESE = re.compile(r"答案[*_\s]*(?:[：:]|是|为)")
+_BRACKETED = re.compile(r"\[(?:final\s+)?answer\][ \t:]*", re.IGNORECASE)
 _ROW = re.compile(
     r"^[ \t]*\|[ \t*_]*(?:final\s+)?answer[ \t*_:]*\|(?=[^|\n]*[\d\\$][^|\n]*\|[ \t]*$)", re.IGNORECASE | re.MULTILINE
 )
@@ -53,6 +57,9 @@ _TAG = re.compile(r"<(?:final_)?answer>(?P<said>.*?)</(?:final_)?answer>", re.IG
 _HASHES = re.compile(r"^[ \t>*]*(?:####(?!#)|#{2,6}(?=[ \t]*[$€£*]*-?\d[\d,.]*[ \t*]*$))[ \t]*", re.MULTILINE)
 _DENIED = re.compile(
     r"(?:\b(?:if|whether|suppos\w+|assum\w+|unless|until|when|once|why|how|what|verify|check|sure|confirm|guess)\b[^.\n]{0,40}$)"
+    r"|(?:\b(?:no\s+way|impossible|unlikely|doubt\w*)\b[^.,;:\n]{0,30}$)"
+    r"|(?:\b(?:not|cannot|never|hard\s+to|impossible\s+to|unable\s+to)|n['’]t)\s+(?:\w+\s+)?(?:say|conclude|claim|tell|know|prove|believe|think|mean"
+    r"|determine|state|follow|imply|see)\b[^.,;:\n]{0,40}$"
     r"|(?:\b(?:wrong|incorrect|previous|first|earlier|initial)\s+$)",
     re.IGNORECASE,
 )
@@ -144,14 +151,10 @@ def _all(text: str) -> Iterator[Statement]:
             yield _following(text, found.end(), "sentence", found["colon"] is not None)
     for found in _LABEL.finditer(text):
         yield _following(text, found.end(), "label", True)
-    alone = _ALONE.match(text)
-    if (
-        alone is not None
-        and re.search(r"[\d\\]", alone["said"])
-        and len(re.findall(r"(?<!\\)\b[A-Za-z]{2,}", alone["said"])) < 3
-    ):
-        yield Statement(alone["said"], alone.start("said"), "label", True)  # the answer, and then why
-    for pattern in (_CHINESE, _ROW, _INSTEAD, _OF):
+    for found in _ALONE.finditer(text):  # the answer, and then why
+        if re.search(r"[\d\\]", found["said"]) and len(_PLAIN_WORDS.findall(found["said"])) < 3:
+            yield Statement(found["said"], found.start("said"), "label", True)
+    for pattern in (_CHINESE, _BRACKETED, _ROW, _INSTEAD, _OF):
         for found in pattern.finditer(text):
             yield _following(text, found.end(), "label", True)
     boxed = [(box.place, box.end) for box in boxes(text)] if "box" in text else []
@@ -169,6 +172,9 @@ def _following(text: str, place: int, kind: str, is_firm: bool) -> Statement:
         is_bullet = decor.group()[sign + 1 :].startswith((" ", "\t")) and "\n" in decor.group()[:sign]
         if not decor.group()[sign + 1 :].strip("*_ ") and not is_bullet:
             start = place + sign
+    compared = None if decor is None or kind == "label" else _COMPARED.fullmatch(decor.group())
+    if compared is not None:
+        start = place + compared.start("sign")
     if text[start : start + 1] == "}":  # \\text{Answer: } 5
         start += 1
     return Statement(text[start : start + _LONGEST], place, kind, is_firm)
