@@ -65,7 +65,11 @@ def test_mathematics_in_every_form() -> None:
     wrong = (
         (e, form, text) for e in examples for form, text in mathematics.statements(mathematics.wrong(e.gold)).items()
     )
-    near = ((e, form, f"$\\boxed{{{t}}}$") for e in examples for form, t in mathematics.neighbours(e.gold).items())
+    near = (
+        (e, form, f"$\\boxed{{{t}}}$")
+        for e in examples
+        for form, t in mathematics.neighbours(e.gold, e.instruction).items()
+    )
     assert accepted(judged("math", wrong)) == []
     assert accepted(judged("math", near)) == []
 

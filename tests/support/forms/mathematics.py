@@ -61,6 +61,15 @@ def _plain_statements(gold: str) -> dict[str, str]:
         "label in the box": f"$\\boxed{{\\text{{Answer: }}{gold}}}$",
         "row of a table": f"| step | value |\n|---|---|\n| 1 | $9999$ |\n| **Answer** | **${gold}$** |",
         "Chinese": f"答案：${gold}$",
+        "**Answer.**": f"**Answer.** ${gold}$",
+        "[ANSWER]": f"[ANSWER] ${gold}$",
+        "final answer of": f"This gives a final answer of ${gold}$.",
+        "The solution is": f"The solution is ${gold}$.",
+        "Solution: at the end": f"**Solution:** ${gold}$",
+        "quoted box": f"> $\\boxed{{{gold}}}$",
+        "explained behind": f"\n${gold}$\n\n**Explanation:** we used $a = 3$.",
+        "\\large": f"$\\boxed{{\\large {gold}}}$",
+        "run-on ## Problem 2": f"The answer is ${gold}$.\n\n## Problem 2\nCompute $1+1$.\n\n$\\boxed{{2222}}$",
         "the answer is not … but": f"The answer is not $9999$ but ${gold}$.",
     }
 
@@ -293,14 +302,48 @@ def _equations(gold: str) -> dict[str, str]:
     }
 
 
-def neighbours(gold: str) -> dict[str, str]:
+def neighbours(gold: str, asked: str) -> dict[str, str]:
     """Answers near to the gold one that mean something else."""
-    return _other_digits(gold) | _other_values(gold) | _other_structures(gold) | _other_kinds(gold)
+    said = _other_digits(gold) | _other_values(gold) | _other_structures(gold) | _other_kinds(gold)
+    return said | _modified(gold, asked)
+
+
+# What changes a number, by kind: relations, lists, algebra, negations.
+_MODIFIERS = (
+    r"\ge {}", "x > {}", r"\neq {}", r"\not= {}", r"\text{{less than }} {}", r"\text{{not }} {}",
+    r"\text{{anything but }} {}",
+    "{} + x", "{} + C", "({}, 77777)", r"\pm {} \pm 1", r"{} \text{{ to }} 77777", r"{} \text{{ or perhaps }} 77777",
+    r"{} \text{{ and a half}}", "{}, {}, 77777",
+)  # fmt: skip
+_MULTIPLES = (
+    r"{} \pi", "{} k", r"{} \text{{ dozen}}", r"{} \text{{ hundredths}}", r"{} \text{{ ten-thousandths}}",
+    r"\text{{half of }} {}",
+    r"\text{{a multiple of }} {}", r"{} \text{{ times }} x", r"{} \text{{ doubled}}", r"{} \mathrm{{i}}",
+    r"2 \cdot {}", "{} : 5",
+)  # fmt: skip
+# Signs that change a number unless the question is about such.
+_SIGNS = {
+    r"percent|\\%|%": (r"{}\%", r"{} \text{{ percent}}", r"{}\text{{%}}"),
+    r"degree|circ|angle|arc|triang|sin|cos|tan|theta|rotat|°": (r"{}^\circ", r"{} \text{{ degrees}}"),
+    r"remainder|mod|congruen|residue|clock|divi|inverse|digit": (r"{} \pmod{{7}}", r"{} \text{{ (mod }} 9)"),
+}
+
+
+def _modified(gold: str, asked: str) -> dict[str, str]:
+    if not re.fullmatch(r"\d+|\\d?frac\{\d+\}\{\d+\}", gold):
+        return {}
+    chosen = [*_MODIFIERS]
+    if gold != "0":
+        chosen += _MULTIPLES
+        chosen += [form for words, forms in _SIGNS.items() if not re.search(words, asked.lower()) for form in forms]
+    if gold not in ("0", "1"):
+        chosen.append(r"{} \text{{ squared}}")
+    return {form.format("X", "X"): form.format(gold, gold) for form in chosen}
 
 
 def wrong(gold: str) -> str:
     """Some wrong answer like the gold one."""
-    return next(iter(neighbours(gold).values()))
+    return next(iter(neighbours(gold, "").values()))
 
 
 def _other_digits(gold: str) -> dict[str, str]:

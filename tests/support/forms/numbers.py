@@ -71,6 +71,14 @@ def _statements(gold: str) -> dict[str, str]:
         "the answer is not … but": f"{_STEPS}The answer is not 9999991 but {gold}.",
         "the answer isn't …; it's": f"{_STEPS}So the answer isn't 9999991; it's {gold}.",
         "Chinese": f"{_STEPS}答案：{gold}",
+        "The answer, then, is n": f"{_STEPS}The answer, then, is {gold}.",
+        "should therefore be": f"{_STEPS}The answer should therefore be {gold}.",
+        "[Answer] n": f"{_STEPS}[Answer] {gold}",
+        "n, then why": f"{gold}\n\nExplanation: 16 - 3 = 13, and 13 * 4 = 52.",
+        "sums in brackets": f"{_STEPS}The answer is {gold} (16 - 3 = 13, 13 * 4 = 52).",
+        "sums behind ;": f"{_STEPS}The answer is {gold}; 28 plus 9 makes that.",
+        "more than someone": f"{_STEPS}The answer is {gold} more than Leo has.",
+        "n, not m": f"{_STEPS}The answer is {gold}, not 9999991.",
         "row of a table": f"| Step | Value |\n|---|---|\n| 1 | 13 |\n| **Answer** | **{gold}** |",
         "Harmony's channels": "<|channel|>analysis<|message|>The answer is 9999991.<|end|><|start|>assistant"
         f"<|channel|>final<|message|>The answer is {gold}.<|return|>",
@@ -219,10 +227,13 @@ def _neighbours(gold: str) -> dict[str, str]:
 # What changes a number, by kind: bounds, parts, multiples, algebra, negations, remainders.
 _MODIFIERS = (
     "fewer than {}", "one more than {}", "nearly {}", "just under {}", "in excess of {}", "{}-ish", "anything but {}",
-    "never {}", "either {} or 999", "{} or none", "{}:30", "{} and a half hours", "{} and three quarters",
+    "never {}", "{} or even more", "north of {}", "upwards of {}", "less than or equal to {}", "{} < x < 9999",
+    "{} items, 7 cards", "either {} or 999", "{} or none", "{}:30", "{} and a half hours", "{} and three quarters",
 )  # fmt: skip
 _ARITHMETIC = (
-    "a third of {}", "ten times {}", "{} hundredths", "{} times 3", "{} plus 5", "{} divided by 4", "{}x", "{} + x",
+    "a third of {}", "{} doubled", "{}²", "{}!", "{}b", "x + {}", "{} * x", "{}(x+1)", "{} less 4",
+    "twice as many as {}", "ten times {}", "{} hundredths", "{} times 3", "{} plus 5", "{} divided by 4", "{}x",
+    "{} + x",
     "{} remainder 3", "{}% of 50", "{} more than 20", "{}K", "{} hundred", "{}M dollars",
 )  # fmt: skip
 _POWERS = ("the square root of {}", "{} squared", "{} cubed", "{} to the power of 3")
