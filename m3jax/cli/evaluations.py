@@ -87,6 +87,9 @@ def attack(
     protect: options.Protect = None,
     masked_lm: options.MaskedLm = None,
     embeddings: options.Embeddings = None,
+    encoder: options.Encoder = None,
+    tagger: options.Tagger = None,
+    least_similarity: options.LeastSimilarity = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where attack.json goes.", show_default=False)
     ] = None,
@@ -117,6 +120,9 @@ def attack(
         protect=options.names(protect),
         masked_lm=masked_lm,
         embeddings=embeddings,
+        encoder=encoder,
+        tagger=tagger,
+        least_similarity=least_similarity,
         out=out,
         overwrite=overwrite,
         how=Evaluation(limit, batch_size, *answers, overflow, *programs, grader),

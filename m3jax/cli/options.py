@@ -165,6 +165,15 @@ MaskedLm = Annotated[str | None, typer.Option("--masked-lm", metavar="BERT", hel
 Embeddings = Annotated[
     str | None, typer.Option(metavar="FILE", help="Word vectors as text, for textfooler and textbugger.")
 ]
+Encoder = Annotated[
+    str | None, typer.Option(metavar="BERT", help="Sentence encoder; keeps textbugger, bertattack, textfooler near.")
+]
+Tagger = Annotated[
+    str | None, typer.Option(metavar="BERT", help="Tagger of parts of speech, which textfooler then keeps.")
+]
+LeastSimilarity = Annotated[
+    float | None, typer.Option(metavar="X", help="What --encoder must find; the profile's bounds if left out.")
+]
 
 Tasks = Annotated[
     list[str],

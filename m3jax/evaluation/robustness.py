@@ -11,7 +11,8 @@ import numpy as np
 from m3jax.arithmetic import threefry
 from m3jax.errors import M3Error
 from m3jax.evaluation import models
-from m3jax.evaluation.attacks import Sources, get_profile, make_attack, read_embeddings
+from m3jax.evaluation.attacks import PROFILES, Sources, get_profile, make_attack, read_embeddings
+from m3jax.evaluation.attacks.likeness import load_encoder, load_tagger
 from m3jax.evaluation.attacks.masked_lm import load_masked_words
 from m3jax.evaluation.attacks.trial import AttackPlan, Robustness, attack_task
 from m3jax.evaluation.checks import check_choice, check_count, check_type
@@ -29,7 +30,8 @@ BATCH_SIZE = 64
 FILE = "attack.json"
 _OVERFLOWS = ("error", "truncate")
 # Options of the command that `make_plan` takes as they are.
-_PLANNED = ("attacks", "shifts", "profile", "search_examples", "budget", "masked_lm", "embeddings")
+_PLANNED = ("attacks", "shifts", "profile", "search_examples", "budget", "masked_lm", "embeddings", "encoder", "tagger")
+_PLANNED += ("least_similarity",)
 
 
 def make_plan(
@@ -42,6 +44,9 @@ def make_plan(
     budget: int | None = None,
     masked_lm: str | None = None,
     embeddings: str | Path | None = None,
+    encoder: str | None = None,
+    tagger: str | None = None,
+    least_similarity: float | None = None,
     task: str | None = None,
 ) -> AttackPlan:
     """Checks what is asked for, and reads the attacks' sources; the arguments are those of `attack`.
@@ -62,13 +67,34 @@ def make_plan(
         raise M3Error(f"the key cannot be used: {error}") from error
     if words.shape != (2,):
         raise M3Error(f"the key cannot be used: it is {words.size // 2} keys, of which one is wanted")
+    _check_likeness(attacks, encoder, tagger, least_similarity)
     sources = Sources(
         None if masked_lm is None else load_masked_words(masked_lm),
         None if embeddings is None else read_embeddings(embeddings),
         task,
+        None if encoder is None else load_encoder(encoder),
+        None if tagger is None else load_tagger(tagger),
+        least_similarity,
     )
     tried = tuple(make_attack(name, words, chosen, sources) for name in dict.fromkeys(attacks))
     return AttackPlan(tried, shifted, profile, np.asarray(words), limit, search_examples, budget)
+
+
+def _check_likeness(
+    attacks: Sequence[str], encoder: str | None, tagger: str | None, least_similarity: float | None
+) -> None:
+    """Refuses what would have no effect, before a model is read."""
+    encoded = tuple(PROFILES["promptbench"].likeness)
+    if encoder is not None and not set(attacks) & set(encoded):
+        raise M3Error(f"--encoder has no effect on these attacks: try {', '.join(encoded)}, or leave it out")
+    if tagger is not None and "textfooler" not in attacks:
+        raise M3Error("--tagger has no effect on these attacks: try textfooler, or leave it out")
+    if least_similarity is None:
+        return
+    if encoder is None:
+        raise M3Error("--least-similarity is of a sentence encoder: give one with --encoder MODEL, or leave it out")
+    if not -1 <= least_similarity <= 1:
+        raise M3Error(f"the least similarity is {least_similarity}: it must be from -1 to 1")
 
 
 def _listed(what: str, names: Sequence[str]) -> tuple[str, ...]:
@@ -125,7 +151,8 @@ def attack(
             threefry2x32 JAX key, of every random choice; `limit`, the first so many examples; `search_examples`, so
             many of which the searches see, to measure on the others; `budget`, the most prompts that an attack may
             score; `masked_lm`, a BERT by path or hub id, for bertattack; `embeddings`, a text file of word vectors,
-            for textfooler and textbugger.
+            for textfooler and textbugger; `encoder`, a sentence encoder, and `tagger`, a tagger of parts of speech,
+            both BERTs by path or hub id, which keep prompts near the original; `least_similarity` of the encoder.
 
     Returns:
         Clean accuracy, and for each attack and shift the accuracy under it and the performance drop rate with its
@@ -183,6 +210,9 @@ class AttackOptions(NamedTuple):
     protect: tuple[str, ...]
     masked_lm: str | None
     embeddings: str | None
+    encoder: str | None
+    tagger: str | None
+    least_similarity: float | None
     out: Path | None
     overwrite: bool
     how: Evaluation

@@ -1,4 +1,4 @@
-"""BERT with its masked language model head in Flax NNX, read from Hugging Face's safetensors.
+"""BERT in Flax NNX, read from Hugging Face's safetensors: bare, with its masked language model head, or as a tagger.
 
 References:
     Devlin et al., BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding, 2019.
@@ -19,12 +19,13 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from m3jax.checkpoints import open_safetensors
+from m3jax.checkpoints import companions, locate_model, open_safetensors
 from m3jax.checkpoints.protocol import DTYPES, Checkpoint
 from m3jax.checkpoints.trust import LARGEST_COMPANION
 from m3jax.decoder.modeling import ACTIVATIONS, Linear
 from m3jax.documents import parse_json, read_bounded
 from m3jax.errors import M3Error
+from m3jax.evaluation.tokens import load_tokenizer
 
 Params: TypeAlias = Mapping[Any, Any]
 
@@ -58,6 +59,7 @@ class BertConfig:
         num_types: Rows of the token type embedding.
         activation: Of the feed-forward layer and the head: gelu, gelu_new or relu.
         norm_eps: Added to the variance inside a norm's root.
+        labels: What a tagger's classes are called, in their order.
     """
 
     vocab_size: int
@@ -69,6 +71,7 @@ class BertConfig:
     num_types: int = 2
     activation: str = "gelu"
     norm_eps: float = 1e-12
+    labels: tuple[str, ...] = ()
 
     @classmethod
     def from_directory(cls, directory: Path) -> "BertConfig":
@@ -81,10 +84,10 @@ class BertConfig:
         try:
             entries = parse_json(read_bounded(path, LARGEST_COMPANION))
         except (OSError, ValueError) as error:
-            raise M3Error(f"cannot read {path}: {error}; give the directory of a BERT masked language model") from error
+            raise M3Error(f"cannot read {path}: {error}; give the directory of a BERT") from error
         kind = entries.get("model_type") if isinstance(entries, dict) else None
         if kind != "bert":
-            raise M3Error(f"{path}: the model is of type {kind!r}: give a BERT masked language model")
+            raise M3Error(f"{path}: the model is of type {kind!r}: give a BERT")
         sizes = {own: entries.get(name) for own, name in _SIZES.items()}
         wrong = [_SIZES[own] for own, size in sizes.items() if type(size) is not int or size < 1]
         if wrong or sizes["hidden_size"] % sizes["num_heads"]:
@@ -92,7 +95,12 @@ class BertConfig:
         activation = entries.get("hidden_act", "gelu")
         if activation not in _ACTIVATIONS or entries.get("position_embedding_type", "absolute") != "absolute":
             raise M3Error(f"{path}: only absolute positions and {', '.join(_ACTIVATIONS)} are known here")
-        return cls(**sizes, activation=activation, norm_eps=float(entries.get("layer_norm_eps", 1e-12)))
+        named = entries.get("id2label", {})
+        if not isinstance(named, dict) or not all(str(place) in named for place in range(len(named))):
+            raise M3Error(f"{path}: id2label cannot be so: it should name classes from 0 on; get it from its source")
+        labels = tuple(str(named[str(place)]) for place in range(len(named)))
+        epsilon = float(entries.get("layer_norm_eps", 1e-12))
+        return cls(**sizes, activation=activation, norm_eps=epsilon, labels=labels)
 
 
 class _Norm(nnx.Module):
@@ -135,8 +143,8 @@ class _Block(nnx.Module):
         return self.norm(x + self.down(_ACTIVATIONS[self.activation](self.up(x))))
 
 
-class Bert(nnx.Module):
-    """A BERT that says which words may stand in each place of a text."""
+class Encoder(nnx.Module):
+    """A bare BERT: what it makes of each token of a text."""
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs) -> None:
         """Draws random weights, float32."""
@@ -147,6 +155,39 @@ class Bert(nnx.Module):
         )
         self.norm = _Norm(config.hidden_size, config.norm_eps)
         self.layers = nnx.List([_Block(config, rngs) for _ in range(config.num_layers)])
+
+    def hidden(
+        self, tokens: Int[Array, "batch length"], lengths: Int[Array, " batch"]
+    ) -> Float[Array, "batch length width"]:
+        """The last layer's output, float32; what is returned behind a text's end has no meaning.
+
+        Args:
+            tokens: Token ids, padded on the right.
+            lengths: How many of them each row has.
+        """
+        places = self.positions.weight[...][None, : tokens.shape[1]] + self.types.weight[...][None, :1]
+        x = self.norm(self.words.weight[...][tokens] + places)
+        for layer in self.layers:
+            x = layer(x, lengths)
+        return x
+
+
+class Tagger(Encoder):
+    """A BERT that says of which class each token is."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs) -> None:
+        """Draws random weights, float32."""
+        super().__init__(config, rngs=rngs)
+        self.classifier = Linear((len(config.labels),), (config.hidden_size,), True, jnp.float32, rngs)
+
+
+class Bert(Encoder):
+    """A BERT that says which words may stand in each place of a text."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs) -> None:
+        """Draws random weights, float32."""
+        super().__init__(config, rngs=rngs)
+        width = (config.hidden_size,)
         self.transform = Linear(width, width, True, jnp.float32, rngs)
         self.transform_norm = _Norm(config.hidden_size, config.norm_eps)
         self.bias = nnx.Param(jnp.zeros(config.vocab_size, jnp.float32))
@@ -164,10 +205,7 @@ class Bert(nnx.Module):
         Returns:
             Logits, float32; what is returned behind a text's end has no meaning.
         """
-        places = self.positions.weight[...][None, : tokens.shape[1]] + self.types.weight[...][None, :1]
-        x = self.norm(self.words.weight[...][tokens] + places)
-        for layer in self.layers:
-            x = layer(x, lengths)
+        x = self.hidden(tokens, lengths)
         x = self.transform_norm(_ACTIVATIONS[self.activation](self.transform(x)))
         scores = jnp.einsum("blw,vw->blv", x, self.words.weight[...], precision=lax.Precision.HIGHEST)
         return scores + self.bias[...][None, None]
@@ -189,15 +227,18 @@ _PARTS = MappingProxyType(
         r"bert\.encoder\.layer\.(\d+)\.intermediate\.dense": r"layers.\1.up",
         r"bert\.encoder\.layer\.(\d+)\.output\.dense": r"layers.\1.down",
         r"bert\.encoder\.layer\.(\d+)\.output\.LayerNorm": r"layers.\1.norm",
+        r"classifier": "classifier",
         r"cls\.predictions\.transform\.dense": "transform",
         r"cls\.predictions\.transform\.LayerNorm": "transform_norm",
     }
 )
+_PREFIX = "bert."  # a bare BERT's tensors have it not
 _HEAD_BIAS = "cls.predictions.bias"
 
 
 def _path(name: str) -> tuple[str | int, ...] | None:
-    """The parameter of a stored tensor; None where it is none of the masked language model."""
+    """The parameter of a stored tensor; None where it is none of these models."""
+    name = name if name.startswith(("cls.", "classifier.", _PREFIX)) else f"{_PREFIX}{name}"
     if name == _HEAD_BIAS:
         return ("bias",)
     part, _, kind = name.rpartition(".")
@@ -209,27 +250,55 @@ def _path(name: str) -> tuple[str | int, ...] | None:
     return None
 
 
+_KINDS_OF_MODEL: Mapping[type[Encoder], str] = MappingProxyType(
+    {Bert: "a BERT with its masked language model head", Encoder: "a BERT", Tagger: "a BERT that tags tokens"}
+)
+
+
 @functools.lru_cache(maxsize=8)
-def _abstract(config: BertConfig) -> tuple[Any, Any]:
+def _abstract(config: BertConfig, kind: type[Encoder] = Bert) -> tuple[Any, Any]:
     """The graph of a BERT, and its parameters without values."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0))))
+    graph, state = nnx.split(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
     return graph, nnx.to_pure_dict(state)
 
 
-def load_bert(directory: Path, config: BertConfig) -> Params:
+def read_bert(name: str) -> tuple[Path, BertConfig, Any]:
+    """Where a BERT is, what it is, and its transformers tokenizer.
+
+    Args:
+        name: A model directory or hub id, with safetensors, config and tokenizer.
+
+    Raises:
+        M3Error: It is absent, no BERT, or has no tokenizer.
+    """
+    place = locate_model(name)
+    if place.adapter is not None:
+        raise M3Error(f"{name}: a BERT is read without an adapter: m3jax convert {name} merged, and give merged")
+    if not place.path.is_dir():
+        raise M3Error(f"{name}: is a weight file without config and tokenizer: give the model's directory")
+    companions(place.path)  # before any of them is opened
+    config = BertConfig.from_directory(place.path)
+    tokenizer = load_tokenizer(name, place.path)
+    if len(tokenizer) > config.vocab_size:
+        raise M3Error(f"{name}: its tokenizer has more tokens than its embedding rows: take that of the weights")
+    return place.path, config, tokenizer
+
+
+def load_bert(directory: Path, config: BertConfig, kind: type[Encoder] = Bert) -> Params:
     """Reads the weights of a model directory as float32.
 
     Args:
-        directory: Where they are, as safetensors with the names of Hugging Face's BertForMaskedLM; what else a
-            pre-training checkpoint holds is passed over.
+        directory: Where they are, as safetensors with the names of Hugging Face's BertForMaskedLM, BertModel or
+            BertForTokenClassification; what else a checkpoint holds is passed over.
         config: The model.
+        kind: `Bert`, `Encoder` or `Tagger`.
 
     Raises:
         M3Error: Weights are missing or of another shape; all are named at once.
     """
     with open_safetensors(directory) as checkpoint:
         stored = {path: name for name in checkpoint.tensors if (path := _path(name)) is not None}
-        leaves, structure = jax.tree_util.tree_flatten_with_path(_abstract(config)[1])
+        leaves, structure = jax.tree_util.tree_flatten_with_path(_abstract(config, kind)[1])
         found, faults = [], []
         for steps, leaf in leaves:
             path = tuple(step.key for step in steps)
@@ -243,8 +312,8 @@ def load_bert(directory: Path, config: BertConfig) -> Params:
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise M3Error(
-            f"{directory} is no masked language model of its config: it {', '.join(faults[:5])}{more}; "
-            "give a BERT with its masked language model head"
+            f"{directory} is no such model as its config says: it {', '.join(faults[:5])}{more}; "
+            f"give {_KINDS_OF_MODEL[kind]}"
         )
     params: Params = jax.tree.unflatten(structure, found)
     return params
@@ -271,3 +340,35 @@ def masked_logits(
     """
     bert: Bert = nnx.merge(_abstract(config)[0], params)
     return bert(tokens, lengths)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def hidden_states(
+    params: Params, tokens: Int[Array, "batch length"], lengths: Int[Array, " batch"], *, config: BertConfig
+) -> Float[Array, "batch length width"]:
+    """What a bare BERT makes of each token; see `Encoder.hidden`.
+
+    Args:
+        params: As `load_bert` reads them, of kind `Encoder`.
+        tokens: Token ids, padded on the right.
+        lengths: How many of them each row has.
+        config: The model.
+    """
+    encoder: Encoder = nnx.merge(_abstract(config, Encoder)[0], params)
+    return encoder.hidden(tokens, lengths)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def tag_logits(
+    params: Params, tokens: Int[Array, "batch length"], lengths: Int[Array, " batch"], *, config: BertConfig
+) -> Float[Array, "batch length labels"]:
+    """Scores of every class for every token.
+
+    Args:
+        params: As `load_bert` reads them, of kind `Tagger`.
+        tokens: Token ids, padded on the right.
+        lengths: How many of them each row has.
+        config: The model; its labels are the classes.
+    """
+    tagger: Tagger = nnx.merge(_abstract(config, Tagger)[0], params)
+    return tagger.classifier(tagger.hidden(tokens, lengths))

@@ -14,11 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from m3jax.checkpoints import companions, locate_model
 from m3jax.decoder import length_bucket
 from m3jax.errors import M3Error
-from m3jax.evaluation import tokens
-from m3jax.evaluation.attacks.bert import BertConfig, load_bert, masked_logits
+from m3jax.evaluation.attacks.bert import load_bert, masked_logits, read_bert
 from m3jax.evaluation.attacks.edits import changed
 from m3jax.evaluation.attacks.profiles import MaskedWords
 from m3jax.evaluation.attacks.textattack import words_of
@@ -40,21 +38,12 @@ def load_masked_words(name: str) -> MaskedWords:
     Raises:
         M3Error: It is absent, no BERT, incomplete, or has no tokenizer.
     """
-    place = locate_model(name)
-    if place.adapter is not None:
-        raise M3Error(f"{name}: a BERT is read without an adapter: m3jax convert {name} merged, and give merged")
-    if not place.path.is_dir():
-        raise M3Error(f"{name}: is a weight file without config and tokenizer: give the model's directory")
-    companions(place.path)  # before any of them is opened
-    config = BertConfig.from_directory(place.path)
-    tokenizer = tokens.load_tokenizer(name, place.path)
-    if len(tokenizer) > config.vocab_size:
-        raise M3Error(f"{name}: its tokenizer has more tokens than its embedding rows: take that of the weights")
+    path, config, tokenizer = read_bert(name)
     if None in (tokenizer.mask_token, tokenizer.cls_token, tokenizer.unk_token):
         raise M3Error(
             f"{name}: its tokenizer is no masked language model's, as it has no mask: take that of the weights"
         )
-    params = load_bert(place.path, config)
+    params = load_bert(path, config)
 
     def scores(text: Sequence[int]) -> npt.NDArray[np.float32]:
         if len(text) > config.context_length:

@@ -7,10 +7,11 @@ from typing import Any, Literal, NamedTuple
 from m3jax.errors import M3Error
 from m3jax.evaluation.attacks import textattack
 from m3jax.evaluation.attacks.edits import deepwordbug, levenshtein, textbugger
+from m3jax.evaluation.attacks.likeness import Bound, Encode, Tag, keeps_meaning, keeps_part_of_speech
 from m3jax.evaluation.attacks.search import Found, Importance, Score, greedy, try_all
 from m3jax.evaluation.attacks.semantic import PROMPTS
 from m3jax.evaluation.attacks.sentences import Variants, checklist, stresstest
-from m3jax.evaluation.attacks.wording import CONTENT, Candidates, Wording
+from m3jax.evaluation.attacks.wording import CONTENT, Candidates, Filter, Wording
 from m3jax.evaluation.attacks.words import STOP_WORDS, Embeddings, synonyms
 from m3jax.evaluation.checks import check_name
 
@@ -33,6 +34,7 @@ class Profile(NamedTuple):
         near_words: TextBugger's candidates of like meaning.
         least_cosine: TextFooler's bound on their nearness.
         max_distance: DeepWordBug's bound on the edit distance of the prompts.
+        likeness: What a sentence encoder, if one is given, must find of each attack's prompts.
     """
 
     name: str
@@ -43,6 +45,15 @@ class Profile(NamedTuple):
     near_words: int = 5
     least_cosine: float = 0.6
     max_distance: int = 30
+    # github.com/microsoft/promptbench at fcda538, promptbench/prompt_attack/__init__.py and attack.py. TextFooler's
+    # bound is 1 - 0.5 / π: its own code leaves out the division of the angle by π (TextAttack, recipes).
+    likeness: Mapping[str, Bound] = MappingProxyType(
+        {
+            "textbugger": Bound(0.8),
+            "bertattack": Bound(0.8),
+            "textfooler": Bound(0.840845057, "angular", window=15),
+        }
+    )
 
 
 PROFILES: Mapping[str, Profile] = MappingProxyType(
@@ -79,11 +90,17 @@ class Sources(NamedTuple):
         masked_words: For BERT-Attack.
         embeddings: For TextFooler, and for TextBugger's synonyms.
         task: Whose prompts the semantic attack tries.
+        encode: A sentence encoder, which keeps TextBugger, BERT-Attack and TextFooler near the original.
+        tag: A tagger, which keeps TextFooler to a word's part of speech.
+        least_similarity: Of the encoder, in place of the profile's bounds.
     """
 
     masked_words: MaskedWords | None = None
     embeddings: Embeddings | None = None
     task: str | None = None
+    encode: Encode | None = None
+    tag: Tag | None = None
+    least_similarity: float | None = None
 
 
 def _greedy(
@@ -92,11 +109,8 @@ def _greedy(
     candidates: Candidates,
     importance: Importance,
     profile: Profile,
-    max_distance: int | None = None,
+    filters: Sequence[Filter] = (),
 ) -> Attack:
-    def near(original: str, changed: str) -> bool:
-        return max_distance is None or levenshtein(original, changed) <= max_distance
-
     def run(prompt: Wording, score: Score, budget: int | None) -> Found:
         return greedy(
             prompt,
@@ -104,7 +118,7 @@ def _greedy(
             candidates,
             importance,
             stop_words=frozenset() if profile.to_the_letter else STOP_WORDS,
-            allowed=near,
+            filters=filters,
             positions=profile.positions,
             budget=budget,
             without=textattack.without if profile.to_the_letter else Wording.without,
@@ -112,6 +126,25 @@ def _greedy(
         )
 
     return Attack(name, level, run, _reader(profile))
+
+
+def _near(most: int) -> Filter:
+    """Prompts within an edit distance of the original."""
+
+    def keep(original: Wording, current: Wording, index: int, tried: Sequence[Wording]) -> list[Wording]:
+        return [one for one in tried if levenshtein(original.text, one.text) <= most]
+
+    return keep
+
+
+def _likeness(name: str, profile: Profile, sources: Sources) -> list[Filter]:
+    """What a sentence encoder takes away of an attack's prompts; nothing where none is given."""
+    if sources.encode is None:
+        return []
+    bound = profile.likeness[name]
+    if sources.least_similarity is not None:
+        bound = bound._replace(least=sources.least_similarity)
+    return [keeps_meaning(sources.encode, bound)]
 
 
 def _reader(profile: Profile) -> Callable[[str, Sequence[str]], Wording]:
@@ -127,26 +160,30 @@ def _by_sentences(name: str, variants: Variants, profile: Profile, level: Level 
 
 def _deepwordbug(key: Any, profile: Profile, sources: Sources) -> Attack:
     edits = textattack.deepwordbug(key) if profile.to_the_letter else deepwordbug(key)
-    return _greedy("deepwordbug", "character", edits, "unk", profile, profile.max_distance)
+    return _greedy("deepwordbug", "character", edits, "unk", profile, [_near(profile.max_distance)])
 
 
 def _textbugger(key: Any, profile: Profile, sources: Sources) -> Attack:
     near = None if sources.embeddings is None else synonyms(sources.embeddings, profile.near_words)
-    return _greedy("textbugger", "character", textbugger(key, near), "delete", profile)
+    return _greedy(
+        "textbugger", "character", textbugger(key, near), "delete", profile, _likeness("textbugger", profile, sources)
+    )
 
 
 def _bertattack(key: Any, profile: Profile, sources: Sources) -> Attack:
     if sources.masked_words is None:
         raise M3Error("bertattack takes its words from a masked language model: give a BERT with --masked-lm MODEL")
     likely = sources.masked_words(profile.masked_candidates, profile.to_the_letter)
-    return _greedy("bertattack", "word", likely, "unk", profile)
+    return _greedy("bertattack", "word", likely, "unk", profile, _likeness("bertattack", profile, sources))
 
 
 def _textfooler(key: Any, profile: Profile, sources: Sources) -> Attack:
     if sources.embeddings is None:
         raise M3Error("textfooler takes its words from word vectors: give a text file of them with --embeddings FILE")
     near = synonyms(sources.embeddings, profile.synonyms, profile.least_cosine)
-    return _greedy("textfooler", "word", near, "delete", profile)
+    filters = [] if sources.tag is None else [keeps_part_of_speech(sources.tag)]
+    filters += _likeness("textfooler", profile, sources)
+    return _greedy("textfooler", "word", near, "delete", profile, filters)
 
 
 def _stresstest(key: Any, profile: Profile, sources: Sources) -> Attack:

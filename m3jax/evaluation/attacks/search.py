@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from m3jax.evaluation.attacks.sentences import Variants
-from m3jax.evaluation.attacks.wording import Candidates, Wording
+from m3jax.evaluation.attacks.wording import Candidates, Filter, Wording
 
 Score: TypeAlias = Callable[[Sequence[str]], npt.NDArray[np.float64]]
 """Prompts in, the accuracy under each out, all in one batch."""
@@ -112,7 +112,7 @@ def greedy(
     importance: Importance,
     *,
     stop_words: frozenset[str] = frozenset(),
-    allowed: Callable[[str, str], bool] | None = None,
+    filters: Sequence[Filter] = (),
     positions: tuple[int, ...] | None = None,
     budget: int | None = None,
     without: Callable[[Wording, int], str] = Wording.without,
@@ -130,7 +130,7 @@ def greedy(
         candidates: What may take the place of a word.
         importance: How words are ranked.
         stop_words: Lower-case words that stay.
-        allowed: Whether a prompt, the second, is near enough to the original, the first.
+        filters: Each takes away prompts that are too far from the original.
         positions: Only these of the words that may change, counted from 0; all if None.
         budget: Most prompts to score, the original among them; no limit if None.
         without: How a word is left out.
@@ -148,8 +148,8 @@ def greedy(
         tried = [current.replaced(index, word) for word in candidates(current, index)]
         if takes_worst:
             tried.sort(key=lambda one: one.text)
-        if allowed is not None:
-            tried = [one for one in tried if allowed(prompt.text, one.text)]
+        for near in filters:
+            tried = near(prompt, current, index, tried)
         candidate_count += len(tried)
         scores = account.scores([one.text for one in tried])
         if scores and min(scores) < lowest:

@@ -131,3 +131,7 @@ def _touches(span: tuple[int, int], others: Sequence[tuple[int, int]]) -> bool:
 
 Candidates: TypeAlias = Callable[[Wording, int], Sequence[str]]
 """Words that may take the place of one word of a prompt, given by its index; a source of words is one such function."""
+
+Filter: TypeAlias = Callable[[Wording, Wording, int, Sequence[Wording]], list[Wording]]
+"""The original, the prompt so far, the index of the word to change, and prompts with it changed in; those that are like
+enough out."""
