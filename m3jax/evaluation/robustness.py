@@ -30,8 +30,8 @@ BATCH_SIZE = 64
 FILE = "attack.json"
 _OVERFLOWS = ("error", "truncate")
 # Options of the command that `make_plan` takes as they are.
-_PLANNED = ("attacks", "shifts", "profile", "search_examples", "budget", "masked_lm", "embeddings", "encoder", "tagger")
-_PLANNED += ("least_similarity",)
+_PLANNED = ("attacks", "shifts", "profile", "search_examples", "budget", "masked_lm", "embeddings", "encoder")
+_LIKENESS = ("tagger", "least_similarity")
 
 
 def make_plan(
@@ -244,7 +244,7 @@ def run(name: str, wanted: AttackOptions, tell: Tell | None) -> dict[str, Any]:
     task, how = get_task(wanted.task, wanted.how.grader, wanted.profile), wanted.how
     overflow = cast(Overflow, how.overflow)
     check_code(task, how.run_code, how.execution)
-    chosen = {field: getattr(wanted, field) for field in _PLANNED}
+    chosen = {field: getattr(wanted, field) for field in (*_PLANNED, *_LIKENESS)}
     plan = make_plan(**chosen, key=wanted.seed, limit=how.limit, task=wanted.task)
     rows = read_rows(task, wanted.data)
     stored = models.open_model(name, wanted.dtype, models.make_mesh(wanted.mesh))

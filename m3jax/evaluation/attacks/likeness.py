@@ -145,7 +145,7 @@ def _pooling(path: Path) -> Callable[[npt.NDArray[np.float32], npt.NDArray[np.in
 
     def mean(hidden: npt.NDArray[np.float32], lengths: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         seen = np.arange(hidden.shape[1])[None, :, None] < lengths[:, None, None]
-        return (np.sum(hidden * seen, axis=1) / lengths[:, None]).astype(np.float32)
+        return np.asarray(np.sum(hidden * seen, axis=1) / lengths[:, None], np.float32)
 
     return mean
 
