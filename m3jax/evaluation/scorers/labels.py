@@ -23,7 +23,7 @@ _NEGATIONS = re.compile(
     re.IGNORECASE,
 )
 _NO_NEGATION = re.compile(
-    r"\bnot\s+(?:only|just|merely|solely|simply)\b|\bno\s+(?:doubt|question)\b|\bwithout\s+(?:a\s+)?(?:doubt|question)\b|\bnot\s+surprising\w*",
+    r"\bcould(?:n['’]t|\s+not)\s+be\s+(?=(?:any\s+)?less)|\bnot\s+(?:only|just|merely|solely|simply)\b|\bno\s+(?:doubt|question)\b|\bwithout\s+(?:a\s+)?(?:doubt|question)\b|\bnot\s+surprising\w*",
     re.IGNORECASE,
 )
 _HEDGE = re.compile(
@@ -54,14 +54,15 @@ _CONCEDED = re.compile(
 )
 _UNTICKED = re.compile(r"^\W*?(?:\[\s?\]|☐|⬜).*$", re.MULTILINE)
 _WRONG = re.compile(
-    r"[\s'\"”’]*(?:(?:would\s+be|is|was)\s+(?:wrong|incorrect|a\s+mistake|inaccurate|misleading|false|untrue|excluded|rejected"
+    r"[\s'\"”’]*(?:(?:would\s+be|is|was|seems?|looks|sounds|feels)\s+(?:wrong|too\s+\w+|off\b|out\b|an\s+exaggeration|a\s+stretch|incorrect|a\s+mistake|inaccurate|misleading|false|untrue|excluded|rejected"
     r"|out\s+of\s+the\s+question)\b|(?:can|must|should|may|is|was)\s+(?:be\s+)?(?:ruled\s+out|rejected|excluded|dismissed)\b"
     r"|,?\s*(?:it|this|that|but|yet)\s+(?:it\s+|really\s+)?(?:is\s+not|isn['’]t)\b|\s?[:=]\s*(?:no|false|✗|❌)(?!\w)"
     r"|(?:(?:is|was|does|do|did|would|could|can|may|will|should)(?:\s+not|n['’]t)|cannot|can['’]t|won['’]t)\b(?!\s+(?:only|just|merely)\b))",
     re.IGNORECASE,
 )
 _IN_PART = re.compile(
-    r"\s+(?:in\s+(?:part\b|(?:some|other|certain)\s+(?:ways|parts|places|respects))|to\s+(?:a|some)\s+(?:degree|extent))",
+    r"\s+(?:in\s+(?:part\b|(?:some|other|certain)\s+(?:ways|parts|places|respects))|to\s+(?:a|some)\s+(?:degree|extent)"
+    r"|half\s+(?:of\s+)?the\s+time|(?:some|at)\s*times)",
     re.IGNORECASE,
 )
 _ON_CONDITION = re.compile(r"[^.!?\n]{0,40}?\b(?:if|had|unless|were)\b(?!\s+anything)", re.IGNORECASE)
@@ -79,7 +80,14 @@ _NAMES: tuple[str, ...] = (
 _NAMES += ("result", "judgment", "judgement", "verdict", "acceptability", "grammaticality")  # of a JSON object
 _LONGEST = 300  # letters of a sentence or a quotation
 _WOULD = re.compile(r"\bwould\s+(?:then\s+|only\s+)?be\s+$", re.IGNORECASE)
-_LESS = re.compile(r"\bless\s+$", re.IGNORECASE)
+_LESS = re.compile(r"(?<!\bor )\bless\s+$|(?<!\bat )\bleast\s+$", re.IGNORECASE)
+# Whom the answer only tells of: "Some say positive."
+_OTHERS = re.compile(
+    r"\b(?:some|others|people|many|critics|few|only\s+an?\s+\w+)\b[^.,;:!?\n]{0,30}\b(?:say|call|think|argue|consider|find|see)"
+    r"\b[^.,;:!?\n]{0,20}$"
+    r"|\bI\s+(?:had\s+|have\s+)?(?:considered|weighed|entertained|thought\s+(?:of|about))\s+['\"]?$",
+    re.IGNORECASE,
+)
 
 
 class Label(NamedTuple):
@@ -247,15 +255,12 @@ def _mentions(text: str, labels: Sequence[str], named: re.Pattern[str]) -> Itera
         is_weak = _WOULD.search(before) is not None and (
             begins > 0 or after is not None or _ON_CONDITION.match(text, found.end()) is not None
         )
-        if (
-            _HEDGE.search(clause) or is_weak or _IN_PART.match(text, found.end())
-        ):  # what would be so is not, where something else is said to be
-            word = None
-        elif (
-            len(_NEGATIONS.findall(_NO_NEGATION.sub("", clause)))
-            + bool(_LESS.search(clause))
-            + bool(_WRONG.match(text, found.end()))
-        ) % 2:
+        negations = len(_NEGATIONS.findall(_NO_NEGATION.sub("", clause))) + bool(_LESS.search(clause))
+        is_negated = (negations + bool(_WRONG.match(text, found.end()))) % 2 == 1
+        is_told = _OTHERS.search(before) is not None and not is_negated
+        if _HEDGE.search(clause) or is_weak or is_told or _IN_PART.match(text, found.end()):
+            word = None  # what would be so is not, where something else is said to be
+        elif is_negated:
             word = labels[1 - list(labels).index(str(word))] if len(labels) == 2 else None
         sentence = re.split(r"[.!?]\s|\n", before)[-1]
         between = sentence[max(0, begins - len(before) + len(sentence)) :]

@@ -40,6 +40,7 @@ _REWRITES = [
         (r"(?<=\d)\{,\}(?=\d{3})", ""),
         (r"\\left\s*\.|\\right\s*\.", ""),
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])", ""),
+        (r"(?<=\d)\s*\\q?quad\s*(?=-?\d)", ","),
         (r"\\(?:displaystyle|textstyle|limits|qquad|quad|hfill|hline)(?![a-zA-Z])|(?<!\\)\\[!,;: ]", " "),
         (r"\\(?:d|t|c)frac(?![a-zA-Z])", r"\\frac"),
         (r"\\[dt]binom(?![a-zA-Z])", r"\\binom"),

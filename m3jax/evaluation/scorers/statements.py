@@ -20,7 +20,7 @@ _KIND = (
 _SAYS = re.compile(
     rf"\b(?:{_KIND}answer|final\s+(?:result|value|total))(?:\s+(?:to|for|of)\s+[^.:\n]{{0,120}}?)?\s*\W{{0,3}}?"
     r"(?:,\s+(?:then|therefore|thus|hence|of\s+course|finally|in\s+(?:short|conclusion)),\s+)?"
-    r"(?:is|are|(?:would|will|should|must)(?:\s+(?:therefore|thus|then|hence|now))?\s+be|becomes|equals|comes\s+(?:out\s+)?to|comes\s+to\s+be)\b"
+    r"(?:is|are|(?:would|will|should|must)(?:\s+(?:therefore|thus|then|hence|now))?\s+be|becomes|equals|comes\s+(?:out\s+)?to|comes\s+to\s+be|comes\s+out\s+(?:as|at)|turns\s+out\s+to\s+be|works\s+out\s+(?:to(?:\s+be)?|as|at))\b"
     r"(?:\s+(?:therefore|thus|then|hence|indeed|simply|just|now|still|given\s+by|as\s+follows|clearly|below(?=\s*[:.\n])))*"
     r"\s*(?P<colon>:)?",
     re.IGNORECASE,
@@ -57,6 +57,7 @@ _TAG = re.compile(r"<(?:final_)?answer>(?P<said>.*?)</(?:final_)?answer>", re.IG
 _HASHES = re.compile(r"^[ \t>*]*(?:####(?!#)|#{2,6}(?=[ \t]*[$€£*]*-?\d[\d,.]*[ \t*]*$))[ \t]*", re.MULTILINE)
 _DENIED = re.compile(
     r"(?:\b(?:if|whether|suppos\w+|assum\w+|unless|until|when|once|why|how|what|verify|check|sure|confirm|guess)\b[^.\n]{0,40}$)"
+    r"|(?:\b(?:wrong|incorrect|false|untrue|mistaken?)\s+(?:that|to\s+\w+)\b[^.,;:\n]{0,20}$)"
     r"|(?:\b(?:no\s+way|impossible|unlikely|doubt\w*)\b[^.,;:\n]{0,30}$)"
     r"|(?:\b(?:not|cannot|never|hard\s+to|impossible\s+to|unable\s+to)|n['’]t)\s+(?:\w+\s+)?(?:say|conclude|claim|tell|know|prove|believe|think|mean"
     r"|determine|state|follow|imply|see)\b[^.,;:\n]{0,40}$"

@@ -70,6 +70,8 @@ def measured(text: str) -> Measured:
                 continue
             if re.fullmatch(r"\s*[A-Za-z]\s*", found["said"]) and found["said"].strip() not in _NAMES:
                 continue  # \mathrm{i}
+            if re.search(r"\bof\s*$", found["said"]):
+                continue  # 12 percent of w
             if form is not _LETTER and quantities.is_changed("", f" {found['said'].strip()}"):
                 continue  # 3 squared, 3 hundredths
             rest = text[: found.start()].strip().rstrip(",")

@@ -227,18 +227,21 @@ def _neighbours(gold: str) -> dict[str, str]:
 # What changes a number, by kind: bounds, parts, multiples, algebra, negations, remainders.
 _MODIFIERS = (
     "fewer than {}", "one more than {}", "nearly {}", "just under {}", "in excess of {}", "{}-ish", "anything but {}",
-    "never {}", "{} or even more", "north of {}", "upwards of {}", "less than or equal to {}", "{} < x < 9999",
+    "never {}", "{} seats and a half", "nothing like {}", "capped at {}", "{} or even more", "north of {}",
+    "upwards of {}", "less than or equal to {}", "{} < x < 9999",
     "{} items, 7 cards", "either {} or 999", "{} or none", "{}:30", "{} and a half hours", "{} and three quarters",
 )  # fmt: skip
 _ARITHMETIC = (
-    "a third of {}", "{} doubled", "{}²", "{}!", "{}b", "x + {}", "{} * x", "{}(x+1)", "{} less 4",
+    "a third of {}", "half the {} seats", "{} twice over", "{} seats, rem. 3", "{} doubled", "{}²", "{}!", "{}b",
+    "x + {}", "{} * x", "{}(x+1)", "{} less 4",
     "twice as many as {}", "ten times {}", "{} hundredths", "{} times 3", "{} plus 5", "{} divided by 4", "{}x",
     "{} + x",
     "{} remainder 3", "{}% of 50", "{} more than 20", "{}K", "{} hundred", "{}M dollars",
 )  # fmt: skip
 _POWERS = ("the square root of {}", "{} squared", "{} cubed", "{} to the power of 3")
 _LOWER = (
-    "at least {}", "a minimum of {}", "{} items or more", "{}+", "no less than {}", "$\\geq {}$", "≥ {}", "{} at least",
+    "at least {}", "{} upwards", "{} seats at a minimum", "a minimum of {}", "{} items or more", "{}+",
+    "no less than {}", "$\\geq {}$", "≥ {}", "{} at least",
 )  # fmt: skip
 _UPPER = (
     "at most {}", "a maximum of {}", "{} items or fewer", "up to {}", "no more than {}", "$\\leq {}$", "≤ {}",
