@@ -18,7 +18,7 @@ _NEGATIONS = re.compile(
     r"|(?:wrong|incorrect|(?:a\s+)?mistaken?|inaccurate|misleading|unfair|absurd|an\s+error|hard|difficult|tough|impossible"
     r"|reluctant|refus\w+|hesita\w+|declin\w+|a\s+stretch)\s+to\s+(?:see|call|label|say|consider|classify|describe"
     r"|rate|judge|regard|deem|think)|(?:false|untrue|incorrect|wrong|inaccurate)\s+that|too\s+\w+\s+to\s+be|everything\s+but|reverse\s+of"
-    r"|antithesis\s+of|short\s+of|reject\w*|den(?:y|ies)|disput\w+|disagree\w*|disbeliev\w+"
+    r"|antithesis\s+of|short\s+of|miss(?:es|ed)\s+being|reject\w*|den(?:y|ies)|disput\w+|disagree\w*|disbeliev\w+"
     r"|avoid\w*|dismiss\w*|exclud\w+)\b|\bnon[- ]?$",
     re.IGNORECASE,
 )
@@ -27,7 +27,7 @@ _NO_NEGATION = re.compile(
     re.IGNORECASE,
 )
 _HEDGE = re.compile(
-    r"\b(?:not\s+(?:necessarily|sure|clear(?:\s+(?:if|whether))?|certain|obvious|possible)|unclear|uncertain|unsure|whether|if(?!\s+anything)|could\s+be|might|may\s+be|argu\w+|either"
+    r"\b(?:not\s+(?:necessarily|sure|clear(?:\s+(?:if|whether))?|certain|obvious|possible)|unclear|uncertain|unsure|whether|if(?!\s+anything)|could\s+be|might|may\s+(?:be|look|seem|appear|sound|read)|perhaps|argu\w+|either"
     r"|cannot\s+(?:tell|say|determine|decide|classify)|ambiguous|needs?\s+more|not\s+enough|insufficient|too\s+little)\b",
     re.IGNORECASE,
 )
@@ -54,14 +54,14 @@ _CONCEDED = re.compile(
 )
 _UNTICKED = re.compile(r"^\W*?(?:\[\s?\]|☐|⬜).*$", re.MULTILINE)
 _WRONG = re.compile(
-    r"[\s'\"”’]*(?:(?:would\s+be|is|was|seems?|looks|sounds|feels)\s+(?:wrong|too\s+\w+|off\b|out\b|an\s+exaggeration|a\s+stretch|incorrect|a\s+mistake|inaccurate|misleading|false|untrue|excluded|rejected"
+    r"[\s'\"”’]*(?:(?:would\s+be|is|was|seems?|looks|sounds|feels)\s+(?:(?:the\s+)?wrong|generous|harsh|unfair|an\s+overstatement|too\s+\w+|off\b|out\b|an\s+exaggeration|a\s+stretch|incorrect|a\s+mistake|inaccurate|misleading|false|untrue|excluded|rejected"
     r"|out\s+of\s+the\s+question)\b|(?:can|must|should|may|is|was)\s+(?:be\s+)?(?:ruled\s+out|rejected|excluded|dismissed)\b"
     r"|,?\s*(?:it|this|that|but|yet)\s+(?:it\s+|really\s+)?(?:is\s+not|isn['’]t)\b|\s?[:=]\s*(?:no|false|✗|❌)(?!\w)"
     r"|(?:(?:is|was|does|do|did|would|could|can|may|will|should)(?:\s+not|n['’]t)|cannot|can['’]t|won['’]t)\b(?!\s+(?:only|just|merely)\b))",
     re.IGNORECASE,
 )
 _IN_PART = re.compile(
-    r"\s+(?:in\s+(?:part\b|(?:some|other|certain)\s+(?:ways|parts|places|respects))|to\s+(?:a|some)\s+(?:degree|extent)"
+    r"-(?:sounding|looking|seeming|ish)\b|\s+(?:in\s+(?:part\b|(?:some|other|certain)\s+(?:ways|parts|places|respects))|to\s+(?:a|some)\s+(?:degree|extent)"
     r"|half\s+(?:of\s+)?the\s+time|(?:some|at)\s*times)",
     re.IGNORECASE,
 )

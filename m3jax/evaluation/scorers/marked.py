@@ -41,7 +41,9 @@ _ENDED = re.compile(  # "The solution is $x = 2$."
     r"\b(?:is|are|equals?|be|get|gives?|obtain|have|becomes)\s*:?\s*(?P<said>\$[^$]+\$|\\\(.+?\\\)|-?\d[\d,.]*\d|-?\d|-?\\[dt]?frac\s*\{[^{}]*\}\{[^{}]*\})[\s.*!∎]*$",
     re.IGNORECASE,
 )
-_DENIED = re.compile(r"\b(?:not|cannot|never|wrong|incorrect|false|if|suppose|assume|whether)\b|n['’]t\b", re.IGNORECASE)
+_DENIED = re.compile(
+    r"\b(?:not|cannot|never|wrong|incorrect|false|if|suppose|assume|whether)\b|n['’]t\b", re.IGNORECASE
+)
 _LEADING = re.compile(
     r"(?:(?:then|therefore|thus|simply|just|the|that|an?|is|are|value|values|number|interval|point|equation|function|matrix|vector"
     r"|set|option|choice|exactly|of|be|given|by|expression|polynomial|ordered|pair|triple|we|have|get|x|n|k|it|equal|to|area|all"

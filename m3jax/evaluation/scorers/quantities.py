@@ -41,7 +41,7 @@ _AT_MOST = re.compile(rf"(?:{_MOST_WORDS}|\bleq?\b|≤){_FILLERS}", re.IGNORECAS
 _AT_LEAST_WORDS = re.compile(rf"(?:an?\s+)?{_LEAST_WORDS}|\bor\s+(?:more|greater|higher|above)\b", re.IGNORECASE)
 _AT_MOST_WORDS = re.compile(rf"(?:an?\s+)?{_MOST_WORDS}|\bor\s+(?:less|fewer|lower|below)\b", re.IGNORECASE)
 _CHANGED_BEFORE = re.compile(
-    r"(?:n['’]t|\b(?:than(?:\s+or\s+equal\s+to)?|as\s+(?:many|much|few|little|high|low|large|big|small|great)\s+as|no\s+(?:longer|more)"
+    r"(?:n['’]t|\b(?:than(?:\s+or\s+equal\s+to)?|as\s+(?:many|much|few|little|high|low|large|big|small|great)\s+as|no\s+(?:longer|more|way)|near"
     r"|(?:un)?likely\s+to|seldom|rarely|scarcely|barely|minimum|maximum|min\.?|max\.?|not|cannot|never|neither|nor|hardly|without|except(?:\s+for)?|excluding|besides|unlike|either|whether"
     r"|instead\s+of|far\s+from|nowhere\s+near|(?:anything|everything|all|any\s+\w+)\s+but|(?:close|opposed|compared|proportional"
     r"|next|added|near)\s+to|from|over|under|above|below|beyond|between|betw\.|exceed(?:s|ing|ed)?|(?:in\s+)?excess\s+of|nearly|almost"
@@ -65,12 +65,12 @@ _OR_LESS = re.compile(
 _CHANGED_AFTER = re.compile(
     rf"{_NOUNS}\s*(?:and|&)\s+(?:an?\s+|one\s+|two\s+|three\s+)?-?(?:half|thirds?|quarters?|fourths?|fifths?|eighths?)\b"
     rf"|\s*%?\s*(?:%|percent|per\s?cent)\s+of\s+(?:the\s+)?(?:{_NUMBER}|\$|\\\()"
-    rf"|{_NOUNS}\s*,?\s*\b(?:or|and)\s+(?:none|nothing|change|something|some\b|a\s+(?:bit|little|few)|counting|then\s+some|maybe|perhaps|possibly|even|else|also|otherwise)\b"
+    rf"|{_NOUNS}\s*,?\s*\b(?:or|and)\s+(?:none|nothing|change|something|some\b|a\s+(?:bit|little|few|fraction)|counting|then\s+some|maybe|perhaps|possibly|even|else|also|otherwise)\b"
     rf"|{_NOUNS}\s*,?\s*\b(?:or|to|through|and)\s+(?:about\s+|around\s+|even\s+|possibly\s+|maybe\s+)?{_NUMBER_WORDS}"
     rf"|{_NOUNS}\s+(?:multiplied\s+by|divided\s+by|plus|minus|added\s+to|subtracted\s+from|modulo|mod)\b"
-    rf"|\s*times\s+(?:{_NUMBER}|(?:the|as|that|this|what)\b|\W*[b-z]\b|\$\w|\\\()"
+    rf"|\s*times\s+(?:{_NUMBER}|(?:the|as|that|this|what|itself)\b|\W*[b-z]\b|\$\w|\\\()"
     r"|\s*(?:smallest|largest|greatest|biggest|lowest|highest)\b|\s*(?:twice|thrice|(?:two|three|ten)fold)\b|\s*\(?in\s+(?:hundreds|thousands|millions|billions|dozens)\b|\s*(?:squared|cubed|factorial|(?:double|triple|quadruple|halve|quarter)d)\b|\s*(?:raised\s+)?to\s+the\s+(?:\w+\s+)?power\b|\s+point\s+(?=[a-z])"
-    rf"|{_NOUNS}\s*,?\s*(?:with\s+)?(?:an?\s+)?(?:remainder|rem\.?|r\.?)\s*(?:of|:)?\s*(?:\d|(?<=\sr)$|(?<=rem)$)|{_NOUNS}\s+(?:short|shy)(?:\s+of)?\b|{_NOUNS}\s+(?:on\s+top\s+of|less)\s+{_NUMBER}|\s*(?:millions|billions|thousands|hundreds)\b"
+    rf"|{_NOUNS}\s*,?\s*(?:with\s+)?(?:an?\s+)?(?:remainder|rem\.?|r\.?)\s*(?:of|:)?\s*(?:\d|(?<=\sr)$|(?<=rem)$)|{_NOUNS}\s+(?:short|shy)(?:\s+of)?\b|{_NOUNS}\s+(?:on\s+top\s+of\b|less\s+{_NUMBER})|\s*(?:millions|billions|thousands|hundreds)\b"
     rf"|{_NOUNS}\s+(?:more|less|fewer|greater|higher|lower|larger|smaller|older|younger|longer|shorter)\s+than\s+(?:about\s+)?"
     rf"(?:{_NUMBER}|twice|half|double|\W*[b-z]\b)"
     r"|[-\s]?ish\b|-(?:odd|plus|something)\b|\s+something\b|\s+(?:below|under)\s+(?:zero|freezing|par)\b"

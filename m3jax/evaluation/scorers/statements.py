@@ -69,7 +69,7 @@ _NO = re.compile(
 )
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox|ovalbox)\s*")
 _REVERSED = re.compile(
-    r"(?<![^\s.!?])(?P<said>[^\n.!?]{1,60}?)\s+(?:is|are)\s+(?:the|our|my)\s+(?:(?:final|correct|right)\s+)?answer\b",
+    r"(?<![^\s.!?])(?P<said>[^\n.!?]{1,60}?)\s+(?:is|are|as)\s+(?:the|our|my)\s+(?:(?:final|correct|right)\s+)?answer\b",
     re.IGNORECASE,
 )
 _JOINS_BOXES = re.compile(
