@@ -65,6 +65,16 @@ _IN_PART = re.compile(
     r"|half\s+(?:of\s+)?the\s+time|(?:some|at)\s*times)",
     re.IGNORECASE,
 )
+# A label of which something is said is the answer where that is praise: "Positive fits", "Positive is the right label".
+_SUBJECT = re.compile(
+    r"['\"”’]?\s+(?:would|could|might|may|can|must|should|seems?|looks|sounds|feels|is|was)\b", re.IGNORECASE
+)
+_PRAISED = re.compile(
+    r"['\"”’]?\s+(?:(?:would|should|must|could|can)\s+)?(?:be|seems?|looks|sounds|feels|is|was)\s+(?:clearly\s+|indeed\s+)?(?:the\s+|my\s+|a\s+)?"
+    r"(?:more\s+|most\s+|much\s+)?(?:right|correct|best|better|answer|label|choice|pick|verdict|good|fit\w*|apt|accurate|appropriate|true"
+    r"|natural|likely|what|how|where|clear|obvious|overall|here|because|since|as|in|and|at|by)\b",
+    re.IGNORECASE,
+)
 _ON_CONDITION = re.compile(r"[^.!?\n]{0,40}?\b(?:if|had|unless|were)\b(?!\s+anything)", re.IGNORECASE)
 _NAMES: tuple[str, ...] = (
     "label",
@@ -258,6 +268,9 @@ def _mentions(text: str, labels: Sequence[str], named: re.Pattern[str]) -> Itera
         negations = len(_NEGATIONS.findall(_NO_NEGATION.sub("", clause))) + bool(_LESS.search(clause))
         is_negated = (negations + bool(_WRONG.match(text, found.end()))) % 2 == 1
         is_told = _OTHERS.search(before) is not None and not is_negated
+        is_told |= _SUBJECT.match(text, found.end()) is not None and not (
+            is_negated or _PRAISED.match(text, found.end())
+        )
         if _HEDGE.search(clause) or is_weak or is_told or _IN_PART.match(text, found.end()):
             word = None  # what would be so is not, where something else is said to be
         elif is_negated:
