@@ -11,7 +11,7 @@ from m3jax.checkpoints import Checkpoint, TensorInfo, sketch_model
 from m3jax.checkpoints.adapters import open_model
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.storage import read_file
-from m3jax.checkpoints.trust import LARGEST_COMPANION
+from m3jax.checkpoints.trust import LARGEST_COMPANION, check_size
 from m3jax.documents import parse_json, read_bounded
 from m3jax.errors import M3Error
 
@@ -24,15 +24,25 @@ def step_metadata(path: Path) -> dict[str, str]:
     Args:
         path: Of a checkpoint: a step, or one of its items.
     """
-    for place in () if isinstance(path, RemotePath) else (path, path.parent):  # Orbax is read from this disk alone
+    for place in (path, path.parent):
         try:
-            told = parse_json(read_bounded(place / _STEP_METADATA, LARGEST_COMPANION))
+            told = parse_json(_content(place / _STEP_METADATA))
         except (OSError, ValueError):
             continue
         custom = told.get("custom_metadata") if isinstance(told, dict) else None
         if isinstance(custom, dict):
             return {str(key): value if isinstance(value, str) else json.dumps(value) for key, value in custom.items()}
     return {}
+
+
+def _content(file: Path) -> bytes:
+    """The whole of a small file, here or in remote storage; raises OSError where it is none."""
+    if not isinstance(file, RemotePath):
+        return read_bounded(file, LARGEST_COMPANION)
+    if not file.is_file():
+        raise FileNotFoundError(str(file))
+    check_size(file, file.stat().st_size)
+    return file.read_bytes()
 
 
 def stored_anatomy(

@@ -92,7 +92,11 @@ ORBAX = Format(
     open=_later("orbax.open_orbax"),
     write=_later("orbax_writer.fill_with_orbax"),
     resembles=_later("orbax_tree.is_orbax"),
-    patterns=("_METADATA", "_CHECKPOINT_METADATA", "commit_success.txt", "manifest.ocdbt", "d/*", "orbax/*", "orbax.*"),
+    remote=True,
+    patterns=(
+        *("_METADATA", "_CHECKPOINT_METADATA", "commit_success.txt"),
+        *("manifest.ocdbt", "d/*", "ocdbt.process_*", "orbax/*", "orbax.*"),
+    ),
 )
 MSGPACK = Format(
     name="msgpack",

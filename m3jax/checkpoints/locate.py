@@ -79,7 +79,7 @@ def locate_model(name: str) -> ModelDirectory:
     Args:
         name: A URL such as `s3://bucket/model` or `gs://bucket/model`, whose weights stay where they are; a local
             path; or a hub id: `org/name` or `org/name@revision`. A path that exists here wins over a hub id. The path
-            of a run means its last finished step, and `RUN@2000` that one. Two of them joined by a plus,
+            or URL of a run means its last finished step, and `RUN@2000` that one. Two of them joined by a plus,
             `model+adapter`, are a model and a LoRA adapter to be added to it; see `split_adapter`.
 
     Returns:
@@ -96,10 +96,7 @@ def locate_model(name: str) -> ModelDirectory:
     if (parts := split_adapter(name)) is not None:
         return _with_adapter(name, parts, locate_model)
     if is_url(name):
-        remote = as_path(name)
-        if isinstance(remote, RemotePath) and remote.info() is None:
-            raise absent(remote)
-        return ModelDirectory(name, remote, None)
+        return ModelDirectory(name, _locate_remote(name), None)
     step = step_place(name)
     if step is not None:
         return ModelDirectory(name, step, None)
@@ -112,6 +109,18 @@ def locate_model(name: str) -> ModelDirectory:
     with _hub(name, hub_id["revision"]):
         snapshot = _fetch(hub_id["repo"], hub_id["revision"])
     return ModelDirectory(name, snapshot, _commit_of(snapshot, hub_id["revision"]))
+
+
+def _locate_remote(name: str) -> Path:
+    """The place of a model in remote storage."""
+    remote = as_path(name)
+    if not isinstance(remote, RemotePath):
+        return remote
+    told = remote.info()
+    step = None if told is not None and told["type"] == "file" else step_place(name)
+    if step is None and told is None:
+        raise absent(remote)
+    return step or remote
 
 
 class AdaptedName(NamedTuple):

@@ -19,7 +19,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Args:
         path: A file or a directory of safetensors or of PyTorch's zip files, a msgpack file of Flax or a directory that
-            holds one, or a directory that Orbax wrote; in remote storage, safetensors or PyTorch's.
+            holds one, or a directory that Orbax wrote; in remote storage, all but msgpack.
 
     Returns:
         The checkpoint; use it as a context manager.
@@ -70,7 +70,7 @@ def _resembles(format: Format, path: Path) -> bool:
 
 
 def _of_remote(path: RemotePath) -> Format:
-    """The format that a name tells of, or those of a directory's files; no look inside, which takes its time."""
+    """The format that a name tells of, or those of a directory's files, or which it resembles by their names."""
     format = _named(path.name) or _of_remote_directory(path)
     if not format.remote:
         raise M3Error(f"{path} is {format.name}, which is read from this disk only: download it first.")
@@ -79,8 +79,12 @@ def _of_remote(path: RemotePath) -> Format:
 
 def _of_remote_directory(directory: RemotePath) -> Format:
     able = [format for format in formats.FORMATS if format.remote]
-    names = list_names(directory) if directory.is_dir() else []
-    return next((format for format in able if any(map(format.names, names))), able[0])
+    place = directory.remembering()
+    if not place.is_dir():
+        return able[0]
+    names = list_names(place)
+    named = next((format for format in able if any(map(format.names, names))), None)
+    return named or next((format for format in able if _resembles(format, place)), able[0])
 
 
 def _of_directory(directory: Path) -> Format:

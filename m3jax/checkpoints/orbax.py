@@ -20,6 +20,8 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from m3jax.checkpoints.headers import damaged
+from m3jax.checkpoints.key_values import context, unusable
+from m3jax.checkpoints.orbax_template import Template
 from m3jax.checkpoints.orbax_tree import (
     AGGREGATE,
     MANIFEST,
@@ -29,10 +31,11 @@ from m3jax.checkpoints.orbax_tree import (
     is_orbax,
     key_value_spec,
     open_aggregate,
+    part_name,
     read_tree,
-    unusable,
+    remembered,
 )
-from m3jax.checkpoints.orbax_writer import write_orbax
+from m3jax.checkpoints.orbax_writer import has_database, write_orbax
 from m3jax.checkpoints.protocol import (
     DTYPE_NAMES,
     DTYPES,
@@ -40,11 +43,13 @@ from m3jax.checkpoints.protocol import (
     Closing,
     FileFingerprint,
     LocalFingerprint,
+    RemoteFingerprint,
     TensorInfo,
     as_bytes,
     in_natural_order,
     room_for,
 )
+from m3jax.checkpoints.remote import Identity, RemotePath
 from m3jax.checkpoints.storage import unreadable
 from m3jax.errors import M3Error
 
@@ -58,7 +63,7 @@ _HEAD = 1024  # bytes of a file that its fingerprint looks at
 Box: TypeAlias = tuple[slice, ...]
 
 
-def _open_store(item: Path, tree: Tree, name: str, context: Any) -> Any:
+def _open_store(item: Path, tree: Tree, name: str, shared: Any) -> Any:
     """A future of TensorStore's handle of an array."""
     import tensorstore as ts
 
@@ -69,7 +74,7 @@ def _open_store(item: Path, tree: Tree, name: str, context: Any) -> Any:
         "recheck_cached_data": False,
         "recheck_cached_metadata": False,
     }
-    return ts.open(spec, open=True, read=True, context=context)
+    return ts.open(spec, open=True, read=True, context=shared)
 
 
 def _band(shape: Sequence[int], chunk: Sequence[int]) -> int:
@@ -114,6 +119,31 @@ def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
             start = end
 
 
+def _of_file(path: Path) -> LocalFingerprint:
+    """What a file of this disk looks like now."""
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            head = blake3(file.read(_HEAD)).hexdigest()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return LocalFingerprint(
+        size=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        header_blake3=head,
+        inode=status.st_ino,
+        ctime_ns=status.st_ctime_ns,
+    )
+
+
+def _of_object(told: Identity) -> RemoteFingerprint:
+    """What an object looks like now: its tag stands for its first bytes, for which each would have to be asked."""
+    tag = str(told.tag)
+    return RemoteFingerprint(
+        size=told.size, mtime_ns=told.mtime_ns, header_blake3=blake3(tag.encode()).hexdigest(), tag=tag
+    )
+
+
 _OPEN: "WeakSet[OrbaxCheckpoint]" = WeakSet()
 
 
@@ -142,9 +172,11 @@ class OrbaxCheckpoint(Closing):
             M3Error: An array is missing, damaged, or of a dtype that cannot be read here.
         """
         self.location = location
-        self.item = item
+        self.item = item = remembered(item)
         self._tree = read_tree(item)
         self._aggregate = open_aggregate(item) if self._tree.packed else None
+        database = (item / MANIFEST).is_file()
+        self._arrays = frozenset() if database else frozenset(name.split("/")[0] for name in self._tree.stored)
         tensors, self._band = self._describe()
         self.tensors = in_natural_order(tensors)
         self.metadata: Mapping[str, str] = MappingProxyType(self._tree.metadata)
@@ -156,15 +188,13 @@ class OrbaxCheckpoint(Closing):
 
     def _describe(self) -> tuple[dict[str, TensorInfo], int]:
         """Every array's description, and the bytes of the largest chunks that are in use at a time."""
-        import tensorstore as ts
-
         packed = self._aggregate.tensors if self._aggregate else {}
         missing = [name for name, is_array in self._tree.packed.items() if is_array and name not in packed]
         if missing:
             raise damaged(f"array {missing[0]!r} is not in {self.item / AGGREGATE}, where {TREE} places it")
         tensors = {name: packed[name] for name in self._tree.packed if name in packed}
-        context = ts.Context()
-        opening = {name: _open_store(self.item, self._tree, name, context) for name in self._tree.stored}
+        shared = context()
+        opening = {name: _open_store(self.item, self._tree, name, shared) for name in self._tree.stored}
         largest = 0
         for name, future in opening.items():
             try:
@@ -217,47 +247,40 @@ class OrbaxCheckpoint(Closing):
 
     def _store(self, name: str) -> Any:
         """The open handle of an array."""
-        import tensorstore as ts
-
         with self._lock:
             if self._context is None:
-                cache = self._band + _CACHE // max(1, len(_OPEN))
-                self._context = ts.Context({"cache_pool": {"total_bytes_limit": cache}})
+                self._context = context(self._band + _CACHE // max(1, len(_OPEN)))
             if name not in self._stores:
                 self._stores[name] = _open_store(self.item, self._tree, name, self._context).result()
             return self._stores[name]
 
     def files(self) -> tuple[Path, ...]:
         """The files that hold the weights."""
-        tops = {TREE, MANIFEST, AGGREGATE, "d"}  # the last and "ocdbt…" hold the database's data
-        if not (self.item / MANIFEST).is_file():
-            tops |= {name.split("/")[0] for name in self._tree.stored}
-        found = (
-            path
-            for top in self.item.glob("*")
-            if top.name in tops or top.name.startswith("ocdbt")
-            for path in (top.rglob("*") if top.is_dir() else [top])
-        )
-        return tuple(sorted(path for path in found if path.is_file()))
+        if isinstance(self.item, RemotePath):
+            return tuple(self.item / name for name in self._objects())
+        found = (path for top in self.item.glob("*") for path in (top.rglob("*") if top.is_dir() else [top]))
+        names = (path.relative_to(self.item).as_posix() for path in found if path.is_file())
+        return tuple(self.item / name for name in sorted(filter(self._holds_weights, names)))
+
+    def _holds_weights(self, name: str) -> bool:
+        """Whether a file of the item, by its name there, is one of those that hold the weights."""
+        top = name.partition("/")[0]
+        if top in (TREE, MANIFEST, AGGREGATE, "d") or top.startswith("ocdbt"):  # the last two hold a database's data
+            return True
+        return top in self._arrays
+
+    def _objects(self) -> dict[str, Identity]:
+        """The objects that hold the weights, as they are now."""
+        assert isinstance(self.item, RemotePath)
+        return {name: told for name, told in self.item.objects().items() if self._holds_weights(name)}
 
     def fingerprint(self) -> dict[str, FileFingerprint]:
         """What the files look like now, by name under the item's directory; a file's first KB counts as its header."""
-        fingerprints: dict[str, FileFingerprint] = {}
-        for path in self.files():
-            try:
-                with open(path, "rb") as file:
-                    status = os.fstat(file.fileno())
-                    head = blake3(file.read(_HEAD)).hexdigest()
-            except OSError as error:
-                raise unreadable(path, error) from error
-            name = path.relative_to(self.item).as_posix()
-            fingerprints[name] = LocalFingerprint(
-                size=status.st_size,
-                mtime_ns=status.st_mtime_ns,
-                header_blake3=head,
-                inode=status.st_ino,
-                ctime_ns=status.st_ctime_ns,
-            )
+        fingerprints: dict[str, FileFingerprint] = (
+            {name: _of_object(told) for name, told in self._objects().items()}
+            if isinstance(self.item, RemotePath)
+            else {path.relative_to(self.item).as_posix(): _of_file(path) for path in self.files()}
+        )
         if not fingerprints:
             raise M3Error(f"{self.item} has gone since it was opened: start again.")
         return fingerprints
@@ -270,6 +293,23 @@ class OrbaxCheckpoint(Closing):
             _OPEN.discard(self)
         if self._aggregate is not None:
             self._aggregate.close()
+
+
+def open_part(item: Path, number: int, template: Template | None) -> Checkpoint:
+    """Opens the arrays of a part of an item that `write_part` wrote, which may be beside those of others.
+
+    Args:
+        item: The directory of the item.
+        number: Of the part.
+        template: Of the item.
+
+    Raises:
+        M3Error: It is missing or damaged.
+    """
+    place = item / part_name(number) if has_database(template) else item
+    if not place.is_dir():
+        raise M3Error(f"{place} is missing: start again.")
+    return OrbaxCheckpoint(str(place), place)
 
 
 def open_orbax(path: Path) -> Checkpoint:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from m3jax import documents
 from m3jax.checkpoints.formats import ORBAX
 from m3jax.checkpoints.headers import parse_json
+from m3jax.checkpoints.key_values import context, unusable
 from m3jax.checkpoints.orbax_tree import (
     COMMITTED,
     MANIFEST,
@@ -27,8 +28,8 @@ from m3jax.checkpoints.orbax_tree import (
     joined,
     key_value_spec,
     read_tree,
+    remembered,
     step_number,
-    unusable,
 )
 from m3jax.checkpoints.protocol import DTYPE_NAMES, TensorInfo
 from m3jax.checkpoints.storage import read_file
@@ -86,6 +87,7 @@ def read_template(path: Path) -> Template:
     Raises:
         M3Error: As `find_item`; or what it says of itself is damaged.
     """
+    path = remembered(path)
     item = find_item(path)
     tree = parse_json(read_file(item / TREE), str(item / TREE)) if (item / TREE).is_file() else None
     step, layouts = item.parent, _layouts(item)
@@ -101,9 +103,9 @@ def _layouts(item: Path) -> dict[str, StoredArray]:
     """How the arrays of an item are stored that are stored by themselves."""
     import tensorstore as ts
 
-    tree, context = read_tree(item), ts.Context()
+    tree, shared = read_tree(item), context()
     opening = {
-        name: ts.open({"driver": driver, "kvstore": key_value_spec(item, name)}, open=True, read=True, context=context)
+        name: ts.open({"driver": driver, "kvstore": key_value_spec(item, name)}, open=True, read=True, context=shared)
         for name, driver in tree.stored.items()
     }
     found = {}

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from m3jax import documents
 from m3jax.checkpoints.headers import parse_json
+from m3jax.checkpoints.key_values import context, place_of, unusable
 from m3jax.checkpoints.msgpack import open_msgpack
 from m3jax.checkpoints.protocol import Checkpoint, natural_key
 from m3jax.checkpoints.remote import RemotePath
@@ -31,6 +32,11 @@ _LONGEST_NUMBER = 18  # digits
 _STEP = re.compile("(?:.*[_-])?([0-9]+)")
 
 
+def part_name(number: int | str) -> str:
+    """What Orbax calls the database that a process writes before that of all refers to it."""
+    return f"ocdbt.process_{number}"
+
+
 # --- Finding the arrays ----------------------------------------------------------------------------------
 
 
@@ -40,10 +46,16 @@ def is_orbax(path: Path) -> bool:
     Args:
         path: Any path.
     """
+    path = remembered(path)
     if not path.is_dir():
         return False
     below = (_leads_to_items(child) or is_unfinished(child) for child in children(path))
     return (path / STEP).is_file() or is_unfinished(path) or is_item(path) or any(below)
+
+
+def remembered(path: Path) -> Path:
+    """A path whose directories are listed once each, where they are remote."""
+    return path.remembering() if isinstance(path, RemotePath) and path.listings is None else path
 
 
 def children(directory: Path) -> list[Path]:
@@ -86,7 +98,7 @@ def is_unfinished(directory: Path) -> bool:
     """Whether the save that made a directory was interrupted."""
     if TEMPORARY in directory.name or TEMPORARY in directory.parent.name:
         return True
-    if any(directory.glob("ocdbt.process_*")) and not (directory / MANIFEST).exists():
+    if any(directory.glob(part_name("*"))) and not (directory / MANIFEST).exists():
         return True
     if not (directory / STEP).is_file() or (directory / COMMITTED).exists():
         return False
@@ -101,7 +113,19 @@ def is_unfinished(directory: Path) -> bool:
 
 def has_unfinished(step: Path) -> bool:
     """Whether the save of a step, or of one of its items, was interrupted."""
-    return is_unfinished(step) or (not is_item(step) and any(map(is_unfinished, children(step))))
+    if is_unfinished(step) or (not is_item(step) and any(map(is_unfinished, children(step)))):
+        return True
+    return _commits(step) and not (step / COMMITTED).is_file() and holds_items(step)
+
+
+def _commits(directory: Path) -> bool:
+    """Whether Orbax ends its saves there with a file, as it cannot rename."""
+    return isinstance(directory, RemotePath) and directory.scheme == "gs"
+
+
+def _lacks_commit(item: Path) -> bool:
+    """Whether an item is where Orbax ends its saves with a file, and neither it nor its step has that."""
+    return _commits(item) and not any((place / COMMITTED).is_file() for place in (item, item.parent))
 
 
 def item_note(name: str, path: Path) -> str | None:
@@ -111,7 +135,8 @@ def item_note(name: str, path: Path) -> str | None:
         name: What the user calls the model.
         path: Its directory.
     """
-    if isinstance(path, RemotePath) or not path.is_dir() or not is_orbax(path) or is_item(path):
+    path = remembered(path)
+    if not path.is_dir() or not is_orbax(path) or is_item(path):
         return None
     item = find_item(path)
     others = [child.name for child in children(item.parent) if child != item and is_item(child)]
@@ -131,9 +156,10 @@ def find_item(path: Path) -> Path:
     Raises:
         M3Error: There is none, several are there, or the save was interrupted.
     """
+    path = remembered(path)
     if not path.is_dir():
         raise M3Error(f"{path} is no directory of an Orbax checkpoint: check the path.")
-    if is_unfinished(path.absolute()):
+    if is_unfinished(path.absolute()) or (is_item(path) and _lacks_commit(path)):
         raise M3Error(f"{path} was not saved to its end or has lost files: save it again, or take another one.")
     if is_item(path):
         return path
@@ -242,8 +268,10 @@ def open_aggregate(item: Path) -> Checkpoint:
         The leaves in it; use it as a context manager.
 
     Raises:
-        M3Error: It is damaged or cannot be read.
+        M3Error: It is damaged, cannot be read or is remote.
     """
+    if isinstance(item, RemotePath):
+        raise M3Error(f"{item} is of an early version of Orbax, which is read from this disk only: download it first.")
     return open_msgpack(item / AGGREGATE)
 
 
@@ -262,11 +290,11 @@ def key_value_spec(item: Path, name: str = "") -> dict[str, Any]:
     """
     if ".." in name.split("/"):
         raise M3Error(f"{item} places array {name!r} outside of the checkpoint: do not trust it.")
-    files = {"driver": "file", "path": f"{item.absolute()}/"}
+    files = place_of(item)
     below = f"{name}/" if name else ""
     if (item / MANIFEST).is_file():
         return {"driver": "ocdbt", "base": files, "path": below}
-    return {"driver": "file", "path": files["path"] + below}
+    return {**files, "path": files["path"] + below}
 
 
 def _stored_keys(item: Path) -> list[str]:
@@ -274,12 +302,7 @@ def _stored_keys(item: Path) -> list[str]:
     import tensorstore as ts
 
     try:
-        return [key.decode() for key in ts.KvStore.open(key_value_spec(item)).result().list().result()]
+        opened = ts.KvStore.open(key_value_spec(item), context=context()).result()
+        return [key.decode() for key in opened.list().result()]
     except Exception as error:  # of many types
         raise unusable("the list of arrays", item, error) from error
-
-
-def unusable(what: str, item: Path, error: Exception) -> M3Error:
-    """The sentence for something that TensorStore does not give us."""
-    reason = str(error).partition(":")[0]  # the rest repeats paths and source lines
-    return M3Error(f"{what} in {item} is damaged or missing ({reason}): get the checkpoint again from its source.")

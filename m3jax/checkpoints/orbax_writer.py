@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from m3jax.checkpoints.key_values import place_of
 from m3jax.checkpoints.orbax_template import (
     StoredArray,
     Template,
@@ -27,13 +28,15 @@ from m3jax.checkpoints.orbax_template import (
     tree_of,
     uses_database,
 )
-from m3jax.checkpoints.orbax_tree import COMMITTED, STEP, TEMPORARY, TREE
+from m3jax.checkpoints.orbax_tree import COMMITTED, MANIFEST, STEP, TEMPORARY, TREE, part_name
 from m3jax.checkpoints.protocol import DTYPES, Checkpoint, TensorInfo, natural_key
+from m3jax.checkpoints.storage import copy_tree
 from m3jax.errors import M3Error, mend
 
 _CHUNK = 16 << 20  # bytes of a chunk: what a reader of any small piece has to decode
 _HELD = 64 << 20  # bytes being compressed and written
 _IN_FLIGHT = 256  # chunks, however small
+_VALUES, _NODES = "d", "ocdbt_meta/"  # where a database keeps values, and a part's what tells where they are
 
 
 def check_tree(names: Iterable[str], where: object) -> None:
@@ -75,12 +78,7 @@ def write_orbax(path: Path, source: Checkpoint, template: Template | None = None
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise M3Error(f"{path} is there already: choose another place, or remove it.")
-    is_item_of_step = template is not None and bool(template.name)
-    if template is not None and template.tree is None:
-        template = None  # of an early version, which a tree of dicts restores as well
-    if template is None:
-        check_tree(source.tensors, source.location)
-    tree = _tree_metadata(source) if template is None else tree_of(template, source.tensors)
+    tree = _tree(source.tensors, source.metadata, template, source.location)
     temporary = path.with_name(path.name + TEMPORARY)
     begun = time.time_ns()
     try:
@@ -89,16 +87,40 @@ def write_orbax(path: Path, source: Checkpoint, template: Template | None = None
             temporary.mkdir()
         _write_arrays(path, temporary, source, template)
         with _saying_what_failed(path):
-            for name, text in tree_files(template, source.tensors) if template is not None else ():
-                (temporary / name).parent.mkdir(exist_ok=True)
-                (temporary / name).write_text(text, encoding="utf-8")
-            _write_json(temporary / TREE, tree)
-            if not is_item_of_step:
-                _write_json(temporary / STEP, step_content(template, begun, time.time_ns()))
-            _commit(temporary, path)
+            _describe(temporary, path, tree, source.tensors, template, begun)
             temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _tree(
+    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], template: Template | None, where: object
+) -> dict[str, Any]:
+    """The content of `_METADATA`; raises M3Error where names make no tree."""
+    if template is not None and template.tree is not None:
+        return tree_of(template, tensors)
+    check_tree(tensors, where)  # also of an early version, which a tree of dicts restores as well
+    return _tree_metadata(tensors, metadata)
+
+
+def _describe(
+    directory: Path,
+    path: Path,
+    tree: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    template: Template | None,
+    begun: int,
+) -> None:
+    """Writes all of an item, which will be `path`, but its arrays; the last file says that it is whole."""
+    if template is not None and template.tree is not None:
+        for name, text in tree_files(template, tensors):
+            (directory / name).parent.mkdir(exist_ok=True)
+            (directory / name).write_text(text, encoding="utf-8")
+    _write_json(directory / TREE, tree)
+    if template is None or not template.name:  # else its step tells
+        told = template if template is not None and template.tree is not None else None
+        _write_json(directory / STEP, step_content(told, begun, time.time_ns()))
+    _commit(directory, path)
 
 
 def fill_with_orbax(
@@ -130,12 +152,14 @@ def _fill_step(step: Path, source: Checkpoint, template: Template) -> None:
     """Writes a step: its item, and what stands beside the template's."""
     begun = time.time_ns()
     write_orbax(step / template.name, source, template)
+    _describe_step(step, template, begun)
+
+
+def _describe_step(step: Path, template: Template, begun: int) -> None:
+    """Writes all of a step but its item; the last file says that it is whole."""
     with _saying_what_failed(step):
         for path in template.beside:
-            if path.is_dir():
-                shutil.copytree(path, step / path.name, copy_function=shutil.copyfile)
-            else:
-                shutil.copyfile(path, step / path.name)
+            copy_tree(path, step / path.name)
         there = {template.name, *(path.name for path in template.beside)}
         told = step_content(template, begun, time.time_ns())
         handlers = told["item_handlers"]
@@ -147,6 +171,101 @@ def _fill_step(step: Path, source: Checkpoint, template: Template) -> None:
         _commit(step, step)
 
 
+# --- Items that are written in parts --------------------------------------------------------------------------
+
+
+def write_part(item: Path, number: int, source: Checkpoint, template: Template | None) -> list[str]:
+    """Writes some of the arrays of an item beside others, which may be written elsewhere at the same time.
+
+    They are a database of their own, as Orbax has one of each process, which `finish_item` puts together; or where
+    the template has none, a directory each.
+
+    Args:
+        item: The directory of the item, made if it is not there.
+        number: Of this part, which no other has. What an earlier attempt at it has left is removed.
+        source: The arrays.
+        template: Of the whole item, as in `write_orbax`.
+
+    Returns:
+        The names of the files that hold them, under the item's directory.
+
+    Raises:
+        M3Error: The operating system fails.
+    """
+    places = [part_name(number)] if has_database(template) else list(source.tensors)
+    with _saying_what_failed(item):
+        item.mkdir(parents=True, exist_ok=True)
+        for place in places:
+            shutil.rmtree(item / place, ignore_errors=True)
+    _write_arrays(item, item, source, template, number)
+    found = (path for place in places for path in (item / place).rglob("*") if path.is_file())
+    return sorted(path.relative_to(item).as_posix() for path in found)
+
+
+def finish_item(
+    item: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], template: Template | None
+) -> None:
+    """Makes an item of the parts in its directory, and a step of the directory above where the template is one's.
+
+    Args:
+        item: The directory of the parts. Of a database only what `is_node` knows has to be there.
+        tensors: What they hold, by name.
+        metadata: Texts that are kept with a tree that is not the template's.
+        template: As in `write_orbax`.
+
+    Raises:
+        M3Error: A part is missing or damaged, names make no tree, or the operating system fails.
+    """
+    begun = time.time_ns()
+    tree = _tree(tensors, metadata, template, item)
+    if has_database(template):
+        _merge_parts(item)
+    with _saying_what_failed(item):
+        _describe(item, item, tree, tensors, template, begun)
+    if template is not None and template.name:
+        _describe_step(item.parent, template, begun)
+
+
+def is_node(name: str) -> bool:
+    """Whether a file of a part tells where values are, and holds none.
+
+    Args:
+        name: With the part's directory, and perhaps others above.
+    """
+    *_, above, last = ["", *name.split("/")]
+    return last == MANIFEST or f"{above}/" == _NODES
+
+
+def has_database(template: Template | None) -> bool:
+    """Whether arrays that are written after a template are in a database (OCDBT), not in a directory each."""
+    return template is None or template.tree is None or uses_database(template)
+
+
+def _merge_parts(item: Path) -> None:
+    """One database of those of the parts, to whose files it refers, as Orbax makes one of those of all processes.
+
+    Orbax's own function for it is not public, and imports JAX.
+    """
+    import tensorstore as ts
+
+    with _saying_what_failed(item):
+        (item / MANIFEST).unlink(missing_ok=True)  # of an attempt before
+        shutil.rmtree(item / _VALUES, ignore_errors=True)
+        shared, base = ts.Context(), place_of(item)  # references are copied within one context alone
+        whole = ts.KvStore.open({"driver": "ocdbt", "base": base}, context=shared).result()
+        together = ts.Transaction(atomic=True)
+        keys: set[bytes] = set()
+        for part in sorted(item.glob(part_name("*"))):
+            below = {**base, "path": f"{base['path']}{part.name}/"}
+            own = ts.KvStore.open({"driver": "ocdbt", "base": below}, context=shared).result()
+            keys |= set(own.list().result())
+            own.experimental_copy_range_to(whole.with_transaction(together)).result()
+        together.commit_sync()
+        found = set(whole.list().result())
+    if found != keys:
+        raise M3Error(f"{item} does not hold what its parts hold: check the disk, and start again.")
+
+
 def _commit(directory: Path, path: Path) -> None:
     """Says in a directory, which will be `path`, that all of it is there."""
     (directory / COMMITTED).write_text(f"Checkpoint commit was successful to {path.name}\n", encoding="utf-8")
@@ -156,6 +275,8 @@ def _commit(directory: Path, path: Path) -> None:
 def _saying_what_failed(path: Path) -> Iterator[None]:
     try:
         yield
+    except M3Error:
+        raise
     except Exception as error:  # TensorStore's are of many types
         if isinstance(error, OSError):
             raise M3Error(f"{path} cannot be written: {error.strerror}; {mend(error)}.") from error
@@ -164,12 +285,14 @@ def _saying_what_failed(path: Path) -> Iterator[None]:
         raise M3Error(f"{path} cannot be written: {reason}.") from error
 
 
-def _write_arrays(path: Path, directory: Path, source: Checkpoint, template: Template | None) -> None:
-    """Writes every array into `directory`, which will be `path`."""
+def _write_arrays(
+    path: Path, directory: Path, source: Checkpoint, template: Template | None, part: int | None = None
+) -> None:
+    """Writes every array into `directory`, which will be `path`, or into a part of it."""
+    template = None if template is None or template.tree is None else template
     layouts = {info.name: _layout(info, template) for info in source.tensors.values()}
-    database = template is None or uses_database(template)
     with _saying_what_failed(path):
-        stores = _create_arrays(directory, source, layouts, database)
+        stores = _create_arrays(directory, source, layouts, has_database(template), part)
     writing: deque[Any] = deque()
     held = 0
     try:
@@ -204,19 +327,18 @@ def _layout(info: TensorInfo, template: Template | None) -> StoredArray:
 
 
 def _create_arrays(
-    directory: Path, source: Checkpoint, layouts: Mapping[str, StoredArray], database: bool
+    directory: Path, source: Checkpoint, layouts: Mapping[str, StoredArray], database: bool, part: int | None
 ) -> dict[str, Any]:
     """Handles of new arrays, made all at once because the database commits together what comes together."""
     import tensorstore as ts
 
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
-    base = {"driver": "file", "path": f"{directory.absolute()}/"}
+    base = place_of(directory)
     opening = {}
     for name, shape, dtype in source.tensors.values():
-        ocdbt = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
         spec = {
             "driver": layouts[name].driver,
-            "kvstore": ocdbt if database else {"driver": "file", "path": f"{base['path']}{name}/"},
+            "kvstore": _in_database(base, name, part) if database else {**base, "path": f"{base['path']}{name}/"},
             "metadata": dict(layouts[name].metadata),
             "store_data_equal_to_fill_value": True,
         }
@@ -224,6 +346,20 @@ def _create_arrays(
     for future in opening.values():
         future.exception()  # waits for all of them, whichever fails
     return {name: future.result() for name, future in opening.items()}
+
+
+def _in_database(base: Mapping[str, Any], name: str, part: int | None) -> dict[str, Any]:
+    """Where an array is in a database; those of parts keep apart what tells where values are, and the values."""
+    if part is None:
+        return {"driver": "ocdbt", "base": dict(base), "path": f"{name}/"}
+    return {
+        "driver": "ocdbt",
+        "base": {**base, "path": f"{base['path']}{part_name(part)}/"},
+        "path": f"{name}/",
+        "value_data_prefix": f"{_VALUES}/",
+        "btree_node_data_prefix": _NODES,
+        "version_tree_node_data_prefix": _NODES,
+    }
 
 
 def _boxes_of(source: Checkpoint, name: str, chunk: Sequence[int]) -> Iterator[tuple[tuple[slice, ...], np.ndarray]]:
@@ -264,9 +400,9 @@ def _chunk_shape(shape: Sequence[int], width: int) -> list[int]:
     return chunk
 
 
-def _tree_metadata(source: Checkpoint) -> dict[str, Any]:
+def _tree_metadata(tensors: Iterable[str], metadata: Mapping[str, str]) -> dict[str, Any]:
     """The content of `_METADATA`, as Orbax lays it out."""
-    paths = [tuple(name.split(".")) for name in source.tensors]
+    paths = [tuple(name.split(".")) for name in tensors]
     value = {"value_type": "np.ndarray", "skip_deserialize": False}
     return {
         "tree_metadata": {
@@ -276,7 +412,7 @@ def _tree_metadata(source: Checkpoint) -> dict[str, Any]:
         "use_ocdbt": True,
         "use_zarr3": False,
         "store_array_data_equal_to_fill_value": True,
-        "custom_metadata": dict(source.metadata) or None,
+        "custom_metadata": dict(metadata) or None,
     }
 
 

@@ -11,8 +11,9 @@ import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from fnmatch import fnmatchcase
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -56,6 +57,7 @@ class RemotePath(_Base):
     Attributes:
         scheme: `s3` or `gs`.
         key: The bucket and the object's name in it.
+        listings: What was found under prefixes, and whether each is one, by prefix; None where nothing is remembered.
 
     Example:
         >>> model = as_path("s3://bucket/models/tiny/")
@@ -65,12 +67,13 @@ class RemotePath(_Base):
 
     scheme: str
     key: PurePosixPath
+    listings: dict[PurePosixPath, dict[str, bool]] | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.key}"
 
     def __truediv__(self, name: "str | os.PathLike[str]") -> Self:
-        return type(self)(self.scheme, self.key / name)
+        return replace(self, key=self.key / name)
 
     @property
     def name(self) -> str:
@@ -85,16 +88,31 @@ class RemotePath(_Base):
     @property
     def parent(self) -> Self:
         """The prefix that the object is in; a bucket is its own."""
-        return type(self)(self.scheme, self.key.parent) if len(self.key.parts) > 1 else self
+        return replace(self, key=self.key.parent) if len(self.key.parts) > 1 else self
 
     @property
     def parents(self) -> tuple[Self, ...]:
         """All prefixes that the object is in, the nearest first."""
-        return tuple(type(self)(self.scheme, key) for key in self.key.parents if key.parts)
+        return tuple(replace(self, key=key) for key in self.key.parents if key.parts)
 
     def resolve(self, strict: bool = False) -> Self:
         """The path itself: there are no links."""
         return self
+
+    def absolute(self) -> Self:
+        """The path itself."""
+        return self
+
+    def with_name(self, name: str) -> Self:
+        """What is beside it under another name."""
+        return replace(self, key=self.key.with_name(name))
+
+    def remembering(self) -> Self:
+        """The same path, which lists each prefix once; so do the paths that are made of it.
+
+        Whoever looks for the same few names in many prefixes would otherwise ask for each.
+        """
+        return replace(self, listings={})
 
     def info(self) -> dict[str, Any] | None:
         """What the storage says of it now; None where nothing is there.
@@ -111,13 +129,23 @@ class RemotePath(_Base):
 
     def is_file(self) -> bool:
         """Whether it is an object."""
+        if (told := self._told_by_parent()) is not None:
+            return told.get(self.name) is False
         info = self.info()
         return info is not None and info["type"] == "file"
 
     def is_dir(self) -> bool:
         """Whether it is a bucket, or a prefix that objects are under."""
+        if (told := self._told_by_parent()) is not None:
+            return told.get(self.name) is True
+        if self.listings is not None:
+            return bool(self._listing())
         info = self.info()
         return info is not None and info["type"] == "directory"
+
+    def exists(self, *, follow_symlinks: bool = True) -> bool:
+        """Whether it is an object, or a prefix that objects are under."""
+        return self.is_file() or self.is_dir()
 
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
         """Size and time of last modification of an object.
@@ -145,12 +173,49 @@ class RemotePath(_Base):
         Raises:
             M3Error: Nothing is.
         """
+        names = self._listing() if self.listings is not None else self._list()
+        yield from (self / name for name in names)
+
+    def glob(self, pattern: str) -> Iterator[Self]:  # type: ignore[override]  # as above
+        """What is directly under the prefix and has such a name."""
+        yield from (self / name for name in self._listing() if fnmatchcase(name, pattern))
+
+    def _told_by_parent(self) -> dict[str, bool] | None:
+        """What is beside the path, where that is remembered."""
+        return None if self.listings is None else self.listings.get(self.key.parent)
+
+    def _listing(self) -> dict[str, bool]:
+        """What is directly under the prefix, and whether each is a prefix; nothing where nothing is there."""
+        if self.listings is not None and self.key in self.listings:
+            return self.listings[self.key]
+        told = self._told_by_parent()
+        try:
+            found = {} if told is not None and not told.get(self.name) else self._list()
+        except M3Error as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            found = {}
+        if self.listings is not None:
+            self.listings[self.key] = found
+        return found
+
+    def _list(self) -> dict[str, bool]:
+        """What is directly under the prefix now, and whether each is a prefix."""
         with saying(self):
-            names = file_system(self.scheme).ls(str(self.key), detail=False)
-        for name in names:
-            key = PurePosixPath(name)
-            if key.parent == self.key:  # some tools make an empty object of the prefix's own name
-                yield type(self)(self.scheme, key)
+            entries = file_system(self.scheme).ls(str(self.key), detail=True)
+        keys = {PurePosixPath(entry["name"]): entry["type"] == "directory" for entry in entries}
+        # Some tools make an empty object of the prefix's own name.
+        return {key.name: is_prefix for key, is_prefix in keys.items() if key.parent == self.key}
+
+    def objects(self) -> "dict[str, Identity]":
+        """Every object under the prefix, however deep, by its name under it."""
+        with saying(self):
+            found = file_system(self.scheme).find(str(self.key), detail=True)
+        return {
+            key.removeprefix(f"{self.key}/"): identity_of(info)
+            for key, info in sorted(found.items())
+            if info["type"] == "file" and key != str(self.key)
+        }
 
     def read_bytes(self) -> bytes:
         """The whole of a small object.
@@ -281,7 +346,7 @@ def _seen(error: Exception) -> Exception:
 
 def absent(path: RemotePath) -> M3Error:
     """The sentence for an object that is not there, or whose bucket is not."""
-    bucket = type(path)(path.scheme, PurePosixPath(path.key.parts[0]))
+    bucket = RemotePath(path.scheme, PurePosixPath(path.key.parts[0]))
     try:
         file_system(path.scheme).info(str(bucket.key))
     except FileNotFoundError:
@@ -338,6 +403,16 @@ def range_reader(path: RemotePath) -> tuple[Identity, Callable[[int, int], bytes
         return identity_of(handle.details), handle.cache.fetcher
     info = driver.info(key)
     return identity_of(info), partial(driver.cat_file, key, generation=info.get("generation"))
+
+
+def download(path: RemotePath, target: Path) -> None:
+    """Copies an object to a file of this disk.
+
+    Raises:
+        M3Error: It cannot be read.
+    """
+    with saying(path):
+        file_system(path.scheme).get_file(str(path.key), str(target))
 
 
 def identity_of(info: dict[str, Any]) -> Identity:

@@ -5,7 +5,8 @@ A name may say which steps are meant: `RUN` the last that was saved to its end, 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,15 +17,18 @@ from m3jax.checkpoints.orbax_tree import (
     has_unfinished,
     holds_items,
     is_item,
+    remembered,
     step_number,
 )
 from m3jax.checkpoints.protocol import natural_key
+from m3jax.checkpoints.remote import RemotePath, as_path, is_url
 from m3jax.checkpoints.storage import list_names
 from m3jax.errors import M3Error
 
 _LAST = re.compile(r"last(?::([0-9]+))?")
 _ONE = re.compile(r"[0-9]+")
 _RANGE = re.compile(r"([0-9]+):([0-9]+)(?::([0-9]+))?")
+_LOOKS = 16  # steps in remote storage that are looked into at a time
 
 
 class Run(NamedTuple):
@@ -72,7 +76,7 @@ def find_run(path: Path) -> Run | None:
     """The run whose steps are in a directory, or in its `checkpoints`.
 
     Args:
-        path: Any local path.
+        path: Any path, here or in remote storage.
 
     Returns:
         The run; None where there are no steps: each is a directory whose name ends in its number, after one beginning
@@ -81,7 +85,8 @@ def find_run(path: Path) -> Run | None:
     Raises:
         M3Error: A directory cannot be listed.
     """
-    if not path.is_dir() or is_item(path):
+    path = remembered(path)
+    if not path.is_dir() or _is_item_itself(path):
         return None
     for place in (path, path / STEPS):
         found = _steps_in(place) if place.is_dir() else None
@@ -90,18 +95,24 @@ def find_run(path: Path) -> Run | None:
     return None
 
 
+def _is_item_itself(path: Path) -> bool:
+    """Whether a directory is an item; a remote one is none whose names are steps', as each would be looked into."""
+    if isinstance(path, RemotePath) and any(step_number(child.name) is not None for child in children(path)):
+        return False
+    return is_item(path)
+
+
 def _steps_in(place: Path) -> tuple[dict[int, Path], tuple[str, ...]] | None:
     """The steps in a directory that were finished, and names of those that were not; None where it is no run's."""
     numbered = [(step_number(child.name.partition(".orbax")[0]), child) for child in children(place)]
+    candidates = [(number, child) for number, child in numbered if number is not None]
     steps: dict[int, Path] = {}
     cut = []
     beginnings = set()
-    for number, child in numbered:
-        if number is None:
-            continue
-        if has_unfinished(child):
+    for (number, child), state in zip(candidates, _states([child for _, child in candidates]), strict=True):
+        if state is None:
             cut.append(child.name)
-        elif holds_items(child) or _holds_weights(child):
+        elif state:
             beginnings.add(child.name.rstrip("0123456789"))
             if number in steps:
                 return None  # numbers of something else
@@ -109,6 +120,18 @@ def _steps_in(place: Path) -> tuple[dict[int, Path], tuple[str, ...]] | None:
     if len(beginnings) > 1 or not (steps or cut):
         return None
     return dict(sorted(steps.items())), tuple(sorted(cut, key=natural_key))
+
+
+def _states(directories: Sequence[Path]) -> list[bool | None]:
+    """Of each directory whether it holds a model; None where the save of one was interrupted."""
+    if not any(isinstance(each, RemotePath) for each in directories):
+        return [_state(each) for each in directories]
+    with ThreadPoolExecutor(_LOOKS) as pool:  # each look is a wait
+        return list(pool.map(_state, directories))
+
+
+def _state(directory: Path) -> bool | None:
+    return None if has_unfinished(directory) else holds_items(directory) or _holds_weights(directory)
 
 
 def _holds_weights(directory: Path) -> bool:
@@ -127,10 +150,18 @@ def split_step(name: str) -> tuple[str, str] | None:
     """
     place, at, said = name.rpartition("@")
     known = _LAST.fullmatch(said) or _ONE.fullmatch(said) or _RANGE.fullmatch(said)
-    path = Path(place).expanduser()
-    if not at or not place or known is None or Path(name).expanduser().exists() or not path.is_dir():
+    if not at or not place or known is None or place_of(name).exists() or not place_of(place).is_dir():
         return None
     return place, said
+
+
+def place_of(name: str) -> Path:
+    """The path that a name is, here or in remote storage, where each directory is listed once.
+
+    Args:
+        name: As a user wrote it.
+    """
+    return remembered(as_path(name)) if is_url(name) else Path(name).expanduser()
 
 
 def chosen_steps(place: str, said: str) -> list[int]:
@@ -143,7 +174,7 @@ def chosen_steps(place: str, said: str) -> list[int]:
     Raises:
         M3Error: It is no run, or lacks a step that is meant.
     """
-    run = find_run(Path(place).expanduser())
+    run = find_run(place_of(place))
     if run is None:
         raise M3Error(f"{place} holds no steps of a run, so that {place}@{said} is none: give the directory of steps.")
     if last := _LAST.fullmatch(said):
@@ -178,17 +209,19 @@ def step_place(name: str) -> Path | None:
         name: Of a model, as a user wrote it.
 
     Returns:
-        The step's directory; None where the name means no step of a run on this disk.
+        The step's directory; None where the name means no step of a run.
 
     Raises:
         M3Error: It means several steps, or one that is not there.
     """
     said = split_step(name)
     if said is not None:
-        step, run = _one_step(*said), find_run(Path(said[0]).expanduser())
+        step, run = _one_step(*said), find_run(place_of(said[0]))
         return None if run is None else run.step(step)
-    path = Path(name).expanduser()
-    if not name or not path.is_dir() or _holds_weights(path):
+    if not name:
+        return None
+    path = place_of(name)
+    if not path.is_dir() or _holds_weights(path):
         return None
     run = find_run(path)
     return None if run is None else run.steps[run.last]
@@ -217,8 +250,10 @@ def step_name(name: str) -> str:
     said = split_step(name)
     if said is not None:
         return f"{said[0]}@{_one_step(*said)}"
-    path = Path(name).expanduser()
-    if not name or not path.is_dir() or _holds_weights(path):
+    if not name:
+        return name
+    path = place_of(name)
+    if not path.is_dir() or _holds_weights(path):
         return name
     run = find_run(path)
     return name if run is None else f"{name}@{run.last}"

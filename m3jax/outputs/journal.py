@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from m3jax.checkpoints.formats import SAFETENSORS
+from m3jax.checkpoints.orbax_tree import COMMITTED
 
 Entry: TypeAlias = dict[str, Any]
 """What is finished: a weight file, named by the key `shard`, or something else."""
@@ -46,6 +47,11 @@ def weights_in(entries: Iterable[Entry]) -> dict[str, Entry]:
     return {entry["shard"]: entry for entry in entries if "shard" in entry}
 
 
+def files_of(entry: Mapping[str, Any]) -> list[str]:
+    """The files that hold what an entry's weight file held: itself, or what was made of it."""
+    return list(entry.get("files") or [entry["shard"]])
+
+
 def is_weights(name: str) -> bool:
     """Whether a file's name is that of weights, which are safely stored as soon as they are finished."""
     return name.endswith(SAFETENSORS.endings)
@@ -53,7 +59,12 @@ def is_weights(name: str) -> bool:
 
 def makes_a_model(name: str) -> bool:
     """Whether loaders take a place for a model by a file of this name."""
-    return name in _LAST
+    return name in _LAST or _commits(name)
+
+
+def _commits(name: str) -> bool:
+    """Whether a file says of the directory that it is in that all is there, as Orbax has it in remote storage."""
+    return name.rpartition("/")[2] == COMMITTED
 
 
 def in_order(names: Collection[str]) -> list[str]:
@@ -62,8 +73,16 @@ def in_order(names: Collection[str]) -> list[str]:
     Example:
         >>> in_order(["config.json", "tokenizer.json", "m3jax.json", "README.md"])
         ['README.md', 'tokenizer.json', 'm3jax.json', 'config.json']
+        >>> in_order(["commit_success.txt", "m3jax.json", "items/commit_success.txt", "items/_METADATA"])
+        ['items/_METADATA', 'm3jax.json', 'items/commit_success.txt', 'commit_success.txt']
     """
-    return sorted(names, key=lambda name: (1 + _LAST.index(name) if name in _LAST else 0, name))
+    return sorted(names, key=lambda name: (_turn(name), -name.count("/"), name))
+
+
+def _turn(name: str) -> int:
+    if _commits(name):
+        return 1 + len(_LAST)
+    return 1 + _LAST.index(name) if name in _LAST else 0
 
 
 class Journalled(ABC):
@@ -86,7 +105,7 @@ class Journalled(ABC):
 
     @abstractmethod
     def holds(self, file: str) -> bool:
-        """Whether a finished weight file is still there."""
+        """Whether a finished weight file, or what was made of it, is still there."""
 
     def record(self, entry: Mapping[str, Any]) -> None:
         """Adds an entry to the journal; what it tells of is safely stored before this returns."""

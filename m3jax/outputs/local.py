@@ -32,10 +32,12 @@ from m3jax.outputs.journal import (
     Journal,
     Journalled,
     append,
+    files_of,
     finished_in,
     is_weights,
     line_of,
     read_journal,
+    weights_in,
 )
 from m3jax.outputs.provenance import FILE_NAME
 from m3jax.outputs.written import varying_patterns
@@ -263,8 +265,9 @@ class Workplace(Journalled):
             file.write("".join(map(line_of, lines)).encode())
 
     def holds(self, file: str) -> bool:
-        """Whether a finished weight file is still there."""
-        return (self.path / file).is_file()
+        """Whether a finished weight file, or what was made of it, is still there."""
+        entry = weights_in(self.finished).get(file)
+        return entry is not None and all((self.path / name).is_file() for name in files_of(entry))
 
     def _store(self, entry: Entry) -> Entry:
         """Add an entry to the journal; the weight file that it tells of is on the disk."""
@@ -315,7 +318,7 @@ class Staging(Workplace):
         try:
             self._settle(identity)
             self._resume(identity)
-            written = sum(f.stat().st_size for f in self.path.iterdir() if is_weights(f.name))
+            written = sum(f.stat().st_size for f in self.path.rglob("*") if f.is_file())
             check_space(self.out, space_needed - written)
         except BaseException as error:
             self.__exit__(type(error), error, None)

@@ -1,20 +1,20 @@
-"""Merges written as Orbax: made of their finished safetensors, read back, and told of in the manifest.
+"""Merges written as Orbax: in parts, one for each weight file, which are read back and at the end put together.
 
-A merge fills safetensors first, because those resume shard by shard, where the database of Orbax is one whole. At the
-end they become Orbax, chunk by chunk, where the output is made, so that it still appears by one rename; until then the
-disk holds the weights twice.
+A merge fills a file of safetensors, as its chunks come in another order than those of arrays; when the file is finished
+it becomes a part of the output and goes. So a merge resumes part by part, whoever makes them, and the disk holds one
+file twice, not the weights.
 """
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from m3jax.checkpoints import Checkpoint, TensorInfo, digest_file, digest_tensor, open_safetensors
-from m3jax.checkpoints.formats import ORBAX, SAFETENSORS
+from m3jax.checkpoints import TensorInfo, digest_file, digest_tensor, open_safetensors
+from m3jax.checkpoints.formats import ORBAX
 from m3jax.checkpoints.locate import split_adapter
 from m3jax.checkpoints.opening import recognise
+from m3jax.checkpoints.orbax import open_part
 from m3jax.checkpoints.orbax_template import (
     DEFAULT_ITEM,
     Template,
@@ -24,14 +24,16 @@ from m3jax.checkpoints.orbax_template import (
     without_state,
 )
 from m3jax.checkpoints.orbax_tree import STEPS, is_item
-from m3jax.checkpoints.orbax_writer import check_tree, fill_with_orbax
+from m3jax.checkpoints.orbax_writer import check_tree, finish_item, write_part
 from m3jax.checkpoints.remote import RemotePath
-from m3jax.checkpoints.runs import find_run, split_step
+from m3jax.checkpoints.runs import find_run, place_of, split_step
+from m3jax.checkpoints.shards import WEIGHTS_METADATA
+from m3jax.checkpoints.storage import tree_size
 from m3jax.checkpoints.views import renamed
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs.local import intermediates_directory, is_own, partial_directory
-from m3jax.outputs.written import open_written, varying_files
-from m3jax.progress import Progress
+from m3jax.outputs.remote import begun_in
+from m3jax.outputs.written import varying_files
 
 
 class OrbaxOutput(NamedTuple):
@@ -62,8 +64,7 @@ class OrbaxOutput(NamedTuple):
     def size_beside(self) -> int:
         """Bytes of what is copied from the template's step."""
         beside = self.template.beside if self.template is not None else ()
-        files = (file for path in beside for file in (path.rglob("*") if path.is_dir() else [path]))
-        return sum(file.stat().st_size for file in files if file.is_file())
+        return sum(map(tree_size, beside))
 
     def to_json(self) -> dict[str, Any]:
         """What the manifest says of it."""
@@ -106,54 +107,80 @@ def plan_orbax(
     return OrbaxOutput(found, found.name, names)
 
 
-def make_orbax(
-    directory: Path,
-    output: OrbaxOutput,
-    shards: Sequence[str],
-    digests: Mapping[str, str],
-    progress: Callable[[Progress], None] | None = None,
-) -> dict[str, str]:
-    """Makes Orbax of the finished safetensors in a directory, reads it back, and removes them.
+def keep_part(directory: Path, output: OrbaxOutput, number: int, file: str, digests: Mapping[str, str]) -> list[str]:
+    """Makes a part of an output of a finished weight file, reads it back, and removes the file.
 
     Args:
         directory: Where the output is made.
         output: How.
-        shards: The names of the safetensors.
-        digests: Of each tensor, by its name in the merge.
-        progress: Called after every tensor that was read back.
+        number: Of the part: that of the file.
+        file: The name of the safetensors.
+        digests: Of each of its tensors, by its name in the merge.
+
+    Returns:
+        The names of the part's files.
+
+    Raises:
+        M3Error: What is read back is not what was merged, or the disk fails.
+    """
+    own = {output.names[name]: name for name in digests}
+    with renamed(open_safetensors(directory / file), own) as merged:
+        names = write_part(directory / output.item, number, merged, output.template)
+    wrong = _differing(directory, output, number, digests)
+    if wrong is not None:
+        raise M3Error(f"{directory}: {wrong!r} reads back otherwise than it was merged: check the disk, start again")
+    (directory / file).unlink()
+    return [(PurePosixPath(output.item) / name).as_posix() for name in names]
+
+
+def holds_part(directory: Path, output: OrbaxOutput, number: int, digests: Mapping[str, str]) -> bool:
+    """Whether a part is as it was made.
+
+    Args:
+        directory: Where the output is made.
+        output: How.
+        number: Of the part.
+        digests: Of each of its tensors, by its name in the merge.
+    """
+    try:
+        return _differing(directory, output, number, digests) is None
+    except M3Error:
+        return False
+
+
+def _differing(directory: Path, output: OrbaxOutput, number: int, digests: Mapping[str, str]) -> str | None:
+    """The first of a part's tensors that is not what was merged, by its name in the merge."""
+    with open_part(directory / output.item, number, output.template) as made:
+        for name, digest in digests.items():
+            stored = output.names[name]
+            if stored not in made.tensors or digest_tensor(made, stored) != digest:
+                return name
+    return None
+
+
+def finish_orbax(directory: Path, output: OrbaxOutput, tensors: Sequence[TensorInfo]) -> dict[str, str]:
+    """Makes the output of its parts.
+
+    Args:
+        directory: Where the output is made. Of parts that are elsewhere, what `is_node` knows is enough.
+        output: How.
+        tensors: All that the parts hold.
 
     Returns:
         The digests of the files that do not depend on when it was made: those of the tree, and what was copied.
 
     Raises:
-        M3Error: What is read back is not what was merged, or the disk fails.
+        M3Error: A part is missing or damaged, or the disk fails.
     """
-    sources = {*shards, SAFETENSORS.index_file}
-    for path in directory.iterdir():  # what an interrupted attempt has left
-        if path.name not in sources and not is_own(path.name):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    with renamed(open_safetensors(directory), {stored: name for name, stored in output.names.items()}) as merged:
-        fill_with_orbax(directory, merged, template=output.template)
-    with open_written(directory, output.to_json()) as made:
-        _check(made, directory, digests, progress)
-    for name in sources:
-        (directory / name).unlink(missing_ok=True)
+    stored = {info.name: info for info in (info._replace(name=output.names[info.name]) for info in tensors)}
+    item = directory / output.item
+    with saying_what_failed(item):
+        item.mkdir(exist_ok=True)
+    finish_item(item, stored, WEIGHTS_METADATA, output.template)
     varying = varying_files(output.item, output.names.values())
     files = (path for path in directory.rglob("*") if path.is_file() and not is_own(path.name))
     told = {path.relative_to(directory).as_posix(): path for path in files}
     return {name: digest_file(path) for name, path in sorted(told.items()) if not varying.matches(name)}
-
-
-def _check(
-    made: Checkpoint, directory: Path, digests: Mapping[str, str], progress: Callable[[Progress], None] | None
-) -> None:
-    total, done = sum(info.nbytes for info in made.tensors.values()), 0
-    for name, digest in digests.items():
-        if name not in made.tensors or digest_tensor(made, name) != digest:
-            raise M3Error(f"{directory}: {name!r} reads back otherwise than it was merged: check the disk, start again")
-        done += made.tensors[name].nbytes
-        if progress is not None:
-            progress(Progress("verifying", done, total))
 
 
 @contextmanager
@@ -169,22 +196,22 @@ def step_directory(out: Path, step: int | None, like: str | None = None) -> Iter
         The directory of the step, or `out` itself.
 
     Raises:
-        M3Error: It is no number of a step, the run is not on this disk, or holds something else.
+        M3Error: It is no number of a step, or OUT holds something else.
     """
     if step is None:
         yield out
         return
     if step < 0:
         raise M3Error(f"step: {step} is no number of a step: give one from 0 on")
-    if isinstance(out, RemotePath):
-        raise M3Error(f"{out}: steps are written to runs on this disk: give a local directory")
     below = (out / STEPS).is_dir() or (not out.exists() and like is not None and _keeps_below(like))
     place = out / STEPS if below else out
     target = place / str(step)
-    begun = partial_directory(target).exists() or intermediates_directory(target).exists()  # and was interrupted
     taken = place.exists() and (not place.is_dir() or any(place.iterdir()))
-    if taken and not begun and find_run(out) is None:
+    if taken and not _begun(target) and find_run(out) is None:
         raise M3Error(f"{out}: holds no steps of a run, to which {step} could be added: give a run or a new directory")
+    if isinstance(out, RemotePath):  # where there are no directories to make
+        yield target
+        return
     made = [directory for directory in dict.fromkeys((out, place)) if not directory.exists()]
     with saying_what_failed(out):
         for directory in made:
@@ -197,11 +224,18 @@ def step_directory(out: Path, step: int | None, like: str | None = None) -> Iter
                 directory.rmdir()
 
 
+def _begun(target: Path) -> bool:
+    """Whether a merge of that output was begun, and interrupted."""
+    if isinstance(target, RemotePath):
+        return begun_in(target)
+    return partial_directory(target).exists() or intermediates_directory(target).exists()
+
+
 def _keeps_below(model: str) -> bool:
     """Whether a model is a step of a run that keeps its steps in `checkpoints`."""
     adapted = split_adapter(model)
     model = model if adapted is None else adapted.model
     said = split_step(model)
-    path = Path(model if said is None else said[0]).expanduser()
+    path = place_of(model if said is None else said[0])
     run = find_run(path)
     return run is not None and any(step.parent != path for step in run.steps.values())

@@ -4,24 +4,30 @@ Each finished weight file is sent and deleted here, so that the scratch space of
 makes loaders take a prefix for a model (config.json, the index) is sent last. Until then journal objects, one for each
 process, tell what has arrived, so that an interrupted merge goes on where it was. Object stores keep no locks: nobody
 else may write there meanwhile.
+
+An output of Orbax is sent to a place aside, `OUT.partial`, because a manager of Orbax takes any prefix under a step's
+number for a step (S3), or removes it as a save that was cut (Google's storage, until `commit_success.txt` is there). At
+the end the storage itself copies the objects, which does not bring their bytes here, and `commit_success.txt` is last.
 """
 
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
-from m3jax.checkpoints.remote import RemotePath, file_system, identity_of, saying
+from m3jax.checkpoints.remote import RemotePath, download, file_system, identity_of, saying
 from m3jax.errors import M3Error
 from m3jax.outputs.journal import (
     Entry,
     Journal,
     Journalled,
+    files_of,
     finished_in,
     in_order,
     makes_a_model,
@@ -32,15 +38,26 @@ from m3jax.outputs.provenance import FILE_NAME
 
 _JOURNAL = "m3jax-journal-{}.json"
 _JOURNALS = "m3jax-journal-*.json"
+_ASIDE = ".partial"  # ends the name of the place where an output is made that is no model to anyone meanwhile
+_COPIES = 16  # objects that are sent or copied at a time
 _OURS = "ours"  # the key of the entry that names objects which are a merge's to replace or remove
 _PART = 2**24  # bytes of a part of a large object
 _MOST_PARTS = 10_000
+
+_Result = TypeVar("_Result")
 
 
 class RemoteWorkplace(Journalled):
     """Where one of the processes that make a remote output works: a directory here, for files until they are sent."""
 
-    def __init__(self, out: RemotePath, identity: str, finished: Sequence[Mapping[str, Any]], index: int) -> None:
+    def __init__(
+        self,
+        out: RemotePath,
+        identity: str,
+        finished: Sequence[Mapping[str, Any]],
+        index: int,
+        aside: bool = False,
+    ) -> None:
         """Join at work.
 
         Args:
@@ -48,10 +65,12 @@ class RemoteWorkplace(Journalled):
             identity: Digest of everything that the output's bytes depend on.
             finished: What was done before.
             index: This process.
+            aside: Make it aside, and copy it at the end.
         """
         super().__init__(Path(tempfile.mkdtemp(prefix="m3jax-")), finished)
         self.out = out
-        self._journal = out / _JOURNAL.format(index)
+        self.place = _aside(out) if aside else out
+        self._journal = self.place / _JOURNAL.format(index)
         self._own = Journal(identity, [])
 
     def __enter__(self) -> Self:
@@ -69,76 +88,111 @@ class RemoteWorkplace(Journalled):
     def _store(self, entry: Entry) -> Entry:
         """Send the weight file that an entry tells of, if it does, and the journal with the entry."""
         if "shard" in entry:
-            local = self.path / entry["shard"]
-            entry = {**entry, "sent": _send(local, self.out / entry["shard"])}
-            local.unlink()
+            names = files_of(entry)
+            if names != [entry["shard"]]:  # other names each time, so that what is sent of them has to be known as ours
+                self._own.entries.append({_OURS: names})
+                self._write_journal()
+            entry = {**entry, "sent": dict(zip(names, _at_once(self._send_file, names), strict=True))}
         self._own.entries.append(entry)
         self._write_journal()
         return entry
 
+    def _send_file(self, name: str) -> list[Any]:
+        """Send a file of weights, which goes here; returns what tells its object from another one."""
+        sent = _send(self.path / name, self.place / name)
+        (self.path / name).unlink()
+        return sent
+
     def _write_journal(self) -> None:
         text = json.dumps(self._own._asdict())
         with saying(self._journal):
-            file_system(self.out.scheme).pipe_file(str(self._journal.key), text.encode())
+            file_system(self.place.scheme).pipe_file(str(self._journal.key), text.encode())
 
 
 class RemoteStaging(RemoteWorkplace):
     """Process 0's workplace, which it also opens and publishes."""
 
-    def __init__(self, out: RemotePath, identity: str, largest: int, overwrite: bool) -> None:
+    def __init__(self, out: RemotePath, identity: str, largest: int, overwrite: bool, aside: bool = False) -> None:
         """Open the place.
 
         Args:
             out: Where the output is to appear.
             identity: Digest of everything that the output's bytes depend on.
-            largest: Bytes of the largest weight file.
+            largest: Bytes of scratch space that are needed.
             overwrite: Replace a model that is there; it is none any more from here on.
+            aside: Make it aside, and copy it at the end.
 
         Raises:
             M3Error: Something is there that may not be replaced, the scratch space is too small, or the storage
                 cannot be reached or refuses.
         """
-        found = _objects(out)
-        journals = {name: _read_journal(out / name) for name in found if fnmatchcase(name, _JOURNALS)}
-        _check_free(out, found, journals, overwrite)
-        told = [entry for entry in finished_in(journals.values(), identity) if _OURS not in entry]
+        place = _aside(out) if aside else out
+        there = _look(out)
+        _check_free(out, there, overwrite)
+        found = there.aside if aside else there.out
+        told = [entry for entry in finished_in(there.journals.values(), identity) if _OURS not in entry]
         arrived = [entry for entry in told if "shard" not in entry or _is_there(entry, found)]
-        super().__init__(out, identity, arrived, 0)
-        self._ours = {name for name in found if name not in journals}
+        super().__init__(out, identity, arrived, 0, aside)
+        journals = {path for path in there.journals if path.parent == place}
+        self._ours = {name for name in {**there.out, **found} if not fnmatchcase(name, _JOURNALS)}
         try:
             check_space(self.path, largest)
             self._own.entries.extend([*self.finished, {_OURS: sorted(self._ours)}])
             self._write_journal()
-            _abort_parts(out)
+            _abort_parts(place)
             # Not before the journal is there, which tells that the rest is ours to replace.
-            others = journals.keys() - {self._journal.name}
-            _remove(out, [name for name in found if makes_a_model(name) or name in others])
+            others = journals - {self._journal}
+            _remove([out / name for name in there.out if makes_a_model(name)])
+            _remove(others)
         except BaseException:
             shutil.rmtree(self.path, ignore_errors=True)
             raise
 
+    def bring(self, wanted: Callable[[str], bool]) -> None:
+        """Copy to this disk what has been sent of the weights, by any process.
+
+        Args:
+            wanted: Which of their files.
+        """
+
+        def fetch(name: str) -> None:
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            download(self.place / name, self.path / name)
+
+        _at_once(fetch, [name for name in self._sent() if wanted(name)])
+
+    def _sent(self) -> dict[str, Any]:
+        """What was sent of the weights, and what tells each from others."""
+        return {name: told for entry in weights_in(self.finished).values() for name, told in entry["sent"].items()}
+
     def publish(self) -> None:
         """Send the small files; with the last of them the output is there."""
+        sent = self._sent()
         small = {p.relative_to(self.path).as_posix(): p for p in sorted(self.path.rglob("*")) if p.is_file()}
-        weights = weights_in(self.finished)
-        found = _objects(self.out)
-        for name, entry in weights.items():
-            if not _is_there(entry, found):
+        small = {name: path for name, path in small.items() if name not in sent}
+        found = _objects(self.place)
+        for name, told in sent.items():
+            if name not in found or _told(found[name]) != told:
                 raise M3Error(
-                    f"{self.out / name} is not as it was sent: see that nobody else writes there, then start again."
+                    f"{self.place / name} is not as it was sent: see that nobody else writes there, then start again."
                 ) from OSError()
-        others = [n for n in found if n not in small and n not in weights and not fnmatchcase(n, _JOURNALS)]
+        there = found if self.place == self.out else _objects(self.out)
+        others = [n for n in there if n not in small and n not in sent and not fnmatchcase(n, _JOURNALS)]
         foreign = next((name for name in others if name not in self._ours), None)
         if foreign is not None:
             raise M3Error(
                 f"{self.out / foreign}: is no part of the merge that is made there: move it away, then start again"
             ) from OSError()
-        _remove(self.out, others)
-        self._own.entries.append({_OURS: sorted(small)})
+        self._own.entries.append({_OURS: sorted({*small, *sent})})
         self._write_journal()
+        _remove([self.out / name for name in others])
+        if self.place != self.out:
+            _at_once(lambda name: _copy(self.place / name, self.out / name, sent[name][1]), list(sent))
         for name in in_order(small):
             _send(small[name], self.out / name)
-        _remove(self.out, [name for name in found if fnmatchcase(name, _JOURNALS)])
+        kept = {} if self.place != self.out else found
+        _remove([self.place / name for name in found if name not in kept and not fnmatchcase(name, _JOURNALS)])
+        _remove([self.place / name for name in found if fnmatchcase(name, _JOURNALS)])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -146,7 +200,7 @@ class RemoteStaging(RemoteWorkplace):
         super().__exit__(kind, error, traceback)
         if error is not None and not self.finished and not self._ours:
             with suppress(M3Error):
-                _remove(self.out, [self._journal.name])
+                _remove([self._journal])
 
 
 def check_remote_free(out: RemotePath, overwrite: bool) -> None:
@@ -161,20 +215,63 @@ def check_remote_free(out: RemotePath, overwrite: bool) -> None:
     """
     if len(out.key.parts) < 2:
         raise M3Error(f"{out} is a whole bucket: write {out}/name for a place in it.")
-    found = _objects(out)
-    journals = {name: _read_journal(out / name) for name in found if fnmatchcase(name, _JOURNALS)}
-    _check_free(out, found, journals, overwrite)
-    if not journals:
-        probe = _JOURNAL.format("probe")
-        with saying(out / probe):
-            file_system(out.scheme).pipe_file(str((out / probe).key), b"{}")
-        _remove(out, [probe])
+    there = _look(out)
+    _check_free(out, there, overwrite)
+    if not there.journals:
+        probe = out / _JOURNAL.format("probe")
+        with saying(probe):
+            file_system(out.scheme).pipe_file(str(probe.key), b"{}")
+        _remove([probe])
 
 
-def _check_free(out: RemotePath, found: Mapping[str, Any], journals: Mapping[str, Journal], overwrite: bool) -> None:
-    entries = [entry for journal in journals.values() for entry in journal.entries]
-    ours = {*weights_in(entries), *(name for entry in entries for name in entry.get(_OURS, ()))}
-    others = [name for name in found if name not in ours and name not in journals]
+def begun_in(out: RemotePath) -> bool:
+    """Whether a merge of an output was begun, and interrupted.
+
+    Args:
+        out: Where it is to appear.
+    """
+    return bool(_look(out).journals)
+
+
+class _There(NamedTuple):
+    """What is where an output is to appear.
+
+    Attributes:
+        out: The objects there, by name.
+        aside: Those where it may be made.
+        journals: What each journal tells.
+    """
+
+    out: dict[str, dict[str, Any]]
+    aside: dict[str, dict[str, Any]]
+    journals: dict[RemotePath, Journal]
+
+
+def _aside(out: RemotePath) -> RemotePath:
+    """Where an output is made that is to be copied."""
+    return out.with_name(out.name + _ASIDE)
+
+
+def _look(out: RemotePath) -> _There:
+    found = {place: _objects(place) for place in (out, _aside(out))}
+    journals = {
+        place / name: _read_journal(place / name)
+        for place, objects in found.items()
+        for name in objects
+        if fnmatchcase(name, _JOURNALS)
+    }
+    return _There(found[out], found[_aside(out)], journals)
+
+
+def _check_free(out: RemotePath, there: _There, overwrite: bool) -> None:
+    entries = [entry for journal in there.journals.values() for entry in journal.entries]
+    ours = {name for entry in weights_in(entries).values() for name in files_of(entry)}
+    ours |= {name for entry in entries for name in entry.get(_OURS, ())}
+    ours |= {path.name for path in there.journals}
+    odd = next((name for name in there.aside if name not in ours), None)
+    if odd is not None:
+        raise M3Error(f"{_aside(out) / odd} is where the merge would be made, but is not of one: move it away.")
+    others = [name for name in there.out if name not in ours]
     if not others or (overwrite and FILE_NAME in others):
         return
     if not overwrite:
@@ -204,9 +301,9 @@ def _read_journal(journal: RemotePath) -> Journal:
 
 
 def _is_there(entry: Mapping[str, Any], found: Mapping[str, dict[str, Any]]) -> bool:
-    """Whether the weight file of a journal's entry is as it was sent."""
-    info = found.get(entry["shard"])
-    return info is not None and entry.get("sent") == _told(info)
+    """Whether what was sent of the weight file of a journal's entry is as it was."""
+    sent = entry.get("sent")
+    return isinstance(sent, dict) and all(name in found and _told(found[name]) == told for name, told in sent.items())
 
 
 def _told(info: Mapping[str, Any]) -> list[Any]:
@@ -243,7 +340,24 @@ def _abort_parts(place: RemotePath) -> None:
                 driver.abort_mpu(bucket, upload["Key"], upload["UploadId"])
 
 
-def _remove(out: RemotePath, names: Iterable[str]) -> None:
-    for name in names:
-        with saying(out / name), suppress(FileNotFoundError):
-            file_system(out.scheme).rm_file(str((out / name).key))
+def _copy(source: RemotePath, target: RemotePath, size: int) -> None:
+    """Have the storage copy an object."""
+    with saying(target):
+        file_system(source.scheme).cp_file(str(source.key), str(target.key))
+    info = target.info()
+    if info is None or _told(info)[1] != size:
+        raise M3Error(f"{target} has not been copied in full: start again.") from OSError()
+
+
+def _at_once(act: Callable[[str], _Result], names: Sequence[str]) -> list[_Result]:
+    """What comes of each name, some of them at a time."""
+    if len(names) < 2:
+        return [act(name) for name in names]
+    with ThreadPoolExecutor(_COPIES) as pool:
+        return list(pool.map(act, names))
+
+
+def _remove(places: Iterable[RemotePath]) -> None:
+    for place in places:
+        with saying(place), suppress(FileNotFoundError):
+            file_system(place.scheme).rm_file(str(place.key))

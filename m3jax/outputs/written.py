@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from m3jax.checkpoints import Checkpoint, open_orbax, open_safetensors
 from m3jax.checkpoints.formats import ORBAX
-from m3jax.checkpoints.orbax_tree import COMMITTED, MANIFEST, STEP
+from m3jax.checkpoints.orbax_tree import COMMITTED, MANIFEST, STEP, part_name
 from m3jax.checkpoints.views import renamed
 
 
@@ -33,7 +33,7 @@ class Varying(NamedTuple):
 
     Attributes:
         names: Theirs.
-        directories: With a slash at the end; all that is in them.
+        directories: How their names begin; all that is in them.
     """
 
     names: tuple[str, ...]
@@ -53,7 +53,7 @@ def varying_files(item: str, stored: Iterable[str]) -> Varying:
     """
     prefix = f"{item}/" if item else ""
     names = tuple({STEP, COMMITTED, f"{prefix}{STEP}", f"{prefix}{COMMITTED}", f"{prefix}{MANIFEST}"})
-    return Varying(names, (f"{prefix}d/", *(f"{prefix}{name}/" for name in stored)))
+    return Varying(names, (f"{prefix}d/", f"{prefix}{part_name('')}", *(f"{prefix}{name}/" for name in stored)))
 
 
 def varying_patterns(told: Mapping[str, Any]) -> tuple[str, ...]:

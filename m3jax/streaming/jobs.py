@@ -291,10 +291,6 @@ def _orbax_output(
     asked = job.format
     if asked not in (None, ORBAX.name) or (asked is None and same != ORBAX.name):
         return None, ()
-    if isinstance(job.out, RemotePath):
-        if asked is None:
-            return None, (f"{template.input.name} is orbax, but remote outputs are written as safetensors",)
-        raise M3Error(f"{job.out}: orbax is written to this disk only: write safetensors, or upload a local output")
     if stacked and same == ORBAX.name:
         what = "slices: stack layers" if job.recipe.modules is None else "modules: put models together"
         raise M3Error(

@@ -27,6 +27,7 @@ from m3jax.checkpoints import (
 )
 from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.locate import scratch
+from m3jax.checkpoints.orbax_writer import is_node
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.checkpoints.views import stored_at
 from m3jax.cluster.processes import ALONE, Cluster, Processes, gather, share
@@ -36,7 +37,7 @@ from m3jax.outputs import manifest, provenance
 from m3jax.outputs.journal import weights_in
 from m3jax.outputs.local import Staging, Workplace, exactly, holds_tensors
 from m3jax.outputs.modes import narrow
-from m3jax.outputs.orbax import make_orbax, step_directory
+from m3jax.outputs.orbax import finish_orbax, holds_part, keep_part, step_directory
 from m3jax.outputs.remote import RemoteStaging, RemoteWorkplace
 from m3jax.progress import Progress
 from m3jax.recipe import Recipe, load_recipe
@@ -96,42 +97,52 @@ def _open_workplace(
     if processes.index:
         identity, finished = share(processes, None)
         if isinstance(job.out, RemotePath):
-            return stack.enter_context(RemoteWorkplace(job.out, identity, finished, processes.index)), []
+            there = RemoteWorkplace(job.out, identity, finished, processes.index, ready.orbax is not None)
+            return stack.enter_context(there), []
         return Workplace(job.out, identity, finished, processes.index), []
     damaged: list[str] = []
     staging: Staging | RemoteStaging
     if isinstance(job.out, RemotePath):
-        largest = max(sum(info.nbytes for info in infos) for _, infos in ready.shards)
-        staging = stack.enter_context(RemoteStaging(job.out, ready.identity, largest, job.overwrite))
+        space = _scratch(ready)
+        staging = stack.enter_context(
+            RemoteStaging(job.out, ready.identity, space, job.overwrite, ready.orbax is not None)
+        )
     else:
         weights = sum(t.output.nbytes for t in ready.plan.tensors)
         small = sum(path.stat().st_size for path in ready.companions.values())
-        if ready.orbax is not None:
-            weights, small = 2 * weights, small + ready.orbax.size_beside  # until the end as safetensors too
         space = weights + small + _TOLD_PER_TENSOR * len(ready.plan.tensors)
+        space += 0 if ready.orbax is None else _scratch(ready) // 2
         shared = processes.count > 1
         possible = modelcard.possible_names(ready.companions)
         names = exactly([*(file for file, _ in ready.shards), *possible, *_links(ready), manifest.FILE_NAME])
         names += ready.orbax.patterns if ready.orbax is not None else ()
         staging = stack.enter_context(Staging(job.out, ready.identity, space, job.overwrite, shared, names))
         narrow(staging.path, _weight_files(ready))
-        damaged = _damaged(staging, ready.shards, job.progress)
+        damaged = _damaged(staging, ready, job.progress)
         staging.finished = [entry for entry in staging.finished if entry.get("shard") not in damaged]
     share(processes, [ready.identity, staging.finished])
     return staging, [f"{staging.path / file} was not as it had been finished, and was made again" for file in damaged]
 
 
-def _damaged(
-    staging: Staging, shards: Sequence[tuple[str, list[TensorInfo]]], progress: Callable[[Progress], None] | None
-) -> list[str]:
+def _scratch(ready: Ready) -> int:
+    """Bytes of files that stand for a while beside what is kept: one that is filled, and what is made of it."""
+    largest = max((sum(info.nbytes for info in infos) for _, infos in ready.shards), default=0)
+    return largest if ready.orbax is None else 2 * largest + ready.orbax.size_beside
+
+
+def _damaged(staging: Staging, ready: Ready, progress: Callable[[Progress], None] | None) -> list[str]:
     """Those of the shards that an earlier run has finished that are not as it has told."""
     told = weights_in(staging.finished)
     damaged, done = [], 0
-    resumed = [(file, infos) for file, infos in shards if file in told]
-    total = sum(info.nbytes for _, infos in resumed for info in infos)
-    for file, infos in resumed:
+    resumed = [(number, file, infos) for number, (file, infos) in enumerate(ready.shards) if file in told]
+    total = sum(info.nbytes for _, _, infos in resumed for info in infos)
+    for number, file, infos in resumed:
         digests = {name: tensor["digest"] for name, tensor in told[file]["tensors"].items()}
-        if not holds_tensors(staging.path / file, infos, digests):
+        if ready.orbax is None:
+            whole = holds_tensors(staging.path / file, infos, digests)
+        else:
+            whole = staging.holds(file) and holds_part(staging.path, ready.orbax, number, digests)
+        if not whole:
             damaged.append(file)
         done += sum(info.nbytes for info in infos)
         if progress is not None:
@@ -159,7 +170,7 @@ def _merge_one(job: MergeJob, processes: Processes) -> MergeResult:
         told = ready.statistics.measured()
         passes = Passes(ready.plan, checkpoints, job.recipe.seed, recorded_digests(ready, job.recorded), how, told)
         finished = _finished(workplace, ready.shards)
-        written = _produce(passes, workplace, ready.shards, finished, job.expected)
+        written = _produce(passes, workplace, ready, finished, job.expected)
         _check_at_rest(job, ready, passes)
         done = gather(processes, [_own_shards(workplace, finished), passes.bytes_read, written])
         made = {file: entry for shards, _, _ in done for file, entry in shards.items()}
@@ -272,11 +283,12 @@ def _bare(companions: Mapping[str, Path]) -> Iterator[str]:
 def _produce(
     passes: Passes,
     workplace: AnyWorkplace,
-    shards: Sequence[tuple[str, list[TensorInfo]]],
+    ready: Ready,
     finished: Mapping[str, Any],
     expected: Mapping[str, str],
 ) -> int:
     """Measure and merge this process's share of what is not finished; returns the bytes written."""
+    shards = ready.shards
     for tensors in finished.values():
         for name, tensor in tensors.items():
             passes.take_digests(name, {int(p): digest for p, digest in tensor["inputs"].items()})
@@ -298,9 +310,24 @@ def _produce(
 
     def writer(release: Callable[[Loaded], None]) -> Shards:
         digests = passes.input_digests, passes.lent_digests
-        return Shards(workplace, own, release, *digests, expected, passes.how.allow_nonfinite)
+        return Shards(
+            workplace, own, release, *digests, expected, passes.how.allow_nonfinite, _keeper(workplace, ready)
+        )
 
     return passes.merge(merging, _tensors(passes.plan, own), writer)
+
+
+def _keeper(workplace: AnyWorkplace, ready: Ready) -> Callable[[str, Mapping[str, str]], list[str]] | None:
+    """What becomes of a finished weight file of which the digests are known; None where it stays as it is."""
+    output = ready.orbax
+    if output is None:
+        return None
+    numbers = {file: number for number, (file, _) in enumerate(ready.shards)}
+
+    def keep(file: str, digests: Mapping[str, str]) -> list[str]:
+        return keep_part(workplace.path, output, numbers[file], file, digests)
+
+    return keep
 
 
 def _measure(
@@ -384,13 +411,13 @@ def _weight_files(ready: Ready) -> list[Path]:
 
 def _publish(job: MergeJob, ready: Ready, staging: Staging | RemoteStaging, record: dict[str, Any]) -> dict[str, Any]:
     """Write what stands beside the weights and the manifest, which is returned, and let the output appear."""
-    if len(ready.shards) > 1:
-        write_index(staging.path, ready.shards, sum(t.output.nbytes for t in ready.plan.tensors))
     weight_files = None
     if ready.orbax is not None:
-        digests = {name: told["digest"] for name, told in record["output"]["tensors"].items()}
-        shards = [file for file, _ in ready.shards]
-        weight_files = make_orbax(staging.path, ready.orbax, shards, digests, job.progress)
+        if isinstance(staging, RemoteStaging):
+            staging.bring(is_node)
+        weight_files = finish_orbax(staging.path, ready.orbax, [tensor.output for tensor in ready.plan.tensors])
+    elif len(ready.shards) > 1:
+        write_index(staging.path, ready.shards, sum(t.output.nbytes for t in ready.plan.tensors))
     files = _write_companions(job, ready, staging.path)
     links = _links(ready) if ready.orbax is None else {}
     modelcard.link_weights(staging.path, links)

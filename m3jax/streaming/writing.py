@@ -31,8 +31,10 @@ class Shards:
         lent_digests: Callable[[str], Mapping[str, Mapping[str, str]]],
         expected: Mapping[str, str],
         allow_nonfinite: bool,
+        keep: Callable[[str, Mapping[str, str]], Sequence[str]] | None = None,
     ) -> None:
         self._workplace = workplace
+        self._keep = keep
         self._release = release
         self._input_digests = input_digests
         self._lent_digests = lent_digests
@@ -119,7 +121,10 @@ class Shards:
             self._writer.finish()
             self._writer = None
             tensors = {info.name: self._told(info.name) for info in self._contents[file]}
-            self._workplace.record({"shard": file, "tensors": tensors})
+            entry: dict[str, Any] = {"shard": file, "tensors": tensors}
+            if self._keep is not None:  # as something else than it is
+                entry["files"] = list(self._keep(file, {name: told["digest"] for name, told in tensors.items()}))
+            self._workplace.record(entry)
 
     def _told(self, name: str) -> dict[str, Any]:
         """What the journal tells of a tensor."""

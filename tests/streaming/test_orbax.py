@@ -157,21 +157,31 @@ def test_an_interrupted_merge_goes_on(runs, tmp_path, monkeypatch) -> None:
     class Killed(BaseException):
         pass
 
-    def killed(*_):
-        raise Killed
-
     told, out = recipe(runs), tmp_path / "run"
-    monkeypatch.setattr(orbax_output, "_check", killed)
-    with pytest.raises(Killed):
-        merge_checkpoint(told, out, step=2)
-    assert [path.name for path in out.iterdir()] == ["2.partial"]  # nothing a manager takes for a step
-    with ocp.CheckpointManager(out) as manager:
-        assert manager.all_steps() == []
-    monkeypatch.undo()
-    result = merge_checkpoint(told, out, step=2)
-    assert result.resumed_shards == 1
+    resumed = []
+    for name, calls in (("_differing", 1), ("finish_item", 0)):  # at the second part, and where they are put together
+        plain, left = getattr(orbax_output, name), [None] * calls
+
+        def killed(*args, plain=plain, left=left):
+            if not left:
+                raise Killed
+            left.pop()
+            return plain(*args)
+
+        monkeypatch.setattr(orbax_output, name, killed)
+        with pytest.raises(Killed):
+            merge_checkpoint(told, out, step=2, max_shard_size=100)
+        monkeypatch.undo()
+        assert [path.name for path in out.iterdir()] == ["2.partial"]  # nothing a manager takes for a step
+        with ocp.CheckpointManager(out) as manager:
+            assert manager.all_steps() == []
+        resumed += [len(list((out / "2.partial" / "model").glob("ocdbt.process_*/manifest.ocdbt")))]
+    assert resumed == [2, 2]
+    result = merge_checkpoint(told, out, step=2, max_shard_size=100)
+    assert result.resumed_shards == 2
     assert [path.name for path in out.iterdir()] == ["2"]
     assert verify(out / "2").differences == ()
+    assert result.digest == merge_checkpoint(told, tmp_path / "whole").digest
 
 
 def test_safetensors_become_a_tree_and_back(runs, tmp_path) -> None:
