@@ -55,7 +55,7 @@ def is_orbax(path: Path) -> bool:
 
 def remembered(path: Path) -> Path:
     """A path whose directories are listed once each, where they are remote."""
-    return path.remembering() if isinstance(path, RemotePath) and path.listings is None else path
+    return path.remembering() if isinstance(path, RemotePath) and path.memory is None else path
 
 
 def children(directory: Path) -> list[Path]:
@@ -66,11 +66,14 @@ def children(directory: Path) -> list[Path]:
         raise unreadable(directory, error) from error
 
 
+def says_item(directory: Path) -> bool:
+    """Whether a file in a directory says that it is an item."""
+    return any((directory / name).is_file() for name in (TREE, MANIFEST, AGGREGATE))
+
+
 def is_item(directory: Path) -> bool:
     """Whether a directory is an item: a set of arrays."""
-    if any((directory / name).is_file() for name in (TREE, MANIFEST, AGGREGATE)):
-        return True
-    return any((child / name).is_file() for child in children(directory) for name in (".zarray", "zarr.json"))
+    return says_item(directory) or any((child / name).is_file() for child in children(directory) for name in (".zarray", "zarr.json"))
 
 
 def holds_items(directory: Path) -> bool:

@@ -42,6 +42,18 @@ class Identity(NamedTuple):
     ctime_ns: int = 0
 
 
+class Memory(NamedTuple):
+    """What was found under prefixes, by whoever asks for several names in each.
+
+    Attributes:
+        root: The prefix above which nothing is listed.
+        found: What is directly under each prefix, and whether that is one.
+    """
+
+    root: PurePosixPath
+    found: dict[PurePosixPath, dict[str, bool]]
+
+
 # --- Remote paths ----------------------------------------------------------------------------------------
 
 if TYPE_CHECKING:
@@ -57,7 +69,7 @@ class RemotePath(_Base):
     Attributes:
         scheme: `s3` or `gs`.
         key: The bucket and the object's name in it.
-        listings: What was found under prefixes, and whether each is one, by prefix; None where nothing is remembered.
+        memory: What was found under prefixes; None where nothing is remembered.
 
     Example:
         >>> model = as_path("s3://bucket/models/tiny/")
@@ -67,7 +79,7 @@ class RemotePath(_Base):
 
     scheme: str
     key: PurePosixPath
-    listings: dict[PurePosixPath, dict[str, bool]] | None = field(default=None, compare=False, repr=False)
+    memory: Memory | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.key}"
@@ -112,7 +124,7 @@ class RemotePath(_Base):
 
         Whoever looks for the same few names in many prefixes would otherwise ask for each.
         """
-        return replace(self, listings={})
+        return replace(self, memory=Memory(self.key, {}))
 
     def info(self) -> dict[str, Any] | None:
         """What the storage says of it now; None where nothing is there.
@@ -138,7 +150,7 @@ class RemotePath(_Base):
         """Whether it is a bucket, or a prefix that objects are under."""
         if (told := self._told_by_parent()) is not None:
             return told.get(self.name) is True
-        if self.listings is not None:
+        if self.memory is not None:
             return bool(self._listing())
         info = self.info()
         return info is not None and info["type"] == "directory"
@@ -173,7 +185,7 @@ class RemotePath(_Base):
         Raises:
             M3Error: Nothing is.
         """
-        names = self._listing() if self.listings is not None else self._list()
+        names = self._listing() if self.memory is not None else self._list()
         yield from (self / name for name in names)
 
     def glob(self, pattern: str) -> Iterator[Self]:  # type: ignore[override]  # as above
@@ -181,13 +193,15 @@ class RemotePath(_Base):
         yield from (self / name for name in self._listing() if fnmatchcase(name, pattern))
 
     def _told_by_parent(self) -> dict[str, bool] | None:
-        """What is beside the path, where that is remembered."""
-        return None if self.listings is None else self.listings.get(self.key.parent)
+        """What is beside the path, where that is remembered, and not above what was to be."""
+        if self.memory is None or self.memory.root not in self.key.parents:
+            return None
+        return self.parent._listing()
 
     def _listing(self) -> dict[str, bool]:
         """What is directly under the prefix, and whether each is a prefix; nothing where nothing is there."""
-        if self.listings is not None and self.key in self.listings:
-            return self.listings[self.key]
+        if self.memory is not None and self.key in self.memory.found:
+            return self.memory.found[self.key]
         told = self._told_by_parent()
         try:
             found = {} if told is not None and not told.get(self.name) else self._list()
@@ -195,8 +209,8 @@ class RemotePath(_Base):
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
             found = {}
-        if self.listings is not None:
-            self.listings[self.key] = found
+        if self.memory is not None:
+            self.memory.found[self.key] = found
         return found
 
     def _list(self) -> dict[str, bool]:

@@ -18,6 +18,7 @@ from m3jax.checkpoints.orbax_tree import (
     holds_items,
     is_item,
     remembered,
+    says_item,
     step_number,
 )
 from m3jax.checkpoints.protocol import natural_key
@@ -97,9 +98,10 @@ def find_run(path: Path) -> Run | None:
 
 def _is_item_itself(path: Path) -> bool:
     """Whether a directory is an item; a remote one is none whose names are steps', as each would be looked into."""
-    if isinstance(path, RemotePath) and any(step_number(child.name) is not None for child in children(path)):
-        return False
-    return is_item(path)
+    if says_item(path):
+        return True
+    remote = isinstance(path, RemotePath)
+    return not (remote and any(step_number(child.name) is not None for child in children(path))) and is_item(path)
 
 
 def _steps_in(place: Path) -> tuple[dict[int, Path], tuple[str, ...]] | None:

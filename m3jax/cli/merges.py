@@ -107,7 +107,7 @@ def merge(
 
         return loaded.notes(), start
 
-    _merge(prepare, out, machines, speech, overwrite=overwrite, max_shard_size=max_shard_size)
+    _merge(prepare, out, machines, speech, step, overwrite=overwrite, max_shard_size=max_shard_size)
 
 
 def replay(
@@ -195,7 +195,12 @@ def _merge_seeds(
 
 
 def _merge(
-    prepare: Callable[[], _Start], out: str, machines: options.Machines, speech: options.Speech, **where: Any
+    prepare: Callable[[], _Start],
+    out: str,
+    machines: options.Machines,
+    speech: options.Speech,
+    step: int | None = None,
+    **where: Any,
 ) -> None:
     """What merging and replaying share.
 
@@ -204,12 +209,13 @@ def _merge(
         out: Where the merge goes.
         machines: What it runs on.
         speech: What is said of it.
+        step: Which step of `out` it is to be, if any.
         **where: What both functions take for the output.
     """
 
     def work(speaks: bool) -> None:
         still = speech.quiet or not speaks
-        with shell.resumable(out):
+        with shell.resumable(out, step=step):
             notes, start = prepare()
             shell.print_notes(notes, still)
             shell.silence_downloads(still)

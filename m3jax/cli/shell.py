@@ -202,12 +202,13 @@ def silence_downloads(quiet: bool) -> None:
 
 
 @contextmanager
-def resumable(out: str, known: str | None = None) -> Iterator[None]:
+def resumable(out: str, known: str | None = None, step: int | None = None) -> Iterator[None]:
     """Says, when a merge is interrupted, what of its work is kept.
 
     Args:
         out: Where its output was to appear.
         known: What is kept, where that is known; found from what there is if None.
+        step: Which step of `out` it was to be, if any.
     """
     try:
         yield
@@ -215,17 +216,30 @@ def resumable(out: str, known: str | None = None) -> Iterator[None]:
         if known is not None:
             raise KeyboardInterrupt(known) from None
         from m3jax.checkpoints.remote import is_url
-        from m3jax.outputs.local import intermediates_directory, partial_directory
 
+        command = "the same command" if step is None else f"the same command with --step {step}"
         if is_url(out):
-            kept = f"what has been sent to {out} is kept, and the same command resumes"
-        elif places := [
-            str(place) for place in (partial_directory(Path(out)), intermediates_directory(Path(out))) if place.exists()
-        ]:
-            kept = f"what is finished is in {' and '.join(places)}, and the same command resumes"
+            whole = out if step is None else f"{out} for step {step}"
+            kept = f"what has been sent to {whole} is kept, and {command} resumes"
+        elif places := [str(place) for target in _targets(out, step) for place in _made_in(target) if place.exists()]:
+            kept = f"what is finished is in {' and '.join(places)}, and {command} resumes"
         else:
             kept = "nothing is kept"
         raise KeyboardInterrupt(kept) from None
+
+
+def _targets(out: str, step: int | None) -> list[Path]:
+    """Where an output may have been about to appear."""
+    from m3jax.checkpoints.orbax_tree import STEPS
+
+    return [Path(out)] if step is None else [Path(out) / str(step), Path(out) / STEPS / str(step)]
+
+
+def _made_in(target: Path) -> tuple[Path, Path]:
+    """Where an output is made before it appears."""
+    from m3jax.outputs.local import intermediates_directory, partial_directory
+
+    return partial_directory(target), intermediates_directory(target)
 
 
 def print_notes(notes: Iterable[str], quiet: bool) -> None:

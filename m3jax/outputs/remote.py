@@ -199,8 +199,9 @@ class RemoteStaging(RemoteWorkplace):
     ) -> None:
         super().__exit__(kind, error, traceback)
         if error is not None and not self.finished and not self._ours:
+            begun = {name for entry in self._own.entries for name in entry.get(_OURS, ())}
             with suppress(M3Error):
-                _remove([self._journal])
+                _remove([*(self.place / name for name in sorted(begun)), self._journal])
 
 
 def check_remote_free(out: RemotePath, overwrite: bool) -> None:
