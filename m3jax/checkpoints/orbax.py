@@ -5,6 +5,7 @@ devices, and import JAX; here ranges of bytes are read, and `inspect` and `conve
 """
 
 import os
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,13 +52,14 @@ from m3jax.checkpoints.protocol import (
 )
 from m3jax.checkpoints.remote import Identity, RemotePath
 from m3jax.checkpoints.storage import unreadable
-from m3jax.errors import M3Error
+from m3jax.errors import M3Error, mend
 
 __all__ = ["OrbaxCheckpoint", "is_orbax", "open_orbax", "write_orbax"]
 
 _CACHE = 64 << 20  # bytes of decoded chunks that all open checkpoints together keep beside those in use
 _PIECE = 16 << 20  # bytes asked for at a time
 _IN_FLIGHT = 4  # pieces asked for before the first has come
+_BANDS = 256 << 20  # bytes of chunks in use that all open checkpoints together hold in memory; beyond, on the disk
 _HEAD = 1024  # bytes of a file that its fingerprint looks at
 
 Box: TypeAlias = tuple[slice, ...]
@@ -79,8 +81,40 @@ def _open_store(item: Path, tree: Tree, name: str, shared: Any) -> Any:
 
 def _band(shape: Sequence[int], chunk: Sequence[int]) -> int:
     """Entries of the chunks that are in use at a time when an array is read from its first entry to its last."""
-    first = next((axis for axis, size in enumerate(chunk) if size > 1), len(chunk))
+    first = _first_axis(chunk)
     return prod(chunk[: first + 1]) * prod(shape[first + 1 :])
+
+
+def _first_axis(chunk: Sequence[int]) -> int:
+    """The first axis along which a chunk has more than one entry."""
+    return next((axis for axis, size in enumerate(chunk) if size > 1), len(chunk))
+
+
+def band_at(shape: Sequence[int], chunk: Sequence[int], entry: int) -> tuple[int, int, Box]:
+    """The chunks that are in use when an entry of an array is read: its first entry, the one after its last, its box.
+
+    Args:
+        shape: Of the array.
+        chunk: The shape of its chunks.
+        entry: In row-major order.
+
+    Example:
+        >>> start, stop, box = band_at((2, 5, 3), (1, 2, 2), 14)
+        >>> (start, stop), [(s.start, s.stop) for s in box]
+        ((12, 15), [(0, 1), (4, 5), (0, 3)])
+    """
+    first = _first_axis(chunk)
+    if first == len(chunk):
+        places = np.unravel_index(entry, tuple(shape))
+        return entry, entry + 1, tuple(slice(int(at), int(at) + 1) for at in places)
+    inner = prod(shape[first + 1 :])
+    row, inside = divmod(entry, shape[first] * inner)
+    begin = inside // (chunk[first] * inner) * chunk[first]
+    end = min(begin + chunk[first], shape[first])
+    leading = np.unravel_index(row, tuple(shape[:first])) if first else ()
+    box = (*(slice(int(at), int(at) + 1) for at in leading), slice(begin, end), *map(slice, shape[first + 1 :]))
+    start = row * shape[first] * inner
+    return start + begin * inner, start + end * inner, tuple(slice(s.start or 0, s.stop) for s in box)
 
 
 def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
@@ -144,6 +178,52 @@ def _of_object(told: Identity) -> RemoteFingerprint:
     )
 
 
+_DECODING = threading.Lock()  # held by the one checkpoint whose decoded chunks are in memory
+
+
+class _Spill:
+    """The decoded chunks that are in use of a checkpoint, in a file without a name."""
+
+    def __init__(self, item: Path) -> None:
+        self._item = item
+        self._file = tempfile.TemporaryFile(prefix="m3jax-")  # noqa: SIM115  # closed by `close`
+        self._held: tuple[str, int, int] = ("", 0, 0)  # an array, and the first and last of its entries
+        self._lock = threading.Lock()
+
+    def pieces(self, store: Any, info: TensorInfo, start: int, stop: int) -> Iterator[memoryview]:
+        """The bytes of a range of an array's entries, in order."""
+        width = DTYPES[info.dtype].itemsize
+        chunk = store.chunk_layout.read_chunk.shape or info.shape
+        while start < stop:
+            with self._lock:
+                name, first, last = self._held
+                if name != info.name or not first <= start < last:
+                    first, last, box = band_at(info.shape, chunk, start)
+                    self._decode(store, box)
+                    self._held = info.name, first, last
+                count = min(stop, last, start + _PIECE // width) - start
+                piece = os.pread(self._file.fileno(), count * width, (start - first) * width)
+            yield memoryview(piece)
+            start += count
+
+    def _decode(self, store: Any, box: Box) -> None:
+        self._held = ("", 0, 0)
+        with _DECODING:
+            decoded = as_bytes(store[box].read(order="C").result())
+            try:
+                self._file.seek(0)
+                self._file.write(decoded)
+                self._file.flush()
+            except OSError as error:
+                raise M3Error(
+                    f"decoded chunks of {self._item} cannot be kept in {tempfile.gettempdir()}: {error.strerror}; "
+                    f"{mend(error)}, or set TMPDIR."
+                ) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
 _OPEN: "WeakSet[OrbaxCheckpoint]" = WeakSet()
 
 
@@ -152,7 +232,8 @@ class OrbaxCheckpoint(Closing):
 
     Memory holds the decoded chunks in use, however small the pieces that are read: what the array with the largest
     chunks needs, and a share of 64 MiB that all open checkpoints have together. By default, Orbax makes a chunk as
-    large as a device's shard of an array.
+    large as a device's shard of an array. Where all open checkpoints together would need more than 256 MiB, as the many
+    steps of a run do, decoded chunks wait in a temporary file of each, and memory holds those of one.
 
     Attributes:
         location: The path that was opened.
@@ -181,6 +262,7 @@ class OrbaxCheckpoint(Closing):
         self.tensors = in_natural_order(tensors)
         self.metadata: Mapping[str, str] = MappingProxyType(self._tree.metadata)
         self._context: Any = None  # made when the first array is read, as by then it is known how many share the cache
+        self._spill: _Spill | None = None
         self._stores: dict[str, Any] = {}
         self._closed = False
         self._lock = threading.Lock()
@@ -229,12 +311,17 @@ class OrbaxCheckpoint(Closing):
                 wanted = raw[max(0, -at) : size - at]
                 view[max(0, at) : max(0, at) + len(wanted)] = wanted
                 at += len(raw)
+        except M3Error:
+            raise
         except Exception as error:  # of many types
             raise unusable(f"array {name!r}", self.item, error) from error
 
     def _pieces(self, info: TensorInfo, start: int, stop: int) -> Iterator[memoryview]:
         """The bytes of a range of an array's entries, in order."""
         store = self._store(info.name)
+        if self._spill is not None:
+            yield from self._spill.pieces(store, info, start, stop)
+            return
         step = max(1, _PIECE // DTYPES[info.dtype].itemsize)
         reading: deque[Any] = deque()
         for begin in range(start, stop, step):
@@ -249,7 +336,9 @@ class OrbaxCheckpoint(Closing):
         """The open handle of an array."""
         with self._lock:
             if self._context is None:
-                self._context = context(self._band + _CACHE // max(1, len(_OPEN)))
+                spills = sum(each._band for each in _OPEN) > _BANDS
+                self._spill = _Spill(self.item) if spills else None
+                self._context = context(0 if spills else self._band + _CACHE // max(1, len(_OPEN)))
             if name not in self._stores:
                 self._stores[name] = _open_store(self.item, self._tree, name, self._context).result()
             return self._stores[name]
@@ -291,6 +380,8 @@ class OrbaxCheckpoint(Closing):
             self._closed = True
             self._stores.clear()
             _OPEN.discard(self)
+            if self._spill is not None:
+                self._spill.close()
         if self._aggregate is not None:
             self._aggregate.close()
 

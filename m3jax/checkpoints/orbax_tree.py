@@ -73,7 +73,9 @@ def says_item(directory: Path) -> bool:
 
 def is_item(directory: Path) -> bool:
     """Whether a directory is an item: a set of arrays."""
-    return says_item(directory) or any((child / name).is_file() for child in children(directory) for name in (".zarray", "zarr.json"))
+    return says_item(directory) or any(
+        (child / name).is_file() for child in children(directory) for name in (".zarray", "zarr.json")
+    )
 
 
 def holds_items(directory: Path) -> bool:

@@ -1,15 +1,16 @@
 """Several processes at one merge: what they tell each other, over JAX's multi-controller runtime.
 
 Everything goes through one exchange: each process gives some bytes, process 0 combines them in process order, and all
-get the result. It travels through the key-value store of JAX's coordination service and needs no device.
+get the result. It travels through the key-value store of JAX's coordination service, which tells whoever waits for a
+key when it is there, and needs no device.
 """
 
 import itertools
 import json
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from queue import SimpleQueue
 from typing import Any, Protocol, Self, TypeAlias
 
 import jax
@@ -17,8 +18,7 @@ import numpy as np
 
 from m3jax.errors import M3Error
 
-_POLL_SECONDS = 0.05
-_SLOWEST_POLL_SECONDS = 1.0
+_LONGEST_MS = 10**9  # of a wait for another process: eleven days; one that dies, JAX's runtime notices by itself
 _merges = itertools.count()  # every process does the same merges in the same order
 
 Buffer: TypeAlias = bytes | memoryview
@@ -119,7 +119,7 @@ class Cluster:
         self._prefix = f"m3jax/{next(_merges)}"
         self._turn = 0
         self._failure: str | None = None
-        self._left = threading.Event()
+        self._arrivals: SimpleQueue[bytes | None] = SimpleQueue()
         self._listener = threading.Thread(target=self._listen, name="failures", daemon=True)
 
     def __enter__(self) -> Self:
@@ -129,29 +129,40 @@ class Cluster:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         if error is not None:
             self.fail(str(error) or type(error).__name__)
-        self._left.set()
+        elif self.index == 0:
+            self._end(b"")
         self._listener.join()
 
     def _listen(self) -> None:
-        while not self._left.wait(_SLOWEST_POLL_SECONDS):
-            found = self._try_get(f"{self._prefix}/failure")
-            if found is not None:
-                self._failure = found.decode()
-                return
+        """Wait for what ends the work: the sentence of a process that has failed, or nothing."""
+        sentence = self._wait(f"{self._prefix}/end")
+        if sentence:
+            self._failure = sentence.decode()
+            self._arrivals.put(None)
 
-    def _try_get(self, key: str) -> bytes | None:
+    def _end(self, sentence: bytes) -> None:
+        with suppress(jax.errors.JaxRuntimeError):  # another one was first
+            self._client.key_value_set_bytes(f"{self._prefix}/end", sentence)
+
+    def _wait(self, key: str) -> bytes | None:
+        """The value of a key, once it is there; None where the coordinator is lost, who ends the process by itself."""
         try:
-            value: bytes = self._client.key_value_try_get_bytes(key)
-        except jax.errors.JaxRuntimeError:  # absent; a lost coordinator ends the process by itself
+            value: bytes = self._client.blocking_key_value_get_bytes(key, _LONGEST_MS)
+        except jax.errors.JaxRuntimeError:
             return None
         return value
 
     def _get(self, key: str) -> bytes:
-        pause = _POLL_SECONDS
-        while (value := self._try_get(key)) is None:
+        """The value of a key, once it is there, unless some process fails before."""
+        arrivals: SimpleQueue[bytes | None] = SimpleQueue()
+        self._arrivals = arrivals
+        self.check()
+        # In a thread, because Ctrl-C does not reach whoever waits in C++.
+        threading.Thread(target=lambda: arrivals.put(self._wait(key)), name="exchange", daemon=True).start()
+        value = arrivals.get()
+        if value is None:
             self.check()
-            time.sleep(pause)
-            pause = min(pause * 1.5, _SLOWEST_POLL_SECONDS)
+            raise M3Error("the coordinator was lost: start the same command again on every process to resume")
         return value
 
     def exchange(self, mine: Buffer, combine: Combine) -> Buffer:
@@ -176,8 +187,7 @@ class Cluster:
         """See `Processes`."""
         if self._failure is None:
             self._failure = sentence
-            with suppress(jax.errors.JaxRuntimeError):  # another one was first
-                self._client.key_value_set_bytes(f"{self._prefix}/failure", sentence.encode())
+            self._end(sentence.encode())
 
 
 # --- what is exchanged --------------------------------------------------------------------------------------------

@@ -195,10 +195,19 @@ def chunked(tmp_path_factory):
         yield checkpoint, values
 
 
+@pytest.fixture(scope="module")
+def spilled(chunked):
+    """The same array, of which decoded chunks wait on the disk."""
+    with pytest.MonkeyPatch.context() as patch, open_orbax(Path(chunked[0].location)) as checkpoint:
+        patch.setattr("m3jax.checkpoints.orbax._BANDS", 0)
+        assert read(checkpoint, "s").tobytes() == np.float32(1.5).tobytes()
+        yield checkpoint
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
 @given(data=st.data())
-def test_any_range_of_bytes(chunked, data) -> None:
-    checkpoint, values = chunked
+def test_any_range_of_bytes(chunked, spilled, data) -> None:
+    checkpoint, values = (spilled if data.draw(st.booleans()) else chunked[0]), chunked[1]
     start = data.draw(st.integers(0, values.nbytes))
     stop = data.draw(st.integers(start, values.nbytes))
     out = np.full(stop - start, 99, np.uint8)
@@ -206,9 +215,11 @@ def test_any_range_of_bytes(chunked, data) -> None:
     assert out.tobytes() == values.tobytes()[start:stop]
 
 
+@pytest.mark.parametrize("bands", [0, 1 << 20])
 @pytest.mark.parametrize("chunk", [[64, 4096], [16, 1024], [1, 4096], [64, 64]])
-def test_a_chunk_is_decoded_once(tmp_path, monkeypatch, chunk) -> None:
+def test_a_chunk_is_decoded_once(tmp_path, monkeypatch, chunk, bands) -> None:
     monkeypatch.setattr("m3jax.checkpoints.orbax._CACHE", 1 << 16)
+    monkeypatch.setattr("m3jax.checkpoints.orbax._BANDS", bands)  # of memory: beyond, decoded chunks wait on the disk
     values = np.random.default_rng(0).standard_normal((64, 4096)).astype(np.float32)
     by_handler(tmp_path / "saved", {"w": np.zeros(1)}, use_ocdbt=False)
     shutil.rmtree(tmp_path / "saved" / "w")

@@ -15,7 +15,7 @@ from support.clusters import SHAPES, SHARD, free_port, recipe_file, run_all, sta
 from support.directories import recipe, write_models
 from support.matrix import METHODS, few
 
-from m3jax import merge_checkpoint
+from m3jax import merge_checkpoint, verify
 from m3jax.cli.commands import main
 from m3jax.cluster import processes
 from m3jax.cluster.meshes import parse_mesh
@@ -36,16 +36,20 @@ class Store:
 
     def __init__(self):
         self.values = {}
+        self.news = threading.Condition()
 
     def key_value_set_bytes(self, key, value):
-        if key in self.values:
-            raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
-        self.values[key] = value
+        with self.news:
+            if key in self.values:
+                raise jax.errors.JaxRuntimeError("ALREADY_EXISTS")
+            self.values[key] = value
+            self.news.notify_all()
 
-    def key_value_try_get_bytes(self, key):
-        if key not in self.values:
-            raise jax.errors.JaxRuntimeError("NOT_FOUND")
-        return self.values[key]
+    def blocking_key_value_get_bytes(self, key, timeout_in_ms):
+        with self.news:
+            if not self.news.wait_for(lambda: key in self.values, timeout_in_ms / 1000):
+                raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+            return self.values[key]
 
     def key_value_delete(self, key):
         self.values = {k: v for k, v in self.values.items() if not k.startswith(key + "/")}
@@ -58,7 +62,7 @@ def cluster(monkeypatch):
 
     store = Store()
     monkeypatch.setattr(distributed, "global_state", SimpleNamespace(client=store))
-    monkeypatch.setattr(processes, "_SLOWEST_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(processes, "_LONGEST_MS", 60_000)
 
     def make(count):
         monkeypatch.setattr(jax, "process_count", lambda: count)
@@ -114,7 +118,7 @@ def test_everyone_gets_what_all_gave_in_order(cluster, count):
 
 def test_nothing_is_left_behind_but_the_last_exchange(cluster):
     all_at_once(cluster(2), lambda member: [processes.share(member, turn) for turn in range(9)])
-    assert {key.split("/")[2] for key in cluster.store.values} <= {"7", "8"}
+    assert {key.split("/")[2] for key in cluster.store.values} <= {"7", "8", "end"}
 
 
 @pytest.mark.parametrize("failing", [0, 2])
@@ -232,6 +236,19 @@ def test_several_processes(place, reference, tmp_path, name, count, devices):
         ]
         assert told["bytes_read"] == weights
         assert told["process_reads"] == shares
+
+
+@pytest.mark.slow
+def test_several_processes_write_one_checkpoint_of_orbax(place, reference, tmp_path):
+    file = recipe_file(place, tmp_path, ELEMENTWISE)
+    codes, outputs, errors = run_all(file, tmp_path / "run", 3, "--json", "--format", "orbax", "--step", "5")
+    assert codes == [0] * 3, errors
+    found = verify(tmp_path / "run" / "5")
+    assert found.digest == verify(reference("elementwise", ELEMENTWISE)).digest
+    assert found.differences == ()
+    files = len(list((tmp_path / "run" / "5" / "default").glob("ocdbt.process_*")))
+    assert files == len(_shard_sizes(reference("elementwise", ELEMENTWISE)))
+    assert min(json.loads(outputs[0])["process_reads"]) > 0
 
 
 def _shard_sizes(directory):

@@ -244,7 +244,12 @@ class _GoogleHandler(http.server.BaseHTTPRequestHandler):
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         part = content[int(span[1]) : int(span[2] or len(content)) + 1] if span else content
         self.server.received += len(part)
-        return self.answer(206 if span else 200, part, generation, span and f"bytes {span[1]}-{int(span[1]) + len(part) - 1}/{len(content)}")
+        return self.answer(
+            206 if span else 200,
+            part,
+            generation,
+            span and f"bytes {span[1]}-{int(span[1]) + len(part) - 1}/{len(content)}",
+        )
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
