@@ -8,12 +8,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from support.object_store import google, store
 
 from m3jax import M3Error, merge_checkpoint, replay, verify
 from m3jax.checkpoints import locate_model, open_checkpoint
 from m3jax.checkpoints import remote as remote_paths
 from m3jax.checkpoints.runs import find_run, place_of
-from support.object_store import google, store
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided", "ignore:Sending a large body")
 
@@ -119,9 +119,10 @@ def test_a_merge_in_a_bucket_is_no_step_until_it_is_whole(runs, local, monkeypat
                 left.pop()
                 return plain(*args, **options)
 
-            with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-                patch.setattr(driver, name, cut)
+            monkeypatch.setattr(driver, name, cut)
+            with pytest.raises(KeyboardInterrupt):
                 merge_checkpoint(recipe(a, b), a, step=30, max_shard_size=2**20)
+            monkeypatch.setattr(driver, name, plain)
             assert before.items() <= gcs.objects.items()
             assert find_run(place_of(a)).last == 20
         result = merge_checkpoint(recipe(a, b), a, step=30, max_shard_size=2**20)

@@ -242,14 +242,11 @@ class _GoogleHandler(http.server.BaseHTTPRequestHandler):
         if not path.startswith("/download") and query.get("alt") != "media":
             return self.answer(200, self.facts(name))
         span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        part = content[int(span[1]) : int(span[2] or len(content)) + 1] if span else content
+        start = int(span[1]) if span else 0
+        part = content[start : int(span[2] or len(content)) + 1] if span else content
         self.server.received += len(part)
-        return self.answer(
-            206 if span else 200,
-            part,
-            generation,
-            span and f"bytes {span[1]}-{int(span[1]) + len(part) - 1}/{len(content)}",
-        )
+        place = f"bytes {start}-{start + len(part) - 1}/{len(content)}" if span else None
+        return self.answer(206 if span else 200, part, generation, place)
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -258,6 +255,11 @@ class _GoogleHandler(http.server.BaseHTTPRequestHandler):
             content = self.server.objects[source.partition("/b/bucket/o/")[2]][1]
             self.server.put(target, content)
             return self.answer(200, {"done": True, "resource": self.facts(target)})
+        query = parse_qs(urlsplit(self.path).query)
+        if query.get("uploadType") == ["media"]:  # TensorStore's way
+            self.server.put(query["name"][0], body)
+            self.server.sent += len(body)
+            return self.answer(200, self.facts(query["name"][0]))
         _, facts, content, _ = body.split(b"--==0==", 3)
         name = json.loads(facts.split(b"\n\n", 1)[1])["name"]
         self.server.put(name, content.split(b"\n\n", 1)[1][:-1])
