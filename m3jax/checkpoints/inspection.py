@@ -183,6 +183,8 @@ def _totals(tensors: Iterable[TensorInfo]) -> tuple[DtypeTotal, ...]:
 def _read_facts(path: Path) -> tuple[ModelFacts | None, tuple[str, ...]]:
     """What config.json says, and a note where it is damaged, which is no reason not to show the weights."""
     file = (path if is_dir(path) else path.parent) / "config.json"
+    if not file.is_file():
+        return None, ()
     try:
         config = documents.parse_json(read_file(file))
     except OSError:

@@ -27,7 +27,7 @@ _FAILURES = {
 }
 
 
-def place_of(directory: Path) -> dict[str, Any]:
+def files_at(directory: Path) -> dict[str, Any]:
     """Where TensorStore finds what is in a directory.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from m3jax import documents
 from m3jax.checkpoints.headers import parse_json
-from m3jax.checkpoints.key_values import context, place_of, unusable
+from m3jax.checkpoints.key_values import context, files_at, unusable
 from m3jax.checkpoints.msgpack import open_msgpack
 from m3jax.checkpoints.protocol import Checkpoint, natural_key
 from m3jax.checkpoints.remote import RemotePath
@@ -295,7 +295,7 @@ def key_value_spec(item: Path, name: str = "") -> dict[str, Any]:
     """
     if ".." in name.split("/"):
         raise M3Error(f"{item} places array {name!r} outside of the checkpoint: do not trust it.")
-    files = place_of(item)
+    files = files_at(item)
     below = f"{name}/" if name else ""
     if (item / MANIFEST).is_file():
         return {"driver": "ocdbt", "base": files, "path": below}

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from m3jax.checkpoints.key_values import place_of
+from m3jax.checkpoints.key_values import files_at
 from m3jax.checkpoints.orbax_template import (
     StoredArray,
     Template,
@@ -251,7 +251,7 @@ def _merge_parts(item: Path) -> None:
     with _saying_what_failed(item):
         (item / MANIFEST).unlink(missing_ok=True)  # of an attempt before
         shutil.rmtree(item / _VALUES, ignore_errors=True)
-        shared, base = ts.Context(), place_of(item)  # references are copied within one context alone
+        shared, base = ts.Context(), files_at(item)  # references are copied within one context alone
         whole = ts.KvStore.open({"driver": "ocdbt", "base": base}, context=shared).result()
         together = ts.Transaction(atomic=True)
         keys: set[bytes] = set()
@@ -333,7 +333,7 @@ def _create_arrays(
     import tensorstore as ts
 
     context = ts.Context({"cache_pool": {"total_bytes_limit": 0}})
-    base = place_of(directory)
+    base = files_at(directory)
     opening = {}
     for name, shape, dtype in source.tensors.values():
         spec = {

@@ -23,6 +23,7 @@ from m3jax.errors import M3Error
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
 _EXTRAS = {"s3": "s3", "gs": "gcs"}
+_ELSEWHERE = ("301", "400", "PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException")
 _CONNECTIONS = 32  # at a time, of this process to one storage
 
 
@@ -402,6 +403,11 @@ def _complaint(error: Exception) -> str:
     if kinds & denied or code in ("401", "403") or str(error).startswith("Forbidden"):
         told = f" ({code})" if code else ""
         return f"is refused{told}: check that the credentials in use are valid and may do this in the bucket"
+    if code in _ELSEWHERE:
+        return (
+            f"cannot be used ({code}), as it is where the bucket is in another region: check AWS_DEFAULT_REGION, the "
+            "endpoint, and that the credentials have not expired"
+        )
     network = {"ConnectionError", "TimeoutError", "HTTPClientError", "ClientConnectionError", "ClientPayloadError"}
     if kinds & network or "FSTimeoutError" in kinds or "RequestException" in kinds:
         return f"cannot be reached ({type(error).__name__}): check the network and the endpoint, then start again"

@@ -23,7 +23,7 @@ _RATES = (1.3e9, 1.5e9)
 RATES_TEXT = "1.3 to 1.5 GB/s per process of 2 cores"
 _RUNTIME_BYTES = 250_000_000  # Python, JAX and compiled programs: what the same merges took beside their buffers
 _RANKING_BYTES = 200_000_000  # of samples and counts, where magnitudes are ranked (docs/pods.md)
-_ORBAX_NOTE = "as orbax it is made of safetensors, which go at the end: until then the disk holds the weights twice"
+_ORBAX_NOTE = "as orbax it is made in parts, of one weight file each, of which the disk holds one twice for a while"
 _BUFFERS = 2  # chunks in flight per input, at the least: one that is computed, one that is read
 
 

@@ -309,6 +309,13 @@ def test_refused_credentials(monkeypatch) -> None:
         with pytest.raises(M3Error) as caught:
             list(as_path("s3://bucket/model").iterdir())
         assert "s3://bucket/model is refused (AccessDenied)" in sentence(caught)
+    body = b"<Error><Code>AuthorizationHeaderMalformed</Code><Message>the region is wrong</Message></Error>"
+    with answering(400, body) as port:
+        point_at(monkeypatch, port)
+        for name in ("s3://bucket/model", "s3://bucket/run@20"):
+            with pytest.raises(M3Error) as caught:
+                locate_model(name)
+            assert "in another region: check AWS_DEFAULT_REGION" in sentence(caught)
 
 
 def test_no_credentials(monkeypatch) -> None:
