@@ -133,7 +133,6 @@ class RemoteStaging(RemoteWorkplace):
         told = [entry for entry in finished_in(there.journals.values(), identity) if _OURS not in entry]
         arrived = [entry for entry in told if "shard" not in entry or _is_there(entry, found)]
         super().__init__(out, identity, arrived, 0, aside)
-        journals = {path for path in there.journals if path.parent == place}
         self._ours = {name for name in {**there.out, **found} if not fnmatchcase(name, _JOURNALS)}
         try:
             check_space(self.path, largest)
@@ -141,9 +140,9 @@ class RemoteStaging(RemoteWorkplace):
             self._write_journal()
             _abort_parts(place)
             # Not before the journal is there, which tells that the rest is ours to replace.
-            others = journals - {self._journal}
             _remove([out / name for name in there.out if makes_a_model(name)])
-            _remove(others)
+            stale = () if aside else [_aside(out) / name for name in there.aside]  # of a merge that was made otherwise
+            _remove({*stale, *there.journals} - {self._journal})
         except BaseException:
             shutil.rmtree(self.path, ignore_errors=True)
             raise

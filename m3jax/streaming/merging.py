@@ -103,15 +103,14 @@ def _open_workplace(
     damaged: list[str] = []
     staging: Staging | RemoteStaging
     if isinstance(job.out, RemotePath):
-        space = _scratch(ready)
-        staging = stack.enter_context(
-            RemoteStaging(job.out, ready.identity, space, job.overwrite, ready.orbax is not None)
-        )
+        space = _largest(ready) if ready.orbax is None else 2 * _largest(ready) + ready.orbax.size_beside
+        aside = ready.orbax is not None
+        staging = stack.enter_context(RemoteStaging(job.out, ready.identity, space, job.overwrite, aside))
     else:
         weights = sum(t.output.nbytes for t in ready.plan.tensors)
         small = sum(path.stat().st_size for path in ready.companions.values())
         space = weights + small + _TOLD_PER_TENSOR * len(ready.plan.tensors)
-        space += 0 if ready.orbax is None else _scratch(ready) // 2
+        space += 0 if ready.orbax is None else _largest(ready) + ready.orbax.size_beside  # one file stands there twice
         shared = processes.count > 1
         possible = modelcard.possible_names(ready.companions)
         names = exactly([*(file for file, _ in ready.shards), *possible, *_links(ready), manifest.FILE_NAME])
@@ -124,10 +123,9 @@ def _open_workplace(
     return staging, [f"{staging.path / file} was not as it had been finished, and was made again" for file in damaged]
 
 
-def _scratch(ready: Ready) -> int:
-    """Bytes of files that stand for a while beside what is kept: one that is filled, and what is made of it."""
-    largest = max((sum(info.nbytes for info in infos) for _, infos in ready.shards), default=0)
-    return largest if ready.orbax is None else 2 * largest + ready.orbax.size_beside
+def _largest(ready: Ready) -> int:
+    """Bytes of the largest weight file."""
+    return max((sum(info.nbytes for info in infos) for _, infos in ready.shards), default=0)
 
 
 def _damaged(staging: Staging, ready: Ready, progress: Callable[[Progress], None] | None) -> list[str]:

@@ -13,7 +13,7 @@ from support.object_store import google, store
 from m3jax import M3Error, merge_checkpoint, replay, verify
 from m3jax.checkpoints import locate_model, open_checkpoint
 from m3jax.checkpoints import remote as remote_paths
-from m3jax.checkpoints.runs import find_run, place_of
+from m3jax.checkpoints.runs import chosen_steps, find_run, place_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sharding info not provided", "ignore:Sending a large body")
 
@@ -137,6 +137,7 @@ def test_steps_of_a_bucket_that_cannot_be_read(runs, monkeypatch, tmp_path) -> N
         for name in [name for name in gcs.objects if name.startswith("runs/a/20/") and name.endswith("success.txt")]:
             del gcs.objects[name]  # by which Orbax ends a save in this storage
         assert locate_model(a).path.name == "10"
+        assert chosen_steps(a, "last:1") == chosen_steps(a, "0:90") == [10]
         for place, words in (
             (f"{a}@20", rf"step 20 of {a} was not saved to its end: the nearest is {a}@10"),
             (f"{a}/20/model", "was not saved to its end or has lost files"),
