@@ -218,7 +218,11 @@ def step_place(name: str) -> Path | None:
     """
     said = split_step(name)
     if said is not None:
-        step, run = _one_step(*said), find_run(place_of(said[0]))
+        place = place_of(said[0])
+        found = _remote_step(place, said[1])
+        if found is not None:
+            return found
+        step, run = _one_step(*said), find_run(place)
         return None if run is None else run.step(step)
     if not name:
         return None
@@ -227,6 +231,19 @@ def step_place(name: str) -> Path | None:
         return None
     run = find_run(path)
     return None if run is None else run.steps[run.last]
+
+
+def _remote_step(place: Path, said: str) -> Path | None:
+    """A step of a run in remote storage that its number finds, without a look into the others; None where it may not."""
+    if not isinstance(place, RemotePath) or not _ONE.fullmatch(said):
+        return None
+    found = [
+        child
+        for directory in (place, place / STEPS)
+        for child in children(directory)
+        if step_number(child.name) == int(said)
+    ]
+    return found[0] if len(found) == 1 and _state(found[0]) else None
 
 
 def _one_step(place: str, said: str) -> int:
