@@ -234,7 +234,7 @@ def step_place(name: str) -> Path | None:
 
 
 def _remote_step(place: Path, said: str) -> Path | None:
-    """A step of a run in remote storage that its number finds, without a look into the others; None where it may not."""
+    """A step of a remote run that its number finds, without a look into the others; None where it may not."""
     if not isinstance(place, RemotePath) or not _ONE.fullmatch(said):
         return None
     found = [
