@@ -59,7 +59,7 @@ __all__ = ["OrbaxCheckpoint", "is_orbax", "open_orbax", "write_orbax"]
 _CACHE = 64 << 20  # bytes of decoded chunks that all open checkpoints together keep beside those in use
 _PIECE = 16 << 20  # bytes asked for at a time
 _IN_FLIGHT = 4  # pieces asked for before the first has come
-_BANDS = 256 << 20  # bytes of chunks in use that all open checkpoints together hold in memory; beyond, on the disk
+_BANDS = 128 << 20  # bytes of chunks in use that all open checkpoints together hold in memory; beyond, on the disk
 _HEAD = 1024  # bytes of a file that its fingerprint looks at
 
 Box: TypeAlias = tuple[slice, ...]
@@ -232,7 +232,7 @@ class OrbaxCheckpoint(Closing):
 
     Memory holds the decoded chunks in use, however small the pieces that are read: what the array with the largest
     chunks needs, and a share of 64 MiB that all open checkpoints have together. By default, Orbax makes a chunk as
-    large as a device's shard of an array. Where all open checkpoints together would need more than 256 MiB, as the many
+    large as a device's shard of an array. Where all open checkpoints together would need more than 128 MiB, as the many
     steps of a run do, decoded chunks wait in a temporary file of each, and memory holds those of one.
 
     Attributes:
