@@ -185,10 +185,16 @@ class RemoteStaging(RemoteWorkplace):
         self._own.entries.append({_OURS: sorted({*small, *sent})})
         self._write_journal()
         _remove([self.out / name for name in others])
-        if self.place != self.out:
-            _at_once(lambda name: _copy(self.place / name, self.out / name, sent[name][1]), list(sent))
-        for name in in_order(small):
-            _send(small[name], self.out / name)
+        try:
+            if self.place != self.out:
+                _at_once(lambda name: _copy(self.place / name, self.out / name, sent[name][1]), list(sent))
+            for name in in_order(small):
+                _send(small[name], self.out / name)
+        except BaseException:
+            if self.place != self.out:  # what is there already may pass for a whole step
+                with suppress(M3Error):
+                    _remove([self.out / name for name in _objects(self.out)])
+            raise
         kept = {} if self.place != self.out else found
         _remove([self.place / name for name in found if name not in kept and not fnmatchcase(name, _JOURNALS)])
         _remove([self.place / name for name in found if fnmatchcase(name, _JOURNALS)])

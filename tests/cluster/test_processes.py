@@ -134,6 +134,16 @@ def test_the_failure_of_one_ends_all_with_its_sentence(cluster, failing):
     assert all_at_once(cluster(3), work) == ["the disk is full"] * 3
 
 
+def test_who_waits_can_be_interrupted(cluster):
+    first, second = cluster(2)
+    here = threading.get_ident()
+    threading.Timer(0.2, lambda: signal.pthread_kill(here, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt), second:
+        processes.share(second, None)  # the first process gives nothing
+    with pytest.raises(M3Error, match="KeyboardInterrupt"), first:
+        processes.share(first, None)
+
+
 def test_there_is_no_cluster():
     with pytest.raises(M3Error, match=r"call jax\.distributed\.initialize\(\) on every process first"):
         processes.Cluster()

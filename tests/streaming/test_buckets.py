@@ -124,6 +124,7 @@ def test_a_merge_in_a_bucket_is_no_step_until_it_is_whole(runs, local, monkeypat
                 merge_checkpoint(recipe(a, b), a, step=30, max_shard_size=2**20)
             monkeypatch.setattr(driver, name, plain)
             assert before.items() <= gcs.objects.items()
+            assert not gcs.names("runs/a/30")
             assert find_run(place_of(a)).last == 20
         result = merge_checkpoint(recipe(a, b), a, step=30, max_shard_size=2**20)
         assert (result.digest, result.resumed_shards) == (local.digest, 2)
