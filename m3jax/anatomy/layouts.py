@@ -14,6 +14,10 @@ _LAYOUTS: tuple[tuple[str, re.Pattern[str]], ...] = (
 )
 
 
+STACKING_KEYS = ("scan_layers", "param_scan_axis")
+"""Under which a trainer says whether, and along which axis, it stacks blocks."""
+
+
 def layout_of(names: Iterable[str]) -> str | None:
     """Which software lays a tree out with these canonical names; None if it is none that is known.
 
@@ -27,12 +31,12 @@ def layout_of(names: Iterable[str]) -> str | None:
 
 def scan_axis(metadata: Mapping[str, Any]) -> int | None:
     """The axis along which a trainer says that it stacks blocks; None if it does not say."""
-    value = metadata.get("param_scan_axis")
+    value = metadata.get(STACKING_KEYS[1])
     text = str(value).strip()
     return int(text) if value is not None and text.isdecimal() else None
 
 
 def is_scanned(metadata: Mapping[str, Any]) -> bool | None:
     """Whether a trainer says that it stacks blocks; None if it does not say."""
-    value = metadata.get("scan_layers")
+    value = metadata.get(STACKING_KEYS[0])
     return None if value is None else str(value).strip().lower() in {"true", "1"}

@@ -3,18 +3,21 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from m3jax.anatomy.building import anatomy_of
 from m3jax.anatomy.types import Anatomy, Overrides
 from m3jax.checkpoints import Checkpoint, TensorInfo, sketch_model
 from m3jax.checkpoints.adapters import open_model
+from m3jax.checkpoints.locate import CONFIG, read_config
+from m3jax.checkpoints.orbax_tree import is_orbax
 from m3jax.checkpoints.remote import RemotePath
-from m3jax.checkpoints.storage import read_file
+from m3jax.checkpoints.storage import is_dir, read_file
 from m3jax.checkpoints.trust import LARGEST_COMPANION, check_size
 from m3jax.documents import parse_json, read_bounded
 from m3jax.errors import M3Error
 
+_RUN_DEPTH = 3  # directories of a run above an item: its step, `checkpoints`, and the run
 _STEP_METADATA = "_CHECKPOINT_METADATA"  # of Orbax, in the directory of a step, beside its items
 
 
@@ -43,6 +46,61 @@ def _content(file: Path) -> bytes:
         raise FileNotFoundError(str(file))
     check_size(file, file.stat().st_size)
     return file.read_bytes()
+
+
+class Home(NamedTuple):
+    """Where a model's configuration is.
+
+    Attributes:
+        directory: That of the configuration, and of a tokenizer if there is one.
+        config: What it says; None where there is none.
+        file: The file itself; None where there is none.
+    """
+
+    directory: Path
+    config: dict[str, Any] | None
+    file: Path | None
+
+
+def find_home(path: Path, config: Path | None = None) -> Home:
+    """The configuration of a model: the given one, the one beside its weights, or that of the run which they are of.
+
+    Args:
+        path: Of the checkpoint.
+        config: A configuration in Hugging Face's terms, or the directory that holds one as config.json.
+
+    Raises:
+        M3Error: The given one is absent; or one cannot be read, or is not a JSON object.
+    """
+    beside = path if is_dir(path) else path.parent
+    if config is not None and config.name != CONFIG and not config.is_dir():
+        return Home(beside, _read_config(config), config)
+    if config is not None:
+        directory = config if config.is_dir() else config.parent
+        found = read_config(directory)
+        if found is None:
+            raise M3Error(f"{directory / CONFIG}: is not there: give Hugging Face's config.json of the model")
+        return Home(directory, found, directory / CONFIG)
+    above = () if isinstance(path, RemotePath) or not is_orbax(path) else tuple(beside.parents)[:_RUN_DEPTH]
+    for directory in (beside, *above):
+        found = read_config(directory)
+        if found is not None:
+            return Home(directory, found, directory / CONFIG)
+    return Home(beside, None, None)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        found = parse_json(read_bounded(file, LARGEST_COMPANION))
+    except OSError as error:
+        raise M3Error(
+            f"{file}: cannot be read: {error.strerror}: give Hugging Face's config.json of the model"
+        ) from error
+    except ValueError as error:
+        raise M3Error(f"{file}: is not JSON ({error}): restore the file") from None
+    if not isinstance(found, dict):
+        raise M3Error(f"{file}: is not a JSON object: restore the file")
+    return found
 
 
 def stored_anatomy(

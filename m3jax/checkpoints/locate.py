@@ -22,7 +22,7 @@ from m3jax.documents import parse_json
 from m3jax.errors import M3Error, saying_what_failed
 
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[^@\s]+))?", re.ASCII)
-_CONFIG = "config.json"
+CONFIG = "config.json"
 _COMMIT = re.compile("[0-9a-f]{40}")
 
 _SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "tokenizer.model.*", "*.tiktoken"]
@@ -378,7 +378,7 @@ def read_config(model: Path) -> dict[str, Any] | None:
     Raises:
         M3Error: It is not a JSON object, or not the model's own; see `check_companion`.
     """
-    path = model / _CONFIG
+    path = model / CONFIG
     if not isinstance(path, RemotePath) and os.path.lexists(path) and not path.is_dir():
         check_companion(path, model)
     if not path.is_file():

@@ -52,17 +52,30 @@ def read_strided(
     kind = np.dtype(f"u{itemsize}")
     entries = np.frombuffer(out, kind) if whole else np.empty(last - first, kind)
     done = 0
-    for origin, box in _boxes(shape, first, last):
+    for origin, box in boxes(shape, first, last):
         at = sum(place * stride for place, stride in zip(origin, strides, strict=True))
-        _fill(read, entries[done : done + prod(box)].reshape(box), strides, at)
+        fill_box(read, entries[done : done + prod(box)].reshape(box), strides, at)
         done += prod(box)
     if not whole:
         skipped = start - itemsize * first
         out[:] = entries.view(np.uint8).data[skipped : skipped + len(out)]
 
 
-def _boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The boxes, each by its first place and its shape, that a range of entries in row-major order is made of."""
+def boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The boxes that a range of entries in row-major order is made of, in their order.
+
+    Args:
+        shape: The tensor's.
+        first: The first entry.
+        last: The one after the last.
+
+    Yields:
+        Of each box its first place and its shape.
+
+    Example:
+        >>> list(boxes((2, 3), 1, 6))
+        [((0, 1), (1, 2)), ((1, 0), (1, 3))]
+    """
     if first >= last:
         return
     if not shape:
@@ -72,14 +85,14 @@ def _boxes(shape: tuple[int, ...], first: int, last: int) -> Iterator[tuple[tupl
     row, inside = divmod(first, inner)
     if inside:
         stop = min(last, (row + 1) * inner)
-        for origin, box in _boxes(shape[1:], inside, stop - row * inner):
+        for origin, box in boxes(shape[1:], inside, stop - row * inner):
             yield (row, *origin), (1, *box)
         first, row = stop, row + 1
     end, left = divmod(last, inner)
     if first < last and row < end:
         yield (row, *[0] * (len(shape) - 1)), (end - row, *shape[1:])
     if left and end >= row:
-        for origin, box in _boxes(shape[1:], 0, left):
+        for origin, box in boxes(shape[1:], 0, left):
             yield (end, *origin), (1, *box)
 
 
@@ -92,8 +105,15 @@ def _run(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     return run
 
 
-def _fill(read: Reader, box: Entries, strides: tuple[int, ...], at: int) -> None:
-    """Fills a box from the entry `at` on, in as few ranges as waste little."""
+def fill_box(read: Reader, box: Entries, strides: tuple[int, ...], at: int) -> None:
+    """Fills a box of entries, in as few ranges as waste little.
+
+    Args:
+        read: Of the storage.
+        box: To fill; it need not be contiguous.
+        strides: How many stored entries it is along each of its dimensions from one to the next; none is negative.
+        at: Which stored entry is its first.
+    """
     size = box.itemsize
     if in_order(box.shape, strides) and box.flags.c_contiguous:
         read(box.reshape(-1).view(np.uint8).data, at * size)
@@ -108,5 +128,5 @@ def _fill(read: Reader, box: Entries, strides: tuple[int, ...], at: int) -> None
     axis = max((axis for axis, count in enumerate(box.shape) if count > 1), key=lambda axis: strides[axis])
     half = box.shape[axis] // 2
     before: list[slice] = [slice(None)] * axis
-    _fill(read, box[(*before, slice(half))], strides, at)
-    _fill(read, box[(*before, slice(half, None))], strides, at + half * strides[axis])
+    fill_box(read, box[(*before, slice(half))], strides, at)
+    fill_box(read, box[(*before, slice(half, None))], strides, at + half * strides[axis])

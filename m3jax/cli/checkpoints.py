@@ -176,9 +176,20 @@ def convert(
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Write float8 weights as numbers, without their scales.")
     ] = False,
+    names: Annotated[
+        str | None,
+        typer.Option(
+            "--names", metavar="LIBRARY", help="Whose names and layout: huggingface, maxtext, gemma, tunix, …."
+        ),
+    ] = None,
+    config: options.Config = None,
+    unscanned: Annotated[bool, typer.Option("--unscanned", help="Keep MaxText's blocks apart, not stacked.")] = False,
+    rounded: Annotated[
+        bool, typer.Option("--rounded", help="Let a layout that multiplies entries round each, once.")
+    ] = False,
     speech: options.Speech,
 ) -> None:
-    """Write a checkpoint in another format, bit for bit."""
+    """Write a checkpoint in another format or under other names, entry by entry."""
     shell.silence_downloads(speech.quiet)
     from m3jax.outputs import conversion
 
@@ -190,6 +201,10 @@ def convert(
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             dequantize=dequantize,
+            names=names,
+            config=config,
+            scanned=not unscanned,
+            rounded=rounded,
             progress=progress,
         )
     shell.print_notes(result.notes, speech.quiet)

@@ -22,6 +22,10 @@ Out = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if m3jax has made it.")]
 MaxShardSize = Annotated[str, typer.Option(metavar="SIZE", help="Largest weight file.")]
+Config = Annotated[
+    str | None,
+    typer.Option("--config", metavar="CONFIG", help="The model's config.json, if it is not beside its weights."),
+]
 Format = Annotated[
     str | None,
     typer.Option(

@@ -16,6 +16,8 @@ import numpy.typing as npt
 from m3jax.anatomy import anatomy_of
 from m3jax.anatomy.float8 import find_dequantisation, seen_dequantized, without_quantisation
 from m3jax.anatomy.kinds import mend_of
+from m3jax.anatomy.libraries import MAXTEXT, NAMES, BlockLayout, Wanted, seen_as
+from m3jax.anatomy.stored import find_home, step_metadata
 from m3jax.checkpoints import (
     Checkpoint,
     FileFingerprint,
@@ -30,7 +32,7 @@ from m3jax.checkpoints.adapters import Adapting, check_no_adapter, open_stored, 
 from m3jax.checkpoints.copying import pieces
 from m3jax.checkpoints.digest import Passing
 from m3jax.checkpoints.formats import ORBAX, SAFETENSORS, Format, written
-from m3jax.checkpoints.locate import named_companions, read_config, step_named
+from m3jax.checkpoints.locate import CONFIG, named_companions, read_config, step_named
 from m3jax.checkpoints.opening import recognise
 from m3jax.checkpoints.orbax_template import Template, file_patterns, read_template
 from m3jax.checkpoints.orbax_writer import fill_with_orbax
@@ -85,6 +87,10 @@ def convert(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     dequantize: bool = False,
+    names: str | None = None,
+    config: str | os.PathLike[str] | None = None,
+    scanned: bool = True,
+    rounded: bool = False,
     progress: Report | None = None,
 ) -> ConvertResult:
     """Write a checkpoint in another format, with the same names, dtypes, shapes and bits.
@@ -92,7 +98,8 @@ def convert(
     Bits are others where it is dequantised, or where an adapter is added: `base+adapter` writes the merged model.
 
     Everything written is read back and compared before the output appears, whole, by a rename. Names and the layout
-    of weights stay as they are: a model of PyTorch does not become one of Flax by it.
+    of weights stay as they are, unless `names` asks for another library's: then entries are moved, each to its place
+    there, and what is no parameter is left out (docs/families.md).
 
     Args:
         src: A model directory, a weight file or a hub id, in any format; or `model+adapter`.
@@ -104,6 +111,13 @@ def convert(
         overwrite: Replace `dst` if it is a directory that m3jax has made: `m3jax-conversion.json` marks a conversion.
         dequantize: Write float8 weights as the numbers that they stand for, rounded to the dtype that config.json
             gives the model, without their scales and without `quantization_config`.
+        names: Whose names and layout the weights are to have, one of `libraries.NAMES`: huggingface, maxtext, gemma,
+            tunix or bonsai; their own if None.
+        config: Hugging Face's config.json of the model, which decides its layout, or the directory that has it; the
+            one beside the weights, or of their run, if None.
+        scanned: Whether MaxText's blocks are to be stacked, along axis 1.
+        rounded: Let entries be rounded, each once, where one of the layouts multiplies or adds to them; else that is
+            an error.
         progress: Called after every few megabytes.
 
     Returns:
@@ -142,17 +156,33 @@ def convert(
         source = source if adapting is None else seen_adapted(source, adapting)
         scheme = _scheme_of(stored, place) if dequantize else None
         adapter = None if found.adapter is None or adapting is None else _told_of(found.adapter, adapting)
-        template = read_template(place) if format == recognise(place) == ORBAX else None
         named, beside = step_named(os.fspath(src)), named_companions(place)
+        told: tuple[str, ...] = ()
+        if names is not None:
+            home = find_home(place, None if config is None else Path(config))
+            own = source
+            wanted = Wanted(_library(names), BlockLayout(scanned) if names == MAXTEXT.name else BlockLayout())
+            metadata = {**source.metadata, **step_metadata(place)}
+            source, told = seen_as(source, wanted, home.config, metadata, named, rounded=rounded)
+            beside = {**named_companions(home.directory), **beside}
+            beside |= {} if home.file is None else {CONFIG: home.file}
+        as_stored = names is None or source is own
+        template = read_template(place) if as_stored and format == recognise(place) == ORBAX else None
         model = found._replace(name=named)
         job = _Job(model, stored, source, beside, out, format, template, size, overwrite, scheme, progress, adapter)
         total, digest = _convert(job)
         note = tokenizer_note(found)
-        notes = (*remarks(named, place, source), *([note] if note is not None else []))
+        notes = (*told, *remarks(named, place, source), *([note] if note is not None else []))
         tensors, files = len(source.tensors), tuple(job.beside)
     if named != os.fspath(src):
         notes = (last_note(os.fspath(src), named), *notes)
     return ConvertResult(out, format.name, tensors, total, digest, files, time.perf_counter() - begun, notes)
+
+
+def _library(names: str) -> str:
+    if names not in NAMES:
+        raise M3Error(f"{names!r} is no library whose names are known: use {', '.join(NAMES)}.")
+    return names
 
 
 def _scheme_of(stored: Checkpoint, place: Path) -> str | None:
@@ -221,7 +251,8 @@ def _convert(job: _Job) -> tuple[int, str]:
     before = source.fingerprint()
     total = sum(info.nbytes for info in source.tensors.values())
     small = sum(file.stat().st_size for file in beside.values()) + _TOLD_PER_TENSOR * len(source.tensors)
-    told = [to.name, job.max_shard_size, source.location, before, sorted(beside)]
+    shapes = [(info.name, info.shape) for info in source.tensors.values()]
+    told = [to.name, job.max_shard_size, source.location, before, sorted(beside), shapes]
     identity = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     with Staging(job.out, identity, total + small, job.overwrite, names=_names(job)) as staging:
         narrow(staging.path, source.files())  # before there is anything in it

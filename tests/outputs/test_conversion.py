@@ -17,6 +17,7 @@ from flax import serialization
 from flax.traverse_util import flatten_dict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import libraries
 from support.checkpoint_suite import info_of, random_array, read
 
 from m3jax.checkpoints import (
@@ -338,3 +339,60 @@ def test_command(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr() == ("", "")
     assert main(["convert", str(model), str(out), "--to", "torch"]) == 2
     assert "no format to convert to" in capsys.readouterr().err
+
+
+# --- Other libraries' names --------------------------------------------------------------------------------------
+
+
+def test_names_of_another_library_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = libraries.configuration("llama")
+    arrays = libraries.huggingface(config)
+    libraries.saved(tmp_path / "model/model.safetensors", arrays)
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    at = [str(tmp_path / name) for name in ("model", "maxtext", "apart", "back", "tunix")]
+    scanned = convert(at[0], at[1], to="orbax", names="maxtext")
+    assert (scanned.tensors, scanned.bytes) == (12, sum(array.nbytes for array in arrays.values()))
+    tree = ocp.StandardCheckpointer().restore(tmp_path / "maxtext")
+    kernel = tree["params"]["params"]["decoder"]["layers"]["mlp"]["wi_0"]["kernel"]
+    assert np.array_equal(kernel[:, 1], arrays["model.layers.1.mlp.gate_proj.weight"].T)
+    assert main(["convert", at[1], at[2], "--names", "maxtext", "--unscanned", "--to", "msgpack", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tensors"] == 21
+    back = convert(at[2], at[3], names="huggingface")
+    assert back.digest == convert(at[0], str(tmp_path / "same")).digest  # of the same bits under the same names
+    assert back.files == ("config.json",)
+    assert main(["verify", at[3]]) == 0
+    record = json.loads((tmp_path / "back/m3jax-conversion.json").read_text())
+    assert "params.params.decoder.layers_1.mlp.wo.kernel" in json.dumps(record)
+    with pytest.raises(M3Error, match=r"'torch' is no library whose names are known: use huggingface, maxtext, "):
+        convert(at[0], at[4], names="torch")
+    (tmp_path / "other.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    with pytest.raises(M3Error, match=r"model_type is 'gpt2' in its config.json, whose layout in tunix is not known"):
+        convert(at[0], at[4], names="tunix", config=tmp_path / "other.json")
+    assert not (tmp_path / "tunix").exists()
+
+
+DATA = Path(os.environ.get("M3JAX_DATA", ".")) / "jax"
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="M3JAX_DATA has no runs of JAX trainers")
+def test_runs_of_trainers_as_hugging_face_and_back(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 2, "tie_word_embeddings": False}
+    forms: dict[str, dict[str, Any]] = {
+        "maxtext_scanned": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "vocab_size": 256},
+        "tunix_full": {"model_type": "qwen2", "hidden_size": 16, "intermediate_size": 32, "vocab_size": 64},
+        "gemma_nested": {"model_type": "gemma3_text", "hidden_size": 16, "intermediate_size": 32, "vocab_size": 256},
+    }
+    forms["maxtext_scanned"]["num_key_value_heads"] = 2
+    forms["gemma_nested"] |= {"tie_word_embeddings": True, "head_dim": 8}
+    for number, (folder, form) in enumerate(forms.items()):
+        config = tmp_path / f"{number}.json"
+        config.write_text(json.dumps({**sizes, "num_key_value_heads": 1, **form}))
+        there, back = tmp_path / f"{number}there", tmp_path / f"{number}back"
+        convert(DATA / folder / "base", there, names="huggingface", config=config)
+        convert(there, back, names=folder.partition("_")[0], to="orbax", config=config)
+        with open_checkpoint(DATA / folder / "base") as stored, open_checkpoint(back) as copy:
+            for name in copy.tensors:
+                wanted = read(stored, name)
+                if folder.startswith("gemma") and name.endswith("gating_einsum"):
+                    wanted = wanted.transpose(0, 2, 1)  # as its larger models have it
+                assert np.array_equal(read(copy, name), wanted), name
