@@ -64,6 +64,7 @@ def evaluate(
         how=Evaluation(limit, batch_size, *answers, overflow, *programs, grader),
         dtype=weights.dtype,
         mesh=weights.mesh,
+        config=weights.config,
     )
     stored.check(wanted)
     shell.silence_downloads(speech.quiet)
@@ -128,6 +129,7 @@ def attack(
         how=Evaluation(limit, batch_size, *answers, overflow, *programs, grader),
         dtype=weights.dtype,
         mesh=weights.mesh,
+        config=weights.config,
     )
     outcome = robustness.run(model, wanted, shell.teller(speech.quiet))
     shell.print_result(lambda: outcome, lambda: attack_lines(outcome), speech.as_json, speech.quiet)

@@ -272,6 +272,7 @@ class Weights(NamedTuple):
 
     dtype: Dtype = None
     mesh: DecoderMesh = None
+    config: Config = None
 
 
 class Programs(NamedTuple):

@@ -1,15 +1,29 @@
 """From a decoder and a tokenizer to what evaluation asks for: text that continues prompts, and log-likelihoods."""
 
+import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from m3jax import decoder
+from m3jax.anatomy import anatomy_of
+from m3jax.anatomy.libraries import HUGGINGFACE, WantedLayout, library_of, seen_as
+from m3jax.anatomy.stored import Home, find_home, step_metadata
 from m3jax.arithmetic import threefry
-from m3jax.checkpoints import ModelDirectory, adapters, companions, digest_checkpoint, digest_tensor, locate_model
+from m3jax.checkpoints import (
+    Checkpoint,
+    ModelDirectory,
+    adapters,
+    companions,
+    digest_checkpoint,
+    digest_tensor,
+    locate_model,
+)
+from m3jax.checkpoints.locate import CONFIG
 from m3jax.checkpoints.protocol import DTYPES
 from m3jax.checkpoints.trust import remarks
 from m3jax.cluster.meshes import parse_mesh
@@ -58,6 +72,7 @@ class StoredModel(NamedTuple):
     Attributes:
         name: What it is called in summaries.
         place: The directory, and that of its adapter.
+        home: Where its configuration is.
         config: The decoder.
         tokenizer: A transformers tokenizer.
         dtype: Of the parameters, once they are loaded; each keeps its own if None.
@@ -68,6 +83,7 @@ class StoredModel(NamedTuple):
 
     name: str
     place: ModelDirectory
+    home: Home
     config: DecoderConfig
     tokenizer: Any
     dtype: str | None
@@ -88,7 +104,7 @@ class StoredModel(NamedTuple):
             for note in self.notes:
                 tell(f"note: {note}")
             tell(f"loading {self.name} ({size_text(self.weight_bytes)})")
-        with adapters.open_model(self.place) as checkpoint:
+        with _open_weights(self.place, self.home) as (checkpoint, _):
             params = decoder.load_params(checkpoint, self.config, self.dtype, self.mesh)
         return LanguageModel(self.name, params, self.config, self.tokenizer)
 
@@ -98,7 +114,7 @@ class StoredModel(NamedTuple):
         Args:
             overflow: What becomes of prompts that leave no room for their answer.
         """
-        with adapters.open_model(self.place) as checkpoint:
+        with _open_weights(self.place, self.home) as (checkpoint, _):
             infos = checkpoint.tensors.items()
             weights = digest_checkpoint({n: (i.dtype, i.shape, digest_tensor(checkpoint, n)) for n, i in infos})
             dtypes = [self.dtype] if self.dtype else sorted({str(DTYPES[info.dtype]) for _, info in infos})
@@ -106,13 +122,35 @@ class StoredModel(NamedTuple):
         return digest([weights, dtypes, overflow, stops, len(self.tokenizer), str(self.config)])[:16]
 
 
-def open_model(name: str, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None) -> StoredModel:
+@contextmanager
+def _open_weights(place: ModelDirectory, home: Home) -> Iterator[tuple[Checkpoint, tuple[str, ...]]]:
+    """The weights of a model under Hugging Face's names, whatever library stored them, and notes on how they are read.
+
+    Where a layout multiplies entries, they are rounded once, as that library's own conversion does.
+    """
+    with adapters.open_model(place) as checkpoint:
+        metadata = {**checkpoint.metadata, **step_metadata(place.path)}
+        own = library_of(anatomy_of(checkpoint.tensors, home.config, metadata))
+        if own in (None, HUGGINGFACE):
+            yield checkpoint, ()
+            return
+        seen = seen_as(checkpoint, WantedLayout(HUGGINGFACE), home.config, metadata, place.name, rounded=True)
+        yield seen.checkpoint, (f"{place.name}: its names and layout are {own}'s", *seen.notes)
+
+
+def open_model(
+    name: str,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    config: str | os.PathLike[str] | None = None,
+) -> StoredModel:
     """Looks into a model directory or hub id: everything but the weights themselves.
 
     Args:
         name: As `locate_model` takes it; with an adapter, config and tokenizer are those of the base.
         dtype: Of the parameters; each keeps its own if None.
         mesh: Where to put them, see `decoder.load_params`.
+        config: Its config.json, or the directory that has it and a tokenizer, where they are not beside its weights.
 
     Raises:
         M3Error: It is absent, of an unknown architecture, lacks weights or a tokenizer, or has files that are not its
@@ -123,28 +161,38 @@ def open_model(name: str, dtype: str | None = None, mesh: jax.sharding.Mesh | No
     if not place.path.is_dir():
         raise M3Error(f"{name}: is a weight file without config and tokenizer: give the model's directory")
     companions(place.path)  # before any of them is opened
-    config = DecoderConfig.from_directory(place.path)
-    tokenizer = tokens.load_tokenizer(name, place.path)
-    note = decoder.check_vocabulary(name, tokenizer, config)
-    with adapters.open_model(place) as checkpoint:
+    home = find_home(place.path, None if config is None else Path(config))
+    if home.file is not None and home.file.name != CONFIG:
+        own_config = DecoderConfig.from_dict(home.config or {}, str(home.file))
+    else:
+        own_config = DecoderConfig.from_directory(home.directory)
+    tokenizer = tokens.load_tokenizer(name, home.directory)
+    note = decoder.check_vocabulary(name, tokenizer, own_config)
+    with _open_weights(place, home) as (checkpoint, said):
         size = sum(info.nbytes for info in checkpoint.tensors.values())
         own = (each for each in (note, adapters.tokenizer_note(place)) if each is not None)
-        notes = (*own, *remarks(name, place.path, checkpoint))
-    return StoredModel(name, place, config, tokenizer, dtype, mesh, size, notes)
+        notes = (*said, *own, *remarks(name, place.path, checkpoint))
+    return StoredModel(name, place, home, own_config, tokenizer, dtype, mesh, size, notes)
 
 
-def load_model(name: str, dtype: str | None = None, mesh: jax.sharding.Mesh | None = None) -> LanguageModel:
+def load_model(
+    name: str,
+    dtype: str | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    config: str | os.PathLike[str] | None = None,
+) -> LanguageModel:
     """Reads a model directory or hub id.
 
     Args:
         name: As `locate_model` takes it.
         dtype: Of the parameters; each keeps its own if None.
         mesh: Where to put them, see `decoder.load_params`.
+        config: As for `open_model`.
 
     Raises:
         M3Error: It is absent, of an unknown architecture, incomplete, or has no tokenizer.
     """
-    return open_model(name, dtype, mesh).load()
+    return open_model(name, dtype, mesh, config).load()
 
 
 def make_mesh(axes: str | None) -> jax.sharding.Mesh | None:

@@ -218,6 +218,7 @@ class AttackOptions(NamedTuple):
     how: Evaluation
     dtype: str | None
     mesh: str | None
+    config: str | None = None
 
 
 def _check(wanted: AttackOptions) -> None:
@@ -247,7 +248,7 @@ def run(name: str, wanted: AttackOptions, tell: Tell | None) -> dict[str, Any]:
     chosen = {field: getattr(wanted, field) for field in (*_PLANNED, *_LIKENESS)}
     plan = make_plan(**chosen, key=wanted.seed, limit=how.limit, task=wanted.task)
     rows = read_rows(task, wanted.data)
-    stored = models.open_model(name, wanted.dtype, models.make_mesh(wanted.mesh))
+    stored = models.open_model(name, wanted.dtype, models.make_mesh(wanted.mesh), wanted.config)
     with _keeping(wanted.out) as keep:
         found = attack_task(
             task,

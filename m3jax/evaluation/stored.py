@@ -37,6 +37,7 @@ class EvaluateOptions(NamedTuple):
     how: Evaluation
     dtype: str | None
     mesh: str | None
+    config: str | None = None
 
 
 def check(wanted: EvaluateOptions) -> None:
@@ -103,7 +104,7 @@ def run(name: str, wanted: EvaluateOptions, tell: Tell | None) -> dict[str, Any]
 def _open(name: str, wanted: EvaluateOptions) -> "StoredModel":
     from m3jax.evaluation import models  # JAX starts when all else is known to be right
 
-    return models.open_model(name, wanted.dtype, models.make_mesh(wanted.mesh))
+    return models.open_model(name, wanted.dtype, models.make_mesh(wanted.mesh), wanted.config)
 
 
 def _run_task(name: str, wanted: EvaluateOptions, tell: Tell | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from m3jax.anatomy import anatomy_of
 from m3jax.anatomy.float8 import find_dequantisation, seen_dequantized, without_quantisation
 from m3jax.anatomy.kinds import mend_of
-from m3jax.anatomy.libraries import MAXTEXT, NAMES, BlockLayout, Wanted, seen_as
+from m3jax.anatomy.libraries import MAXTEXT, NAMES, BlockLayout, WantedLayout, seen_as
 from m3jax.anatomy.stored import find_home, step_metadata
 from m3jax.checkpoints import (
     Checkpoint,
@@ -161,7 +161,7 @@ def convert(
         if names is not None:
             home = find_home(place, None if config is None else Path(config))
             own = source
-            wanted = Wanted(_library(names), BlockLayout(scanned) if names == MAXTEXT.name else BlockLayout())
+            wanted = WantedLayout(_library(names), BlockLayout(scanned) if names == MAXTEXT.name else BlockLayout())
             metadata = {**source.metadata, **step_metadata(place)}
             source, told = seen_as(source, wanted, home.config, metadata, named, rounded=rounded)
             beside = {**named_companions(home.directory), **beside}

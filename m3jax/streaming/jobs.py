@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from m3jax.anatomy.agreement import notes_on_configurations
-from m3jax.anatomy.stored import step_metadata
+from m3jax.anatomy.stored import find_home, step_metadata
 from m3jax.arithmetic import SCHEME
 from m3jax.checkpoints import (
     FileFingerprint,
@@ -279,7 +279,7 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
 
 def _read_beside(sources: Sequence[OpenedModel]) -> list[Any]:
     """What was read of each model beside its weights to know its tensors; its adapter's is in its fingerprint."""
-    return [[s.input.name, read_config(s.place.path), step_metadata(s.place.path)] for s in sources]
+    return [[s.input.name, find_home(s.place.path).config, step_metadata(s.place.path)] for s in sources]
 
 
 def _orbax_output(

@@ -8,9 +8,18 @@ from m3jax import documents
 from m3jax.anatomy import Overrides, Part
 from m3jax.anatomy.float8 import Dequantisation, find_dequantisation, seen_dequantized, without_quantisation
 from m3jax.anatomy.layout import find_layout
+from m3jax.anatomy.libraries import (
+    MAXTEXT,
+    BlockLayout,
+    WantedLayout,
+    layout_of,
+    library_of,
+    parameters_of,
+    seen_as,
+)
 from m3jax.anatomy.modules import modules_of
 from m3jax.anatomy.namings import find_mapping
-from m3jax.anatomy.stored import stored_anatomy
+from m3jax.anatomy.stored import find_home, step_metadata, stored_anatomy
 from m3jax.arithmetic import SCHEMES
 from m3jax.checkpoints import Checkpoint, ModelDirectory
 from m3jax.checkpoints.adapters import Adapting, check_no_adapter, open_stored, seen_adapted
@@ -189,7 +198,7 @@ def open_models(job: "MergeJob", stack: ExitStack) -> OpenedModels:
             opened.setdefault(model.place.name, model)  # as the expert that it is, if a base is one
         return _put_together(job, role, opened, stack)  # of longer models
     _check_overrides(job, sources)
-    models = [_dequantised(model, job) for model in sources]
+    models = _in_one_library([_dequantised(model, job) for model in sources], job)
     seen, vocabulary = aligned(_with_heads(seen_alike(models, job), job), recipe, job.scheme, _base_of(recipe, [base]))
     return OpenedModels(seen, sources, False, vocabulary)
 
@@ -228,6 +237,35 @@ def _alike(models: Sequence[OpenedModel], job: "MergeJob") -> list[OpenedModel]:
         return viewed(model, view, job)
 
     return [renamed_alike(model) for model in seen]
+
+
+def _in_one_library(models: Sequence[OpenedModel], job: "MergeJob") -> list[OpenedModel]:
+    """The models with the names and the layout of the base or the first, where a JAX library stores some otherwise."""
+    template = _template_of(models)
+    wanted = library_of(template.input.anatomy)
+    others = {library_of(model.input.anatomy) for model in models} - {None, wanted}
+    if wanted is None or not others or job.scheme == SCHEMES[0]:
+        return list(models)
+    configs = [find_home(model.place.path).config for model in (template, *models)]
+    known = next((config for config in configs if config is not None), None)
+    tensors, named = template.checkpoint.tensors, parameters_of(template.input.anatomy)
+    told = {**template.checkpoint.metadata, **step_metadata(template.place.path)}
+    stacks = layout_of(template.input.anatomy, told, template.input.name) if wanted == MAXTEXT.name else BlockLayout()
+    layout = WantedLayout(wanted, stacks, {canonical: tensors[name] for canonical, name in named.items()})
+
+    def in_library(model: OpenedModel) -> OpenedModel:
+        own = library_of(model.input.anatomy)
+        if own is None or own == wanted:
+            return model
+        name, metadata = model.input.name, {**model.checkpoint.metadata, **step_metadata(model.place.path)}
+        config = find_home(model.place.path).config or known
+        seen = seen_as(model.checkpoint, layout, config, metadata, name)
+        first = next(iter(seen.checkpoint.tensors))
+        read = f"{name}: its names and layout, {own}'s, are read as {wanted}'s, those of {template.input.name}: "
+        note = f"{read}{stored_at(seen.checkpoint, first).name} as {first}"
+        return _viewed(model, seen.checkpoint, job)._replace(note="; ".join((note, *seen.notes)))
+
+    return [in_library(model) for model in models]
 
 
 def _template_of(models: Sequence[OpenedModel]) -> OpenedModel:

@@ -11,12 +11,12 @@ import pytest
 from support import libraries as oracle
 from support.checkpoint_suite import read
 
-from m3jax.anatomy.libraries import HUGGINGFACE, BlockLayout, Wanted, seen_as
+from m3jax.anatomy.libraries import HUGGINGFACE, BlockLayout, WantedLayout, seen_as
 from m3jax.checkpoints import Checkpoint, open_checkpoint, views_permuted
 from m3jax.errors import M3Error
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0}
-Case = tuple[dict[str, Any], Wanted, oracle.Making]
+Case = tuple[dict[str, Any], WantedLayout, oracle.Making]
 
 
 def cases() -> Iterator[Case]:
@@ -24,25 +24,33 @@ def cases() -> Iterator[Case]:
     scanned, apart = BlockLayout(True), BlockLayout(False)
     for kind in ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text"):
         for layout in (scanned, apart):
-            yield oracle.configuration(kind), Wanted("maxtext", layout), partial(oracle.maxtext, scanned=layout.scanned)
+            yield (
+                oracle.configuration(kind),
+                WantedLayout("maxtext", layout),
+                partial(oracle.maxtext, scanned=layout.scanned),
+            )
     for kind in ("deepseek_v2", "deepseek_v3"):
         for layout in (scanned, apart):
-            yield oracle.configuration(kind), Wanted("maxtext", layout), partial(oracle.maxtext, scanned=layout.scanned)
+            yield (
+                oracle.configuration(kind),
+                WantedLayout("maxtext", layout),
+                partial(oracle.maxtext, scanned=layout.scanned),
+            )
     yield (
         oracle.configuration("llama", rope_scaling=LLAMA3, tie_word_embeddings=True),
-        Wanted("maxtext", BlockLayout(True, 0)),
+        WantedLayout("maxtext", BlockLayout(True, 0)),
         partial(oracle.maxtext, scanned=True, axis=0),
     )
     for kind in ("gemma2", "gemma3_text"):
-        yield oracle.configuration(kind), Wanted("gemma"), oracle.gemma
-        yield oracle.configuration(kind, num_key_value_heads=oracle.HEADS), Wanted("gemma"), oracle.gemma
-        yield oracle.configuration(kind), Wanted("tunix"), oracle.tunix
+        yield oracle.configuration(kind), WantedLayout("gemma"), oracle.gemma
+        yield oracle.configuration(kind, num_key_value_heads=oracle.HEADS), WantedLayout("gemma"), oracle.gemma
+        yield oracle.configuration(kind), WantedLayout("tunix"), oracle.tunix
     for kind in ("llama", "qwen2", "qwen3"):
-        yield oracle.configuration(kind), Wanted("tunix"), oracle.tunix
-    yield oracle.configuration("qwen3"), Wanted("bonsai"), oracle.bonsai
+        yield oracle.configuration(kind), WantedLayout("tunix"), oracle.tunix
+    yield oracle.configuration("qwen3"), WantedLayout("bonsai"), oracle.bonsai
 
 
-def told_of(wanted: Wanted) -> dict[str, str]:
+def told_of(wanted: WantedLayout) -> dict[str, str]:
     """What a trainer writes beside it."""
     return {"scan_layers": str(wanted.layout.scanned), "param_scan_axis": str(wanted.layout.axis)}
 
@@ -66,10 +74,10 @@ def test_every_library_is_hugging_face_moved(tmp_path: Path) -> None:
         with open_checkpoint(oracle.saved(tmp_path / f"{number}a.safetensors", theirs)) as stored:
             seen = seen_as(stored, wanted, config, {}, "it")
             assert_equal(arrays_of(seen.checkpoint), own, what)
-            again = seen_as(seen.checkpoint, Wanted(HUGGINGFACE), config, told_of(wanted), "it")
+            again = seen_as(seen.checkpoint, WantedLayout(HUGGINGFACE), config, told_of(wanted), "it")
             assert_equal(arrays_of(again.checkpoint), theirs, what)
         with open_checkpoint(oracle.saved(tmp_path / f"{number}b.safetensors", own)) as stored:
-            seen = seen_as(stored, Wanted(HUGGINGFACE), config, told_of(wanted), "it")
+            seen = seen_as(stored, WantedLayout(HUGGINGFACE), config, told_of(wanted), "it")
             assert_equal(arrays_of(seen.checkpoint), theirs, what)
             assert seen_as(stored, wanted, None, told_of(wanted), "it").checkpoint is stored
 
@@ -80,7 +88,7 @@ def test_from_one_library_to_another(tmp_path: Path) -> None:
     with open_checkpoint(
         oracle.saved(tmp_path / "a.safetensors", oracle.gemma(config, theirs, turned=False))
     ) as stored:
-        seen = seen_as(stored, Wanted("tunix"), config, {}, "it")
+        seen = seen_as(stored, WantedLayout("tunix"), config, {}, "it")
         assert_equal(arrays_of(seen.checkpoint), oracle.tunix(config, theirs), "tunix")
 
 
@@ -90,7 +98,7 @@ def test_what_is_read_in_pieces_is_the_same(tmp_path: Path, monkeypatch: pytest.
     theirs = oracle.huggingface(config)
     own = oracle.maxtext(config, theirs, True)
     with open_checkpoint(oracle.saved(tmp_path / "a.safetensors", theirs)) as stored:
-        view = seen_as(stored, Wanted("maxtext", BlockLayout(True)), config, {}, "it").checkpoint
+        view = seen_as(stored, WantedLayout("maxtext", BlockLayout(True)), config, {}, "it").checkpoint
         for name in ("decoder.layers.MoeBlock_0.wi_1", "decoder.layers.self_attention.query.kernel"):
             whole = own[f"params.params.{name}"].tobytes()
             for start, count in ((0, 56), (1, 300), (len(whole) - 61, 61), (55, 2)):
@@ -104,7 +112,7 @@ def test_entries_that_would_be_rounded(tmp_path: Path) -> None:
     theirs = oracle.huggingface(config)
     theirs["model.norm.weight"] = np.full(oracle.WIDTH, 2.0**-30, np.float32)
     with open_checkpoint(oracle.saved(tmp_path / "a.safetensors", theirs)) as stored:
-        wanted, name = Wanted("maxtext", BlockLayout(True)), "params.params.decoder.decoder_norm.scale"
+        wanted, name = WantedLayout("maxtext", BlockLayout(True)), "params.params.decoder.decoder_norm.scale"
         view = seen_as(stored, wanted, config, {}, "it").checkpoint
         with pytest.raises(
             M3Error, match=r"as params.*decoder_norm.scale, model.norm.weight adds 1, by which .*--rounded"
@@ -214,14 +222,14 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
             **(own if stored_as == "maxtext" else theirs),
             **{n: np.zeros(s, np.float32) for n, s in more.items()},
         }
-        wanted = Wanted(HUGGINGFACE) if stored_as == "maxtext" else Wanted("maxtext", BlockLayout(True))
+        wanted = WantedLayout(HUGGINGFACE) if stored_as == "maxtext" else WantedLayout("maxtext", BlockLayout(True))
         file = oracle.saved(tmp_path / f"{number}.safetensors", arrays)
         with open_checkpoint(file) as stored, pytest.raises(M3Error, match=said):
             seen_as(stored, wanted, {**plain, **changed}, metadata, "it")
     strange = oracle.saved(tmp_path / "strange.safetensors", {"w": np.zeros(3, np.float32)})
     said = r"no library whose layout is known here \(huggingface, maxtext, .*\), as w: keep"
     with open_checkpoint(strange) as stored, pytest.raises(M3Error, match=said):
-        seen_as(stored, Wanted(HUGGINGFACE), plain, {}, "it")
+        seen_as(stored, WantedLayout(HUGGINGFACE), plain, {}, "it")
     said = r"there is no config.json beside it, which says model_type"
     with open_checkpoint(tmp_path / "0.safetensors") as stored, pytest.raises(M3Error, match=said):
-        seen_as(stored, Wanted(HUGGINGFACE), None, {}, "it")
+        seen_as(stored, WantedLayout(HUGGINGFACE), None, {}, "it")

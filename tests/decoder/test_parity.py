@@ -42,3 +42,10 @@ def test_greedy_texts_are_identical(family):
 
 def test_log_likelihoods_are_equal(family):
     assert parity.log_likelihood_difference(family) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral-wide-heads", "qwen2", "gemma3"])
+def test_what_maxtext_stores_of_a_model_computes_the_same(name, tmp_path):
+    pair = parity.make(name, tmp_path / "model")
+    again = parity.from_maxtext(pair, tmp_path)
+    assert parity.logit_difference(pair._replace(params=again)) < 1e-4

@@ -336,3 +336,19 @@ def test_scores_where_a_token_spans_the_cut_and_of_nothing(model):
     ids = model.tokenizer.encode("The ratio", add_special_tokens=False)
     (same,) = score([([model.tokenizer.bos_token_id], ids)])
     assert np.isclose(same.sum, alone.sum, atol=1e-4)
+
+
+def test_a_run_of_a_jax_library_is_the_model_that_it_is(place, model, tmp_path):
+    (tmp_path / "run/checkpoints/7").mkdir(parents=True)
+    convert(place / "expert-a", tmp_path / "run/checkpoints/7/items", "orbax", names="tunix")
+    for file in (tmp_path / "run/checkpoints/7/items").glob("*.json"):
+        if not file.name.startswith("m3jax"):
+            file.rename(tmp_path / "run" / file.name)
+    found = models.load_model(str(tmp_path / "run"), "float32")
+    assert found.config == model.config
+    again = models.load_model(str(tmp_path / "run/checkpoints/7"), "float32", config=place / "expert-a")
+    for other in (found, again):
+        jax.tree.map(np.testing.assert_array_equal, model.params, other.params)
+    (tmp_path / "run/config.json").unlink()
+    with pytest.raises(M3Error, match=r"config.json"):
+        models.open_model(str(tmp_path / "run"))

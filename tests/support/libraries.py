@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from m3jax.checkpoints import ShardWriter
@@ -106,10 +107,23 @@ def _feed_forward(kind: str, sparse: bool) -> dict[str, tuple[int, ...]]:
 # --- MaxText ------------------------------------------------------------------------------------------------------
 
 
+def _root(config: dict[str, Any]) -> np.float32:
+    """By what the embedding is multiplied."""
+    root = np.float32(np.sqrt(config["hidden_size"]))
+    if config["model_type"] == "gemma3_text":
+        return np.float32(root.astype(ml_dtypes.bfloat16))
+    return root if config["model_type"] == "gemma2" else np.float32(1)
+
+
+def _rope_type(config: dict[str, Any]) -> str | None:
+    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return found.get("rope_type")
+
+
 def maxtext(config: dict[str, Any], arrays: Arrays, scanned: bool, axis: int = 1) -> Arrays:
     """The tree of MaxText, by names joined with dots."""
     kind, layers = config["model_type"], config["num_hidden_layers"]
-    root = np.float32(np.sqrt(WIDTH)) if kind.startswith("gemma") else np.float32(1)
+    root = _root(config)
     norm = arrays["model.norm.weight"]
     found = {
         "token_embedder.embedding": (arrays["model.embed_tokens.weight"] * root).astype(norm.dtype),
@@ -153,7 +167,8 @@ def _kind_of(name: str, kind: str) -> str:
 
 
 def _block(config: dict[str, Any], theirs: Arrays) -> Arrays:
-    kind, heads, kv, dim = config["model_type"], config["num_attention_heads"], config["num_key_value_heads"], DIM
+    kind, heads, kv = config["model_type"], config["num_attention_heads"], config["num_key_value_heads"]
+    width = config["hidden_size"]
     gemma = kind.startswith("gemma")
     names = (
         ("pre_self_attention_norm", "post_self_attention_norm")
@@ -174,15 +189,16 @@ def _block(config: dict[str, Any], theirs: Arrays) -> Arrays:
     if kind.startswith("deepseek"):
         return block | _latent_block(theirs)
     for part, own, count in (("q", "query", heads), ("k", "key", kv), ("v", "value", kv)):
-        kernel = theirs[f"self_attn.{part}_proj.weight"].T.reshape(WIDTH, count, dim)
-        if part != "v" and (config.get("rope_scaling") or {}).get("rope_type") == "llama3":
+        kernel = theirs[f"self_attn.{part}_proj.weight"].T.reshape(width, count, -1)
+        dim = kernel.shape[-1]
+        if part != "v" and _rope_type(config) == "llama3":
             kernel = np.stack([kernel[..., : dim // 2], kernel[..., dim // 2 :]], -1).reshape(kernel.shape)
         if part == "q" and kind in {"llama", "mistral", "mixtral", "gemma2"}:
             kernel = (kernel / np.float32(np.sqrt(dim))).astype(kernel.dtype)
         block[f"self_attention.{own}.kernel"] = kernel
         if f"self_attn.{part}_proj.bias" in theirs:
             block[f"self_attention.{own}.bias"] = theirs[f"self_attn.{part}_proj.bias"].reshape(count, dim)
-    block["self_attention.out.kernel"] = theirs["self_attn.o_proj.weight"].T.reshape(heads, dim, WIDTH)
+    block["self_attention.out.kernel"] = theirs["self_attn.o_proj.weight"].T.reshape(heads, -1, width)
     if kind == "mixtral":
         return block | _experts("MoeBlock_0", theirs, "block_sparse_moe", ("w1", "w3", "w2"))
     if kind == "qwen3_moe":

@@ -4,14 +4,18 @@ Torch is imported where it is needed: pytest looks for doctests in every module,
 """
 
 import copy
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import load_file
 
 from m3jax.decoder import PADDING, DecoderConfig, bind, generate, load_params, log_likelihoods
+from m3jax.outputs.conversion import convert
+from support import libraries
 
 SIZES = {"vocab_size": 97, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3}
 SIZES |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 256}
@@ -210,6 +214,15 @@ def make(name: str, directory: Path) -> Pair:
     model.save_pretrained(directory)
     ours = DecoderConfig.from_directory(directory)
     return Pair(model, ours, load_params(directory, ours))
+
+
+def from_maxtext(pair: Pair, place: Path) -> Any:
+    """Our parameters of the same model, out of what MaxText would store of it, in `place`, where `model` has it."""
+    config = json.loads((place / "model/config.json").read_text())
+    stored = libraries.maxtext(config, load_file(place / "model/model.safetensors"), True)
+    libraries.saved(place / "maxtext/model.safetensors", stored)
+    convert(place / "maxtext", place / "back", names="huggingface", config=place / "model", rounded=True)
+    return load_params(place / "back", pair.config)
 
 
 def torch_logits(model: Any, text: list[int], padding: int = 0) -> Any:

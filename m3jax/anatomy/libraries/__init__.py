@@ -28,7 +28,7 @@ __all__ = [
     "NAMES",
     "BlockLayout",
     "SeenModel",
-    "Wanted",
+    "WantedLayout",
     "layout_of",
     "library_of",
     "parameters_of",
@@ -42,12 +42,12 @@ _BY_NAME = {library.name: library for library in LIBRARIES}
 
 _SUFFIX = re.compile(r"(\.mlp\.(?:gating_einsum|linear))\.w$")  # of Gemma's first files
 _HEAD = re.compile(r"(?:^|\.)lm_head\.weight$")
-_STACKS = re.compile(r"^decoder\.(?:dense_|moe_)?layers\.(?!\d+\.)")
+_STACKS = re.compile(r"^decoder\.(?:(?:dense_|moe_)?layers\.(?!\d+\.)|layers_remainder\.)")
 _BESIDE = ("optimizer", "step", "random", "buffer")  # kinds that no layout of another library has
 _SHOWN = 5
 
 
-class Wanted(NamedTuple):
+class WantedLayout(NamedTuple):
     """Names and layout that a model is to be seen in.
 
     Attributes:
@@ -122,7 +122,7 @@ def layout_of(anatomy: Anatomy, metadata: Mapping[str, str], called: str) -> Blo
 
 def seen_as(
     checkpoint: Checkpoint,
-    wanted: Wanted,
+    wanted: WantedLayout,
     config: Mapping[str, Any] | None,
     metadata: Mapping[str, str],
     called: str,
