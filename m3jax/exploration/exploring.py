@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from m3jax.checkpoints.locate import scratch
+from m3jax.anatomy.libraries import HUGGINGFACE, library_of, theirs_of
+from m3jax.anatomy.stored import Home, find_home, step_metadata
+from m3jax.checkpoints.locate import CONFIG, scratch
 from m3jax.checkpoints.remote import is_url
+from m3jax.checkpoints.views_permuted import Permuted
 from m3jax.decoder import ApplyFn, DecoderConfig, check_vocabulary
 from m3jax.errors import M3Error
 from m3jax.evaluation import tokens
@@ -173,8 +176,8 @@ def _learn(
 
     scores, resident = given.scores, work.resident()
     batches = optimizing.dev_batches(scores.devs, how, scores.tokenizer, given.mesh)
-    params = own_params(resident.merge(start.weights), scores.config, given.mesh, given.apply_fn)
-    loss = optimizing.dev_loss(how, scores.config, params, given.apply_fn)
+    params = own_params(resident.merge(start.weights), scores.config, given.mesh, given.apply_fn, scores.theirs)
+    loss = optimizing.dev_loss(how, scores.config, params, given.apply_fn, scores.theirs)
     del params  # learning needs the room
     learned = optimizing.learn(resident, start.weights, granularity, loss, batches, how.steps, how.learning_rate, watch)
     result = work.evaluate(Trial(number, learned.weights), granularity, start.sample, learning)
@@ -187,13 +190,30 @@ def _tokenizer_of(ready: Ready) -> Any:
     if _is_united(ready):
         return tokens.load_tokenizer(place.name, _as_written(ready))
     chosen = (path for name, path in ready.companions.items() if name.startswith(("tokenizer.", "vocab", "tekken")))
-    return tokens.load_tokenizer(place.name, next(chosen, place.path / "config.json").parent)
+    return tokens.load_tokenizer(place.name, next(chosen, _home_of(ready).directory / CONFIG).parent)
 
 
 def _config_of(ready: Ready) -> DecoderConfig:
     if _is_united(ready):
         return DecoderConfig.from_directory(_as_written(ready))
-    return DecoderConfig.from_directory(ready.models[ready.plan.template].place.path)
+    return DecoderConfig.from_directory(_home_of(ready).directory)
+
+
+def _home_of(ready: Ready) -> Home:
+    """Where the output's configuration is from: the model that gives it its names, or the first that has one."""
+    own = find_home(ready.models[ready.plan.template].place.path)
+    homes = [own, *(find_home(model.place.path) for model in ready.models)]
+    return next((home for home in homes if home.config is not None), own)
+
+
+def _theirs_of(ready: Ready) -> Mapping[str, Permuted] | None:
+    """How Hugging Face's arrays are made of an output's; None where it has their names."""
+    template = ready.models[ready.plan.template]
+    if library_of(template.input.anatomy) in (None, HUGGINGFACE):
+        return None
+    metadata = {**template.checkpoint.metadata, **step_metadata(template.place.path)}
+    name, config = template.input.name, _home_of(ready).config
+    return theirs_of(template.checkpoint.tensors, template.input.anatomy, config, metadata, name).tensors
 
 
 def _is_united(ready: Ready) -> bool:
@@ -218,6 +238,7 @@ class _Prepared(NamedTuple):
     devs: tuple[Dev, ...] = ()
     config: DecoderConfig | None = None
     tokenizer: Any = None
+    theirs: Mapping[str, Permuted] | None = None
 
 
 def _prepare_scores(
@@ -239,8 +260,9 @@ def _prepare_scores(
     for dev in devs:
         dev.prompts(tokenizer)  # a template that cannot be followed is said before weights are loaded
     told = {dev.task.name: digest([dev.identity(), how.overflow]) for dev in devs}
-    score = make_score(devs, how, config, tokenizer, mesh, apply_fn, tell)
-    return _Prepared(score, told, tuple(told), tuple(devs), config, tokenizer)
+    theirs = _theirs_of(ready) if config is not None else None
+    score = make_score(devs, how, config, tokenizer, mesh, apply_fn, tell, theirs)
+    return _Prepared(score, told, tuple(told), tuple(devs), config, tokenizer, theirs)
 
 
 def _largest_number(strategy: str, samples: int, optimize: Optimization | None) -> int | None:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from m3jax import decoder
 from m3jax.arithmetic.double import Double
+from m3jax.checkpoints.views_permuted import Permuted
 from m3jax.decoder import ApplyFn, DecoderConfig
 from m3jax.decoder.batching import length_bucket, pad
 from m3jax.decoder.params import nested_params
@@ -28,6 +29,7 @@ from m3jax.exploration.scoring import Dev
 from m3jax.methods.leaf import LeafScalars
 from m3jax.methods.mixup import GRANULARITIES
 from m3jax.streaming.plan import BlockPlan
+from m3jax.trees.moving import moved
 
 LOSSES = ("loss", "entropy")
 _SMALLEST = 1e-4  # a weight of 0 has no gradient under softmax: learning starts a little inside
@@ -224,7 +226,13 @@ def dev_batches(devs: Sequence[Dev], how: Optimization, tokenizer: Any, mesh: Me
     return batches
 
 
-def dev_loss(how: Optimization, config: DecoderConfig | None, params: Any, apply_fn: ApplyFn | None) -> Loss:
+def dev_loss(
+    how: Optimization,
+    config: DecoderConfig | None,
+    params: Any,
+    apply_fn: ApplyFn | None,
+    theirs: Mapping[str, Permuted] | None = None,
+) -> Loss:
     """The loss of merged arrays on a batch of dev examples.
 
     Args:
@@ -232,11 +240,14 @@ def dev_loss(how: Optimization, config: DecoderConfig | None, params: Any, apply
         config: The decoder; None where only `apply_fn` knows.
         params: The decoder's parameters of any merge, for the mesh that they lie on.
         apply_fn: A model to run in place of the decoder.
+        theirs: How Hugging Face's arrays are made of the merged ones, where those are another library's.
     """
     model, _ = model_of(params, config, apply_fn)
     uses_decoder = config is not None and apply_fn is None
 
     def loss(arrays: Params, batch: DevBatch) -> Array:
+        if uses_decoder and theirs is not None:
+            arrays = moved(arrays, theirs)
         own = nested_params(arrays, config, "the merge") if uses_decoder and config is not None else arrays
         return (_cross_entropy if how.loss == "loss" else _entropy)(model, own, batch)
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from m3jax import decoder
 from m3jax.arithmetic import threefry
+from m3jax.checkpoints.views_permuted import Permuted
 from m3jax.decoder import ApplyFn, DecoderConfig
 from m3jax.errors import M3Error
 from m3jax.evaluation.models import LanguageModel, make_generator
@@ -23,6 +24,7 @@ from m3jax.evaluation.tasks import Example, Task, get_task
 from m3jax.exploration.resident import Params
 from m3jax.exploration.selection import MEAN, PARETO
 from m3jax.progress import Tell
+from m3jax.trees.moving import moved
 
 Score = Callable[[Params, float], Mapping[str, float]]
 """From merged arrays by tensor name and a share of the dev examples to scores by task, larger being better."""
@@ -104,6 +106,7 @@ def make_score(
     mesh: Mesh | None = None,
     apply_fn: ApplyFn | None = None,
     tell: Tell | None = None,
+    theirs: Mapping[str, Permuted] | None = None,
 ) -> Score:
     """The existing evaluation as a function of merged arrays.
 
@@ -115,13 +118,14 @@ def make_score(
         mesh: Where the decoder's parameters lie.
         apply_fn: A model to run in place of the decoder, given the merged arrays.
         tell: Told what is compiled.
+        theirs: How Hugging Face's arrays are made of the merged ones, where those are another library's.
 
     Returns:
         A function that gives each task's accuracy.
     """
 
     def score(params: Params, share: float) -> dict[str, float]:
-        model = LanguageModel("sample", own_params(params, config, mesh, apply_fn), config, tokenizer, apply_fn)
+        model = LanguageModel("sample", own_params(params, config, mesh, apply_fn, theirs), config, tokenizer, apply_fn)
         generator = make_generator(model, cast(Overflow, how.overflow), tell, how.batch_size)
         found = {}
         for dev in devs:
@@ -144,8 +148,14 @@ def make_score(
     return score
 
 
-def own_params(params: Params, config: DecoderConfig | None, mesh: Mesh | None, apply_fn: ApplyFn | None) -> Any:
+def own_params(
+    params: Params,
+    config: DecoderConfig | None,
+    mesh: Mesh | None,
+    apply_fn: ApplyFn | None,
+    theirs: Mapping[str, Permuted] | None = None,
+) -> Any:
     """What runs: the decoder's parameters, or the arrays by name that an `apply_fn` takes."""
     if config is None or apply_fn is not None:
         return params
-    return decoder.params_from_tree(params, config, mesh=mesh)
+    return decoder.params_from_tree(params if theirs is None else moved(params, theirs), config, mesh=mesh)

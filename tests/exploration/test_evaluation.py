@@ -25,6 +25,7 @@ from m3jax.evaluation.options import check_evaluation
 from m3jax.evaluation.tasks.base import Judgement
 from m3jax.exploration import Evaluation, Optimization, exploring, scoring
 from m3jax.exploration.samples import to_hex
+from m3jax.outputs.conversion import convert
 from m3jax.streaming.jobs import prepared
 
 ONE_BLOCK = TINY._replace(layers=1)
@@ -277,3 +278,17 @@ def test_samples_have_the_tokenizer_and_the_rows_of_the_union(place, tmp_path):
         assert exploring._tokenizer_of(ready).convert_tokens_to_ids("<turn>") == rows
         embedding = ready.models[0].input.anatomy.embedding
         assert all(model.checkpoint.tensors[embedding].shape[0] == rows + 1 for model in ready.models)
+
+
+@pytest.mark.slow
+def test_models_of_a_jax_library_are_explored_as_those_of_hugging_face(place, tmp_path, graded):
+    for name in ("base", "expert-a", "expert-b"):
+        convert(place / name, tmp_path / name, "orbax", names="tunix")
+    options = {"tasks": {"sst2": place / "dev.jsonl"}, "samples": 2, "evaluation": OPTIONS}
+    recipe = {**json.loads((place / "recipe.yaml").read_text()), "sparsify": None}
+    theirs = m3jax.explore(recipe, tmp_path / "theirs", **options)
+    models = [str(tmp_path / name) for name in ("base", "expert-a", "expert-b")]
+    recipe |= {"base_model": models[0], "models": models[1:]}
+    ours = m3jax.explore(recipe, tmp_path / "ours", **options, optimize=Optimization(steps=1, batch_size=2))
+    assert [each.scores for each in ours.results[:2]] == [each.scores for each in theirs.results]
+    assert load_model(str(tmp_path / "ours")).config.num_layers == 1  # what is written is evaluated too

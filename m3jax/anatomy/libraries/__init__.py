@@ -18,7 +18,7 @@ from m3jax.anatomy.libraries.maxtext import MAXTEXT
 from m3jax.anatomy.libraries.tunix import TUNIX
 from m3jax.anatomy.types import Anatomy
 from m3jax.checkpoints import Checkpoint, TensorInfo
-from m3jax.checkpoints.views_permuted import permuted
+from m3jax.checkpoints.views_permuted import Permuted, permuted
 from m3jax.errors import M3Error
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "library_of",
     "parameters_of",
     "seen_as",
+    "theirs_of",
 ]
 
 LIBRARIES: tuple[Library, ...] = (MAXTEXT, GEMMA, TUNIX, BONSAI)
@@ -71,6 +72,18 @@ class SeenModel(NamedTuple):
 
     checkpoint: Checkpoint
     notes: tuple[str, ...] = ()
+
+
+class Theirs(NamedTuple):
+    """Hugging Face's tensors of a model.
+
+    Attributes:
+        tensors: How each is made, by its name there.
+        note: What a user should know; None if nothing.
+    """
+
+    tensors: Mapping[str, Permuted]
+    note: str | None
 
 
 def parameters_of(anatomy: Anatomy) -> dict[str, str]:
@@ -156,20 +169,13 @@ def seen_as(
     layout = layout_of(anatomy, metadata, called) if own == MAXTEXT.name else BlockLayout()
     if own == wanted.name and (not _BY_NAME.get(own, GEMMA).scans or wanted.layout == layout):
         return SeenModel(checkpoint)
-    if config is None:
-        raise M3Error(
-            f"{called}: there is no config.json beside it, which says model_type, num_attention_heads and more: give"
-            " Hugging Face's of this model by --config, or put it beside the weights"
-        )
-    tensors, notes = _parameters(checkpoint, anatomy, called)
+    config = _stated(config, called)
+    tensors, notes = _parameters(checkpoint.tensors, anatomy, called)
     if own != HUGGINGFACE:
-        library = _BY_NAME[own]
-        facts = read_facts(config, library.models, called, own)
-        table = library.table(facts, layout)
-        theirs = to_huggingface(tensors, table, facts, called, own)
+        theirs = theirs_of(checkpoint.tensors, anatomy, config, metadata, called)
         told = {key: text for key, text in checkpoint.metadata.items() if key not in STACKING_KEYS}
-        checkpoint = permuted(checkpoint, theirs, rounded=rounded, metadata=told)
-        notes += [table.note] if table.note and wanted.name == HUGGINGFACE else []
+        checkpoint = permuted(checkpoint, theirs.tensors, rounded=rounded, metadata=told)
+        notes += [theirs.note] if theirs.note and wanted.name == HUGGINGFACE else []
         tensors = dict(checkpoint.tensors)
     if wanted.name == HUGGINGFACE:
         return SeenModel(checkpoint, tuple(notes))
@@ -186,12 +192,51 @@ def seen_as(
     return SeenModel(permuted(checkpoint, spelled, rounded=rounded, metadata=told), tuple(notes))
 
 
+def theirs_of(
+    tensors: Mapping[str, TensorInfo],
+    anatomy: Anatomy,
+    config: Mapping[str, Any] | None,
+    metadata: Mapping[str, str],
+    called: str,
+) -> Theirs:
+    """Hugging Face's tensors of a model that another library stores, made of its own.
+
+    Args:
+        tensors: The model's.
+        anatomy: What they are; of a library that is known.
+        config: Its config.json, in Hugging Face's terms; None if there is none.
+        metadata: What its trainer wrote beside it.
+        called: What sentences call the model.
+
+    Raises:
+        M3Error: As `seen_as`.
+    """
+    library = _BY_NAME[library_of(anatomy) or HUGGINGFACE]
+    layout = layout_of(anatomy, metadata, called) if library.scans else BlockLayout()
+    facts = read_facts(_stated(config, called), library.models, called, library.name)
+    table = library.table(facts, layout)
+    own, _ = _parameters(tensors, anatomy, called)
+    return Theirs(to_huggingface(own, table, facts, called, library.name), table.note)
+
+
+def _stated(config: Mapping[str, Any] | None, called: str) -> Mapping[str, Any]:
+    """A configuration that is there."""
+    if config is None:
+        raise M3Error(
+            f"{called}: there is no config.json beside it, which says model_type, num_attention_heads and more: give"
+            " Hugging Face's of this model by --config, or put it beside the weights"
+        )
+    return config
+
+
 def _stacking(layout: BlockLayout) -> dict[str, str]:
     """What tells how blocks are stacked, as MaxText says it."""
     return dict(zip(STACKING_KEYS, (str(layout.scanned).lower(), str(layout.axis)), strict=True))
 
 
-def _parameters(checkpoint: Checkpoint, anatomy: Anatomy, called: str) -> tuple[dict[str, TensorInfo], list[str]]:
+def _parameters(
+    tensors: Mapping[str, TensorInfo], anatomy: Anatomy, called: str
+) -> tuple[dict[str, TensorInfo], list[str]]:
     """The parameters of a model by their canonical names, and a note on what is beside them."""
     others = {name: part.kind for name, part in anatomy.parts.items() if part.kind != "parameter"}
     strange = next((name for name, kind in others.items() if kind not in _BESIDE), None)
@@ -199,7 +244,7 @@ def _parameters(checkpoint: Checkpoint, anatomy: Anatomy, called: str) -> tuple[
         raise M3Error(
             f"{called}: {strange} is {others[strange]}, for which libraries have no place: make weights of it first"
         )
-    found, left = {new: checkpoint.tensors[name] for new, name in parameters_of(anatomy).items()}, list(others)
+    found, left = {new: tensors[name] for new, name in parameters_of(anatomy).items()}, list(others)
     count = f"{len(left)} tensors that are not the model's are" if len(left) > 1 else "what is not the model's is"
     return found, [f"{called}: {count} left out, as {left[0]}"] if left else []
 
