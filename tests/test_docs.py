@@ -10,6 +10,7 @@ import pytest
 from support.outside import forget
 
 from m3jax.anatomy import families
+from m3jax.anatomy.libraries import LIBRARIES
 from m3jax.checkpoints import formats
 from m3jax.evaluation.tasks import TASKS
 
@@ -103,6 +104,17 @@ def test_architecture_is_what_is_enforced():
     assert {room: int(floor) for room, floor in rows} == {
         room: floor for floor, rooms in enumerate(enforced) for room in rooms
     }
+
+
+def test_the_page_of_libraries_names_what_maps():
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    table = page.partition("## What maps")[2].partition("\n\nThe config")[0]
+    for library in LIBRARIES:
+        named = re.findall(rf"^\| `{library.name}` \| ([^|]*) \|", table, re.MULTILINE)
+        assert set(re.findall(r"\w+", " ".join(named))) - {"untied"} == set(library.models), library.name
+    for language, code in blocks(page):
+        if language == "python":
+            exec(compile(code, "docs/families.md", "exec"), {})
 
 
 PAGES = [*(ROOT / "docs").glob("**/*.md"), *ROOT.glob("*.md")]
