@@ -306,14 +306,19 @@ def _array_entry(template: Template, entry: Mapping[str, Any], tensors: Mapping[
     return {"array_metadata": {**told, "write_shape": shape, "chunk_shape": shape}}
 
 
-def step_content(template: Template | None, begun: int, ended: int) -> dict[str, Any]:
+def step_content(
+    template: Template | None, begun: int, ended: int, metadata: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, Any]:
     """The content of `_CHECKPOINT_METADATA`: the template's but for what tells of its own save and training.
 
     Args:
         template: What it is taken from; None for a checkpoint of numpy arrays.
         begun: When writing began, in nanoseconds.
         ended: When it ended.
+        metadata: The texts of what is written; what is true or false there, as MaxText's `scan_layers`, is said where
+            the template says nothing.
     """
+    truths = {key: text == "true" for key, text in metadata.items() if text in ("true", "false")}
     told = {} if template is None else template.step
     handlers = told.get("item_handlers") or _HANDLER
     return {
@@ -322,5 +327,5 @@ def step_content(template: Template | None, begun: int, ended: int) -> dict[str,
         "performance_metrics": {},
         "init_timestamp_nsecs": begun,
         "commit_timestamp_nsecs": ended,
-        "custom_metadata": told.get("custom_metadata") or {},
+        "custom_metadata": told.get("custom_metadata") or truths,
     }

@@ -87,7 +87,7 @@ def write_orbax(path: Path, source: Checkpoint, template: Template | None = None
             temporary.mkdir()
         _write_arrays(path, temporary, source, template)
         with _saying_what_failed(path):
-            _describe(temporary, path, tree, source.tensors, template, begun)
+            _describe(temporary, path, tree, source.tensors, source.metadata, template, begun)
             temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -108,6 +108,7 @@ def _describe(
     path: Path,
     tree: Mapping[str, Any],
     tensors: Mapping[str, TensorInfo],
+    metadata: Mapping[str, str],
     template: Template | None,
     begun: int,
 ) -> None:
@@ -119,7 +120,7 @@ def _describe(
     _write_json(directory / TREE, tree)
     if template is None or not template.name:  # else its step tells
         told = template if template is not None and template.tree is not None else None
-        _write_json(directory / STEP, step_content(told, begun, time.time_ns()))
+        _write_json(directory / STEP, step_content(told, begun, time.time_ns(), metadata))
     _commit(directory, path)
 
 
@@ -221,7 +222,7 @@ def finish_item(
     if has_database(template):
         _merge_parts(item)
     with _saying_what_failed(item):
-        _describe(item, item, tree, tensors, template, begun)
+        _describe(item, item, tree, tensors, metadata, template, begun)
     if template is not None and template.name:
         _describe_step(item.parent, template, begun)
 

@@ -233,3 +233,22 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     said = r"there is no config.json beside it, which says model_type"
     with open_checkpoint(tmp_path / "0.safetensors") as stored, pytest.raises(M3Error, match=said):
         seen_as(stored, WantedLayout(HUGGINGFACE), None, {}, "it")
+
+
+def test_other_spellings_of_a_library(tmp_path: Path) -> None:
+    """Gemma's flat files, and MaxText's as NNX saves them."""
+    config = oracle.configuration("gemma2")
+    theirs = oracle.huggingface(config)
+    flat = {f"transformer/{name.replace('.', '/')}": x for name, x in oracle.gemma(config, theirs).items()}
+    ends = {"/scale": ".scale", "/w": ".w", "/input_embedding": ".input_embedding"}
+    ends |= {"/gating_einsum": "/gating_einsum.w", "/linear": "/linear.w"}
+    for end, stored in ends.items():
+        flat = {name.removesuffix(end) + stored if name.endswith(end) else name: x for name, x in flat.items()}
+    llama = oracle.configuration("llama")
+    arrays = oracle.huggingface(llama)
+    stored = oracle.maxtext(llama, arrays, False)
+    listed = {f"{n.removeprefix('params.params.').replace('layers_', 'layers.')}.value": x for n, x in stored.items()}
+    for number, (own, wanted, form) in enumerate(((flat, theirs, config), (listed, arrays, llama))):
+        with open_checkpoint(oracle.saved(tmp_path / f"{number}.safetensors", own)) as checkpoint:
+            seen = seen_as(checkpoint, WantedLayout(HUGGINGFACE), form, {}, "it").checkpoint
+            assert_equal(arrays_of(seen), wanted, number)

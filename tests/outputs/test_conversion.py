@@ -353,6 +353,7 @@ def test_names_of_another_library_and_back(tmp_path: Path, capsys: pytest.Captur
     scanned = convert(at[0], at[1], to="orbax", names="maxtext")
     assert (scanned.tensors, scanned.bytes) == (12, sum(array.nbytes for array in arrays.values()))
     tree = ocp.StandardCheckpointer().restore(tmp_path / "maxtext")
+    assert ocp.StandardCheckpointer().metadata(tmp_path / "maxtext").custom_metadata == {"scan_layers": True}
     kernel = tree["params"]["params"]["decoder"]["layers"]["mlp"]["wi_0"]["kernel"]
     assert np.array_equal(kernel[:, 1], arrays["model.layers.1.mlp.gate_proj.weight"].T)
     assert main(["convert", at[1], at[2], "--names", "maxtext", "--unscanned", "--to", "msgpack", "--json"]) == 0
