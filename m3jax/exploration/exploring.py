@@ -200,8 +200,13 @@ def _config_of(ready: Ready) -> DecoderConfig:
 
 
 def _home_of(ready: Ready) -> Home:
-    """Where the output's configuration is from: the model that gives it its names, or the first that has one."""
-    own = find_home(ready.models[ready.plan.template].place.path)
+    """Where the output's configuration is from: the model that gives it its names; or the first that has one, where a
+    JAX library stored that, as none writes it.
+    """
+    template = ready.models[ready.plan.template]
+    own = find_home(template.place.path)
+    if library_of(template.input.anatomy) in (None, HUGGINGFACE):
+        return own
     homes = [own, *(find_home(model.place.path) for model in ready.models)]
     return next((home for home in homes if home.config is not None), own)
 

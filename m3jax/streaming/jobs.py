@@ -43,6 +43,7 @@ from m3jax.streaming.aligning import Alignment, notes_on_numbers
 from m3jax.streaming.opening import (
     OpenedModel,
     givers_of_rows,
+    libraries_differ,
     notes_on_float8,
     open_models,
     with_written_dtypes,
@@ -279,7 +280,8 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
 
 def _read_beside(sources: Sequence[OpenedModel]) -> list[Any]:
     """What was read of each model beside its weights to know its tensors; its adapter's is in its fingerprint."""
-    return [[s.input.name, find_home(s.place.path).config, step_metadata(s.place.path)] for s in sources]
+    read = (lambda path: find_home(path).config) if libraries_differ(sources) else read_config
+    return [[s.input.name, read(s.place.path), step_metadata(s.place.path)] for s in sources]
 
 
 def _orbax_output(

@@ -239,12 +239,16 @@ def _alike(models: Sequence[OpenedModel], job: "MergeJob") -> list[OpenedModel]:
     return [renamed_alike(model) for model in seen]
 
 
+def libraries_differ(models: Iterable[OpenedModel]) -> bool:
+    """Whether models have the names of several libraries, so that a configuration decides how one is read."""
+    return len({library_of(model.input.anatomy) for model in models} - {None}) > 1
+
+
 def _in_one_library(models: Sequence[OpenedModel], job: "MergeJob") -> list[OpenedModel]:
     """The models with the names and the layout of the base or the first, where a JAX library stores some otherwise."""
     template = _template_of(models)
     wanted = library_of(template.input.anatomy)
-    others = {library_of(model.input.anatomy) for model in models} - {None, wanted}
-    if wanted is None or not others or job.scheme == SCHEMES[0]:
+    if wanted is None or not libraries_differ(models) or job.scheme == SCHEMES[0]:
         return list(models)
     configs = [find_home(model.place.path).config for model in (template, *models)]
     known = next((config for config in configs if config is not None), None)
