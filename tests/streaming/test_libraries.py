@@ -4,20 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from support import libraries
-from support.checkpoint_suite import read
 
 import m3jax
-from m3jax.checkpoints import open_checkpoint
 from m3jax.errors import M3Error
 from m3jax.outputs.conversion import convert
 from m3jax.streaming.merging import MergeResult
 
 METHODS: dict[str, dict[str, Any]] = {
     "linear": {"merge_method": "linear"},
-    "dare_linear": {"merge_method": "dare_linear", "parameters": {"density": 0.5}, "seed": 3},
+    "dare_ties": {"merge_method": "dare_ties", "parameters": {"density": 0.5}, "seed": 3},
     "ties": {"merge_method": "ties", "parameters": {"density": 0.6}},
 }
 
@@ -51,9 +48,9 @@ def merged(models: Path, out: Path, method: dict[str, Any], base: str, one: str,
 
 
 def test_the_base_decides_and_nothing_else(models: Path, tmp_path: Path) -> None:
-    for name, method in METHODS.items():
+    for name in ("linear", "dare_ties"):
         digests = {
-            merged(models, tmp_path / f"{name}-{one}", method, "hf", "hf", one).digest
+            merged(models, tmp_path / f"{name}-{one}", METHODS[name], "hf", "hf", one).digest
             for one in ("hf", "scanned", "msgpack", "tunix")
         }
         assert len(digests) == 1, name
@@ -63,16 +60,11 @@ def test_the_base_decides_and_nothing_else(models: Path, tmp_path: Path) -> None
 
 
 def test_entries_are_the_same_whatever_the_base(models: Path, tmp_path: Path) -> None:
-    for name in ("linear", "ties"):
-        wanted = merged(models, tmp_path / f"{name}-hf", METHODS[name], "hf", "hf", "hf").directory
-        for base, one, two in (("scanned", "scanned", "hf"), ("msgpack", "msgpack", "tunix"), ("tunix", "tunix", "hf")):
-            found = merged(models, tmp_path / f"{name}-{base}", METHODS[name], base, one, two).directory
-            back = tmp_path / f"{name}-{base}-back"
-            convert(found, back, names="huggingface", config=models / "hf-base")
-            with open_checkpoint(wanted) as theirs, open_checkpoint(back) as ours:
-                assert theirs.tensors.keys() == ours.tensors.keys()
-                for tensor in theirs.tensors:
-                    assert np.array_equal(read(theirs, tensor), read(ours, tensor)), (name, base, tensor)
+    wanted = merged(models, tmp_path / "hf", METHODS["ties"], "hf", "hf", "hf")
+    for base, one, two in (("msgpack", "msgpack", "tunix"), ("orbax", "scanned", "hf")):
+        found = merged(models, tmp_path / base, METHODS["ties"], base, one, two).directory
+        back = convert(found, tmp_path / f"{base}-back", names="huggingface", config=models / "hf-base")
+        assert back.digest == wanted.digest, base
 
 
 def test_without_any_configuration(models: Path, tmp_path: Path) -> None:
