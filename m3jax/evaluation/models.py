@@ -24,6 +24,7 @@ from m3jax.checkpoints import (
     locate_model,
 )
 from m3jax.checkpoints.locate import CONFIG
+from m3jax.checkpoints.orbax_tree import is_orbax
 from m3jax.checkpoints.protocol import DTYPES
 from m3jax.checkpoints.trust import remarks
 from m3jax.cluster.meshes import parse_mesh
@@ -162,6 +163,11 @@ def open_model(
         raise M3Error(f"{name}: is a weight file without config and tokenizer: give the model's directory")
     companions(place.path)  # before any of them is opened
     home = find_home(place.path, None if config is None else Path(config))
+    if home.file is None and is_orbax(place.path):
+        raise M3Error(
+            f"{name}: there is no config.json beside its weights or above its steps: give Hugging Face's of this model,"
+            " and its tokenizer beside it, by --config"
+        )
     if home.file is not None and home.file.name != CONFIG:
         own_config = DecoderConfig.from_dict(home.config or {}, str(home.file))
     else:

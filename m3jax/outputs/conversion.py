@@ -141,6 +141,7 @@ def convert(
     begun = time.perf_counter()
     out, size = Path(dst), parse_size(max_shard_size)
     format = written(to)
+    _check_idle(names, config is not None, scanned, rounded)
     if is_url(os.fspath(dst)):
         raise M3Error(f"{os.fspath(dst)!r} is not on this disk: convert to a local directory, then upload it.")
     check_free(out, overwrite)
@@ -177,6 +178,14 @@ def convert(
     if named != os.fspath(src):
         notes = (last_note(os.fspath(src), named), *notes)
     return ConvertResult(out, format.name, tensors, total, digest, files, time.perf_counter() - begun, notes)
+
+
+def _check_idle(names: str | None, has_config: bool, scanned: bool, rounded: bool) -> None:
+    """Raise M3Error for what has no meaning with the names that are asked for."""
+    if names is None and (has_config or rounded):
+        raise M3Error("config and rounded are for other names: say whose by names (--names), or leave them out.")
+    if not scanned and names != MAXTEXT.name:
+        raise M3Error("only MaxText's blocks are kept apart on request: write --names maxtext, or leave it out.")
 
 
 def _library(names: str) -> str:

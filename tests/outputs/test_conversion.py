@@ -366,6 +366,10 @@ def test_names_of_another_library_and_back(tmp_path: Path, capsys: pytest.Captur
     assert "params.params.decoder.layers_1.mlp.wo.kernel" in json.dumps(record)
     with pytest.raises(M3Error, match=r"'torch' is no library whose names are known: use huggingface, maxtext, "):
         convert(at[0], at[4], names="torch")
+    with pytest.raises(M3Error, match="config and rounded are for other names"):
+        convert(at[0], at[4], rounded=True)
+    with pytest.raises(M3Error, match="only MaxText's blocks are kept apart on request"):
+        convert(at[0], at[4], names="tunix", scanned=False)
     (tmp_path / "other.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
     with pytest.raises(M3Error, match=r"model_type is 'gpt2' in its config.json, whose layout in tunix is not known"):
         convert(at[0], at[4], names="tunix", config=tmp_path / "other.json")
