@@ -267,7 +267,7 @@ def _in_one_library(models: Sequence[OpenedModel], job: "MergeJob") -> list[Open
         first = next(iter(seen.checkpoint.tensors))
         read = f"{name}: its names and layout, {own}'s, are read as {wanted}'s, those of {template.input.name}: "
         note = f"{read}{stored_at(seen.checkpoint, first).name} as {first}"
-        return _viewed(model, seen.checkpoint, job)._replace(note="; ".join((note, *seen.notes)))
+        return viewed(model, seen.checkpoint, job)._replace(note="; ".join((note, *seen.notes)))
 
     return [in_library(model) for model in models]
 
