@@ -5,6 +5,7 @@ devices, and import JAX; here ranges of bytes are read, and `inspect` and `conve
 """
 
 import os
+import resource
 import tempfile
 import threading
 from collections import deque
@@ -53,6 +54,7 @@ from m3jax.checkpoints.protocol import (
 from m3jax.checkpoints.remote import Identity, RemotePath
 from m3jax.checkpoints.storage import unreadable
 from m3jax.errors import M3Error, mend
+from m3jax.text import size_text
 
 __all__ = ["OrbaxCheckpoint", "is_orbax", "open_orbax", "write_orbax"]
 
@@ -77,6 +79,15 @@ def _open_store(item: Path, tree: Tree, name: str, shared: Any) -> Any:
         "recheck_cached_metadata": False,
     }
     return ts.open(spec, open=True, read=True, context=shared)
+
+
+def _check_memory(what: str, size: int) -> None:
+    """Raise M3Error where a chunk cannot be in memory: TensorStore ends the process when it finds none."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
+    most = there if allowed == resource.RLIM_INFINITY else min(there, allowed // 2)  # much of it is taken
+    if size > most:
+        raise M3Error(f"{what} has chunks of {size_text(size)}, which memory does not hold: save it in smaller ones.")
 
 
 def _band(shape: Sequence[int], chunk: Sequence[int]) -> int:
@@ -287,7 +298,9 @@ class OrbaxCheckpoint(Closing):
             if dtype not in DTYPE_NAMES:
                 raise M3Error(f"array {name!r} in {self.item} has the dtype {brief(dtype)}: convert it first.")
             tensors[name] = TensorInfo(name, tuple(store.shape), DTYPE_NAMES[dtype])
-            band = _band(store.shape, store.chunk_layout.read_chunk.shape or ())
+            chunk = store.chunk_layout.read_chunk.shape or ()
+            _check_memory(f"array {name!r} in {self.item}", prod(chunk) * DTYPES[tensors[name].dtype].itemsize)
+            band = _band(store.shape, chunk)
             largest = max(largest, band * DTYPES[tensors[name].dtype].itemsize)
         return tensors, largest
 

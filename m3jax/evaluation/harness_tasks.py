@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import yaml
 
+from m3jax.documents import FAULTS
 from m3jax.errors import M3Error
 from m3jax.evaluation.checks import did_you_mean
 from m3jax.evaluation.data import quiet_hub
@@ -261,7 +262,7 @@ def _read(path: Path) -> yaml.Node | None:
     """What a file says, as YAML's own tree: nothing is made of it."""
     try:
         return yaml.compose(path.read_bytes(), Loader=yaml.SafeLoader)
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, *FAULTS) as error:
         raise M3Error(f"{path} is no task file: {' '.join(str(error).split())}") from error
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.orbax_tree import COMMITTED
+from m3jax.documents import parse_json
 
 Entry: TypeAlias = dict[str, Any]
 """What is finished: a weight file, named by the key `shard`, or something else."""
@@ -134,16 +135,44 @@ def _whole_lines(journal: Path) -> Iterator[dict[str, Any] | None]:
     with suppress(OSError):
         for line in journal.read_bytes().decode(errors="replace").split("\n")[:-1]:
             said, _, text = line.partition(" ")
-            yield json.loads(text) if said == _sum(text) else None
+            with suppress(ValueError):
+                told = parse_json(text) if said == _sum(text) else None
+                yield told if isinstance(told, dict) else None
 
 
 def read_journal(journal: Path) -> Journal:
     """What a journal's whole lines tell, the first its identity."""
     first, *others = list(_whole_lines(journal)) or [None]
-    if first is None:
+    names: Any = [] if first is None else first.get("names", [])
+    if first is None or not _are_texts(names):
         return Journal("", [])
-    told = [line for line in others if line is not None]
-    return Journal(str(first.get("identity", "")), told, tuple(first.get("names", ())))
+    told = [line for line in others if line is not None and is_entry(line)]
+    return Journal(str(first.get("identity", "")), told, tuple(names))
+
+
+def is_entry(told: Any) -> bool:
+    """Whether an entry has the form that is relied on, whoever has written it."""
+    if not isinstance(told, dict):
+        return False
+    tensors, digests, ours = told.get("tensors", {}), told.get("digests", {}), told.get("ours", [])
+    inputs: list[Any] = [tensor.get("inputs") for tensor in tensors.values()] if _holds_objects(tensors) else [None]
+    inputs += digests.values() if isinstance(digests, dict) else [None]
+    return (
+        isinstance(told.get("shard", ""), str)
+        and _holds_objects(tensors)
+        and all(isinstance(tensor.get("digest"), str) for tensor in tensors.values())
+        and all(_holds_objects(each) and all(map(str.isdecimal, each)) for each in inputs)
+        and all(_holds_objects(tensor.get("lent", {})) for tensor in tensors.values())
+        and _are_texts(ours)
+    )
+
+
+def _holds_objects(told: Any) -> bool:
+    return isinstance(told, dict) and all(isinstance(each, dict) for each in told.values())
+
+
+def _are_texts(told: object) -> bool:
+    return isinstance(told, list) and all(isinstance(each, str) for each in told)
 
 
 def append(journal: Path, entry: Mapping[str, Any]) -> None:

@@ -250,6 +250,7 @@ class Workplace(Journalled):
             M3Error: The directory is not there.
         """
         super().__init__(partial_directory(out), finished)
+        self.out = out
         self._journal = self.path / f"m3jax-journal-{index}.jsonl"
         if not _appears(self.path / _JOURNAL):
             raise M3Error(
@@ -534,10 +535,10 @@ def _replaced_by(directory: Path) -> Path | None:
     told = [entry[_REPLACES] for entry in read_journal(directory / _JOURNAL).entries if _REPLACES in entry]
     if not told or not isinstance(told[-1], dict):
         return None
-    place = directory.with_name(str(told[-1].get("name")))
     try:
+        place = directory.with_name(str(told[-1].get("name")))
         return place if place.lstat().st_ino == told[-1].get("inode") else None
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # or no name at all
         return None
 
 

@@ -275,7 +275,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _check(manifest: Mapping[str, Any]) -> None:
     """Raise KeyError, TypeError or ValueError unless the fields that are used have their types."""
-    str(manifest["bits"])
+    check_texts(manifest, "bits")
     _check_version(manifest)
     provenance.recorded_origin(manifest)
     for key in ("recipe", "weights", "output"):
@@ -299,17 +299,21 @@ def _check(manifest: Mapping[str, Any]) -> None:
     if "format" in told and (told["format"] != ORBAX.name or "weight_files" not in told):
         raise ValueError(f"it is of the format {brief(told['format'])}, which is not known here")
     int(manifest["output"]["max_shard_size"])
-    str(manifest["output"]["digest"])
+    check_texts(manifest["output"], "digest")
+    for key in ("files", *optional):
+        check_texts(manifest["output"][key], *manifest["output"][key])
     for values in manifest["weights"].values():
         [float.fromhex(v) for v in values["hex"]]
     for record in manifest["inputs"]:
         _check_object(record, "tensors")
-        str(record["name"]), str(record["role"])
+        check_texts(record, "name", "role", *(["revision"] if record["revision"] is not None else []))
         if "adapter" in record:
             _check_object(record, "adapter")
-            str(record["adapter"]["config"])
+            check_texts(record["adapter"], "config")
     for entry in manifest["output"]["tensors"].values():
-        str(entry["digest"]), str(entry["dtype"]), list(entry["shape"])
+        check_texts(entry, "digest", "dtype")
+        if not (isinstance(entry["shape"], list) and all(type(size) is int for size in entry["shape"])):
+            raise TypeError(f"{brief(entry['shape'])} is no shape")
     tensors = {name: (e["dtype"], e["shape"], e["digest"]) for name, e in manifest["output"]["tensors"].items()}
     if digest_checkpoint(tensors) != manifest["output"]["digest"]:
         raise ValueError("its digest is not that of its tensors")
@@ -338,6 +342,15 @@ def _check_version(manifest: Mapping[str, Any]) -> None:
 def _check_object(holder: Mapping[str, Any], key: str) -> None:
     if not isinstance(holder[key], dict):
         raise TypeError(f"{key} is not an object")
+
+
+def check_texts(holder: Mapping[str, Any], *keys: str) -> None:
+    """Raise KeyError or TypeError unless there are texts under these keys of an object."""
+    if not isinstance(holder, dict):
+        raise TypeError(f"{brief(holder)} is no object")
+    for key in keys:
+        if not isinstance(holder[key], str):
+            raise TypeError(f"{brief(key)} is no text")
 
 
 def drawn_weights(manifest: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:

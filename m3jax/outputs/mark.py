@@ -80,12 +80,17 @@ def _check(told: Mapping[str, Any]) -> None:
     if "manifest_digest" not in told or not manifest.is_intact(told):
         raise ValueError("it was changed after it was written")
     output, (record,) = told["output"], told["inputs"]
-    str(told["format"]), str(record["name"]), dict(record["tensors"])
+    manifest.check_texts(told, "format")
+    manifest.check_texts(record, "name")
+    dict(record["tensors"])
     if STATISTICS in told:
-        str(told[STATISTICS]["kind"]), dict(told[STATISTICS])
+        manifest.check_texts(told[STATISTICS], "kind")
+    manifest.check_texts(output["files"], *output["files"])
     for name in output["files"]:
         if not is_below(name):
             raise ValueError("it names a file outside the model")
+    for entry in output["tensors"].values():
+        manifest.check_texts(entry, "digest", "dtype")
     tensors = {
         name: (TensorInfo(name, tuple(entry["shape"]), entry["dtype"]), entry["digest"])
         for name, entry in output["tensors"].items()

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
 from m3jax.checkpoints.remote import RemotePath, download, file_system, identity_of, saying
+from m3jax.documents import parse_json
 from m3jax.errors import M3Error
 from m3jax.outputs.journal import (
     Entry,
@@ -30,6 +31,7 @@ from m3jax.outputs.journal import (
     files_of,
     finished_in,
     in_order,
+    is_entry,
     makes_a_model,
     weights_in,
 )
@@ -300,8 +302,8 @@ def _objects(out: RemotePath) -> dict[str, dict[str, Any]]:
 def _read_journal(journal: RemotePath) -> Journal:
     """What a journal tells; one that is damaged tells nothing."""
     try:
-        told = json.loads(journal.read_bytes())
-        return Journal(str(told["identity"]), [dict(entry) for entry in told["entries"]])
+        told = parse_json(journal.read_bytes())
+        return Journal(str(told["identity"]), [entry for entry in told["entries"] if is_entry(entry)])
     except (ValueError, KeyError, TypeError):
         return Journal("", [])
 

@@ -31,6 +31,7 @@ from m3jax.checkpoints.orbax_writer import is_node
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.checkpoints.views import stored_at
 from m3jax.cluster.processes import ALONE, Cluster, Processes, gather, share
+from m3jax.documents import FAULTS
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs import companions as modelcard
 from m3jax.outputs import manifest, provenance
@@ -135,7 +136,7 @@ def _damaged(staging: Staging, ready: Ready, progress: Callable[[Progress], None
     resumed = [(number, file, infos) for number, (file, infos) in enumerate(ready.shards) if file in told]
     total = sum(info.nbytes for _, _, infos in resumed for info in infos)
     for number, file, infos in resumed:
-        digests = {name: tensor["digest"] for name, tensor in told[file]["tensors"].items()}
+        digests = {name: tensor["digest"] for name, tensor in told[file].get("tensors", {}).items()}
         if ready.orbax is None:
             whole = holds_tensors(staging.path / file, infos, digests)
         else:
@@ -173,7 +174,8 @@ def _merge_one(job: MergeJob, processes: Processes) -> MergeResult:
         done = gather(processes, [_own_shards(workplace, finished), passes.bytes_read, written])
         made = {file: entry for shards, _, _ in done for file, entry in shards.items()}
         tensors = finished | {file: entry["tensors"] for file, entry in made.items()}
-        record = _record(job, ready, tensors, passes.findings.of_model())
+        with _reading_journal(workplace):
+            record = _record(job, ready, tensors, passes.findings.of_model())
         if isinstance(workplace, Staging | RemoteStaging):
             workplace.finished = [entry for entry in workplace.finished if entry.get("shard") not in made]
             workplace.finished += made.values()
@@ -242,7 +244,7 @@ def together(distributed: bool) -> Iterator[Processes]:
 
 def _finished(workplace: AnyWorkplace, shards: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """What an earlier run has told of the shards that it finished, by file."""
-    entries = {entry["shard"]: entry["tensors"] for entry in workplace.finished if "shard" in entry}
+    entries = {entry["shard"]: entry["tensors"] for entry in workplace.finished if {"shard", "tensors"} <= entry.keys()}
     return {file: entries[file] for file, _ in shards if file in entries and workplace.holds(file)}
 
 
@@ -278,6 +280,21 @@ def _bare(companions: Mapping[str, Path]) -> Iterator[str]:
         yield "the models have no config.json, so neither has the output: loaders of model directories want one"
 
 
+@contextmanager
+def _reading_journal(workplace: AnyWorkplace) -> Iterator[None]:
+    """Says in a sentence that a journal, whoever has written it, does not tell of this merge."""
+    resumed = bool(workplace.finished)
+    try:
+        yield
+    except FAULTS as error:
+        if not resumed:
+            raise
+        raise M3Error(
+            f"{workplace.out}: the journal of the interrupted merge tells what is not of it: remove what it has left"
+            f"{'' if isinstance(workplace.out, RemotePath) else f' ({workplace.path})'}, then start again"
+        ) from error
+
+
 def _produce(
     passes: Passes,
     workplace: AnyWorkplace,
@@ -287,14 +304,15 @@ def _produce(
 ) -> int:
     """Measure and merge this process's share of what is not finished; returns the bytes written."""
     shards = ready.shards
-    for tensors in finished.values():
-        for name, tensor in tensors.items():
-            passes.take_digests(name, {int(p): digest for p, digest in tensor["inputs"].items()})
     found = next((entry for entry in workplace.finished if "findings" in entry), None)
-    if found is not None:
-        passes.findings.from_json(found["findings"])
-        for name, digests in found["digests"].items():
-            passes.take_digests(name, {int(p): digest for p, digest in digests.items()})
+    with _reading_journal(workplace):
+        for tensors in finished.values():
+            for name, tensor in tensors.items():
+                passes.take_digests(name, {int(p): digest for p, digest in tensor["inputs"].items()})
+        if found is not None:
+            passes.findings.from_json(found["findings"])
+            for name, digests in found.get("digests", {}).items():
+                passes.take_digests(name, {int(p): digest for p, digest in digests.items()})
     left = [(file, infos) for file, infos in shards if file not in finished]
     if not left:
         return 0
