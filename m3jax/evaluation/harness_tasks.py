@@ -244,8 +244,12 @@ def _with_included(path: Path) -> set[Path]:
     found: set[Path] = set()
     left = [path]
     while left:
-        path = left.pop().resolve()
-        if path in found or _is_harness_own(path) or not path.is_file():
+        path = left.pop()
+        try:
+            path = path.resolve()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise M3Error(f"{path} is no name of a task file ({error}): mend what includes it") from error
+        if path in found or _is_harness_own(path) or not os.path.isfile(path):
             continue
         found.add(path)
         left += [path.parent / name for name in _texts(_entry(_read(path), "include"))]

@@ -144,7 +144,7 @@ def read_journal(journal: Path) -> Journal:
     """What a journal's whole lines tell, the first its identity."""
     first, *others = list(_whole_lines(journal)) or [None]
     names: Any = [] if first is None else first.get("names", [])
-    if first is None or not _are_texts(names):
+    if first is None or not are_texts(names):
         return Journal("", [])
     told = [line for line in others if line is not None and is_entry(line)]
     return Journal(str(first.get("identity", "")), told, tuple(names))
@@ -163,7 +163,7 @@ def is_entry(told: Any) -> bool:
         and all(isinstance(tensor.get("digest"), str) for tensor in tensors.values())
         and all(_holds_objects(each) and all(map(str.isdecimal, each)) for each in inputs)
         and all(_holds_objects(tensor.get("lent", {})) for tensor in tensors.values())
-        and _are_texts(ours)
+        and are_texts(ours)
     )
 
 
@@ -171,7 +171,8 @@ def _holds_objects(told: Any) -> bool:
     return isinstance(told, dict) and all(isinstance(each, dict) for each in told.values())
 
 
-def _are_texts(told: object) -> bool:
+def are_texts(told: object) -> bool:
+    """Whether it is a list of texts."""
     return isinstance(told, list) and all(isinstance(each, str) for each in told)
 
 

@@ -306,7 +306,7 @@ def _check(manifest: Mapping[str, Any]) -> None:
         [float.fromhex(v) for v in values["hex"]]
     for record in manifest["inputs"]:
         _check_object(record, "tensors")
-        check_texts(record, "name", "role", *(["revision"] if record["revision"] is not None else []))
+        check_texts(record, "name", "role", "digest", *(["revision"] if record["revision"] is not None else []))
         if "adapter" in record:
             _check_object(record, "adapter")
             check_texts(record["adapter"], "config")

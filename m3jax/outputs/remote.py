@@ -13,7 +13,7 @@ the end the storage itself copies the objects, which does not bring their bytes 
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -22,12 +22,13 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
 from m3jax.checkpoints.remote import RemotePath, download, file_system, identity_of, saying
-from m3jax.documents import parse_json
+from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 from m3jax.outputs.journal import (
     Entry,
     Journal,
     Journalled,
+    are_texts,
     files_of,
     finished_in,
     in_order,
@@ -114,7 +115,15 @@ class RemoteWorkplace(Journalled):
 class RemoteStaging(RemoteWorkplace):
     """Process 0's workplace, which it also opens and publishes."""
 
-    def __init__(self, out: RemotePath, identity: str, largest: int, overwrite: bool, aside: bool = False) -> None:
+    def __init__(
+        self,
+        out: RemotePath,
+        identity: str,
+        largest: int,
+        overwrite: bool,
+        aside: bool = False,
+        names: Collection[str] = (),
+    ) -> None:
         """Open the place.
 
         Args:
@@ -123,6 +132,7 @@ class RemoteStaging(RemoteWorkplace):
             largest: Bytes of scratch space that are needed.
             overwrite: Replace a model that is there; it is none any more from here on.
             aside: Make it aside, and copy it at the end.
+            names: Patterns of the objects that will be made.
 
         Raises:
             M3Error: Something is there that may not be replaced, the scratch space is too small, or the storage
@@ -138,6 +148,8 @@ class RemoteStaging(RemoteWorkplace):
         self._ours = {name for name in {**there.out, **found} if not fnmatchcase(name, _JOURNALS)}
         try:
             check_space(self.path, largest)
+            # What is sent comes before the journal that tells of it: what it is called is told before.
+            self._own = self._own._replace(names=tuple(names))
             self._own.entries.extend([*self.finished, {_OURS: sorted(self._ours)}])
             self._write_journal()
             _abort_parts(place)
@@ -197,6 +209,8 @@ class RemoteStaging(RemoteWorkplace):
                 with suppress(M3Error):
                     _remove([self.out / name for name in _objects(self.out)])
             raise
+        for place in {self.place, self.out}:  # of an upload that was begun twice, as the first answer was lost
+            _abort_parts(place)
         kept = {} if self.place != self.out else found
         _remove([self.place / name for name in found if name not in kept and not fnmatchcase(name, _JOURNALS)])
         _remove([self.place / name for name in found if fnmatchcase(name, _JOURNALS)])
@@ -207,8 +221,9 @@ class RemoteStaging(RemoteWorkplace):
         super().__exit__(kind, error, traceback)
         if error is not None and not self.finished and not self._ours:
             begun = {name for entry in self._own.entries for name in entry.get(_OURS, ())}
-            with suppress(M3Error):
-                _remove([*(self.place / name for name in sorted(begun)), self._journal])
+            with suppress(M3Error):  # what was sent, but not told of, goes before the journal that makes it ours
+                sent = [name for name in _objects(self.place) if name in begun or _matches(name, self._own.names)]
+                _remove([*(self.place / name for name in sent), self._journal])
 
 
 def check_remote_free(out: RemotePath, overwrite: bool) -> None:
@@ -276,10 +291,11 @@ def _check_free(out: RemotePath, there: _There, overwrite: bool) -> None:
     ours = {name for entry in weights_in(entries).values() for name in files_of(entry)}
     ours |= {name for entry in entries for name in entry.get(_OURS, ())}
     ours |= {path.name for path in there.journals}
-    odd = next((name for name in there.aside if name not in ours), None)
+    told = [pattern for journal in there.journals.values() for pattern in journal.names]
+    odd = next((name for name in there.aside if name not in ours and not _matches(name, told)), None)
     if odd is not None:
         raise M3Error(f"{_aside(out) / odd} is where the merge would be made, but is not of one: move it away.")
-    others = [name for name in there.out if name not in ours]
+    others = [name for name in there.out if name not in ours and not _matches(name, told)]
     if not others or (overwrite and FILE_NAME in others):
         return
     if not overwrite:
@@ -288,6 +304,10 @@ def _check_free(out: RemotePath, there: _There, overwrite: bool) -> None:
         f"{out} holds no {FILE_NAME}, and only what m3jax has made is overwritten: choose another output, "
         "or move it away."
     )
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _objects(out: RemotePath) -> dict[str, dict[str, Any]]:
@@ -303,8 +323,11 @@ def _read_journal(journal: RemotePath) -> Journal:
     """What a journal tells; one that is damaged tells nothing."""
     try:
         told = parse_json(journal.read_bytes())
-        return Journal(str(told["identity"]), [entry for entry in told["entries"] if is_entry(entry)])
-    except (ValueError, KeyError, TypeError):
+        names = told.get("names", [])
+        if not are_texts(names):
+            raise TypeError("names are texts")
+        return Journal(str(told["identity"]), [entry for entry in told["entries"] if is_entry(entry)], tuple(names))
+    except FAULTS:
         return Journal("", [])
 
 

@@ -103,19 +103,19 @@ def _open_workplace(
         return Workplace(job.out, identity, finished, processes.index), []
     damaged: list[str] = []
     staging: Staging | RemoteStaging
+    possible = modelcard.possible_names(ready.companions)
+    names = exactly([*(file for file, _ in ready.shards), *possible, *_links(ready), manifest.FILE_NAME])
+    names += ready.orbax.patterns if ready.orbax is not None else ()
     if isinstance(job.out, RemotePath):
         space = _largest(ready) if ready.orbax is None else 2 * _largest(ready) + ready.orbax.size_beside
         aside = ready.orbax is not None
-        staging = stack.enter_context(RemoteStaging(job.out, ready.identity, space, job.overwrite, aside))
+        staging = stack.enter_context(RemoteStaging(job.out, ready.identity, space, job.overwrite, aside, names))
     else:
         weights = sum(t.output.nbytes for t in ready.plan.tensors)
         small = sum(path.stat().st_size for path in ready.companions.values())
         space = weights + small + _TOLD_PER_TENSOR * len(ready.plan.tensors)
         space += 0 if ready.orbax is None else _largest(ready) + ready.orbax.size_beside  # one file stands there twice
         shared = processes.count > 1
-        possible = modelcard.possible_names(ready.companions)
-        names = exactly([*(file for file, _ in ready.shards), *possible, *_links(ready), manifest.FILE_NAME])
-        names += ready.orbax.patterns if ready.orbax is not None else ()
         staging = stack.enter_context(Staging(job.out, ready.identity, space, job.overwrite, shared, names))
         narrow(staging.path, _weight_files(ready))
         damaged = _damaged(staging, ready, job.progress)

@@ -99,15 +99,17 @@ def test_an_interrupted_merge_is_no_model_and_goes_on(s3, place, monkeypatch) ->
 def test_a_merge_goes_on_wherever_its_sending_ends(s3, place, monkeypatch, old) -> None:
     """At the small files too, which come last, and where the model that it replaces is none any more."""
     plain, sends = s3.driver.put_file, len(contents(place / "reference"))
-    for allowed in (0, sends - 4, sends - 1):
+    for allowed, is_sent in ((0, True), (1, False), (sends - 4, True), (sends - 1, False)):
         left = [None] * allowed
         for name in s3.names("out"):
             s3.driver.rm_file(f"{s3.bucket}/out/{name}")
         for name in ("m3jax.json", "model.safetensors", "tokenizer.json") if old else ():
             s3.driver.pipe_file(f"{s3.bucket}/out/{name}", b"{}")
 
-        def put(*args, left=left, **options):
+        def put(*args, left=left, is_sent=is_sent, **options):
             if not left:
+                if is_sent:  # and nothing tells of it
+                    plain(*args, **options)
                 raise KeyboardInterrupt
             left.pop()
             plain(*args, **options)
