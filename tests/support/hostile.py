@@ -78,6 +78,8 @@ PROGRAMS: dict[str, str] = {
         "__import__('mmap').mmap(-1, 1 << 20)",
         "__import__('mmap').mmap(os.open('/dev/zero', os.O_RDWR), 1 << 20)",
         "(_ for _ in ()).throw(OSError) if ctypes.CDLL(None).shmget(0, 1 << 20, 0o1600) < 0 else None",
+        *(f"socket.socketpair()[0].setsockopt(socket.SOL_SOCKET, {option}, 1 << 22)" for option in (7, 8, 32, 33)),
+        "__import__('fcntl').fcntl(os.pipe()[1], 1031, 1 << 20)",
     ),
     "huge integer": "def f(x): return 10 ** (10 ** 9)",
     "huge answer": "def f(x): return 'x' * (1 << 28)",

@@ -56,24 +56,31 @@ class Machine(NamedTuple):
         refused: Calls that are refused whatever their arguments.
         mmap: The call that maps memory.
         sockets: The calls that make sockets.
+        setsockopt: The call that sets an option of a socket.
+        fcntl: The call that, among much else, sets the size of a pipe.
     """
 
     architecture: int
     refused: tuple[int, ...]
     mmap: int
     sockets: tuple[int, ...]
+    setsockopt: int
+    fcntl: int
 
 
 MACHINES = {
     "x86_64": Machine(
-        0xC000003E, (29, 64, 68, 101, 248, 249, 250, 298, 310, 311, 319, 321, 323, *_ANYWHERE), 9, (41, 53)
+        0xC000003E, (29, 64, 68, 101, 248, 249, 250, 298, 310, 311, 319, 321, 323, *_ANYWHERE), 9, (41, 53), 54, 72
     ),
     "aarch64": Machine(
-        0xC00000B7, (117, 186, 190, 194, 217, 218, 219, 241, 270, 271, 279, 280, 282, *_ANYWHERE), 222, (198, 199)
+        0xC00000B7, (117, 186, 190, 194, 217, 218, 219, 241, 270, 271, 279, 280, 282, *_ANYWHERE), 222, (198, 199), 208, 25
     ),
 }
 _FAMILIES = (1, 2, 10)  # of sockets: AF_UNIX, AF_INET, AF_INET6; AF_VSOCK, for one, leads out of every namespace
 _MAP_SHARED = 0x1  # a bit of MAP_SHARED and of MAP_SHARED_VALIDATE: memory that stays when no process has it in sight
+# What makes the kernel hold more for a socket or a pipe, which no limit counts: SO_SNDBUF, SO_RCVBUF and both by force.
+_BUFFER_SIZES = (7, 8, 32, 33)
+_F_SETPIPE_SZ = 1031
 _X32_BIT = 0x40000000
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -177,12 +184,14 @@ class Refusal(NamedTuple):
         argument: The argument that decides; None where all are refused.
         bits: They are refused where the argument has one of these bits.
         unless: They are refused unless the argument is one of these.
+        where: They are refused where the argument is one of these.
     """
 
     calls: tuple[int, ...]
     argument: int | None = None
     bits: int = 0
     unless: tuple[int, ...] = ()
+    where: tuple[int, ...] = ()
 
     def lines(self, call: int) -> list[bytes]:
         """The filter for one of the calls, whose number is loaded; behind it the number is loaded again."""
@@ -192,6 +201,8 @@ class Refusal(NamedTuple):
         tests = [_instruction(_ANY_BIT, 0, 1, self.bits)] if self.bits else []
         # One that is allowed jumps over those after it and over the refusal.
         tests += [_instruction(_EQUAL, len(self.unless) - place, 0, one) for place, one in enumerate(self.unless)]
+        last = len(self.where) - 1  # one that is meant jumps to the refusal, and what is none of them over it
+        tests += [_instruction(_EQUAL, last - place, int(place == last), one) for place, one in enumerate(self.where)]
         inner = [_instruction(_LOAD, 0, 0, 16 + 8 * self.argument), *tests, refuse, _instruction(_LOAD, 0, 0, 0)]
         return [_instruction(_EQUAL, 0, len(inner), call), *inner]
 
@@ -229,6 +240,13 @@ def refuse_system_calls() -> None:
     Raises:
         OSError: As `filter_system_calls`.
     """
-    machine = MACHINES.get(platform.machine(), Machine(0, (), 0, ()))
-    shared = Refusal((machine.mmap,), argument=3, bits=_MAP_SHARED)
-    filter_system_calls((Refusal(machine.refused), shared, Refusal(machine.sockets, argument=0, unless=_FAMILIES)))
+    machine = MACHINES.get(platform.machine(), Machine(0, (), 0, (), 0, 0))
+    filter_system_calls(
+        (
+            Refusal(machine.refused),
+            Refusal((machine.mmap,), argument=3, bits=_MAP_SHARED),
+            Refusal(machine.sockets, argument=0, unless=_FAMILIES),
+            Refusal((machine.setsockopt,), argument=2, where=_BUFFER_SIZES),
+            Refusal((machine.fcntl,), argument=1, where=(_F_SETPIPE_SZ,)),
+        )
+    )
