@@ -7,6 +7,7 @@ from pathlib import Path
 from m3jax.checkpoints.formats import PYTORCH, Format
 from m3jax.checkpoints.pytorch import content_of
 from m3jax.checkpoints.remote import Identity
+from m3jax.checkpoints.shards import write_exactly
 
 
 class HubSource:
@@ -34,7 +35,7 @@ class HubSource:
             return 0
         content: bytes = self._system.cat_file(self._address, start=offset, end=end)
         out[: len(content)] = content
-        os.pwrite(self._descriptor, content, offset)
+        write_exactly(self._descriptor, memoryview(content), offset)
         return len(content)
 
     def close(self) -> None:

@@ -123,7 +123,7 @@ class ShardWriter:
         try:
             self._descriptor = os.open(self._temporary, flags, 0o644)
             _reserve(self._descriptor, self._total)
-            _write_exactly(self._descriptor, memoryview(header), 0)
+            write_exactly(self._descriptor, memoryview(header), 0)
         except OSError as error:
             self.abort()
             raise self._unwritable(error) from error
@@ -151,7 +151,7 @@ class ShardWriter:
         if self._descriptor is None:
             raise ValueError(f"{self._path} is finished or aborted")
         try:
-            _write_exactly(self._descriptor, piece, self._offsets[name] + start)
+            write_exactly(self._descriptor, piece, self._offsets[name] + start)
         except OSError as error:
             raise self._unwritable(error) from error
         with self._lock:
@@ -210,7 +210,7 @@ def _reserve(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)
 
 
-def _write_exactly(descriptor: int, data: memoryview, offset: int) -> None:
+def write_exactly(descriptor: int, data: memoryview, offset: int) -> None:
     """Writes all of `data` at `offset`, in as many writes as it takes."""
     done = 0
     while done < len(data):

@@ -28,7 +28,8 @@ from m3jax.outputs import directories
 from m3jax.outputs.conversion import convert
 from support.directories import recipe, write
 
-KINDS = {"kill": None, "torn": None, "exit": None, "EIO": errno.EIO, "ENOSPC": errno.ENOSPC}
+ERRORS = ("EIO", "ENOSPC", "EINTR", "ESTALE", "EMFILE", "EROFS")
+KINDS = {"kill": None, "torn": None, "exit": None, "short": None} | {name: getattr(errno, name) for name in ERRORS}
 CALLS = ("rename", "replace", "unlink", "remove", "rmdir", "mkdir", "fsync", "pwrite", "posix_fallocate", "chmod")
 
 
@@ -70,7 +71,9 @@ class Faults:
         def patched(*args, **keys):
             place, call, args, keys = told(plain, *args, **keys)
             if place is not None and place.startswith(self.root):
-                self._pass(name, place, lambda: call(*args, **keys))
+                short = self._pass(name, place, lambda: call(*args, **keys))
+                if short:  # of what is to be written, half is, and that is said
+                    return call(args[0], memoryview(args[1])[: -(-len(args[1]) // 2)], *args[2:])
                 if name == "fsync":  # no power is cut here, and it is what takes the time
                     return None
             return call(*args, **keys)
@@ -91,7 +94,9 @@ class Faults:
                 raise Killed
             self.calls.append(f"{name} {place.removeprefix(self.root)}")
             if len(self.calls) != self.at and not self._is_last(self.calls[-1]):
-                return
+                return False
+            if self.kind == "short":
+                return name == "pwrite"
             if self.kind in ("kill", "torn"):
                 if self.kind == "torn" and name == "open":  # there, and nothing in it
                     made = call()
@@ -210,6 +215,9 @@ def step_through(scenario, kind, stride=1):
         if len(faults.calls) < at:
             calls = len(faults.calls)
             break
+        if kind == "short" and not faults.calls[at - 1].startswith("pwrite"):
+            at += stride
+            continue
         there = contents(place / "out")
         state = "new" if there == reference else "old" if there == old and old else "none" if there is None else "OTHER"
         said = f"{kind} at {at} ({faults.calls[at - 1]}), {ended}, then {state}"
@@ -335,6 +343,9 @@ def step_through_run(run, scratch, kind, stride=1):
                 ended = "killed" if isinstance(error, Killed) else "refused"
         if len(faults.calls) < at:
             break
+        if kind == "short" and not faults.calls[at - 1].startswith("pwrite"):
+            at += stride
+            continue
         found = run.result(place)
         state = "none" if found is None else "new" if found == whole else "part"
         said = f"{kind} at {at} ({faults.calls[at - 1]}), {ended}, then {state}"
