@@ -191,7 +191,7 @@ def step_through(scenario, kind, stride=1):
     Args:
         scenario: The command.
         kind: Of `KINDS`.
-        stride: Take every so many calls.
+        stride: Take every so many calls; of writes that write half, all.
 
     Returns:
         How often each outcome was there after the fault, the number of calls, and what is wrong.
@@ -216,7 +216,7 @@ def step_through(scenario, kind, stride=1):
             calls = len(faults.calls)
             break
         if kind == "short" and not faults.calls[at - 1].startswith("pwrite"):
-            at += stride
+            at = _next_write(faults.calls, at)
             continue
         there = contents(place / "out")
         state = "new" if there == reference else "old" if there == old and old else "none" if there is None else "OTHER"
@@ -234,9 +234,14 @@ def step_through(scenario, kind, stride=1):
         journals = [path.name for path in (place / "out").glob("m3jax-journal*")]
         if contents(place / "out") != reference or left or journals:
             wrong.append(f"{said}; left {left + journals}")
-        at += stride
+        at = _next_write(faults.calls, at) if kind == "short" else at + stride
     shutil.rmtree(place, ignore_errors=True)
     return outcomes, calls, wrong
+
+
+def _next_write(calls, at):
+    """The number of the next call that may write less than it should; one too many where there is none."""
+    return next((n for n, call in enumerate(calls, 1) if n > at and call.startswith("pwrite")), len(calls) + 1)
 
 
 # --- Runs, which fill their place as they go ---------------------------------------------------------------------
@@ -344,7 +349,7 @@ def step_through_run(run, scratch, kind, stride=1):
         if len(faults.calls) < at:
             break
         if kind == "short" and not faults.calls[at - 1].startswith("pwrite"):
-            at += stride
+            at = _next_write(faults.calls, at)
             continue
         found = run.result(place)
         state = "none" if found is None else "new" if found == whole else "part"
@@ -358,7 +363,7 @@ def step_through_run(run, scratch, kind, stride=1):
             wrong.append(f"{said}; again: {error}")
         if run.result(place) != whole or _names(place) != beside:
             wrong.append(f"{said}; left {sorted(_names(place) ^ beside)}")
-        at += stride
+        at = _next_write(faults.calls, at) if kind == "short" else at + stride
     shutil.rmtree(place)
     return outcomes, len(faults.calls), wrong
 
