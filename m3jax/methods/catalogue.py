@@ -508,11 +508,15 @@ def _entry_points() -> Mapping[str, tuple[importlib.metadata.EntryPoint, ...]]:
 
 
 def _origin(entry: importlib.metadata.EntryPoint) -> Origin:
+    return Origin(_told(entry, "name") or entry.module, _told(entry, "version") or "unknown")
+
+
+def _told(entry: importlib.metadata.EntryPoint, what: str) -> str | None:
+    """What the package of an entry says of itself; None where an installer left it in pieces."""
     try:
-        told = (entry.dist.name, entry.dist.version) if entry.dist is not None else (None, None)
-    except Exception:  # what an installer left in pieces
-        told = None, None
-    return Origin(told[0] or entry.module, told[1] or "unknown")
+        return getattr(entry.dist, what, None)
+    except Exception:
+        return None
 
 
 def own_row(name: object) -> MethodRow | None:
