@@ -11,7 +11,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeAlias
 
 from m3jax.checkpoints.formats import SAFETENSORS
@@ -154,17 +154,27 @@ def is_entry(told: Any) -> bool:
     """Whether an entry has the form that is relied on, whoever has written it."""
     if not isinstance(told, dict):
         return False
-    tensors, digests, ours = told.get("tensors", {}), told.get("digests", {}), told.get("ours", [])
+    tensors, digests, sent = told.get("tensors", {}), told.get("digests", {}), told.get("sent", {})
     inputs: list[Any] = [tensor.get("inputs") for tensor in tensors.values()] if _holds_objects(tensors) else [None]
     inputs += digests.values() if isinstance(digests, dict) else [None]
     return (
-        isinstance(told.get("shard", ""), str)
+        all(_are_inside(told.get(key, [])) for key in ("files", "ours"))
+        and _are_inside([told.get("shard", "weights")])
+        and isinstance(sent, dict)
+        and _are_inside(list(sent))
         and _holds_objects(tensors)
         and all(isinstance(tensor.get("digest"), str) for tensor in tensors.values())
         and all(_holds_objects(each) and all(map(str.isdecimal, each)) for each in inputs)
         and all(_holds_objects(tensor.get("lent", {})) for tensor in tensors.values())
-        and are_texts(ours)
     )
+
+
+def _are_inside(names: Any) -> bool:
+    """Whether it is a list of names of files in or below a directory: none leads out of it."""
+    if not are_texts(names):
+        return False
+    paths = map(PurePosixPath, names)
+    return not any(path.is_absolute() or ".." in path.parts or not path.parts or "\0" in str(path) for path in paths)
 
 
 def _holds_objects(told: Any) -> bool:

@@ -18,6 +18,7 @@ from m3jax.checkpoints import shards
 from m3jax.cli.commands import main
 from m3jax.outputs import directories
 from m3jax.outputs.conversion import convert
+from m3jax.outputs.journal import is_entry
 from m3jax.outputs.local import Staging
 
 SHARD = 1000
@@ -282,3 +283,19 @@ def test_other_errors_of_locks_are_not_another_merge(tmp_path, monkeypatch):
     locks_fail(monkeypatch, errno.EIO)
     with pytest.raises(OSError, match="Input/output error"):
         Staging(tmp_path / "out", "one", 1)
+
+
+@pytest.mark.parametrize(
+    ("entry", "fits"),
+    [
+        ({"shard": "a.safetensors", "files": ["d/a"], "sent": {"d/a": ["tag", 1]}, "ours": ["b"]}, True),
+        ({"shard": "../a.safetensors"}, False),
+        ({"shard": "a", "files": ["/etc/passwd"]}, False),
+        ({"shard": "a", "sent": {"d/../../a": []}}, False),
+        ({"shard": "a", "sent": ["a"]}, False),
+        ({"ours": [""]}, False),
+    ],
+)
+def test_a_journal_names_no_file_outside(entry, fits):
+    """Whoever may write beside an output may forge its journal; what it names is read, sent and removed."""
+    assert is_entry(entry) == fits

@@ -220,8 +220,10 @@ def _resumed(place: Path) -> None:
 
 def _sent(place: Path) -> None:
     """What a merge in an object store makes of a journal there."""
-    found = {"m3jax-journal-0.json": remote._read_journal(place / "journal.json")}
-    remote._check_free(place / "merged", dict.fromkeys(["a", *found]), found, False)
+    out = place / "merged"
+    journals = {out / "m3jax-journal-0.json": remote._read_journal(place / "journal.json")}
+    objects = {name: {} for name in ("a", "m3jax-journal-0.json")}
+    remote._check_free(out, remote._There(objects, {}, journals), False)
 
 
 def _orbax(item: Path) -> None:
