@@ -307,7 +307,7 @@ class _Lane:
     def __init__(self, checkpoint: Checkpoint, chunk_bytes: int, most_held: int) -> None:
         self.checkpoint = checkpoint
         self.ready: queue.Queue[np.ndarray | BaseException] = queue.Queue(_AHEAD)
-        self.free: queue.Queue[np.ndarray | None] = queue.Queue()
+        self.free: queue.LifoQueue[np.ndarray | None] = queue.LifoQueue()  # the last used, so that few are made
         self.chunk_bytes = chunk_bytes
         self.held: deque[np.ndarray] = deque()  # in the order of chunks, which every stage goes through
         for _ in range(_AHEAD + _IN_FLIGHT + most_held):
@@ -381,7 +381,8 @@ class ChunkReader:
         if loaded.hold.kept:
             return
         for position, buffer in zip(loaded.visit.plan.sources, loaded.buffers, strict=True):
-            self._lanes[position].free.put(buffer)
+            lane = self._lanes[position]
+            lane.free.put(buffer if buffer.size == lane.chunk_bytes else None)
 
     def _typed(self, visit: Visit, position: int, buffer: Any) -> np.ndarray:
         info = self._lanes[position].checkpoint.tensors[visit.plan.output.name]
@@ -412,8 +413,7 @@ class ChunkReader:
             for visit, hold in zip(self._schedule, self._holds, strict=True):
                 if position not in visit.plan.sources:
                     continue
-                buffer = lane.held.popleft() if hold.again else self._take(lane.free)
-                buffer = _aligned_empty(lane.chunk_bytes) if buffer is None else buffer
+                buffer = lane.held.popleft() if hold.again else self._buffer(position, visit, hold)
                 if not (hold.again and hold.all):
                     self._read(position, visit, buffer, digest, hold.again)
                 if hold.kept:
@@ -429,6 +429,14 @@ class ChunkReader:
                 self._put(lane.ready, error)
             except _Stopped:
                 return
+
+    def _buffer(self, position: int, visit: Visit, hold: Hold) -> np.ndarray:
+        """A buffer for a chunk; one that is kept is no larger than the chunk, of which there may be many."""
+        lane = self._lanes[position]
+        free: np.ndarray | None = self._take(lane.free)
+        width = DTYPES[lane.checkpoint.tensors[visit.plan.output.name].dtype].itemsize
+        size = visit.padded * width if hold.kept else lane.chunk_bytes
+        return free if free is not None and free.size == size else _aligned_empty(size)
 
     def _read(self, position: int, visit: Visit, buffer: np.ndarray, digest: TensorDigest, filled: bool) -> None:
         """Read, hash and check a chunk; what an earlier stage has filled is hashed alone."""

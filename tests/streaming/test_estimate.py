@@ -2,16 +2,19 @@
 
 import json
 import time
+import weakref
 
 import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from support import decoders as tiny
+from support.directories import write as models_at
 
 import m3jax
 from m3jax.checkpoints import TensorInfo
 from m3jax.cli import commands
+from m3jax.streaming import reading
 from m3jax.streaming.estimate import estimate_recipe
 
 LLAMA_13B = {
@@ -165,3 +168,29 @@ def test_what_is_measured_by_tensor_is_read_once_as_far_as_it_may_be_held(tmp_pa
     done = m3jax.merge_checkpoint(recipe, tmp_path / "out")
     assert (done.digest, done.bytes_read) == (want, read * done.bytes_written // 4)
     assert estimate_recipe(recipe, tmp_path / "other").bytes_read == done.bytes_read
+
+
+def test_many_small_chunks_that_are_held_take_no_buffer_of_the_largest_each(tmp_path, monkeypatch):
+    """Norms of 64 blocks in one tensor: each block is a chunk, and all are held."""
+    taken, made = [0], reading._aligned_empty
+    most = [0]
+
+    def counted(nbytes):
+        buffer = made(nbytes)
+        taken[0] += nbytes
+        most[0] = max(most[0], taken[0])
+        weakref.finalize(buffer.base, lambda: taken.__setitem__(0, taken[0] - nbytes))
+        return buffer
+
+    monkeypatch.setattr(reading, "_aligned_empty", counted)
+    shapes = {"params.layers.scale": (64, 8), "params.embed.embedding": (2**13, 16)}
+    for seed, name in enumerate(("base", "a", "b")):
+        rng = np.random.default_rng(seed)
+        tensors = {key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
+        models_at(tmp_path / name, tensors, {"model_type": "llama", "num_hidden_layers": 64})
+    recipe = {"merge_method": "ties", "parameters": {"density": 0.5}, "base_model": str(tmp_path / "base")}
+    recipe["models"] = [str(tmp_path / "a"), str(tmp_path / "b")]
+    done = m3jax.merge_checkpoint(recipe, tmp_path / "out", chunk_entries=2**16)
+    assert done.bytes_read == 3 * done.bytes_written
+    held = 3 * 4 * max(64 * 2**12, 2**17)
+    assert most[0] <= held + 3 * 4 * 2**16 * 6
