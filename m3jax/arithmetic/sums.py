@@ -105,8 +105,9 @@ def _spread(number: UInt32[Array, "..."], place: int) -> list[UInt32[Array, "...
 def _add_up(units: Sequence[Integer[Array, "..."]], by_row: bool) -> UInt32[Array, "*rows 2 pairs limbs"]:
     """Sums of int32 numbers within ±2³⁰, each as the difference of two numbers in limbs of 11 bits, lowest first."""
     length = units[0].shape[-1]
-    if any(axis > _AXIS_LIMIT for axis in units[0].shape):
-        raise ValueError(f"an axis of {max(units[0].shape)} entries is over {_AXIS_LIMIT}")
+    longest = length if by_row else max(units[0].shape)
+    if longest > _AXIS_LIMIT:
+        raise ValueError(f"an axis of {longest} entries is over {_AXIS_LIMIT}")
     places = (0, _HALF_BITS) if length <= _HALVES_LIMIT else (0, _LIMB_BITS, 2 * _LIMB_BITS)
     digits = [
         unit >> np.int32(place) if place == places[-1] else (unit >> np.int32(place)) & np.int32(2 ** places[1] - 1)

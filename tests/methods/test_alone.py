@@ -9,6 +9,7 @@ from support.directories import WIDE, read, recipe, write, write_models
 from support.matrix import ALONE, DTYPES, few, measured, models, most, pairwise, same
 
 import m3jax
+from m3jax.arithmetic import sums
 from m3jax.cluster.meshes import parse_mesh
 
 OFTEN = ("slerp", "model_stock", "model_stock_rows")  # the others go the same ways, and go them once
@@ -142,6 +143,13 @@ def test_model_stock_is_the_formula_in_float64():
         want = t * sum(e["w"].astype(np.float64) for e in experts) / 3 + (1 - t) * base["w"]
         got = m3jax.merge(experts, m3jax.model_stock(filter_wise=by_row), base=base)["w"]
         np.testing.assert_allclose(got, want, rtol=2e-6, atol=2e-7)
+
+
+def test_products_by_row_are_of_as_many_rows_as_there_are():
+    rows = jax.ShapeDtypeStruct((2**21 + 1, 2), np.float32)
+    largest = jax.ShapeDtypeStruct((2**21 + 1, 1), np.uint32)
+    made = jax.eval_shape(lambda x, top: sums.integer_sums([x], top, np.uint32(0), by_row=True), rows, largest)
+    assert made.shape == (2**21 + 1, 2, 1, sums.LIMBS)
 
 
 def test_model_stock_of_orthogonal_and_of_equal_experts():
