@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import PyTree
 
 from m3jax.errors import M3Error
+from m3jax.evaluation.checks import check_count
 from m3jax.methods.base import Method, Sparsifier
 from m3jax.methods.mixup import mixup, mixup_weights
 from m3jax.text import table
@@ -141,8 +142,8 @@ def explore_trees(
     References:
         Zhou et al., Mixup Model Merge, arXiv 2502.15434, 2025.
     """
-    if samples < 1:
-        raise M3Error(f"samples are {samples}, but must be at least 1")
+    check_count("number of samples", samples)
+    check_count("batch size", batch_size, optional=True)
     experts = list(experts)
 
     def drawn(sample: Any) -> PyTree:
@@ -150,36 +151,52 @@ def explore_trees(
         return merge(experts, method, base=base, weights=weights, sparsify=sparsify, key=key)
 
     def number(tree: PyTree) -> Any:
-        found = jnp.asarray(score(tree))
-        if found.shape != ():
-            raise M3Error(f"score: gives an array of shape {found.shape}, but must give one number: take its mean")
-        return found
+        return jnp.asarray(score(tree)).reshape(())
+
+    def known(tree: PyTree, whose: str) -> float:
+        return _known(score(tree), whose)
 
     position = method is not None and method.weighting == "position"
     count = len(experts)
-    equal_weights: Any = 0.5 if position else [1 / count] * count
+    equal_weights: Any = 0.5 if position else [1 / count for _ in experts]
     equal = merge(experts, method, base=base, weights=equal_weights, sparsify=sparsify, key=key)
-    alone = np.array([float(number(tree)) for tree in experts])
+    of_equal = known(equal, "equal weights")
+    alone = np.array([known(tree, f"expert {i}") for i, tree in enumerate(experts)])
+    of_base = None if base is None else known(base, "the base")
     compiled = _is_traceable(number, equal)
     if compiled:
         every = jax.jit(lambda numbers: lax.map(lambda k: number(drawn(k)), numbers, batch_size=batch_size))
-        scores = np.asarray(every(jnp.arange(samples, dtype=jnp.uint32)))
+        found = list(np.asarray(every(jnp.arange(samples, dtype=jnp.uint32))))
     else:
-        scores = np.array([float(number(drawn(k))) for k in range(samples)])
-    if np.isnan(scores).any():
-        raise M3Error(f"score: is NaN of sample {int(np.argmax(np.isnan(scores)))}: give a number for every tree")
+        found = [score(drawn(k)) for k in range(samples)]
+    scores = np.array([_known(each, f"sample {k}") for k, each in enumerate(found)])
     best = int(np.argmax(scores))
     draws = np.atleast_2d(np.asarray(mixup_weights(key, alpha, count, sample=range(samples)), np.float64))
     draws = draws[:, :1] if position else draws
-    of_base = None if base is None else float(number(base))
-    return TreeExploration(drawn(best), best, scores, draws, alone, float(number(equal)), of_base, compiled)
+    return TreeExploration(drawn(best), best, scores, draws, alone, of_equal, of_base, compiled)
+
+
+def _known(score: Any, whose: str) -> float:
+    """A score as a number, with all its digits.
+
+    Raises:
+        M3Error: It is no number.
+    """
+    if np.shape(score) != ():
+        raise M3Error(f"score: gives an array of shape {np.shape(score)}, but must give one number: take its mean")
+    try:
+        number = float(score)
+    except (TypeError, ValueError) as error:
+        raise M3Error(f"score: gives {score!r} for {whose}, but must give one number for every tree") from error
+    if np.isnan(number):
+        raise M3Error(f"score: is NaN of {whose}: give a number for every tree")
+    return number
 
 
 def _is_traceable(function: Callable[[PyTree], Any], tree: PyTree) -> bool:
-    """Whether JAX can trace a function of a tree: it branches on no value and leaves no array for numpy."""
-    errors = jax.errors
+    """Whether JAX can trace a function that is known to work for arrays."""
     try:
         jax.eval_shape(function, tree)
-    except (errors.ConcretizationTypeError, errors.TracerArrayConversionError, errors.TracerBoolConversionError):
+    except Exception:  # whatever it does with values: branches, indices, files, other libraries
         return False
     return True

@@ -55,9 +55,28 @@ def test_positions_and_mistakes(trees):
     merged = m3jax.merge(trees[:2], m3jax.slerp(), weights=found.weights[0])
     assert np.array_equal(found.best["layers"][0]["w"], merged["layers"][0]["w"])
     for wrong, sentence in [
-        ({"samples": 0}, "samples are 0"),
+        ({"samples": 0}, "the number of samples must be at least 1"),
+        ({"samples": 2.5}, "the number of samples"),
+        ({"batch_size": -1}, "the batch size must be at least 1"),
         ({"score": lambda tree: tree["layers"][0]["w"]}, "gives an array of shape"),
-        ({"score": lambda tree: jnp.nan}, "is NaN of sample 0"),
+        ({"score": lambda tree: jnp.nan}, "is NaN of equal weights"),
+        ({"score": lambda tree: None}, "gives None for equal weights"),
     ]:
         with pytest.raises(M3Error, match=sentence):
             m3jax.explore_trees(trees[:2], **{"score": traced_score, "samples": 2} | wrong)
+    with pytest.raises(M3Error, match="experts"):
+        m3jax.explore_trees([], score=traced_score)
+
+
+def untraceable(tree):
+    """Indices that depend on values, which no program of JAX has, and float64."""
+    w = tree["layers"][0]["w"]
+    return 1.0 + 1e-12 * float(w[w > 0].sum()) * int(m3jax.digest(tree) != "")
+
+
+def test_scores_that_no_program_can_have_are_of_one_merge_after_the_other_with_all_digits(trees):
+    found = m3jax.explore_trees(trees[:2], score=untraceable, samples=4, key=2)
+    assert not found.compiled
+    merges = [m3jax.merge(trees[:2], weights=list(weights)) for weights in found.draws]
+    assert found.scores.tolist() == [untraceable(tree) for tree in merges]
+    assert len(set(found.scores.tolist())) == 4
