@@ -56,7 +56,7 @@ def mixup(
         'model'
     """
     shapes = alpha if isinstance(alpha, tuple | list) else (alpha,)
-    if len(shapes) not in (1, 2) or not all(np.isfinite(a) and a > 0 for a in shapes):
+    if len(shapes) not in (1, 2) or not _are_shapes(shapes):
         raise M3Error(f"mixup: alpha is {alpha}, but must be a positive number or a pair of them")
     if granularity not in GRANULARITIES:
         raise M3Error(f"mixup: granularity is {granularity!r}, but must be one of {', '.join(GRANULARITIES)}")
@@ -139,9 +139,14 @@ def _check_draw(alpha: Any, num_experts: int) -> None:
             f"mixup: alpha has two shape parameters {tuple(alpha)}, which define a draw for two experts, "
             f"but there are {num_experts}: give one number"
         )
-    shapes = alpha if isinstance(alpha, tuple | list) else (alpha,)
-    if len(shapes) > 2 or not all(isinstance(a, int | float | np.number) and 0 < a < np.inf for a in shapes):
+    shapes = alpha if isinstance(alpha, tuple | list) else (alpha, alpha)
+    if len(shapes) != 2 or not _are_shapes(shapes):
         raise M3Error(f"mixup: alpha is {alpha!r}, but must be a number above 0, or two of them")
+
+
+def _are_shapes(numbers: Sequence[Any]) -> bool:
+    """Whether numbers can be shape parameters of a Beta."""
+    return all(isinstance(a, int | float | np.number) and 0 < a < np.inf for a in numbers)
 
 
 def root_of(key: Any, sample: Any = None) -> threefry.Words:
@@ -221,7 +226,9 @@ def mixup_weights(
 
         drawn: Array = on_host(found, [(num_experts,)], root_of(words, sample), batched=True)[0]
         return drawn
-    samples = np.asarray(-1 if sample is None else sample, np.int64)
+    samples = np.asarray(-1 if sample is None else sample)
+    if samples.size and samples.dtype.kind not in "iu":
+        raise M3Error(f"mixup: sample is {sample!r}, but must be integers from 0 on")
     shape = np.broadcast_shapes(words.shape[:-1], samples.shape)
     rows, numbers = np.broadcast_to(words, (*shape, 2)).reshape(-1, 2), np.broadcast_to(samples, shape).reshape(-1)
     roots = [root_of(row, None if sample is None else number) for row, number in zip(rows, numbers, strict=True)]

@@ -170,6 +170,10 @@ def test_what_cannot_be_drawn_is_said():
         (lambda: m3jax.merge(experts, weights=mixup(0.5, sample=-1), key=0), "sample is -1"),
         (lambda: jax.jit(lambda k: mixup_weights(0, sample=k))(0.5), r"sample is traced, float32\[\]"),
         (lambda: jax.vmap(lambda k: mixup_weights(k, 0.0))(keys(2)), "alpha is 0.0"),
+        (lambda: mixup_weights(0, sample=[0, 1.5]), r"sample is \[0, 1\.5\], but must be integers"),
+        (lambda: mixup_weights(0, sample=2**64), "sample is 18446744073709551616"),
+        (lambda: mixup_weights(0, [0.5]), r"alpha is \[0\.5\]"),
+        (lambda: mixup("half"), "alpha is half"),
         (lambda: mixup(0.5, smooth=0.5), "smooth is of neighbouring layers"),
         (lambda: mixup(0.5, "layer", smooth=1.0), "smooth is 1.0"),
     ):
