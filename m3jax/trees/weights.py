@@ -26,7 +26,10 @@ def _as_scalars(values: Any, count: int, where: str) -> tuple[Any, ...]:
         if stacked.shape not in ((count,), ()):
             raise M3Error(f"{where}: weights of shape {list(stacked.shape)} given for {count} experts")
         return tuple(Double.of(w) for w in jnp.broadcast_to(stacked, (count,)))
-    given = np.asarray(values, np.float64)
+    try:
+        given = np.asarray(values, np.float64)
+    except (TypeError, ValueError) as error:
+        raise M3Error(f"{where}: weights {values!r} are no numbers: give {count} of them") from error
     flat = np.broadcast_to(given, (count,)) if given.ndim == 0 else given.reshape(-1)
     if flat.size != count:
         raise M3Error(f"{where}: {flat.size} weights given where {count} are needed")
@@ -191,7 +194,10 @@ def _rows_of(key: str, shape: tuple[int, ...], meant: Sequence[Tensor]) -> dict[
 
 def _shape_of(weights: Any) -> tuple[int, ...]:
     if hasattr(weights, "shape") or not is_traced(weights):
-        return np.shape(weights)
+        try:
+            return np.shape(weights)
+        except ValueError as error:
+            raise M3Error(f"weights: {weights!r} are rows of different lengths: give every block as many") from error
     return len(weights), *_shape_of(weights[0])
 
 

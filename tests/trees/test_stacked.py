@@ -261,6 +261,10 @@ def test_weights_that_name_nothing_are_refused():
         m3jax.merge(experts, weights={"": [1, 1], "layer.2": [1, 2]})
     with pytest.raises(M3Error, match=r"none given for embed\.embedding"):
         m3jax.merge(experts, weights={"layers": [1, 2]})
+    with pytest.raises(M3Error, match="rows of different lengths"):
+        m3jax.merge(experts, weights=[[1, 2], [1]])
+    with pytest.raises(M3Error, match="are no numbers"):
+        m3jax.merge(experts, weights=["a", "b"])
 
 
 @pytest.mark.parametrize("how", ["given", "traced"])
