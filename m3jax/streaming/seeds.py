@@ -185,8 +185,8 @@ def _replanned(ready: Ready, recipe: Recipe) -> MergePlan:
 def _check_out(out: Path) -> None:
     """Raise M3Error where no directory of merges can be."""
     check_place(out)
-    if out.exists() and not out.is_dir():
-        raise M3Error(f"{out}: is a file, and merges of several seeds go into a directory: choose another place")
+    if os.path.lexists(out) and not out.is_dir():
+        raise M3Error(f"{out}: is no directory, and merges of several seeds go into one: choose another place")
     if (out / manifest.FILE_NAME).exists():
         raise M3Error(f"{out}: is itself a merge, and each seed's goes into a directory in OUT: choose another OUT")
 

@@ -132,6 +132,7 @@ def test_what_cannot_be_merged_with_several_seeds_is_one_sentence(place, capsys,
     given = str(place / "given.yaml")
     (place / "given.yaml").write_text(yaml.safe_dump(asked(place, mixup=None)))
     dare = asked(place, merge_method="dare_linear", base_model=str(place / "base"), mixup=None)
+    (place / "dangling").symlink_to("nowhere")
     (place / "kept.yaml").write_text(yaml.safe_dump({**dare, "parameters": {"density": 1.0}, "seeds": "0..2"}))
     for arguments, said in (
         (["merge", recipe, out, "--seed", "1", "--seeds", "0..2"], "--seeds: given together with --seed"),
@@ -142,8 +143,9 @@ def test_what_cannot_be_merged_with_several_seeds_is_one_sentence(place, capsys,
         (["merge", recipe, "s3://bucket/out"], "merges of several seeds are made on this disk"),
         (
             ["merge", recipe, str(place / "a" / "config.json")],
-            "is a file, and merges of several seeds go into a directory",
+            "is no directory, and merges of several seeds go into one",
         ),
+        (["merge", recipe, str(place / "dangling")], "is no directory, and merges of several seeds go into one"),
         (
             ["explore", recipe, out, "--task", "gsm8k=x"],
             "seeds: asks m3jax merge for several merges, while explore draws",
