@@ -363,6 +363,8 @@ def _recipe(
         if key not in CHANGEABLE:
             raise M3Error(f"--set {change}: only {', '.join(CHANGEABLE)} matter here; {nearest(key, CHANGEABLE)}")
     experts = [model for model in (a, b, merge) if model is not None]
+    if base in experts:
+        raise M3Error(f"{base}: is the base, and one of the models compared with it: leave --base out")
     asked: dict[str, Any] = {"merge_method": "linear", "models": experts, "dequantize": True}
     if base is not None:
         asked |= {"merge_method": "task_arithmetic", "base_model": base}

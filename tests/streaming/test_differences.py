@@ -221,6 +221,7 @@ def test_what_cannot_be_compared_is_one_sentence(place, models, tmp_path, capsys
         ((a, b, "--set", "tokeniser_source=union"), "did you mean 'tokenizer_source'?"),
         ((a, b, "--picture", "map.pdf"), "map.pdf: a picture is written as .png or .svg: choose such a name"),
         ((a, str(tmp_path / "none")), "none"),
+        ((a, b, "--base", b), "b: is the base, and one of the models compared with it: leave --base out"),
     ):
         assert main(app, ["diff", *arguments]) == 2
         captured = capsys.readouterr()
