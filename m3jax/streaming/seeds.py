@@ -175,11 +175,13 @@ def _drops(plan: MergePlan) -> bool:
 
 def _replanned(ready: Ready, recipe: Recipe) -> MergePlan:
     """The plan of the same merge with another seed."""
-    base = ready.models[-1].input if ready.models[-1].role != "expert" else None
-    experts = [model.input for model in ready.models if model.role == "expert"]
+    models = ready.models[: len(ready.models) - len(ready.statistics.models)]
+    base = models[-1].input if models[-1].role != "expert" else None
+    experts = [model.input for model in models if model.role == "expert"]
+    statistics = [model.input for model in ready.statistics.models]
     stacked = ready.picked is not None
     names = [name for source in ready.sources for name in source.checkpoint.tensors] if stacked else []
-    return make_plan(recipe, experts, base, None, names)
+    return make_plan(recipe, experts, base, None, names, statistics)
 
 
 def _check_out(out: Path) -> None:

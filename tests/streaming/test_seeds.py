@@ -77,6 +77,18 @@ def test_a_merge_that_ended_just_after_it_appeared_is_kept(place, monkeypatch):
     assert [one.kept for one in m3jax.merge_seeds(asked(place, seeds="0..1"), place / "out")] == [True, False]
 
 
+@pytest.mark.parametrize("base", [False, True])
+def test_statistics_are_of_every_seed(place, base):
+    for name in ("a", "b"):
+        write(place / f"of-{name}", {LAYER.format(i): np.full((8, 8), i + 1, np.float32) for i in range(2)}, CONFIG)
+    models = [{"model": str(place / name), "statistics": str(place / f"of-{name}")} for name in ("a", "b")]
+    told = {"merge_method": "fisher", "models": models} | ({"base_model": str(place / "base")} if base else {})
+    made = m3jax.merge_seeds(asked(place, **told, seeds="1..2"), place / "out")
+    alone = m3jax.merge_checkpoint(asked(place, **told, seed=2), place / "alone")
+    assert made[1].manifest == alone.manifest
+    assert [one.kept for one in m3jax.merge_seeds(asked(place, **told, seeds="1..2"), place / "out")] == [True, True]
+
+
 def test_documents_and_the_option(place):
     """`--seeds` is `--seed` in every document, the key `seeds` is `seed` in the last one."""
     first = {**asked(place), "name": "first"}
