@@ -1,6 +1,7 @@
 """explore(): many ratios, merged in memory, evaluated, compared; the best one written as `m3jax merge` writes."""
 
 import functools
+import math
 import os
 import tempfile
 import time
@@ -107,12 +108,29 @@ class _Work(NamedTuple):
         result = known
         if result is None:
             begun = time.perf_counter()
-            scores = dict(self.score(params(), unscored.share))
+            scores = self._checked(self.score(params(), unscored.share))
             result = unscored._replace(scores=scores, seconds=time.perf_counter() - begun)
             self.journal.note(result)
         if self.watch is not None:
             self.watch(result, known is not None)
         return result
+
+    def _checked(self, scores: Any) -> dict[str, float]:
+        """Scores as numbers that a journal keeps.
+
+        Raises:
+            M3Error: They are no finite numbers by name, or of other names than those before.
+        """
+        try:
+            found = {str(name): float(score) for name, score in scores.items()}
+        except (AttributeError, TypeError, ValueError):
+            found = {}
+        if not found or not all(map(math.isfinite, found.values())):
+            raise M3Error(f"score: gives {scores!r}, but must give finite numbers by name, such as {{'accuracy': 0.5}}")
+        before = next((result.scores for result in self.journal.done), found)
+        if found.keys() != before.keys():
+            raise M3Error(f"score: gives {', '.join(found)}, but gave {', '.join(before)} before: give the same names")
+        return found
 
 
 def _journal_directory(out: str | os.PathLike[str], journal: str | os.PathLike[str] | None) -> Path:
@@ -152,6 +170,7 @@ def _run(work: _Work, strategy: str, samples: int, select: str) -> list[Result]:
 
     def worth(trial: Trial) -> float:
         results.append(work.evaluate(trial, granularity))
+        check_select(select, tuple(results[-1].scores))  # the names of a score of one's own are known from here on
         return value(results[-1], select)
 
     pursue(strategy_of(strategy, work.space, samples), worth)

@@ -395,6 +395,22 @@ def test_what_cannot_be_explored_is_said(place, tmp_path):
             m3jax.merge_checkpoint(recipe_of(place), tmp_path / "x", weights=weights)
 
 
+def test_scores_of_ones_own_are_finite_numbers_by_name(place, tmp_path):
+    """Else the choice would be arbitrary, and the journal could not be read again."""
+    told = iter([{"s": np.float32(0.5)}, {"s": 0.25}, {"s": np.nan}, {"other": 1.0}, 1.0, {"s": 1}])
+    how = {"score": lambda params, share: next(told), "samples": 3}
+    for sentence in ("gives {'s': nan}, but must", "gives other, but gave s before", "gives 1.0, but must"):
+        with pytest.raises(M3Error, match=sentence):
+            m3jax.explore(recipe_of(place), tmp_path / "out", **how)
+    found = m3jax.explore(recipe_of(place), tmp_path / "out", **how)
+    assert [result.scores for result in found.results] == [{"s": 0.5}, {"s": 0.25}, {"s": 1.0}]
+    for select, sentence in (("t", "select is 't', but must be one of mean, pareto, s"), ("3", "no sample 3")):
+        with pytest.raises(M3Error, match=sentence):
+            m3jax.explore(
+                recipe_of(place), tmp_path / f"other-{select}", score=lambda *_: {"s": 1}, samples=1, select=select
+            )
+
+
 def test_a_journal_has_one_writer(tmp_path):
     with SampleJournal(tmp_path / "j", {"a": 1}), pytest.raises(M3Error, match="another exploration is at work there"):
         SampleJournal(tmp_path / "j", {"a": 1})
