@@ -108,6 +108,8 @@ def with_lora(
         factor = _said(scale, name) if isinstance(scale, Mapping) else scale
         if factor is None:
             raise M3Error(f"{name}: has a factor but no scale: add a pattern that is found in its name, such as '.'")
+        if not _is_scale(factor):
+            raise M3Error(f"{name}: the scale of its factors is {factor!r}, but must be one finite number")
         values[name] = _added(values[name], pair.a, pair.b, jnp.asarray(factor, jnp.float32), zero, place, short)
     added = jax.tree.unflatten(jax.tree.structure(params), list(values.values()))
     return _without(added, {name for name in leaves if inside and _weight_of(name, leaves) is not None})
@@ -197,6 +199,12 @@ def _paired(some: Mapping[tuple[str, str], Any], others: Mapping[tuple[str, str]
         if missing is not None:
             raise M3Error(f"{name}: has one factor, but no {missing.upper()}: give both")
     return {name: _Pair(known[name, "a"], known[name, "b"]) for name in names}
+
+
+def _is_scale(scale: Any) -> bool:
+    """Whether something is one number, which is finite as far as it is known."""
+    kinds = int | float | np.number | np.ndarray | jax.Array
+    return isinstance(scale, kinds) and np.ndim(scale) == 0 and (is_traced(scale) or bool(np.isfinite(scale)))
 
 
 def _said(patterns: Mapping[str, Any] | None, name: str) -> Any:

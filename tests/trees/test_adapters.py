@@ -126,6 +126,8 @@ def test_what_does_not_fit_is_refused():
         (lambda: with_lora({"w": w}, {"w": b}, {"w": a}), r"\[6, 4\], \[2, 4\], \[6, 2\], which do not fit"),
         (lambda: with_lora({"w": w.astype(np.int8)}, {"w": a}, {"w": b}), "is no float32"),
         (lambda: with_lora({"w": w}, {"w": a}, {"w": b}, scale={"q": 1.0}), "no scale"),
+        (lambda: with_lora({"w": w}, {"w": a}, {"w": b}, scale="half"), "w: the scale of its factors is 'half'"),
+        (lambda: with_lora({"w": w}, {"w": a}, {"w": b}, scale={"w": np.nan}), "scale of its factors is nan"),
         (lambda: with_lora(turned), r"its axes \(0,\) or \(1,\): say which by axes"),
         (lambda: with_lora([{"w": w, "w_lora_a": a, "w_lora_b": b}]), "nested mappings only"),
     ):
