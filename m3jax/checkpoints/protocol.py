@@ -110,6 +110,15 @@ class RemoteFingerprint(FileFingerprint):
     tag: str
 
 
+def without_ctime(told: Mapping[str, FileFingerprint]) -> dict[str, dict[str, Any]]:
+    """What tells files from what they are once their bytes have changed: all but ctime, which links and modes change.
+
+    Args:
+        told: Of `Checkpoint.fingerprint`.
+    """
+    return {file: {key: value for key, value in seen.items() if key != "ctime_ns"} for file, seen in told.items()}
+
+
 @runtime_checkable
 class Checkpoint(Protocol):
     """Named tensors that can be read by byte range, from several threads at once."""

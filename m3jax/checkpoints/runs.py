@@ -26,6 +26,7 @@ from m3jax.checkpoints.remote import RemotePath, as_path, is_url
 from m3jax.checkpoints.storage import list_names
 from m3jax.errors import M3Error
 
+_MERGED = "m3jax.json"  # in a step that is a merge
 _LAST = re.compile(r"last(?::([0-9]+))?")
 _ONE = re.compile(r"[0-9]+")
 _RANGE = re.compile(r"([0-9]+):([0-9]+)(?::([0-9]+))?")
@@ -181,16 +182,17 @@ def chosen_steps(place: str, said: str) -> list[int]:
         raise M3Error(f"{place} holds no steps of a run, so that {place}@{said} is none: give the directory of steps.")
     if last := _LAST.fullmatch(said):
         count = int(last[1]) if last[1] else 1
-        if count < 1 or count > max(len(run.steps), bool(run.last)):
+        steps = sorted(run.steps) if last[1] is None else _trained(run)
+        if count < 1 or count > max(len(steps), bool(run.last)):
             raise M3Error(
-                f"{place}@{said}: the run has {len(run.steps)} steps that were saved to their end: ask for 1 to "
-                f"{len(run.steps)}."
+                f"{place}@{said}: the run has {len(steps)} steps of training that were saved to their end: ask for 1 to"
+                f" {len(steps)}."
             )
-        return sorted(run.steps)[-count:]
+        return steps[-count:]
     if several := _RANGE.fullmatch(said):
         first, end, distance = int(several[1]), int(several[2]), int(several[3] or 0)
         if several[3] is None:
-            wanted = [step for step in run.steps if first <= step <= end]
+            wanted = [step for step in _trained(run) if first <= step <= end]
         elif distance < 1 or (end - first) // distance > max(len(run.steps), 1) * 1000:
             raise M3Error(f"{place}@{said}: {distance} is no distance between steps: write FIRST:LAST:DISTANCE.")
         else:
@@ -202,6 +204,11 @@ def chosen_steps(place: str, said: str) -> list[int]:
         return wanted
     run.step(int(said))
     return [int(said)]
+
+
+def _trained(run: Run) -> list[int]:
+    """The steps that are of training, ascending; an average of some of them may stand beside them as a step."""
+    return [number for number, place in sorted(run.steps.items()) if not (place / _MERGED).is_file()]
 
 
 def step_place(name: str) -> Path | None:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from m3jax.anatomy.libraries import HUGGINGFACE, library_of, theirs_of
 from m3jax.anatomy.stored import Home, find_home, step_metadata
 from m3jax.checkpoints.locate import CONFIG, scratch
+from m3jax.checkpoints.protocol import without_ctime
 from m3jax.checkpoints.remote import is_url
 from m3jax.checkpoints.views_permuted import Permuted
 from m3jax.decoder import ApplyFn, DecoderConfig, check_vocabulary
@@ -22,7 +23,7 @@ from m3jax.evaluation import tokens
 from m3jax.evaluation.checks import check_count, check_type, check_whole
 from m3jax.evaluation.records import digest
 from m3jax.exploration import optimizing
-from m3jax.exploration.journal import SampleJournal
+from m3jax.exploration.journal import FILE, SampleJournal
 from m3jax.exploration.optimizing import Optimization
 from m3jax.exploration.references import Reference, expert_names, references_of
 from m3jax.exploration.remarks import remarks_on
@@ -150,7 +151,7 @@ def _identity(
     identity: dict[str, Any] = {
         "recipe": digest(recipe.resolved()),
         "models": digest(
-            [[model.input.name, told] for model, told in zip(ready.models, ready.fingerprints, strict=True)]
+            [[m.input.name, without_ctime(told)] for m, told in zip(ready.models, ready.fingerprints, strict=True)]
         ),
         "tasks": dict(told),
         "strategy": strategy,
@@ -389,6 +390,10 @@ def explore(
     if (score is None) == (not tasks):
         raise M3Error("tasks: give at least one --task NAME=FILE to compare samples by, or a score function instead")
     place = _journal_directory(out, journal)
+    if not overwrite and not is_url(os.fspath(out)) and Path(out).exists() and (place / FILE).exists():
+        raise M3Error(
+            f"{out}: exists already: pass --overwrite, which keeps the samples in {place}, or choose another output"
+        )
     with prepared(loaded, out, overwrite=overwrite, max_shard_size=max_shard_size) as ready:
         space = space_of(loaded, ready.plan)
         strategy_of(strategy, space, samples)

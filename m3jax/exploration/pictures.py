@@ -135,16 +135,24 @@ def _curve(figure: "Figure", axes: "Axes", found: Exploration, panel: _Panel) ->
     )  # fmt: skip
     for equal in [r for r in found.references if r.weights]:
         axes.plot(
-            _weights(equal)[0], equal.scores[panel.task], "D", color=_INK, markersize=7, label=equal.reference, zorder=4
+            _weights(equal)[0],
+            equal.scores[panel.task],
+            "D",
+            color=_INK,
+            markersize=7,
+            label=equal.reference,
+            zorder=4,
+            clip_on=False,
         )
     chosen = found.choice
     axes.plot(
-        _weights(chosen)[0], chosen.scores[panel.task], "*", color=_CHOSEN, markersize=15, zorder=5,
+        _weights(chosen)[0], chosen.scores[panel.task], "*", color=_CHOSEN, markersize=15, zorder=5, clip_on=False,
         label=f"chosen: sample {chosen.sample}",
     )  # fmt: skip
     single = len(_weights(chosen)) == 1
+    mean = ", mean of all groups" if len(chosen.weights) > 1 else ""
     first = found.experts[-1 if single else 0] if found.experts else "the first"
-    axes.set(xlabel="position t" if single else f"weight of {_shown(first)}", ylabel="score")
+    axes.set(xlabel=("position t" if single else f"weight of {_shown(first)}") + mean, ylabel="score")
     if all(0 <= place <= 1 for place in places):
         axes.set_xlim(-0.03, 1.03)
     if panel.examples:

@@ -23,6 +23,7 @@ _HATCHED: dict[str, Any] = {"facecolor": "#ececec", "edgecolor": "#9a9a9a", "hat
 _FEW_ROWS = 16  # that have room for numbers
 _MOST_LABELS = 34
 _LONGEST_NAME = 60
+_HEADING = 14  # letters of the heading on an inch
 
 
 class _Panel(NamedTuple):
@@ -223,7 +224,8 @@ def _label(figure: "Figure", found: Differences, undefined: bool) -> None:
     from matplotlib.patches import Patch
 
     named = [("A", found.a), ("B", found.b), ("base", found.base), ("merge", found.merge)]
-    said = "     ".join(f"{role}: {_drawn(name)}" for role, name in named if name is not None)
+    told = [f"{role}: {_drawn(name)}" for role, name in named if name is not None]
+    said = "     ".join(told) if sum(map(len, told)) < _HEADING * figure.get_figwidth() else "\n".join(told)
     figure.suptitle(said, fontsize=9, color=INK)
     figure.get_layout_engine().set(h_pad=0.09, w_pad=0.06)  # type: ignore[union-attr, call-arg]
     if undefined:

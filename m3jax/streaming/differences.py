@@ -25,6 +25,7 @@ from m3jax.arithmetic import segments
 from m3jax.arithmetic.segments import SEGMENT, Floats
 from m3jax.checkpoints import DTYPES, Checkpoint, TensorInfo, digest_tensor
 from m3jax.checkpoints.locate import read_config
+from m3jax.checkpoints.protocol import without_ctime
 from m3jax.checkpoints.views_stacked import BlockPlace, Stacking, restacked
 from m3jax.errors import M3Error
 from m3jax.progress import Progress
@@ -566,17 +567,6 @@ def _measured(
                 yield TensorSums(info.name, tensor.tower, tensor.layer, tensor.role, own)
 
 
-def _state(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
-    """What tells files from what they are once they have changed: all but ctime, which a link changes."""
-    return [
-        {
-            file: {key: value for key, value in seen.items() if key != "ctime_ns"}
-            for file, seen in each.fingerprint().items()
-        }
-        for each in checkpoints
-    ]
-
-
 def _bytes_of(compared: _Compared, visit: Visit) -> int:
     infos = (checkpoint.tensors[visit.plan.output.name] for checkpoint in compared.checkpoints)
     return visit.size * sum(DTYPES[info.dtype].itemsize for info in infos)
@@ -633,7 +623,7 @@ def diff(
     recipe, notes = _recipe(a, b, base, merge, changes)
     with ExitStack() as stack:
         compared = _opened(recipe, notes, stack)
-        before = _state(compared.checkpoints)
+        before = [without_ctime(each.fingerprint()) for each in compared.checkpoints]
         identical = _are_identical(compared, progress)
         if identical and tell is not None:
             tell(f"{a} and {b} are the same, bit for bit")
@@ -641,7 +631,8 @@ def diff(
         if not (identical and base is None and merge is None):
             entries = _chunk_entries(compared) if chunk_entries is None else checked_chunk_entries(chunk_entries)
             tensors = tuple(_measured(compared, base is not None, merge is not None, entries, progress))
-        changed = [before != now for before, now in zip(before, _state(compared.checkpoints), strict=True)]
+        now = [without_ctime(each.fingerprint()) for each in compared.checkpoints]
+        changed = [one != other for one, other in zip(before, now, strict=True)]
         if any(changed):
             where = compared.checkpoints[changed.index(True)].location
             raise M3Error(f"{where}: changed while it was compared: compare again once it is at rest")

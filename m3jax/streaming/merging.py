@@ -18,7 +18,6 @@ from jax.sharding import AxisType, Mesh
 
 from m3jax.anatomy import summarise
 from m3jax.checkpoints import (
-    FileFingerprint,
     TensorInfo,
     digest_tensor,
     header_digest,
@@ -28,6 +27,7 @@ from m3jax.checkpoints import (
 from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.locate import scratch
 from m3jax.checkpoints.orbax_writer import is_node
+from m3jax.checkpoints.protocol import without_ctime
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.checkpoints.views import stored_at
 from m3jax.cluster.processes import ALONE, Cluster, Processes, gather, share
@@ -206,7 +206,7 @@ def _check_at_rest(job: MergeJob, ready: Ready, passes: Passes) -> None:
         if now == before:
             continue
         read = {name: told[position] for name, told in passes.digests.items() if position in told}
-        if _but_ctime(now) != _but_ctime(before) or any(
+        if without_ctime(now) != without_ctime(before) or any(
             digest_tensor(files[stored_at(checkpoint, name).location], stored) != digest
             for name, told in read.items()
             for stored, digest in told.items()
@@ -214,10 +214,6 @@ def _check_at_rest(job: MergeJob, ready: Ready, passes: Passes) -> None:
             raise M3Error(
                 f"{job.out}: {checkpoint.location} changed while it was being merged: merge again once it is at rest"
             )
-
-
-def _but_ctime(told: Mapping[str, FileFingerprint]) -> dict[str, Any]:
-    return {file: {key: value for key, value in seen.items() if key != "ctime_ns"} for file, seen in told.items()}
 
 
 def _local_mesh(mesh: Mesh | None) -> Mesh | None:

@@ -48,6 +48,14 @@ def test_the_step_that_is_meant(run, said, value) -> None:
         assert note == "it: params is read, not opt beside it."
 
 
+def test_a_merge_among_the_steps_is_averaged_no_more(run, tmp_path) -> None:
+    """`RUN@last:2` after an average was written into the run are the steps that it was made of, not the average."""
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "30" / "m3jax.json").write_text("{}")
+    found = [chosen_steps(str(tmp_path / "run"), said) for said in ("last:2", "10:40", "last", "10:30:10")]
+    assert found == [[10, 20], [10, 20], [30], [10, 20, 30]]  # where it is named, it is meant
+
+
 def test_a_run_is_opened_without_its_name(run) -> None:
     assert is_orbax(run)
     with open_checkpoint(run) as checkpoint:
@@ -75,7 +83,7 @@ def test_a_name_says_its_step(run) -> None:
         ("@21", "has no step 21: the nearest is {run}@20."),
         ("@40", "step 40 of {run} was not saved to its end: the nearest is {run}@30."),
         ("@last:2", "is 2 steps, which only models and sources of a recipe take, without an adapter: name one of"),
-        ("@last:9", "the run has 3 steps that were saved to their end: ask for 1 to 3."),
+        ("@last:9", "the run has 3 steps of training that were saved to their end: ask for 1 to 3."),
         ("@10:40:15", "has no step 25: the nearest is {run}@30."),
         ("@1:5", "names no step: the run has 30 as its last; write FIRST:LAST."),
         ("@10:30:0", "0 is no distance between steps: write FIRST:LAST:DISTANCE."),
