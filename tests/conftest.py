@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from importlib import metadata
 from pathlib import Path
 
@@ -37,6 +38,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell: commands would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MOST_MAPS = 15_000
 
