@@ -12,7 +12,7 @@ from support import libraries as oracle
 from support.checkpoint_suite import read
 
 from m3jax.anatomy.libraries import HUGGINGFACE, BlockLayout, WantedLayout, seen_as
-from m3jax.checkpoints import Checkpoint, open_checkpoint, views_permuted
+from m3jax.checkpoints import Checkpoint, TensorInfo, open_checkpoint, views_permuted
 from m3jax.errors import M3Error
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0}
@@ -210,7 +210,34 @@ FAULTS: list[tuple[str, dict[str, Any], dict[str, str], dict[str, Any], str]] = 
         {},
         r"hidden_size, 15, is not divided by num_attention_heads, 6",
     ),
+    ("maxtext", {"num_hidden_layers": 10**12}, {}, {}, r"num_hidden_layers is 1e\+12 .* more than any model has"),
 ]
+
+
+def test_layouts_of_one_library_round_nothing(tmp_path: Path) -> None:
+    config = oracle.configuration("gemma2", hidden_size=oracle.WIDTH)
+    own = oracle.maxtext(config, oracle.huggingface(config, dtype=ml_dtypes.bfloat16), True)
+    # no norm of these comes back when 1 is taken off and added again
+    own = {
+        name: (x * 0 + ml_dtypes.bfloat16(1e-20)).astype(x.dtype) if "norm" in name else x for name, x in own.items()
+    }
+    with open_checkpoint(oracle.saved(tmp_path / "a.safetensors", own)) as stored:
+        apart = seen_as(stored, WantedLayout("maxtext", BlockLayout(False)), config, {}, "it").checkpoint
+        norm = read(apart, "params.params.decoder.layers_1.pre_ffw_norm_local.scale")
+        assert np.array_equal(norm, own["params.params.decoder.layers.pre_ffw_norm_local.scale"][:, 1])
+
+
+def test_gates_that_may_lie_either_way_are_refused(tmp_path: Path) -> None:
+    config = oracle.configuration("gemma2", intermediate_size=oracle.WIDTH)
+    theirs = oracle.huggingface(config)
+    square = {n: x[: oracle.WIDTH, : oracle.WIDTH] for n, x in theirs.items() if ".mlp." in n}
+    shape = (2, oracle.WIDTH, oracle.WIDTH)
+    like = {"layers.0.mlp.gating_einsum": TensorInfo("layer_0.mlp.gating_einsum", shape, "F32")}
+    with (
+        open_checkpoint(oracle.saved(tmp_path / "a.safetensors", theirs | square)) as stored,
+        pytest.raises(M3Error, match=r"layers.0.mlp.gating_einsum is \[2, 16, 16\], of which it is not told whether"),
+    ):
+        seen_as(stored, WantedLayout("gemma", like=like), config, {}, "it")
 
 
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:

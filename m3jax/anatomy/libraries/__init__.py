@@ -13,7 +13,7 @@ from m3jax.anatomy.layouts import STACKING_KEYS, is_scanned, scan_axis
 from m3jax.anatomy.libraries.bonsai import BONSAI
 from m3jax.anatomy.libraries.facts import read_facts
 from m3jax.anatomy.libraries.gemma import GEMMA
-from m3jax.anatomy.libraries.mapping import BlockLayout, Facts, Library, from_huggingface, to_huggingface
+from m3jax.anatomy.libraries.mapping import BlockLayout, Facts, Library, as_stored, from_huggingface, to_huggingface
 from m3jax.anatomy.libraries.maxtext import MAXTEXT
 from m3jax.anatomy.libraries.tunix import TUNIX
 from m3jax.anatomy.types import Anatomy
@@ -172,7 +172,7 @@ def seen_as(
     config = _stated(config, called)
     tensors, notes = _parameters(checkpoint.tensors, anatomy, called)
     if own != HUGGINGFACE:
-        theirs = theirs_of(checkpoint.tensors, anatomy, config, metadata, called)
+        theirs = theirs_of(checkpoint.tensors, anatomy, config, metadata, called, arithmetic=own != wanted.name)
         told = {key: text for key, text in checkpoint.metadata.items() if key not in STACKING_KEYS}
         checkpoint = permuted(checkpoint, theirs.tensors, rounded=rounded, metadata=told)
         notes += [theirs.note] if theirs.note and wanted.name == HUGGINGFACE else []
@@ -183,6 +183,7 @@ def seen_as(
     facts = read_facts(config, library.models, called, wanted.name)
     tensors = _without_tied(tensors, facts, called, notes)
     table = library.table(facts, wanted.layout)
+    table = as_stored(table) if own == wanted.name else table
     like = {name: info.shape for name, info in (wanted.like or {}).items()}
     made = from_huggingface(tensors, table, facts, called, wanted.name, like)
     names = {name: info.name for name, info in (wanted.like or {}).items()}
@@ -198,6 +199,8 @@ def theirs_of(
     config: Mapping[str, Any] | None,
     metadata: Mapping[str, str],
     called: str,
+    *,
+    arithmetic: bool = True,
 ) -> Theirs:
     """Hugging Face's tensors of a model that another library stores, made of its own.
 
@@ -207,6 +210,7 @@ def theirs_of(
         config: Its config.json, in Hugging Face's terms; None if there is none.
         metadata: What its trainer wrote beside it.
         called: What sentences call the model.
+        arithmetic: Whether to undo what the library's layout multiplies and adds; else entries are moved alone.
 
     Raises:
         M3Error: As `seen_as`.
@@ -215,6 +219,7 @@ def theirs_of(
     layout = layout_of(anatomy, metadata, called) if library.scans else BlockLayout()
     facts = read_facts(_stated(config, called), library.models, called, library.name)
     table = library.table(facts, layout)
+    table = table if arithmetic else as_stored(table)
     own, _ = _parameters(tensors, anatomy, called)
     return Theirs(to_huggingface(own, table, facts, called, library.name), table.note)
 

@@ -9,6 +9,7 @@ from m3jax.errors import M3Error
 
 _WIDTHS = frozenset({"llama", "mistral", "mixtral", "qwen2"})  # whose heads share the width where nothing is said
 _LATENT = frozenset({"deepseek_v2", "deepseek_v3"})  # whose heads have parts of several widths
+_MOST = 2**20  # blocks, or experts of all blocks: more than any model has, and few enough to be listed
 _SIZES = {
     "width": ("hidden_size",),
     "inner": ("intermediate_size",),
@@ -53,10 +54,16 @@ def read_facts(config: Mapping[str, Any], models: Collection[str], called: str, 
         )
     if model_type not in _LATENT:
         sizes |= _head_sizes(config, str(model_type), sizes, called)
+    layers = _count(config, "num_hidden_layers", called)
+    if layers * sizes.get("expert", 1) > _MOST:
+        raise M3Error(
+            f"{called}: num_hidden_layers is {layers:.3g} in its config.json, of {sizes.get('expert', 1):.3g} experts"
+            " each, which is more than any model has: correct it"
+        )
     tied = config.get("tie_word_embeddings")
     return Facts(
         str(model_type),
-        _count(config, "num_hidden_layers", called),
+        layers,
         sizes,
         bool(family_of(model_type).ties if tied is None else tied),
         config,

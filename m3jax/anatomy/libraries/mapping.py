@@ -106,6 +106,16 @@ class LibraryTable(NamedTuple):
     note: str | None = None
 
 
+def as_stored(table: LibraryTable) -> LibraryTable:
+    """A table by which entries are moved alone: for a model that is seen in another layout of its own library."""
+
+    def moving(rows: tuple[LibraryRow, ...]) -> tuple[LibraryRow, ...]:
+        return tuple(row._replace(to_theirs=None, from_theirs=None) for row in rows)
+
+    stacks = tuple(stack._replace(rows=moving(stack.rows)) for stack in table.stacks)
+    return table._replace(outside=moving(table.outside), stacks=stacks)
+
+
 class Library(NamedTuple):
     """A library that has names and a layout of its own.
 
@@ -263,12 +273,15 @@ def _fitting(match: _Match, info: TensorInfo, faults: _Faults) -> tuple[Axes | N
         faults.unfit.append(f"{info.name} {found[0][1].fault}")
         return None, {}
     if len(fits) > 1 and strides(*fits[0]) != strides(*fits[1]):
-        faults.unfit.append(
-            f"{info.name} is {list(info.shape)}, of which it is not told whether it is "
-            f"{' or '.join(' '.join(' '.join(group) for group in axes) for axes, _ in fits)}"
-        )
+        faults.unfit.append(_untold(info.name, info.shape, [axes for axes, _ in fits]))
         return None, {}
     return fits[0]
+
+
+def _untold(name: str, shape: tuple[int, ...], fits: Sequence[Axes]) -> str:
+    """That a tensor may lie in several ways."""
+    ways = " or ".join(" ".join(" ".join(group) for group in axes) for axes in fits)
+    return f"{name} is {list(shape)}, of which it is not told whether it is {ways}"
 
 
 def from_huggingface(
@@ -319,10 +332,19 @@ def from_huggingface(
                 f"{list(other.shape)}, which are one tensor there"
             )
             continue
-        made[match.own] = _gathered(match, there, theirs, found.known, (wanted or {}).get(match.own))
+        axes = _asked_for(match, found.known, (wanted or {}).get(match.own), faults)
+        made[match.own] = _gathered(match, there, theirs, found.known, axes)
     faults.left += [info.name for name, info in stored.items() if name not in used]
     faults.check(called, library, facts.model_type)
     return made
+
+
+def _asked_for(match: _Match, sizes: Mapping[str, int], wanted: tuple[int, ...] | None, faults: _Faults) -> Axes:
+    """The axes of the version of a library whose tensor has a shape; of the newest if none has."""
+    fits = [axes for axes in match.own_axes if shape_of(axes, sizes) == wanted]
+    if wanted is not None and len(fits) > 1 and strides(fits[0], sizes) != strides(fits[1], sizes):
+        faults.unfit.append(_untold(match.own, wanted, fits))
+    return fits[0] if fits else match.own_axes[0]
 
 
 def _gathered(
@@ -330,10 +352,9 @@ def _gathered(
     there: Mapping[tuple[int, ...], TensorInfo],
     theirs: Axes,
     sizes: Mapping[str, int],
-    wanted: tuple[int, ...] | None,
+    axes: Axes,
 ) -> Permuted:
     """A tensor of a library, made of several of Hugging Face."""
-    axes = next((axes for axes in match.own_axes if shape_of(axes, sizes) == wanted), match.own_axes[0])
     step = strides(theirs, sizes)
     fine = [name for group in axes for name in group]
     choosing = [name for name in fine if name in match.choosing]
