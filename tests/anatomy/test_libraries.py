@@ -210,6 +210,7 @@ FAULTS: list[tuple[str, dict[str, Any], dict[str, str], dict[str, Any], str]] = 
         {},
         r"hidden_size, 15, is not divided by num_attention_heads, 6",
     ),
+    (HUGGINGFACE, {"model_type": "deepseek_v3", "first_k_dense_replace": "1"}, {}, {}, r"first_k_dense_replace '1'"),
     ("maxtext", {"num_hidden_layers": 10**12}, {}, {}, r"num_hidden_layers is 1e\+12 .* more than any model has"),
 ]
 
