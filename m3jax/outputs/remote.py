@@ -156,7 +156,8 @@ class RemoteStaging(RemoteWorkplace):
             # Not before the journal is there, which tells that the rest is ours to replace.
             _remove([out / name for name in there.out if makes_a_model(name)])
             stale = () if aside else [_aside(out) / name for name in there.aside]  # of a merge that was made otherwise
-            _remove({*stale, *there.journals} - {self._journal})
+            _remove(stale)  # before the journals that tell whose it is
+            _remove(journal for journal in there.journals if journal != self._journal)
         except BaseException:
             shutil.rmtree(self.path, ignore_errors=True)
             raise
@@ -191,10 +192,13 @@ class RemoteStaging(RemoteWorkplace):
                 ) from OSError()
         there = found if self.place == self.out else _objects(self.out)
         others = [n for n in there if n not in small and n not in sent and not fnmatchcase(n, _JOURNALS)]
-        foreign = next((name for name in others if name not in self._ours), None)
+        foreign = next((self.out / name for name in others if name not in self._ours), None)
+        if self.place != self.out and foreign is None:
+            beside = (name for name in found if name not in sent and not self._is_begun(name))
+            foreign = next((self.place / name for name in beside), None)
         if foreign is not None:
             raise M3Error(
-                f"{self.out / foreign}: is no part of the merge that is made there: move it away, then start again"
+                f"{foreign}: is no part of the merge that is made there: move it away, then start again"
             ) from OSError()
         self._own.entries.append({_OURS: sorted({*small, *sent})})
         self._write_journal()
@@ -207,13 +211,18 @@ class RemoteStaging(RemoteWorkplace):
         except BaseException:
             if self.place != self.out:  # what is there already may pass for a whole step
                 with suppress(M3Error):
-                    _remove([self.out / name for name in _objects(self.out)])
+                    _remove([self.out / name for name in _objects(self.out) if name in small or name in sent])
             raise
         for place in {self.place, self.out}:  # of an upload that was begun twice, as the first answer was lost
             _abort_parts(place)
         kept = {} if self.place != self.out else found
         _remove([self.place / name for name in found if name not in kept and not fnmatchcase(name, _JOURNALS)])
         _remove([self.place / name for name in found if fnmatchcase(name, _JOURNALS)])
+
+    def _is_begun(self, name: str) -> bool:
+        """Whether an object at work is a journal, or of this merge or one before it, whole or not."""
+        begun = {each for entry in self._own.entries for each in entry.get(_OURS, ())}
+        return fnmatchcase(name, _JOURNALS) or name in self._ours | begun or _matches(name, self._own.names)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -316,7 +325,9 @@ def _objects(out: RemotePath) -> dict[str, dict[str, Any]]:
         found = file_system(out.scheme).find(str(out.key), detail=True)
     if str(out.key) in found:
         raise M3Error(f"{out} is an object, not a place for a directory: choose another output.")
-    return {key.removeprefix(f"{out.key}/"): info for key, info in found.items() if info["type"] == "file"}
+    # An object whose name ends in a slash is a folder that a console or a mount has made.
+    files = {key: info for key, info in found.items() if info["type"] == "file" and not key.endswith("/")}
+    return {key.removeprefix(f"{out.key}/"): info for key, info in files.items()}
 
 
 def _read_journal(journal: RemotePath) -> Journal:

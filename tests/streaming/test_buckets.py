@@ -155,3 +155,34 @@ def test_steps_of_a_bucket_that_cannot_be_read(runs, monkeypatch, tmp_path) -> N
                 merge_checkpoint(told, out, step=step)
         assert gcs.objects == before
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_what_others_put_beside_a_merge(runs, local, monkeypatch) -> None:
+    with google(monkeypatch) as gcs:
+        a, b = gcs.put_all(runs / "a", "runs/a"), gcs.put_all(runs / "b", "runs/b")
+        folders = [f"runs/a/{name}" for name in ("", "10/", "30/", "30/model/", "30.partial/")]
+        for name in folders:  # as consoles and mounts make them
+            gcs.put(name, b"")
+        driver, sent, removed = remote_paths.file_system("gs"), [], []
+        put, remove = driver.put_file, driver.rm_file
+
+        def beside(*args, **options):
+            if not sent:
+                gcs.put("runs/a/30.partial/notes.txt", b"mine")
+            sent.append(args)
+            return put(*args, **options)
+
+        monkeypatch.setattr(driver, "put_file", beside)
+        with pytest.raises(M3Error, match=r"30.partial/notes.txt: is no part of the merge"):
+            merge_checkpoint(recipe(a, b), a, step=30, max_shard_size=2**20)
+        assert gcs.objects.pop("runs/a/30.partial/notes.txt")[1] == b"mine"
+        # what is left of it goes before the journal that tells whose it is, whatever is made there instead
+        monkeypatch.setattr(driver, "rm_file", lambda key: removed.append(key) or remove(key))
+        result = merge_checkpoint(recipe(a, b), f"{a}/30", format="safetensors")
+        aside = [key.rpartition("/")[2] for key in removed if "/30.partial/" in key]
+        assert result.digest == local.digest
+        assert len(aside) > 9
+        assert aside[-1] == "m3jax-journal-0.json"
+        assert verify(f"{a}/30").differences == ()
+        assert gcs.objects.keys() >= set(folders)

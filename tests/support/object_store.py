@@ -273,7 +273,8 @@ class _GoogleHandler(http.server.BaseHTTPRequestHandler):
     def facts(self, name: str) -> dict[str, str]:
         generation, content = self.server.objects[name]
         updated = "2026-01-02T03:04:05.678Z"
-        return {"name": name, "size": str(len(content)), "generation": str(generation), "updated": updated}
+        told = {"bucket": "bucket", "name": name, "size": str(len(content))}
+        return {**told, "generation": str(generation), "updated": updated}
 
     def listing(self, query: dict[str, str]) -> dict[str, object]:
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
