@@ -238,11 +238,9 @@ def _deepseek(facts: Facts, layout: BlockLayout) -> tuple[BlockStack, ...]:
     if facts.model_type == "deepseek_v3":
         experts += (_norm(f"{block}.MoeBlock_0.gate.bias", "mlp.gate.e_score_correction_bias", axis="expert"),)
     dense = facts.config.get("first_k_dense_replace") or 0
-    if not isinstance(dense, int) or not 0 <= dense <= facts.layers:
-        raise M3Error(
-            f"config.json says first_k_dense_replace {dense!r:.50}, but it must be a whole number of the"
-            f" {facts.layers} blocks: correct it"
-        )
+    if not isinstance(dense, int) or dense < 0:
+        raise M3Error(f"config.json says first_k_dense_replace {dense!r:.50}, but it is a number of blocks: correct it")
+    dense = min(dense, facts.layers)
     return (
         *_stacks("decoder.dense_layers", range(dense), (*attention, *_mlp()), layout),
         *_stacks("decoder.moe_layers", range(dense, facts.layers), (*attention, *experts), layout),
