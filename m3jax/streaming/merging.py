@@ -427,6 +427,8 @@ def _publish(job: MergeJob, ready: Ready, staging: Staging | RemoteStaging, reco
     if ready.orbax is not None:
         if isinstance(staging, RemoteStaging):
             staging.bring(is_node)
+        for name in (*modelcard.possible_names(ready.companions), manifest.FILE_NAME):
+            (staging.path / name).unlink(missing_ok=True)  # of an earlier run, which else would be told of as weights
         weight_files = finish_orbax(staging.path, ready.orbax, [tensor.output for tensor in ready.plan.tensors])
     elif len(ready.shards) > 1:
         write_index(staging.path, ready.shards, sum(t.output.nbytes for t in ready.plan.tensors))

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from m3jax import M3Error, load_recipe, merge_checkpoint, replay, soup, verify
 from m3jax.checkpoints import open_checkpoint
 from m3jax.outputs import orbax as orbax_output
+from m3jax.outputs.local import Staging
 from m3jax.streaming.sampling import verify_sample
 from m3jax.streaming.steps import with_steps
 
@@ -177,8 +178,18 @@ def test_an_interrupted_merge_goes_on(runs, tmp_path, monkeypatch) -> None:
             assert manager.all_steps() == []
         resumed += [len(list((out / "2.partial" / "model").glob("ocdbt.process_*/manifest.ocdbt")))]
     assert resumed == [2, 2]
+
+    def cut(*args):
+        raise Killed
+
+    monkeypatch.setattr(Staging, "publish", cut)  # when everything is there, but under another name
+    with pytest.raises(Killed):
+        merge_checkpoint(told, out, step=2, max_shard_size=100)
+    monkeypatch.undo()
     result = merge_checkpoint(told, out, step=2, max_shard_size=100)
     assert result.resumed_shards == 2
+    assert verify(out / "2").differences == ()
+    assert not {"m3jax.json", "README.md"} & result.manifest["output"]["weight_files"].keys()
     assert [path.name for path in out.iterdir()] == ["2"]
     assert verify(out / "2").differences == ()
     assert result.digest == merge_checkpoint(told, tmp_path / "whole").digest
