@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from m3jax.errors import M3Error
+
 _LAYOUTS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("gemma", re.compile(r"(?:^|\.)attn\.(?:attn_vec_einsum|kv_einsum|qkv_einsum)\.w$")),
     ("tunix", re.compile(r"(?:^|\.)layers\.\d+\.(?:attn|self_attn)\.[qkvo]_proj\.w(?:_lora_[ab])?$")),
@@ -30,10 +32,21 @@ def layout_of(names: Iterable[str]) -> str | None:
 
 
 def scan_axis(metadata: Mapping[str, Any]) -> int | None:
-    """The axis along which a trainer says that it stacks blocks; None if it does not say."""
+    """The axis along which a trainer says that it stacks blocks; None if it does not say.
+
+    Raises:
+        M3Error: It says what is no axis.
+    """
     value = metadata.get(STACKING_KEYS[1])
+    if value is None:
+        return None
     text = str(value).strip()
-    return int(text) if value is not None and text.isdecimal() else None
+    if not (text.isascii() and text.isdecimal() and len(text) < 4):
+        raise M3Error(
+            f"{STACKING_KEYS[1]} of the checkpoint's metadata is {text[:40]!r}, but must be an axis, from 0 on: mend"
+            " what the trainer wrote beside it"
+        )
+    return int(text)
 
 
 def is_scanned(metadata: Mapping[str, Any]) -> bool | None:

@@ -304,6 +304,12 @@ def test_the_recipe_outranks_metadata_and_config():
     assert none.notes == ()
 
 
+@pytest.mark.parametrize("axis", ["-1", "one", "", "10000"])
+def test_an_axis_that_is_none_is_refused(axis) -> None:
+    with pytest.raises(M3Error, match="of the checkpoint's metadata is"):
+        told(maxtext([("layers", 5, 1)]), metadata={"scan_layers": "true", "param_scan_axis": axis})
+
+
 def test_axes_of_a_recipe_that_contradict_each_other_are_refused():
     overrides = Overrides(stacked={r"^layers\.a": 0, r"^layers\.b": 1})
     with pytest.raises(M3Error, match=r"layers\.a\.scale stacks 5 blocks but layers\.b\.scale 4"):
