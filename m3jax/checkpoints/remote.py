@@ -403,14 +403,14 @@ def _complaint(error: Exception) -> str:
     if kinds & denied or code in ("401", "403") or str(error).startswith("Forbidden"):
         told = f" ({code})" if code else ""
         return f"is refused{told}: check that the credentials in use are valid and may do this in the bucket"
+    network = {"ConnectionError", "TimeoutError", "HTTPClientError", "ClientConnectionError", "ClientPayloadError"}
+    if kinds & network or "FSTimeoutError" in kinds or "RequestException" in kinds:
+        return f"cannot be reached ({type(error).__name__}): check the network and the endpoint, then start again"
     if code in _ELSEWHERE:
         return (
             f"cannot be used ({code}), as it is where the bucket is in another region: check AWS_DEFAULT_REGION, the "
             "endpoint, and that the credentials have not expired"
         )
-    network = {"ConnectionError", "TimeoutError", "HTTPClientError", "ClientConnectionError", "ClientPayloadError"}
-    if kinds & network or "FSTimeoutError" in kinds or "RequestException" in kinds:
-        return f"cannot be reached ({type(error).__name__}): check the network and the endpoint, then start again"
     return f"cannot be used ({code or type(error).__name__}): check the path, or try again later"
 
 
