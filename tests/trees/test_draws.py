@@ -63,9 +63,11 @@ EVERY = [
 def test_merges_with_drawn_weights_are_the_eager_ones(method, n, granularity, sparsify):
     base, experts = models(DTYPES["bfloat16"], n, SHAPES)
     many = keys(3)
+    counted = [jax.tree.map(lambda x: jnp.abs(x).astype(jnp.float32), tree) for tree in experts]
+    statistics = {"statistics": counted} if method.statistics else {}
 
     def call(key):
-        how = {"weights": mixup(0.5, granularity), "sparsify": sparsify, "key": key}
+        how = {"weights": mixup(0.5, granularity), "sparsify": sparsify, "key": key, **statistics}
         return m3jax.merge(experts, method, base=base, **how)
 
     want = [call(key) for key in many]
