@@ -230,7 +230,7 @@ def explore(
             tell=tell,
         )
     if picture is not None:
-        exploration.picture(found, picture)
+        exploration.picture(found.drawn, picture)
     width = terminal.width()
     shell.print_result(
         lambda: exploration_json(found), lambda: exploration_lines(found, width), speech.as_json, speech.quiet

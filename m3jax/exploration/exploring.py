@@ -25,6 +25,7 @@ from m3jax.evaluation.records import digest
 from m3jax.exploration import optimizing
 from m3jax.exploration.journal import FILE, SampleJournal
 from m3jax.exploration.optimizing import Optimization
+from m3jax.exploration.pictures import Drawn
 from m3jax.exploration.references import Reference, expert_names, references_of
 from m3jax.exploration.remarks import remarks_on
 from m3jax.exploration.resident import Params, Resident, load_resident
@@ -74,6 +75,11 @@ class Exploration(NamedTuple):
     examples: Mapping[str, int]
 
     @property
+    def drawn(self) -> Drawn:
+        """What `picture` draws."""
+        return Drawn(self.choice, self.results, self.references, self.experts, self.examples)
+
+    @property
     def remarks(self) -> tuple[str, ...]:
         """What the scores cannot tell, in sentences."""
         return remarks_on(self.choice, self.results, self.references, self.examples)
@@ -99,8 +105,7 @@ class _Work(NamedTuple):
 
     def measure(self, number: int, reference: Reference, granularity: str) -> Result:
         """The result of a reference, likewise."""
-        done = (result for result in self.journal.done if result.reference == reference.name)
-        known = next((result for result in done if result.weights == reference.weights), None)
+        known = self.journal.find(-number, 1.0, reference.weights)
         unscored = Result(-number, reference.weights, 1.0, {}, 0.0, granularity, reference=reference.name)
         return self._said(known, unscored, reference.params)
 
@@ -345,9 +350,9 @@ def explore(
         select: "mean" of the tasks' accuracies, one task's name, "pareto" (of the front, the sample whose worst task
             is best), or the number of a sample to take.
         strategy: "draw" (independent draws of the recipe's Beta or Dirichlet, the first of them that of `m3jax merge`),
-            "sobol" (scrambled Sobol points of the
-            same distribution), "grid" (even weights, the same everywhere), "halving" (many draws on a quarter or an
-            eighth of the examples, the better half goes on) or "cma" (CMA-ES; needs evosax).
+            "sobol" (scrambled Sobol points of the same distribution), "grid" (even weights, the same everywhere),
+            "halving" (many draws on a quarter or an eighth of the examples, the better half goes on) or "cma" (CMA-ES;
+            needs evosax).
         evaluation: Its options.
         score: A function of your own in place of tasks, from merged arrays by tensor name and a share of the dev
             examples to scores by name, larger being better.

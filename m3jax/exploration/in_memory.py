@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from m3jax.errors import M3Error
 from m3jax.evaluation.checks import check_count
+from m3jax.exploration.pictures import Drawn, picture
 from m3jax.methods.base import Method, Sparsifier
 from m3jax.methods.mixup import mixup, mixup_weights
 from m3jax.text import table
@@ -73,13 +74,10 @@ class TreeExploration(NamedTuple):
         Raises:
             M3Error: It cannot be written.
         """
-        from m3jax.exploration.pictures import picture
-
-        picture(_as_exploration(self), Path(path))
+        picture(_drawn(self), Path(path))
 
 
-def _as_exploration(found: TreeExploration) -> Any:
-    from m3jax.exploration.exploring import Exploration
+def _drawn(found: TreeExploration) -> Drawn:
     from m3jax.exploration.references import EQUAL
     from m3jax.exploration.selection import Result
 
@@ -93,8 +91,7 @@ def _as_exploration(found: TreeExploration) -> Any:
     beside = [] if found.base is None else [result(-1, (), found.base, "base")]
     beside += [result(-2, (), score, name) for name, score in zip(names, found.experts, strict=True)]
     beside += [result(-3, (0.5,) if count == 1 else (1 / count,) * count, found.equal, EQUAL)]
-    best = results[found.sample]
-    return Exploration(best, results, (), 0.0, (), Path(), None, 0.0, tuple(beside), names, {})  # type: ignore[arg-type]
+    return Drawn(results[found.sample], results, beside, names, {})
 
 
 def explore_trees(

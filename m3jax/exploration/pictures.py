@@ -1,7 +1,7 @@
 """An exploration as a picture: a curve for two experts, a triangle for three, parallel axes beyond."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,7 +9,6 @@ import numpy as np
 
 from m3jax.errors import M3Error
 from m3jax.evaluation.statistics import wilson_interval
-from m3jax.exploration.exploring import Exploration
 from m3jax.exploration.selection import Result
 from m3jax.text import safe_text
 
@@ -32,6 +31,24 @@ _PER_ROW = 3
 _LONGEST = 24  # letters of a model's name
 
 
+class Drawn(NamedTuple):
+    """What a picture is made of.
+
+    Attributes:
+        choice: The chosen sample.
+        results: All samples.
+        references: What they are measured against.
+        experts: Names, in the order of weights.
+        examples: By task, how many scores are of; none for scores that are no shares of them.
+    """
+
+    choice: Result
+    results: Sequence[Result]
+    references: Sequence[Result]
+    experts: Sequence[str]
+    examples: Mapping[str, int]
+
+
 class _Panel(NamedTuple):
     """What one picture of several shows: a task, and how many examples it has."""
 
@@ -39,13 +56,13 @@ class _Panel(NamedTuple):
     examples: int
 
 
-def picture(found: Exploration, path: Path) -> None:
+def picture(found: Drawn, path: Path) -> None:
     """Draws every sample's scores against its weights, with 95 % intervals, and what samples are measured against.
 
     Weights that differ between layers or tensors are drawn at their mean.
 
     Args:
-        found: The exploration.
+        found: What is drawn.
         path: The file, whose ending says the format: .png, .svg or .pdf.
 
     Raises:
@@ -83,7 +100,7 @@ def check_picture(path: Path) -> None:
         raise M3Error(f"{path}: its parent does not exist: make it")
 
 
-def _title(found: Exploration, panel: _Panel) -> str:
+def _title(found: Drawn, panel: _Panel) -> str:
     examples = f" ({panel.examples} examples)" if panel.examples else ""
     told = [f"{r.reference} {r.scores[panel.task]:.2f}, " for r in found.references if r.weights]
     return f"{_shown(panel.task)}{examples}\n{''.join(told)}chosen {found.choice.scores[panel.task]:.2f}"
@@ -102,7 +119,7 @@ def _shown(name: str) -> str:
     return safe_text(short).replace("$", r"\$").replace("_", "\u200b_")
 
 
-def _whole(found: Exploration) -> list[Result]:
+def _whole(found: Drawn) -> list[Result]:
     return [result for result in found.results if result.share == 1.0]
 
 
@@ -117,7 +134,7 @@ def _spans(results: Sequence[Result], panel: _Panel) -> tuple[list[float], list[
     return below, above
 
 
-def _lines_of_references(axes: "Axes", found: Exploration, panel: _Panel) -> None:
+def _lines_of_references(axes: "Axes", found: Drawn, panel: _Panel) -> None:
     """A level line for each input by itself, in one colour in all panels."""
     for colour, result in zip(_REFERENCES, [r for r in found.references if not r.weights], strict=False):
         axes.axhline(
@@ -125,7 +142,7 @@ def _lines_of_references(axes: "Axes", found: Exploration, panel: _Panel) -> Non
         )
 
 
-def _curve(figure: "Figure", axes: "Axes", found: Exploration, panel: _Panel) -> None:
+def _curve(figure: "Figure", axes: "Axes", found: Drawn, panel: _Panel) -> None:
     results = sorted(_whole(found), key=_weights)
     places, scores = [_weights(r)[0] for r in results], [r.scores[panel.task] for r in results]
     _lines_of_references(axes, found, panel)
@@ -167,7 +184,7 @@ def _at(weights: Sequence[float]) -> tuple[float, float]:
     return right + top / 2, top * math.sqrt(3) / 2
 
 
-def _triangle(figure: "Figure", axes: "Axes", found: Exploration, panel: _Panel) -> None:
+def _triangle(figure: "Figure", axes: "Axes", found: Drawn, panel: _Panel) -> None:
     results = _whole(found)
     corners = [_at(corner) for corner in ((1, 0, 0), (0, 1, 0), (0, 0, 1))]
     axes.plot(*zip(*corners, corners[0], strict=True), color=_INK, linewidth=1)
@@ -195,7 +212,7 @@ def _triangle(figure: "Figure", axes: "Axes", found: Exploration, panel: _Panel)
     axes.set_axis_off()
 
 
-def _parallel(figure: "Figure", axes: "Axes", found: Exploration, panel: _Panel) -> None:
+def _parallel(figure: "Figure", axes: "Axes", found: Drawn, panel: _Panel) -> None:
     from matplotlib import cm, colors
 
     results = sorted(_whole(found), key=lambda result: result.scores[panel.task])  # the best on top

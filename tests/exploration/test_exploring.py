@@ -114,6 +114,21 @@ def test_what_is_written_has_the_bits_that_were_evaluated(place, tmp_path, name)
     assert found.merge.manifest["weights"].keys() == found.choice.weights.keys()
 
 
+def test_an_expert_that_is_called_base_is_scored_by_itself(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    parts = {"merge_method": "task_arithmetic", "base_model": "c", "models": ["base", "a"], "mixup": {"alpha": 1}}
+    name = "model.layers.0.mlp.up_proj.weight"
+    for _ in range(2):  # the second time from the journal
+        score = lambda params, share: {"s": float(np.asarray(params[name]).astype(np.float32).std())}  # noqa: E731
+        how = {"score": score, "samples": 1, "references": True, "overwrite": True}
+        found = m3jax.explore(load_recipe(parts), tmp_path / "out", **how)
+        stored = [
+            load_file(place / each / "model.safetensors")[name].astype(np.float32).std() for each in ("c", "base")
+        ]
+        assert [result.reference for result in found.references] == ["base", "base", "a", "equal weights"]
+        assert [result.scores["s"] for result in found.references[:2]] == pytest.approx(stored)
+
+
 def test_a_sample_is_drawn_by_itself(place):
     """Sample k uses the key fold_in(fold_in(root, 2), k) where a merge uses its root, whatever else is drawn."""
     root = threefry.root_key(11)

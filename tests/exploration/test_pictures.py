@@ -1,11 +1,10 @@
 """What an exploration looks like, and what its scores cannot tell."""
 
-from pathlib import Path
-
 import pytest
 
 from m3jax.errors import M3Error
-from m3jax.exploration import Exploration, Result, check_picture, picture
+from m3jax.exploration import Result, check_picture, picture
+from m3jax.exploration.pictures import Drawn
 from m3jax.exploration.references import EQUAL
 from m3jax.exploration.remarks import remarks_on
 
@@ -23,9 +22,7 @@ def exploration(experts, examples):
     samples = tuple(result(number, ratio, number / 8) for number, ratio in enumerate(ratios))
     lines.append(result(-9, (1 / count,) * count, 0.375, EQUAL))
     counts = {"a_$task": 8} if examples else {}
-    return Exploration(
-        samples[-1], samples, (0,), 2.0, (), Path("journal"), None, 1.0, tuple(lines), names, counts
-    )  # fmt: skip
+    return Drawn(samples[-1], samples, lines, names, counts)
 
 
 @pytest.mark.parametrize(("experts", "examples"), [(1, True), (2, True), (2, False), (3, True), (5, False)])
