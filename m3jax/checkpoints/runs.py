@@ -181,9 +181,9 @@ def chosen_steps(place: str, said: str) -> list[int]:
     if run is None:
         raise M3Error(f"{place} holds no steps of a run, so that {place}@{said} is none: give the directory of steps.")
     if last := _LAST.fullmatch(said):
-        count = int(last[1]) if last[1] else 1
-        steps = sorted(run.steps) if last[1] is None else _trained(run)
-        if count < 1 or count > max(len(steps), bool(run.last)):
+        newest = run.last  # which says so where there is none
+        count, steps = (1, [newest]) if last[1] is None else (int(last[1]), _trained(run))
+        if not 1 <= count <= len(steps):
             raise M3Error(
                 f"{place}@{said}: the run has {len(steps)} steps of training that were saved to their end: ask for 1 to"
                 f" {len(steps)}."

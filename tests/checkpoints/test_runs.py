@@ -54,6 +54,10 @@ def test_a_merge_among_the_steps_is_averaged_no_more(run, tmp_path) -> None:
     (tmp_path / "run" / "checkpoints" / "30" / "m3jax.json").write_text("{}")
     found = [chosen_steps(str(tmp_path / "run"), said) for said in ("last:2", "10:40", "last", "10:30:10")]
     assert found == [[10, 20], [10, 20], [30], [10, 20, 30]]  # where it is named, it is meant
+    for step in ("10", "20"):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / step)
+    with pytest.raises(M3Error, match="the run has 0 steps of training"):
+        chosen_steps(str(tmp_path / "run"), "last:1")
 
 
 def test_a_run_is_opened_without_its_name(run) -> None:
