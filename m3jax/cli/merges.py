@@ -59,7 +59,8 @@ def merge(
         raise M3Error("--explain and --plan say different things: give one of them")
     from m3jax.recipe import load_seeds
 
-    machines.rendezvous()  # which refuses what is no place to meet before anything is read
+    if not (plan or explain):  # which ask nobody, and a plan may count processes that are not there
+        machines.rendezvous()  # which refuses what is no place to meet before anything is read
     many = load_seeds(recipe, changes.all(), changes.seed, seeds)
     if many:
         if step is not None:
