@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt16, UInt32
+from jaxtyping import Array, Bool, Float, Int64, UInt16, UInt32
 
 from m3jax.arithmetic import exact
 
@@ -96,9 +96,10 @@ def tally_sparse(binned: Sequence[np.ndarray]) -> np.ndarray:
     """`tally` on the host, fast where few magnitudes fall inside the bracket."""
     counts = np.zeros((len(binned), BINS), np.uint32)
     for row, bucket in zip(counts, binned, strict=True):
-        row += np.bincount(bucket[(bucket - np.uint16(1)) < _IN_BRACKET], minlength=BINS).astype(np.uint32)
+        inside = bucket[(bucket - np.uint16(1)) < _IN_BRACKET]
+        row += np.bincount(inside, minlength=BINS).astype(np.uint32)
         row[0] = np.count_nonzero(bucket == 0)
-        row[-1] = bucket.size - np.count_nonzero(bucket != BINS - 1)
+        row[-1] = bucket.size - inside.size - row[0]
     return counts
 
 
@@ -191,19 +192,45 @@ def advance_digit(search: Search, counts: Count) -> Search:
     return search._replace(low=narrowed, step=step, found=step == np.uint32(STEPS))
 
 
-def guess(search: Search, samples: Sequence[np.ndarray]) -> Search:
-    """The search with brackets around the thresholds that samples suggest; a guess costs time if wrong, never bits.
+def suggest(search: Search, samples: Sequence[np.ndarray]) -> UInt32[np.ndarray, " k"]:
+    """The thresholds that samples suggest; a guess costs time if wrong, never bits.
 
     Args:
         search: The search.
         samples: Magnitudes (uint32) of some entries, for each rank.
     """
-    lows = []
+    found = np.zeros(len(samples), np.uint32)
     size = (int(search.size[0]) << 32) + int(search.size[1])
-    for high, low, sample in zip(*search.rank, samples, strict=True):
-        place = min(((int(high) << 32) + int(low)) * sample.size // max(size, 1), sample.size - 1)
-        lows.append(max(int(np.partition(sample, place)[place]) - _IN_BRACKET // 2, 0))
-    return search._replace(low=np.array(lows, np.uint32))
+    for number, (high, low, sample) in enumerate(zip(*search.rank, samples, strict=True)):
+        if sample.size:
+            place = min(((int(high) << 32) + int(low)) * sample.size // max(size, 1), sample.size - 1)
+            found[number] = np.partition(sample, place)[place]
+    return found
+
+
+def bracket(search: Search, suggested: UInt32[np.ndarray, " k"]) -> Search:
+    """The search with brackets around suggested thresholds."""
+    half = np.uint32(_IN_BRACKET // 2)
+    return search._replace(low=np.maximum(suggested, half) - half)
+
+
+def count_between(
+    counts: Int64[np.ndarray, "k 65536"], search: Search, found: Search, suggested: UInt32[np.ndarray, " k"]
+) -> Int64[np.ndarray, " k"]:
+    """How many magnitudes lie between the thresholds that were suggested and those that were found.
+
+    Args:
+        counts: Tallies of single magnitudes.
+        search: As it was bracketed.
+        found: As it ended, inside the brackets.
+        suggested: What the brackets were made of.
+    """
+    keeps_all = (search.rank[0] | search.rank[1]) == 0
+    below = np.cumsum(counts, axis=-1)
+    ends = [np.where(keeps_all, search.low, each) - search.low for each in (found.low, suggested)]
+    found_below, suggested_below = (np.take_along_axis(below, end[:, None].astype(np.int64), 1)[:, 0] for end in ends)
+    between: np.ndarray = np.abs(found_below - suggested_below)
+    return between
 
 
 def add_counts(total: Count, counts: UInt32[Any, "..."]) -> Count:

@@ -120,7 +120,7 @@ class Round(NamedTuple):
         finish: (arrays cut to the chunk's size) → counts, in numpy, for what is counted faster on the host.
         repeats: How often the round is gone through; the state knows how far it is.
         sampled: Only about 2²² entries spread over the scope are read.
-        fallback: Needed only where what came before has not settled the measure.
+        fallback: Needed only where what came before has not settled it.
     """
 
     name: str
@@ -151,7 +151,7 @@ class Measure(NamedTuple):
             there, else traced. Totals of a sum are `Words`.
         conclude: (options, state, settings) → scalars, a pytree of the method's own. Under scope "row" or "column",
             arrays whose leading axes are the rows or columns.
-        settled: (options, state) → whether fallback rounds can be left out.
+        settled: (options, round's name, state) → whether a fallback round can be left out.
         values: "given": what the sparsifier gets; "sparse": what the method combines.
         uniform: The parameters that must be the same in all that a scope "model" holds.
     """
@@ -164,7 +164,7 @@ class Measure(NamedTuple):
     rounds: Callable[[Place], tuple[Round, ...]]
     advance: Callable[[Any, str, Any, Any], Any]
     conclude: Callable[[Any, Any, Settings], Any]
-    settled: Callable[[Any, Any], bool] = lambda options, state: False
+    settled: Callable[[Any, str, Any], bool] = lambda options, name, state: False
     values: str = "sparse"
     uniform: tuple[str, ...] = ()
 

@@ -5,6 +5,7 @@ that stay in memory while many merges are tried (`exploration`).
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -88,11 +89,7 @@ class Pipeline(NamedTuple):
     @property
     def stages(self) -> tuple["Stage", ...]:
         """The measures in the order in which they are concluded: the sparsifier's, then the method's."""
-        own = () if self.sparsifier is None else self.sparsifier.measures
-        return (
-            *(Stage("sparsifier", number, measure) for number, measure in enumerate(own)),
-            *(Stage("method", number, measure) for number, measure in enumerate(self.method.measures)),
-        )
+        return _stages(() if self.sparsifier is None else self.sparsifier.measures, self.method.measures)
 
     def stage(self, key: str) -> "Stage":
         """The measure of a key."""
@@ -137,6 +134,12 @@ class Stage(NamedTuple):
     def round(self, place: Place, name: str) -> Round:
         """One of its rounds."""
         return next(each for each in self.measure.rounds(place) if each.name == name)
+
+
+@functools.cache
+def _stages(of_sparsifier: tuple[Measure, ...], of_method: tuple[Measure, ...]) -> tuple[Stage, ...]:
+    owned = (("sparsifier", of_sparsifier), ("method", of_method))
+    return tuple(Stage(owner, number, measure) for owner, own in owned for number, measure in enumerate(own))
 
 
 class LeafScalars(NamedTuple):

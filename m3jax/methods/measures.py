@@ -5,7 +5,7 @@ Each is a factory of `Measure`s. What differs between methods is given as functi
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -80,7 +80,7 @@ def _advance_ranking(options: Any, name: str, state: Search, totals: Any) -> Sea
     if name == "digit":
         return ranking.advance_digit(state, totals)
     if name == "sample":
-        return ranking.guess(state, list(totals)) if totals[0].size else state
+        return ranking.bracket(state, ranking.suggest(state, list(totals)))
     shift = ranking.COARSE if name == "coarse" else ranking.FINE
     narrowed, inside = ranking.advance(state, totals, shift)
     if name == "guess" and not np.all(inside):
@@ -88,7 +88,7 @@ def _advance_ranking(options: Any, name: str, state: Search, totals: Any) -> Sea
     return narrowed._replace(found=np.bool_(name != "coarse"))
 
 
-def _ranking_settled(options: Any, state: Search) -> bool:
+def _ranking_settled(options: Any, name: str, state: Search) -> bool:
     return bool(state.found)
 
 
@@ -104,6 +104,21 @@ def thresholds(state: Search) -> UInt32[Any, " ranks"]:
     beyond = (high > size_high) | ((high == size_high) & (low > size_low))
     found: Array = xp.where(beyond, np.uint32(NOTHING), state.low)
     return found
+
+
+class Searching(Protocol):
+    """The state of a measure that searches for a rank among other things."""
+
+    search: Search
+
+
+def _of_search(counts: Any, options: Any, values: Values, known: Known, state: Searching, valid: Any) -> Any:
+    return counts(options, values, known, state.search, valid)
+
+
+def within(rounds: Sequence[Round]) -> tuple[Round, ...]:
+    """The rounds of a ranking, for a state that holds its search as `search`."""
+    return tuple(step._replace(counts=functools.partial(_of_search, step.counts)) for step in rounds)
 
 
 def _thresholds(options: Any, state: Search, settings: Settings) -> UInt32[Any, "n ranks"]:

@@ -28,7 +28,15 @@ from m3jax.methods.base import (
     Values,
     checked_share,
 )
-from m3jax.methods.measures import Products, measure_squares, on_host, products_of, rank_magnitudes, thresholds
+from m3jax.methods.measures import (
+    Products,
+    measure_squares,
+    on_host,
+    products_of,
+    rank_magnitudes,
+    thresholds,
+    within,
+)
 from m3jax.methods.ties import MAX_EXPERTS, looked_up
 
 # --- select -------------------------------------------------------------------------------------------------------
@@ -72,16 +80,8 @@ def _count_varied(
     return jnp.sum(varied if valid is None else varied & valid, dtype=jnp.uint32).reshape(1)
 
 
-def _of_search(counts: Any, options: None, values: Values, known: Known, state: Selection, valid: Any) -> Any:
-    return counts(options, values, known, state.search, valid)
-
-
 def _rounds(place: Place) -> tuple[Round, ...]:
-    ranking = _RANK.rounds(place)
-    return (
-        Round("varied", _count_varied),
-        *(step._replace(counts=functools.partial(_of_search, step.counts)) for step in ranking),
-    )
+    return Round("varied", _count_varied), *within(_RANK.rounds(place))
 
 
 def _rank(share: np.ndarray, size: tuple[Any, Any], varied: tuple[Any, Any]) -> list[np.ndarray]:

@@ -6,13 +6,15 @@ References:
 
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
-from m3jax.arithmetic import exact
+from m3jax.arithmetic import exact, ranking
+from m3jax.arithmetic.ranking import Search
 from m3jax.errors import M3Error
 from m3jax.methods import linear
 from m3jax.methods.base import (
@@ -32,7 +34,7 @@ from m3jax.methods.base import (
     plain_density,
 )
 from m3jax.methods.magnitude import dropped_below, drops_some
-from m3jax.methods.measures import always, rank_magnitudes
+from m3jax.methods.measures import always, rank_magnitudes, thresholds, within
 
 MAX_EXPERTS = 16
 _SELECTED_UP_TO = 4  # beyond this a gather from the table beats a tree of selects
@@ -123,9 +125,28 @@ def _comparable(values: Values, known: Known) -> Values:
     return _scaled(values, known.scalars.comparison, known.zero)
 
 
-def _trim(values: Values, known: Known) -> Values:
+class Elected(NamedTuple):
+    """What is known of a model whose entries were ranked and have elected signs.
+
+    Attributes:
+        trim: uint32[n, 1], the bits of the smallest magnitude of each expert that is kept.
+        majority: The sign that more entries elected: −1, 0 or 1.
+    """
+
+    trim: UInt32[Any, "n 1"]
+    majority: Int32[Any, ""]
+
+
+def _found(known: Known) -> tuple[UInt32[Any, "n 1"] | None, Int32[Any, ""]]:
+    """Thresholds, if there are any, and the sign that counts where experts cancel each other."""
+    elected = known.found.get("elected")
+    if elected is not None:
+        return elected.trim, elected.majority
+    return known.found.get("trim"), known.found.get("majority", np.int32(1))
+
+
+def _trim(values: Values, known: Known, threshold: UInt32[Any, "n 1"] | None) -> Values:
     """Values whose comparable magnitude reaches the expert's threshold; zero elsewhere."""
-    threshold = known.found.get("trim")
     if threshold is None:
         return values
     return tuple(
@@ -145,9 +166,10 @@ def _votes(trimmed: Values, known: Known) -> tuple[Values, Float[Array, "..."]]:
 
 def combine_election(options: Election, values: Values, known: Known) -> Float[Array, "..."]:
     """The weighted sum of the trimmed values that have the elected sign."""
-    trimmed = _trim(values, known)
+    threshold, majority = _found(known)
+    trimmed = _trim(values, known, threshold)
     votes, total = _votes(trimmed, known)
-    elected = jnp.where(total == 0, known.found.get("majority", np.int32(1)), _sign(total))
+    elected = jnp.where(total == 0, majority, _sign(total))
     agree = [(_sign(vote) == elected) & (vote != 0) for vote in votes]
     table = known.scalars.table
     coefficients = looked_up(table, agree) if options.normalize else [table[i] for i in range(len(values))]
@@ -161,13 +183,19 @@ def combine_election(options: Election, values: Values, known: Known) -> Float[A
 # --- the majority's sign ------------------------------------------------------------------------------------------
 
 
+def _counted(
+    values: Values, known: Known, threshold: UInt32[Any, "n 1"] | None, valid: Bool[Array, "..."] | None
+) -> UInt32[Array, "2"]:
+    """How many entries elect + and how many −."""
+    _, total = _votes(_trim(values, known, threshold), known)
+    signs = (total > 0, total < 0)
+    return jnp.stack([jnp.sum(s if valid is None else s & valid, dtype=jnp.uint32) for s in signs])
+
+
 def _count_signs(
     options: Election, values: Values, known: Known, state: Words, valid: Bool[Array, "..."] | None
 ) -> UInt32[Array, "2"]:
-    """How many entries elect + and how many −."""
-    _, total = _votes(_trim(values, known), known)
-    signs = (total > 0, total < 0)
-    return jnp.stack([jnp.sum(s if valid is None else s & valid, dtype=jnp.uint32) for s in signs])
+    return _counted(values, known, known.found.get("trim"), valid)
 
 
 def _majority(options: Election, state: Words, settings: Settings) -> Int32[Any, ""]:
@@ -195,6 +223,134 @@ _MAJORITY = Measure(
     "majority", "counting signs", "model", always, _begin_majority, _majority_rounds, _keep_totals, _majority
 )
 _TRIM = {scope: rank_magnitudes("trim", scope, dropped_below, drops_some, prepare=_comparable) for scope in SCOPES}
+
+
+# --- thresholds of the model and its majority's sign in one reading ------------------------------------------------
+
+
+class Trimming(NamedTuple):
+    """The search for a model's thresholds, and the signs that its entries elect by the thresholds that are expected.
+
+    Attributes:
+        search: For the thresholds.
+        expected: uint32[n], the thresholds that a sample suggested.
+        signs: How many entries elect + and how many −, two words of uint32[2].
+        decided: Whether the majority's sign is that of these counts.
+    """
+
+    search: Search
+    expected: UInt32[Any, " n"]
+    signs: Words
+    decided: Any
+
+
+def _begin_trimming(options: Election, numbers: Numbers, extent: Extent) -> Trimming:
+    search = _TRIM["model"].begin(options, numbers, extent)
+    return Trimming(search, np.zeros_like(search.low), _begin_majority(options, numbers, extent), np.bool_(False))
+
+
+def _by_search(search: Search) -> UInt32[Any, "n 1"]:
+    return thresholds(search)[:, None]
+
+
+def _expected(state: Trimming) -> UInt32[Any, "n 1"]:
+    """The thresholds that are expected; what keeps all and what keeps nothing needs no sample."""
+    keeps_all = (state.search.rank[0] | state.search.rank[1]) == 0
+    return _by_search(state.search._replace(low=jnp.where(keeps_all, np.uint32(0), state.expected)))
+
+
+def _tally_expected(
+    options: Election, values: Values, known: Known, state: Trimming, valid: Bool[Array, "..."] | None
+) -> UInt32[Array, "rows 65536"]:
+    """The tallies of magnitudes, and in a last row how many entries elect + and −."""
+    tallies = ranking.tally(ranking.bins(_comparable(values, known), state.search.low, ranking.FINE), valid)
+    signs = _counted(values, known, _expected(state), valid)
+    return jnp.concatenate([tallies, jnp.zeros((1, ranking.BINS), jnp.uint32).at[0, :2].set(signs)])
+
+
+def _bin_expected(
+    options: Election, values: Values, known: Known, state: Trimming, valid: Bool[Array, "..."] | None
+) -> list[Array]:
+    """The bins of magnitudes, and the sign that each entry elects."""
+    _, total = _votes(_trim(values, known, _expected(state)), known)
+    signs = _sign(total).astype(jnp.int8)
+    return [*ranking.bins(_comparable(values, known), state.search.low, ranking.FINE), signs]
+
+
+def _tally_on_host(binned: Sequence[np.ndarray]) -> np.ndarray:
+    *bins, signs = binned
+    row = np.zeros((1, ranking.BINS), np.uint32)
+    row[0, :2] = np.count_nonzero(signs == 1), np.count_nonzero(signs == -1)
+    return np.concatenate([ranking.tally_sparse(bins), row])
+
+
+def _trimming_rounds(place: Place) -> tuple[Round, ...]:
+    rounds, expects = [], False
+    for step in within(_TRIM["model"].rounds(place)):
+        if step.name == "guess":
+            expects = True
+            on_host = step.finish is not None
+            step = step._replace(
+                counts=_bin_expected if on_host else _tally_expected, finish=_tally_on_host if on_host else None
+            )
+        rounds.append(step)
+    return *rounds, Round("signs", _count_elected, fallback=expects)
+
+
+def _count_elected(
+    options: Election, values: Values, known: Known, state: Trimming, valid: Bool[Array, "..."] | None
+) -> UInt32[Array, "2"]:
+    return _counted(values, known, _by_search(state.search), valid)
+
+
+def _advance_trimming(options: Election, name: str, state: Trimming, totals: Any) -> Trimming:
+    if name == "signs":
+        return state._replace(signs=totals, decided=np.bool_(True))
+    if name == "sample":
+        expected = ranking.suggest(state.search, list(totals))
+        return state._replace(search=ranking.bracket(state.search, expected), expected=expected)
+    if name != "guess":
+        return state._replace(search=_TRIM["model"].advance(options, name, state.search, totals))
+    tallies: Words = (totals[0][:-1], totals[1][:-1])
+    signs: Words = (totals[0][-1, :2], totals[1][-1, :2])
+    search = _TRIM["model"].advance(options, name, state.search, tallies)
+    if not search.found:
+        return state._replace(search=search)
+    counts, (plus, minus) = ((high.astype(np.int64) << 32) + low for high, low in (tallies, signs))
+    # An entry that was kept and is not, or was not and is, elects + where it elected −, at most.
+    between = ranking.count_between(counts, state.search, search, state.expected)
+    margin = 2 * int(between.sum())
+    decided = margin == 0 or abs(int(plus) - int(minus)) > margin
+    return state._replace(search=search, signs=signs, decided=np.bool_(decided))
+
+
+def _trimming_settled(options: Election, name: str, state: Trimming) -> bool:
+    return bool(state.decided if name == "signs" else state.search.found)
+
+
+def _elected(options: Election, state: Trimming, settings: Settings) -> Elected:
+    return Elected(_by_search(state.search), _majority(options, state.signs, settings))
+
+
+_ELECTED = Measure(
+    "elected",
+    "ranking magnitudes",
+    "model",
+    always,
+    _begin_trimming,
+    _trimming_rounds,
+    _advance_trimming,
+    _elected,
+    _trimming_settled,
+    uniform=("density",),
+)
+
+
+def _measures(trim_scope: str, weighted: bool) -> tuple[Measure, ...]:
+    """What an election needs: thresholds, and the majority's sign where no weights decide."""
+    if weighted:
+        return (_TRIM[trim_scope],)
+    return (_ELECTED,) if trim_scope == "model" else (_TRIM[trim_scope], _MAJORITY)
 
 
 def ties(
@@ -229,7 +385,7 @@ def ties(
         "ties",
         fold_election,
         combine_election,
-        measures=(_TRIM[trim_scope], *(() if weighted else (_MAJORITY,))),
+        measures=_measures(trim_scope, weighted),
         options=Election(normalize, weighted),
         parameters=(("density", 1.0 if density is None else plain_density("ties", density)),),
         uses_base=True,

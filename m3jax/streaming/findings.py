@@ -57,7 +57,7 @@ class Step(NamedTuple):
 MERGE = Step("")
 
 _SAMPLED = 2**22  # entries of a sample: enough that its quantile falls inside a bracket around the model's
-_SAMPLE_BLOCK = 2**12
+_SAMPLE_BLOCK = 2**14  # of them in a piece
 
 
 # --- jitted functions of chunks -----------------------------------------------------------------------------------
@@ -413,14 +413,19 @@ class Findings:
         """Keep the state that a step left, and whether it is the measure's last."""
         steps = list(_steps(stage, self._there(stage)))
         later = steps[next(i for i, each in enumerate(steps) if each == step) + 1 :]
-        settled = stage.measure.settled(stage.options(self._plan.pipeline), state)
-        over = not later or (settled and all(each.fallback for each in later))
+        over = all(self._needless(stage, each, state) for each in later)
         self._states[stage.key, scope] = (over, jax.tree.map(np.asarray, state))
 
+    def _needless(self, stage: Stage, step: Step, state: Any) -> bool:
+        """Whether a pass of a measure can be left out, as its state is."""
+        return step.fallback and stage.measure.settled(stage.options(self._plan.pipeline), step.round, state)
+
     def settled(self, step: Step) -> bool:
-        """Whether a model-wide measure is over before this pass of it."""
-        state = self._states.get((step.stage, None))
-        return step.scope == "model" and state is not None and state[0]
+        """Whether a pass of a model-wide measure can be left out: the measure is over, or this pass is needless."""
+        over, state = self._states.get((step.stage, None), (False, None))
+        if step.scope != "model" or state is None:
+            return False
+        return over or self._needless(self._plan.pipeline.stage(step.stage), step, state)
 
     def states(self) -> dict[_Scope, Any]:
         """The last states of all measures that are over."""

@@ -75,9 +75,9 @@ def test_thirteen_billion_parameters_from_headers(place, tmp_path, capsys):
     assert found["parameters"] == PARAMETERS
     assert [(e["role"], e["bytes"]) for e in found["inputs"]] == [("expert", one), ("expert", one), ("base", one)]
     assert found["bytes_written"] == one
-    # a threshold from a sample, settled by one reading; signs; the merge
-    assert [entry["bytes"] for entry in found["passes"]] == [3 * one] * 3
-    assert found["bytes_read"] == 9 * one
+    # a threshold and the majority's sign from a sample, settled by one reading; the merge
+    assert [entry["bytes"] for entry in found["passes"]] == [3 * one] * 2
+    assert found["bytes_read"] == 6 * one
     assert found["files"] == 6
     assert found["peak_memory"] < 1e9
     assert found["resident_memory"] == 4 * one
@@ -85,16 +85,16 @@ def test_thirteen_billion_parameters_from_headers(place, tmp_path, capsys):
     (note,) = found["notes"]
     assert f"the draw gives 99.8% to {place / 'lm'}" in note
     assert "29% of draws give one model more than 95%" in note
-    assert found["seconds"] == [pytest.approx(10 * one / 1.5e9), pytest.approx(10 * one / 1.3e9)]
+    assert found["seconds"] == [pytest.approx(7 * one / 1.5e9), pytest.approx(7 * one / 1.3e9)]
     assert sum(entry["tensors"] for entry in found["tensors"]) == len(tiny.shapes(LLAMA_13B))
     assert not list(tmp_path.iterdir())
     assert commands.main(["merge", recipe, str(tmp_path / "out"), "--plan"]) == 0
     said = capsys.readouterr().out
     for words in (
         "5120 × 13824",
-        "reads    234.3 GB: ranking magnitudes 78.1 GB, counting signs 78.1 GB, merging 78.1 GB",
+        "reads    156.2 GB: ranking magnitudes 78.1 GB, merging 78.1 GB",
         "writes   26.0 GB in 6 files (free there: ",
-        "time     about 2 min 54 s to 3 min 20 s by 1 process, at 1.3 to 1.5 GB/s per process of 2 cores, as measured",
+        "time     about 2 min 1 s to 2 min 20 s by 1 process, at 1.3 to 1.5 GB/s per process of 2 cores, as measured",
     ):
         assert words in said
     assert not list(tmp_path.iterdir())
