@@ -188,6 +188,7 @@ class Method(NamedTuple):
         sparsifies: Whether a sparsifier may go before it.
         rows: Needs whole rows: chunks are cut between them.
         copies: At scale 1 the result is the first expert, bit for bit.
+        transparent: Wherever an input is NaN or infinite the result is too, so that looking at the result is enough.
         check: (options, numbers) → raises M3Error for parameters that cannot be.
         statistics: The kind of statistics that each expert brings beside its own, one number for each entry, as they
             are recorded where they were measured; empty if none.
@@ -206,6 +207,7 @@ class Method(NamedTuple):
     sparsifies: bool = True
     rows: bool = False
     copies: bool = False
+    transparent: bool = False
     check: Callable[[Any, Numbers], None] | None = None
     statistics: str = ""
 

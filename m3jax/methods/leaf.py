@@ -82,6 +82,11 @@ class Pipeline(NamedTuple):
         return self.sparsifier is not None and self.sparsifier.random
 
     @property
+    def transparent(self) -> bool:
+        """Whether the result is NaN or infinite wherever an input is."""
+        return self.method.transparent and self.sparsifier is None
+
+    @property
     def num_weights(self) -> int:
         """How many weights a leaf takes."""
         return {"each": self.num_experts, "position": 1, "none": 0}[self.method.weighting]

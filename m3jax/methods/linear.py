@@ -103,7 +103,7 @@ def linear(normalize: bool = True, scale: float = 1.0) -> Method:
         >>> linear().name
         'linear'
     """
-    return Method("linear", fold_sum, combine_sum, options=Sum(normalize), scale=scale)
+    return Method("linear", fold_sum, combine_sum, options=Sum(normalize), scale=scale, transparent=True)
 
 
 def task_arithmetic(normalize: bool = False, scale: float = 1.0) -> Method:
@@ -116,4 +116,12 @@ def task_arithmetic(normalize: bool = False, scale: float = 1.0) -> Method:
     References:
         Ilharco et al., Editing models with task arithmetic, 2023.
     """
-    return Method("task_arithmetic", fold_sum, combine_sum, options=Sum(normalize), uses_base=True, scale=scale)
+    return Method(
+        "task_arithmetic",
+        fold_sum,
+        combine_sum,
+        options=Sum(normalize),
+        uses_base=True,
+        scale=scale,
+        transparent=True,
+    )

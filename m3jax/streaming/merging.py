@@ -56,7 +56,7 @@ from m3jax.streaming.jobs import (
 from m3jax.streaming.opening import OpenedModel
 from m3jax.streaming.passes import Circumstances, Passes
 from m3jax.streaming.plan import DrawnWeights, MergePlan, TensorPlan, divide
-from m3jax.streaming.reading import Loaded, chunk_size
+from m3jax.streaming.reading import ChunkReader, chunk_size
 from m3jax.streaming.statistics import ROLE as STATISTICS
 from m3jax.streaming.steps import with_steps
 from m3jax.streaming.writing import OtherBytesError, Shards
@@ -320,11 +320,9 @@ def _produce(
     if not own:
         return 0
 
-    def writer(release: Callable[[Loaded], None]) -> Shards:
+    def writer(reader: ChunkReader) -> Shards:
         digests = passes.input_digests, passes.lent_digests
-        return Shards(
-            workplace, own, release, *digests, expected, passes.how.allow_nonfinite, _keeper(workplace, ready)
-        )
+        return Shards(workplace, own, reader, *digests, expected, passes.how.allow_nonfinite, _keeper(workplace, ready))
 
     return passes.merge(merging, _tensors(passes.plan, own), writer)
 

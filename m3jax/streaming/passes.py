@@ -205,14 +205,14 @@ class Passes:
         self,
         phase: Sequence[Step],
         tensors: Sequence[TensorPlan],
-        write: Callable[[Callable[[Loaded], None]], Shards],
+        write: Callable[[ChunkReader], Shards],
     ) -> int:
         """Do the last phase, which ends with merging; returns the bytes written.
 
         Args:
             phase: Its stages.
             tensors: What this process merges, in the order of writing.
-            write: Makes the writer, from what gives a chunk's buffers back.
+            write: Makes the writer of what is read.
         """
         return self._go_through(phase, tensors, write)
 
@@ -235,7 +235,7 @@ class Passes:
         self,
         phase: Sequence[Step],
         tensors: Sequence[TensorPlan],
-        write: Callable[[Callable[[Loaded], None]], Shards] | None,
+        write: Callable[[ChunkReader], Shards] | None,
     ) -> int:
         plan_visits = list(self._schedule(phase, tensors))
         positions = sorted({p for v in plan_visits for p in v.plan.sources})
@@ -243,7 +243,7 @@ class Passes:
         with ExitStack() as stack:
             reader = ChunkReader(checkpoints, plan_visits, self.note_digest, self.how.allow_nonfinite)
             stack.enter_context(reader)
-            shards = stack.enter_context(write(reader.release)) if write is not None else None
+            shards = stack.enter_context(write(reader)) if write is not None else None
             self._consume(reader, shards, plan_visits)
         return shards.bytes_written if shards is not None else 0
 

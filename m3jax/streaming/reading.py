@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from m3jax.checkpoints import DTYPES, Checkpoint, TensorDigest
+from m3jax.checkpoints import DTYPES, Checkpoint, TensorDigest, TensorInfo
 from m3jax.errors import M3Error
 from m3jax.streaming.plan import MergePlan, TensorPlan, row_size
 
@@ -22,7 +22,8 @@ _ALIGNMENT = 64  # bytes: below this alignment XLA copies host arrays
 _POLL_SECONDS = 0.2
 _BUFFER_BYTES = 160_000_000
 _LONGEST_SLICE = 4  # in chunks: longer slices through all blocks are read block by block
-_CACHED_BYTES = 2**20  # a piece that is read, hashed and checked while it is in the processor's cache
+CACHED_BYTES = 2**20
+"""A piece that is read or written, hashed and checked while it is in the processor's cache."""
 
 HELD_BYTES = 96 * 2**20
 """What is kept in memory of a tensor while it is gone over several times, so that it is read once."""
@@ -165,8 +166,8 @@ def check_finite(raw: np.ndarray, dtype: str, say: Callable[[], str]) -> None:
         return
     unsigned, signed, infinity = _WORDS[dtype]
     sign = 1 << (8 * np.dtype(unsigned).itemsize - 1)
-    for start in range(0, raw.size, _CACHED_BYTES):
-        piece = raw[start : start + _CACHED_BYTES]
+    for start in range(0, raw.size, CACHED_BYTES):
+        piece = raw[start : start + CACHED_BYTES]
         if piece.view(signed).max() >= infinity or piece.view(unsigned).max() >= sign | infinity:
             raise M3Error(say())
 
@@ -444,8 +445,8 @@ class ChunkReader:
         info = checkpoint.tensors[visit.plan.output.name]
         width = DTYPES[info.dtype].itemsize
         raw = buffer[: visit.size * width]
-        for start in range(0, raw.size, _CACHED_BYTES):
-            piece = raw[start : start + _CACHED_BYTES]
+        for start in range(0, raw.size, CACHED_BYTES):
+            piece = raw[start : start + CACHED_BYTES]
             if not filled:
                 checkpoint.read_into(info.name, visit.start * width + start, piece)
             if visit.whole:
@@ -459,15 +460,29 @@ class ChunkReader:
                         "statistics are finite and from 0 on: measure them again"
                     ),
                 )
-            elif visit.first_reading and not self._allow_nonfinite and visit.plan.pipeline is not None:
-                check_finite(
-                    piece,
-                    info.dtype,
-                    lambda: (
-                        f"{info.name} of {checkpoint.location}: holds NaN or infinite entries: "
-                        "mend the model, or merge them as they are with --allow-nonfinite"
-                    ),
-                )
+            elif visit.first_reading and self._looks_at(visit):
+                self._check_finite(piece, position, info)
+
+    def _looks_at(self, visit: Visit) -> bool:
+        """Whether NaN and infinities are looked for in a chunk: not where they would show in what is merged."""
+        pipeline = visit.plan.pipeline
+        return pipeline is not None and not self._allow_nonfinite and not pipeline.transparent
+
+    def _check_finite(self, raw: np.ndarray, position: int, info: TensorInfo) -> None:
+        check_finite(
+            raw,
+            info.dtype,
+            lambda: (
+                f"{info.name} of {self._lanes[position].checkpoint.location}: holds NaN or infinite entries: "
+                "mend the model, or merge them as they are with --allow-nonfinite"
+            ),
+        )
+
+    def check_inputs(self, loaded: Loaded) -> None:
+        """Raise M3Error if an input of a chunk, whose buffers still hold it, is NaN or infinite somewhere."""
+        for position, buffer in zip(loaded.visit.plan.sources, loaded.buffers, strict=True):
+            info = self._lanes[position].checkpoint.tensors[loaded.visit.plan.output.name]
+            self._check_finite(buffer[: loaded.visit.size * DTYPES[info.dtype].itemsize], position, info)
 
 
 class _Stopped(Exception):  # noqa: N818

@@ -217,14 +217,13 @@ def _measure_model(passes: Passes, recorded: Mapping[str, Any], ready: Ready) ->
         except FAULTS as error:
             raise M3Error(f"its findings are not what the method measures ({error}): replay it") from error
         if told == wanted:
-            yield "what the method measures of the whole model was taken from the manifest; m3jax replay measures it again"
+            yield "what the method measures of the model was taken from the manifest; m3jax replay measures it again"
             return
     for phase in measured:
         if not passes.findings.settled(phase[0]):
             passes.measure(phase, ready.plan.tensors)
     yield (
-        "the manifest is of a version that did not tell what this one measures of the whole model, so this was measured "
-        "again: "
+        "the manifest is of a version that did not tell what this one measures of all, so this was measured again: "
         f"{size_text(passes.bytes_read)} were read"
     )
 

@@ -12,7 +12,7 @@ from m3jax.checkpoints import DTYPES, ShardWriter, TensorDigest, TensorInfo, as_
 from m3jax.errors import M3Error
 from m3jax.outputs.journal import Journalled
 from m3jax.streaming.plan import FLOATS
-from m3jax.streaming.reading import Loaded, check_finite
+from m3jax.streaming.reading import CACHED_BYTES, ChunkReader, Loaded, check_finite
 
 
 class OtherBytesError(M3Error):
@@ -26,7 +26,7 @@ class Shards:
         self,
         workplace: Journalled,
         shards: Sequence[tuple[str, Sequence[TensorInfo]]],
-        release: Callable[[Loaded], None],
+        reader: ChunkReader,
         input_digests: Callable[[str], Mapping[str, Mapping[str, str]]],
         lent_digests: Callable[[str], Mapping[str, Mapping[str, str]]],
         expected: Mapping[str, str],
@@ -35,7 +35,7 @@ class Shards:
     ) -> None:
         self._workplace = workplace
         self._keep = keep
-        self._release = release
+        self._reader = reader
         self._input_digests = input_digests
         self._lent_digests = lent_digests
         self._expected = expected
@@ -76,7 +76,7 @@ class Shards:
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
             if self._error is not None:
-                self._release(item[0])  # so that the readers, and whoever waits for them, come to an end
+                self._reader.release(item[0])  # so that the readers, and whoever waits for them, come to an end
                 continue
             try:
                 self._write(*item)
@@ -89,23 +89,25 @@ class Shards:
         file = self._shard_of[info.name]
         if self._writer is None:
             self._writer = ShardWriter(self._workplace.path / file, self._contents[file])
-        merged = np.asarray(result)[: visit.size]
-        raw = as_bytes(merged)
-        if not self._allow_nonfinite and visit.plan.pipeline is not None:
-            check_finite(
-                np.frombuffer(raw, np.uint8),
-                info.dtype,
-                lambda: (
-                    f"{info.name}: merged entries overflow {FLOATS[info.dtype]}: take a wider dtype or smaller weights"
-                ),
-            )
-        self._writer.write(info.name, visit.start * DTYPES[info.dtype].itemsize, raw)
-        self._digest.update(raw)
-        self.bytes_written += len(raw)
-        del merged, raw
-        self._release(loaded)
+        raw = np.frombuffer(as_bytes(np.asarray(result)[: visit.size]), np.uint8)
+        begin = visit.start * DTYPES[info.dtype].itemsize
+        for start in range(0, raw.size, CACHED_BYTES):
+            piece = raw[start : start + CACHED_BYTES]
+            if not self._allow_nonfinite and visit.plan.pipeline is not None:
+                check_finite(piece, info.dtype, lambda: self._nonfinite(loaded))
+            self._digest.update(piece)
+            self._writer.write(info.name, begin + start, piece)
+        self.bytes_written += raw.size
+        del raw, result
+        self._reader.release(loaded)
         if visit.last:
             self._finish_tensor(info, file)
+
+    def _nonfinite(self, loaded: Loaded) -> str:
+        """What is wrong where merged entries are NaN or infinite; raises M3Error if it is an input."""
+        self._reader.check_inputs(loaded)
+        info = loaded.visit.plan.output
+        return f"{info.name}: merged entries overflow {FLOATS[info.dtype]}: take a wider dtype or smaller weights"
 
     def _finish_tensor(self, info: TensorInfo, file: str) -> None:
         digest = self._digest.hexdigest()
