@@ -40,6 +40,8 @@ def main(app: typer.Typer, arguments: Sequence[str] | None = None) -> int:
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         _print_anything(getattr(sys, name))
+    # To find plugins, pydantic would read the metadata of every package that is installed.
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     warnings.showwarning = _say_warning  # type: ignore[assignment]  # its further arguments go on as they come
     return reported(lambda: _invoke(app, given), wants_debug(given))
 

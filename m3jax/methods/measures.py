@@ -38,7 +38,12 @@ def _ranked(prepare: Any, values: Values, known: Known, state: Search) -> list[A
 
 
 def _tally(prepare: Any, shift: int, options: Any, values: Values, known: Known, state: Search, valid: Any) -> Array:
-    return ranking.tally(ranking.bins(_ranked(prepare, values, known, state), state.low, shift), valid)
+    if shift == ranking.FINE:
+        return ranking.tally(ranking.bins(_ranked(prepare, values, known, state), state.low, shift), valid)
+    # Every search begins at 0, so that all ranks of an expert are searched in one tally.
+    prepared = values if prepare is None else prepare(values, known)
+    copies = state.low.shape[0] // len(prepared)
+    return jnp.repeat(ranking.tally(ranking.bins(prepared, state.low[::copies], shift), valid), copies, axis=0)
 
 
 def _bins(
