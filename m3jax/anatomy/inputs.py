@@ -5,7 +5,9 @@ from math import prod
 
 from m3jax.errors import M3Error
 
-_EITHER_WAY = frozenset({"c_attn", "c_fc", "c_proj", "q_attn"})  # GPT-2's are [inputs, outputs], those of others are not
+_EITHER_WAY = frozenset(
+    {"c_attn", "c_fc", "c_proj", "q_attn"}
+)  # GPT-2's are [inputs, outputs], those of others are not
 
 
 def _first_axes(shape: Sequence[int], width: int) -> bool:

@@ -1,8 +1,8 @@
 """Systems of linear equations on the host, in float64, with the same bits on every machine.
 
-Libraries of linear algebra add in an order of their own, which changes with machine, threads and version. Here they only
-multiply integers: matrices are cut into slices of 22 bits, of which up to 2⁹ products add up below 2⁵³, so that every
-product of slices is exact, in whatever order it is added (Ozaki's error-free transformation). All else is numpy's
+Libraries of linear algebra add in an order of their own, which changes with machine, threads and version. Here they
+only multiply integers: matrices are cut into slices of 22 bits, of which up to 2⁹ products add up below 2⁵³, so that
+every product of slices is exact, in whatever order it is added (Ozaki's error-free transformation). All else is numpy's
 arithmetic entry by entry, which IEEE 754 fixes, in an order that is fixed here.
 
 References:
@@ -70,7 +70,7 @@ def sliced(matrix: Doubles, axis: int, count: int = _WHOLE) -> Slices:
 def product(a: Slices, b: Slices) -> Doubles:
     """A·B, of A sliced along its rows and B along its columns, whose sums have at most `BLOCK` terms.
 
-    Products that count the same power of two are added up exactly; these sums are added up, the least significant first.
+    Products that count the same power of two are added up exactly; these sums are added, the least significant first.
     What is as small as the product of an integer with what both have left out is left out.
     """
     total: Doubles | None = None

@@ -33,7 +33,7 @@ from m3jax.methods.base import (
     per_expert,
 )
 from m3jax.methods.linear import linear
-
+from m3jax.methods.measures import on_host
 
 _Made = TypeVar("_Made")
 
@@ -437,7 +437,13 @@ def prepared_for(
 
 
 def merged_rows(
-    pipeline: Pipeline, experts: Sequence[Any], scalars: LeafScalars, dtype: DTypeLike, width: int, first: bool
+    pipeline: Pipeline,
+    experts: Sequence[Any],
+    prepare: Callable[..., LeafScalars],
+    dtype: DTypeLike,
+    width: int,
+    first: bool,
+    traced: Sequence[Any] = (),
 ) -> Array:
     """A merged tensor for which the method has prepared something, or rows of it, rounded once to `dtype`.
 
@@ -446,17 +452,26 @@ def merged_rows(
     Args:
         pipeline: What is done.
         experts: Of each expert an array of float32, bfloat16 or float16, all of one shape, of numpy or JAX.
-        scalars: With what is prepared.
+        prepare: What is traced → scalars with what is prepared.
         dtype: Of the result.
         width: How many inputs there are.
         first: Whether these lie along the first axes, which then are whole, and not along the last one.
+        traced: Matrices of which something is prepared only when the program runs.
     """
     method, shape = pipeline.method, experts[0].shape
     rows = [x.reshape(width, -1).T if first else x.reshape(-1, width) for x in experts]
-    values = tuple(exact.widen(x) for x in rows)
-    nowhere = (np.zeros((), np.uint32),) * 2
-    known = Known(scalars.method, {}, nowhere, None, None, prepared=scalars.prepared, dtype=dtype)
-    merged = exact.narrow(jnp.asarray(method.combine(method.options, values, known)), dtype)
+    values = tuple(exact.widen(jnp.asarray(x)) for x in rows)
+
+    def combined(values: Sequence[Any], matrices: Sequence[Any]) -> list[Any]:
+        scalars, nowhere = prepare(*matrices), (np.zeros((), np.uint32),) * 2
+        known = Known(scalars.method, {}, nowhere, None, None, prepared=scalars.prepared, dtype=dtype)
+        return [method.combine(method.options, values, known)]
+
+    if traced:
+        (found,) = on_host(combined, [values[0].shape], values, tuple(traced))
+    else:
+        (found,) = combined(values, ())
+    merged = exact.narrow(jnp.asarray(found), dtype)
     return (merged.T if first else merged).reshape(shape)
 
 

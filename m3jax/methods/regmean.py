@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from jaxtyping import Array, Float
 
 from m3jax.arithmetic import systems
 from m3jax.errors import M3Error
-from m3jax.methods.base import Density, Known, Method, Preparation, Settings, Values, checked_number
+from m3jax.methods.base import Density, Known, Method, Preparation, Settings, checked_number
 from m3jax.methods.linear import check_normalizer
 from m3jax.methods.measures import on_host
 
@@ -28,11 +27,10 @@ _SMALLEST = np.float32(2.0**-125)
 
 def _fold(options: None, settings: Settings) -> None:
     weights = settings.weights
-    if not all(isinstance(weight, float) for weight in weights):
-        raise M3Error("regmean: weights are traced, but its equations are solved with them on the host: give numbers")
     check_normalizer(weights, None)
-    if min(weights) < 0.0:
-        raise M3Error(f"regmean: a weight is {min(weights):g}, but shares are not negative: give weights from 0 on")
+    lowest = min((weight for weight in weights if isinstance(weight, float)), default=0.0)
+    if lowest < 0.0:
+        raise M3Error(f"regmean: a weight is {lowest:g}, but shares are not negative: give weights from 0 on")
 
 
 # --- Gram matrices ------------------------------------------------------------------------------------------------
@@ -78,11 +76,11 @@ def _unseen(matrix: systems.Doubles, silent: npt.NDArray[np.bool_], weight: floa
     return matrix
 
 
-def _make(
-    options: None, settings: Settings, statistics: Sequence[npt.NDArray[Any]]
-) -> tuple[systems.Applied, ...]:
+def _make(options: None, settings: Settings, statistics: Sequence[npt.NDArray[Any]]) -> tuple[systems.Applied, ...]:
     """(wᵢ·Gᵢ')·(Σ wⱼ·Gⱼ')⁻¹ of each expert but the first."""
     weights, (ratio, *_) = settings.weights, settings.method["reduce_non_diagonal_ratio"]
+    if not all(isinstance(weight, float) for weight in weights):
+        raise M3Error("regmean's weights are traced, but its equations are solved with them on the host: give numbers")
     if len(weights) == 1:
         return ()
     experts = list(zip(statistics, weights, strict=True))
@@ -128,18 +126,19 @@ def _rows(
     return [np.where(odd[..., None], np.float32(np.nan), flushed.reshape(values[0].shape))]
 
 
-def _combine(options: None, values: Values, known: Known) -> Float[Array, "..."]:
+def _combine(options: None, values: Sequence[Any], known: Known) -> Any:
+    """The merged rows, of numpy where those of the experts are."""
     is_single = np.dtype(known.dtype) == np.float32
     (merged,) = on_host(functools.partial(_rows, known.prepared, is_single), [values[0].shape], *values)
-    found: Float[Array, "..."] = merged
-    return found
+    return merged
 
 
 def regmean(reduce_non_diagonal_ratio: Density = 0.9) -> Method:
     """(Σ wᵢ·Wᵢ·Gᵢ')·(Σ wᵢ·Gᵢ')⁻¹ of weights W [out, in], where Gᵢ is the Gram matrix Xᵀ·X of the expert's inputs.
 
-    G' is G with what is beside its diagonal made smaller. Inputs that are zero in all data are averaged. Weights are not
-    negative. The equations are solved on the host in float64, with the same bits everywhere (`arithmetic.systems`).
+    G' is G with what is beside its diagonal made smaller. Inputs that are zero in all data are averaged. Weights are
+    not negative. The equations are solved on the host in float64, with the same bits everywhere (`arithmetic.systems`);
+    there are no derivatives.
 
     Args:
         reduce_non_diagonal_ratio: What entries of G beside the diagonal are multiplied with, from 0 to 1; the paper's

@@ -191,8 +191,8 @@ def _notes_on_preparing(plan: MergePlan) -> Iterator[str]:
     if widest is not None and widest.matrices is not None:
         yield (
             f"{plan.pipeline.method.name} prepares matrices of up to {widest.matrices.width:,} inputs "
-            f"({widest.output.name}) on the host: {size_text(prepared_bytes(plan))} of the memory, and time that is not "
-            "counted above"
+            f"({widest.output.name}) on the host: {size_text(prepared_bytes(plan))} of the memory, and time that is "
+            "not counted here"
         )
 
 

@@ -358,7 +358,7 @@ class Passes:
             return loaded.arrays[0]
         if tensor.matrices is not None:
             flat, (_, width, first) = [array[: visit.size] for array in loaded.arrays], tensor.matrices
-            found = merged_rows(tensor.pipeline, flat, scalars, FLOATS[tensor.output.dtype], width, first)
+            found = merged_rows(tensor.pipeline, flat, lambda: scalars, FLOATS[tensor.output.dtype], width, first)
             return np.asarray(found)
         experts, base = split(loaded)
         if tensor.pipeline.rows:

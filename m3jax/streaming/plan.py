@@ -622,7 +622,7 @@ def _matrices(plan: TensorPlan, statistics: Sequence[Input], positions: Sequence
         if len(own) != len(lead) + 2 or own[: len(lead)] != lead or own[-1] != own[-2]:
             raise M3Error(
                 f"{name}: is {list(own)} in {each.name}, where {'a square matrix for each block' if stacks else 'one'} "
-                f"of the inputs of a weight {list(plan.output.shape)} is wanted: measure the model with m3jax statistics"
+                f"of the inputs of a weight {list(plan.output.shape)} is wanted: measure it with m3jax statistics"
             )
     widths = {each.name: each.tensors[name].shape[-1] for each in statistics}
     if len(set(widths.values())) > 1:

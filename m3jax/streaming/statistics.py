@@ -122,7 +122,9 @@ def _matrices_of(
         if found is None:
             continue
         if there[found].dtype not in FLOATS:
-            raise M3Error(f"{found}: is {there[found].dtype} in {own}, but statistics are BF16, F16 or F32: measure anew")
+            raise M3Error(
+                f"{found}: is {there[found].dtype} in {own}, but statistics are BF16, F16 or F32: measure anew"
+            )
         if anatomy.parts[name].alias_of is not None or name in {part.alias_of for part in anatomy.parts.values()}:
             raise M3Error(f"{name}: is one tensor with another in {model}, but has statistics of one use: leave it out")
         names[name] = found

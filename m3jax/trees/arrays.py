@@ -231,7 +231,9 @@ def merge_array(
     return placed
 
 
-def merge_prepared(pipe: Pipeline, dtype: DTypeLike, home: Any, leaf: Column, kept: dict[Hashable, LeafScalars]) -> Array:
+def merge_prepared(
+    pipe: Pipeline, dtype: DTypeLike, home: Any, leaf: Column, kept: dict[Hashable, LeafScalars]
+) -> Array:
     """The merged parameter, of a method that prepares something of matrices; on the host, or by calls back to it.
 
     Args:
@@ -246,32 +248,40 @@ def merge_prepared(pipe: Pipeline, dtype: DTypeLike, home: Any, leaf: Column, ke
     """
     width, axis = leaf.matrices[0].shape[-1], None if leaf.stacked is None else leaf.stacked.axis
 
-    def prepared(block: int | None) -> LeafScalars:
+    def prepared(block: int | None, *matrices: Any) -> LeafScalars:
         settings = leaf.settings[block or 0]
         of_block = block is not None and leaf.stacked is not None and leaf.stacked.varied
         scalars = _piece(leaf.scalars, block or 0) if of_block else leaf.scalars
-        key = (tuple(map(id, leaf.matrices)), block, tuple(settings.weights), tuple(settings.method.items()))
-        own = [np.asarray(each if block is None else each[block], np.float32) for each in leaf.matrices]
         with about(leaf.name):
-            return recently_made(kept, key, lambda: prepared_for(pipe, scalars, settings, own))
+            return prepared_for(pipe, scalars, settings, [np.asarray(each, np.float32) for each in matrices])
 
-    ready = [prepared(None)] if axis is None else [prepared(block) for block in range(len(leaf.settings))]
+    def of_block(experts: Sequence[Any], matrices: Sequence[Any], block: int | None) -> Array:
+        prepare = functools.partial(prepared, block)
+        if not is_traced(matrices):
+            settings = leaf.settings[block or 0]
+            key = (tuple(map(id, leaf.matrices)), block, tuple(settings.weights), tuple(settings.method.items()))
+            ready = recently_made(kept, key, lambda: prepare(*matrices))
+            return merged_rows(pipe, experts, lambda: ready, dtype, width, leaf.inputs_first)
+        return merged_rows(pipe, experts, prepare, dtype, width, leaf.inputs_first, matrices)
 
-    def merged(*experts: Any) -> Array:
+    def merged(experts: Sequence[Any], matrices: Sequence[Any]) -> Array:
         if axis is None:
-            return merged_rows(pipe, experts, ready[0], dtype, width, leaf.inputs_first)
-        pieces = ([x[(slice(None),) * axis + (block,)] for x in experts] for block in range(len(ready)))
-        pairs = zip(pieces, ready, strict=True)
-        blocks = [merged_rows(pipe, own, scalars, dtype, width, leaf.inputs_first) for own, scalars in pairs]
-        return jnp.stack(blocks, axis)
+            return of_block(experts, matrices, None)
+        blocks = range(len(leaf.settings))
+        pieces = [[x[(slice(None),) * axis + (block,)] for x in experts] for block in blocks]
+        return jnp.stack([of_block(pieces[block], [m[block] for m in matrices], block) for block in blocks], axis)
 
-    if not is_traced(leaf.experts):
+    if not is_traced(leaf.experts, leaf.matrices):
         away = next((x for x in leaf.experts if isinstance(x, jax.Array) and not x.is_fully_addressable), None)
         if away is not None:
-            raise M3Error(f"{leaf.name}: lies on several processes, but {pipe.method.name} needs it on one: use m3jax merge")
-        return merged(*map(np.asarray, leaf.experts))
+            raise M3Error(
+                f"{leaf.name}: lies on several processes, but {pipe.method.name} needs it on one: use m3jax merge"
+            )
+        return merged([np.asarray(x) for x in leaf.experts], leaf.matrices)
     spec = _explicit_part(home) if isinstance(home, NamedSharding) else _EVERYWHERE
-    return _on_any_mesh(merged, spec, *leaf.experts)
+    if is_traced(leaf.matrices):
+        return _on_any_mesh(merged, spec, leaf.experts, leaf.matrices)
+    return _on_any_mesh(lambda experts: merged(experts, leaf.matrices), spec, leaf.experts)
 
 
 def settled(array: Array, home: Any) -> Array:

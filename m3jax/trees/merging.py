@@ -313,9 +313,9 @@ def merge(
             or a mapping from patterns to numbers, as `with_lora` takes it. Each tree's W becomes W + scale·A·B first; a
             tree of factors alone is added to the base's weights. The result has whole weights and no factors.
         statistics: For methods that ask for some, a tree for each expert, named like its own. For `fisher` numbers from
-            0 on, of which those that are traced cannot be checked; for `regmean` in place of each leaf the Gram matrix
-            of its inputs, which is not traced (of a leaf that stacks blocks, one for each along axis 0). Leaves that
-            none of them has are averaged.
+            0 on; for `regmean` in place of each leaf the Gram matrix of its inputs (of a leaf that stacks blocks, one
+            for each along axis 0). Leaves that none of them has are averaged. Numbers that are traced are checked where
+            the program runs, or not at all.
 
     Returns:
         A tree like the base, or else like the first expert, of the same type, its leaves sharded as there.

@@ -84,11 +84,6 @@ def _check_matrices(name: str, shape: tuple[int, ...], axis: int | None, arrays:
     lead = () if axis is None else (shape[axis],)
     widths = {np.shape(array)[-1] if np.ndim(array) else 0 for array in arrays}
     for number, array in enumerate(arrays):
-        if is_traced(array):
-            raise M3Error(
-                f"{name}: the statistics of expert {number} are traced, but equations are made of them on the host: "
-                "let the function close over them"
-            )
         own = np.shape(array)
         if len(widths) > 1 or own != (*lead, *(2 * own[-1:])) or not is_parameter(array):
             raise M3Error(

@@ -195,7 +195,10 @@ SLICE = {"sources": [{"model": "a", "layer_range": [0, 2]}, {"model": "b", "laye
     ("keys", "sentence"),
     [
         ({"models": [A, "b"]}, "models.1.statistics: missing, and fisher needs fisher statistics of each model"),
-        ({"models": [A, B], "merge_method": "linear"}, "models.0.statistics: linear takes no statistics, fisher does"),
+        (
+            {"models": [A, B], "merge_method": "linear"},
+            "models.0.statistics: linear takes no statistics, as fisher and regmean do",
+        ),
         ({"slices": [SLICE]}, "slices: fisher merges whole models, whose statistics it needs; write models"),
         ({"models": [A, B], "tokenizer_source": "union"}, "tokenizer_source: gives models other rows"),
         ({"models": [A | {"model": "run@last:3"}, B]}, "models.0.model: are several steps, and statistics are of one"),
