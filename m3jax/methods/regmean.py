@@ -79,8 +79,6 @@ def _unseen(matrix: systems.Doubles, silent: npt.NDArray[np.bool_], weight: floa
 def _make(options: None, settings: Settings, statistics: Sequence[npt.NDArray[Any]]) -> tuple[systems.Applied, ...]:
     """(wᵢ·Gᵢ')·(Σ wⱼ·Gⱼ')⁻¹ of each expert but the first."""
     weights, (ratio, *_) = settings.weights, settings.method["reduce_non_diagonal_ratio"]
-    if not all(isinstance(weight, float) for weight in weights):
-        raise M3Error("regmean's weights are traced, but its equations are solved with them on the host: give numbers")
     if len(weights) == 1:
         return ()
     experts = list(zip(statistics, weights, strict=True))

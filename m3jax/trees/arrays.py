@@ -247,6 +247,11 @@ def merge_prepared(
         The array, rounded once; it may have to be `settled`.
     """
     width, axis = leaf.matrices[0].shape[-1], None if leaf.stacked is None else leaf.stacked.axis
+    if not all(isinstance(weight, float) for own in leaf.settings for weight in own.weights):
+        raise M3Error(
+            f"{leaf.name}: weights are traced, but {pipe.method.name} solves its equations with them on the host: give "
+            "numbers"
+        )
 
     def prepared(block: int | None, *matrices: Any) -> LeafScalars:
         settings = leaf.settings[block or 0]
