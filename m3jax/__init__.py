@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from m3jax.methods.pcb import pcb as pcb
     from m3jax.methods.ram import ram as ram
     from m3jax.methods.ram import ramplus_tl as ramplus_tl
+    from m3jax.methods.regmean import regmean as regmean
     from m3jax.methods.rows import MethodRow as MethodRow
     from m3jax.methods.rows import Parameter as Parameter
     from m3jax.methods.sce import sce as sce
@@ -88,6 +89,7 @@ _HOMES = {
     "pcb": "methods.pcb",
     "ram": "methods.ram",
     "ramplus_tl": "methods.ram",
+    "regmean": "methods.regmean",
     "sce": "methods.sce",
     "karcher": "methods.karcher",
     "multislerp": "methods.multislerp",

@@ -251,12 +251,15 @@ def statistics(
     overflow: Annotated[
         str, typer.Option(metavar="error|skip", help="What becomes of examples that are longer than the model sees.")
     ] = "error",
+    kind: Annotated[
+        str, typer.Option(metavar="fisher|gram", help="For merge_method: fisher, or for regmean.")
+    ] = "fisher",
     weights: options.Weights,
     max_shard_size: options.MaxShardSize = "5GB",
     overwrite: options.Overwrite = False,
     speech: options.Speech,
 ) -> None:
-    """Measure what data says of each parameter of a model, to merge by it (merge_method: fisher)."""
+    """Measure what data says of a model's parameters, to merge by it (merge_method: fisher, regmean)."""
     shell.silence_downloads(speech.quiet)
     from m3jax.evaluation.measuring import measure_statistics
 
@@ -273,6 +276,7 @@ def statistics(
         max_shard_size=max_shard_size,
         overwrite=overwrite,
         tell=shell.teller(speech.quiet),
+        kind=kind,
     )
     shell.print_notes(found.notes, speech.quiet)
     shell.print_result(

@@ -275,7 +275,13 @@ def _over_leading(x: Array, like: Array) -> Array:
 
 
 class Linear(nnx.Module):
-    """A projection whose weight has the checkpoint's axes, heads apart from their widths."""
+    """A projection whose weight has the checkpoint's axes, heads apart from their widths.
+
+    Attributes:
+        seen: Told what comes in, where somebody asks for it.
+    """
+
+    seen: Callable[[Array], None] | None = None
 
     def __init__(
         self, outputs: tuple[int, ...], inputs: tuple[int, ...], bias: bool, dtype: DTypeLike, rngs: nnx.Rngs
@@ -287,6 +293,8 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*lead inputs"]) -> Float[Array, "*lead outputs"]:
         """Contracts the trailing axes of `x` with the weight's input axes."""
+        if self.seen is not None:
+            self.seen(x)
         weight = self.weight[...]
         outputs = weight.shape[: weight.ndim - self.num_inputs]
         inputs = int(np.prod(weight.shape[len(outputs) :]))
@@ -611,6 +619,16 @@ def abstract_params(config: DecoderConfig) -> dict[Any, Any]:
     """
     params: dict[Any, Any] = jax.tree.map(lambda leaf: leaf, _abstract(config)[1])
     return params
+
+
+def abstract_decoder(config: DecoderConfig) -> Decoder:
+    """The decoder without values.
+
+    Args:
+        config: Its sizes and features.
+    """
+    decoder: Decoder = nnx.merge(*_abstract(config))
+    return decoder
 
 
 def bind(config: DecoderConfig, params: Params) -> Decoder:

@@ -1,8 +1,9 @@
-"""measure_statistics(): what the data of a model says of each of its parameters, for methods that weigh by it.
+"""measure_statistics(): what the data of a model says of its parameters, for methods that merge by it.
 
-The diagonal of the empirical Fisher information: for each example the gradient of the log probability of its answer
-(the one that the data gives), squared, and the mean of these over examples. Gradients are those of this machine: unlike
-a merge by the statistics, which anybody can repeat, measuring them is repeated to a few digits only.
+Of kind "fisher", the diagonal of the empirical Fisher information: for each example the gradient of the log probability
+of its answer (the one that the data gives), squared, and the mean of these over examples. Of kind "gram", the Gram
+matrices of what comes into each linear layer (`grams`). Both are sums of this machine: unlike a merge by the
+statistics, which anybody can repeat, measuring them is repeated to a few digits only.
 
 References:
     Matena & Raffel, Merging models with Fisher-weighted averaging, 2021, arXiv 2111.09832.
@@ -12,7 +13,7 @@ import functools
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,25 +24,30 @@ from m3jax.checkpoints import adapters, parse_size
 from m3jax.cluster.meshes import spread
 from m3jax.decoder import DecoderConfig
 from m3jax.decoder.batching import length_bucket, pad
-from m3jax.decoder.params import match_tensors, nested_params
+from m3jax.decoder.modeling import abstract_decoder
+from m3jax.decoder.params import StoredParameter, match_tensors, nested_params
 from m3jax.decoder.running import ModelFunctions, model_of
+from m3jax.decoder.weight_map import Path as ParameterPath
 from m3jax.errors import M3Error
 from m3jax.evaluation import tokens
 from m3jax.evaluation.checks import check_count
 from m3jax.evaluation.data import load_rows, source_text
+from m3jax.evaluation.grams import inputs_of, measure_grams
 from m3jax.evaluation.models import StoredModel, make_mesh, open_model
 from m3jax.evaluation.options import Evaluation, check_evaluation
 from m3jax.evaluation.prompts import render
 from m3jax.evaluation.records import digest
 from m3jax.evaluation.runner import find_source, read_examples
 from m3jax.evaluation.tasks import get_task
+from m3jax.methods import regmean
 from m3jax.methods.fisher import KIND
 from m3jax.outputs.local import check_free, replaced_with
-from m3jax.outputs.statistics import measured_before, record_of, write_statistics
+from m3jax.outputs.statistics import INPUTS_FIRST, SHARED, measured_before, record_of, write_statistics
 from m3jax.progress import Tell, progress_lines
 from m3jax.trees import loading
 
 OVERFLOWS = ("error", "skip")
+KINDS = (KIND, regmean.KIND)
 _FLOATS = ("BF16", "F16", "F32")
 
 
@@ -101,14 +107,16 @@ def measure_statistics(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     tell: Tell | None = None,
+    kind: str = KIND,
 ) -> StatisticsResult:
-    """Measure the diagonal of a model's Fisher information on examples, and write it as a checkpoint of its own.
+    """Measure statistics of a model on examples, and write them as a checkpoint of their own.
 
-    It has the model's names and shapes in float32, appears whole, and tells of which model and data it is. Where it is
-    there already, measured of the same model on the same data in the same way, nothing is done.
+    It has the model's names, in float32, appears whole, and tells of which model and data it is. Where it is there
+    already, measured of the same model on the same data in the same way, nothing is done.
 
-    Memory holds the parameters, a gradient of their dtype, a float32 sum for each parameter, and what one example
-    takes.
+    Of kind "fisher" it is the diagonal of the Fisher information, in the model's shapes: memory holds the parameters, a
+    gradient of their dtype, a float32 sum for each parameter, and what one example takes. Of kind "gram" it is the Gram
+    matrix of what comes into each linear layer, float32[in, in]: memory holds the parameters and all of these.
 
     Args:
         model: A model directory or hub id that the decoder runs; or `model+adapter`.
@@ -124,13 +132,16 @@ def measure_statistics(
         max_shard_size: Bytes of tensors per file at most.
         overwrite: Replace `out` if it is a directory that m3jax has made.
         tell: Told in lines what is done.
+        kind: "fisher" or "gram".
 
     Raises:
-        M3Error: The model, the data, an option or the place cannot be used, or a gradient is not finite.
+        M3Error: The model, the data, an option or the place cannot be used, or what is measured is not finite.
 
     References:
-        Matena & Raffel, 2021, arXiv 2111.09832.
+        Matena & Raffel, 2021, arXiv 2111.09832; Jin et al., 2022, arXiv 2212.09849.
     """
+    if kind not in KINDS:
+        raise M3Error(f"--kind is {kind!r}, but must be one of {', '.join(KINDS)}")
     begun, place, size = time.perf_counter(), Path(out), parse_size(max_shard_size)
     check_evaluation(Evaluation(template=template, overflow=overflow), dtype, OVERFLOWS)
     check_count("--examples", examples, optional=True)
@@ -142,7 +153,7 @@ def measure_statistics(
     if tell is not None:
         tell(f"reading {model}")
     record = record_of(stored.place, stored.name)
-    measured = {
+    measured: dict[str, Any] = {
         "data": {"source": texts.source, "digest": digest(texts.pairs)},
         "task": task,
         "template": texts.template,
@@ -150,17 +161,25 @@ def measure_statistics(
         "skipped": skipped,
         "dtype": dtype,
     }
-    there = measured_before(place, record, KIND, measured)
+    inputs = inputs_of(_matched(stored), abstract_decoder(stored.config)) if kind == regmean.KIND else {}
+    if inputs:
+        measured[SHARED] = {name: own.name for own in inputs.values() for name in own.names if name != own.name}
+        measured[INPUTS_FIRST] = sorted(name for own in inputs.values() for name in own.first)
+    there = measured_before(place, record, kind, measured)
     if there is None:
         check_free(place, overwrite)
-        found = _fisher(stored, pairs, tell)
-        written = write_statistics(place, stored.place, record, KIND, measured, found, size, overwrite)
+        if kind == regmean.KIND:
+            whole = [[*text.before, *text.after] for text in pairs]
+            found = measure_grams(_load(stored), stored.config, inputs, whole, stored.mesh, tell)
+        else:
+            found = _fisher(stored, pairs, tell)
+        written = write_statistics(place, stored.place, record, kind, measured, found, size, overwrite)
         sizes = [value.nbytes for value in found.values()]
     else:
         written, sizes = there.digest, [info.nbytes for info in there.written.values()]
     return StatisticsResult(
         place,
-        KIND,
+        kind,
         len(pairs),
         skipped,
         len(sizes),
@@ -276,11 +295,17 @@ def _fisher(stored: StoredModel, texts: Sequence[Foretold], tell: Tell | None) -
     return found
 
 
-def _load(stored: StoredModel) -> dict[str, Array]:
-    """The tensors that the decoder is made of."""
+def _matched(stored: StoredModel) -> dict[ParameterPath, StoredParameter]:
+    """The stored tensors of every parameter."""
     with adapters.open_model(stored.place) as checkpoint:
         there = {name: (info.shape, info.dtype in _FLOATS) for name, info in checkpoint.tensors.items()}
-        matched = match_tensors(there, stored.config, stored.name)
+    return match_tensors(there, stored.config, stored.name)
+
+
+def _load(stored: StoredModel) -> dict[str, Array]:
+    """The tensors that the decoder is made of."""
+    matched = _matched(stored)
+    with adapters.open_model(stored.place) as checkpoint:
         names = dict.fromkeys(part.name for parameter in matched.values() for part in parameter.parts)
         arrays = loading.load_checkpoint(checkpoint, names, lambda name, shape: spread(stored.mesh, shape))
     return arrays if stored.dtype is None else {name: x.astype(stored.dtype) for name, x in arrays.items()}

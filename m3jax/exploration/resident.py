@@ -214,6 +214,11 @@ def load_resident(ready: Ready, seed: int, mesh: Mesh | None = None) -> Resident
     Raises:
         M3Error: An input cannot be loaded, or buffers differ.
     """
+    if ready.plan.pipeline.method.preparation is not None:
+        raise M3Error(
+            f"{ready.plan.pipeline.method.name}: solves equations on the host for each merge, so m3jax explore has no "
+            "program of it: make the merges one by one, such as by `seeds: 0..7`, and evaluate them"
+        )
     findings = _measured(ready, seed)
     arrays = _load(ready, mesh)
     program = jax.jit(functools.partial(merge_arrays, ready.plan))

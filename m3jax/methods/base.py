@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt32
+from numpy.typing import DTypeLike
 
 from m3jax.arithmetic.exact import Zero
 from m3jax.errors import M3Error
@@ -69,6 +70,8 @@ class Known(NamedTuple):
         mask_keys: uint32[pairs, 2], Threefry keys of the leaf's mask streams; None without a random sparsifier.
         zero: A run-time zero, see `exact.fence`.
         statistics: One float32 array per expert, not negative, of a method that asks for some.
+        prepared: What `Method.preparation` made for the tensor; None without one.
+        dtype: What the merged entries are rounded to.
     """
 
     scalars: Any
@@ -77,6 +80,8 @@ class Known(NamedTuple):
     mask_keys: UInt32[Any, "pairs 2"] | None
     zero: Zero
     statistics: Values = ()
+    prepared: Any = None
+    dtype: DTypeLike = np.float32
 
 
 class Place(NamedTuple):
@@ -169,6 +174,22 @@ class Measure(NamedTuple):
     uniform: tuple[str, ...] = ()
 
 
+class Preparation(NamedTuple):
+    """What a method makes on the host, in numpy, of statistics of a tensor as a whole, before it combines its rows.
+
+    Such statistics are matrices: one [in, in] for each expert of a tensor [out, in]. The method then gets rows of the
+    tensor outside of compiled programs (inside of a caller's trace its `combine` calls back to the host), and the rows
+    lie along the inputs, whichever axes they have in the tensor.
+
+    Attributes:
+        make: (options, settings, float32[in, in] of each expert) → what `Known.prepared` is.
+        nbytes: (inputs, experts) → bytes that this takes.
+    """
+
+    make: Callable[[Any, Settings, Sequence[np.ndarray]], Any]
+    nbytes: Callable[[int, int], int]
+
+
 class Method(NamedTuple):
     """A way to combine experts.
 
@@ -192,6 +213,7 @@ class Method(NamedTuple):
         check: (options, numbers) → raises M3Error for parameters that cannot be.
         statistics: The kind of statistics that each expert brings beside its own, one number for each entry, as they
             are recorded where they were measured; empty if none.
+        preparation: What it makes of statistics that are matrices, one for each tensor; None where they are not.
     """
 
     name: str
@@ -210,6 +232,7 @@ class Method(NamedTuple):
     transparent: bool = False
     check: Callable[[Any, Numbers], None] | None = None
     statistics: str = ""
+    preparation: Preparation | None = None
 
 
 class Sparsifier(NamedTuple):

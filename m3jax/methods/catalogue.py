@@ -335,6 +335,30 @@ METHODS: tuple[MethodRow, ...] = (
         statistics="fisher",
     ),
     MethodRow(
+        "regmean",
+        "m3jax.methods.regmean:regmean",
+        "linear layers whose outputs are nearest to each model's on its own data; the rest is averaged",
+        "(Σ wᵢ·Wᵢ·Gᵢ')·(Σ wᵢ·Gᵢ')⁻¹, Gᵢ the Gram matrix of what comes into W in the model, G' with less beside its "
+        "diagonal",
+        "Jin et al., Dataless knowledge fusion by merging weights of language models, 2022, arXiv 2212.09849",
+        (
+            _WEIGHT._replace(low=0.0),
+            Parameter(
+                "reduce_non_diagonal_ratio",
+                "method.reduce_non_diagonal_ratio",
+                "factor of what is beside the diagonals",
+                0.9,
+                low=0.0,
+                high=1.0,
+                level="tensor",
+                mergekit=False,
+            ),
+        ),
+        base="expert",
+        sparsifies=False,
+        statistics="gram",
+    ),
+    MethodRow(
         "nuslerp",
         "m3jax.methods.nuslerp:nuslerp",
         "along the arc between two models or task vectors, at the place that weights say",
@@ -468,9 +492,6 @@ LEFT_OUT: Mapping[str, str] = {
     "arcee_fusion": "arcee_fusion is left out: above a million entries the quantiles by which it chooses come from an "
     "unseeded sample, so that no result of it can be repeated; take task_arithmetic with sparsify: {method: magnitude, "
     "density: 0.1}, which moves the base by the largest entries of one expert's task vector",
-    "regmean": "regmean is left out: it solves a system of equations for each weight, whose Gram matrices have another "
-    "shape than the weight, so that no chunk of it can be merged alone; take fisher, whose statistics m3jax statistics "
-    "measures",
 }
 """Methods of other tools that are not here on purpose, and what to take instead."""
 

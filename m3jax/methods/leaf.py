@@ -7,8 +7,8 @@ that stay in memory while many merges are tried (`exploration`).
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,9 @@ from m3jax.methods.base import (
     per_expert,
 )
 from m3jax.methods.linear import linear
+from m3jax.methods.measures import on_host
+
+_Made = TypeVar("_Made")
 
 
 class Pipeline(NamedTuple):
@@ -74,7 +77,7 @@ class Pipeline(NamedTuple):
     @property
     def num_arrays(self) -> int:
         """How many arrays a leaf is made of beside the base's: one per expert, and its statistics where it has some."""
-        return self.num_experts * (2 if self.method.statistics else 1)
+        return self.num_experts * (2 if self.method.statistics and self.method.preparation is None else 1)
 
     @property
     def random(self) -> bool:
@@ -156,6 +159,7 @@ class LeafScalars(NamedTuple):
         found: What was concluded so far, by owner and measure.
         mask_keys: Threefry keys of the leaf's mask streams, or None.
         enlarge: 1/density of each expert where it cannot be folded into a coefficient (sparsified raw weights).
+        prepared: What the method has prepared on the host, which is given to no compiled program.
     """
 
     sparsifier: Any
@@ -163,6 +167,7 @@ class LeafScalars(NamedTuple):
     found: Mapping[str, Mapping[str, Any]]
     mask_keys: UInt32[Any, "pairs 2"] | None
     enlarge: Float[Any, " n"] | None
+    prepared: Any = None
 
 
 def check_pipeline(pipeline: Pipeline, has_base: bool) -> None:
@@ -397,6 +402,85 @@ def merged_leaf(
     if pipeline.uses_base and base is not None:
         merged = exact.add(merged, exact.widen(base))
     return exact.narrow(jnp.asarray(merged), dtype)
+
+
+_KEPT = 2  # of what is prepared: between key and query stands, by name, the output of attention
+
+
+def recently_made(kept: dict[Hashable, _Made], key: Hashable, make: Callable[[], _Made]) -> _Made:
+    """What was made for a key, where it is one of the last two, else made now: leaves that share statistics share it.
+
+    Args:
+        kept: What was made last.
+        key: All that it depends on.
+        make: Makes it; what was made longest ago is given up before.
+    """
+    if key in kept:
+        kept[key] = kept.pop(key)
+        return kept[key]
+    while len(kept) >= _KEPT:
+        kept.pop(next(iter(kept)))
+    kept[key] = make()
+    return kept[key]
+
+
+def prepared_for(
+    pipeline: Pipeline, scalars: LeafScalars, settings: Settings, statistics: Sequence[np.ndarray]
+) -> LeafScalars:
+    """The scalars of a tensor with what the method prepares for it.
+
+    Args:
+        pipeline: What is done.
+        scalars: Of the tensor.
+        settings: Its numbers.
+        statistics: A matrix for each expert.
+
+    Raises:
+        M3Error: They are no such statistics.
+    """
+    method = pipeline.method
+    if method.preparation is None:
+        raise ValueError(f"{method.name} prepares nothing")
+    return scalars._replace(prepared=method.preparation.make(method.options, settings, statistics))
+
+
+def merged_rows(
+    pipeline: Pipeline,
+    experts: Sequence[Any],
+    prepare: Callable[..., LeafScalars],
+    dtype: DTypeLike,
+    width: int,
+    first: bool,
+    traced: Sequence[Any] = (),
+) -> Array:
+    """A merged tensor for which the method has prepared something, or rows of it, rounded once to `dtype`.
+
+    Not for `jax.jit`, which is given nothing that is prepared; in a caller's trace the method calls back to the host.
+
+    Args:
+        pipeline: What is done.
+        experts: Of each expert an array of float32, bfloat16 or float16, all of one shape, of numpy or JAX.
+        prepare: What is traced → scalars with what is prepared.
+        dtype: Of the result.
+        width: How many inputs there are.
+        first: Whether these lie along the first axes, which then are whole, and not along the last one.
+        traced: Matrices of which something is prepared only when the program runs.
+    """
+    method, shape = pipeline.method, experts[0].shape
+    rows = [x.reshape(width, -1).T if first else x.reshape(-1, width) for x in experts]
+    values = tuple(exact.widen(jnp.asarray(x)) for x in rows)
+
+    def combined(values: Sequence[Any], matrices: Sequence[Any]) -> list[Any]:
+        scalars, nowhere = prepare(*matrices), (np.zeros((), np.uint32),) * 2
+        known = Known(scalars.method, {}, nowhere, None, None, prepared=scalars.prepared, dtype=dtype)
+        return [method.combine(method.options, values, known)]
+
+    if traced:
+        (found,) = on_host(combined, [values[0].shape], values, tuple(traced))
+    else:
+        (found,) = combined(values, ())
+    merged = exact.narrow(jnp.asarray(found), dtype)
+    return (merged.T if first else merged).reshape(shape)
 
 
 # --- running statistics -------------------------------------------------------------------------------------------

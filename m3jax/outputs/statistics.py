@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +37,9 @@ from m3jax.outputs.local import CONVERSION, Staging, exactly
 from m3jax.outputs.manifest import InputRecord
 from m3jax.outputs.modes import narrow
 
+SHARED, INPUTS_FIRST = "shared", "inputs_first"
+"""What `StatisticsRecord.measured` calls what `shared` and `inputs_first` are read from."""
+
 _CONFIG = "config.json"
 _TOLD_PER_TENSOR = 2**11  # bytes of headers and indexes, generously
 
@@ -44,13 +48,16 @@ class StatisticsRecord(NamedTuple):
     """What is told of statistics.
 
     Attributes:
-        kind: Which they are: "fisher".
+        kind: Which they are: "fisher", "gram".
         model: What they were measured of, as it was named.
         adapter: The digest of the configuration of the adapter that was on it; None without one.
         tensors: Digests of the model's tensors, as they are stored.
         measured: How they were measured: data, examples, settings.
         written: What was written, by name.
         digest: Of what was written.
+        shared: Of tensors that have the statistics of another, which is written, that one.
+        inputs_first: Of statistics that are matrices, the weights whose inputs lie along their first axes; None where
+            nothing tells.
     """
 
     kind: str
@@ -60,6 +67,8 @@ class StatisticsRecord(NamedTuple):
     measured: Mapping[str, Any]
     written: Mapping[str, TensorInfo]
     digest: str
+    shared: Mapping[str, str] = MappingProxyType({})
+    inputs_first: frozenset[str] | None = None
 
 
 def read_record(place: Path) -> StatisticsRecord | None:
@@ -95,7 +104,12 @@ def _record_in(told: Mapping[str, Any]) -> StatisticsRecord:
     written = {n: TensorInfo(n, tuple(each["shape"]), each["dtype"]) for n, each in output["tensors"].items()}
     of_adapter = None if adapter is None else str(adapter["config"])
     tensors = {name: str(digest) for name, digest in model["tensors"].items()}
-    return StatisticsRecord(kind, str(model["name"]), of_adapter, tensors, kept, written, str(output["digest"]))
+    found = StatisticsRecord(kind, str(model["name"]), of_adapter, tensors, kept, written, str(output["digest"]))
+    first = kept.get(INPUTS_FIRST)
+    return found._replace(
+        shared={str(name): str(other) for name, other in dict(kept.get(SHARED, {})).items()},
+        inputs_first=None if first is None else frozenset(map(str, first)),
+    )
 
 
 def check_no_statistics(name: str, place: Path) -> None:

@@ -285,8 +285,8 @@ def check_statistics(recipe: "Recipe") -> None:
     entries = [((*place, *where), entry) for place, holder in _holders(recipe) for where, entry in entries_of(holder)]
     for place, entry in entries:
         if entry.statistics is not None and not kind:
-            users = ", ".join(row.name for row in catalogue.rows() if isinstance(row, MethodRow) and row.statistics)
-            raise RecipeError(f"{method} takes no statistics, {users} does; remove it", *place, "statistics")
+            users = " and ".join(row.name for row in catalogue.rows() if isinstance(row, MethodRow) and row.statistics)
+            raise RecipeError(f"{method} takes no statistics, as {users} do; remove it", *place, "statistics")
     if not kind:
         return
     if recipe.models is None:
@@ -295,7 +295,7 @@ def check_statistics(recipe: "Recipe") -> None:
         if _SEVERAL.search(entry.model):
             raise RecipeError("are several steps, and statistics are of one; name each step", *place, "model")
         if entry.statistics is None:
-            mend = "write the output of m3jax statistics MODEL OUT"
+            mend = f"write the output of m3jax statistics MODEL OUT --kind {kind}"
             raise RecipeError(
                 f"missing, and {method} needs {kind} statistics of each model; {mend}", *place, "statistics"
             )

@@ -109,7 +109,7 @@ def _definitions(rows: list[MethodRow]) -> Schema:
     everything = {p.name: _of_parameter(p) for row in reversed(rows) for p in row.parameters}
     known: Schema = {
         "model": _TEXT,
-        "statistics": {**_TEXT, "description": "What m3jax statistics has measured of the model, for fisher."},
+        "statistics": {**_TEXT, "description": "What m3jax statistics has measured of the model: fisher, regmean."},
         "layer_range": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2},
         "base_model": _or_null(_TEXT),
         "parameters": {"$ref": "#/$defs/parameters"},

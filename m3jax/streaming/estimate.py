@@ -16,6 +16,7 @@ from m3jax.streaming.intermediates import outlined
 from m3jax.streaming.jobs import Ready, prepared
 from m3jax.streaming.plan import DrawnWeights, MergePlan, TensorPlan, divide
 from m3jax.streaming.reading import HELD_BYTES, chunk_size, held_bytes, widest_entry
+from m3jax.text import size_text
 
 # Bytes read and written per second by a process of two cores, from the page cache: DARE and TIES on 1.1 B parameters in
 # docs/benchmarks/merge-2-cores.json, as docs/pods.md takes them (linear merging lies between them beside its start-up).
@@ -128,8 +129,8 @@ class Estimate(NamedTuple):
 
 def _read_bytes(ready: Ready, tensor: TensorPlan) -> int:
     """What one reading of a tensor reads of all its sources."""
-    infos = [ready.models[position].checkpoint.tensors[tensor.output.name] for position in tensor.sources]
-    return sum(info.nbytes for info in infos)
+    positions = tensor.sources if tensor.matrices is None else (*tensor.sources, *tensor.matrices.positions)
+    return sum(ready.models[position].checkpoint.tensors[tensor.output.name].nbytes for position in positions)
 
 
 def _needed(plan: MergePlan) -> list[list[Step]]:
@@ -167,7 +168,32 @@ def _buffers(ready: Ready, phases: Sequence[Sequence[Step]]) -> int:
     in_flight = widest_entry(ready.plan, checkpoints) * len(checkpoints) * _BUFFERS + 4
     several = [t for phase in phases for t in ready.plan.tensors if sum(applies(step, t) for step in phase) > 1]
     held = max((min(_read_bytes(ready, tensor), HELD_BYTES) for tensor in several), default=0)
-    return chunk_size(None, ready.plan, checkpoints) * in_flight + held
+    return chunk_size(None, ready.plan, checkpoints) * in_flight + held + prepared_bytes(ready.plan)
+
+
+def _widest(plan: MergePlan) -> TensorPlan | None:
+    """The tensor with most inputs of those that something is prepared for on the host."""
+    tensors = [tensor for tensor in plan.tensors if tensor.matrices is not None]
+    return max(tensors, key=lambda tensor: tensor.matrices.width if tensor.matrices is not None else 0, default=None)
+
+
+def prepared_bytes(plan: MergePlan) -> int:
+    """The most that a method takes to prepare something of matrices, and to keep it."""
+    widest = _widest(plan)
+    if widest is None or widest.matrices is None or widest.pipeline is None:
+        return 0
+    preparation = widest.pipeline.method.preparation
+    return 0 if preparation is None else preparation.nbytes(widest.matrices.width, widest.pipeline.num_experts)
+
+
+def _notes_on_preparing(plan: MergePlan) -> Iterator[str]:
+    widest = _widest(plan)
+    if widest is not None and widest.matrices is not None:
+        yield (
+            f"{plan.pipeline.method.name} prepares matrices of up to {widest.matrices.width:,} inputs "
+            f"({widest.output.name}) on the host: {size_text(prepared_bytes(plan))} of the memory, and time that is "
+            "not counted here"
+        )
 
 
 def estimate(ready: Ready, method: str, place: Path | None, processes: int = 1) -> Estimate:
@@ -213,7 +239,12 @@ def estimate(ready: Ready, method: str, place: Path | None, processes: int = 1) 
         (share / _RATES[1], share / _RATES[0]),
         ready.plan.weights,
         tuple(model.input.name for model in ready.models if model.role == "expert"),
-        (*ready.plan.notes, *ready.notes, *([_ORBAX_NOTE] if ready.orbax is not None else [])),
+        (
+            *ready.plan.notes,
+            *ready.notes,
+            *_notes_on_preparing(ready.plan),
+            *([_ORBAX_NOTE] if ready.orbax is not None else []),
+        ),
     )
 
 

@@ -168,7 +168,8 @@ def _treatments(ready: Ready, recipe: Recipe, tensor: TensorPlan) -> Iterator[tu
 def _sources(ready: Ready, tensor: TensorPlan) -> Iterator[TensorSource]:
     """The models that a tensor is read from, experts first."""
     name = tensor.output.name
-    order = tensor.sources[1:] + tensor.sources[:1] if tensor.has_base else tensor.sources
+    models = tensor.models[1:] + tensor.models[:1] if tensor.has_base else tensor.models
+    order = (*models, *tensor.statistics)
     for position in order:
         place = stored_at(ready.models[position].checkpoint, name)
         there = [source for source in ready.sources if source.checkpoint.location == place.location]

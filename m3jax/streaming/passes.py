@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m3jax.arithmetic import threefry
 from m3jax.checkpoints import DTYPES, Checkpoint, as_bytes
-from m3jax.checkpoints.digest import digest_tensor
+from m3jax.checkpoints.digest import TensorDigest, digest_tensor
 from m3jax.checkpoints.views import Lending, Stored, stored_at, stored_digests
 from m3jax.cluster.processes import Processes
 from m3jax.errors import M3Error
-from m3jax.methods.leaf import LeafScalars
+from m3jax.methods.leaf import LeafScalars, about, merged_rows, prepared_for, recently_made
 from m3jax.progress import Progress
 from m3jax.streaming.findings import (
     MERGE,
@@ -31,7 +31,7 @@ from m3jax.streaming.findings import (
     split,
     start_of,
 )
-from m3jax.streaming.plan import FLOATS, MergePlan, TensorPlan
+from m3jax.streaming.plan import FLOATS, Matrices, MergePlan, TensorPlan
 from m3jax.streaming.reading import ChunkReader, Loaded, Visit, visits
 from m3jax.streaming.writing import Shards
 
@@ -48,6 +48,13 @@ class MeasuredModel(NamedTuple):
 
     name: str
     tensors: Mapping[str, str]
+
+
+class _Prepared(NamedTuple):
+    """What a method has prepared of matrices, and their digests as they were read."""
+
+    scalars: LeafScalars
+    digests: tuple[str, ...]
 
 
 class Circumstances(NamedTuple):
@@ -100,6 +107,7 @@ class Passes:
         self._recorded = recorded
         self._measured = measured
         self._root = threefry.root_key(seed)
+        self._prepared: dict[Hashable, _Prepared] = {}
         self._lock = threading.Lock()
         spec = PartitionSpec("entries")  # type: ignore[no-untyped-call]
         self._spread = None if how.mesh is None else NamedSharding(how.mesh, spec)
@@ -225,8 +233,7 @@ class Passes:
         checkpoints = {p: self._checkpoints[p] for p in visit.plan.sources}
         with ChunkReader(checkpoints, [visit], self.note_digest, self.how.allow_nonfinite) as reader:
             (loaded,) = map(self._spread_out, reader)
-            merged = visit.plan.pipeline is not None
-            scalars = self.findings.scalars(visit.plan, self._root, visit.block) if merged else None
+            scalars = self._scalars(visit)
             result = np.asarray(self._merged(loaded, scalars, np.uint32(0)))[: visit.size]
             self.bytes_read += self._bytes_of(visit)
             return bytes(as_bytes(result))
@@ -273,8 +280,7 @@ class Passes:
             if last is not None and (last.stage, scope_of(last)) != (visit.stage, scope_of(visit)):
                 conclude()
             if last is None or (last.stage, last.block) != (visit.stage, visit.block) or last.plan is not visit.plan:
-                merged = visit.plan.pipeline is not None
-                scalars = self.findings.scalars(visit.plan, self._root, visit.block) if merged else None
+                scalars = self._scalars(visit)
             last = visit
             if visit.stage != MERGE and scalars is not None:
                 pending.append((loaded, self.findings.measure(loaded, scalars, zero)))
@@ -290,7 +296,8 @@ class Passes:
 
     def _spread_out(self, loaded: Loaded) -> Loaded:
         """The chunk with its arrays on the mesh, if there is one and the chunk is not just copied."""
-        if self._spread is None or loaded.visit.plan.pipeline is None:
+        plan = loaded.visit.plan
+        if self._spread is None or plan.pipeline is None or plan.matrices is not None:
             return loaded
         return loaded._replace(arrays=tuple(jax.device_put(a, self._spread) for a in loaded.arrays))
 
@@ -304,12 +311,55 @@ class Passes:
             totals[visit.stage.label] = totals.get(visit.stage.label, 0) + self._bytes_of(visit)
         return totals
 
+    def _scalars(self, visit: Visit) -> LeafScalars | None:
+        """The scalars of a chunk's block or blocks, with what the method prepares; None of what is copied."""
+        tensor = visit.plan
+        if tensor.pipeline is None:
+            return None
+        scalars = self.findings.scalars(tensor, self._root, visit.block)
+        if tensor.matrices is None:
+            return scalars
+        name, positions, block = tensor.output.name, tensor.matrices.positions, visit.block or 0
+        settings = tensor.blocks[block].settings
+        places = tuple(stored_at(self._checkpoints[position], name) for position in positions)
+        key = (places, block, tuple(settings.weights), tuple(settings.method.items()))
+        made = recently_made(self._prepared, key, lambda: self._prepare(visit, scalars))
+        for position, digest in zip(positions, made.digests, strict=True):
+            self.note_digest(position, name, digest)
+        return made.scalars
+
+    def _prepare(self, visit: Visit, scalars: LeafScalars) -> _Prepared:
+        """What the method prepares for a tensor's block."""
+        tensor, block = visit.plan, visit.block or 0
+        if tensor.pipeline is None or tensor.matrices is None:
+            raise ValueError(f"nothing is prepared for {tensor.output.name}")
+        read = [self._matrix(position, tensor, tensor.matrices, block) for position in tensor.matrices.positions]
+        with about(tensor.blocks[block].name):
+            made = prepared_for(tensor.pipeline, scalars, tensor.blocks[block].settings, [each for each, _ in read])
+        return _Prepared(made, tuple(digest for _, digest in read))
+
+    def _matrix(self, position: int, tensor: TensorPlan, matrices: Matrices, block: int) -> tuple[np.ndarray, str]:
+        """The matrix of a tensor's block, float32[width, width], and the digest of all that is stored with it."""
+        checkpoint, width = self._checkpoints[position], matrices.width
+        info = checkpoint.tensors[tensor.output.name]
+        stored = np.empty((width, width), DTYPES[info.dtype])
+        checkpoint.read_into(info.name, block * stored.nbytes, stored.reshape(-1).view(np.uint8))
+        self.bytes_read += stored.nbytes
+        digest = TensorDigest()
+        digest.update(as_bytes(stored))
+        told = digest.hexdigest() if tensor.axis is None else digest_tensor(checkpoint, info.name)
+        return stored.astype(np.float32), told
+
     def _merged(self, loaded: Loaded, scalars: LeafScalars | None, zero: np.uint32) -> Any:
         visit = loaded.visit
         tensor = visit.plan
         if tensor.pipeline is None or scalars is None:
             self._check_equal(loaded)
             return loaded.arrays[0]
+        if tensor.matrices is not None:
+            flat, (_, width, first) = [array[: visit.size] for array in loaded.arrays], tensor.matrices
+            found = merged_rows(tensor.pipeline, flat, lambda: scalars, FLOATS[tensor.output.dtype], width, first)
+            return np.asarray(found)
         experts, base = split(loaded)
         if tensor.pipeline.rows:
             scalars = self.findings.rows(scalars, visit)

@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from m3jax.anatomy import MODEL_KINDS, OUTSIDE_BLOCKS, Anatomy, Part, Tower, block_position
+from m3jax.anatomy.inputs import inputs_first
 from m3jax.anatomy.kinds import mend_of
 from m3jax.anatomy.modules import modules_of
 from m3jax.checkpoints import TensorInfo, natural_key
@@ -45,12 +46,15 @@ class Input(NamedTuple):
         tensors: What it holds.
         anatomy: What each of them is.
         written: The dtype that those have in an output which are read wider than they are worth, by name.
+        inputs_first: Of statistics that are matrices, whether the inputs of a weight lie along its first axes, by name,
+            as far as they tell it.
     """
 
     name: str
     tensors: Mapping[str, TensorInfo]
     anatomy: Anatomy
     written: Mapping[str, str] = MappingProxyType({})
+    inputs_first: Mapping[str, bool] = MappingProxyType({})
 
 
 class BlockPlan(NamedTuple):
@@ -69,18 +73,34 @@ class BlockPlan(NamedTuple):
     settings: Settings
 
 
+class Matrices(NamedTuple):
+    """The statistics of a tensor for which a method prepares something: a matrix of each expert, read as a whole.
+
+    Attributes:
+        positions: The inputs that hold them.
+        width: How many rows and columns each has: the inputs of the tensor.
+        first: Whether these lie along its first axes, and not along its last one.
+    """
+
+    positions: tuple[int, ...]
+    width: int
+    first: bool
+
+
 class TensorPlan(NamedTuple):
     """What happens to one tensor.
 
     Attributes:
         output: The tensor to write.
-        sources: The inputs it is read from, by position; the base, if it is used, first; statistics last.
+        sources: The inputs it is read from chunk by chunk, by position; the base, if it is used, first; statistics
+            last.
         pipeline: What is done; None if it is copied, from the first source, all sources being equal.
         blocks: What it consists of: itself, or the blocks that it stacks; nothing if it is copied.
         axis: Along which it stacks blocks; None if it does not.
         apart: It does not count in what is measured of the whole model: it is another name of a tensor that does, or
             running statistics.
         why: Why it is not merged as others are; empty where it is.
+        matrices: The statistics that are read as a whole, of a method that asks for such.
     """
 
     output: TensorInfo
@@ -90,6 +110,7 @@ class TensorPlan(NamedTuple):
     axis: int | None = None
     apart: bool = False
     why: str = ""
+    matrices: Matrices | None = None
 
     @property
     def has_base(self) -> bool:
@@ -98,15 +119,17 @@ class TensorPlan(NamedTuple):
 
     @property
     def statistics(self) -> tuple[int, ...]:
-        """Those of the sources that hold statistics: the last."""
+        """The inputs that hold its statistics: the last of the sources, or those of matrices."""
         if self.pipeline is None:
             return ()
+        if self.matrices is not None:
+            return self.matrices.positions
         return self.sources[len(self.sources) - self.pipeline.num_arrays + self.pipeline.num_experts :]
 
     @property
     def models(self) -> tuple[int, ...]:
         """Those of the sources that are models: all others."""
-        return self.sources[: len(self.sources) - len(self.statistics)]
+        return self.sources[: len(self.sources) - len(self.statistics)] if self.matrices is None else self.sources
 
     @property
     def block_shape(self) -> tuple[int, ...]:
@@ -547,8 +570,10 @@ def make_plan(
             average = _of_statistics(recipe, own_pipeline, output, part, pieces[name], weights)
             plans.append(average._replace(why="without statistics, so averaged"))
             continue
-        where = (*positions(name), *beside)
-        plans.append(_merged(recipe, own_pipeline, reference, output, where, part, pieces[name], weights))
+        whole = own_pipeline.method.preparation is not None
+        where = (*positions(name), *(() if whole else beside))
+        merging = _merged(recipe, own_pipeline, reference, output, where, part, pieces[name], weights)
+        plans.append(merging._replace(matrices=_matrices(merging, statistics, beside)) if whole else merging)
     notes = tuple(_notes(models[0], state, merged, recipe.keep_state))
     if parameters := sorted((n for n in bare if models[0].anatomy.parts[n].kind == "parameter"), key=natural_key):
         notes += (f"{len(parameters)} tensors without statistics ({parameters[0]}, …) are averaged",)
@@ -577,6 +602,37 @@ def _without_statistics(experts: Sequence[Input], statistics: Sequence[Input], n
     if bare == names:
         raise M3Error(f"{statistics[0].name}: has statistics of no tensor that is merged: give those of these models")
     return bare
+
+
+def _matrices(plan: TensorPlan, statistics: Sequence[Input], positions: Sequence[int]) -> Matrices:
+    """The matrices of a tensor that is merged by some.
+
+    Raises:
+        M3Error: They are no matrices of its inputs, or which of its axes these are is unknown.
+    """
+    name, stacks, shape = plan.output.name, plan.axis is not None, plan.block_shape
+    if plan.axis:
+        raise M3Error(
+            f"{name}: stacks blocks along axis {plan.axis}, and statistics that are matrices are of weights that stack "
+            "them along axis 0 or not at all: convert the models (m3jax convert)"
+        )
+    lead = plan.output.shape[:1] if stacks else ()
+    for each in statistics:
+        own = each.tensors[name].shape
+        if len(own) != len(lead) + 2 or own[: len(lead)] != lead or own[-1] != own[-2]:
+            raise M3Error(
+                f"{name}: is {list(own)} in {each.name}, where {'a square matrix for each block' if stacks else 'one'} "
+                f"of the inputs of a weight {list(plan.output.shape)} is wanted: measure it with m3jax statistics"
+            )
+    widths = {each.name: each.tensors[name].shape[-1] for each in statistics}
+    if len(set(widths.values())) > 1:
+        said = " and ".join(f"{width} in {each}" for each, width in widths.items())
+        raise M3Error(f"{name}: is of other numbers of inputs, {said}: measure both models anew")
+    width = next(iter(widths.values()))
+    told = {each.inputs_first[name] for each in statistics if name in each.inputs_first}
+    if len(told) > 1:
+        raise M3Error(f"{name}: its inputs lie along other axes in one model than in another: convert one of them")
+    return Matrices(tuple(positions), width, inputs_first(name, shape, width, next(iter(told), None)))
 
 
 def _taken(inputs: Sequence[Input], position: int, name: str) -> TensorPlan:

@@ -110,6 +110,8 @@ def unit_of(plan: TensorPlan, chunk_entries: int) -> int:
     """
     if plan.pipeline is None:
         return 1
+    if plan.matrices is not None and plan.matrices.first:  # a row of what is worked on has entries of all of it
+        return math.prod(plan.block_shape)
     row = row_size(plan) if plan.pipeline.rows else 1
     if not _in_slices(plan, chunk_entries):
         return row

@@ -246,7 +246,7 @@ def _why(passes: Passes, ready: Ready, recorded: Mapping[str, Any], tensor: Tens
     name = tensor.output.name
     if digest_tensor(stored, name) != recorded["output"]["tensors"][name]["digest"]:
         return _OTHER_BYTES
-    for position in tensor.sources:
+    for position in (*tensor.models, *tensor.statistics):
         try:
             passes.note_digest(position, name, digest_tensor(ready.models[position].checkpoint, name))
         except M3Error as error:

@@ -5,13 +5,13 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from m3jax.checkpoints.protocol import Checkpoint
-from m3jax.checkpoints.views import renamed
+from m3jax.checkpoints.views import renamed, stored_at
 from m3jax.errors import M3Error
 from m3jax.methods.rows import MethodRow
 from m3jax.outputs.statistics import StatisticsRecord, read_record
 from m3jax.streaming.opening import OpenedModel, open_model, seen_alike, viewed
 from m3jax.streaming.passes import MeasuredModel
-from m3jax.streaming.plan import FLOATS
+from m3jax.streaming.plan import FLOATS, Input, method_of
 
 if TYPE_CHECKING:
     from m3jax.streaming.jobs import MergeJob
@@ -66,7 +66,10 @@ def open_statistics(job: "MergeJob", models: Sequence[OpenedModel], stack: ExitS
     sources = [open_model(name, ROLE, job, stack) for name in names]
     pairs = list(zip(sources, experts, strict=True))
     records = tuple(_record_of(source, expert, row) for source, expert in pairs)
-    seen = tuple(_seen_as(source, expert, job) for source, expert in pairs)
+    if method_of(job.recipe).preparation is None:
+        seen = tuple(_seen_as(source, expert, job) for source, expert in pairs)
+    else:
+        seen = tuple(_matrices_of(*pair, told, job) for pair, told in zip(pairs, records, strict=True))
     return OpenedStatistics(seen, tuple(sources), records, tuple(_notes(pairs, records)))
 
 
@@ -79,7 +82,10 @@ def _record_of(statistics: OpenedModel, expert: OpenedModel, row: MethodRow) -> 
     if record is None:
         return None
     if record.kind != row.statistics:
-        raise M3Error(f"{name}: holds {record.kind} statistics, but {row.name} needs {row.statistics}: measure those")
+        raise M3Error(
+            f"{name}: holds {record.kind} statistics, but {row.name} needs {row.statistics}: measure those (m3jax "
+            f"statistics --kind {row.statistics})"
+        )
     if record.adapter != (None if expert.adapting is None else expert.adapting.config_digest):
         raise M3Error(
             f"{name}: was measured of {record.model}, which has another adapter than {expert.input.name}, or only one "
@@ -96,6 +102,43 @@ def _seen_as(statistics: OpenedModel, expert: OpenedModel, job: "MergeJob") -> O
         own = viewed(own, renamed(own.checkpoint, names), job)
     _check(own, expert)
     return own._replace(role=ROLE, note=None)
+
+
+def _matrices_of(
+    statistics: OpenedModel, expert: OpenedModel, record: StatisticsRecord | None, job: "MergeJob"
+) -> OpenedModel:
+    """Statistics that are matrices under the names of their expert, as it is merged."""
+    own, model = statistics.input.name, expert.input.name
+    if expert.note is not None:
+        raise M3Error(
+            f"{own}: holds matrices, which cannot follow a model that is read under other names or in another layout "
+            f"({expert.note}): convert it first (m3jax convert), and measure what comes of it"
+        )
+    there, shared = statistics.checkpoint.tensors, {} if record is None else record.shared
+    anatomy, names, first = expert.input.anatomy, {}, {}
+    for name in expert.checkpoint.tensors:
+        stored = stored_at(expert.checkpoint, name).name
+        found = next((each for each in (shared.get(stored, stored), name) if each in there), None)
+        if found is None:
+            continue
+        if there[found].dtype not in FLOATS:
+            raise M3Error(
+                f"{found}: is {there[found].dtype} in {own}, but statistics are BF16, F16 or F32: measure anew"
+            )
+        if anatomy.parts[name].alias_of is not None or name in {part.alias_of for part in anatomy.parts.values()}:
+            raise M3Error(f"{name}: is one tensor with another in {model}, but has statistics of one use: leave it out")
+        names[name] = found
+        if record is not None and record.inputs_first is not None:
+            first[name] = stored in record.inputs_first
+    surplus = next((name for name in there if name not in set(names.values())), None)
+    if surplus is not None:
+        raise M3Error(
+            f"{surplus}: is in {own} but not in {model}: give the statistics of this model, such as m3jax statistics "
+            f"{model} measures"
+        )
+    view = renamed(statistics.checkpoint, names)
+    seen = Input(own, view.tensors, statistics.input.anatomy, inputs_first=first)
+    return statistics._replace(role=ROLE, checkpoint=view, input=seen, note=None)
 
 
 def _names(checkpoint: Checkpoint, expert: OpenedModel) -> dict[str, str]:

@@ -5,7 +5,7 @@ The jitted functions here see whole arrays, on one device or on many, under mesh
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,9 @@ from m3jax.methods.leaf import (
     counted,
     joined,
     merged_leaf,
+    merged_rows,
+    prepared_for,
+    recently_made,
     with_conclusion,
     with_found,
 )
@@ -71,6 +74,8 @@ class Column(NamedTuple):
         settings: Its weights and densities; of each of its blocks, where it stacks some.
         scalars: What they fold into, and what was measured.
         stacked: How it stacks blocks, if it does.
+        matrices: A matrix of each expert, for methods that prepare something of them; of each block along axis 0.
+        inputs_first: Whether its inputs lie along its first axes, where there are matrices.
     """
 
     name: str
@@ -80,6 +85,8 @@ class Column(NamedTuple):
     settings: tuple[Settings, ...]
     scalars: LeafScalars
     stacked: Stacked | None = None
+    matrices: tuple[np.ndarray, ...] = ()
+    inputs_first: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -222,6 +229,64 @@ def merge_array(
         return _on_any_mesh(merged, _explicit_part(home), experts, base, scalars, zero)
     placed: Array = lax.with_sharding_constraint(merged(experts, base, scalars, zero), home)  # type: ignore[no-untyped-call]
     return placed
+
+
+def merge_prepared(
+    pipe: Pipeline, dtype: DTypeLike, home: Any, leaf: Column, kept: dict[Hashable, LeafScalars]
+) -> Array:
+    """The merged parameter, of a method that prepares something of matrices; on the host, or by calls back to it.
+
+    Args:
+        pipe: What is done.
+        dtype: Of the result.
+        home: As for `merge_array`.
+        leaf: The parameter.
+        kept: What was prepared last.
+
+    Returns:
+        The array, rounded once; it may have to be `settled`.
+    """
+    width, axis = leaf.matrices[0].shape[-1], None if leaf.stacked is None else leaf.stacked.axis
+    if not all(isinstance(weight, float) for own in leaf.settings for weight in own.weights):
+        raise M3Error(
+            f"{leaf.name}: weights are traced, but {pipe.method.name} solves its equations with them on the host: give "
+            "numbers"
+        )
+
+    def prepared(block: int | None, *matrices: Any) -> LeafScalars:
+        settings = leaf.settings[block or 0]
+        of_block = block is not None and leaf.stacked is not None and leaf.stacked.varied
+        scalars = _piece(leaf.scalars, block or 0) if of_block else leaf.scalars
+        with about(leaf.name):
+            return prepared_for(pipe, scalars, settings, [np.asarray(each, np.float32) for each in matrices])
+
+    def of_block(experts: Sequence[Any], matrices: Sequence[Any], block: int | None) -> Array:
+        prepare = functools.partial(prepared, block)
+        if not is_traced(matrices):
+            settings = leaf.settings[block or 0]
+            key = (tuple(map(id, leaf.matrices)), block, tuple(settings.weights), tuple(settings.method.items()))
+            ready = recently_made(kept, key, lambda: prepare(*matrices))
+            return merged_rows(pipe, experts, lambda: ready, dtype, width, leaf.inputs_first)
+        return merged_rows(pipe, experts, prepare, dtype, width, leaf.inputs_first, matrices)
+
+    def merged(experts: Sequence[Any], matrices: Sequence[Any]) -> Array:
+        if axis is None:
+            return of_block(experts, matrices, None)
+        blocks = range(len(leaf.settings))
+        pieces = [[x[(slice(None),) * axis + (block,)] for x in experts] for block in blocks]
+        return jnp.stack([of_block(pieces[block], [m[block] for m in matrices], block) for block in blocks], axis)
+
+    if not is_traced(leaf.experts, leaf.matrices):
+        away = next((x for x in leaf.experts if isinstance(x, jax.Array) and not x.is_fully_addressable), None)
+        if away is not None:
+            raise M3Error(
+                f"{leaf.name}: lies on several processes, but {pipe.method.name} needs it on one: use m3jax merge"
+            )
+        return merged([np.asarray(x) for x in leaf.experts], leaf.matrices)
+    spec = _explicit_part(home) if isinstance(home, NamedSharding) else _EVERYWHERE
+    if is_traced(leaf.matrices):
+        return _on_any_mesh(merged, spec, leaf.experts, leaf.matrices)
+    return _on_any_mesh(lambda experts: merged(experts, leaf.matrices), spec, leaf.experts)
 
 
 def settled(array: Array, home: Any) -> Array:

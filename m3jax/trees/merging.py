@@ -4,7 +4,7 @@ import functools
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from numpy.typing import DTypeLike
 
 from m3jax.anatomy import MODEL_KINDS, Kind
+from m3jax.anatomy.inputs import inputs_first
 from m3jax.arithmetic import threefry
 from m3jax.arithmetic.double import Double
 from m3jax.errors import M3Error
@@ -102,6 +103,12 @@ def _columns_to_merge(
     return [column(name) for name in columns]
 
 
+def _with_matrices(column: Column, matrices: tuple[Any, ...]) -> Column:
+    """A column with its statistics, which are matrices."""
+    first = inputs_first(column.name, column.shape, np.shape(matrices[0])[-1])
+    return column._replace(matrices=matrices, inputs_first=first)
+
+
 def _last_uses(leaves: list[Column], kept: Sequence[Any]) -> list[list[jax.Array]]:
     """For each leaf, the experts' arrays that no later leaf and nothing of `kept` needs."""
     seen = {id(array) for array in kept}
@@ -131,7 +138,7 @@ def _planned(
     """
     lacks = {name for name in columns if pipe.method.statistics and name not in statistics}
     parameters = {
-        name: [*column, *statistics.get(name, ())]
+        name: [*column, *(statistics.get(name, ()) if pipe.method.preparation is None else ())]
         for name, column in columns.items()
         if kinds[name] == "parameter" and name not in lacks
     }
@@ -156,6 +163,8 @@ def _planned(
 
     fold = functools.partial(fold_by, pipe, as_parameters)
     own = _columns_to_merge(pipe, tree, parameters, has_base, weights, key, fold)
+    if pipe.method.preparation is not None:
+        own = [_with_matrices(column, statistics[column.name]) for column in own]
     fold = functools.partial(fold_by, plain, as_averages)
     others = _columns_to_merge(plain, tree, averaged, has_base, weights, key, fold)
     return [(pipe, column) for column in arrays.measured(pipe, own, zero)] + [(plain, column) for column in others]
@@ -303,8 +312,10 @@ def merge(
         lora: Merge adapters as products: the scale (alpha / rank) of the low-rank factors that trees have, one number
             or a mapping from patterns to numbers, as `with_lora` takes it. Each tree's W becomes W + scale·A·B first; a
             tree of factors alone is added to the base's weights. The result has whole weights and no factors.
-        statistics: For methods that ask for some (`fisher`), a tree for each expert like its own, of numbers from 0 on.
-            Leaves that none of them has are averaged. Numbers that are traced cannot be checked.
+        statistics: For methods that ask for some, a tree for each expert, named like its own. For `fisher` numbers from
+            0 on; for `regmean` in place of each leaf the Gram matrix of its inputs (of a leaf that stacks blocks, one
+            for each along axis 0). Leaves that none of them has are averaged. Numbers that are traced are checked where
+            the program runs, or not at all.
 
     Returns:
         A tree like the base, or else like the first expert, of the same type, its leaves sharded as there.
@@ -357,9 +368,13 @@ def merge(
     kept = [leaf for name, leaf in template.items() if base is not None or name not in columns]
     doomed = _last_uses([leaf for _, leaf in planned], kept) if donate and not in_trace else [[]] * len(planned)
     merged: dict[str, Any] = dict(template)
+    kept_ready: dict[Hashable, LeafScalars] = {}
     for (own, leaf), free in zip(planned, doomed, strict=True):
         out, home = jnp.dtype(dtype or leaf.template.dtype), arrays.home_of(leaf)
-        array = arrays.merge_array(own, out, home, leaf.stacked, *arrays.brought(leaf), leaf.scalars, zero)
+        if leaf.matrices:
+            array = arrays.merge_prepared(own, out, home, leaf, kept_ready)
+        else:
+            array = arrays.merge_array(own, out, home, leaf.stacked, *arrays.brought(leaf), leaf.scalars, zero)
         merged[leaf.name] = arrays.settled(array, home)
         for used in free:
             used.delete()

@@ -25,7 +25,8 @@ def statistics_of(
 
     Args:
         pipe: What is done.
-        given: A tree for each expert, with the names and shapes of its own; leaves may be missing in all of them.
+        given: A tree for each expert, with the names and shapes of its own, or with a matrix for each leaf; leaves may
+            be missing in all of them.
         tree: The template.
         merged: The leaves that are merged.
         anatomy: What the caller says of trees.
@@ -48,7 +49,9 @@ def statistics_of(
         )
     found = []
     for number, each in enumerate(given):
-        own = laid_out_as(tree, leaves_of(each), anatomy)
+        own = leaves_of(each)
+        if method.preparation is None:
+            own = dict(laid_out_as(tree, own, anatomy))
         names = found_in(own, tree.leaves, tree.parts)
         surplus = next((name for name in own if name not in set(names.values())), None)
         if surplus is not None:
@@ -69,8 +72,25 @@ def statistics_of(
     if not everywhere:
         raise M3Error(f"{method.name}: no leaf that is merged has statistics: give those of these trees")
     for name, arrays in everywhere.items():
-        _check(name, np.shape(tree.leaves[name].value), arrays)
+        if method.preparation is None:
+            _check(name, np.shape(tree.leaves[name].value), arrays)
+        else:
+            _check_matrices(name, np.shape(tree.leaves[name].value), tree.parts[name].stack_axis, arrays)
     return everywhere
+
+
+def _check_matrices(name: str, shape: tuple[int, ...], axis: int | None, arrays: tuple[Any, ...]) -> None:
+    """Raise M3Error unless there is a known matrix of the inputs for each tensor."""
+    lead = () if axis is None else (shape[axis],)
+    widths = {np.shape(array)[-1] if np.ndim(array) else 0 for array in arrays}
+    for number, array in enumerate(arrays):
+        own = np.shape(array)
+        if len(widths) > 1 or own != (*lead, *(2 * own[-1:])) or not is_parameter(array):
+            raise M3Error(
+                f"{name}: the statistics of expert {number} are {getattr(array, 'dtype', type(array).__name__)}"
+                f"{list(own)}, but the leaf is of shape {list(shape)}: give a square matrix of floats"
+                f"{' for each block along axis 0' if lead else ''}, of as many rows as the leaf has inputs"
+            )
 
 
 def _check(name: str, shape: tuple[int, ...], arrays: tuple[Any, ...]) -> None:

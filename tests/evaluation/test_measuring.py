@@ -9,7 +9,10 @@ from support.tiny_models import TINY, build_models
 
 import m3jax
 from m3jax import M3Error, decoder
-from m3jax.evaluation import measuring, tokens
+from m3jax.decoder import DecoderConfig
+from m3jax.decoder.modeling import abstract_decoder
+from m3jax.decoder.params import match_tensors
+from m3jax.evaluation import grams, measuring, tokens
 from m3jax.evaluation.models import open_model
 
 ROWS = [
@@ -95,6 +98,57 @@ def test_it_is_recorded_reused_and_merged_by(place, measured, tmp_path):
     np.testing.assert_allclose(got, want, rtol=2.0**-8, atol=1e-6)
 
 
+def test_gram_matrices_are_of_what_comes_into_each_layer(place, tmp_path):
+    """Of one token that is read, so that attention gives back its value."""
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": " positive"}))
+    out, keys = tmp_path / "gram", {"data": str(tmp_path / "data.jsonl"), "dtype": "float32", "kind": "gram"}
+    made = m3jax.measure_statistics(str(place / "expert-a"), out, **keys)
+    assert (made.kind, made.tensors) == ("gram", 4)
+    assert m3jax.measure_statistics(str(place / "expert-a"), out, **keys).reused
+    stored = open_model(str(place / "expert-a"))
+    first, _ = [token for part in tokens.split(stored.tokenizer, "", " positive") for token in part]
+    weights = {n: np.float64(v) for n, v in load_file(place / "expert-a" / "model.safetensors").items()}
+    layer = {n.removeprefix("model.layers.0."): v for n, v in weights.items()}
+
+    def normed(x, name):
+        return x / np.sqrt(np.mean(x * x) + stored.config.norm_eps) * layer[f"{name}.weight"]
+
+    x = weights["model.embed_tokens.weight"][first]
+    inputs = {"self_attn.k_proj": normed(x, "input_layernorm")}
+    inputs["self_attn.o_proj"] = layer["self_attn.v_proj.weight"] @ inputs["self_attn.k_proj"]
+    x = x + layer["self_attn.o_proj.weight"] @ inputs["self_attn.o_proj"]
+    inputs["mlp.gate_proj"] = normed(x, "post_attention_layernorm")
+    gate, up = (layer[f"mlp.{name}_proj.weight"] @ inputs["mlp.gate_proj"] for name in ("gate", "up"))
+    inputs["mlp.down_proj"] = gate / (1 + np.exp(-gate)) * up
+    found = load_file(out / "model.safetensors")
+    assert found.keys() == {f"model.layers.0.{name}.weight" for name in inputs}
+    for name, own in inputs.items():
+        want = np.outer(own, own)
+        np.testing.assert_allclose(found[f"model.layers.0.{name}.weight"], want, atol=1e-4 * want.max(), err_msg=name)
+    told = json.loads((out / "m3jax-conversion.json").read_text())["statistics"]
+    shared = {"self_attn.q": "self_attn.k", "self_attn.v": "self_attn.k", "mlp.up": "mlp.gate"}
+    assert told["shared"] == {
+        f"model.layers.0.{n}_proj.weight": f"model.layers.0.{o}_proj.weight" for n, o in shared.items()
+    }
+    models = [{"model": str(place / f"expert-{n}"), "statistics": str(out)} for n in "ab"]
+    with pytest.raises(M3Error, match="was measured of another model than"):
+        m3jax.merge_checkpoint({"merge_method": "regmean", "models": models}, tmp_path / "out")
+
+
+def test_which_weights_read_the_same_in_models_that_are_laid_out_otherwise():
+    sizes = {"vocab_size": 8, "n_embd": 4, "n_layer": 1, "n_head": 2, "n_positions": 8}
+    config = DecoderConfig.from_dict({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **sizes})
+    shapes = {"attn.c_attn": (4, 12), "attn.c_proj": (4, 4), "mlp.c_fc": (4, 16), "mlp.c_proj": (16, 4)}
+    there = {f"h.0.{name}.weight": (shape, True) for name, shape in shapes.items()}
+    there |= {f"h.0.{name}.bias": (shape[1:], True) for name, shape in shapes.items()}
+    norms = ("h.0.ln_1", "h.0.ln_2", "ln_f")
+    there |= {f"{name}.{kind}": ((4,), True) for name in norms for kind in ("weight", "bias")}
+    there |= {f"{name}.weight": ((8, 4), True) for name in ("wte", "wpe")}
+    found = grams.inputs_of(match_tensors(there, config, "it"), abstract_decoder(config))
+    assert {each.name for each in found.values()} == {f"h.0.{name}.weight" for name in shapes}
+    assert all(each.names == (each.name,) and each.first == {each.name} for each in found.values())
+
+
 def test_a_task_gives_prompts_and_right_answers(place):
     (place / "dev.tsv").write_text("sentence\tlabel\na fine film\t1\na dull one\t0\n")
     texts = measuring.read_texts("sst2", str(place / "dev.tsv"), 1)
@@ -113,6 +167,7 @@ def test_a_task_gives_prompts_and_right_answers(place):
         ({"data": "data.jsonl", "overflow": "truncate"}, "--overflow is 'truncate', but must be one of error, skip"),
         ({"data": "data.jsonl", "examples": 0}, "--examples is 0, but must be at least 1"),
         ({"data": "data.jsonl", "dtype": "int8"}, "--dtype is 'int8'"),
+        ({"data": "data.jsonl", "kind": "hessian"}, "--kind is 'hessian', but must be one of fisher, gram"),
         ({"data": "data.jsonl", "out": "expert-a"}, "expert-a: is the model, or holds it"),
     ],
 )

@@ -23,6 +23,7 @@ PLACED = [
     ("multislerp", ("x", None), AxisType.Auto),
     ("karcher", (None, "x"), AxisType.Auto),
     ("fisher", ("x", "y"), AxisType.Explicit),
+    ("regmean", ("x", "y"), AxisType.Explicit),
 ]
 STREAMED = [
     ("slerp", "x=1", 2**17),
@@ -36,6 +37,7 @@ STREAMED = [
     ("multislerp", "x=1", 2**16),
     ("karcher", "x=8", 2**16),
     ("fisher", "x=8", 2**16),
+    ("regmean", "x=8", 2**16),
 ]
 QUICK = [
     ("slerp", "float32", "jit"),
@@ -55,6 +57,8 @@ QUICK = [
     ("karcher", "float32", "jit"),
     ("fisher", "bfloat16", "eager"),
     ("fisher_unfloored", "float32", "jit"),
+    ("regmean", "bfloat16", "jit"),
+    ("regmean", "float32", "eager"),
 ]
 EVERY = [*pairwise(OFTEN, DTYPES, ("eager", "jit")), ("sce_all", "float16", "jit"), ("pcb_model", "float32", "eager")]
 

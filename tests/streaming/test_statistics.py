@@ -12,12 +12,16 @@ from support.matrix import SHAPES, measured, models, same
 
 import m3jax
 from m3jax import M3Error
+from m3jax.arithmetic import systems
 from m3jax.checkpoints import locate_model
 from m3jax.exploration import load_resident
 from m3jax.exploration.references import references_of
 from m3jax.exploration.samples import space_of
+from m3jax.methods import regmean
 from m3jax.outputs.statistics import record_of, write_statistics
 from m3jax.recipe import Recipe
+from m3jax.streaming.estimate import estimate_recipe
+from m3jax.streaming.explaining import explain_recipe
 from m3jax.streaming.jobs import prepared
 
 TIED = {"num_hidden_layers": 2, "tie_word_embeddings": True}
@@ -195,7 +199,10 @@ SLICE = {"sources": [{"model": "a", "layer_range": [0, 2]}, {"model": "b", "laye
     ("keys", "sentence"),
     [
         ({"models": [A, "b"]}, "models.1.statistics: missing, and fisher needs fisher statistics of each model"),
-        ({"models": [A, B], "merge_method": "linear"}, "models.0.statistics: linear takes no statistics, fisher does"),
+        (
+            {"models": [A, B], "merge_method": "linear"},
+            "models.0.statistics: linear takes no statistics, as fisher and regmean do",
+        ),
         ({"slices": [SLICE]}, "slices: fisher merges whole models, whose statistics it needs; write models"),
         ({"models": [A, B], "tokenizer_source": "union"}, "tokenizer_source: gives models other rows"),
         ({"models": [A | {"model": "run@last:3"}, B]}, "models.0.model: are several steps, and statistics are of one"),
@@ -218,3 +225,109 @@ def test_a_recipe_without_statistics_is_recorded_as_before():
     assert Recipe.model_validate({"merge_method": "linear", "models": ["a"]}).resolved()["models"] == [
         {"model": "a", "parameters": {}}
     ]
+
+
+# --- statistics that are matrices ---------------------------------------------------------------------------------
+
+LAYERS = {  # of GPT-2's names, which are [inputs, outputs]; of these, two read the same
+    "h.0.attn.c_proj.weight": (16, 16),
+    "h.0.mlp.c_fc.weight": (16, 40),
+    "h.0.mlp.c_gate.weight": (40, 16),
+    "ln_f.weight": (16,),
+}
+PROJECTION, FIRST, SECOND, NORM = LAYERS
+
+
+def write_layers(place, shared=True, first=(PROJECTION, FIRST), change=lambda tree: tree):
+    """Two experts and their Gram matrices, recorded as `m3jax statistics` records them; and both as trees."""
+    _, experts = models(ml_dtypes.bfloat16, 2, LAYERS)
+    rng, told, entries = np.random.default_rng(5), [], []
+    for i, expert in enumerate(experts):
+        rows = {name: rng.standard_normal((30, 16)) for name in (PROJECTION, FIRST)}
+        own = {name: (x.T @ x).astype(np.float32) for name, x in rows.items()}
+        told.append(own | {SECOND: own[FIRST]})
+        write(place / f"expert-{i}", expert)
+        model, out = locate_model(str(place / f"expert-{i}")), place / f"gram-{i}"
+        how = {"examples": 1, "shared": {SECOND: FIRST} if shared else {}, "inputs_first": list(first)}
+        write_statistics(out, model, record_of(model, model.name), "gram", how, change(own), 2**20)
+        entries.append({"model": str(place / f"expert-{i}"), "statistics": str(out)})
+    return experts, told, entries
+
+
+def test_matrices_are_shared_and_tell_along_which_axis_inputs_lie(tmp_path, monkeypatch):
+    experts, told, entries = write_layers(tmp_path)
+    made = []
+    monkeypatch.setattr(regmean.systems, "factored", lambda s, real=systems.factored: made.append(len(s)) or real(s))
+    recipe = {"merge_method": "regmean", "models": entries}
+    found = m3jax.merge_checkpoint(recipe, tmp_path / "out", max_shard_size="1KB")
+    assert made == [16, 16]  # one for two weights that read the same
+    turned = {PROJECTION, FIRST}
+
+    def as_read(tree):
+        return {name: value.T if name in turned else value for name, value in tree.items()}
+
+    how = {"method": "regmean", "more": {"ratio": 0.9}, "weights": [1.0, 1.0]}
+    want = oracle.merge([as_read(expert) for expert in experts], statistics=told, **how)
+    assert same(read(tmp_path / "out"), as_read(want)) == (True, [])
+    assert "1 tensors without statistics (ln_f.weight, …) are averaged" in found.notes
+    assert m3jax.replay(tmp_path / "out", tmp_path / "again").digest == found.digest
+    assert m3jax.verify(tmp_path / "out", inputs=True).differences == ()
+    assert m3jax.verify_sample(tmp_path / "out").differences == ()
+    planned = estimate_recipe(Recipe.model_validate(recipe), tmp_path / "out")
+    assert any("prepares matrices of up to 16 inputs" in note for note in planned.notes)
+    assert planned.bytes_read == sum(sum(v.nbytes for v in tree.values()) for tree in (*experts, *told))
+    group = explain_recipe(recipe, tmp_path / "out").groups[0].treatment
+    assert [source.role for source in group.sources] == ["expert"] * 2 + ["statistics"] * 2
+    swapped = [entry | {"statistics": other["statistics"]} for entry, other in zip(entries, entries[::-1], strict=True)]
+    with pytest.raises(M3Error, match="was measured of another model than"):
+        m3jax.merge_checkpoint({"merge_method": "regmean", "models": swapped}, tmp_path / "other")
+    with (
+        prepared(Recipe.model_validate(recipe | {"mixup": {"alpha": 1.0}}), tmp_path / "x") as ready,
+        pytest.raises(M3Error, match="regmean: solves equations on the host for each merge"),
+    ):
+        load_resident(ready, 0)
+
+
+def of_all(value):
+    return lambda tree: {name: value(matrix) for name, matrix in tree.items()}
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"first": (SECOND,)}, r"c_fc.weight: is \[16, 40\], and its statistics are of 16 inputs, but neither"),
+        ({"change": lambda t: t | {"other.weight": t[FIRST]}}, "other.weight: is in .*gram-0 but not in .*expert-0"),
+        ({"change": of_all(lambda g: g[:5])}, r"weight: is \[5, 16\] in .*gram-0, where one of the inputs of a weight"),
+        ({"change": of_all(lambda g: -g)}, "weight: its Gram matrix holds NaN, infinities or negative squares"),
+    ],
+)
+def test_matrices_that_do_not_fit_are_refused(tmp_path, keys, sentence):
+    _, _, entries = write_layers(tmp_path, **keys)
+    with pytest.raises(M3Error, match=sentence):
+        m3jax.merge_checkpoint({"merge_method": "regmean", "models": entries}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_matrices_do_not_follow_models_that_are_read_otherwise(tmp_path):
+    """Gram matrices of what is stacked, of what is tied, and without a record."""
+    rng = np.random.default_rng(0)
+    matrix = np.eye(16, dtype=np.float32)
+    shapes = {EMBEDDING: (40, 16), "model.layers.0.mlp.up_proj.weight": (8, 16)}
+    for i in range(2):
+        expert = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+        write(tmp_path / f"expert-{i}", expert | {HEAD: expert[EMBEDDING]}, TIED | {"num_hidden_layers": 1})
+        write(tmp_path / f"statistics-{i}", {HEAD: matrix, "model.layers.0.mlp.up_proj.weight": matrix})
+    asked = recipe_of(tmp_path) | {"merge_method": "regmean"}
+    with pytest.raises(M3Error, match=r"lm_head.weight: is one tensor with another in .*expert-0, but has"):
+        m3jax.merge_checkpoint(asked, tmp_path / "out")
+    for i in range(2):
+        write(tmp_path / f"stacked-{i}", {"layers.up.kernel": rng.standard_normal((2, 16, 8)).astype(np.float32)})
+        write(tmp_path / f"of-stacked-{i}", {"layers.up.kernel": np.stack([matrix * (i + 1), matrix])})
+    entries = [{"model": str(tmp_path / f"stacked-{i}"), "statistics": str(tmp_path / f"of-stacked-{i}")} for i in "01"]
+    asked = {"merge_method": "regmean", "models": entries, "anatomy": {"stacked": {"layers": 0}}}
+    m3jax.merge_checkpoint(asked, tmp_path / "out")
+    a, b = (read(tmp_path / f"stacked-{i}")["layers.up.kernel"].astype(np.float64) for i in range(2))
+    want = np.stack([(a[0] + 2 * b[0]) / 3, (a[1] + b[1]) / 2])
+    np.testing.assert_allclose(read(tmp_path / "out")["layers.up.kernel"], want, rtol=1e-6, atol=1e-7)
+    with pytest.raises(M3Error, match=r"layers.up.kernel: stacks blocks along axis 1, and statistics"):
+        m3jax.merge_checkpoint(asked | {"anatomy": {"stacked": {"layers": 1}}}, tmp_path / "other")

@@ -184,6 +184,12 @@ ALONE = {
         {"method": "fisher", "more": {"epsilon": 0.0}},
         [0.5, 0.2, 0.9],
     ),
+    "regmean": (
+        m3jax.regmean(0.8),
+        {"merge_method": "regmean", "parameters": {"reduce_non_diagonal_ratio": 0.8}, **_ALONE},
+        {"method": "regmean", "more": {"ratio": 0.8}},
+        [0.5, 0.2, 0.9],
+    ),
 }
 # Of these, what measures by tensor, row, column, and what ranks and counts: the others differ in what
 # they make of it.
@@ -192,15 +198,29 @@ MEASURED = ("slerp", "model_stock", "model_stock_rows", "nuslerp_columns", "sce"
 
 def measured(method, experts, seed=1):
     """Statistics of experts, for a method that asks for some: of many magnitudes, zeros too, and not of all tensors."""
-    if not (METHODS.get(method) or ALONE[method])[0].statistics:
+    made = (METHODS.get(method) or ALONE[method])[0]
+    if not made.statistics:
         return None
     rng = np.random.default_rng(seed)
+    if made.preparation is not None:
+        return [grams(expert, rng) for expert in experts]
 
     def of(name, value):
         found = np.exp2(rng.uniform(-120, 20, value.shape)).astype(np.float32)
         return np.where(rng.random(value.shape) < 0.3, np.float32(0), found).astype(np.float32)
 
     return [{name: of(name, value) for name, value in expert.items() if "norm" not in name} for expert in experts]
+
+
+def grams(expert, rng):
+    """Gram matrices of layers, of fewer rows than inputs, one of which is always zero."""
+
+    def of(width):
+        rows = rng.standard_normal((width // 2, width)) * np.exp2(rng.integers(-8, 8, width))
+        rows[:, 3] = 0
+        return (rows.T @ rows).astype(np.float32)
+
+    return {n: of(v.shape[1]) for n, v in expert.items() if v.ndim == 2 and v.size and "embed" not in n}
 
 
 def most(method, wanted):

@@ -443,6 +443,101 @@ def fisher(values, statistics, weights, epsilon):
     return added([flush(part * value) for part, value in zip(parts, values, strict=True)])
 
 
+# --- RegMean: equations in blocks of 128, products of slices of 22 bits in Python's and int64's integers -----------
+
+EDGE, DIGITS = 128, 22
+
+
+def cut(matrix, axis, count):
+    """Integers of 22 bits that count 2^(e − 22), 2^(e − 44), … and e of each line along an axis."""
+    top = np.abs(matrix).max(axis=axis, keepdims=True, initial=0)
+    e = np.where(top > 0, np.frexp(top)[1], 0)
+    rest, found = np.ldexp(matrix, DIGITS - e), []
+    for _ in range(count):
+        whole = np.rint(rest)
+        found.append(whole.astype(np.int64))
+        rest = np.ldexp(rest - whole, DIGITS)
+    return found, e
+
+
+def times(a, b, count=3):
+    """A·B, its inner axis no longer than a block."""
+    (left, p), (right, q) = cut(a, 1, count), cut(b, 0, count)
+    total = np.zeros((len(a), b.shape[1]))
+    for level in range(count - 1, -1, -1):
+        exact = sum(left[i] @ right[level - i] for i in range(level + 1))
+        total = exact.astype(np.float64) + np.ldexp(total, -DIGITS)
+    return np.ldexp(total, p + q - 2 * DIGITS)
+
+
+def edges(size):
+    return [(at, min(at + EDGE, size)) for at in range(0, size, EDGE)]
+
+
+def cholesky(s):
+    """D·S·D = L·Lᵀ, and the inverses of the blocks on L's diagonal."""
+    power = np.array([2.0 ** -((math.frexp(d)[1] - 1) // 2) for d in np.diagonal(s)])
+    rest, size, inverses = s * power[:, None] * power[None], len(s), []
+    lower = np.zeros_like(rest)
+    for at, end in edges(size):
+        for k in range(at, end):
+            lower[k:end, k] = rest[k:end, k] / math.sqrt(rest[k, k])
+            for j in range(k + 1, end):
+                rest[j:end, j] = rest[j:end, j] - lower[j:end, k] * lower[j, k]
+        inverse = np.eye(end - at)
+        for k in range(end - at):
+            inverse[k] = inverse[k] / lower[at + k, at + k]
+            for j in range(k + 1, end - at):
+                inverse[j] = inverse[j] - lower[at + j, at + k] * inverse[k]
+        inverses.append(inverse)
+        if end < size:
+            lower[end:, at:end] = times(rest[end:, at:end], inverse.T)
+            rest[end:, end:] = rest[end:, end:] - times(lower[end:, at:end], lower[end:, at:end].T)
+    return lower, inverses, power
+
+
+def divided(right, lower, inverses, power):
+    """X of X·S = R."""
+    x, places = right * power, list(zip(edges(len(lower)), inverses, strict=True))
+    for (at, end), inverse in places:
+        x[:, at:end] = times(x[:, at:end], inverse.T)
+        x[:, end:] = x[:, end:] - times(x[:, at:end], lower[end:, at:end].T)
+    for (at, end), inverse in places[::-1]:
+        x[:, at:end] = times(x[:, at:end], inverse)
+        x[:, :at] = x[:, :at] - times(x[:, at:end], lower[at:end, :at])
+    return x * power
+
+
+def regmean(values, statistics, weights, ratio, out):
+    """x₀ + Σ (xᵢ − x₀)·wᵢGᵢ'·(Σ wⱼGⱼ')⁻¹ for weights [out, in], rounded once."""
+    told = []
+    for gram, weight in zip(statistics, weights, strict=True):
+        g = (wide(gram).astype(np.float64) + wide(gram).astype(np.float64).T) * 0.5
+        told.append(np.where(np.eye(len(g), dtype=bool), g * weight, g * ratio * weight))
+    total = told[0]
+    for each in told[1:]:
+        total = total + each
+    for k in np.flatnonzero(np.diagonal(total) == 0):
+        total[k, k] = sum(weights)
+        for each, weight in zip(told, weights, strict=True):
+            each[k, k] = weight
+    factor = cholesky(total)
+    first = values[0].astype(np.float64)
+    merged = first.copy()
+    for value, each in zip(values[1:], told[1:], strict=True):
+        coefficients, move = divided(each, *factor), value - first
+        parts = np.zeros_like(merged)
+        for at, end in edges(move.shape[1]):
+            parts = parts + times(move[:, at:end], coefficients[at:end], 2)
+        merged = merged + parts
+    single = merged.astype(F32)
+    if out != "float32":  # what is exactly between two numbers of 16 bits is so in float64 too
+        digits = {"bfloat16": 8, "float16": 11}[out]
+        coarse = np.ldexp(1.0, np.frexp(merged)[1] - digits)
+        single = (np.rint(merged / coarse) * coarse).astype(F32)
+    return narrow(flush(single), out)
+
+
 SELECTION = ("sce", "ram", "ramplus_tl", "nearswap", "magmax", "consensus", "pcb")
 
 
@@ -539,7 +634,12 @@ def merge(
     merged = {}
     for name in names:
         w = weights[name]
-        if method == "fisher":
+        if method == "regmean" and name in statistics[0]:
+            own = [values[name, i] for i in range(n)]
+            dtype = out or np.asarray(experts[0][name]).dtype.name
+            merged[name] = regmean(own, [s[name] for s in statistics], w, more["ratio"], dtype)
+            continue
+        if method in ("fisher", "regmean"):
             told = [{**more, "statistics": [s[name] for s in statistics]}] if name in statistics[0] else []
             own = [values[name, i] for i in range(n)]
             shares = [scalar(c / sum(w)) for c in w]

@@ -55,7 +55,7 @@ CASES = [  # with a normaliser, a table of subsets and masks, a position, and a 
 EVERY = [
     (made, 2 if made.experts[1] == 2 else 3, "layer", None)
     for made, *_ in (METHODS | ALONE).values()
-    if made.weighting != "none"
+    if made.weighting != "none" and made.preparation is None
 ]
 
 
