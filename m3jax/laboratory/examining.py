@@ -148,7 +148,7 @@ def resist(exam: Exam, generator: Generator, seed: int) -> Resistance:
         generator: The model.
         seed: Of the adversary's choices.
     """
-    plan = make_plan(**ADVERSARIES[exam.task.name], profile=_PROFILE, key=seed, limit=len(exam.rows))
+    plan = make_plan(**ADVERSARIES[exam.task.name], profile=_PROFILE, key=seed, limit=len(exam.rows), floor=0.0)
     found = attack_task(
         exam.task,
         exam.rows,

@@ -121,7 +121,10 @@ def test_a_word_that_matters_is_found():
 def test_a_constant_model_is_broken_by_nothing():
     right = tried(lambda text: True, attacks=DEFAULT_ATTACKS, shifts=("typos", "uppercase"))
     assert {one.drop.pdr for one in (*right.attacks, *right.shifts)} == {0.0}
-    wrong = tried(lambda text: False, attacks=DEFAULT_ATTACKS, shifts=("typos",))
+    stopped = tried(lambda text: False, attacks=DEFAULT_ATTACKS, shifts=("typos",))
+    assert (stopped.attacks, stopped.shifts, stopped.complete) == ((), (), True)
+    assert stopped.undefined == "clean accuracy is 0.0%, and below 5.0% drop rates are undefined"
+    wrong = tried(lambda text: False, attacks=DEFAULT_ATTACKS, shifts=("typos",), floor=0.0)
     assert (wrong.accuracy, wrong.interval[0]) == (0, 0)
     assert {(one.drop.pdr, one.drop.interval) for one in (*wrong.attacks, *wrong.shifts)} == {(None, None)}
     assert {one.queries for one in wrong.attacks} == {1}
@@ -384,7 +387,11 @@ def test_another_grader_may_judge():
 def test_the_command_and_its_report(place, tmp_path, capsys):
     arguments = ["attack", str(place / "expert-a"), "--task", "sst2", "--data", str(place / "rows.jsonl")]
     arguments += ["--attack", "stresstest", "--shift", "uppercase", "--max-tokens", "2", "--dtype", "float32"]
-    arguments += ["--template", "none", "--limit", "4", "--out", str(tmp_path / "run"), "--grader", "paper"]
+    arguments += ["--template", "none", "--limit", "4", "--grader", "paper"]
+    assert commands.main(arguments) == 0  # a model that says nothing sensible
+    said = capsys.readouterr().out
+    assert "note: clean accuracy is 0.0%, and below 5.0% drop rates are undefined, so nothing was attacked" in said
+    arguments += ["--floor", "0", "--out", str(tmp_path / "run")]
     assert commands.main([*arguments, "--json"]) == 0
     outcome = json.loads(capsys.readouterr().out)
     assert outcome == json.loads((tmp_path / "run" / "attack.json").read_text())

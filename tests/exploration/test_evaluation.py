@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import jax
 import numpy as np
@@ -22,6 +23,7 @@ from m3jax.errors import M3Error
 from m3jax.evaluation import GenerationSettings, get_task, runner
 from m3jax.evaluation.models import load_model
 from m3jax.evaluation.options import check_evaluation
+from m3jax.evaluation.protocol import Completion
 from m3jax.evaluation.tasks.base import Judgement
 from m3jax.exploration import Evaluation, Optimization, exploring, scoring
 from m3jax.exploration.samples import to_hex
@@ -71,7 +73,7 @@ def test_samples_are_evaluated_as_the_merge_that_is_written(place, tmp_path, gra
     lines = []
     data, recipe = {"sst2": place / "dev.jsonl"}, place / "recipe.yaml"
     options = {"tasks": data, "samples": 5, "evaluation": OPTIONS}
-    found = m3jax.explore(recipe, tmp_path / "out", tell=lines.append, **options)
+    found = m3jax.explore(recipe, tmp_path / "out", tell=lines.append, strategy="draw", **options)
     compiled = [line for line in lines if line.startswith("compiling")]
     assert len(compiled) == 4  # one reads prompts, one goes on, of inputs and of merges in float32: none per sample
     assert len({result.scores["sst2"] for result in found.results}) > 1
@@ -103,6 +105,55 @@ def test_the_decoder_on_eight_devices_chooses_as_on_one(place, tmp_path, graded)
     assert [result[:4] for result in one.results] == [result[:4] for result in eight.results]
     assert one.choice[:4] == eight.choice[:4]
     assert one.merge.digest == eight.merge.digest
+
+
+def answers_by_merge(model, *_):
+    """A stand-in for a model: each merge has a rate of its own, at which it is right, the same examples first."""
+    letters = np.asarray(jax.tree.leaves(model.params)[0]).tobytes()
+    rate = threefry.fold_in_name(threefry.root_key(0), str(zlib.crc32(letters)))[0] / 2**32
+
+    def generate(prompts, settings):
+        hard = [threefry.fold_in_name(threefry.root_key(1), prompt)[0] / 2**32 for prompt in prompts]
+        return [Completion("c" if difficulty < rate else "a", True, 1) for difficulty in hard]
+
+    return generate
+
+
+@pytest.mark.parametrize("strategy", ["draw", "auto"])
+def test_what_cannot_be_the_best_is_stopped_and_nothing_else_changes(place, tmp_path, graded, monkeypatch, strategy):
+    monkeypatch.setattr(scoring, "make_generator", answers_by_merge)
+    (tmp_path / "more.jsonl").write_text((place / "dev.jsonl").read_text().replace("fine", "bad"))
+    tasks = {"sst2": place / "dev.jsonl", "cola": tmp_path / "more.jsonl"}
+    how = {"samples": 16, "strategy": strategy, "evaluation": OPTIONS._replace(batch_size=1)}
+    for given in (dict(list(tasks.items())[:1]), tasks):
+        one, other = (
+            m3jax.explore(
+                place / "recipe.yaml", tmp_path / f"{len(given)}-{stop}", tasks=given, early_stopping=stop, **how
+            )
+            for stop in (True, False)
+        )
+        assert one.choice[:4] == other.choice[:4]
+        assert one.front == other.front
+        assert one.cost < 16 == other.cost
+        stopped = {result.sample: result for result in one.results if result.most is not None}
+        assert stopped
+        for result in other.results:
+            mine = one.results[result.sample]
+            assert mine.weights == result.weights
+            if result.sample in stopped:
+                assert mine.share < 1
+                assert all(mine.most[task] >= score for task, score in result.scores.items())
+            else:
+                assert mine.scores == result.scores
+    # Another run has what was stopped from the journal, but not where it is asked for itself, or nothing is stopped.
+    named = next(iter(stopped))
+    for more, fresh in (({}, 0), ({"select": str(named)}, 1), ({"early_stopping": False}, len(stopped) - 1)):
+        seen = []
+        m3jax.explore(
+            place / "recipe.yaml", tmp_path / "again", tasks=tasks, overwrite=True, journal=one.journal,
+            watch=lambda result, known, seen=seen: seen.append(known), **how, **more,
+        )  # fmt: skip
+        assert seen.count(False) == fresh
 
 
 def test_parts_of_dev_data_are_seeded_nested_and_of_all_labels(place):
