@@ -26,7 +26,9 @@ from m3jax.exploration.samples import Space, Weights, at_point, drawn, equal_wei
 from m3jax.methods.mixup import point_of
 from m3jax.streaming.plan import WHOLE_MODEL
 
-_SPREAD = 8  # samples of auto that are spread evenly before it steps from the best
+SPREAD = 8
+"""Samples of auto that are spread evenly before it steps from the best."""
+
 _WIDTH = 0.5  # of its first step, in standard deviations of the draws
 _LONGER, _SHORTER = 1.5, 0.9  # what a step that found something better makes of it, and one that did not
 _FAR = 6.0  # beyond which a normal variable is at the cube's edge
@@ -121,7 +123,7 @@ def _automatic(space: Space, budget: int) -> Strategy:
     (best,) = yield [Trial(0, equal)]
     width = _WIDTH
     for sample in range(1, budget):
-        near = sample >= _SPREAD and sample % 2 == 0
+        near = sample >= SPREAD and sample % 2 == 0
         if near:
             there = np.clip(place + width * steps.standard_normal(space.dimensions), -_FAR, _FAR)
         else:

@@ -20,7 +20,6 @@ from m3jax.errors import M3Error, saying_what_failed
 from m3jax.evaluation.models import open_model
 from m3jax.evaluation.prompts import render
 from m3jax.evaluation.runner import answered
-from m3jax.evaluation.sandbox import why_no_sandbox
 from m3jax.evaluation.tasks import Execution
 from m3jax.exploration.optimizing import DevBatch, Optimization, dev_loss, learn
 from m3jax.exploration.resident import Resident, load_resident
@@ -43,6 +42,7 @@ GRADIENT = "gradient"
 """Adam on the cross-entropy of the dev examples' answers, from equal weights."""
 
 RUNS, SCORES = "runs", "scores"
+_UNKNOWN = "?"
 _STEP = 3.0  # evaluations of an example that a step costs for each in its batch: there, and twice as much back
 
 
@@ -58,7 +58,7 @@ class Contest(NamedTuple):
         learning: How gradients are followed; the budget says for how many steps.
     """
 
-    seeds: int = 6
+    seeds: int = 5
     budgets: tuple[int, ...] = (8, 16, 32, 64)
     dev: int = 32
     test: int = 128
@@ -84,14 +84,13 @@ class Arena(NamedTuple):
 
 
 def arenas_of(names: Sequence[str]) -> list[Arena]:
-    """Every pair of experts and all of them with one ratio, and the first pair with ratios for each layer.
+    """The last two experts and all of them with one ratio, and the last two with a ratio for each layer.
 
     Args:
-        names: The experts.
+        names: The experts, two or more.
     """
-    pairs = list(itertools.combinations(names, 2))
-    whole = [tuple(names)] if len(names) > 2 else []
-    return [*(Arena(group) for group in [*pairs, *whole]), Arena(pairs[0], "layer")]
+    last = tuple(names[-2:])
+    return [*(Arena(group) for group in dict.fromkeys((last, tuple(names)))), Arena(last, "layer")]
 
 
 def compare(
@@ -122,11 +121,12 @@ def compare(
         "models": models,
         "examples": [how.dev, how.test],
         "alpha": how.alpha,
-        "programs are run": why_no_sandbox() is None,
     }
     by_name = {skill.name: skill for skill in skills}
     names = [*STRATEGIES, GRADIENT]
-    jobs = list(itertools.product(range(how.seeds), arenas_of(list(by_name))))
+    jobs = sorted(
+        itertools.product(range(how.seeds), arenas_of(list(by_name))), key=lambda job: job[1].granularity != "model"
+    )
     with (
         _ledger(directory, SCORES, identity) as scores,
         _ledger(directory, RUNS, {**identity, "learning": how.learning._asdict()}) as runs,
@@ -181,35 +181,38 @@ class _Bench(NamedTuple):
     scores: Ledger
     known: dict[tuple[str, int, str, str], dict[str, str]]
 
-    def right(self, split: str, weights: Weights) -> dict[str, list[bool]]:
-        """By skill, which examples a merge does right."""
+    def right(self, split: str, weights: Weights, share: float = 1.0) -> dict[str, list[bool]]:
+        """By skill, which examples of a part a merge does right, in the order of parts."""
         digest = hashlib.sha256(repr(sorted(to_hex(weights).items())).encode()).hexdigest()[:16]
         key = (self.arena.name, self.seed, split, digest)
-        if key not in self.known:
-            found = {skill: self._answers(paper.exam, weights) for skill, paper in self.papers[split].items()}
-            told = {skill: "".join("01"[each] for each in verdicts) for skill, verdicts in found.items()}
+        papers = self.papers[split]
+        parts = {skill: paper.order[: math.ceil(share * len(paper.order))] for skill, paper in papers.items()}
+        known = self.known.get(key) or {skill: _UNKNOWN * len(paper.order) for skill, paper in papers.items()}
+        left = {skill: [i for i in part if known[skill][i] == _UNKNOWN] for skill, part in parts.items()}
+        if any(left.values()):
+            params = decoder.params_from_tree(self.resident.merge(weights), self.lab.pupil.config)
+            for skill, places in left.items():
+                letters = list(known[skill])
+                for place, correct in zip(places, self._answers(papers[skill].exam, places, params), strict=True):
+                    letters[place] = "01"[correct]
+                known = {**known, skill: "".join(letters)}
             names = dict(zip(("arena", "seed", "split", "weights"), key, strict=True))
-            self.scores.add({**names, "right": told})
-            self.known[key] = told
-        return {skill: [letter == "1" for letter in told] for skill, told in self.known[key].items()}
+            self.scores.add({**names, "right": known})
+            self.known[key] = known
+        return {skill: [known[skill][place] == "1" for place in part] for skill, part in parts.items()}
 
-    def _answers(self, exam: Exam, weights: Weights) -> list[bool]:
-        params = decoder.params_from_tree(self.resident.merge(weights), self.lab.pupil.config)
-        prompts = [render(TEMPLATE, example.instruction) for example in exam.examples]
-        found: dict[int, bool] = {}
-        batches = answered(
-            exam.task, exam.examples, prompts, self.lab.pupil.generator(params), exam.settings, Execution(), BATCH_SIZE
-        )
-        for record in itertools.chain.from_iterable(batches):
-            found[record.number] = bool(record.correct)
-        return [found[number] for number in range(len(prompts))]
+    def _answers(self, exam: Exam, places: Sequence[int], params: Any) -> list[bool]:
+        examples = [exam.examples[place] for place in places]
+        prompts = [render(TEMPLATE, example.instruction) for example in examples]
+        generator = self.lab.pupil.generator(params)
+        batches = answered(exam.task, examples, prompts, generator, exam.settings, Execution(), BATCH_SIZE)
+        found = {record.number: bool(record.correct) for record in itertools.chain.from_iterable(batches)}
+        return [found[number] for number in range(len(places))]
 
     def tried(self, trial: Trial) -> Result:
         """A trial on its share of the dev examples."""
-        scores = {}
-        for skill, verdicts in self.right("dev", trial.weights).items():
-            part = self.papers["dev"][skill].order[: math.ceil(trial.share * len(verdicts))]
-            scores[skill] = sum(verdicts[place] for place in part) / len(part)
+        found = self.right("dev", trial.weights, trial.share)
+        scores = {skill: sum(verdicts) / len(verdicts) for skill, verdicts in found.items()}
         return Result(trial.sample, trial.weights, trial.share, scores, 0.0, self.arena.granularity)
 
     def followed(self, strategy: str, budget: int) -> list[Result]:
@@ -275,7 +278,8 @@ def _bench(
     root = threefry.root_key(seed)
 
     def papers(split: str, count: int) -> dict[str, _Paper]:
-        exams = {skill.name: make_exam(skill, split, count, seed) for skill in skills}
+        # Programs count by their text: thousands of merges write too many to run.
+        exams = {skill.name: make_exam(skill, split, count, seed, run_code=False) for skill in skills}
         return {name: _Paper(exam, seeded_order(len(exam.rows), root, name)) for name, exam in exams.items()}
 
     both = {"dev": papers("dev", how.dev), "test": papers("test", how.test)}
