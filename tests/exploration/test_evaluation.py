@@ -20,7 +20,7 @@ import m3jax
 from m3jax.arithmetic import threefry
 from m3jax.cli import commands
 from m3jax.errors import M3Error
-from m3jax.evaluation import GenerationSettings, get_task, runner
+from m3jax.evaluation import GenerationSettings, get_task, report, runner
 from m3jax.evaluation.models import load_model
 from m3jax.evaluation.options import check_evaluation
 from m3jax.evaluation.protocol import Completion
@@ -119,41 +119,35 @@ def answers_by_merge(model, *_):
     return generate
 
 
-@pytest.mark.parametrize("strategy", ["draw", "auto"])
-def test_what_cannot_be_the_best_is_stopped_and_nothing_else_changes(place, tmp_path, graded, monkeypatch, strategy):
+def test_what_cannot_be_the_best_is_stopped_and_nothing_else_changes(place, tmp_path, graded, monkeypatch):
     monkeypatch.setattr(scoring, "make_generator", answers_by_merge)
     (tmp_path / "more.jsonl").write_text((place / "dev.jsonl").read_text().replace("fine", "bad"))
     tasks = {"sst2": place / "dev.jsonl", "cola": tmp_path / "more.jsonl"}
-    how = {"samples": 16, "strategy": strategy, "evaluation": OPTIONS._replace(batch_size=1)}
-    for given in (dict(list(tasks.items())[:1]), tasks):
-        one, other = (
-            m3jax.explore(
-                place / "recipe.yaml", tmp_path / f"{len(given)}-{stop}", tasks=given, early_stopping=stop, **how
-            )
-            for stop in (True, False)
-        )
-        assert one.choice[:4] == other.choice[:4]
-        assert one.front == other.front
-        assert one.cost < 16 == other.cost
-        stopped = {result.sample: result for result in one.results if result.most is not None}
-        assert stopped
-        for result in other.results:
-            mine = one.results[result.sample]
-            assert mine.weights == result.weights
-            if result.sample in stopped:
-                assert mine.share < 1
-                assert all(mine.most[task] >= score for task, score in result.scores.items())
-            else:
-                assert mine.scores == result.scores
+    how = {"tasks": tasks, "samples": 16, "evaluation": OPTIONS._replace(batch_size=1), "overwrite": True}
+    recipe, out = place / "recipe.yaml", tmp_path / "out"
+    one = m3jax.explore(recipe, out, **how)
+    told = json.loads((tmp_path / "out.exploration" / "exploration.json").read_text())
+    assert [sample["sample"] for sample in told["samples"]] == list(range(16))
+    (line,) = report.collect([out]).explorations
+    assert (line.strategy, line.samples, line.chosen) == ("auto", 16, one.choice.sample)
+    stopped = {result.sample: result for result in one.results if result.most is not None}
     # Another run has what was stopped from the journal, but not where it is asked for itself, or nothing is stopped.
-    named = next(iter(stopped))
-    for more, fresh in (({}, 0), ({"select": str(named)}, 1), ({"early_stopping": False}, len(stopped) - 1)):
-        seen = []
-        m3jax.explore(
-            place / "recipe.yaml", tmp_path / "again", tasks=tasks, overwrite=True, journal=one.journal,
-            watch=lambda result, known, seen=seen: seen.append(known), **how, **more,
-        )  # fmt: skip
-        assert seen.count(False) == fresh
+    seen = []
+    how["watch"] = lambda result, known: seen.append(known)
+    named = m3jax.explore(recipe, out, select=str(next(iter(stopped))), **how)
+    assert (seen.count(False), named.choice.share) == (1, 1.0)
+    seen.clear()
+    other = m3jax.explore(recipe, out, early_stopping=False, **how)
+    assert seen.count(False) == len(stopped) - 1
+    assert one.choice[:4] == other.choice[:4]
+    assert one.front == other.front
+    assert one.cost < 16 == other.cost
+    for result in other.results:
+        mine = one.results[result.sample]
+        assert mine.weights == result.weights
+        if result.sample in stopped:
+            assert mine.share < 1
+            assert all(mine.most[task] >= score for task, score in result.scores.items())
 
 
 def test_parts_of_dev_data_are_seeded_nested_and_of_all_labels(place):
