@@ -171,7 +171,7 @@ def explore(
     tasks: options.Tasks,
     samples: options.Samples = 32,
     select: options.Select = "mean",
-    strategy: options.Strategy = "auto",
+    strategy: options.Strategy = "draw",
     early_stopping: options.EarlyStopping = True,
     optimize: options.Optimize = None,
     granularity: options.Granularity = None,

@@ -380,7 +380,7 @@ def explore(
     tasks: Mapping[str, str | Path | None] | None = None,
     samples: int = 32,
     select: str = "mean",
-    strategy: str = "auto",
+    strategy: str = "draw",
     early_stopping: bool = True,
     evaluation: Evaluation | None = None,
     score: Score | None = None,

@@ -1,5 +1,5 @@
-"""Which weights are tried next: independent draws, quasi-random points, a grid, successive halving, CMA-ES, and the
-strategy that is taken where nobody says which.
+"""Which weights are tried next: independent draws, quasi-random points, a grid, successive halving, CMA-ES, and a
+mixture of them that goes on with any budget.
 
 A strategy is a generator: it yields batches of trials, is sent their values, and ends when its budget is spent. It has
 no state beside that, so that a journal of values brings it back to where it was.

@@ -1,10 +1,12 @@
 """What the comparison of strategies found: a page with paired differences, and a picture."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from m3jax.errors import M3Error
 from m3jax.evaluation.records import make_directory, write_whole
 from m3jax.exploration.strategies import SPREAD, STRATEGIES
 from m3jax.laboratory.outcomes import ROUNDING, SeedMean, over_seeds
@@ -33,8 +35,10 @@ Intervals are 95 % by Student's t over seeds, arenas averaged within a seed firs
 
 `gradient` is `--optimize loss` from equal weights: a step of Adam on a batch costs three evaluations of its examples,
 one there and two back, and the budget also pays for evaluating where it begins and ends. Of `halving` parts of the dev
-examples cost parts of an evaluation. `auto` is what `m3jax explore` does where nobody says how: equal weights, Sobol
-points, and from sample {spread} on every other sample a step from the best so far.
+examples cost parts of an evaluation. `auto` is equal weights, Sobol points, and from sample {spread} on every other
+sample a step from the best so far.
+
+There are {compared} comparisons of `auto` below, each with its own 95 % interval, and no correction for their number.
 """
 
 
@@ -42,14 +46,17 @@ def write_report(runs: Sequence[Run], directory: Path, how: Contest, millions: f
     """Writes `strategies.md`, and beside it a directory with the picture and the runs.
 
     Args:
-        runs: Lines of `compare`.
+        runs: Lines of `compare`; arenas that are not finished are left out.
         directory: Where.
         how: What was compared.
         millions: Of parameters that each model has.
 
     Raises:
-        M3Error: It cannot be written.
+        M3Error: No arena is finished, or it cannot be written.
     """
+    runs = finished(runs, how)
+    if not runs:
+        raise M3Error("no arena is finished yet: run the comparison to its end")
     beside = directory / "strategies"
     make_directory(beside)
     save_picture(runs, beside / PICTURE)
@@ -65,8 +72,21 @@ def write_report(runs: Sequence[Run], directory: Path, how: Contest, millions: f
         budgets=", ".join(map(str, how.budgets)),
         seeds=len({run["seed"] for run in runs}),
         spread=SPREAD,
+        compared=(len(_strategies(runs)) - 1) * len(how.budgets),
     )
     write_whole(directory / PAGE, "\n".join([head, *_body(runs), ""]))
+
+
+def finished(runs: Sequence[Run], how: Contest) -> list[Run]:
+    """The runs of arenas in which every strategy has chosen at every budget with every seed.
+
+    Args:
+        runs: Lines of `compare`.
+        how: What was compared.
+    """
+    wanted = how.seeds * len(how.budgets) * len(_strategies(runs))
+    counts = Counter(run["arena"] for run in runs)
+    return [run for run in runs if counts[run["arena"]] == wanted]
 
 
 def _arenas(runs: Sequence[Run]) -> list[str]:

@@ -123,7 +123,13 @@ def test_what_cannot_be_the_best_is_stopped_and_nothing_else_changes(place, tmp_
     monkeypatch.setattr(scoring, "make_generator", answers_by_merge)
     (tmp_path / "more.jsonl").write_text((place / "dev.jsonl").read_text().replace("fine", "bad"))
     tasks = {"sst2": place / "dev.jsonl", "cola": tmp_path / "more.jsonl"}
-    how = {"tasks": tasks, "samples": 16, "evaluation": OPTIONS._replace(batch_size=1), "overwrite": True}
+    how = {
+        "tasks": tasks,
+        "samples": 16,
+        "evaluation": OPTIONS._replace(batch_size=1),
+        "overwrite": True,
+        "strategy": "auto",
+    }
     recipe, out = place / "recipe.yaml", tmp_path / "out"
     one = m3jax.explore(recipe, out, **how)
     told = json.loads((tmp_path / "out.exploration" / "exploration.json").read_text())

@@ -54,7 +54,11 @@ def test_pairs_are_of_one_arena_and_seed(tmp_path: Path) -> None:
     assert mean.half > 0.1
     assert worse(better) == []
     assert worse(poorer) == [("draw", 8), ("draw", 16), (GRADIENT, 8), (GRADIENT, 16)]
-    write_report(poorer, tmp_path, HOW, 0.47)
+    how = HOW._replace(seeds=3, budgets=(8, 16))
+    unfinished = [{**poorer[0], "arena": "a + c, model"}]
+    write_report([*poorer, *unfinished], tmp_path, how, 0.47)
+    with pytest.raises(M3Error, match="no arena is finished yet"):
+        write_report(unfinished, tmp_path, how, 0.47)
     page = (tmp_path / "strategies.md").read_text()
     assert "**auto is worse, beyond its interval, than draw at 8, draw at 16, gradient at 8, gradient at 16.**" in page
     assert "| draw | -0.9 ± 0.2 | -0.9 ± 0.2 |" in page
