@@ -29,6 +29,8 @@ class Progress(NamedTuple):
 def progress_lines(tell: Tell | None, what: str = "examples") -> Callable[[int, int], None] | None:
     """What a run reports, as lines with rate and time left, a few seconds apart.
 
+    What is done first has programs compiled, so that the time left is told from what comes after it.
+
     Args:
         tell: Told the lines; nothing is reported without it.
         what: What is counted.
@@ -36,6 +38,7 @@ def progress_lines(tell: Tell | None, what: str = "examples") -> Callable[[int, 
     if tell is None:
         return None
     say, state = tell, {"begun": time.monotonic(), "said": time.monotonic(), "first": -1.0}
+    warm: list[tuple[float, int]] = []  # when the first of this run was done, and how many were then
 
     def report(done: int, total: int) -> None:
         now = time.monotonic()
@@ -44,11 +47,19 @@ def progress_lines(tell: Tell | None, what: str = "examples") -> Callable[[int, 
             if done:
                 say(f"{done} of {total} {what} were done before")
         fresh, spent = done - state["first"], now - state["begun"]
+        if fresh and not warm:
+            warm.append((now, done))
         if not fresh or (now - state["said"] < SECONDS_BETWEEN_LINES and done < total):
             return
         state["said"] = now
-        rate = fresh / max(spent, 1e-6)
-        left = f", {time_text((total - done) / rate)} left" if done < total else f" in {time_text(spent)}"
-        say(f"{done} of {total} {what}, {rate:.2f}/s{left}")
+        if done >= total:
+            say(f"{done} of {total} {what}, {fresh / max(spent, 1e-6):.2f}/s in {time_text(spent)}")
+            return
+        since, before = warm[0]
+        if done == before:
+            say(f"{done} of {total} {what}")
+            return
+        rate = (done - before) / max(now - since, 1e-6)
+        say(f"{done} of {total} {what}, {rate:.2f}/s, {time_text((total - done) / rate)} left")
 
     return report

@@ -11,7 +11,7 @@ import typer
 
 from m3jax.cli import options, shell, terminal
 from m3jax.cli.displays.evaluation import attack_lines, evaluation_lines, statistics_lines
-from m3jax.cli.displays.exploration import exploration_json, exploration_lines, reporter
+from m3jax.cli.displays.exploration import exploration_lines, reporter
 from m3jax.errors import M3Error
 
 
@@ -91,6 +91,7 @@ def attack(
     encoder: options.Encoder = None,
     tagger: options.Tagger = None,
     least_similarity: options.LeastSimilarity = None,
+    floor: options.Floor = 0.05,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where attack.json goes.", show_default=False)
     ] = None,
@@ -124,6 +125,7 @@ def attack(
         encoder=encoder,
         tagger=tagger,
         least_similarity=least_similarity,
+        floor=floor,
         out=out,
         overwrite=overwrite,
         how=Evaluation(limit, batch_size, *answers, overflow, *programs, grader),
@@ -139,7 +141,11 @@ def report(
     *,
     directories: Annotated[
         list[Path],
-        typer.Argument(metavar="DIR…", help="Output directories of evaluate and attack.", show_default=False),
+        typer.Argument(
+            metavar="DIR…",
+            help="What evaluate and attack wrote, and OUT.exploration of explore.",
+            show_default=False,
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -149,7 +155,7 @@ def report(
     as_json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Put evaluations and attacks of several models in one table and one picture."""
+    """Put evaluations, attacks and explorations of several models in one table and one picture."""
     from m3jax.evaluation import report as reporting
 
     found = reporting.collect(directories)
@@ -166,6 +172,7 @@ def explore(
     samples: options.Samples = 32,
     select: options.Select = "mean",
     strategy: options.Strategy = "draw",
+    early_stopping: options.EarlyStopping = True,
     optimize: options.Optimize = None,
     granularity: options.Granularity = None,
     steps: options.Steps = 100,
@@ -219,6 +226,7 @@ def explore(
             samples=samples,
             select=select,
             strategy=strategy,
+            early_stopping=early_stopping,
             evaluation=how,
             optimize=learned,
             mesh=make_mesh(mesh),
@@ -232,9 +240,7 @@ def explore(
     if picture is not None:
         exploration.picture(found.drawn, picture)
     width = terminal.width()
-    shell.print_result(
-        lambda: exploration_json(found), lambda: exploration_lines(found, width), speech.as_json, speech.quiet
-    )
+    shell.print_result(found.to_json, lambda: exploration_lines(found, width), speech.as_json, speech.quiet)
 
 
 def statistics(

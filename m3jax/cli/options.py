@@ -179,6 +179,10 @@ LeastSimilarity = Annotated[
     float | None, typer.Option(metavar="X", help="What --encoder must find; the profile's bounds if left out.")
 ]
 
+Floor = Annotated[
+    float, typer.Option(metavar="X", help="Clean accuracy below which PDR is undefined and nothing is attacked.")
+]
+
 Tasks = Annotated[
     list[str],
     typer.Option("--task", metavar="NAME=FILE", help="A task, its dev data; may be repeated.", show_default=False),
@@ -187,7 +191,20 @@ Samples = Annotated[int, typer.Option(metavar="N", help="The budget, in evaluati
 Select = Annotated[
     str, typer.Option(metavar="mean|TASK|pareto|NUMBER", help="What the best sample is; or the sample to take.")
 ]
-Strategy = Annotated[str, typer.Option(metavar="draw|sobol|grid|halving|cma", help="Which ratios are tried.")]
+Strategy = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|draw|sobol|grid|halving|cma",
+        help="Which ratios are tried; auto: equal weights, Sobol points, then steps from the best so far.",
+    ),
+]
+EarlyStopping = Annotated[
+    bool,
+    typer.Option(
+        "--early-stopping/--no-early-stopping",
+        help="Stop a sample once even right answers to all that is left could not make it the best.",
+    ),
+]
 Optimize = Annotated[
     str | None,
     typer.Option(metavar="loss|entropy", help="Refine the best sample by gradients.", show_default=False),

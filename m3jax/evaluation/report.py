@@ -1,7 +1,9 @@
-"""Evaluations and attacks of several models in one table and one picture."""
+"""Evaluations, attacks and explorations of several models in one table and one picture."""
 
+import itertools
 import json
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,16 +11,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 from m3jax.evaluation.records import make_directory, write_whole
-from m3jax.text import safe_text
+from m3jax.evaluation.statistics import wilson_interval
+from m3jax.text import count_text, safe_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ATTACK_FILE, SUMMARY_FILE = "attack.json", "summary.json"
+ATTACK_FILE, SUMMARY_FILE, EXPLORATION_FILE = "attack.json", "summary.json", "exploration.json"
 FILES = ("report.md", "report.json", "report.png")
 _CLEAN = "clean"
+_EXPLORED = "dev examples of an exploration"
+_WHOLE = (_CLEAN, "explored")  # kinds that are of accuracy, and not of what is lost of it
 _MOST = 1e6  # of a figure: accuracies are shares, drop rates may be below 0, but not by much
 _LONGEST_NAME = 80  # in a picture
+_LEGEND = 60  # letters of a line in it
+_HATCHES = ("", "//", "..", "xx", "--", "oo")  # of tasks
 _WIDEST = 18.0  # inches; wider, letters shrink too much on a screen
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
 
@@ -29,8 +36,9 @@ class Line(NamedTuple):
     Attributes:
         model: The model.
         task: The task.
-        condition: "clean", or the name of an attack, its profile behind it unless it is PromptBench's, or of a shift.
-        kind: "clean", "attack" or "shift".
+        condition: "clean", or the name of an attack, its profile behind it unless it is PromptBench's, or of a shift;
+            of an exploration, that these are the examples that chose.
+        kind: "clean", "attack", "shift" or "explored".
         examples: Examples that accuracies are over.
         clean: Clean accuracy; None where none could be judged.
         accuracy: Accuracy under the condition.
@@ -65,22 +73,49 @@ class Line(NamedTuple):
     complete: bool = True
 
 
+class Explored(NamedTuple):
+    """What is to be said of an exploration beside its scores.
+
+    Attributes:
+        source: The directory that it was read from.
+        strategy: How it looked.
+        samples: How many it tried.
+        stopped: How many of them it stopped early.
+        chosen: The number of the sample that it chose.
+        weights: Of that one, by expert, where there is one ratio for the whole model.
+        remarks: What its scores cannot tell.
+    """
+
+    source: str
+    strategy: str
+    samples: int
+    stopped: int
+    chosen: int
+    weights: dict[str, float]
+    remarks: tuple[str, ...]
+
+
 class Report(NamedTuple):
     """What several runs found.
 
     Attributes:
         lines: One for each model, task and condition.
+        explorations: Those that some lines are of.
+        notes: Why a model was not attacked.
     """
 
     lines: tuple[Line, ...]
+    explorations: tuple[Explored, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain data for JSON."""
-        return {"lines": [line._asdict() for line in self.lines]}
+        explored = [one._asdict() for one in self.explorations]
+        return {"lines": [line._asdict() for line in self.lines], "explorations": explored, "notes": list(self.notes)}
 
 
 def collect(directories: Sequence[Path]) -> Report:
-    """Reads the results in output directories of `m3jax evaluate` and `m3jax attack`.
+    """Reads the results in output directories of `m3jax evaluate` and `m3jax attack`, and where explorations are kept.
 
     Args:
         directories: The directories.
@@ -88,28 +123,43 @@ def collect(directories: Sequence[Path]) -> Report:
     Raises:
         M3Error: One holds no results, or others than these commands write.
     """
-    lines = [line for directory in directories for line in _read(directory)]
-    if not lines:
+    read = [_read(directory) for directory in directories]
+    if not any(each.lines for each in read):
         raise M3Error("there are no results to report: give output directories of m3jax evaluate and m3jax attack")
-    return Report(tuple(lines))
+    return Report(*(tuple(itertools.chain.from_iterable(parts)) for parts in zip(*read, strict=True)))
 
 
-def _read(directory: Path) -> list[Line]:
-    found = [name for name in (SUMMARY_FILE, ATTACK_FILE) if (directory / name).is_file()]
+def _read(directory: Path) -> Report:
+    names = (SUMMARY_FILE, ATTACK_FILE, EXPLORATION_FILE)
+    beside = directory.with_name(f"{directory.name}.exploration")  # where a merge was explored, not its samples
+    if not any((directory / name).is_file() for name in names) and (beside / EXPLORATION_FILE).is_file():
+        directory = beside
+    found = [name for name in names if (directory / name).is_file()]
     if not found:
         raise M3Error(
-            f"{directory} holds neither {SUMMARY_FILE} nor {ATTACK_FILE}: "
-            "give an output directory (--out) of m3jax evaluate or m3jax attack that is finished"
+            f"{directory} holds neither {SUMMARY_FILE} nor {ATTACK_FILE} nor {EXPLORATION_FILE}: "
+            "give an output directory (--out) of m3jax evaluate or m3jax attack that is finished, "
+            "or OUT.exploration of m3jax explore"
         )
     lines: list[Line] = []
+    explored: list[Explored] = []
+    notes: list[str] = []
     for name in found:
         try:
             content = parse_json((directory / name).read_text(encoding="utf-8"), halves=True)
-            lines += _attack_lines(content, directory) if name == ATTACK_FILE else [_clean_line(content, directory)]
+            if name == EXPLORATION_FILE:
+                lines += _explored_lines(content, directory)
+                explored.append(_explored(content, directory))
+            elif name == ATTACK_FILE:
+                lines += _attack_lines(content, directory)
+                why = content.get("undefined")
+                notes += [] if why is None else [f"{content['model']}, {content['task']} was not attacked: {why}"]
+            else:
+                lines.append(_clean_line(content, directory))
         except (OSError, *FAULTS) as error:
             said = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise M3Error(f"cannot read {directory / name}: {said}; make it again with m3jax") from error
-    return lines
+    return Report(tuple(lines), tuple(explored), tuple(notes))
 
 
 def _pair(value: Any) -> tuple[float, float] | None:
@@ -186,6 +236,52 @@ def _attack_lines(content: dict[str, Any], directory: Path) -> list[Line]:
     return lines
 
 
+def _explored_lines(content: dict[str, Any], directory: Path) -> list[Line]:
+    """Base, experts, equal weights and the chosen sample, on the examples that chose it."""
+    counts = {str(task): _count(count) for task, count in content["examples"].items()}
+    if not counts:
+        raise ValueError("its samples were compared by a score of one's own, and not by tasks, of which a report is")
+    known = [(str(result["reference"]), result["scores"]) for result in content["references"]]
+    lines = []
+    for model, scores in [*known, (str(content["directory"]), content["choice"]["scores"])]:
+        for task, count in counts.items():
+            score = _finite(scores[task])
+            lines.append(
+                Line(
+                    model=model,
+                    task=task,
+                    condition=_EXPLORED,
+                    kind="explored",
+                    examples=count,
+                    clean=None,
+                    accuracy=score,
+                    accuracy_interval=wilson_interval(min(max(round(score * count), 0), count), count),
+                    pdr=None,
+                    pdr_interval=None,
+                    queries=None,
+                    profile=None,
+                    prompt=None,
+                    source=str(directory),
+                )
+            )
+    return lines
+
+
+def _explored(content: dict[str, Any], directory: Path) -> Explored:
+    groups = [[_finite(weight) for weight in weights] for weights in content["choice"]["weights"].values()]
+    experts = [str(name) for name in content["experts"]]
+    same = len(groups) == 1 and len(groups[0]) == len(experts)
+    return Explored(
+        source=str(directory),
+        strategy=str(content["strategy"]),
+        samples=len(content["samples"]),
+        stopped=sum(result["most"] is not None for result in content["samples"]),
+        chosen=_count(content["choice"]["sample"]),
+        weights=dict(zip(experts, groups[0], strict=True)) if same else {},
+        remarks=tuple(str(remark) for remark in content["remarks"]),
+    )
+
+
 def _condition(name: str, kind: str, profile: str) -> str:
     return f"{name} ({profile})" if kind == "attack" and profile != "promptbench" else name
 
@@ -202,11 +298,12 @@ def table_lines(report: Report) -> Iterator[str]:
     yield "| model | task | condition | examples | accuracy | PDR | 95 % interval | queries |"
     yield "|---|---|---|---|---|---|---|---|"
     for line in report.lines:
-        interval = line.accuracy_interval if line.kind == _CLEAN else line.pdr_interval
+        interval = line.accuracy_interval if line.kind in _WHOLE else line.pdr_interval
         cells = [_model_name(line), line.task, line.condition, f"{line.examples:,}", _share(line.accuracy)]
         cells += [_pdr(line), _interval(interval, line.kind), "" if line.queries is None else f"{line.queries:,}"]
         yield f"| {' | '.join(map(_cell, cells))} |"
     yield from _data_lines(report)
+    yield from _exploration_lines(report)
     changed = [line for line in report.lines if line.kind == "attack"]
     originals = {(line.source, line.kind): line.prompt for line in report.lines}
     for line in changed:
@@ -233,21 +330,37 @@ def _data_lines(report: Report) -> Iterator[str]:
         yield f"- {safe_text(f'{line.model}, {line.task} ({line.source})')}: {', '.join(parts)}"
 
 
+def _exploration_lines(report: Report) -> Iterator[str]:
+    """What each exploration did, and why a model was not attacked."""
+    if report.explorations or report.notes:
+        yield ""
+    for one in report.explorations:
+        parts = [f"{count_text(one.samples, 'sample')} by {one.strategy}"]
+        parts += [f"{one.stopped:,} stopped early"] if one.stopped else []
+        parts += [f"sample {one.chosen} chosen"]
+        parts += [f"{Path(name).name or name} {weight:.4f}" for name, weight in one.weights.items()]
+        yield safe_text(f"- {one.source}: {', '.join(parts)}")
+        for remark in one.remarks:
+            yield safe_text(f"    - {remark}")
+    for note in report.notes:
+        yield safe_text(f"- {note}")
+
+
 def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
 def _pdr(line: Line) -> str:
-    if line.kind == _CLEAN:
+    if line.kind in _WHOLE:
         return ""
-    return "undefined (clean accuracy is 0)" if line.pdr is None else f"{line.pdr:.3f}"
+    return "undefined (too little is right)" if line.pdr is None else f"{line.pdr:.3f}"
 
 
 def _interval(interval: tuple[float, float] | None, kind: str) -> str:
     if interval is None:
         return ""
     low, high = interval
-    return f"{low:.1%} to {high:.1%}" if kind == _CLEAN else f"{low:.3f} to {high:.3f}"
+    return f"{low:.1%} to {high:.1%}" if kind in _WHOLE else f"{low:.3f} to {high:.3f}"
 
 
 def _cell(text: str) -> str:
@@ -295,22 +408,54 @@ def save_picture(report: Report, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    runs = list(dict.fromkeys((line.model, line.task, line.source) for line in report.lines))
+    runs = _runs(report)
     conditions = list(dict.fromkeys(line.condition for line in report.lines))
+    lost = list(dict.fromkeys(line.condition for line in report.lines if line.kind not in _WHOLE))
     width = min(max(6.4, 0.7 * len(conditions) * max(2, len(runs) / 2) + 2), _WIDEST)
-    figure = Figure(figsize=(width, 6.4), layout="constrained")
+    labels = [textwrap.fill(label, _LEGEND) for label in map(_drawn, _labels(runs))]
+    letters = max(max(map(len, label.splitlines())) for label in labels)
+    columns = max(1, int(width / (0.085 * letters + 0.6)))  # inches of a letter, and of what stands before it
+    told = sum(max(label.count("\n") + 1 for label in labels[row::columns]) for row in range(min(columns, len(labels))))
+    figure = Figure(figsize=(width, (6.4 if lost else 4.0) + 0.2 * told / columns), layout="constrained")
     FigureCanvasAgg(figure)
-    above, below = figure.subplots(2, 1, height_ratios=(3, 2))
+    above, *below = figure.subplots(2 if lost else 1, 1, height_ratios=(3, 2) if lost else None, squeeze=False)[:, 0]
     _draw(above, report, runs, conditions, "accuracy")
-    _draw(below, report, runs, [one for one in conditions if one != _CLEAN], "pdr")
     above.set(ylabel="accuracy", ylim=(0, 1))
-    figure.legend(*above.get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize="small")
-    below.set(ylabel="PDR")
-    below.axhline(0, color="black", linewidth=0.8)
+    figure.legend(
+        above.get_legend_handles_labels()[0], labels, loc="outside upper center", ncols=columns, fontsize="small"
+    )
+    for axes in below:
+        _draw(axes, report, runs, lost, "pdr")
+        axes.set(ylabel="PDR")
+        axes.axhline(0, color="black", linewidth=0.8)
     try:
         figure.savefig(path, dpi=144)
     except OSError as error:
         raise M3Error(f"cannot write {path}: {error.strerror}; give another directory") from error
+
+
+def _runs(report: Report) -> list[tuple[str, str, str]]:
+    """Model, task and directory of each set of bars; no directory where all of a model's conditions differ."""
+    found: dict[tuple[str, str], list[Line]] = {}
+    for line in report.lines:
+        found.setdefault((line.model, line.task), []).append(line)
+    runs = []
+    for (model, task), lines in found.items():
+        apart = len({line.condition for line in lines}) < len(lines)
+        runs += [(model, task, source) for source in dict.fromkeys(line.source if apart else "" for line in lines)]
+    return runs
+
+
+def _colours(runs: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+    """One colour for each model, in all its runs."""
+    from matplotlib.colors import hsv_to_rgb
+
+    models = list(dict.fromkeys(model for model, _, _ in runs))
+    if len(models) <= len(_COLOURS):
+        return dict(zip(models, _COLOURS, strict=False))
+    return {
+        model: hsv_to_rgb((place / len(models), 0.7, 0.85 if place % 2 else 0.55)) for place, model in enumerate(models)
+    }
 
 
 def _drawn(name: str) -> str:
@@ -330,9 +475,14 @@ def _draw(
 ) -> None:
     """A bar with its interval for each run in each condition."""
     width = 0.8 / len(runs)
-    labels = _labels(runs)
+    labels, colours = _labels(runs), _colours(runs)
+    tasks = list(dict.fromkeys(task for _, task, _ in runs))
     for number, run in enumerate(runs):
-        mine = {line.condition: line for line in report.lines if (line.model, line.task, line.source) == run}
+        mine = {
+            line.condition: line
+            for line in report.lines
+            if (line.model, line.task) == run[:2] and run[2] in ("", line.source)
+        }
         there = [
             (place, mine[condition])
             for place, condition in enumerate(conditions)
@@ -346,14 +496,20 @@ def _draw(
             (max(height - pair[0], 0), max(pair[1] - height, 0)) if pair else (math.nan, math.nan)
             for height, pair in zip(heights, intervals, strict=True)
         ]
+        moved = (number - (len(runs) - 1) / 2) * width
+        for place, condition in enumerate(conditions):
+            if condition in mine and getattr(mine[condition], measure) is None:
+                axes.text(place + moved, 0.01, "undefined", rotation=90, ha="center", va="bottom", fontsize=7)
         axes.bar(
-            [place + (number - (len(runs) - 1) / 2) * width for place, _ in there],
+            [place + moved for place, _ in there],
             heights,
             width,
             yerr=list(zip(*spans, strict=True)) if spans else None,
             capsize=2,
             label=f"{_drawn(labels[number])}{incomplete}",
-            color=_COLOURS[number % len(_COLOURS)],
+            color=colours[run[0]],
+            hatch=_HATCHES[tasks.index(run[1]) % len(_HATCHES)],
+            edgecolor="white",
         )
     axes.set_xlim(-0.5, max(len(conditions), 1) - 0.5)
     axes.set_xticks(range(len(conditions)), list(map(_drawn, conditions)), rotation=20, ha="right")

@@ -11,7 +11,7 @@ import numpy as np
 from m3jax.arithmetic import threefry
 from m3jax.errors import M3Error
 from m3jax.evaluation import models
-from m3jax.evaluation.attacks import PROFILES, Sources, get_profile, make_attack, read_embeddings
+from m3jax.evaluation.attacks import FLOOR, PROFILES, Sources, get_profile, make_attack, read_embeddings
 from m3jax.evaluation.attacks.likeness import load_encoder, load_tagger
 from m3jax.evaluation.attacks.masked_lm import load_masked_words
 from m3jax.evaluation.attacks.trial import AttackPlan, Robustness, attack_task
@@ -48,6 +48,7 @@ def make_plan(
     tagger: str | None = None,
     least_similarity: float | None = None,
     task: str | None = None,
+    floor: float = FLOOR,
 ) -> AttackPlan:
     """Checks what is asked for, and reads the attacks' sources; the arguments are those of `attack`.
 
@@ -58,6 +59,8 @@ def make_plan(
     attacks, shifts = _listed("attacks", attacks), _listed("shifts", shifts)
     for name, number in (("limit", limit), ("number of search examples", search_examples), ("budget", budget)):
         check_count(name, number, optional=True)
+    if isinstance(floor, bool) or not isinstance(floor, int | float) or not 0 <= floor < 1:
+        raise M3Error(f"the floor of clean accuracy is {floor!r}, but must be a number from 0 on and below 1")
     if not attacks and not shifts:
         raise M3Error("there is nothing to try: name attacks with --attack, shifts with --shift, or both")
     shifted = tuple(make_shift(text) for text in dict.fromkeys(shifts))
@@ -77,7 +80,7 @@ def make_plan(
         least_similarity,
     )
     tried = tuple(make_attack(name, words, chosen, sources) for name in dict.fromkeys(attacks))
-    return AttackPlan(tried, shifted, profile, np.asarray(words), limit, search_examples, budget)
+    return AttackPlan(tried, shifted, profile, np.asarray(words), limit, search_examples, budget, floor)
 
 
 def _check_likeness(
@@ -150,9 +153,10 @@ def attack(
         **plan: `attacks` and `shifts` by name; `key`, an integer seed or a
             threefry2x32 JAX key, of every random choice; `limit`, the first so many examples; `search_examples`, so
             many of which the searches see, to measure on the others; `budget`, the most prompts that an attack may
-            score; `masked_lm`, a BERT by path or hub id, for bertattack; `embeddings`, a text file of word vectors,
-            for textfooler and textbugger; `encoder`, a sentence encoder, and `tagger`, a tagger of parts of speech,
-            both BERTs by path or hub id, which keep prompts near the original; `least_similarity` of the encoder.
+            score; `floor`, the clean accuracy below which drop rates are undefined and nothing is attacked;
+            `masked_lm`, a BERT by path or hub id, for bertattack; `embeddings`, a text file of word vectors, for
+            textfooler and textbugger; `encoder`, a sentence encoder, and `tagger`, a tagger of parts of speech, both
+            BERTs by path or hub id, which keep prompts near the original; `least_similarity` of the encoder.
 
     Returns:
         Clean accuracy, and for each attack and shift the accuracy under it and the performance drop rate with its
@@ -213,6 +217,7 @@ class AttackOptions(NamedTuple):
     encoder: str | None
     tagger: str | None
     least_similarity: float | None
+    floor: float
     out: Path | None
     overwrite: bool
     how: Evaluation
@@ -245,7 +250,7 @@ def run(name: str, wanted: AttackOptions, tell: Tell | None) -> dict[str, Any]:
     task, how = get_task(wanted.task, wanted.how.grader, wanted.profile), wanted.how
     overflow = cast(Overflow, how.overflow)
     check_code(task, how.run_code, how.execution)
-    chosen = {field: getattr(wanted, field) for field in (*_PLANNED, *_LIKENESS)}
+    chosen = {field: getattr(wanted, field) for field in (*_PLANNED, *_LIKENESS, "floor")}
     plan = make_plan(**chosen, key=wanted.seed, limit=how.limit, task=wanted.task)
     rows = read_rows(task, wanted.data)
     stored = models.open_model(name, wanted.dtype, models.make_mesh(wanted.mesh), wanted.config)

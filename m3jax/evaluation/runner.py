@@ -1,7 +1,7 @@
 """Running a task: prompts to the model, completions to the judge, verdicts to the journal, a summary at the end."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,8 +125,7 @@ def evaluate_task(
 
     if progress is not None:
         progress(len(done), len(examples))
-    for batch in _batches(prompts, done, batch_size):
-        records = _run_batch(task, batch, examples, prompts, generator, settings, execution)
+    for records in answered(task, examples, prompts, generator, settings, execution, batch_size, done):
         done |= {record.number: record for record in records}
         if journal is not None:
             journal.add(records)
@@ -134,6 +133,32 @@ def evaluate_task(
             progress(len(done), len(examples))
     records = [done[index] for index in sorted(done)]
     return _concluded(task, model, examples, records, journal)
+
+
+def answered(
+    task: Task,
+    examples: Sequence[Example],
+    prompts: Sequence[str],
+    generator: Generator,
+    settings: GenerationSettings,
+    execution: Execution,
+    batch_size: int,
+    done: Collection[int] = (),
+) -> Iterator[list[Record]]:
+    """Has a model answer prompts, batch after batch, and judges what it says.
+
+    Args:
+        task: The task.
+        examples: Its examples.
+        prompts: As the model is shown them.
+        generator: The model.
+        settings: How to generate.
+        execution: How programs are run.
+        batch_size: Prompts given to the model at a time; those of like length go together.
+        done: Numbers of examples that are left out.
+    """
+    for batch in _batches(prompts, done, batch_size):
+        yield _run_batch(task, batch, examples, prompts, generator, settings, execution)
 
 
 def evaluate_named(
@@ -258,7 +283,7 @@ def _identity(
     }
 
 
-def _batches(prompts: Sequence[str], done: Mapping[int, Record], size: int) -> Iterator[list[int]]:
+def _batches(prompts: Sequence[str], done: Collection[int], size: int) -> Iterator[list[int]]:
     """Indices of the examples still to do, prompts of like length together, the longest first.
 
     The longest first, so that what does not fit in memory fails at once.

@@ -1,6 +1,7 @@
 """explore(): many ratios, merged in memory, evaluated, compared; the best one written as `m3jax merge` writes."""
 
 import functools
+import json
 import math
 import os
 import tempfile
@@ -21,7 +22,8 @@ from m3jax.decoder import ApplyFn, DecoderConfig, check_vocabulary
 from m3jax.errors import M3Error
 from m3jax.evaluation import tokens
 from m3jax.evaluation.checks import check_count, check_type, check_whole
-from m3jax.evaluation.records import digest
+from m3jax.evaluation.records import digest, write_whole
+from m3jax.evaluation.report import EXPLORATION_FILE
 from m3jax.exploration import optimizing
 from m3jax.exploration.journal import FILE, SampleJournal
 from m3jax.exploration.optimizing import Optimization
@@ -30,9 +32,19 @@ from m3jax.exploration.references import Reference, expert_names, references_of
 from m3jax.exploration.remarks import remarks_on
 from m3jax.exploration.resident import Params, Resident, load_resident
 from m3jax.exploration.samples import Space, space_of
-from m3jax.exploration.scoring import Dev, Evaluation, Score, make_score, own_params, read_devs
-from m3jax.exploration.selection import MEAN, Result, check_select, choose, pareto_front, value
-from m3jax.exploration.strategies import ADAPTIVE, EXTENSIBLE, Trial, pursue, strategy_of
+from m3jax.exploration.scoring import (
+    Dev,
+    Evaluation,
+    Hopeless,
+    Score,
+    Scorer,
+    as_scorer,
+    make_score,
+    own_params,
+    read_devs,
+)
+from m3jax.exploration.selection import MEAN, PARETO, Result, check_select, choose, dominates, pareto_front, value
+from m3jax.exploration.strategies import EXTENSIBLE, RANKING, Trial, pursue, strategy_of
 from m3jax.methods.mixup import GRANULARITIES
 from m3jax.outputs.copies import write_copy
 from m3jax.progress import Progress, Tell
@@ -52,7 +64,7 @@ class Exploration(NamedTuple):
         choice: The chosen sample.
         results: All that were evaluated, in order.
         front: The numbers of the samples that no other one beats in every task.
-        cost: Evaluations on all dev examples that the trials amount to.
+        cost: Evaluations on all dev examples that the trials amount to; what was stopped counts for what it was shown.
         losses: Of learning, before each step; empty where nothing was learned in this run.
         journal: The directory that holds the samples.
         merge: The output directory that was written.
@@ -60,6 +72,7 @@ class Exploration(NamedTuple):
         references: The base, every expert and equal weights, on the same examples; they are never chosen.
         experts: What the recipe calls the experts, in the order of weights.
         examples: By task, how many a whole evaluation is on; empty for a score of one's own.
+        strategy: How it looked.
     """
 
     choice: Result
@@ -73,11 +86,31 @@ class Exploration(NamedTuple):
     references: tuple[Result, ...]
     experts: tuple[str, ...]
     examples: Mapping[str, int]
+    strategy: str
 
     @property
     def drawn(self) -> Drawn:
         """What `picture` draws."""
         return Drawn(self.choice, self.results, self.references, self.experts, self.examples)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain data for JSON."""
+        return {
+            "directory": str(self.merge.directory),
+            "digest": self.merge.digest,
+            "journal": str(self.journal),
+            "strategy": self.strategy,
+            "choice": self.choice.to_json(),
+            "front": list(self.front),
+            "cost": self.cost,
+            "losses": list(self.losses),
+            "seconds": self.seconds,
+            "experts": list(self.experts),
+            "examples": dict(self.examples),
+            "references": [result.to_json() for result in self.references],
+            "remarks": list(self.remarks),
+            "samples": [result.to_json() for result in self.results],
+        }
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -91,17 +124,26 @@ class _Work(NamedTuple):
     recipe: Recipe
     space: Space
     resident: Callable[[], Resident]
-    score: Score
+    score: Scorer
     journal: SampleJournal
     watch: Watch | None
 
     def evaluate(
-        self, trial: Trial, granularity: str, optimized: int | None = None, learning: str | None = None
+        self,
+        trial: Trial,
+        granularity: str,
+        optimized: int | None = None,
+        learning: str | None = None,
+        hopeless: Hopeless | None = None,
     ) -> Result:
         """The result of a trial, from the journal or by merging and evaluating."""
-        known = self.journal.find(trial.sample, trial.share, trial.weights)
         unscored = Result(trial.sample, trial.weights, trial.share, {}, 0.0, granularity, optimized, learning)
-        return self._said(known, unscored, lambda: self.resident().merge(trial.weights))
+        known = self.journal.find(trial.sample, trial.share, trial.weights, hopeless)
+        twin = self.journal.twin(trial.share, trial.weights) if known is None else None
+        if twin is not None:  # such as equal weights, which samples are measured against
+            known = unscored._replace(scores=twin.scores)
+            self.journal.note(known)
+        return self._said(known, unscored, lambda: self.resident().merge(trial.weights), hopeless)
 
     def measure(self, number: int, reference: Reference, granularity: str) -> Result:
         """The result of a reference, likewise."""
@@ -109,13 +151,20 @@ class _Work(NamedTuple):
         unscored = Result(-number, reference.weights, 1.0, {}, 0.0, granularity, reference=reference.name)
         return self._said(known, unscored, reference.params)
 
-    def _said(self, known: Result | None, unscored: Result, params: Callable[[], Params]) -> Result:
+    def _said(
+        self,
+        known: Result | None,
+        unscored: Result,
+        params: Callable[[], Params],
+        hopeless: Hopeless | None = None,
+    ) -> Result:
         """What is known, or else scored and noted now; whoever watches is told."""
         result = known
         if result is None:
             begun = time.perf_counter()
-            scores = self._checked(self.score(params(), unscored.share))
-            result = unscored._replace(scores=scores, seconds=time.perf_counter() - begun)
+            found = self.score(params(), unscored.share, hopeless)
+            scores, seconds = self._checked(found.scores), time.perf_counter() - begun
+            result = unscored._replace(scores=scores, seconds=seconds, share=found.share, most=found.most)
             self.journal.note(result)
         if self.watch is not None:
             self.watch(result, known is not None)
@@ -163,19 +212,28 @@ def _identity(
     }
     if strategy not in EXTENSIBLE:
         identity["samples"] = samples
-    if strategy in ADAPTIVE:
-        identity["select"] = select
+    if strategy in RANKING:
+        identity["select"] = MEAN if select == PARETO or select.isdecimal() else select  # what values are by
     return identity
 
 
-def _run(work: _Work, strategy: str, samples: int, select: str) -> list[Result]:
-    """All trials of a strategy."""
+def _run(work: _Work, strategy: str, samples: int, select: str, early_stopping: bool) -> list[Result]:
+    """All trials of a strategy.
+
+    A sample is stopped as soon as one before it would be at least as good in every task, and better in one, even if all
+    that is left were right. So whatever is selected, and the front, are the same as if none were stopped; a strategy
+    that ranks all values would go other ways.
+    """
     assert work.recipe.mixup is not None
     granularity = work.recipe.mixup.granularity
     results: list[Result] = []
 
+    def hopeless(most: Mapping[str, float]) -> bool:
+        return any(result.share == 1.0 and dominates(result.scores, most) for result in results)
+
     def worth(trial: Trial) -> float:
-        results.append(work.evaluate(trial, granularity))
+        stops = early_stopping and strategy not in RANKING and str(trial.sample) != select
+        results.append(work.evaluate(trial, granularity, hopeless=hopeless if stops else None))
         check_select(select, tuple(results[-1].scores))  # the names of a score of one's own are known from here on
         return value(results[-1], select)
 
@@ -262,7 +320,7 @@ def _as_written(ready: Ready) -> Path:
 class _Prepared(NamedTuple):
     """How samples are scored, and what learning needs of it."""
 
-    score: Score
+    score: Scorer
     told: dict[str, Any]
     tasks: tuple[str, ...]
     devs: tuple[Dev, ...] = ()
@@ -323,6 +381,7 @@ def explore(
     samples: int = 32,
     select: str = "mean",
     strategy: str = "draw",
+    early_stopping: bool = True,
     evaluation: Evaluation | None = None,
     score: Score | None = None,
     apply_fn: ApplyFn | None = None,
@@ -340,7 +399,8 @@ def explore(
 
     The experts stay in memory; a sample is one run of a compiled merge, its weights being run-time arguments, and one
     evaluation. Nothing is written per sample but a line of the journal, from which the same call goes on after a kill.
-    The chosen weights are then merged out of core: the output's bytes are those that were evaluated.
+    The chosen weights are then merged out of core: the output's bytes are those that were evaluated. What was found is
+    left beside the journal, in `exploration.json`, for `m3jax report`.
 
     Args:
         recipe: A `Recipe` with a `mixup`, its YAML file, or its content as a mapping.
@@ -349,10 +409,14 @@ def explore(
         samples: The budget: evaluations on all dev examples.
         select: "mean" of the tasks' accuracies, one task's name, "pareto" (of the front, the sample whose worst task
             is best), or the number of a sample to take.
-        strategy: "draw" (independent draws of the recipe's Beta or Dirichlet, the first of them that of `m3jax merge`),
-            "sobol" (scrambled Sobol points of the same distribution), "grid" (even weights, the same everywhere),
-            "halving" (many draws on a quarter or an eighth of the examples, the better half goes on) or "cma" (CMA-ES;
-            needs evosax).
+        strategy: "auto" (equal weights, scrambled Sobol points, then steps from the best so far, with Sobol points
+            among them), "draw" (independent draws of the recipe's Beta or Dirichlet, the first of them that of
+            `m3jax merge`), "sobol" (Sobol points of the same distribution alone), "grid" (even weights, the same
+            everywhere), "halving" (many draws on a quarter or an eighth of the examples, the better half goes on) or
+            "cma" (CMA-ES; needs evosax).
+        early_stopping: Stop a sample as soon as one before it would be at least as good in every task, and better in
+            one, even if all examples that are left were right: which is chosen does not change. Of tasks, and not for
+            "halving" and "cma", which go by the order of all.
         evaluation: Its options.
         score: A function of your own in place of tasks, from merged arrays by tensor name and a share of the dev
             examples to scores by name, larger being better.
@@ -403,7 +467,7 @@ def explore(
         space = space_of(loaded, ready.plan)
         strategy_of(strategy, space, samples)
         if score is not None:
-            scores = _Prepared(score, {"score": "a function"}, ())
+            scores = _Prepared(as_scorer(score), {"score": "a function"}, ())
         else:
             how = evaluation or Evaluation()
             scores = _prepare_scores(ready, tasks or {}, how, space, mesh, apply_fn, tell)
@@ -413,7 +477,9 @@ def explore(
         identity = _identity(loaded, ready, scores.told, samples, select, strategy)
         with SampleJournal(place, identity) as book:
             beside = references if references is not None else score is None
-            given = _Circumstances(loaded, space, ready, scores, book, mesh, apply_fn, tell, watch, beside)
+            given = _Circumstances(
+                loaded, space, ready, scores, book, mesh, apply_fn, tell, watch, beside, early_stopping
+            )
             choice, results, losses, measured = _search(given, strategy, samples, select, optimize)
         experts = expert_names(ready)
     merge = merge_checkpoint(
@@ -425,7 +491,7 @@ def explore(
         weights=choice.weights,
     )
     whole = [result for result in results if result.share == 1.0]
-    return Exploration(
+    found = Exploration(
         choice,
         tuple(results),
         tuple(sorted(result.sample for result in pareto_front(whole))),
@@ -437,7 +503,10 @@ def explore(
         tuple(measured),
         experts,
         {dev.task.name: len(dev.examples) for dev in scores.devs},
+        strategy,
     )
+    write_whole(place / EXPLORATION_FILE, json.dumps(found.to_json(), indent=2) + "\n")
+    return found
 
 
 class _Circumstances(NamedTuple):
@@ -453,6 +522,7 @@ class _Circumstances(NamedTuple):
     tell: Tell | None
     watch: Watch | None
     references: bool
+    early_stopping: bool
 
 
 def _search(
@@ -470,7 +540,7 @@ def _search(
     assert given.recipe.mixup is not None
     beside = references_of(given.ready, given.space, resident) if given.references else []
     measured = [work.measure(n, each, given.recipe.mixup.granularity) for n, each in enumerate(beside, 1)]
-    results = _run(work, strategy, samples, select)
+    results = _run(work, strategy, samples, select, given.early_stopping)
     losses: tuple[float, ...] = ()
     if optimize is not None:
         there = not select.isdecimal() or int(select) in {result.sample for result in results}

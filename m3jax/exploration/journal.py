@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from m3jax.documents import FAULTS
-from m3jax.exploration.samples import from_hex, to_hex
+from m3jax.exploration.samples import Weights, from_hex, to_hex
+from m3jax.exploration.scoring import Hopeless
 from m3jax.exploration.selection import Result
 from m3jax.ledger import Ledger
 
@@ -37,9 +38,29 @@ class SampleJournal(Ledger):
             self._file.close()
             raise self.no_ledger(error) from None
 
-    def find(self, sample: int, share: float, weights: Mapping[str, tuple[float, ...]]) -> Result | None:
-        """The result of a trial, if it was evaluated before."""
-        same = (r for r in self.done if (r.sample, r.share, r.weights) == (sample, share, weights))
+    def find(self, sample: int, share: float, weights: Weights, hopeless: Hopeless | None = None) -> Result | None:
+        """The result of a trial, if it was evaluated before.
+
+        Args:
+            sample: Its number.
+            share: Of the examples.
+            weights: Its weights.
+            hopeless: Whether what a merge could reach leaves no hope; what was stopped counts only where it says so.
+        """
+        same = [result for result in self.done if (result.sample, result.weights) == (sample, weights)]
+        whole = next((result for result in same if result.most is None and result.share == share), None)
+        if whole is not None or hopeless is None or share != 1.0:
+            return whole
+        return next((result for result in same if result.most is not None and hopeless(result.most)), None)
+
+    def twin(self, share: float, weights: Weights) -> Result | None:
+        """A result of the same merge on the same examples, whatever it is called.
+
+        Args:
+            share: Of the examples.
+            weights: Its weights.
+        """
+        same = (r for r in self.done if r.weights and r.most is None and (r.share, r.weights) == (share, weights))
         return next(same, None)
 
     def note(self, result: Result) -> None:
@@ -48,16 +69,19 @@ class SampleJournal(Ledger):
         Raises:
             M3Error: It cannot be written.
         """
-        self.add({**result._asdict(), "weights": to_hex(result.weights), "scores": dict(result.scores)})
+        told = {key: value for key, value in result._asdict().items() if key != "most" or value is not None}
+        self.add({**told, "weights": to_hex(result.weights), "scores": dict(result.scores)})
         self.done.append(result)
 
 
 def _result(entry: Mapping[str, Any]) -> Result:
     result = Result(**{**entry, "weights": from_hex(entry["weights"])})
-    figures = [result.share, result.seconds, *result.scores.values()]
+    figures = [result.share, result.seconds, *result.scores.values(), *(result.most or {}).values()]
     counts = [result.sample, *([] if result.optimized is None else [result.optimized])]
     if not all(type(count) is int for count in counts) or not all(type(one) in (int, float) for one in figures):
         raise ValueError("a line is no result")
     if not all(map(math.isfinite, figures)) or not result.scores:
         raise ValueError("a line has no finite scores")
+    if result.most is not None and result.most.keys() != result.scores.keys():
+        raise ValueError("a line was stopped in other tasks than it has scores of")
     return result

@@ -1,6 +1,9 @@
 """An exploration as a picture: a curve for two experts, a triangle for three, parallel axes beyond."""
 
+import itertools
 import math
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,7 +31,11 @@ _REFERENCES = (
 )  # told apart by the colour-blind
 _ENDINGS = (".png", ".svg", ".pdf")
 _PER_ROW = 3
+_DASH = 5.0  # length of a line's strokes, in widths of it
+_LEVEL = 0.005  # between lines that would hide each other
+_LINE = 11  # letters of a line of it below an axis
 _LONGEST = 24  # letters of a model's name
+_PER_AXIS = 0.8  # inches between parallel axes, and between their names
 
 
 class Drawn(NamedTuple):
@@ -74,7 +81,8 @@ def picture(found: Drawn, path: Path) -> None:
 
     panels = [_Panel(task, found.examples.get(task, 0)) for task in found.choice.scores]
     columns, rows = min(len(panels), _PER_ROW), math.ceil(len(panels) / _PER_ROW)
-    figure = Figure(figsize=(max(4.6 * columns, 6.4), 4.2 * rows + 0.6), layout="constrained")
+    wide = max(4.6, _PER_AXIS * len(found.experts) + 1.6)
+    figure = Figure(figsize=(max(wide * columns, 6.4), 4.2 * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     places = list(figure.subplots(rows, columns, squeeze=False).flat)
     for unused in places[len(panels) :]:
@@ -102,7 +110,9 @@ def check_picture(path: Path) -> None:
 
 def _title(found: Drawn, panel: _Panel) -> str:
     examples = f" ({panel.examples} examples)" if panel.examples else ""
-    told = [f"{r.reference} {r.scores[panel.task]:.2f}, " for r in found.references if r.weights]
+    drawn = {*found.experts, *(() if len(_weights(found.choice)) > 2 else ("base",))}  # as lines or beside names
+    told = [f"{_shown(r.reference or '')} {r.scores[panel.task]:.2f}, " for r in found.references]
+    told = [text for text, r in zip(told, found.references, strict=True) if r.weights or r.reference not in drawn]
     return f"{_shown(panel.task)}{examples}\n{''.join(told)}chosen {found.choice.scores[panel.task]:.2f}"
 
 
@@ -112,10 +122,24 @@ def _weights(result: Result) -> list[float]:
     return [math.fsum(values) / len(groups) for values in zip(*groups, strict=True)]
 
 
-def _shown(name: str) -> str:
-    """A name as a picture has it: short, and without what would begin a formula."""
-    last = name.rstrip("/").rsplit("/", 1)[-1]
-    short = last if len(last) <= _LONGEST else f"{last[: _LONGEST - 1]}…"
+def _last(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _shown(name: str, among: Sequence[str] = ()) -> str:
+    """A name as a picture has it: short, and without what would begin a formula.
+
+    Args:
+        name: Of a model or task.
+        among: Names that it has to be told from, whose common beginning is left out where they are long.
+    """
+    short, lasts = _last(name), list(map(_last, among))
+    if len(short) > _LONGEST and len(lasts) > 1 and short in lasts:
+        parts = zip(*(re.split(r"(?<=[-_.])", each) for each in lasts), strict=False)
+        shared = sum(len(row[0]) for row in itertools.takewhile(lambda row: len(set(row)) == 1, parts))
+        short = "…" + short[shared:] if shared > 1 else short
+    half = _LONGEST // 2
+    short = short if len(short) <= _LONGEST else f"{short[: half - 1]}…{short[-half:]}"
     return safe_text(short).replace("$", r"\$").replace("_", "\u200b_")
 
 
@@ -135,11 +159,17 @@ def _spans(results: Sequence[Result], panel: _Panel) -> tuple[list[float], list[
 
 
 def _lines_of_references(axes: "Axes", found: Drawn, panel: _Panel) -> None:
-    """A level line for each input by itself, in one colour in all panels."""
-    for colour, result in zip(_REFERENCES, [r for r in found.references if not r.weights], strict=False):
-        axes.axhline(
-            result.scores[panel.task], color=colour, linewidth=1.6, linestyle="--", label=_shown(result.reference or "")
-        )
+    """A level line for each input by itself, in one colour in all panels; those at one height take turns along it.
+
+    The legend has whole lines, as strokes that begin late would be lost in it.
+    """
+    inputs = [r for r in found.references if not r.weights]
+    for colour, result in zip(_REFERENCES, inputs, strict=False):
+        height = result.scores[panel.task]
+        level = [other for other in inputs if abs(other.scores[panel.task] - height) < _LEVEL]
+        turns = (_DASH * level.index(result), (_DASH, _DASH * max(len(level) - 1, 0.5)))
+        axes.axhline(height, color=colour, linewidth=1.6, linestyle=turns)
+        axes.plot([], [], color=colour, linewidth=1.6, label=_shown(result.reference or "", found.experts))
 
 
 def _curve(figure: "Figure", axes: "Axes", found: Drawn, panel: _Panel) -> None:
@@ -169,7 +199,7 @@ def _curve(figure: "Figure", axes: "Axes", found: Drawn, panel: _Panel) -> None:
     single = len(_weights(chosen)) == 1
     mean = ", mean of all groups" if len(chosen.weights) > 1 else ""
     first = found.experts[-1 if single else 0] if found.experts else "the first"
-    axes.set(xlabel=("position t" if single else f"weight of {_shown(first)}") + mean, ylabel="score")
+    axes.set(xlabel=("position t" if single else f"weight of {_shown(first, found.experts)}") + mean, ylabel="score")
     if all(0 <= place <= 1 for place in places):
         axes.set_xlim(-0.03, 1.03)
     if panel.examples:
@@ -207,7 +237,7 @@ def _triangle(figure: "Figure", axes: "Axes", found: Drawn, panel: _Panel) -> No
     for corner, name, (dx, dy) in zip(corners, found.experts, ((0, -0.06), (0, -0.06), (0, 0.03)), strict=True):
         score = f"\n{alone[name]:.2f}" if name in alone else ""
         place, lies = (corner[0] + dx, corner[1] + dy), "top" if dy < 0 else "bottom"
-        axes.text(*place, _shown(name) + score, ha="center", va=lies, fontsize=9)
+        axes.text(*place, _shown(name, found.experts) + score, ha="center", va=lies, fontsize=9)
     axes.set(xlim=(-0.2, 1.2), ylim=(-0.24, 1.08), aspect="equal")
     axes.set_axis_off()
 
@@ -224,6 +254,10 @@ def _parallel(figure: "Figure", axes: "Axes", found: Drawn, panel: _Panel) -> No
         axes.plot(_weights(equal), color=_INK, linewidth=1.6, linestyle="--", label=equal.reference)
     axes.plot(_weights(found.choice), color=_CHOSEN, linewidth=2.6, label=f"chosen: sample {found.choice.sample}")
     figure.colorbar(shade, ax=axes, shrink=0.8, label="score")
-    axes.set_xticks(range(len(found.experts)), list(map(_shown, found.experts)), rotation=20, ha="right")
+    alone = {r.reference: f"\n{r.scores[panel.task]:.2f}" for r in found.references if not r.weights}
+    named = [
+        "\n".join(textwrap.wrap(_shown(name, found.experts), _LINE)) + alone.get(name, "") for name in found.experts
+    ]
+    axes.set_xticks(range(len(found.experts)), named, fontsize=8)
     axes.set(ylabel="weight")
     axes.spines[["top", "right"]].set_visible(False)

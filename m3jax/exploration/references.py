@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from m3jax.exploration.resident import Params, Resident
-from m3jax.exploration.samples import Space, Weights, everywhere
+from m3jax.exploration.samples import Space, Weights, equal_weights
 from m3jax.streaming.jobs import Ready
 
 EQUAL = "equal weights"
@@ -53,7 +53,7 @@ def references_of(ready: Ready, space: Space, resident: Callable[[], Resident]) 
                 return _input_params(resident(), place)
 
             found.append(Reference(name, {}, params))
-    equal = everywhere(space, (0.5,) if space.position else (1.0 / space.num_experts,) * space.num_experts)
+    equal = equal_weights(space)
     return [*found, Reference(EQUAL, equal, lambda: resident().merge(equal))]
 
 

@@ -101,6 +101,11 @@ def at_point(space: Space, point: Sequence[float] | np.ndarray) -> Weights:
     return {group: _stored(space, weights) for group, weights in zip(space.groups, sets, strict=True)}
 
 
+def equal_weights(space: Space) -> Weights:
+    """The same share of every expert."""
+    return everywhere(space, (1.0 / space.num_experts,) * space.num_experts)
+
+
 def everywhere(space: Space, weights: tuple[float, ...]) -> Weights:
     """The same weights in every group."""
     return dict.fromkeys(space.groups, _stored(space, weights))

@@ -18,8 +18,8 @@ from m3jax.evaluation.options import Evaluation as Evaluation
 from m3jax.evaluation.options import check_evaluation
 from m3jax.evaluation.prompts import render
 from m3jax.evaluation.protocol import GenerationSettings, Overflow
-from m3jax.evaluation.records import digest
-from m3jax.evaluation.runner import check_code, evaluate_task, read_examples
+from m3jax.evaluation.records import Record, digest
+from m3jax.evaluation.runner import answered, check_code, read_examples
 from m3jax.evaluation.tasks import Example, Task, get_task
 from m3jax.exploration.resident import Params
 from m3jax.exploration.selection import MEAN, PARETO
@@ -28,6 +28,48 @@ from m3jax.trees.moving import moved
 
 Score = Callable[[Params, float], Mapping[str, float]]
 """From merged arrays by tensor name and a share of the dev examples to scores by task, larger being better."""
+
+
+class Scored(NamedTuple):
+    """What a merge scored.
+
+    Attributes:
+        scores: By task, larger being better; of a merge that was stopped, of what it was shown.
+        share: Of the dev examples that it was shown.
+        most: Of a merge that was stopped, what it could have reached at most, by task; else None.
+    """
+
+    scores: Mapping[str, float]
+    share: float
+    most: Mapping[str, float] | None = None
+
+
+Hopeless = Callable[[Mapping[str, float]], bool]
+"""From what a merge can reach at most, by task, to whether there is no point in going on."""
+
+Scorer = Callable[[Params, float, Hopeless | None], Scored]
+"""From merged arrays, a share of the dev examples, and when to stop, to what they scored."""
+
+
+class _Tally(NamedTuple):
+    """How a merge does in one task so far."""
+
+    right: int
+    judged: int
+    left: int
+
+    def after(self, records: Sequence[Record]) -> "_Tally":
+        judged = [record.correct for record in records if record.correct is not None]
+        return _Tally(self.right + sum(judged), self.judged + len(judged), self.left - len(records))
+
+    @property
+    def score(self) -> float:
+        return self.right / max(self.judged, 1)
+
+    @property
+    def most(self) -> float:
+        """If all that is left were right."""
+        return (self.right + self.left) / max(self.judged + self.left, 1)
 
 
 class Dev(NamedTuple):
@@ -84,13 +126,19 @@ def read_devs(tasks: Mapping[str, str | Path | None], how: Evaluation, root: thr
         examples = read_examples(task, source)[: how.limit]
         if not examples:
             raise M3Error(f"{name}: there are no examples to evaluate")
-        order, template = _order(len(examples), root, name), how.template or task.template
+        order, template = seeded_order(len(examples), root, name), how.template or task.template
         devs.append(Dev(task, examples, order, template, how.settings(task)))
     return devs
 
 
-def _order(count: int, root: threefry.Words, name: str) -> list[int]:
-    """A seeded order, so that a part of a file that is sorted by label has all labels."""
+def seeded_order(count: int, root: threefry.Words, name: str) -> list[int]:
+    """A seeded order, so that a part of a file that is sorted by label has all labels.
+
+    Args:
+        count: How many examples there are.
+        root: uint32[2], the recipe's root key.
+        name: The task.
+    """
     key = threefry.fold_in_name(threefry.fold_in(root, threefry.SUBSETS), name)
     numbers = np.arange(count, dtype=np.uint32)
     with np.errstate(over="ignore"):
@@ -107,7 +155,7 @@ def make_score(
     apply_fn: ApplyFn | None = None,
     tell: Tell | None = None,
     theirs: Mapping[str, Permuted] | None = None,
-) -> Score:
+) -> Scorer:
     """The existing evaluation as a function of merged arrays.
 
     Args:
@@ -121,31 +169,47 @@ def make_score(
         theirs: How Hugging Face's arrays are made of the merged ones, where those are another library's.
 
     Returns:
-        A function that gives each task's accuracy.
+        A function that gives each task's accuracy, or stops where there is no point in going on.
     """
 
-    def score(params: Params, share: float) -> dict[str, float]:
+    def score(params: Params, share: float, hopeless: Hopeless | None = None) -> Scored:
         model = LanguageModel("sample", own_params(params, config, mesh, apply_fn, theirs), config, tokenizer, apply_fn)
         generator = make_generator(model, cast(Overflow, how.overflow), tell, how.batch_size)
-        found = {}
+        answers, tallies = {}, {}
         for dev in devs:
-            summary = evaluate_task(
-                dev.task,
-                dev.part(share),
-                generator,
-                template=dev.template,
-                tokenizer=tokenizer,
-                settings=dev.settings,
-                batch_size=how.batch_size,
-                run_code=how.run_code,
-                execution=how.execution,
+            examples = dev.part(share)
+            prompts = [render(dev.template, example.instruction, tokenizer) for example in examples]
+            tallies[dev.task.name] = _Tally(0, 0, len(examples))
+            answers[dev.task.name] = answered(
+                dev.task, examples, prompts, generator, dev.settings, how.execution, how.batch_size
             )
-            if summary.accuracy is None:
-                raise M3Error(f"{dev.task.name}: no prompt fits in the model's context: take --overflow truncate")
-            found[dev.task.name] = summary.accuracy
-        return found
+        total = sum(tally.left for tally in tallies.values())
+        while answers:  # a batch of each task in turn, so that what is seen early is of all of them
+            for task, batches in list(answers.items()):
+                records = next(batches, None)
+                if records is None:
+                    del answers[task]
+                else:
+                    tallies[task] = tallies[task].after(records)
+            left, most = sum(tally.left for tally in tallies.values()), {t: tally.most for t, tally in tallies.items()}
+            if left and hopeless is not None and hopeless(most):
+                seen = {task: tally.score for task, tally in tallies.items()}
+                return Scored(seen, share * (1 - left / total), most)
+        for task, tally in tallies.items():
+            if not tally.judged:
+                raise M3Error(f"{task}: no prompt fits in the model's context: take --overflow truncate")
+        return Scored({task: tally.score for task, tally in tallies.items()}, share)
 
     return score
+
+
+def as_scorer(score: Score) -> Scorer:
+    """A score of one's own, which is of a whole merge.
+
+    Args:
+        score: What was given.
+    """
+    return lambda params, share, hopeless: Scored(score(params, share), share)
 
 
 def own_params(

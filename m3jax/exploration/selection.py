@@ -1,7 +1,7 @@
 """Which sample is the best: by the mean over tasks, by one task, or on the Pareto front of all of them."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from m3jax.errors import M3Error
 from m3jax.exploration.samples import Weights
@@ -22,6 +22,7 @@ class Result(NamedTuple):
         optimized: The number of the sample that learning started from, for learned weights.
         learning: Digest of how they were learned.
         reference: What it is, where it is no sample but what samples are measured against; its number is below 0.
+        most: What it could have reached at most, by task, where it was stopped; its scores are of what it was shown.
     """
 
     sample: int
@@ -33,11 +34,18 @@ class Result(NamedTuple):
     optimized: int | None = None
     learning: str | None = None
     reference: str | None = None
+    most: Mapping[str, float] | None = None
 
     @property
     def mean(self) -> float:
         """Over tasks."""
         return sum(self.scores.values()) / len(self.scores)
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain data for JSON."""
+        weights = {group: list(values) for group, values in self.weights.items()}
+        most = None if self.most is None else dict(self.most)
+        return {**self._asdict(), "weights": weights, "scores": dict(self.scores), "most": most}
 
 
 def value(result: Result, select: str) -> float:
@@ -60,8 +68,14 @@ def check_select(select: str, tasks: Sequence[str], most: int | None = None) -> 
         raise M3Error(f"select: there is no sample {select}: the numbers go to {most}")
 
 
-def _dominates(one: Result, other: Result) -> bool:
-    pairs = [(one.scores[task], other.scores[task]) for task in one.scores]
+def dominates(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    """Whether scores are at least as good in every task as others, and better in one.
+
+    Args:
+        one: Scores by task.
+        other: Of the same tasks.
+    """
+    pairs = [(one[task], other[task]) for task in one]
     return all(a >= b for a, b in pairs) and any(a > b for a, b in pairs)
 
 
@@ -71,7 +85,7 @@ def pareto_front(results: Sequence[Result]) -> list[Result]:
     Args:
         results: Evaluated on the same examples.
     """
-    return [result for result in results if not any(_dominates(other, result) for other in results)]
+    return [result for result in results if not any(dominates(o.scores, result.scores) for o in results)]
 
 
 def choose(results: Sequence[Result], select: str) -> Result:

@@ -1,4 +1,5 @@
-"""Which weights are tried next: independent draws, quasi-random points, a grid, successive halving, CMA-ES.
+"""Which weights are tried next: independent draws, quasi-random points, a grid, successive halving, CMA-ES, and a
+mixture of them that goes on with any budget.
 
 A strategy is a generator: it yields batches of trials, is sent their values, and ends when its budget is spent. It has
 no state beside that, so that a journal of values brings it back to where it was.
@@ -21,7 +22,16 @@ import numpy as np
 from m3jax.arithmetic import threefry
 from m3jax.errors import M3Error
 from m3jax.evaluation.checks import check_whole
-from m3jax.exploration.samples import Space, Weights, at_point, drawn, everywhere
+from m3jax.exploration.samples import Space, Weights, at_point, drawn, equal_weights, everywhere
+from m3jax.methods.mixup import point_of
+from m3jax.streaming.plan import WHOLE_MODEL
+
+SPREAD = 8
+"""Samples of auto that are spread evenly before it steps from the best."""
+
+_WIDTH = 0.5  # of its first step, in standard deviations of the draws
+_LONGER, _SHORTER = 1.5, 0.9  # what a step that found something better makes of it, and one that did not
+_FAR = 6.0  # beyond which a normal variable is at the cube's edge
 
 
 class Trial(NamedTuple):
@@ -47,7 +57,17 @@ def _draws(space: Space, budget: int) -> Strategy:
         yield [Trial(sample, drawn(space, sample))]
 
 
-def _quasi_random(space: Space, budget: int) -> Strategy:
+def _chance(space: Space, *purpose: int) -> np.random.Generator:
+    """Random numbers of a recipe's seed."""
+    key = threefry.fold_in(space.root, threefry.SAMPLES)
+    return np.random.Generator(np.random.PCG64([*(int(word) for word in key), *purpose]))
+
+
+def _sobol_points(space: Space) -> Iterator[np.ndarray]:
+    """Scrambled Sobol points of the unit cube, without end.
+
+    They are asked for one by one, so that a larger budget goes on where a smaller one ended.
+    """
     from scipy.stats import qmc
 
     if space.dimensions > qmc.Sobol.MAXDIM:
@@ -55,12 +75,64 @@ def _quasi_random(space: Space, budget: int) -> Strategy:
             f"sobol: there are {space.dimensions} ratios to draw, but Sobol points have at most {qmc.Sobol.MAXDIM}: "
             "take the strategy draw, or mixup.granularity: layer"
         )
-    key = threefry.fold_in(space.root, threefry.SAMPLES)
-    generator = np.random.Generator(np.random.PCG64([int(word) for word in key]))
-    points = qmc.Sobol(space.dimensions, scramble=True, rng=generator)
-    # Asked for one by one, so that a larger budget goes on where a smaller one ended.
-    for sample in range(budget):
-        yield [Trial(sample, at_point(space, points.random(1)[0]))]
+    points = qmc.Sobol(space.dimensions, scramble=True, rng=_chance(space))
+    while True:
+        yield points.random(1)[0]
+
+
+def _uniform_points(space: Space) -> Iterator[np.ndarray]:
+    """Random points of the unit cube, without end."""
+    chance = _chance(space, 2)
+    while True:
+        yield chance.random(space.dimensions)
+
+
+def _quasi_random(space: Space, budget: int) -> Strategy:
+    for sample, point in zip(range(budget), _sobol_points(space), strict=False):
+        yield [Trial(sample, at_point(space, point))]
+
+
+def _even_points(space: Space) -> Iterator[np.ndarray]:
+    """Points of the unit cube, without end; where groups have weights of their own, every other point has one ratio
+    for all of them, as what is good for the whole model is a good place to begin.
+    """
+    from scipy.stats import qmc
+
+    groups = len(space.groups)
+    if groups == 1:
+        yield from _sobol_points(space)
+    alike = _sobol_points(space._replace(groups=(WHOLE_MODEL,)))
+    apart = _sobol_points(space) if space.dimensions <= qmc.Sobol.MAXDIM else _uniform_points(space)
+    for one, other in zip(alike, apart, strict=True):
+        yield np.tile(one, groups)
+        yield other
+
+
+def _automatic(space: Space, budget: int) -> Strategy:
+    """Equal weights, then Sobol points, then normal steps from the best so far, with a Sobol point after each.
+
+    It asks of values only which is the best, so that a sample may be stopped as soon as it cannot be that. What is
+    tried next depends on no budget. Steps are of normal variables, as in CMA-ES, and as long as the one-fifth rule has
+    them.
+    """
+    from scipy.special import ndtr, ndtri
+
+    even, steps = _even_points(space), _chance(space, 1)
+    equal = equal_weights(space)
+    place = ndtri(np.tile(point_of((1.0 / space.num_experts,) * space.num_experts, space.alpha), len(space.groups)))
+    (best,) = yield [Trial(0, equal)]
+    width = _WIDTH
+    for sample in range(1, budget):
+        near = sample >= SPREAD and sample % 2 == 0
+        if near:
+            there = np.clip(place + width * steps.standard_normal(space.dimensions), -_FAR, _FAR)
+        else:
+            there = np.clip(ndtri(next(even)), -_FAR, _FAR)
+        (value,) = yield [Trial(sample, at_point(space, ndtr(there)))]
+        if near:
+            width *= _LONGER if value > best else _SHORTER
+        if value > best:
+            best, place = value, there
 
 
 def _lattice(num_experts: int, budget: int) -> Iterator[tuple[float, ...]]:
@@ -152,16 +224,17 @@ def _evolution(space: Space, budget: int) -> Strategy:
 
 
 STRATEGIES: dict[str, Callable[[Space, int], Strategy]] = {
+    "auto": _automatic,
     "draw": _draws,
     "sobol": _quasi_random,
     "grid": _grid,
     "halving": _halving,
     "cma": _evolution,
 }
-ADAPTIVE = ("halving", "cma")
-"""Strategies whose trials depend on the values before."""
+RANKING = ("halving", "cma")
+"""Strategies whose trials depend on the order of all values before, and not on which is the best alone."""
 
-EXTENSIBLE = ("draw", "sobol")
+EXTENSIBLE = ("auto", "draw", "sobol")
 """Strategies whose trials do not depend on the budget: a larger one goes on."""
 
 

@@ -89,7 +89,7 @@ def _by_text(example: Example, text: str) -> Judgement:
     return Judgement(said == example.gold.strip(), said or None)
 
 
-def make_exam(skill: Skill, split: str, count: int, seed: int) -> Exam:
+def make_exam(skill: Skill, split: str, count: int, seed: int, run_code: bool = True) -> Exam:
     """Examples of a split.
 
     Args:
@@ -97,11 +97,12 @@ def make_exam(skill: Skill, split: str, count: int, seed: int) -> Exam:
         split: Of `SPLITS`.
         count: How many.
         seed: Which.
+        run_code: Run programs where it is safe; else, as where it is not, the text of the lesson is right.
     """
     rows = skill.rows(split, count, seed)
     task = get_task(skill.task)
     settings = task.settings._replace(max_tokens=skill.max_tokens)
-    if task.runs_code and why_no_sandbox() is not None:
+    if task.runs_code and (not run_code or why_no_sandbox() is not None):
         task = task._replace(judge=each(_by_text), runs_code=False)
     return Exam(skill.name, task._replace(judge=remembering(task.judge)), rows, task.read(rows), settings)
 
@@ -148,7 +149,7 @@ def resist(exam: Exam, generator: Generator, seed: int) -> Resistance:
         generator: The model.
         seed: Of the adversary's choices.
     """
-    plan = make_plan(**ADVERSARIES[exam.task.name], profile=_PROFILE, key=seed, limit=len(exam.rows))
+    plan = make_plan(**ADVERSARIES[exam.task.name], profile=_PROFILE, key=seed, limit=len(exam.rows), floor=0.0)
     found = attack_task(
         exam.task,
         exam.rows,

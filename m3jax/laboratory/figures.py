@@ -35,7 +35,13 @@ _ARMS = {EQUAL: ("equal weights", _GREY), TUNED: ("best of a grid", _BLUE), M3: 
 _PER_ROW = 3  # panels
 
 
-def _figure(panels: int, height: float = 4.4) -> "tuple[Figure, list[Axes]]":
+def make_figure(panels: int, height: float = 4.4) -> "tuple[Figure, list[Axes]]":
+    """A figure with some panels, side by side and in rows.
+
+    Args:
+        panels: How many.
+        height: Of each, in inches.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -51,8 +57,15 @@ def _figure(panels: int, height: float = 4.4) -> "tuple[Figure, list[Axes]]":
     return figure, axes[:panels]
 
 
-def _finish(figure: "Figure", axes: "Sequence[Axes]", path: Path, first: Sequence[str] = ()) -> None:
-    """Saves a figure with one legend for all its panels, outside of them."""
+def finish_figure(figure: "Figure", axes: "Sequence[Axes]", path: Path, first: Sequence[str] = ()) -> None:
+    """Saves a figure with one legend for all its panels, outside of them.
+
+    Args:
+        figure: The figure.
+        axes: Its panels.
+        path: The PNG file.
+        first: Labels that come first in the legend.
+    """
     shown = {label: handle for panel in axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     shown = {label: shown[label] for label in dict.fromkeys([*first, *shown]) if label in shown}
     if shown:
@@ -135,12 +148,12 @@ def save_curves(lines: Iterable[Line], path: Path) -> bool:
     if not pairs:
         return False
     skills = list(dict.fromkeys(skill for group in pairs for skill in group))
-    figure, axes = _figure(len(pairs))
+    figure, axes = make_figure(len(pairs))
     for panel, (group, pair) in zip(axes, pairs.items(), strict=True):
         _draw_curve(panel, group, pair, skills)
     for panel in axes[::_PER_ROW]:
         panel.set_ylabel("accuracy on dev examples", color=INK)
-    _finish(figure, axes, path, first=skills)
+    finish_figure(figure, axes, path, first=skills)
     return True
 
 
@@ -218,7 +231,7 @@ def save_bars(lines: Iterable[Line], path: Path) -> bool:
     if not cells:
         return False
     groups = sorted(dict.fromkeys(cell.group for cell in cells), key=len)
-    figure, axes = _figure(3, height=4.8)
+    figure, axes = make_figure(3, height=4.8)
     said = (("test", "accuracy, test"), ("shifted", "accuracy, out of distribution"), ("pdr", "performance drop rate"))
     for panel, (measure, title) in zip(axes, said, strict=True):
         _draw_bars(panel, cells, groups, measure)
@@ -228,7 +241,7 @@ def save_bars(lines: Iterable[Line], path: Path) -> bool:
     axes[0].set_ylabel("accuracy, share of examples", color=INK)
     axes[2].set_ylabel("PDR, share of clean accuracy lost", color=INK)
     axes[2].axhline(0, color=INK, linewidth=0.8)
-    _finish(figure, axes, path)
+    finish_figure(figure, axes, path)
     return True
 
 
@@ -275,7 +288,7 @@ def save_alphas(lines: Iterable[Line], path: Path) -> bool:
     shapes, depths = shapes_of(there), depths_of(there)
     if not shapes and not depths:
         return False
-    figure, (score, spread, depth) = _figure(3)
+    figure, (score, spread, depth) = make_figure(3)
     _draw_estimates(
         score, [(shape.alpha, shape.test) for shape in shapes], _ORANGE, "mean and 95 % interval over seeds"
     )
@@ -300,7 +313,7 @@ def save_alphas(lines: Iterable[Line], path: Path) -> bool:
         (depth, "best of the first draws"),
     ):
         panel.set_title(title, color=INK, fontsize=11)
-    _finish(figure, (score, spread, depth), path)
+    finish_figure(figure, (score, spread, depth), path)
     return True
 
 

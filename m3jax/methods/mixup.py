@@ -252,11 +252,35 @@ def weights_at(p: Sequence[float], alpha: float | tuple[float, float]) -> tuple[
     """
     weights, rest = [], 1.0
     for stick, probability in enumerate(p):
-        a, b = alpha if isinstance(alpha, tuple | list) else (alpha, alpha * (len(p) - stick))
-        fraction = float(beta_quantile(np.float64(probability), a, b))
+        fraction = float(beta_quantile(np.float64(probability), *_stick(alpha, len(p) - stick)))
         weights.append(rest * fraction)
         rest *= 1.0 - fraction
     return (*weights, rest)
+
+
+def point_of(weights: Sequence[float], alpha: float | tuple[float, float]) -> tuple[float, ...]:
+    """The point of the unit cube at which weights lie: what `weights_at` is given for them, up to its rounding.
+
+    Args:
+        weights: Two or more, above 0, with the sum 1.
+        alpha: As for `draw_weights`.
+
+    Example:
+        >>> point_of((0.5, 0.5), alpha=2.0)
+        (0.5,)
+    """
+    from scipy.special import betainc
+
+    point, rest = [], 1.0
+    for place, weight in enumerate(weights[:-1]):
+        point.append(float(betainc(*_stick(alpha, len(weights) - 1 - place), weight / rest)))
+        rest -= weight
+    return tuple(point)
+
+
+def _stick(alpha: float | tuple[float, float], left: int) -> tuple[float, float]:
+    """The shapes of the Beta that a stick's fraction follows, where so many are left to break."""
+    return (alpha[0], alpha[1]) if isinstance(alpha, tuple | list) else (alpha, alpha * left)
 
 
 def likelihood_of_one(alpha: float | tuple[float, float], num_experts: int, share: float) -> float:

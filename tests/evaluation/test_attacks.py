@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import random
 import re
 import string
@@ -28,6 +29,7 @@ from m3jax.evaluation.attacks.edits import levenshtein
 from m3jax.evaluation.attacks.masked_lm import best_first, masked_words
 from m3jax.evaluation.attacks.search import modifiable
 from m3jax.evaluation.attacks.words import STOP_WORDS
+from m3jax.evaluation.statistics import wilson_interval
 
 PROMPT = "Decide whether the mood of this text is 'positive' or 'negative'.\nText: {content}\nAnswer:"
 LABELS = ("positive", "negative")
@@ -426,14 +428,28 @@ def test_the_drop_rate_by_hand():
     assert drop[:3] == (10, 0.8, 0.3)
     assert drop.pdr == pytest.approx(0.625)
     assert drop.interval[0] < 0.625 < drop.interval[1] <= 1
-    assert measure_drop([True, False], [True, False], 0)[3:] == (0.0, (0.0, 0.0))
-    assert measure_drop([True] * 5, [False] * 5, 0)[3:] == (1.0, (1.0, 1.0))
+
+
+def test_no_interval_of_finite_data_is_a_point():
+    """Where every resample has one rate, Wilson's interval of what is left takes their place."""
+    kept, lost = measure_drop([True, False], [True, False], 0), measure_drop([True] * 5, [False] * 5, 0)
+    assert (kept.pdr, kept.interval) == (0.0, (0.0, pytest.approx(1 - wilson_interval(1, 1)[0])))
+    assert (lost.pdr, lost.interval) == (1.0, (pytest.approx(1 - wilson_interval(0, 5)[1]), 1.0))
+    for total in range(1, 5):
+        for kinds in itertools.product(range(4), repeat=total):
+            clean, attacked = [kind > 1 for kind in kinds], [kind % 2 == 1 for kind in kinds]
+            drop = measure_drop(clean, attacked, 0, 200)
+            assert (drop.pdr is None) == (not any(clean))
+            assert drop.interval is None or drop.interval[0] < drop.interval[1]
 
 
 def test_the_drop_rate_of_nothing_is_undefined():
     assert measure_drop([False] * 3, [True, False, False], 0) == (3, 0.0, 1 / 3, None, None)
     # Some resamples have nothing right before: they are left out, and no division by zero warns.
-    assert measure_drop([True, False], [False, False], 0).interval == (1.0, 1.0)
+    assert measure_drop([True, False], [False, False], 0).interval[1] == 1.0
+    few = [True] + [False] * 63
+    assert measure_drop(few, [False] * 64, 0) == (64, 1 / 64, 0.0, None, None)  # next to nothing is below the floor
+    assert measure_drop(few, [False] * 64, 0, floor=0.0).pdr == 1.0
 
 
 def test_the_interval_covers_the_truth():

@@ -34,7 +34,7 @@ def test_the_table_has_every_figure(tmp_path):
     assert lines[2:6] == [
         "| models/a\\|b | sst2 | clean | 10 | 80.0% |  | 50.0% to 90.0% |  |",
         "| models/a\\|b | sst2 | deepwordbug | 10 | 20.0% | 0.750 | 0.500 to 0.900 | 1,234 |",
-        "| models/a\\|b | sst2 | typos | 10 | 20.0% | undefined (clean accuracy is 0) |  |  |",
+        "| models/a\\|b | sst2 | typos | 10 | 20.0% | undefined (too little is right) |  |  |",
         "| models/c | sst2 | clean | 10 | 80.0% |  | 50.0% to 90.0% |  |",
     ]
     assert lines[6:] == [
@@ -84,6 +84,55 @@ def test_the_files(tmp_path, capsys):
     assert commands.main(arguments) == 2
     assert "is already there: give another directory, or --overwrite" in capsys.readouterr().err
     assert commands.main([*arguments, "--overwrite"]) == 0
+
+
+def exploration(directory, **changes):
+    def result(scores, reference=None, sample=0, most=None):
+        return {
+            "reference": reference,
+            "scores": scores,
+            "sample": sample,
+            "weights": {"model": [0.25, 0.75]},
+            "most": most,
+        }
+
+    stopped = result({"sst2": 0.1}, most={"sst2": 0.5})
+    content = {
+        "directory": "merges/best",
+        "strategy": "auto",
+        "examples": {"sst2": 10},
+        "experts": ["models/a|b", "models/c"],
+        "references": [result({"sst2": 0.0}, "models/a|b"), result({"sst2": 0.5}, "equal weights")],
+        "choice": result({"sst2": 0.9}, sample=3),
+        "samples": [result({"sst2": 0.9}, sample=3), stopped],
+        "remarks": ["its scores flatter it"],
+    }
+    return run(directory, exploration={**content, **changes})
+
+
+def test_explorations_stand_beside_evaluations(tmp_path):
+    """Under the same names and colours; a directory that was explored leads to its samples."""
+    exploration(tmp_path / "best.exploration")
+    (tmp_path / "best").mkdir()
+    found = report.collect([run(tmp_path / "one", attack=ATTACK), tmp_path / "best"])
+    lines = list(report.table_lines(found))
+    known = "dev examples of an exploration"
+    assert lines[5:8] == [
+        f"| models/a\\|b | sst2 | {known} | 10 | 0.0% |  | 0.0% to 27.8% |  |",
+        f"| equal weights | sst2 | {known} | 10 | 50.0% |  | 23.7% to 76.3% |  |",
+        f"| merges/best | sst2 | {known} | 10 | 90.0% |  | 59.6% to 98.2% |  |",
+    ]
+    said = "2 samples by auto, 1 stopped early, sample 3 chosen, a|b 0.2500, c 0.7500"
+    assert lines[8:11] == ["", f"- {tmp_path / 'best.exploration'}: {said}", "    - its scores flatter it"]
+    runs = report._runs(found)
+    assert runs == [("models/a|b", "sst2", ""), ("equal weights", "sst2", ""), ("merges/best", "sst2", "")]
+    assert len(set(report._colours([*runs, ("merges/best", "cola", "")]).values())) == 3
+    many = report._colours([(str(number), "sst2", "") for number in range(30)])
+    assert len({tuple(colour) for colour in many.values()}) == 30
+    report.write(found, tmp_path / "out")
+    own = exploration(tmp_path / "own", examples={})
+    with pytest.raises(M3Error, match="compared by a score of one's own"):
+        report.collect([own])
 
 
 def test_bars_have_the_heights_of_the_table(tmp_path):

@@ -73,7 +73,7 @@ def test_where_a_task_has_no_words_the_templates_are_attacked():
         with pytest.raises(M3Error, match="has no words of its own to attack: give such with --prompt"):
             attack_task(get_task("gsm8k"), rows, generator_of(bool), make_plan(), **options)
     found = attack_task(
-        get_task("gsm8k"), rows, generator_of(bool), make_plan(attacks=(), shifts=["typos"]), template="none"
+        get_task("gsm8k"), rows, generator_of(bool), make_plan(attacks=(), shifts=["typos"], floor=0), template="none"
     )
     assert [one.shift for one in found.shifts] == ["typos"]  # which need no words
     with pytest.raises(M3Error, match=r"should have \{content\} in it once"):
@@ -121,7 +121,10 @@ def test_a_word_that_matters_is_found():
 def test_a_constant_model_is_broken_by_nothing():
     right = tried(lambda text: True, attacks=DEFAULT_ATTACKS, shifts=("typos", "uppercase"))
     assert {one.drop.pdr for one in (*right.attacks, *right.shifts)} == {0.0}
-    wrong = tried(lambda text: False, attacks=DEFAULT_ATTACKS, shifts=("typos",))
+    stopped = tried(lambda text: False, attacks=DEFAULT_ATTACKS, shifts=("typos",))
+    assert (stopped.attacks, stopped.shifts, stopped.complete) == ((), (), True)
+    assert stopped.undefined == "clean accuracy is 0.0%, and below 5.0% drop rates are undefined"
+    wrong = tried(lambda text: False, attacks=DEFAULT_ATTACKS, shifts=("typos",), floor=0.0)
     assert (wrong.accuracy, wrong.interval[0]) == (0, 0)
     assert {(one.drop.pdr, one.drop.interval) for one in (*wrong.attacks, *wrong.shifts)} == {(None, None)}
     assert {one.queries for one in wrong.attacks} == {1}
@@ -169,7 +172,7 @@ def test_searches_may_see_other_examples_than_are_measured():
     found = tried(lambda text: "number 0" not in text or "true" not in text, attacks=["stresstest"], search_examples=3)
     assert (found.examples, found.searched) == (5, 3)
     (one,) = found.attacks
-    assert one.drop == (5, 1.0, 1.0, 0.0, (0.0, 0.0))  # what it found hurts example 0 alone
+    assert one.drop[:4] == (5, 1.0, 1.0, 0.0)  # what it found hurts example 0 alone
     assert "true" in one.prompt
 
 
@@ -384,7 +387,11 @@ def test_another_grader_may_judge():
 def test_the_command_and_its_report(place, tmp_path, capsys):
     arguments = ["attack", str(place / "expert-a"), "--task", "sst2", "--data", str(place / "rows.jsonl")]
     arguments += ["--attack", "stresstest", "--shift", "uppercase", "--max-tokens", "2", "--dtype", "float32"]
-    arguments += ["--template", "none", "--limit", "4", "--out", str(tmp_path / "run"), "--grader", "paper"]
+    arguments += ["--template", "none", "--limit", "4", "--grader", "paper"]
+    assert commands.main(arguments) == 0  # a model that says nothing sensible
+    said = capsys.readouterr().out
+    assert "note: clean accuracy is 0.0%, and below 5.0% drop rates are undefined, so nothing was attacked" in said
+    arguments += ["--floor", "0", "--out", str(tmp_path / "run")]
     assert commands.main([*arguments, "--json"]) == 0
     outcome = json.loads(capsys.readouterr().out)
     assert outcome == json.loads((tmp_path / "run" / "attack.json").read_text())
@@ -396,10 +403,10 @@ def test_the_command_and_its_report(place, tmp_path, capsys):
     assert "attack.json is already there" in capsys.readouterr().err
     assert commands.main([*arguments, "--overwrite"]) == 0
     said = capsys.readouterr()
-    assert "PDR undefined, as nothing was right before" in said.out
+    assert "PDR undefined, as too little was right before" in said.out
     assert "loading" in said.err
     assert commands.main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report")]) == 0
-    assert "| stresstest | 4 | 0.0% | undefined (clean accuracy is 0) |" in capsys.readouterr().out
+    assert "| stresstest | 4 | 0.0% | undefined (too little is right) |" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.md", "report.json", "report.png"}
 
 
@@ -419,6 +426,7 @@ def test_an_interruption_says_what_is_kept(place, tmp_path, capsys, monkeypatch)
         "2",
     ]
     arguments += ["--attack", "stresstest", "--shift", "typos", "--max-tokens", "2", "--template", "none"]
+    arguments += ["--floor", "0"]
     assert commands.main([*arguments, "--out", str(tmp_path)]) == 130
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == f"m3jax: interrupted: what is finished (1 of the attacks and shifts) is in {tmp_path}."

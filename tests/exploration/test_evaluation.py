@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import jax
 import numpy as np
@@ -19,9 +20,10 @@ import m3jax
 from m3jax.arithmetic import threefry
 from m3jax.cli import commands
 from m3jax.errors import M3Error
-from m3jax.evaluation import GenerationSettings, get_task, runner
+from m3jax.evaluation import GenerationSettings, get_task, report, runner
 from m3jax.evaluation.models import load_model
 from m3jax.evaluation.options import check_evaluation
+from m3jax.evaluation.protocol import Completion
 from m3jax.evaluation.tasks.base import Judgement
 from m3jax.exploration import Evaluation, Optimization, exploring, scoring
 from m3jax.exploration.samples import to_hex
@@ -71,7 +73,7 @@ def test_samples_are_evaluated_as_the_merge_that_is_written(place, tmp_path, gra
     lines = []
     data, recipe = {"sst2": place / "dev.jsonl"}, place / "recipe.yaml"
     options = {"tasks": data, "samples": 5, "evaluation": OPTIONS}
-    found = m3jax.explore(recipe, tmp_path / "out", tell=lines.append, **options)
+    found = m3jax.explore(recipe, tmp_path / "out", tell=lines.append, strategy="draw", **options)
     compiled = [line for line in lines if line.startswith("compiling")]
     assert len(compiled) == 4  # one reads prompts, one goes on, of inputs and of merges in float32: none per sample
     assert len({result.scores["sst2"] for result in found.results}) > 1
@@ -103,6 +105,55 @@ def test_the_decoder_on_eight_devices_chooses_as_on_one(place, tmp_path, graded)
     assert [result[:4] for result in one.results] == [result[:4] for result in eight.results]
     assert one.choice[:4] == eight.choice[:4]
     assert one.merge.digest == eight.merge.digest
+
+
+def answers_by_merge(model, *_):
+    """A stand-in for a model: each merge has a rate of its own, at which it is right, the same examples first."""
+    letters = np.asarray(jax.tree.leaves(model.params)[0]).tobytes()
+    rate = threefry.fold_in_name(threefry.root_key(0), str(zlib.crc32(letters)))[0] / 2**32
+
+    def generate(prompts, settings):
+        hard = [threefry.fold_in_name(threefry.root_key(1), prompt)[0] / 2**32 for prompt in prompts]
+        return [Completion("c" if difficulty < rate else "a", True, 1) for difficulty in hard]
+
+    return generate
+
+
+def test_what_cannot_be_the_best_is_stopped_and_nothing_else_changes(place, tmp_path, graded, monkeypatch):
+    monkeypatch.setattr(scoring, "make_generator", answers_by_merge)
+    (tmp_path / "more.jsonl").write_text((place / "dev.jsonl").read_text().replace("fine", "bad"))
+    tasks = {"sst2": place / "dev.jsonl", "cola": tmp_path / "more.jsonl"}
+    how = {
+        "tasks": tasks,
+        "samples": 16,
+        "evaluation": OPTIONS._replace(batch_size=1),
+        "overwrite": True,
+        "strategy": "auto",
+    }
+    recipe, out = place / "recipe.yaml", tmp_path / "out"
+    one = m3jax.explore(recipe, out, **how)
+    told = json.loads((tmp_path / "out.exploration" / "exploration.json").read_text())
+    assert [sample["sample"] for sample in told["samples"]] == list(range(16))
+    (line,) = report.collect([out]).explorations
+    assert (line.strategy, line.samples, line.chosen) == ("auto", 16, one.choice.sample)
+    stopped = {result.sample: result for result in one.results if result.most is not None}
+    # Another run has what was stopped from the journal, but not where it is asked for itself, or nothing is stopped.
+    seen = []
+    how["watch"] = lambda result, known: seen.append(known)
+    named = m3jax.explore(recipe, out, select=str(next(iter(stopped))), **how)
+    assert (seen.count(False), named.choice.share) == (1, 1.0)
+    seen.clear()
+    other = m3jax.explore(recipe, out, early_stopping=False, **how)
+    assert seen.count(False) == len(stopped) - 1
+    assert one.choice[:4] == other.choice[:4]
+    assert one.front == other.front
+    assert one.cost < 16 == other.cost
+    for result in other.results:
+        mine = one.results[result.sample]
+        assert mine.weights == result.weights
+        if result.sample in stopped:
+            assert mine.share < 1
+            assert all(mine.most[task] >= score for task, score in result.scores.items())
 
 
 def test_parts_of_dev_data_are_seeded_nested_and_of_all_labels(place):

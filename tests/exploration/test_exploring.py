@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from m3jax.exploration import exploring, resident
 from m3jax.exploration.journal import SampleJournal
 from m3jax.exploration.samples import Space, drawn
 from m3jax.exploration.selection import Result, choose, pareto_front
-from m3jax.exploration.strategies import STRATEGIES, strategy_of
+from m3jax.exploration.strategies import EXTENSIBLE, STRATEGIES, strategy_of
 from m3jax.methods.mixup import draw_weights
 from m3jax.recipe import load_recipe
 
@@ -176,10 +177,35 @@ def test_strategies_keep_to_the_simplex_and_the_budget(name, count, groups, budg
             assert len(weights) == count
             assert min(weights) >= 0
             assert abs(sum(weights) - 1) < 1e-12
-    if name in ("draw", "sobol"):
+    if name in EXTENSIBLE:
         assert values_of(strategy_of(name, space, budget + 5), value)[:budget] == trials
     other = space._replace(root=threefry.root_key(4))
-    assert name == "grid" or values_of(strategy_of(name, other, budget), value) != trials
+    alike = name == "grid" or (name, budget) == ("auto", 1)
+    assert alike or values_of(strategy_of(name, other, budget), value) != trials
+
+
+@pytest.mark.parametrize(("count", "groups"), [(2, 1), (3, 2)])
+def test_auto_begins_in_the_middle_and_asks_only_which_is_the_best(count, groups):
+    """So a sample that is stopped because it cannot be the best changes nothing of what is tried after it."""
+    space = Space(tuple(f"layers.{i}" for i in range(groups)), count, 0.5, False, threefry.root_key(3))
+
+    def off(trial):
+        return max(abs(weights[0] - GOAL) for weights in trial.weights.values())
+
+    best = []
+
+    def coarse(trial):
+        best.append(off(trial))
+        return -best[-1] if best[-1] == min(best) else -np.inf
+
+    trials = values_of(strategy_of("auto", space, 48), lambda trial: -off(trial))
+    assert all(weights == (1 / count,) * count for weights in trials[0].weights.values())
+    assert values_of(strategy_of("auto", space, 48), coarse) == trials
+    assert min(map(off, trials)) < min(map(off, trials[:8])) / 2
+    drawn = values_of(strategy_of("draw", space, 48), lambda trial: 0.0)
+    assert min(map(off, trials)) < min(map(off, drawn))
+    if groups > 1:  # every other even point has one ratio for all groups
+        assert len(set(trials[1].weights.values())) == 1 < len(set(trials[2].weights.values()))
 
 
 def test_the_grid_is_the_classic_one():
@@ -273,7 +299,7 @@ def test_32_samples_are_one_compilation(place, tmp_path, monkeypatch):
         return near(params, share)
 
     recipe = recipe_of(place, "task_arithmetic", sparsify={"method": "dare", "density": 0.7})
-    monkeypatch.setattr(exploring, "merge_checkpoint", lambda *a, **k: None)
+    monkeypatch.setattr(exploring, "merge_checkpoint", lambda *a, **k: SimpleNamespace(directory="", digest=""))
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         m3jax.explore(recipe, tmp_path / "out", score=score, samples=32)
@@ -320,8 +346,13 @@ def test_a_killed_exploration_goes_on(place, tmp_path):
     assert len(calls) == 10
     assert again.choice[:4] == whole.choice[:4]
     assert again.merge.digest == whole.merge.digest
-    more = m3jax.explore(recipe_of(place), tmp_path / "more", score=near, samples=9, journal=again.journal)
-    assert [r.sample for r in more.results] == list(range(9))
+    fresh = []
+    how = {"score": near, "samples": 12, "watch": lambda result, known: fresh.append(not known)}
+    more = m3jax.explore(recipe_of(place), tmp_path / "more", select="size", journal=again.journal, **how)
+    assert [r.sample for r in more.results] == list(range(12))
+    assert fresh == [False] * 8 + [True] * 4
+    alone = m3jax.explore(recipe_of(place), tmp_path / "alone", select="size", score=near, samples=12)
+    assert [r[:4] for r in more.results] == [r[:4] for r in alone.results]
     other = m3jax.explore(
         recipe_of(place), tmp_path / "other", score=near, samples=8, select="2", journal=again.journal
     )
@@ -383,7 +414,7 @@ def test_what_cannot_be_explored_is_said(place, tmp_path):
             recipe_of(place),
             "x",
             {"score": near, "strategy": "best"},
-            "strategy is 'best', but must be one of draw, sobol",
+            "strategy is 'best', but must be one of auto, draw, sobol",
         ),
         (recipe_of(place), "x", {"score": near, "samples": 0}, "samples are 0"),
         (recipe_of(place), "x", {"score": near, "samples": 2.5}, "the number of samples is 2.5, but must be a whole"),

@@ -4,7 +4,7 @@ import pytest
 
 from m3jax.errors import M3Error
 from m3jax.exploration import Result, check_picture, picture
-from m3jax.exploration.pictures import Drawn
+from m3jax.exploration.pictures import Drawn, _shown
 from m3jax.exploration.references import EQUAL
 from m3jax.exploration.remarks import remarks_on
 
@@ -34,6 +34,14 @@ def test_any_number_of_experts_is_drawn(tmp_path, experts, examples):
         check_picture(tmp_path / "found.txt")
     with pytest.raises(M3Error, match="its parent does not exist"):
         check_picture(tmp_path / "no" / "found.png")
+
+
+def test_long_names_are_told_apart():
+    names = [f"org/llama-2-7b-{skill}-instruct-of-{skill}" for skill in ("math", "code")]
+    assert [_shown(name, names) for name in names] == ["…math-instruct-of-math", "…code-instruct-of-code"]
+    assert [_shown(name, names) for name in ("models/math", "x" * 40)] == ["math", f"{'x' * 11}…{'x' * 12}"]
+    same = ["a-model-of-a-long-name-1", "a-model-of-a-long-name-1"]
+    assert _shown(same[0], same) == same[0]
 
 
 def test_what_scores_cannot_tell_is_said():

@@ -69,6 +69,8 @@ def attack_lines(outcome: dict[str, Any]) -> Iterator[str]:
     low, high = outcome["interval"]
     yield f"{outcome['task']}: {outcome['accuracy']:.1%} clean, 95 % interval {low:.1%} to {high:.1%}"
     yield f"prompt         {outcome['prompt']!r}"
+    if outcome["undefined"] is not None:
+        yield f"note: {outcome['undefined']}, so nothing was attacked; --floor 0 attacks it"
     for one in outcome["attacks"]:
         ended = ", budget spent" if one["exhausted"] else ""
         if not one["candidates"] and one["drop"]["clean"] > 0 and not one["exhausted"]:
@@ -83,7 +85,7 @@ def attack_lines(outcome: dict[str, Any]) -> Iterator[str]:
 def _drop_text(drop: dict[str, Any]) -> str:
     said = f"{drop['attacked']:.1%} right"
     if drop["pdr"] is None:
-        return f"{said}, PDR undefined, as nothing was right before"
+        return f"{said}, PDR undefined, as too little was right before"
     low, high = drop["interval"]
     return f"{said}, PDR {drop['pdr']:.3f} (95 % interval {low:.3f} to {high:.3f})"
 

@@ -83,7 +83,7 @@ def _cells(result: "Result", experts: Sequence[str], examples: Mapping[str, int]
     return [
         _named(result) + " *" * chosen,
         *_weight_cells(result, experts),
-        *([] if experts else [f"{result.share:g}"]),
+        *([] if experts else [f"{result.share:.3g}" + " stopped" * (result.most is not None)]),
         *scores,
         *([f"{result.mean:.4f}"] if len(scores) > 1 else []),
     ]
@@ -94,11 +94,24 @@ def _head(result: "Result", experts: Sequence[str]) -> list[str]:
     return ["sample", *(short_names(experts) or ["weights", "share"]), *result.scores, *means]
 
 
+def _spent(result: "Result") -> float:
+    """Of the budget; what was stopped has had its turn."""
+    return 1.0 if result.most is not None else result.share
+
+
+def _stopped_text(result: "Result") -> str:
+    """On how many examples a result is, where it is not on all."""
+    if result.most is not None:
+        most = ", ".join(f"{task} {score:.4f}" for task, score in result.most.items())
+        return f" stopped at {result.share:.3g} of the examples (at most {most})"
+    return "" if result.share == 1.0 else f" on {result.share:.3g} of the examples"
+
+
 class _Board:
     """The best results so far, and how far the exploration is."""
 
     def __init__(self, samples: int) -> None:
-        self._samples, self._begun = samples, time.monotonic()
+        self._samples, self._begun = samples, math.inf
         self.references: list[Result] = []
         self.results: list[Result] = []
         self._fresh = 0.0
@@ -106,17 +119,23 @@ class _Board:
     def add(self, result: "Result", known: bool) -> None:
         if result.reference is not None:
             self.references.append(result)
-            self._begun = time.monotonic()  # the time left is told from samples
             return
         self.results.append(result)
-        self._fresh += 0.0 if known else result.share
+        if known or result.optimized is not None:
+            return
+        if self._begun == math.inf:  # in the first sample of a run programs are compiled, which tells of no other
+            self._begun = time.monotonic()
+        else:
+            self._fresh += _spent(result)
 
     def state(self) -> str:
-        """How much of the budget is spent, and the time left."""
-        spent = sum(result.share for result in self.results)
-        said = f"{spent:g} of {self._samples} evaluations"
+        """How much of the budget is spent, what was learned beside it, and the time left once it can be known."""
+        learned = sum(result.optimized is not None for result in self.results)
+        spent = sum(_spent(result) for result in self.results if result.optimized is None)
+        beside = f" and {learned} learned" if learned else ""
+        said = f"{spent:g} of {self._samples} evaluations{beside}"
         left = max(self._samples - spent, 0.0)
-        if not self._fresh or not left:
+        if not self._fresh or not left or learned:
             return said
         return f"{said}, {time_text((time.monotonic() - self._begun) / self._fresh * left)} left"
 
@@ -130,7 +149,7 @@ def _lines(board: _Board, stream: TextIO) -> "Watch":
         board.add(result, known)
         scores = ", ".join(f"{task} {score:.4f}" for task, score in result.scores.items())
         before = " (before)" if known else ""
-        part = "" if result.share == 1.0 else f" on {result.share:.3g} of the examples"
+        part = _stopped_text(result)
         named = _named(result) if result.reference is not None else f"sample {_named(result)}"
         weights = f": {weights_text(result.weights)}" if result.weights else ""
         state = "" if result.reference is not None else f"; {board.state()}"
@@ -187,30 +206,6 @@ def reporter(samples: int, quiet: bool) -> "Iterator[tuple[Watch | None, Callabl
         yield watch, tell
 
 
-def exploration_json(found: "Exploration") -> dict[str, Any]:
-    """An exploration as plain data."""
-    return {
-        "directory": str(found.merge.directory),
-        "digest": found.merge.digest,
-        "journal": str(found.journal),
-        "choice": _result_json(found.choice),
-        "front": list(found.front),
-        "cost": found.cost,
-        "losses": list(found.losses),
-        "seconds": found.seconds,
-        "experts": list(found.experts),
-        "examples": dict(found.examples),
-        "references": [_result_json(result) for result in found.references],
-        "remarks": list(found.remarks),
-        "samples": [_result_json(result) for result in found.results],
-    }
-
-
-def _result_json(result: "Result") -> dict[str, Any]:
-    weights = {group: list(values) for group, values in result.weights.items()}
-    return {**result._asdict(), "weights": weights, "scores": dict(result.scores)}
-
-
 def exploration_lines(found: "Exploration", width: int | None = None) -> Iterator[str]:
     """An exploration for people: what samples are measured against, the best of them, the choice, and what is in doubt.
 
@@ -226,6 +221,10 @@ def exploration_lines(found: "Exploration", width: int | None = None) -> Iterato
     yield from table(_head(found.choice, found.experts), rows, width, left=1)
     if len(best) > len(shown):
         yield f"and {count_text(len(best) - len(shown), 'sample')} more in {found.journal}"
+    stopped = sum(result.most is not None for result in found.results)
+    if stopped:
+        were = "was" if stopped == 1 else "were"
+        yield f"{count_text(stopped, 'sample')} {were} stopped early, as no answers that were left could make up for it"
     yield ""
     if len(found.choice.scores) > 1:
         yield f"Pareto front: {', '.join(map(str, found.front))}"

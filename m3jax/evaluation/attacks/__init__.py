@@ -1,6 +1,6 @@
 """Attacks on prompts: letters, words and sentences that make a model do worse."""
 
-from m3jax.evaluation.attacks.measure import Drop, measure_drop
+from m3jax.evaluation.attacks.measure import FLOOR, Drop, measure_drop
 from m3jax.evaluation.attacks.profiles import (
     ATTACKS,
     PROFILES,
@@ -18,6 +18,7 @@ from m3jax.evaluation.attacks.words import Embeddings, read_embeddings, synonyms
 __all__ = [
     "ATTACKS",
     "CONTENT",
+    "FLOOR",
     "PROFILES",
     "Attack",
     "Candidates",

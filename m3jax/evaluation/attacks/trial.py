@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from m3jax.arithmetic import threefry
 from m3jax.errors import M3Error
-from m3jax.evaluation.attacks.measure import Drop, measure_drop
+from m3jax.evaluation.attacks.measure import FLOOR, Drop, measure_drop
 from m3jax.evaluation.attacks.profiles import Attack, Level
 from m3jax.evaluation.attacks.search import Change, Score
 from m3jax.evaluation.attacks.subject import Subject, Verdicts, find_subject, judge, make_verdicts
@@ -83,6 +83,7 @@ class Robustness(NamedTuple):
         complete: Whether all attacks and shifts that were asked for are done.
         attacks: What each attack did.
         shifts: What each shift did.
+        undefined: Why nothing was attacked, where drop rates would have been undefined.
     """
 
     model: str
@@ -103,6 +104,7 @@ class Robustness(NamedTuple):
     complete: bool
     attacks: tuple[Attacked, ...] = ()
     shifts: tuple[Shifted, ...] = ()
+    undefined: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain data for JSON."""
@@ -125,6 +127,7 @@ class AttackPlan(NamedTuple):
         limit: Take the first so many examples only; as many as the task says if None.
         search_examples: So many of them the searches see, to measure on the others; None for all, to measure on them.
         budget: Most prompts that an attack may score.
+        floor: Clean accuracy below which nothing is attacked, as drop rates are undefined.
     """
 
     attacks: tuple[Attack, ...]
@@ -134,6 +137,7 @@ class AttackPlan(NamedTuple):
     limit: int | None
     search_examples: int | None
     budget: int | None
+    floor: float = FLOOR
 
 
 def attack_task(
@@ -182,6 +186,14 @@ def attack_task(
     known = _before(task, subject, bench, plan)._replace(model=model, data=data, limit=limit, protected=protected)
     if tell is not None:
         tell(f"clean: {known.accuracy:.1%} of {known.examples} examples")
+    if known.accuracy < plan.floor:
+        why = f"clean accuracy is {known.accuracy:.1%}, and below {plan.floor:.1%} drop rates are undefined"
+        if tell is not None:
+            tell(f"{why}: nothing is attacked")
+        known = known._replace(undefined=why, complete=True)
+        if keep is not None:
+            keep(known)
+        return known
     for one in plan.attacks:
         attacked = _attack(one, one.read(subject.prompt, protected), bench, plan.budget, tell)
         known = _noted(known._replace(attacks=(*known.attacks, attacked)), plan, keep)
@@ -202,6 +214,7 @@ class _Bench(NamedTuple):
         judge: Of the model on whole prompts of the measured examples.
         clean: Whether each measured example is right under the original prompt.
         seed: Of resampling.
+        floor: Clean accuracy below which drop rates are undefined.
     """
 
     measured: Subject
@@ -211,10 +224,11 @@ class _Bench(NamedTuple):
     judge: Callable[[Sequence[str]], npt.NDArray[np.bool_]]
     clean: npt.NDArray[np.bool_]
     seed: int
+    floor: float
 
     def drop(self, after: npt.NDArray[np.bool_]) -> Drop:
         """What is lost where the measured examples come out so."""
-        return measure_drop(self.clean.tolist(), after.tolist(), self.seed)
+        return measure_drop(self.clean.tolist(), after.tolist(), self.seed, floor=self.floor)
 
 
 def _make_bench(
@@ -237,7 +251,7 @@ def _make_bench(
 
     clean = verdicts([subject.prompt])[0]
     seed = int(threefry.fold_in_name(plan.key, "bootstrap")[0])
-    return _Bench(measured, verdicts, searched, search, judged, clean, seed)
+    return _Bench(measured, verdicts, searched, search, judged, clean, seed, plan.floor)
 
 
 def _before(task: Task, subject: Subject, bench: _Bench, plan: AttackPlan) -> Robustness:

@@ -15,12 +15,20 @@ def result(sample: int, **scores: float) -> Result:
 
 def test_results_are_shown_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """A live table on a terminal, lines elsewhere, nothing when quiet."""
-    results = [result(0, x=0.25, y=0.5), result(1, x=0.75, y=0.5)._replace(optimized=0)]
+    results = [result(0, x=0.25, y=0.5), result(1, x=0.5, y=0.5)._replace(share=0.25, most={"x": 0.5, "y": 0.75})]
+    results += [result(4, x=0.75, y=0.5)._replace(optimized=0)]
+    stopped = "sample 1 stopped at 0.25 of the examples (at most x 0.5000, y 0.7500): 0.5000 0.5000: x 0.5000, y 0.5000"
     for stream, words in [
-        (Terminal(), ["sample", "1 from 0", "0.7500", "0.6250", "2 of 4 evaluations", "learning"]),
+        (Terminal(), ["sample", "4 from 0", "0.7500", "0.6250", "2 of 4 evaluations", "0.25 stopped", "learning"]),
         (
             io.StringIO(),
-            ["sample 1 from 0: 0.5000 0.5000: x 0.7500, y 0.5000; 2 of 4 evaluations, ", " left", "learning"],
+            [
+                "sample 0: 0.5000 0.5000: x 0.2500, y 0.5000; 1 of 4 evaluations\n",  # others may be quicker
+                f"{stopped}; 2 of 4 evaluations, ",
+                " left\n",
+                "sample 4 from 0: 0.5000 0.5000: x 0.7500, y 0.5000; 2 of 4 evaluations and 1 learned\n",
+                "learning",
+            ],
         ),
     ]:
         monkeypatch.setattr("sys.stderr", stream)
