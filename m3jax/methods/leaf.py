@@ -471,9 +471,10 @@ def merged_rows(
     values = tuple(exact.widen(jnp.asarray(x)) for x in rows)
 
     def combined(values: Sequence[Any], matrices: Sequence[Any]) -> list[Any]:
-        scalars, nowhere = prepare(*matrices), (np.zeros((), np.uint32),) * 2
+        scalars = prepare(*matrices)
+        nowhere: Any = (np.zeros((), np.uint32),) * 2
         known = Known(scalars.method, {}, nowhere, None, None, prepared=scalars.prepared, dtype=dtype)
-        return [method.combine(method.options, values, known)]
+        return [method.combine(method.options, tuple(values), known)]
 
     if traced:
         (found,) = on_host(combined, [values[0].shape], values, tuple(traced))

@@ -96,14 +96,14 @@ def _make(options: None, settings: Settings, statistics: Sequence[npt.NDArray[An
         ) from None
     found = []
     for matrix, weight in experts[1:]:
-        own = _unseen(_weighed(matrix, weight, ratio), silent, weight)
-        found.append(systems.prepared(systems.solved(factor, own)))
+        right = _unseen(_weighed(matrix, weight, ratio), silent, weight)
+        found.append(systems.prepared(systems.solved(factor, right)))
     return tuple(found)
 
 
 def _nbytes(width: int, experts: int) -> int:
-    """The experts' matrices, those that are worked on, and what is kept of each expert."""
-    return width * width * (4 * experts + 5 * 8 + 8 * (experts - 1))
+    """The experts' matrices, those that are worked on, and what is kept of each expert, of this tensor and another."""
+    return width * width * (4 * experts + 5 * 8 + 2 * 8 * (experts - 1))
 
 
 # --- rows of weights ----------------------------------------------------------------------------------------------

@@ -322,7 +322,7 @@ class Passes:
         name, positions, block = tensor.output.name, tensor.matrices.positions, visit.block or 0
         settings = tensor.blocks[block].settings
         places = tuple(stored_at(self._checkpoints[position], name) for position in positions)
-        key = (places, block, tuple(settings.weights), tuple(settings.method.items()))
+        key = (places, block, tuple(settings.weights), settings.scale, tuple(settings.method.items()))
         made = recently_made(self._prepared, key, lambda: self._prepare(visit, scalars))
         for position, digest in zip(positions, made.digests, strict=True):
             self.note_digest(position, name, digest)
@@ -358,7 +358,8 @@ class Passes:
             return loaded.arrays[0]
         if tensor.matrices is not None:
             flat, (_, width, first) = [array[: visit.size] for array in loaded.arrays], tensor.matrices
-            found = merged_rows(tensor.pipeline, flat, lambda: scalars, FLOATS[tensor.output.dtype], width, first)
+            ready: LeafScalars = scalars
+            found = merged_rows(tensor.pipeline, flat, lambda: ready, FLOATS[tensor.output.dtype], width, first)
             return np.asarray(found)
         experts, base = split(loaded)
         if tensor.pipeline.rows:

@@ -264,7 +264,8 @@ def merge_prepared(
         prepare = functools.partial(prepared, block)
         if not is_traced(matrices):
             settings = leaf.settings[block or 0]
-            key = (tuple(map(id, leaf.matrices)), block, tuple(settings.weights), tuple(settings.method.items()))
+            numbers = (tuple(settings.weights), settings.scale, tuple(settings.method.items()))
+            key = (tuple(map(id, leaf.matrices)), block, *numbers)
             ready = recently_made(kept, key, lambda: prepare(*matrices))
             return merged_rows(pipe, experts, lambda: ready, dtype, width, leaf.inputs_first)
         return merged_rows(pipe, experts, prepare, dtype, width, leaf.inputs_first, matrices)
