@@ -117,7 +117,7 @@ def _inverse_block(lower: Doubles) -> Doubles:
     return inverse
 
 
-class Factor(NamedTuple):
+class Cholesky(NamedTuple):
     """A symmetric positive definite matrix S, factored: D·S·D = L·Lᵀ with powers of two D.
 
     Attributes:
@@ -131,7 +131,7 @@ class Factor(NamedTuple):
     scaling: Doubles
 
 
-def factored(matrix: Doubles) -> Factor:
+def factored(matrix: Doubles) -> Cholesky:
     """Cholesky's factor of a symmetric matrix with a positive diagonal, which is overwritten.
 
     Args:
@@ -164,10 +164,10 @@ def factored(matrix: Doubles) -> Factor:
                 left = Slices(tuple(each[rows] for each in panel.digits), panel.exponents[rows])
                 right = Slices(tuple(each[: rows.stop].T for each in panel.digits), panel.exponents[: rows.stop])
                 matrix[there, own.stop : there.stop] -= product(left, right)
-    return Factor(matrix, tuple(inverses), scaling)
+    return Cholesky(matrix, tuple(inverses), scaling)
 
 
-def solved(factor: Factor, right: Doubles) -> Doubles:
+def solved(factor: Cholesky, right: Doubles) -> Doubles:
     """X of X·S = R.
 
     Args:
