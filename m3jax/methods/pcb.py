@@ -86,15 +86,21 @@ def _competing(values: Values, known: Known) -> tuple[Array, Array]:
     Of two neighbouring numbers scores are the smaller one, so that 31 bits order them, and the one that a rank finds is
     the one that an entry has: its share is exactly 0 or 1.
 
-    Stacked, because a program that has these functions once is compiled much faster than one that has them n times.
+    One expert after another in a loop, because a program that has these functions once is compiled much faster than one
+    that has them n times; and because a compiler computes them anew wherever they are used if they do not end a loop.
     """
-    spans, zero, every = known.found["range"], known.zero, jnp.stack(values)
-    low, high, inverse = (_of_experts(spans[:, i], every) for i in range(3))
-    size = jnp.clip(jnp.abs(every), low, high)
-    share = exact.multiply(exact.subtract(size, low), inverse, zero)
-    power = exact.multiply(exact.multiply(share, share, zero), jnp.float32(len(values)), zero)
-    pull = exact.multiply(every, functools.reduce(exact.add, values)[None], zero)
-    return size, _evened(exact.multiply(functions.exp(power, zero), functions.tanh(pull, zero), zero))
+    zero, together = known.zero, functools.reduce(exact.add, values)
+
+    def of_expert(given: tuple[Array, Array]) -> tuple[Array, Array]:
+        value, (low, high, inverse) = given
+        size = jnp.clip(jnp.abs(value), low, high)
+        share = exact.multiply(exact.subtract(size, low), inverse, zero)
+        power = exact.multiply(exact.multiply(share, share, zero), jnp.float32(len(values)), zero)
+        pull = exact.multiply(value, together, zero)
+        return size, _evened(exact.multiply(functions.exp(power, zero), functions.tanh(pull, zero), zero))
+
+    found: tuple[Array, Array] = lax.map(of_expert, (jnp.stack(values), jnp.asarray(known.found["range"])))
+    return found
 
 
 def _evened(score: Float[Array, "..."]) -> Float[Array, "..."]:
