@@ -71,7 +71,7 @@ class Known(NamedTuple):
         zero: A run-time zero, see `exact.fence`.
         statistics: One float32 array per expert, not negative, of a method that asks for some.
         prepared: What `Method.preparation` made for the tensor; None without one.
-        dtype: What the merged entries are rounded to.
+        dtype: What the merged entries are rounded to, where something is prepared.
     """
 
     scalars: Any
@@ -81,7 +81,7 @@ class Known(NamedTuple):
     zero: Zero
     statistics: Values = ()
     prepared: Any = None
-    dtype: DTypeLike = np.float32
+    dtype: DTypeLike | None = None
 
 
 class Place(NamedTuple):
