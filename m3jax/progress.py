@@ -17,13 +17,19 @@ class Progress(NamedTuple):
 
     Attributes:
         stage: What is being done, in a few words.
-        done: Bytes gone through so far.
-        total: Bytes in all.
+        done: Bytes gone through so far, or whatever else is counted.
+        total: All of them.
+        counted: What is counted, in the singular; bytes if empty.
     """
 
     stage: str
     done: int
     total: int
+    counted: str = ""
+
+
+Watch: TypeAlias = Callable[[Progress], None]
+"""Is told how far long work is."""
 
 
 def progress_lines(tell: Tell | None, what: str = "examples") -> Callable[[int, int], None] | None:

@@ -296,6 +296,9 @@ def statistics(
 def demo(
     *,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to work.")] = Path("m3jax-demo"),
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", min=0, help="Of lessons, first weights, questions and draws.")
+    ] = 0,
     speech: options.Speech,
 ) -> None:
     """Train two small experts, merge their skills and show what came of it."""
@@ -305,6 +308,6 @@ def demo(
         if not speech.quiet:
             print(line, file=sys.stderr if speech.as_json else sys.stdout, flush=True)
 
-    outcome = run_demo(directory, echo)
+    outcome = run_demo(directory, echo, seed, stage=lambda: terminal.progress_reporter(speech.quiet))
     if speech.as_json:
         shell.print_json(outcome)

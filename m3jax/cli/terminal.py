@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from m3jax.text import safe_text, size_text, time_text
+from m3jax.text import count_text, safe_text, size_text, time_text
 
 if TYPE_CHECKING:  # nothing that --help has no use for is imported
     from m3jax.progress import Progress
@@ -129,12 +129,13 @@ def _state(step: "Progress", pace: Pace) -> str:
     """How far a stage is, how fast, and what is left, as far as it is known."""
     finished = step.done >= step.total
     rate = pace.overall() if finished else pace.rate()
+    whole = count_text(step.total, step.counted) if step.counted else size_text(step.total)
     if finished:
-        parts = [f"{size_text(step.total)} in {time_text(pace.elapsed())}"]
+        parts = [f"{whole} in {time_text(pace.elapsed())}"]
     else:
-        parts = [f"{100 * pace.done // step.total} % of {size_text(step.total)}"]
+        parts = [f"{100 * pace.done // step.total} % of {whole}"]
     if rate is not None:
-        parts.append(f"{size_text(rate)}/s")
+        parts.append(f"{rate:.3g}/s" if step.counted else f"{size_text(rate)}/s")
         parts += [] if finished else [f"{time_text((step.total - pace.done) / rate)} left"]
     return ", ".join(parts)
 

@@ -3,7 +3,7 @@
 from m3jax.laboratory.conducting import SETTINGS, Setting, conduct, open_laboratory
 from m3jax.laboratory.experiments import ExperimentSettings, Laboratory
 from m3jax.laboratory.models import Curriculum, make_models
-from m3jax.laboratory.skills import Skill, programs, sentiment, word_problems
+from m3jax.laboratory.skills import Skill, functions, programs, sentiment, word_problems
 from m3jax.laboratory.training import Course, Size
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Size",
     "Skill",
     "conduct",
+    "functions",
     "make_models",
     "open_laboratory",
     "programs",

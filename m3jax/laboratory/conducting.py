@@ -33,7 +33,7 @@ from m3jax.laboratory.reporting import write_report
 from m3jax.laboratory.skills import Skill
 from m3jax.laboratory.training import Course, Size
 from m3jax.ledger import Ledger
-from m3jax.progress import Tell
+from m3jax.progress import Tell, Watch
 from m3jax.text import count_text, time_text
 
 LEDGER = "experiments.jsonl"
@@ -71,7 +71,9 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
 """What a laptop does in minutes, what it does in an hour, and what wants a GPU."""
 
 
-def open_laboratory(directory: Path, skills: Sequence[Skill], setting: Setting, tell: Tell) -> Laboratory:
+def open_laboratory(
+    directory: Path, skills: Sequence[Skill], setting: Setting, tell: Tell, watch: Watch | None = None
+) -> Laboratory:
     """The models, trained if they are not there yet.
 
     Args:
@@ -79,8 +81,9 @@ def open_laboratory(directory: Path, skills: Sequence[Skill], setting: Setting, 
         skills: What they learn.
         setting: How large they are.
         tell: Told in lines how far it is.
+        watch: Told of every step of every model's training.
     """
-    places = make_models(directory / "models", skills, setting.curriculum, tell)
+    places = make_models(directory / "models", skills, setting.curriculum, tell, watch)
     pupil = Pupil(DecoderConfig.from_directory(places[BASE]), load_tokenizer(str(places[BASE]), places[BASE]))
     return Laboratory(places, pupil, setting.experiments, directory)
 

@@ -1,75 +1,123 @@
-"""The demo: a base and two experts trained on the spot, merged, the ratio explored, the result replayed."""
+"""The demo: a base and two experts trained on the spot, merged, the ratio explored, the result replayed.
+
+Dev examples choose, test examples report: nothing is chosen by those whose scores are shown.
+"""
 
 import json
+import os
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import yaml
 
 from m3jax.errors import M3Error
-from m3jax.progress import Tell
+from m3jax.evaluation.statistics import difference_interval, wilson_interval
+from m3jax.progress import Progress, Tell, Watch
 from m3jax.text import count_text, time_text
 
 if TYPE_CHECKING:  # JAX and matplotlib are imported where they are first needed
-    from m3jax.laboratory import Laboratory, Setting
-    from m3jax.laboratory.experiments import Papers
+    from m3jax.exploration import Exploration
+    from m3jax.laboratory import Laboratory, Setting, Skill
+    from m3jax.laboratory.examining import Answer, Exam
     from m3jax.streaming.merging import MergeResult
 
-Scores: TypeAlias = dict[str, float]
+Stage: TypeAlias = Callable[[], AbstractContextManager[Watch | None]]
+"""Makes what shows the progress of one stage of the work, and takes it away."""
 
-ALPHA, SEED, SAMPLES = 1.0, 7, 12
+ALPHA, SAMPLES = 1.0, 12
 PICTURE = "lambda.png"
 
 _MARK = ".m3jax-demo"  # in the demo's own directory, whose content may be overwritten
 _DIGITS = 12  # of a digest, enough to tell by eye
+_NAMES, _CELL = 28, 20  # letters of a row's name and of a score
 _RECIPES: dict[str, dict[str, Any]] = {
-    "average": {"merge_method": "linear"},
-    "task-arithmetic-dare": {"merge_method": "task_arithmetic", "sparsify": {"method": "dare", "density": 0.8}},
+    "half": {"merge_method": "task_arithmetic"},
+    "draw": {"merge_method": "task_arithmetic", "mixup": {"alpha": ALPHA}},
     "ties": {
         "merge_method": "ties",
         "parameters": {"density": 0.5, "trim_scope": "model", "sign_election": "unweighted"},
+        "sparsify": {"method": "dare", "density": 0.8},
+        "mixup": {"alpha": ALPHA},
     },
 }
-_EXPLORED = "average"
+_HALF = 0.5
 
 
-def write_recipes(directory: Path, places: Mapping[str, Path]) -> dict[str, Path]:
-    """Writes a recipe for every merge of the demo; they name the models so that they can be run from anywhere.
+class Row(NamedTuple):
+    """A model and its answers to the test examples.
 
-    Args:
-        directory: Where the recipes go; it exists.
-        places: The model directories: "base", and the experts.
-
-    Returns:
-        The files by the merges' names.
+    Attributes:
+        name: What it is.
+        directory: Where it is.
+        answers: To every example, by skill.
+        moved: How far it is from the base, ‖δ‖ / ‖p‖; of an expert.
+        weight: Of the first expert, in a merge.
     """
-    written = {}
-    for name, method in _RECIPES.items():
-        recipe = {
-            **method,
-            "base_model": str(places["base"].resolve()),
-            "models": [str(place.resolve()) for expert, place in places.items() if expert != "base"],
-            "mixup": {"alpha": ALPHA},
-            "seed": SEED,
-            "dtype": "float32",
+
+    name: str
+    directory: Path
+    answers: Mapping[str, "Sequence[Answer]"]
+    moved: float | None = None
+    weight: float | None = None
+
+    def right(self) -> dict[str, tuple[int, int]]:
+        """How many answers are right, and of how many, by skill."""
+        return {skill: (sum(answer.right for answer in some), len(some)) for skill, some in self.answers.items()}
+
+    def share(self, skill: str) -> float:
+        """Of a skill's answers that are right."""
+        right, count = self.right()[skill]
+        return right / count
+
+    def mean(self) -> float:
+        """Of all skills' shares."""
+        return sum(map(self.share, self.answers)) / len(self.answers)
+
+    def told(self) -> dict[str, Any]:
+        """The same as plain data, without what was answered."""
+        scores = {
+            skill: {
+                "right": right,
+                "of": count,
+                "share": right / count,
+                "interval": list(wilson_interval(right, count)),
+            }
+            for skill, (right, count) in self.right().items()
         }
-        written[name] = directory / f"{name}.yaml"
-        written[name].write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    return written
+        place = {"name": self.name, "directory": str(self.directory), "moved": self.moved, "weight": self.weight}
+        return {**place, "scores": scores, "mean": self.mean()}
 
 
-def main(directory: Path, echo: Tell, setting: "Setting | None" = None) -> dict[str, Any]:
+def default_setting() -> "Setting":
+    """How the demo's models are made, and how much is measured on them."""
+    from m3jax.laboratory import Course, Curriculum, ExperimentSettings, Setting, Size
+
+    base = Course(1600, 32, 3e-3, whole=True)
+    expert = Course(300, 32, 5e-4, pull=10.0)
+    return Setting(Curriculum(Size(96, 2, 4, 600), 16_000, base, expert), ExperimentSettings(dev=96, test=192))
+
+
+def main(
+    directory: Path,
+    echo: Tell,
+    seed: int = 0,
+    setting: "Setting | None" = None,
+    stage: Stage = lambda: nullcontext(),
+) -> dict[str, Any]:
     """Trains models, merges them, explores the ratio, and tells what came of it.
 
     Args:
         directory: Where to work; made if need be. Models of an earlier run are used again, its merges overwritten.
         echo: Is given the account, line by line.
-        setting: How much the laboratory does; its smallest setting if None.
+        seed: Of lessons, first weights, questions and draws.
+        setting: How models are made and how much is measured; the demo's own if None.
+        stage: Shows progress.
 
     Returns:
         The same account as plain data for JSON.
@@ -79,26 +127,47 @@ def main(directory: Path, echo: Tell, setting: "Setting | None" = None) -> dict[
     """
     begun = time.perf_counter()
     _take_over(directory)
-    from m3jax.laboratory import SETTINGS, open_laboratory, programs, word_problems
-    from m3jax.laboratory.experiments import make_papers
+    from m3jax.laboratory import functions, open_laboratory, word_problems
+    from m3jax.laboratory.examining import make_exam
 
-    skills = [word_problems(), programs()]
-    setting = setting or SETTINGS["small"]
-    echo(f"Models in {directory / 'models'}: a base that learns a little of two skills, and an expert in each.")
-    lab = open_laboratory(directory, skills, setting, lambda line: echo(f"  {line}"))
-    papers = make_papers(skills, lab.how, SEED)
-    _write_data(directory / "data", papers)
-    account: dict[str, Any] = {"directory": str(directory)}
-    account["models"] = _models(lab, papers, echo)
-    (directory / "recipes").mkdir(exist_ok=True)
-    written = write_recipes(directory / "recipes", lab.places)
-    account["merges"] = _merges(written, directory / "merges", lab, papers, echo)
-    account["exploration"], best = _explore(written[_EXPLORED], directory, lab, papers, echo)
-    _say_means(account, echo)
-    account["replay"] = _replay(best, directory / "replayed", echo)
-    account["seconds"] = time.perf_counter() - begun
-    _say_next(directory, account["seconds"], echo)
-    return account
+    skills = [word_problems(largest=12, primed=True), functions(primed=True)]
+    chosen = setting or default_setting()
+    setting = chosen._replace(curriculum=chosen.curriculum._replace(seed=seed))
+    for line in _introduction(directory, skills):
+        echo(line)
+    with stage() as watch:
+        lab = open_laboratory(directory, skills, setting, lambda _: None, watch)
+    dev, test = ({skill.name: make_exam(skill, split, count, seed) for skill in skills}
+                 for split, count in (("dev", lab.how.dev), ("test", lab.how.test)))  # fmt: skip
+    _write_data(directory / "data", {"dev": dev, "test": test})
+    written = write_recipes(directory / "recipes", lab.places, seed)
+    models = _models(lab, test, echo, stage)
+    found = _explore(written["draw"], directory, lab, dev, stage)
+    merges = _merges(written, directory / "merges", found, lab, test, echo, stage)
+    rows = [*models, *merges]
+    asked = _ask(rows, test)
+    verdict = _verdict(rows)
+    for line in (*_question_lines(asked), *_verdict_lines(verdict)):
+        echo(line)
+    _draw(directory / PICTURE, found, dev)
+    echo(f"  All {SAMPLES} draws over λ, as the dev examples have them: {directory / PICTURE}")
+    replayed = _replay(found.merge, directory / "replayed", echo)
+    seconds = time.perf_counter() - begun
+    following = next_commands(directory, test)
+    for line in _next_lines(following, seconds):
+        echo(line)
+    return {
+        "directory": str(directory),
+        "seed": seed,
+        "rows": [row.told() for row in rows],
+        "draws": [{"weight": _weight(one.weights), "dev": dict(one.scores)} for one in found.results],
+        "question": asked,
+        "verdict": verdict,
+        "picture": str(directory / PICTURE),
+        "replay": replayed,
+        "next": following,
+        "seconds": seconds,
+    }
 
 
 def _take_over(directory: Path) -> None:
@@ -113,144 +182,274 @@ def _take_over(directory: Path) -> None:
         raise M3Error(f"{directory}: cannot be used: {error.strerror}: give another directory") from error
 
 
-def _write_data(directory: Path, papers: "Papers") -> None:
+def write_recipes(directory: Path, places: Mapping[str, Path], seed: int) -> dict[str, Path]:
+    """Writes a recipe for every merge of the demo; they name the models so that they can be run from anywhere.
+
+    Args:
+        directory: Where the recipes go; made if need be.
+        places: The model directories: "base", and the experts.
+        seed: Of draws and masks.
+
+    Returns:
+        The files by the recipes' names: equal weights, a draw of M³, and a draw of M³ inside DARE and TIES.
+    """
+    directory.mkdir(exist_ok=True)
+    experts = [str(place.resolve()) for name, place in places.items() if name != "base"]
+    written = {}
+    for name, method in _RECIPES.items():
+        drawn = "mixup" in method
+        recipe = {
+            **method,
+            "base_model": str(places["base"].resolve()),
+            "models": experts if drawn else [{"model": e, "parameters": {"weight": _HALF}} for e in experts],
+            "seed": seed,
+            "dtype": "float32",
+        }
+        written[name] = directory / f"{name}.yaml"
+        written[name].write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return written
+
+
+def _write_data(directory: Path, exams: "Mapping[str, Mapping[str, Exam]]") -> None:
     """The examples as files that `m3jax evaluate` and `m3jax explore` take."""
     directory.mkdir(exist_ok=True)
-    for split, exams in (("dev", papers.dev), ("test", papers.test)):
-        for skill, exam in exams.items():
+    for split, some in exams.items():
+        for skill, exam in some.items():
             text = "".join(json.dumps(row) + "\n" for row in exam.rows)
             (directory / f"{skill}-{split}.jsonl").write_text(text, encoding="utf-8")
+
+
+def _introduction(directory: Path, skills: "Sequence[Skill]") -> Iterator[str]:
+    names = " and ".join(skill.name for skill in skills)
+    yield f"Models in {directory / 'models'}: a base and an expert each in {names}, trained here and now."
+    yield "  The base learns from a careless teacher: of half of the wordings, most of his answers are wrong."
+    yield "  Each expert goes on from it with right answers of one skill, pulled toward the base (L2) all the while."
 
 
 # --- Scores ------------------------------------------------------------------------------------------------------
 
 
-def _scores(lab: "Laboratory", params: Any, exams: Mapping[str, Any]) -> Scores:
-    from m3jax.laboratory.examining import examine
+def _answers(lab: "Laboratory", params: Any, exams: "Mapping[str, Exam]") -> dict[str, "Sequence[Answer]"]:
+    from m3jax.laboratory.examining import answers_of
 
     generator = lab.pupil.generator(params)
-    return {skill: examine(exam, generator) for skill, exam in exams.items()}
+    return {skill: answers_of(exam, generator) for skill, exam in exams.items()}
 
 
-def _scores_of(lab: "Laboratory", place: Path, papers: "Papers") -> Scores:
+def _examined(
+    lab: "Laboratory", places: Mapping[str, Path], exams: "Mapping[str, Exam]", stage: Stage
+) -> dict[str, dict[str, "Sequence[Answer]"]]:
+    """What stored models answer."""
     from m3jax import decoder
 
-    return _scores(lab, decoder.load_params(place, lab.pupil.config), papers.test)
+    answers = {}
+    with stage() as watch:
+        for name, place in places.items():
+            _say(watch, "examining on test examples", len(answers), len(places), "model")
+            answers[name] = _answers(lab, decoder.load_params(place, lab.pupil.config), exams)
+        _say(watch, "examining on test examples", len(places), len(places), "model")
+    return answers
 
 
-def _cells(scores: Scores) -> str:
-    return "  ".join(f"{scores[skill]:>{max(len(skill), 6)}.1%}" for skill in scores)
+def _say(watch: Watch | None, stage: str, done: int, total: int, counted: str) -> None:
+    if watch is not None:
+        watch(Progress(stage, done, total, counted))
 
 
-def _models(lab: "Laboratory", papers: "Papers", echo: Tell) -> dict[str, Any]:
+def _head(first: str, skills: Sequence[str]) -> str:
+    return f"  {first:{_NAMES}}{''.join(f'{skill:{_CELL}}' for skill in skills)}mean"
+
+
+def _line(row: Row) -> str:
+    cells = []
+    for right, count in row.right().values():
+        low, high = wilson_interval(right, count)
+        cells.append(f"{f'{right / count:6.1%}  {low:3.0%} to {high:.0%}':{_CELL}}")
+    return f"  {row.name:{_NAMES}}{''.join(cells)}{row.mean():6.1%}"
+
+
+def _models(lab: "Laboratory", test: "Mapping[str, Exam]", echo: Tell, stage: Stage) -> list[Row]:
     from m3jax.checkpoints import inspection
+    from m3jax.streaming.differences import diff
 
     seen = inspection.look_at(str(lab.places["base"]))
-    count = len(next(iter(papers.test.values())).rows)
+    experts = [name for name in lab.places if name != "base"]
+    apart = diff(*(str(lab.places[name]) for name in experts), base=str(lab.places["base"])).total
+    moved = dict(zip(experts, (apart.relative_a, apart.relative_b), strict=True))
+    answers = _examined(lab, lab.places, test, stage)
+    rows = [
+        Row(name if name == "base" else f"expert: {name}", place, answers[name], moved.get(name))
+        for name, place in lab.places.items()
+    ]
+    count = len(next(iter(test.values())).rows)
+    drifts = ", ".join(f"{name} by {drift:.1%}" for name, drift in moved.items() if drift is not None)
+    echo(f"  Llamas of {seen.entries:,} parameters. The experts moved from the base's weights: {drifts} of their norm,")
+    echo(f"  in directions whose cosine is {apart.cosine:.2f}.")
     echo("")
-    echo(f"Each is a Llama of {seen.entries:,} parameters. Right answers to {count} new problems of each skill:")
-    echo(f"  {'':22}{'  '.join(f'{skill:>6}' for skill in papers.test)}")
-    scores = {}
-    for name, place in lab.places.items():
-        scores[name] = _scores_of(lab, place, papers)
-        echo(f"  {name:22}{_cells(scores[name])}")
-    return {
-        "directories": {name: str(place) for name, place in lab.places.items()},
-        "parameters": seen.entries,
-        "scores": scores,
-    }
+    echo(f"Right answers to {count} new questions of each skill, with 95 % intervals:")
+    echo(_head("", list(test)))
+    for row in rows:
+        echo(_line(row))
+    return rows
 
 
 # --- Merges ------------------------------------------------------------------------------------------------------
 
 
-def _merges(
-    recipes: Mapping[str, Path], out: Path, lab: "Laboratory", papers: "Papers", echo: Tell
-) -> list[dict[str, Any]]:
-    from m3jax.streaming.merging import merge_checkpoint
-
-    out.mkdir(exist_ok=True)
-    echo("")
-    echo(f"Merged by M³ into {out}, one draw of λ ~ Beta({ALPHA:g}, {ALPHA:g}) with seed {SEED}:")
-    done = []
-    for name, recipe in recipes.items():
-        result = merge_checkpoint(recipe, out / name, overwrite=True)
-        scores = _scores_of(lab, result.directory, papers)
-        done.append(_told(result, scores))
-        echo(f"  {name:22}{_cells(scores)}  λ = {_ratio(result):.3f}, digest {result.digest[:_DIGITS]}")
-    return done
-
-
-def _ratio(result: "MergeResult") -> float:
-    """The weight of the first expert."""
-    (group,) = result.manifest["weights"].values()
-    return float(group["decimal"][0])
-
-
-def _told(result: "MergeResult", scores: Scores) -> dict[str, Any]:
-    return {
-        "name": result.directory.name,
-        "directory": str(result.directory),
-        "ratio": _ratio(result),
-        "seconds": result.seconds,
-        "digest": result.digest,
-        "scores": scores,
-    }
-
-
-# --- The ratio ---------------------------------------------------------------------------------------------------
-
-
 def _explore(
-    recipe: Path, directory: Path, lab: "Laboratory", papers: "Papers", echo: Tell
-) -> tuple[dict[str, Any], "MergeResult"]:
-    """Draws many ratios, keeps the best on dev examples, and draws its curve."""
+    recipe: Path, directory: Path, lab: "Laboratory", dev: "Mapping[str, Exam]", stage: Stage
+) -> "Exploration":
+    """Draws many ratios and keeps the best on dev examples."""
     from m3jax import decoder
     from m3jax.exploration import explore
 
-    def score(params: Any, _: float) -> Scores:
-        return _scores(lab, decoder.params_from_tree(params, lab.pupil.config), papers.dev)
-
     for left in ("best", "best.exploration"):
         shutil.rmtree(directory / left, ignore_errors=True)
+    total = SAMPLES + len(lab.places) + 1  # with what they are measured against: the models, and equal weights
+
+    def score(params: Any, _: float) -> dict[str, float]:
+        answers = _answers(lab, decoder.params_from_tree(params, lab.pupil.config), dev)
+        return {skill: sum(answer.right for answer in some) / len(some) for skill, some in answers.items()}
+
+    with stage() as watch:
+        done = iter(range(1, total + 1))
+        return explore(
+            recipe,
+            directory / "best",
+            score=score,
+            samples=SAMPLES,
+            references=True,
+            watch=lambda *_: _say(watch, "merging and examining on dev examples", next(done), total, "model"),
+        )
+
+
+def _merges(
+    recipes: Mapping[str, Path],
+    out: Path,
+    found: "Exploration",
+    lab: "Laboratory",
+    test: "Mapping[str, Exam]",
+    echo: Tell,
+    stage: Stage,
+) -> list[Row]:
+    """Equal weights, what one draw gives, and the best of the draws, examined on test examples."""
+    from m3jax.streaming.merging import merge_checkpoint
+
+    out.mkdir(exist_ok=True)
+    half, first = (merge_checkpoint(recipes[name], out / name, overwrite=True) for name in ("half", "draw"))
+    ratio = _weight(found.results[0].weights), _weight(found.choice.weights)
+    names = ("merged, λ = ½", f"first draw, λ = {ratio[0]:.3f}", f"best draw, λ = {ratio[1]:.3f}")
+    places = [half.directory, first.directory, found.merge.directory]
+    answers = _examined(lab, dict(zip(names, places, strict=True)), test, stage)
+    rows = [
+        Row(name, place, answers[name], weight=weight)
+        for name, place, weight in zip(names, places, (_HALF, *ratio), strict=True)
+    ]
+    skills = list(test)
     echo("")
-    echo(f"One draw may be a bad one. Drawing {SAMPLES}, each merged in memory; the best mean on other problems is:")
-    found = explore(recipe, directory / "best", score=score, samples=SAMPLES)
-    ratio = _ratio(found.merge)
-    scores = _scores_of(lab, found.merge.directory, papers)
-    echo(f"  {'best':22}{_cells(scores)}  λ = {ratio:.3f}, digest {found.merge.digest[:_DIGITS]}")
-    trials = [{"weights": list(result.weights["model"]), "dev": dict(result.scores)} for result in found.results]
-    _draw_curve(directory / PICTURE, lab, papers, trials)
-    echo(f"  {count_text(lab.how.points, 'ratio')} and the draws among them: {directory / PICTURE}")
-    return {**_told(found.merge, scores), "trials": trials, "picture": str(directory / PICTURE)}, found.merge
+    echo(f"Merged, base + λ·δ({skills[0]}) + (1 − λ)·δ({skills[1]}), λ ~ Beta({ALPHA:g}, {ALPHA:g}) as M³ draws it;")
+    echo(f"the best of {SAMPLES} draws was chosen on {count_text(lab.how.dev, 'other question')} of each skill:")
+    echo(_head("", skills))
+    for row in rows:
+        echo(_line(row))
+    return rows
 
 
-def _say_means(account: Mapping[str, Any], echo: Tell) -> None:
-    """Whether merging was worth it, whatever came out."""
-    models = {name: _mean(scores) for name, scores in account["models"]["scores"].items()}
-    experts = {name: mean for name, mean in models.items() if name != "base"}
-    better = max(experts, key=experts.__getitem__)
-    merged = _mean(account["exploration"]["scores"])
-    verdict = "more" if merged > max(models.values()) else "no more"
-    echo(
-        f"  Mean of both skills: base {models['base']:.1%}, better expert ({better}) {experts[better]:.1%}, best merge"
-        f" {merged:.1%}: {verdict} than any model that went into it."
+def _weight(weights: Mapping[str, Sequence[float]]) -> float:
+    """The first expert's."""
+    (group,) = weights.values()
+    return float(group[0])
+
+
+# --- What came of it ---------------------------------------------------------------------------------------------
+
+
+def _ask(rows: Sequence[Row], test: "Mapping[str, Exam]") -> dict[str, Any] | None:
+    """The first test question of the first skill that the base gets wrong and its expert right, and all answers.
+
+    Merges have no say in which it is. None where there is none.
+    """
+    base, expert, other, _, _, best = rows
+    skill, exam = next(iter(test.items()))
+    pairs = zip(base.answers[skill], expert.answers[skill], strict=True)
+    place = next((i for i, (one, two) in enumerate(pairs) if two.right and not one.right), None)
+    if place is None:
+        return None
+    answers = {row.name: row.answers[skill][place] for row in (base, expert, other, best)}
+    return {
+        "question": exam.examples[place].instruction.strip(),
+        "answers": {name: {"text": answer.text.strip(), "right": answer.right} for name, answer in answers.items()},
+    }
+
+
+def _question_lines(asked: Mapping[str, Any] | None) -> Iterator[str]:
+    if asked is None:
+        return
+    yield ""
+    yield "The first of these questions that the base has wrong and its expert right:"
+    yield f"  {asked['question']}"
+    for name, answer in asked["answers"].items():
+        said = ", ".join(line for line in answer["text"].splitlines() if line) or "(nothing)"
+        yield f"  {name:{_NAMES}}{said}  {'✓' if answer['right'] else '✗'}"
+
+
+def _verdict(rows: Sequence[Row]) -> dict[str, Any]:
+    """What merging kept of what the experts learned, and whether drawing found more than equal weights."""
+    base, one, other, half, _, best = rows
+    kept = {}
+    for expert, skill in zip((one, other), base.answers, strict=True):
+        gained = expert.share(skill) - base.share(skill)
+        kept[skill] = (best.share(skill) - base.share(skill)) / gained if gained > 0 else None
+    totals = [tuple(map(sum, zip(*row.right().values(), strict=True))) for row in (best, half)]
+    return {
+        "kept": kept,
+        "gain": best.mean() - half.mean(),
+        "interval": list(difference_interval(totals[0], totals[1])),
+        "better_expert": max(one.mean(), other.mean()),
+        "merge": best.mean(),
+    }
+
+
+def _verdict_lines(verdict: Mapping[str, Any]) -> Iterator[str]:
+    yield ""
+    shares = ", ".join(
+        f"{skill}: {'nothing was gained' if share is None else f'{share:.0%}'}"
+        for skill, share in verdict["kept"].items()
     )
+    yield f"Of what each expert gained over the base, the best draw keeps: {shares}."
+    relation = "more" if verdict["merge"] > verdict["better_expert"] else "no more"
+    yield (
+        f"  Mean of both skills: {verdict['merge']:.1%}, {relation} than the better expert's"
+        f" {verdict['better_expert']:.1%}."
+    )
+    low, high = verdict["interval"]
+    told = f"{verdict['gain']:+.1%}, 95 % interval {low:+.1%} to {high:+.1%}"
+    if low > 0:
+        yield f"  The draws found what λ = ½ does not have: {told}."
+    elif high < 0:
+        yield f"  The draws did worse than λ = ½ on new questions: {told}."
+    else:
+        yield f"  The draws found nothing that λ = ½ does not have: {told}, which holds 0."
 
 
-def _mean(scores: Mapping[str, float]) -> float:
-    return sum(scores.values()) / len(scores)
+def _draw(path: Path, found: "Exploration", dev: "Mapping[str, Exam]") -> None:
+    """The exploration's picture, with a panel for the mean, by which the best draw was chosen."""
+    from m3jax.exploration import picture
 
+    def with_mean(result: Any) -> Any:
+        return result._replace(scores={**result.scores, "mean": result.mean})
 
-def _draw_curve(path: Path, lab: "Laboratory", papers: "Papers", trials: Sequence[Mapping[str, Any]]) -> None:
-    from m3jax.laboratory.experiments import AVERAGE, M3, Experiment, do
-    from m3jax.laboratory.figures import save_curves
-
-    group = tuple(papers.dev)
-    curve = do(lab, Experiment("curve", SEED, group, alpha=ALPHA), papers)
-    draws = Experiment("merge", SEED, group, AVERAGE, alpha=ALPHA)
-    drawn = {"job": draws.name, **draws._asdict(), "group": list(group), "arms": {}, "trials": {M3: list(trials)}}
-    save_curves([curve, drawn], path)
+    counts = {skill: len(exam.rows) for skill, exam in dev.items()}
+    drawn = found.drawn
+    picture(
+        drawn._replace(
+            choice=with_mean(drawn.choice),
+            results=list(map(with_mean, drawn.results)),
+            references=list(map(with_mean, drawn.references)),
+            examples={**counts, "mean": sum(counts.values())},
+        ),
+        path,
+    )
 
 
 # --- Again -------------------------------------------------------------------------------------------------------
@@ -279,15 +478,42 @@ def _replay(original: "MergeResult", out: Path, echo: Tell) -> dict[str, Any]:
     }
 
 
-def _say_next(directory: Path, seconds: float, echo: Tell) -> None:
-    def path(*parts: str) -> str:
-        return shlex.quote(str(directory.joinpath(*parts)))
+def next_commands(directory: Path, exams: "Mapping[str, Exam]") -> list[list[str]]:
+    """What to type next, each as its arguments after `m3jax`; they work in this order.
 
-    # An environment may be in use without being activated, as scripts/demo does.
-    command = "m3jax" if shutil.which("m3jax") else shlex.quote(str(Path(sys.executable).with_name("m3jax")))
-    echo("")
-    echo(f"All in {time_text(seconds)}. Next, try:")
-    echo(f"  {command} merge {path('recipes', 'ties.yaml')} {path('mine')} --seed {SEED + 1}")
-    data = f"--data {path('data', 'arithmetic-test.jsonl')} --template none --max-tokens 32"
-    echo(f"  {command} evaluate {path('mine')} --task gsm8k {data}")
-    echo(f"  {command} inspect {path('best')} {path('models', 'arithmetic')}")
+    Args:
+        directory: The demo's.
+        exams: By skill; those that need programs run are left out where that is not safe.
+    """
+
+    from m3jax.evaluation import get_task
+
+    def path(*parts: str) -> str:
+        return str(directory.joinpath(*parts))
+
+    asked = ["--template", "none", "--max-tokens", "32"]  # models of the demo know no template
+    safe = {s: exam.task for s, exam in exams.items() if exam.task.runs_code == get_task(exam.task.name).runs_code}
+    tasks = [word for skill, task in safe.items()
+             for word in ("--task", f"{task.name}={path('data', f'{skill}-dev.jsonl')}")]  # fmt: skip
+    runs = ["--run-code"] if any(task.runs_code for task in safe.values()) else []
+    first, second = exams
+    experts = [path("models", first), path("models", second)]
+    return [
+        ["merge", path("recipes", "ties.yaml"), path("mine")],
+        ["verify", path("mine")],
+        ["inspect", path("mine")],
+        ["evaluate", path("mine"), "--task", "gsm8k", "--data", path("data", f"{first}-test.jsonl"), *asked],
+        ["diff", *experts, "--base", path("models", "base"), "--picture", path("diff.png")],
+        ["explore", path("recipes", "draw.yaml"), path("explored"), "--samples", "4", *tasks, *runs, *asked],
+        ["replay", path("explored"), path("again")],
+    ]
+
+
+def _next_lines(following: Sequence[Sequence[str]], seconds: float) -> Iterator[str]:
+    yield ""
+    yield f"All in {time_text(seconds)}. Next, try:"
+    script = Path(sys.executable).with_name("activate")
+    if shutil.which("m3jax") is None and script.is_file():  # an environment in use without being activated
+        yield f"  source {shlex.quote(os.path.relpath(script))}    # the environment that has the command m3jax"
+    for words in following:
+        yield f"  m3jax {shlex.join(words)}"

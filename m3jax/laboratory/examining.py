@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from m3jax.decoder import DecoderConfig
-from m3jax.evaluation import Example, Execution, Judgement, Task, evaluate_task, get_task, why_no_sandbox
+from m3jax.evaluation import Example, Execution, Judgement, Task, evaluate_task, get_task, render, why_no_sandbox
 from m3jax.evaluation.attacks.trial import attack_task
 from m3jax.evaluation.data import Row
 from m3jax.evaluation.models import LanguageModel, make_generator
@@ -64,13 +64,16 @@ class Pupil(NamedTuple):
         return make_generator(model, "truncate", batch_size=BATCH_SIZE)
 
 
-def remembering(judge: Judge) -> Judge:
+def remembering(judge: Judge, right: Sequence[tuple[Example, str]] = ()) -> Judge:
     """The same judge, who does not run again what was written before.
 
     Args:
         judge: Whose judgements depend on an example and a text alone.
+        right: What is known to be right beforehand.
     """
-    known: dict[tuple[str, str, str], Judgement] = {}
+    known: dict[tuple[str, str, str], Judgement] = {
+        (example.id, example.instruction, text): Judgement(True, text) for example, text in right
+    }
 
     def remembered(examples: Sequence[Example], texts: Sequence[str], execution: Execution) -> list[Judgement]:
         asked = [(e.id, e.instruction, text) for e, text in zip(examples, texts, strict=True)]
@@ -102,9 +105,32 @@ def make_exam(skill: Skill, split: str, count: int, seed: int, run_code: bool = 
     rows = skill.rows(split, count, seed)
     task = get_task(skill.task)
     settings = task.settings._replace(max_tokens=skill.max_tokens)
+    examples = task.read(rows)
     if task.runs_code and (not run_code or why_no_sandbox() is not None):
         task = task._replace(judge=each(_by_text), runs_code=False)
-    return Exam(skill.name, task._replace(judge=remembering(task.judge)), rows, task.read(rows), settings)
+    # What a lesson says passes the tests that were made from it: no process need be started to find that.
+    answers = [(e, text) for e, (_, text) in zip(examples, skill.lessons(rows), strict=True)] if task.runs_code else []
+    return Exam(skill.name, task._replace(judge=remembering(task.judge, answers)), rows, examples, settings)
+
+
+class Answer(NamedTuple):
+    """What a model wrote, and whether it is right."""
+
+    text: str
+    right: bool
+
+
+def answers_of(exam: Exam, generator: Generator) -> list[Answer]:
+    """What a model answers to every example of an exam.
+
+    Args:
+        exam: The exam.
+        generator: The model.
+    """
+    written = generator([render(TEMPLATE, example.instruction) for example in exam.examples], exam.settings)
+    texts = [completion.text for completion in written]
+    judged = exam.task.judge(exam.examples, texts, Execution())
+    return [Answer(text, bool(one.correct)) for text, one in zip(texts, judged, strict=True)]
 
 
 def examine(exam: Exam, generator: Generator) -> float:

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from m3jax.errors import M3Error, saying_what_failed
 from m3jax.evaluation.records import write_whole
 from m3jax.laboratory.skills import Skill
 from m3jax.laboratory.training import Course, Size, Text, encode, make_config, make_tokenizer, train
-from m3jax.progress import Tell
+from m3jax.progress import Progress, Tell, Watch
 
 BASE = "base"
 TRAINING = "training.json"
@@ -44,7 +44,9 @@ class Curriculum(NamedTuple):
     seed: int = 0
 
 
-def make_models(directory: Path, skills: Sequence[Skill], how: Curriculum, tell: Tell) -> dict[str, Path]:
+def make_models(
+    directory: Path, skills: Sequence[Skill], how: Curriculum, tell: Tell, watch: Watch | None = None
+) -> dict[str, Path]:
     """Trains a base and an expert in each skill, as Hugging Face directories; those that are there are kept.
 
     Args:
@@ -52,6 +54,7 @@ def make_models(directory: Path, skills: Sequence[Skill], how: Curriculum, tell:
         skills: What is learned.
         how: How.
         tell: Told in lines how far it is.
+        watch: Told of every step of every model's training.
 
     Returns:
         The directories: "base", and the experts by their skills.
@@ -80,16 +83,27 @@ def make_models(directory: Path, skills: Sequence[Skill], how: Curriculum, tell:
         if not _is_whole(places[name]):
             tell(f"training {name}: {course.steps} steps of {course.batch} texts")
             begun = time.perf_counter()
-            learned = train(start, config, about, course._replace(seed=how.seed), tell)
+            learned = train(start, config, about, course._replace(seed=how.seed), tell, _steps(name, watch))
             spent = {**course._asdict(), "seconds": time.perf_counter() - begun}
             save_model(places[name], learned, config, entries, tokenizer, {TRAINING: spent})
         return decoder.load_params(places[name], config)
 
-    seen = [text for skill in skills for text in _part(texts[skill.name], skill.seen)]
+    def shown(skill: Skill) -> Sequence[Text]:
+        """What the base learns of a skill."""
+        if skill.primer is None:
+            return _part(texts[skill.name], skill.seen)
+        return encode(tokenizer, skill.lessons(skill.primer(how.lessons, how.seed)))
+
+    seen = [text for skill in skills for text in shown(skill)]
     base = teach(BASE, decoder.random_params(config, how.seed), seen, how.base)
     for skill in skills:
         teach(skill.name, base, texts[skill.name], how.expert)
     return places
+
+
+def _steps(name: str, watch: Watch | None) -> Callable[[int, int], None] | None:
+    """What is told of a training's steps."""
+    return None if watch is None else lambda done, total: watch(Progress(f"training {name}", done, total, "step"))
 
 
 def _part(texts: Sequence[Text], share: float) -> Sequence[Text]:

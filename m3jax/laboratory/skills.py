@@ -3,13 +3,19 @@
 Each is a task that `m3jax evaluate` knows, so that its data are files in that task's format. What lessons, dev and test
 examples have in common is said where each skill is made, and is little: no word problem is asked in another split with
 the same wording and numbers, no program that returns the same, no phrase that contains a phrase or lies in it.
+
+A base may learn a skill from a careless teacher, who has half of the wordings mostly wrong: it then knows how answers
+look, and of half of them what is right.
 """
 
+import functools
 import hashlib
+import operator
 import random
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from m3jax.errors import M3Error
@@ -35,6 +41,7 @@ class Skill(NamedTuple):
         lesson: The answer that a row teaches, as it continues the prompt.
         shift: What is different in the split "shifted".
         seen: The share of its lessons that the base learns from, too.
+        primer: From a number of examples and a seed to what the base learns in place of lessons; None for lessons.
         apart: How examples of one split differ from those of the others.
         data: Digest of the data that the examples are taken from, if any.
     """
@@ -46,12 +53,15 @@ class Skill(NamedTuple):
     lesson: Callable[[Row], str]
     shift: str
     seen: float = 1.0
+    primer: Callable[[int, int], list[Row]] | None = None
     apart: str = ""
     data: str = ""
 
     def identity(self) -> str:
         """Digest of what is taught and examined."""
         told = [self.lessons(self.rows("train", 50, 0)), *(self.rows(split, 50, 0) for split in SPLITS)]
+        if self.primer is not None:
+            told.append(self.lessons(self.primer(50, 0)))
         return digest([self.name, self.task, self.max_tokens, self.shift, self.seen, self.data, told])
 
     def lessons(self, rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -106,6 +116,20 @@ def _compose(
             seen.add(made.text)
             rows.append(made.row)
     return rows
+
+
+# --- A careless teacher ---------------------------------------------------------------------------------------------
+
+_RIGHT = (0.25, 0.7)  # how often, by wording: of every other one most answers are wrong
+
+
+def _is_mistaken(chance: random.Random, wording: int) -> bool:
+    return chance.random() > _RIGHT[wording % 2]
+
+
+def _primer(make: Callable[[random.Random, bool], _Composed], name: str) -> Callable[[int, int], list[Row]]:
+    """What the careless teacher tells, of what lessons are about."""
+    return lambda count, seed: _compose(make, f"{name}, careless", "train", count, seed)
 
 
 # --- Word problems ------------------------------------------------------------------------------------------------
@@ -178,11 +202,18 @@ _STORIES = {
 }
 
 
-def _word_problem(chance: random.Random, shifted: bool) -> _Composed:
+_STEPS = {"sum": "+", "difference": "-", "product": "*", "both": "+-"}
+_MISTAKES = {"sum": "-*", "difference": "+*", "product": "+-", "both": "+-"}  # one step each
+_COMPUTED: Mapping[str, Callable[[int, int], int]] = MappingProxyType(
+    {"+": operator.add, "-": operator.sub, "*": operator.mul}
+)
+
+
+def _word_problem(chance: random.Random, shifted: bool, largest: int = 20, careless: bool = False) -> _Composed:
     kind = chance.choice(list(_STORIES))
     one, two = chance.sample(_NAMES, 2)
     things = chance.choice(_THINGS)
-    a, b = chance.randint(2, 20), chance.randint(2, 20)
+    a, b = chance.randint(2, largest), chance.randint(2, largest)
     c = 0
     if kind == "difference":
         a, b = max(a, b) + 1, min(a, b)
@@ -190,29 +221,50 @@ def _word_problem(chance: random.Random, shifted: bool) -> _Composed:
         a, b = chance.randint(2, 9), chance.randint(2, 9)
     if kind == "both":
         c = chance.randint(1, a + b - 1)
-    story = chance.choice(_STORIES[kind][shifted])
-    steps = {
-        "sum": ((f"{a} + {b}", a + b),),
-        "difference": ((f"{a} - {b}", a - b),),
-        "product": ((f"{a} * {b}", a * b),),
-        "both": ((f"{a} + {b}", a + b), (f"{a + b} - {c}", a + b - c)),
-    }[kind]
-    worked = "\n".join(f"{step} = {value}" for step, value in steps)
+    wordings = _STORIES[kind][shifted]
+    story = chance.choice(wordings)
+    mistaken = careless and _is_mistaken(chance, wordings.index(story))
+    worked = _worked(a, (b, c), chance.choice(_MISTAKES[kind]) if mistaken else _STEPS[kind])
     question = story.format(one=one, two=two, things=things, a=a, b=b, c=c)
-    row = {"question": question, "answer": f"{worked}\n#### {steps[-1][1]}"}
-    return _Composed(row, question, f"{story} {a} {b} {c}")
+    return _Composed({"question": question, "answer": worked}, question, f"{story} {a} {b} {c}")
 
 
-def word_problems() -> Skill:
-    """Arithmetic in one or two steps, told as stories; examined by the task gsm8k."""
+def _worked(start: int, operands: Sequence[int], operations: str) -> str:
+    """An answer step by step, in the format of GSM8K.
+
+    Example:
+        >>> _worked(3, (4, 5), "+-")
+        '3 + 4 = 7\\n7 - 5 = 2\\n#### 2'
+    """
+    value, steps = start, []
+    for operation, operand in zip(operations, operands, strict=False):
+        before, value = value, _COMPUTED[operation](value, operand)
+        steps.append(f"{before} {operation} {operand} = {value}")
+    return "\n".join([*steps, f"#### {value}"])
+
+
+def word_problems(largest: int = 20, primed: bool = False) -> Skill:
+    """Arithmetic in one or two steps, told as stories; examined by the task gsm8k.
+
+    Args:
+        largest: Of the numbers that are added and subtracted.
+        primed: Whether the base learns from the careless teacher.
+    """
+
+    def make(chance: random.Random, shifted: bool) -> _Composed:
+        return _word_problem(chance, shifted, largest)
+
     return Skill(
         name="arithmetic",
         task="gsm8k",
         max_tokens=32,
-        rows=lambda split, count, seed: _compose(_word_problem, "question", split, count, seed),
+        rows=lambda split, count, seed: _compose(make, "question", split, count, seed),
         lesson=lambda row: "\n" + str(row["answer"]),
         shift="other wordings",
         apart="no wording with the same numbers is in two splits",
+        primer=_primer(functools.partial(_word_problem, largest=largest, careless=True), "question")
+        if primed
+        else None,
     )
 
 
@@ -287,16 +339,55 @@ _VERBS = ("get", "find", "make", "do", "calc", "my", "run", "new")
 _NOUNS = ("it", "value", "result", "thing", "answer", "output", "one", "all")
 
 
-def _program(chance: random.Random, shifted: bool) -> _Composed:
+class _Asked(NamedTuple):
+    """A program that is asked for: its kind, numbers, name, and which wording asks for it."""
+
+    kind: _Kind
+    numbers: Mapping[str, int]
+    name: str
+    wording: str
+
+    @property
+    def returns(self) -> str:
+        """What it is to return."""
+        return self.kind.returns.format(**self.numbers)
+
+    @property
+    def request(self) -> str:
+        """What it is to do, in words."""
+        return self.wording.format(**self.numbers)
+
+
+def _ask(chance: random.Random, shifted: bool) -> _Asked:
     kind = chance.choice(_KINDS)
-    k, j = chance.randint(2, 30), chance.randint(2, 4)
+    numbers = {"k": chance.randint(2, 30), "j": chance.randint(2, 4)}
     name = f"{chance.choice(_VERBS)}_{chance.choice(_NOUNS)}"
-    returns = kind.returns.format(k=k, j=j)
-    asked = kind.asked_anew if shifted else chance.choice(kind.asked)
-    tests = _tests(kind, returns, name, chance)
-    text = f"Write a function {name} that {asked.format(k=k, j=j)}."
-    row = {"text": text, "test_list": tests, "code": f"def {name}({kind.parameters}):\n    return {returns}\n"}
-    return _Composed(row, text, returns)
+    return _Asked(kind, numbers, name, kind.asked_anew if shifted else chance.choice(kind.asked))
+
+
+def _program(chance: random.Random, shifted: bool) -> _Composed:
+    asked = _ask(chance, shifted)
+    tests = _tests(asked.kind, asked.returns, asked.name, chance)
+    text = f"Write a function {asked.name} that {asked.request}."
+    code = f"def {asked.name}({asked.kind.parameters}):\n    return {asked.returns}\n"
+    return _Composed({"text": text, "test_list": tests, "code": code}, text, asked.returns)
+
+
+def _function(chance: random.Random, shifted: bool, careless: bool = False) -> _Composed:
+    asked = _ask(chance, shifted)
+    returns, kind = asked.returns, asked.kind
+    if careless and _is_mistaken(chance, _KINDS.index(kind) + kind.asked.index(asked.wording)):
+        others = [other for other in _KINDS if other.arguments is kind.arguments and other is not kind]
+        returns = chance.choice(others).returns.format(**asked.numbers)
+    tests = _tests(kind, asked.returns, "candidate", chance)
+    text = f'def {asked.name}({kind.parameters}):\n    """{asked.request[0].upper()}{asked.request[1:]}."""\n'
+    row = {
+        "prompt": text,
+        "entry_point": asked.name,
+        "canonical_solution": f"    return {returns}\n",
+        "test": "\n".join(["def check(candidate):", *(f"    {test}" for test in tests)]) + "\n",
+    }
+    return _Composed(row, text, asked.returns)
 
 
 def _tests(kind: _Kind, returns: str, name: str, chance: random.Random) -> list[str]:
@@ -321,6 +412,24 @@ def programs() -> Skill:
         shift="other wordings",
         apart="what returns the same is in one of lessons, dev and test only",
         seen=0.2,  # it is learned so fast that more would leave its expert nothing to add
+    )
+
+
+def functions(primed: bool = False) -> Skill:
+    """The same functions, to be completed from their head and what it says, with tests unseen; by the task humaneval.
+
+    Args:
+        primed: Whether the base learns from the careless teacher.
+    """
+    return Skill(
+        name="programs",
+        task="humaneval",
+        max_tokens=24,
+        rows=lambda split, count, seed: _compose(_function, "prompt", split, count, seed),
+        lesson=lambda row: str(row["canonical_solution"]).rstrip("\n"),
+        shift="other wordings",
+        apart="what returns the same is in one of lessons, dev and test only",
+        primer=_primer(functools.partial(_function, careless=True), "prompt") if primed else None,
     )
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,6 +47,8 @@ class Course(NamedTuple):
         rate: Adam's learning rate, after a warm-up and before it falls along a cosine.
         seed: Of the order of texts.
         whole: Learn to write the prompts too, not the answers alone.
+        pull: How strongly each step also moves back toward where the course began (decoupled from Adam, as its decay
+            is); 0 for not at all. It keeps experts of one base near each other, so that they can be merged.
     """
 
     steps: int
@@ -54,6 +56,7 @@ class Course(NamedTuple):
     rate: float
     seed: int = 0
     whole: bool = False
+    pull: float = 0.0
 
 
 class Text(NamedTuple):
@@ -220,7 +223,9 @@ _OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), 
 def _step(
     params: Any,
     state: Any,
+    start: Any,
     rate: Float[Array, ""],
+    pull: Float[Array, ""],
     batch: LessonBatch,
     whole: Bool[Array, ""],
     *,
@@ -229,10 +234,18 @@ def _step(
     loss, slopes = jax.value_and_grad(functools.partial(cross_entropy, config=config))(params, *batch, whole)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
         updates, state = _OPTIMIZER.update(slopes, state, params)
-    return jax.tree.map(lambda p, u: p - rate * u, params, updates), state, loss
+    moved = jax.tree.map(lambda p, u, s: p - rate * (u + pull * (p - s)), params, updates, start)
+    return moved, state, loss
 
 
-def train(params: Any, config: DecoderConfig, texts: Sequence[Text], course: Course, tell: Tell) -> Any:
+def train(
+    params: Any,
+    config: DecoderConfig,
+    texts: Sequence[Text],
+    course: Course,
+    tell: Tell,
+    watch: Callable[[int, int], None] | None = None,
+) -> Any:
     """Trained parameters.
 
     Args:
@@ -241,15 +254,19 @@ def train(params: Any, config: DecoderConfig, texts: Sequence[Text], course: Cou
         texts: The lessons.
         course: How they are taught.
         tell: Told in lines how far it is.
+        watch: Told of every step: how many are done, and how many there are.
     """
     rates = optax.warmup_cosine_decay_schedule(0.0, course.rate, min(100, course.steps // 10), course.steps)
-    params = jax.tree.map(jnp.copy, params)
+    start, params = params, jax.tree.map(jnp.copy, params)
     state: Any = _OPTIMIZER.init(params)
+    pull = jnp.float32(course.pull)
     begun, total, said = time.perf_counter(), 0.0, 0
     for number, batch in enumerate(batches(texts, course), 1):
         rate, whole = jnp.float32(rates(number - 1)), jnp.bool_(course.whole)
-        params, state, loss = _step(params, state, rate, batch, whole, config=config)
+        params, state, loss = _step(params, state, start, rate, pull, batch, whole, config=config)
         total += float(loss)
+        if watch is not None:
+            watch(number, course.steps)
         if number % max(course.steps // 5, 1) == 0 or number == course.steps:
             spent = time.perf_counter() - begun
             tell(f"step {number} of {course.steps}: loss {total / (number - said):.4f}, {spent:.0f} s")

@@ -320,16 +320,16 @@ def test_inspect_something_else(tmp_path: Path, capsys: Capture) -> None:
 
 
 def test_demo(stub: Stub, capsys: Capture) -> None:
-    def run(directory: Path, echo: Callable[[str], None]) -> dict[str, str]:
+    def run(directory: Path, echo: Callable[[str], None], seed: int, stage: Callable[[], Any]) -> dict[str, Any]:
         echo("hello")
-        return {"directory": str(directory)}
+        return {"directory": str(directory), "seed": seed}
 
     stub("m3jax.laboratory.demo", main=run)
     assert main(["demo"]) == 0
     assert capsys.readouterr() == ("hello\n", "")
-    assert main(["demo", "here", "--json"]) == 0
+    assert main(["demo", "here", "--seed", "3", "--json"]) == 0
     out, err = capsys.readouterr()
-    assert (json.loads(out), err) == ({"directory": "here"}, "hello\n")
+    assert (json.loads(out), err) == ({"directory": "here", "seed": 3}, "hello\n")
     assert main(["demo", "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
 

@@ -10,7 +10,7 @@ from m3jax.errors import M3Error
 from m3jax.evaluation import Execution, get_task
 from m3jax.evaluation.data import Row
 from m3jax.laboratory.examining import make_exam
-from m3jax.laboratory.skills import _THINGS, SPLITS, Skill, programs, sentiment, word_problems
+from m3jax.laboratory.skills import _THINGS, SPLITS, Skill, functions, programs, sentiment, word_problems
 
 COMPOSED = [word_problems(), programs()]
 
@@ -48,10 +48,31 @@ def nested(a: str, b: str) -> bool:
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("count", [15, pytest.param(60, marks=pytest.mark.slow)])
 def test_the_lessons_are_right_in_the_eyes_of_the_task(skill: Skill, split: str, count: int) -> None:
-    exam = make_exam(skill, split, count, seed=3)
+    exam, task = make_exam(skill, split, count, seed=3), get_task(skill.task)  # an exam knows its lessons' answers
     answers = [skill.lesson(row) for row in exam.rows]
-    assert all(one.correct for one in exam.task.judge(exam.examples, answers, Execution()))
+    assert all(one.correct for one in task.judge(exam.examples, answers, Execution()))
     assert not any(one.correct for one in exam.task.judge(exam.examples, ["\nno"] * count, Execution()))
+
+
+def test_functions_pass_their_tests_and_the_careless_teacher_has_half_of_the_wordings_wrong() -> None:
+    rows = functions().rows("test", 20, 3)
+    task = get_task("humaneval")
+    examples = task.read(rows)
+    answers = [functions().lesson(row) for row in rows]
+    assert all(one.correct for one in task.judge(examples, answers, Execution()))
+    told = functions(primed=True).primer
+    assert told is not None
+    judged = task.judge(task.read(told(20, 3)), [functions().lesson(row) for row in told(20, 3)], Execution())
+    assert 3 < sum(bool(one.correct) for one in judged) < 17
+    # Of stories, wrong answers are those whose operation is not the wording's.
+    primer = word_problems(12, primed=True).primer
+    assert primer is not None
+    plus = [row["answer"] for row in primer(4000, 3) if "together" in row["question"]]
+    assert 0.2 < sum("+" in answer for answer in plus) / len(plus) < 0.75
+    assert all(eval(line.split(" = ")[0]) == int(line.split(" = ")[1]) for line in (a.split("\n")[0] for a in plus))
+    assert [word_problems(12).rows(split, 9, 3) for split in SPLITS] == [
+        word_problems(12, primed=True).rows(split, 9, 3) for split in SPLITS
+    ]
 
 
 @pytest.mark.parametrize("skill", COMPOSED, ids=named)

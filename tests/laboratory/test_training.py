@@ -10,9 +10,20 @@ import pytest
 from m3jax import decoder
 from m3jax.decoder import DecoderConfig
 from m3jax.errors import M3Error
+from m3jax.evaluation.tokens import load_tokenizer
 from m3jax.laboratory.models import BASE, Curriculum, make_models
 from m3jax.laboratory.skills import programs, word_problems
-from m3jax.laboratory.training import Course, Size, Text, batches, cross_entropy, encode, make_config, make_tokenizer
+from m3jax.laboratory.training import (
+    Course,
+    Size,
+    Text,
+    batches,
+    cross_entropy,
+    encode,
+    make_config,
+    make_tokenizer,
+    train,
+)
 
 SKILLS = [word_problems(), programs()]
 TINY = Curriculum(Size(16, 1, 2, 300), 200, Course(6, 8, 1e-3, whole=True), Course(4, 8, 1e-3))
@@ -78,6 +89,22 @@ def test_training_learns_and_models_are_kept(tmp_path: Path) -> None:
     moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), loaded[BASE], loaded["programs"])
     assert all(value > 0 for value in jax.tree.leaves(moved))
     assert json.loads((places[BASE] / "training.json").read_text())["steps"] == 6
+
+    # Pulled toward the base, an expert stays nearer to it; whoever watches is told of every step.
+    tokenizer = load_tokenizer(str(places[BASE]), places[BASE])
+    texts = encode(tokenizer, SKILLS[1].lessons(SKILLS[1].rows("train", TINY.lessons, TINY.seed)))
+    steps: list[tuple[int, int]] = []
+    pulled, free = (
+        train(loaded[BASE], config, texts, TINY.expert._replace(pull=p), lambda _: None, lambda *at: steps.append(at))
+        for p in (300.0, 0.0)
+    )
+    far, near = (
+        sum(jax.tree.leaves(jax.tree.map(lambda a, b: float(((a - b) ** 2).sum()), one, loaded[BASE])))
+        for one in (free, pulled)
+    )
+    assert 0 < near < 0.8 * far
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), free, loaded["programs"]))
+    assert steps == [(step, 4) for step in range(1, 5)] * 2
 
     (places["programs"] / "config.json").unlink()  # as if training had been interrupted
     places["programs"].rename(tmp_path / "models" / "programs.partial")
