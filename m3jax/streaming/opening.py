@@ -226,7 +226,7 @@ def _alike(models: Sequence[OpenedModel], job: "MergeJob") -> list[OpenedModel]:
     for i, model in enumerate(models):
         view = prefix_view(model.checkpoint, *(names[:i] + names[i + 1 :]))
         seen.append(model if view is model.checkpoint else viewed(model, view, job))
-    template = seen[-1]
+    template = _template_of(seen)
     wanted = {part.canonical: name for name, part in template.input.anatomy.parts.items()}
 
     def renamed_alike(model: OpenedModel) -> OpenedModel:
