@@ -122,7 +122,7 @@ def draw(seed: int) -> Recipe:
     depth, own = int(rng.integers(2, 5)), int(rng.integers(0, 2**32))
     keys: Named = {"merge_method": method, "seed": own}
     told: Named = {"method": method, "seed": own}
-    parameters, of_experts = _parameters_of(rng, method, told), [{} for _ in range(count)]
+    parameters, of_experts = _parameters_of(rng, method, count, told), [{} for _ in range(count)]
     if method in _OFTEN:
         sparsifier = str(rng.choice(SPARSIFIERS))
         if sparsifier != "none":
@@ -164,7 +164,7 @@ def draw(seed: int) -> Recipe:
     return Recipe(*drawn, features)
 
 
-def _parameters_of(rng: np.random.Generator, method: str, told: Named) -> Named:
+def _parameters_of(rng: np.random.Generator, method: str, count: int, told: Named) -> Named:
     """What a method has of its own, for the recipe; the oracle is told likewise."""
     found: Named = {}
     if method in ("linear", "task_arithmetic", "ties", "consensus", "pcb"):
@@ -188,7 +188,7 @@ def _parameters_of(rng: np.random.Generator, method: str, told: Named) -> Named:
         case "nearswap":
             found = told["more"] = {"t": float(rng.choice([0.0, 1e-4, 0.1, 0.25]))}
         case "consensus":
-            told["more"] = {"limits": float(rng.uniform(0.2, 1.5)), "agreement": int(rng.integers(1, 4))}
+            told["more"] = {"limits": float(rng.uniform(0.2, 1.5)), "agreement": int(rng.integers(1, count + 1))}
             found |= {"tall_mask_lambda": told["more"]["limits"], "agreement": told["more"]["agreement"]}
         case "pcb":
             told["trim_scope"] = found["trim_scope"] = str(rng.choice(["tensor", "model"]))
