@@ -541,9 +541,10 @@ def refusal(parser: Parser, blob: bytes, place: Path) -> m3jax.M3Error | None:
     Args:
         parser: The reader.
         blob: What the file holds.
-        place: An empty directory.
+        place: A directory that is empty, or holds the file as it was before.
     """
-    (place / parser.file).write_bytes(blob)
+    with open(f"{place}/{parser.file}", "wb", 0) as file:
+        file.write(blob)
     try:
         parser.read(place)
     except m3jax.M3Error as error:
