@@ -61,7 +61,14 @@ def merge(
 
     if not (plan or explain):  # which ask nobody, and a plan may count processes that are not there
         machines.rendezvous()  # which refuses what is no place to meet before anything is read
-    many = load_seeds(recipe, changes.all(), changes.seed, seeds)
+    many: dict[int, Recipe] = {}
+    mistake = None
+    try:
+        many = load_seeds(recipe, changes.all(), changes.seed, seeds)
+    except M3Error as error:
+        if plan or explain or not machines.distributed:
+            raise
+        mistake = error  # which process 0 alone says, once all have met
     if many:
         if step is not None:
             raise M3Error("--step: writes one step of a run, and each seed's merge a directory: leave one of them out")
@@ -99,6 +106,8 @@ def merge(
     def prepare() -> _Start:
         from m3jax.recipe import load_recipe
 
+        if mistake is not None:
+            raise mistake
         loaded = load_recipe(recipe, changes.all(), changes.seed)
 
         def start(**how: Any) -> "MergeResult":

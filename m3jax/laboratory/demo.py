@@ -242,7 +242,7 @@ def _examined(
     """What stored models answer."""
     from m3jax import decoder
 
-    answers = {}
+    answers: dict[str, dict[str, Sequence[Answer]]] = {}
     with stage() as watch:
         for name, place in places.items():
             _say(watch, "examining on test examples", len(answers), len(places), "model")
@@ -400,7 +400,7 @@ def _verdict(rows: Sequence[Row]) -> dict[str, Any]:
     for expert, skill in zip((one, other), base.answers, strict=True):
         gained = expert.share(skill) - base.share(skill)
         kept[skill] = (best.share(skill) - base.share(skill)) / gained if gained > 0 else None
-    totals = [tuple(map(sum, zip(*row.right().values(), strict=True))) for row in (best, half)]
+    totals = [(sum(right for right, _ in row.right().values()), sum(of for _, of in row.right().values())) for row in (best, half)]
     return {
         "kept": kept,
         "gain": best.mean() - half.mean(),

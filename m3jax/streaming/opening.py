@@ -226,13 +226,13 @@ def _alike(models: Sequence[OpenedModel], job: "MergeJob") -> list[OpenedModel]:
     for i, model in enumerate(models):
         view = prefix_view(model.checkpoint, *(names[:i] + names[i + 1 :]))
         seen.append(model if view is model.checkpoint else viewed(model, view, job))
-    template = seen[-1]
+    template = _template_of(seen)
     wanted = {part.canonical: name for name, part in template.input.anatomy.parts.items()}
 
     def renamed_alike(model: OpenedModel) -> OpenedModel:
         own = {part.canonical: name for name, part in model.input.anatomy.parts.items()}
-        if model.checkpoint.tensors.keys() == template.checkpoint.tensors.keys() or own.keys() != wanted.keys():
-            return model
+        if model.checkpoint.tensors.keys() <= template.checkpoint.tensors.keys() or not own.keys() <= wanted.keys():
+            return model  # statistics, of which a tensor may have none, are alike with fewer
         view = renamed(model.checkpoint, {wanted[name]: stored for name, stored in own.items()})
         return viewed(model, view, job)
 

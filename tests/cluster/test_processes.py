@@ -322,12 +322,15 @@ def test_an_unreachable_coordinator(place, tmp_path):
 @pytest.mark.slow
 def test_a_mistake_is_said_once(place, tmp_path):
     file = recipe_file(place, tmp_path, TIES | {"models": [str(place / "expert-0"), str(place / "none")]})
-    codes, outputs, errors = run_all(file, tmp_path / "out", 2)
-    assert codes == [2, 2]
-    assert "does not exist" in errors[0]
-    assert errors[0].count("\n") == 1
-    assert errors[1] == ""
-    assert outputs == ["", ""]
+    (tmp_path / "broken").mkdir()
+    broken = recipe_file(place, tmp_path / "broken", TIES | {"merge_method": "tie"})
+    for asked, words in ((file, "does not exist"), (broken, "merge_method")):
+        codes, outputs, errors = run_all(asked, tmp_path / "out", 2)
+        assert codes == [2, 2]
+        assert words in errors[0]
+        assert errors[0].count("\n") == 1
+        assert errors[1] == ""
+        assert outputs == ["", ""]
 
 
 @pytest.mark.parametrize(

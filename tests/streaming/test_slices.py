@@ -323,3 +323,14 @@ def test_a_wrapper_around_the_tree_is_left_out(place, wrapped):
     recorded = {record["name"].rsplit("/", 1)[1]: record["tensors"] for record in result.manifest["inputs"]}
     assert all(name.startswith("params.") for name in recorded[wrapped])  # digests are of what is stored
     assert m3jax.replay(place / "out", place / "again").digest == want
+
+
+def test_without_a_base_the_output_has_the_first_models_names(tmp_path):
+    names = {"a": "layers_0.w.kernel", "b": "layers.0.w.kernel"}
+    for model, name in names.items():
+        write(tmp_path / model, {name: np.ones((4, 3), np.float32)})
+    for models in ("ab", "ba"):
+        m3jax.merge_checkpoint(
+            {"merge_method": "linear", "models": [str(tmp_path / m) for m in models]}, tmp_path / models
+        )
+        assert read(tmp_path / models).keys() == {names[models[0]]}

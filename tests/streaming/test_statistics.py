@@ -76,6 +76,21 @@ def test_what_is_one_tensor_has_one_statistics_and_what_has_none_is_averaged(tmp
     assert "has changed since it was read" in m3jax.verify(tmp_path / "out", inputs=True).differences[0]
 
 
+def test_statistics_of_some_tensors_follow_their_model_to_other_names(tmp_path):
+    _, experts = models(np.float32, 2, SHAPES)
+    statistics = measured("fisher", experts)  # not of the norm
+    spelled = [
+        lambda name: name.replace("layers.", "layers_").replace("weight", "kernel"),
+        lambda name: name.replace("weight", "kernel"),
+    ]
+    for i, own in enumerate(zip(experts, statistics, strict=True)):
+        for kind, tree in zip(("expert", "statistics"), own, strict=True):
+            write(tmp_path / f"{kind}-{i}", {spelled[i](name): value for name, value in tree.items()})
+    m3jax.merge_checkpoint(recipe_of(tmp_path), tmp_path / "out")
+    want = oracle.merge(experts, statistics=statistics, **TOLD)
+    assert same(read(tmp_path / "out"), {spelled[0](name): value for name, value in want.items()}) == (True, [])
+
+
 def test_recorded_statistics_are_held_against_the_model(tmp_path):
     experts, statistics = write_all(tmp_path)
     entries = [record(tmp_path, i) for i in range(2)]

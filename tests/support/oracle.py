@@ -258,6 +258,28 @@ def draw(seed, alpha, n, group=None):
     return [*weights, rest]
 
 
+def walk(seed, alpha, n, groups, smooth):
+    """Weights of neighbouring blocks: normal numbers, each `smooth` times the one before and the rest its own."""
+    from scipy.special import betaincinv, ndtr, ndtri
+
+    found, before = {}, None
+    for group in groups:
+        key = fold_in(root(seed), 0)
+        for word in name_words(group):
+            key = fold_in(key, word)
+        numbers, weights, rest = [], [], 1.0
+        for i in range(n - 1):
+            u, v = threefry(key, (np.zeros(1, U32), np.full(1, i, U32)))
+            own = ndtri((float(u[0]) * 2.0**32 + float(v[0]) + 0.5) / 2.0**64)
+            numbers.append(own if before is None else smooth * before[i] + math.sqrt(1.0 - smooth * smooth) * own)
+            a, b = alpha if isinstance(alpha, tuple) else (alpha, alpha * (n - 1 - i))
+            stick = float(F32(betaincinv(a, b, ndtr(numbers[i]))))
+            weights.append(rest * stick)
+            rest *= 1.0 - stick
+        before, found[group] = numbers, [*weights, rest]
+    return found
+
+
 def kth_smallest_magnitude(arrays, density):
     if density == 0:
         return F32(np.inf)  # nothing is kept
@@ -549,7 +571,7 @@ def merge(
     *,
     seed=0,
     out=None,
-    scale=1.0,
+    scale=1.0,  # or {name: scale}
     normalize=None,
     density=None,  # TIES's trim
     trim_scope="tensor",
@@ -577,6 +599,7 @@ def merge(
         if isinstance(weights, dict)
         else {name: weights if weights is not None else [1.0] * n for name in names}
     )
+    scales = scale if isinstance(scale, dict) else dict.fromkeys(names, scale)
     on_deltas = ("task_arithmetic", "ties", "model_stock", *SELECTION)
     takes_deltas = method in on_deltas or deltas or (sparsify and target == "delta")
     folded = [d if sparsify and sparsify != "della" and rescale and target == "delta" else 1.0 for d in keep]
@@ -633,7 +656,7 @@ def merge(
 
     merged = {}
     for name in names:
-        w = weights[name]
+        w, scale = weights[name], scales[name]
         if method == "regmean" and name in statistics[0]:
             own = [values[name, i] for i in range(n)]
             dtype = out or np.asarray(experts[0][name]).dtype.name

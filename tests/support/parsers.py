@@ -241,15 +241,15 @@ def _parquet() -> bytes:
 
 def _vocabulary(name: str, **others: str) -> Callable[[Path], object]:
     """A reader of a tokenizer's file beside others."""
+    beside = {other.replace("_json", ".json").replace("_txt", ".txt"): text for other, text in others.items()}
+    return lambda place: read_vocabulary({name: place / name} | {n: _written(n, text) for n, text in beside.items()})
 
-    def read(place: Path) -> None:
-        files = {name: place / name}
-        for other, text in others.items():
-            files[other.replace("_json", ".json").replace("_txt", ".txt")] = place / f"other-{other}"
-            (place / f"other-{other}").write_text(text)
-        read_vocabulary(files)
 
-    return read
+@cache
+def _written(name: str, text: str) -> Path:
+    path = Path(tempfile.mkdtemp(), name)
+    path.write_text(text)
+    return path
 
 
 def _task_file(place: Path) -> None:
@@ -366,8 +366,7 @@ _TOKENIZER = tokenizer(["<unk>", "a", "b", "ab"])
 
 
 def _vocabularies(place: Path) -> None:
-    other = place / "other.json"
-    other.write_text(json.dumps(tokenizer(["<unk>", "b", "a", "[PAD]"])))
+    other = _written("tokenizer.json", json.dumps(tokenizer(["<unk>", "b", "a", "[PAD]"])))
     models = [("a", {"tokenizer.json": place / "tokenizer.json"}), ("b", {"tokenizer.json": other})]
     united = unite("union", read_speakers(models), 0)
     united_files(united)
@@ -541,9 +540,10 @@ def refusal(parser: Parser, blob: bytes, place: Path) -> m3jax.M3Error | None:
     Args:
         parser: The reader.
         blob: What the file holds.
-        place: An empty directory.
+        place: A directory that is empty, or holds the file as it was before.
     """
-    (place / parser.file).write_bytes(blob)
+    with open(f"{place}/{parser.file}", "wb", 0) as file:
+        file.write(blob)
     try:
         parser.read(place)
     except m3jax.M3Error as error:
