@@ -53,7 +53,7 @@ def _adapted(text: str, page: Path) -> str:
 
 
 def copied_pages(pages: Path) -> None:
-    """All of docs/ but the site's own files, and the changelog."""
+    """All of docs/ but the site's own files, the README as the start, and the changelog."""
     for source in sorted((ROOT / "docs").rglob("*")):
         place = source.relative_to(ROOT / "docs")
         if source.is_dir() or place.parts[0] in ("site", "benchmarks"):
@@ -63,11 +63,10 @@ def copied_pages(pages: Path) -> None:
             (pages / place).write_text(_adapted(source.read_text(encoding="utf-8"), source), encoding="utf-8")
         else:
             shutil.copyfile(source, pages / place)
-    changelog = ROOT / "CHANGELOG.md"
-    text = changelog.read_text(encoding="utf-8").replace("](docs/", "](")
-    (pages / "changelog.md").write_text(_adapted(text, ROOT / "docs" / "CHANGELOG.md"), encoding="utf-8")
-    for name in ("index.md", "extra.css"):
-        shutil.copyfile(ROOT / "docs" / "site" / name, pages / name)
+    for name, page in (("index.md", ROOT / "README.md"), ("changelog.md", ROOT / "CHANGELOG.md")):
+        text = _adapted(page.read_text(encoding="utf-8"), page)
+        (pages / name).write_text(text.replace("](docs/", "]("), encoding="utf-8")
+    shutil.copyfile(ROOT / "docs" / "site" / "extra.css", pages / "extra.css")
 
 
 # --- methods ------------------------------------------------------------------------------------------------------
