@@ -3,6 +3,8 @@
 import ast
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -92,6 +94,11 @@ def test_the_program_of_functional_pipelines_runs(folder):
             for language, code in found:
                 assert language == "python"
                 exec(compile(code, f"docs/functional.md, {part.splitlines()[0]}", "exec"), namespace)
+
+
+@pytest.mark.slow
+def test_notebooks_run():
+    subprocess.run([sys.executable, ROOT / "scripts" / "notebooks", "--check"], check=True)
 
 
 def test_sections_are_those_that_the_page_promises():
@@ -197,4 +204,5 @@ def test_links_and_files_that_pages_name_are_there(page):
 def test_the_site_has_every_page():
     settings = (ROOT / "docs" / "site" / "mkdocs.yml").read_text(encoding="utf-8")
     pages = [str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")]
+    pages += [f"notebooks/{notebook.stem}.md" for notebook in (ROOT / "docs" / "notebooks").glob("*.ipynb")]
     assert [page for page in pages if not page.startswith("site/") and page not in settings] == []

@@ -5,6 +5,7 @@
 Every link has to lead somewhere, or nothing is made.
 """
 
+import base64
 import json
 import re
 import shutil
@@ -58,7 +59,7 @@ def copied_pages(pages: Path) -> None:
     """All of docs/ but the site's own files, the README as the start, and the changelog."""
     for source in sorted((ROOT / "docs").rglob("*")):
         place = source.relative_to(ROOT / "docs")
-        if source.is_dir() or place.parts[0] in ("site", "benchmarks"):
+        if source.is_dir() or place.parts[0] in ("site", "benchmarks", "notebooks"):
             continue
         (pages / place).parent.mkdir(parents=True, exist_ok=True)
         if source.suffix == ".md":
@@ -69,6 +70,27 @@ def copied_pages(pages: Path) -> None:
         text = _adapted(page.read_text(encoding="utf-8"), page)
         (pages / name).write_text(text.replace("](docs/", "]("), encoding="utf-8")
     shutil.copyfile(ROOT / "docs" / "site" / "extra.css", pages / "extra.css")
+
+
+def notebook_pages(pages: Path) -> None:
+    """Notebooks as pages: texts, code, and the outputs that scripts/notebooks keeps in them."""
+    (pages / "notebooks").mkdir()
+    for source in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        lines: list[str] = []
+        for number, cell in enumerate(json.loads(source.read_text(encoding="utf-8"))["cells"]):
+            text = "".join(cell["source"])
+            lines += [_adapted(text, source)] if cell["cell_type"] == "markdown" else ["```python", text, "```"]
+            for output in cell.get("outputs", ()):
+                data = output.get("data", {"text/plain": output.get("text")})
+                if "image/png" in data:
+                    name = f"{source.stem}-{number}.png"
+                    (pages / "notebooks" / name).write_bytes(base64.b64decode(data["image/png"]))
+                    lines += ["", f"![What the cell draws]({name})"]
+                else:
+                    lines += ["", "``` {.text .output}", "".join(data["text/plain"]).rstrip(), "```"]
+            lines.append("")
+        named = f"This page is `docs/notebooks/{source.name}`, which the tests run on eight devices of a CPU."
+        (pages / "notebooks" / f"{source.stem}.md").write_text("\n".join([*lines, named, ""]), encoding="utf-8")
 
 
 # --- methods ------------------------------------------------------------------------------------------------------
@@ -318,6 +340,7 @@ def main(out: Path) -> None:
         pages = Path(place) / "pages"
         pages.mkdir()
         copied_pages(pages)
+        notebook_pages(pages)
         names = method_pages(pages)
         keys_page(pages)
         commands_page(pages)
