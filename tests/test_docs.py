@@ -1,18 +1,26 @@
-"""Documents: examples of docs/extend.md and docs/functional.md run; docs/architecture.md has the enforced floors."""
+"""Documents: their examples run, commands and recipes are read; docs/architecture.md has the enforced floors."""
 
 import ast
 import re
+import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import jax
 import pytest
+import typer
+import yaml
 from support.outside import forget
+from support.stand_ins import write_stand_ins
 
 from m3jax.anatomy import families
 from m3jax.anatomy.libraries import LIBRARIES
 from m3jax.checkpoints import formats
+from m3jax.cli.commands import app, main
 from m3jax.evaluation.tasks import TASKS
+from m3jax.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 EXTEND = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
@@ -88,6 +96,11 @@ def test_the_program_of_functional_pipelines_runs(folder):
                 exec(compile(code, f"docs/functional.md, {part.splitlines()[0]}", "exec"), namespace)
 
 
+@pytest.mark.slow
+def test_notebooks_run():
+    subprocess.run([sys.executable, ROOT / "scripts" / "notebooks", "--check"], check=True)
+
+
 def test_sections_are_those_that_the_page_promises():
     assert list(SECTIONS) == ["A method", "A format of checkpoints", "A task", "A family of tensor names"]
 
@@ -120,6 +133,65 @@ def test_the_page_of_libraries_names_what_maps():
 PAGES = [*(ROOT / "docs").glob("**/*.md"), *ROOT.glob("*.md")]
 
 
+def commands(code):
+    """What follows `m3jax` in the lines of a shell's block."""
+    for line in code.replace("\\\n", " ").splitlines():
+        found = re.match(r"\s*(?:srun |\w+=\S* )*m3jax (\S.*)", line)
+        if found:
+            words = shlex.split(re.sub(r"\$\w+", "1", found[1]), comments=True)
+            yield words[: words.index(">")] if ">" in words else words
+
+
+def test_commands_of_all_pages_are_read():
+    top, read = typer.main.get_command(app), 0
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        fenced = [code for language, code in blocks(text) if language == "sh"]
+        for code in [*fenced, *re.findall(r"(?:^ {4}m3jax .*\n)+", text, re.MULTILINE)]:
+            for words in commands(code):
+                command, left = top, list(words)
+                while hasattr(command, "commands"):
+                    command = command.commands[left.pop(0)]
+                command.make_context("m3jax", left)  # raises on what it does not know
+                read += 1
+    assert read > 60
+
+
+def test_recipes_of_all_pages_are_read():
+    read = 0
+    for page in PAGES:
+        for language, code in blocks(page.read_text(encoding="utf-8")):
+            if language == "yaml" and re.search("^merge_method:", code, re.MULTILINE):
+                Recipe.model_validate(yaml.safe_load(code))
+                read += 1
+    assert read >= 4
+
+
+README_LIMITS = {
+    "evaluate": ["--limit", "1", "--max-tokens", "1"],
+    "attack": ["--limit", "1", "--max-tokens", "1", "--budget", "2"],
+    "explore": ["--limit", "1", "--max-tokens", "1", "--samples", "2"],
+}
+
+
+@pytest.mark.slow
+def test_the_readme_runs(folder):
+    write_stand_ins(folder, layers=1, width=16, shards=1)  # a relative path is looked for before the hub
+    for name in ("dev.jsonl", "test.jsonl"):
+        (folder / name).write_text('{"question": "What is 2 + 2?", "answer": "#### 4"}\n')
+    done = []
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for language, code in blocks((ROOT / "README.md").read_text(encoding="utf-8")):
+            if language == "yaml":
+                (folder / "recipe.yaml").write_text(code, encoding="utf-8")
+            elif language == "python":
+                exec(compile(code, "README.md", "exec"), {"__name__": "example"})
+            for words in commands(code) if language == "sh" else ():
+                assert main([*words, *README_LIMITS.get(words[0], [])]) == 0, words
+                done.append(words[0])
+    assert done == ["merge", "merge", "replay", "verify", "recipe", "evaluate", "attack", "explore"]
+
+
 @pytest.mark.parametrize("page", sorted(str(page.relative_to(ROOT)) for page in PAGES if page.parent.name != "site"))
 def test_links_and_files_that_pages_name_are_there(page):
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -132,4 +204,5 @@ def test_links_and_files_that_pages_name_are_there(page):
 def test_the_site_has_every_page():
     settings = (ROOT / "docs" / "site" / "mkdocs.yml").read_text(encoding="utf-8")
     pages = [str(page.relative_to(ROOT / "docs")) for page in PAGES if page.is_relative_to(ROOT / "docs")]
+    pages += [f"notebooks/{notebook.stem}.md" for notebook in (ROOT / "docs" / "notebooks").glob("*.ipynb")]
     assert [page for page in pages if not page.startswith("site/") and page not in settings] == []

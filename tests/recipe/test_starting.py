@@ -81,6 +81,32 @@ def test_the_schema_has_every_key_and_takes_every_config():
     assert fits(SCHEMA, load_recipe(sliced).resolved())
 
 
+def test_the_schema_says_what_every_key_does():
+    def silent(told, place=""):
+        if isinstance(told, dict):
+            for name, each in told.get("properties", {}).items():
+                is_name = name in (
+                    "method",
+                    "kind",
+                    "model",
+                    "token",
+                    "token_id",
+                    "decay",
+                )  # of what says it around them
+                if isinstance(each, dict) and not (each.get("description") or is_name or each.keys() == {"const"}):
+                    yield f"{place}.{name}"
+            for key, each in told.items():
+                yield from silent(each, f"{place}.{key}")
+        elif isinstance(told, list):
+            for each in told:
+                yield from silent(each, place)
+
+    assert list(silent({key: told for key, told in SCHEMA.items() if key != "allOf"})) == []
+    defaults = {name: told["default"] for name, told in SCHEMA["properties"].items() if "default" in told}
+    assert defaults == {"seed": 0, "dequantize": False}
+    assert SCHEMA["$defs"]["mixup"]["properties"]["granularity"]["default"] == "model"
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
