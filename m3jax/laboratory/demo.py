@@ -400,7 +400,10 @@ def _verdict(rows: Sequence[Row]) -> dict[str, Any]:
     for expert, skill in zip((one, other), base.answers, strict=True):
         gained = expert.share(skill) - base.share(skill)
         kept[skill] = (best.share(skill) - base.share(skill)) / gained if gained > 0 else None
-    totals = [(sum(right for right, _ in row.right().values()), sum(of for _, of in row.right().values())) for row in (best, half)]
+    totals = [
+        (sum(right for right, _ in row.right().values()), sum(of for _, of in row.right().values()))
+        for row in (best, half)
+    ]
     return {
         "kept": kept,
         "gain": best.mean() - half.mean(),
