@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from m3jax.methods.ties import ties as ties
     from m3jax.outputs.conversion import convert as convert
     from m3jax.outputs.extraction import extract_lora as extract_lora
+    from m3jax.outputs.publishing import push as push
     from m3jax.outputs.verification import verify as verify
     from m3jax.recipe import load_recipe as load_recipe
     from m3jax.streaming.differences import diff as diff
@@ -115,6 +116,7 @@ _HOMES = {
     "mixup_weights": "methods.mixup",
     "replay": "streaming.merging",
     "RunningMerge": "trees.running",
+    "push": "outputs.publishing",
     "slerp": "methods.slerp",
     "soup": "trees.running",
     "task_arithmetic": "methods.linear",

@@ -1,6 +1,7 @@
 """Sizes, times, counts, names and tables as text for people."""
 
 from collections.abc import Iterator, Sequence
+from html import escape
 
 Row = Sequence[str]
 
@@ -85,6 +86,18 @@ def safe_text(text: str) -> str:
 
 
 # --- Tables ----------------------------------------------------------------------------------------------
+
+
+def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as HTML, in which nothing of the cells is taken for markup.
+
+    Args:
+        head: Names of the columns.
+        rows: The cells.
+    """
+    lines = [("th", head), *(("td", row) for row in rows)]
+    made = ("".join(f"<{tag}>{escape(safe_text(cell))}</{tag}>" for cell in cells) for tag, cells in lines)
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in made)}</table>"
 
 
 def table(

@@ -189,7 +189,7 @@ def test_the_readme_runs(folder):
             for words in commands(code) if language == "sh" else ():
                 assert main([*words, *README_LIMITS.get(words[0], [])]) == 0, words
                 done.append(words[0])
-    assert done == ["merge", "merge", "replay", "verify", "recipe", "evaluate", "attack", "explore"]
+    assert done == ["merge", "merge", "replay", "verify", "push", "recipe", "evaluate", "attack", "explore"]
 
 
 @pytest.mark.parametrize("page", sorted(str(page.relative_to(ROOT)) for page in PAGES if page.parent.name != "site"))

@@ -69,27 +69,31 @@ def root_key(seed: int) -> UInt32[np.ndarray, "2"]:
     return np.array([(seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
 
 
+_MADE = "pass jax.random.key(seed)"
+
+
 def key_words(key: Any) -> Words:
     """The uint32[..., 2] words of a key: an integer seed, a typed JAX key, or the words themselves.
 
     Raises:
-        TypeError: The key belongs to another generator than Threefry.
+        M3Error: It is none, or belongs to another generator than Threefry.
     """
     if isinstance(key, int | np.integer):
         return root_key(int(key))
     if isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         if str(jax.random.key_impl(key)) != "threefry2x32":
-            raise TypeError(
-                f"masks are defined for threefry2x32 keys, not {jax.random.key_impl(key)}: "
-                'make the key with jax.random.key(seed, impl="threefry2x32")'
+            raise M3Error(
+                f"key: is of the generator {jax.random.key_impl(key)}, but draws and masks are of threefry2x32: "
+                'make it with jax.random.key(seed, impl="threefry2x32")'
             )
         key = jax.random.key_data(key)
     if isinstance(key, jax.Array) and not isinstance(key, jax.core.Tracer):
         key = np.asarray(key)
     if not hasattr(key, "dtype"):
-        raise TypeError(f"a key is an integer seed or a threefry2x32 key, not {key!r}")
+        raise M3Error(f"key: is {key!r}, but must be an integer seed or a threefry2x32 key: {_MADE}")
     if key.dtype != np.uint32 or key.shape[-1:] != (2,):
-        raise TypeError(f"a key is an integer seed or a threefry2x32 key, not {key.dtype}{list(key.shape)}")
+        given = f"{key.dtype}{list(key.shape)}"
+        raise M3Error(f"key: is {given}, but must be an integer seed or a threefry2x32 key: {_MADE}")
     return key
 
 

@@ -14,7 +14,6 @@ app = typer.Typer(
     name="m3jax",
     help="Merge language models exactly: the same recipe and seed give the same bytes, anywhere.",
     no_args_is_help=True,
-    add_completion=False,
     # Help as plain text: rich would take longer to import than the rest together.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -44,7 +43,7 @@ _recipes = typer.Typer(help="Check recipes, start new ones, and teach editors wh
 app.add_typer(_recipes, name="recipe", rich_help_panel=None)
 
 _COMMANDS: tuple[Callable[..., None], ...] = (
-    *(merges.merge, merges.replay, merges.verify),
+    *(merges.merge, merges.replay, merges.verify, merges.push),
     *(checkpoints.inspect, checkpoints.diff, checkpoints.doctor, checkpoints.methods),
     *(checkpoints.convert, checkpoints.extract_lora),
     *(evaluations.evaluate, evaluations.attack, evaluations.report, evaluations.explore, evaluations.statistics),

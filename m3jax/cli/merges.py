@@ -3,7 +3,8 @@
 What a command needs is imported inside it, so that `--help` and `inspect` start without JAX.
 """
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
@@ -11,8 +12,11 @@ import typer
 from m3jax.cli import options, shell, terminal
 from m3jax.cli.displays.merges import (
     estimate_lines,
+    hint_lines,
     merge_json,
     merge_lines,
+    push_json,
+    push_lines,
     verification_json,
     verification_lines,
 )
@@ -118,7 +122,8 @@ def merge(
 
         return loaded.notes(), start
 
-    _merge(prepare, out, machines, speech, step, overwrite=overwrite, max_shard_size=max_shard_size)
+    where = {"overwrite": overwrite, "max_shard_size": max_shard_size}
+    _merge(prepare, out, machines, speech, step, hint_lines, **where)
 
 
 def replay(
@@ -211,6 +216,7 @@ def _merge(
     machines: options.Machines,
     speech: options.Speech,
     step: int | None = None,
+    hints: "Callable[[MergeResult], Iterable[str]]" = lambda result: (),
     **where: Any,
 ) -> None:
     """What merging and replaying share.
@@ -221,6 +227,7 @@ def _merge(
         machines: What it runs on.
         speech: What is said of it.
         step: Which step of `out` it is to be, if any.
+        hints: What is said last, on standard error, to people.
         **where: What both functions take for the output.
     """
 
@@ -238,6 +245,8 @@ def _merge(
         shell.print_notes((note for note in result.notes if note not in notes), still)
         as_json = speech.as_json and speaks
         shell.print_result(lambda: merge_json(result), lambda: merge_lines(result), as_json, still)
+        for line in () if still or as_json else hints(result):
+            shell.say(line, sys.stderr)
 
     shell.perform(work, machines.rendezvous(), speech.debug)
 
@@ -288,3 +297,28 @@ def verify(
     shell.print_result(lambda: verification_json(found), lambda: verification_lines(found), speech.as_json, still)
     if found.differences:
         raise typer.Exit(shell.BAD_INPUT)
+
+
+def push(
+    *,
+    directory: Annotated[
+        str, typer.Argument(metavar="DIR", help="What merge, replay or convert made.", show_default=False)
+    ],
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Where to on the hub.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Verify, list what would be sent, and send nothing.")
+    ] = False,
+    speech: options.Speech,
+) -> None:
+    """Send a model that m3jax made to the hub, if it is as its manifest tells.
+
+    What the manifest lists is sent, in one commit; nothing else that is in the directory.
+    """
+    shell.silence_downloads(speech.quiet)
+    from m3jax.outputs.publishing import push as send
+
+    with terminal.progress_reporter(speech.quiet) as progress:
+        result = send(directory, repository, private=private, dry_run=dry_run, progress=progress)
+    shell.print_notes(result.notes, speech.quiet)
+    shell.print_result(lambda: push_json(result), lambda: push_lines(result), speech.as_json, speech.quiet)

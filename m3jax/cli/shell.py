@@ -21,6 +21,7 @@ from m3jax.text import safe_text
 BAD_INPUT = 2
 _LONGEST_SENTENCE = 4000  # characters
 _FAILURE, _INTERRUPTED, _PIPE_CLOSED = 1, 130, 141
+_COMPLETING = "_M3JAX_COMPLETE"  # set by the functions that --install-completion gives to shells
 _CANNOT_PRINT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -112,6 +113,8 @@ def reported(work: Callable[[], int | None], debug: bool, silent: bool = False) 
 def _invoke(app: typer.Typer, arguments: list[str]) -> int:
     """Runs a command without Typer's own ways of reporting errors."""
     command = typer.main.get_command(app)
+    if _COMPLETING in os.environ:  # the shell asks what may come next, and Typer answers and ends
+        command.main(arguments, prog_name="m3jax")
     try:
         with command.make_context("m3jax", arguments) as context:
             command.invoke(context)
@@ -153,7 +156,20 @@ def _usage(error: Any) -> str:
         return message
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "m3jax"
-    return f"m3jax: {' '.join(message.split()).rstrip('.')}; see `{command} --help`."
+    said = f"m3jax: {' '.join(message.split()).rstrip('.')}"
+    if (key := _key_of_recipe(command, getattr(error, "option_name", ""))) is not None:
+        return f"{said}; {key} is a key of recipes, which --set {key}=VALUE changes."
+    return f"{said}; see `{command} --help`."
+
+
+def _key_of_recipe(command: str, option: str) -> str | None:
+    """The key of recipes that an unknown option of a command that reads one is called as, if it is."""
+    key = option.lstrip("-").replace("-", "_")
+    if command.rpartition(" ")[2] not in ("merge", "explore") or not key:
+        return None
+    from m3jax.recipe.schema import Recipe
+
+    return key if key in Recipe.model_fields else None
 
 
 def _is_help(error: BaseException) -> bool:

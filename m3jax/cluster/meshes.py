@@ -35,7 +35,11 @@ def parse_mesh(axes: str, devices: Sequence[jax.Device] | None = None, names: Co
         sizes[name] = int(size)
     wanted = math.prod(sizes.values())
     if wanted > len(there):
-        raise M3Error(f"--mesh {axes} needs {wanted} devices, but there are {len(there)}: make it smaller")
+        cpu = there and there[0].platform == "cpu"
+        more = (
+            f", or let the CPU stand for more: XLA_FLAGS=--xla_force_host_platform_device_count={wanted}" if cpu else ""
+        )
+        raise M3Error(f"--mesh {axes} needs {wanted} devices, but there are {len(there)}: make it smaller{more}")
     auto = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=there[:wanted])
 

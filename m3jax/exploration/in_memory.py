@@ -15,7 +15,7 @@ from m3jax.evaluation.checks import check_count
 from m3jax.exploration.pictures import Drawn, picture
 from m3jax.methods.base import Method, Sparsifier
 from m3jax.methods.mixup import mixup, mixup_weights
-from m3jax.text import table
+from m3jax.text import html_table, table
 from m3jax.trees.merging import merge
 
 
@@ -50,13 +50,20 @@ class TreeExploration(NamedTuple):
     @property
     def table(self) -> str:
         """Base, experts, equal weights, then the draws, the best first."""
+        return "\n".join(table(*self._rows()))
+
+    def _repr_html_(self) -> str:
+        """The table, as a notebook shows it."""
+        return html_table(*self._rows())
+
+    def _rows(self) -> tuple[list[str], list[list[str]]]:
         count = self.draws.shape[1]
         rows = [] if self.base is None else [["base", *[""] * count, f"{self.base:.4f}"]]
         rows += [[f"expert {i}", *[""] * count, f"{score:.4f}"] for i, score in enumerate(self.experts)]
         rows += [["equal weights", *[""] * count, f"{self.equal:.4f}"]]
         for sample in np.argsort(-self.scores, kind="stable"):
             rows.append([f"{sample}", *(f"{w:.4f}" for w in self.draws[sample]), f"{self.scores[sample]:.4f}"])
-        return "\n".join(table(["sample", *(f"w{i}" for i in range(count)), "score"], rows))
+        return ["sample", *(f"w{i}" for i in range(count)), "score"], rows
 
     def __repr__(self) -> str:
         weights = ", ".join(f"{weight:.4f}" for weight in self.weights)

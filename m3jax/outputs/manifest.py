@@ -215,6 +215,9 @@ def locate(path: str | os.PathLike[str]) -> Path:
     if not found.is_file():
         if (left := unfinished(given)) is not None:
             raise M3Error(f"{given}: is not there, but {left}")
+        run, at, step = str(given).rpartition("@")
+        if at and as_path(run).is_dir():
+            raise M3Error(f"{given}: names a step of a run, not a directory: give the step's own, {run}/{step}")
         raise M3Error(f"{given}: there is no {FILE_NAME}: give a directory that m3jax merge wrote, or the file itself")
     return found
 

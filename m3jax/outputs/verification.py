@@ -49,6 +49,7 @@ class Verification(NamedTuple):
         differences: One sentence each; empty when all is as recorded.
         notes: What was not held against the directory, or could not be checked, one sentence each.
         inputs: How many tensors of inputs were compared.
+        absent: How many inputs could not be opened, each with its sentence among `differences`.
         sample: Bytes of weights that were computed again; None where none were to be.
         mend: The command that makes the output again; None where nothing differs.
     """
@@ -62,6 +63,13 @@ class Verification(NamedTuple):
     inputs: int = 0
     sample: int | None = None
     mend: str | None = None
+    absent: int = 0
+
+    def __repr__(self) -> str:
+        told = count_text(len(self.differences), "difference") if self.differences else "as recorded"
+        first = f": {self.differences[0]}" if self.differences else ""
+        checked = f"{count_text(self.tensors, 'tensor')} and {count_text(self.files, 'other file')}"
+        return f"Verification({self.directory}, {checked}, {told}{first})"
 
 
 class Beside(NamedTuple):
@@ -131,8 +139,8 @@ def with_inputs(
         sources: Where models are now, by recorded name.
         progress: Called with what is done so far.
     """
-    differences, count = differing_inputs(recorded, sources, progress)
-    return found._replace(differences=(*found.differences, *differences), inputs=count)
+    differences, count, absent = differing_inputs(recorded, sources, progress)
+    return found._replace(differences=(*found.differences, *differences), inputs=count, absent=absent)
 
 
 def mend_of(directory: Path, recorded: Mapping[str, Any]) -> str:
@@ -423,7 +431,7 @@ def _added(place: Path, known: Container[str], above: str = "", depth: int = 0) 
 
 def differing_inputs(
     recorded: Mapping[str, Any], sources: Mapping[str, str], progress: Report | None
-) -> tuple[list[str], int]:
+) -> tuple[list[str], int, int]:
     """Compare the models that were read with what is recorded of them.
 
     Args:
@@ -432,15 +440,20 @@ def differing_inputs(
         progress: Called with what is done so far.
 
     Returns:
-        What differs, one sentence each, and how many tensors were compared.
+        What differs, one sentence each; how many tensors were compared; how many models could not be opened.
     """
     differences: list[str] = []
     known: dict[tuple[str, str], str] = {}
-    count = 0
+    count = absent = 0
     for record in manifest.inputs_of(recorded):
         try:
             place = locate_recorded(str(record["name"]), sources)
             stored, adapting = open_stored(place)
+        except M3Error as error:
+            differences.append(str(error))
+            absent += 1
+            continue
+        try:
             with stored as checkpoint:
                 if record.get("adapter", {}).get("config") != (None if adapting is None else adapting.config_digest):
                     differences.append(f"{record['name']}: the adapter's configuration has changed since: restore it")
@@ -451,7 +464,7 @@ def differing_inputs(
             differences.append(str(error))
             continue
         count += len(record["tensors"])
-    return differences, count
+    return differences, count, absent
 
 
 def _differing_input(

@@ -1,5 +1,6 @@
 """The recipe's single values: methods, dtypes, seeds, shapes, regular expressions."""
 
+import re
 import reprlib
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
@@ -130,6 +131,8 @@ def read_seeds(raw: object) -> tuple[int, ...]:
 
 
 def _seed_range(part: object) -> Sequence[int]:
+    if isinstance(part, str) and (dashed := re.fullmatch(r"\s*(\d+)\s*(?:-|:|\.{3})\s*(\d+)\s*", part)):
+        raise RecipeError(f"{part.strip()} is no range of seeds; write {dashed[1]}..{dashed[2]}")
     if not isinstance(part, str) or ".." not in part:
         return [read_seed(part)]
     first, last = (read_seed(end.strip()) for end in part.split("..", 1))

@@ -60,6 +60,7 @@ from m3jax.streaming.reading import ChunkReader, chunk_size
 from m3jax.streaming.statistics import ROLE as STATISTICS
 from m3jax.streaming.steps import with_steps
 from m3jax.streaming.writing import OtherBytesError, Shards
+from m3jax.text import count_text, html_table, size_text, time_text
 
 AnyWorkplace: TypeAlias = Workplace | RemoteWorkplace
 _TOLD_PER_TENSOR = 2**11  # bytes of journal and manifest, generously
@@ -89,6 +90,36 @@ class MergeResult(NamedTuple):
     resumed_shards: int
     notes: tuple[str, ...]
     process_reads: tuple[int, ...]
+
+    @property
+    def weights(self) -> dict[str, tuple[float, ...]]:
+        """The weights that were drawn, by group ("model", blocks or tensors); empty where the recipe gives them."""
+        drawn = self.manifest.get("weights", {})
+        return {group: tuple(map(float.fromhex, told["hex"])) for group, told in drawn.items()}
+
+    def __repr__(self) -> str:
+        method, count = self.manifest["recipe"]["merge_method"], len(self.manifest["output"]["tensors"])
+        drawn = [f"{group}: {' '.join(f'{w:.4f}' for w in own)}" for group, own in self.weights.items()]
+        told = f", drawn {drawn[0]}{f' and {len(drawn) - 1} more' if drawn[1:] else ''}" if drawn else ""
+        return (
+            f"MergeResult({method} in {self.directory}: {count_text(count, 'tensor')}, {size_text(self.bytes_written)},"
+            f" digest {self.digest[:12]}…{told})"
+        )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        rows = [
+            ["directory", str(self.directory)],
+            ["method", str(self.manifest["recipe"]["merge_method"])],
+            [
+                "written",
+                f"{count_text(len(self.manifest['output']['tensors']), 'tensor')}, {size_text(self.bytes_written)}",
+            ],
+            ["digest", self.digest],
+            *([f"weights, {group}", "  ".join(f"{w:.6f}" for w in own)] for group, own in self.weights.items()),
+            *(["note", note] for note in self.notes),
+        ]
+        return html_table(["merge", time_text(self.seconds)], rows)
 
 
 def _open_workplace(

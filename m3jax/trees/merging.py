@@ -233,8 +233,18 @@ def _needs_whole(pipe: Pipeline) -> str | None:
 
 
 def _note_kept(tree: ParameterTree) -> None:
-    """Says which leaves are no parameters, to whoever listens to the package's log."""
+    """Says which leaves are no parameters, to whoever listens to the package's log.
+
+    Raises:
+        M3Error: All of them are none, so that nothing would be merged.
+    """
     kept = Counter(part.kind for part in tree.parts.values() if part.kind not in MODEL_KINDS)
+    if kept and kept.total() == len(tree.parts):
+        name, part = next(iter(tree.parts.items()))
+        raise M3Error(
+            f"merge: nothing in these trees is of a model ({name} is of kind {part.kind}), and state of training is "
+            "never merged: pass parameters, or say what leaves are with anatomy={'kinds': {PATTERN: 'parameter'}}"
+        )
     if kept:
         said = ", ".join(f"{count} of kind {kind}" for kind, count in sorted(kept.items()))
         _LOG.info("merge: leaves that are no parameters stay as they are in the first tree: %s", said)

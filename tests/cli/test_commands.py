@@ -187,6 +187,12 @@ def test_merge_passes_everything_on(stub: Stub, recipe: str, capsys: Capture) ->
     assert capsys.readouterr() == ("", "")
 
 
+HINTS = [
+    "next: m3jax inspect out; m3jax evaluate out --task TASK --data FILE",
+    "      m3jax push out ORG/NAME --dry-run   (what would be sent to the hub)",
+]
+
+
 def test_merge_defaults(stub: Stub, recipe: str, capsys: Capture) -> None:
     seen: dict[str, Any] = {}
 
@@ -204,7 +210,7 @@ def test_merge_defaults(stub: Stub, recipe: str, capsys: Capture) -> None:
         None,
     )
     out, err = capsys.readouterr()
-    assert err == "note: int8_mask is ignored.\n"
+    assert err.splitlines() == ["note: int8_mask is ignored.", *HINTS]
     assert out.splitlines()[0] == "merged   out"
     assert out.splitlines()[-1] == "replay   m3jax replay out NEW_DIRECTORY"
 
@@ -216,7 +222,7 @@ def test_notes_are_said_once_and_first(stub: Stub, tmp_path: Path, recipe: str, 
 
     stub("m3jax.streaming.merging", merge_checkpoint=merge_checkpoint)
     assert main(["merge", recipe, "out", "--set", "parameters.int8_mask=true"]) == 0
-    assert capsys.readouterr().err == "note: another note.\n"
+    assert capsys.readouterr().err.splitlines() == ["note: another note.", *HINTS]
 
 
 def test_merge_as_json(stub: Stub, recipe: str, capsys: Capture) -> None:

@@ -152,3 +152,13 @@ def test_what_a_conversion_tells_is_not_edited(out: Path) -> None:
         mark.write_text(json.dumps(odd))
         with pytest.raises(M3Error, match=words):
             m3jax.verify("converted")
+
+
+def test_models_that_are_gone_are_counted_apart(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("b").rename("moved")
+    assert main(["verify", "out", "--inputs"]) == 2
+    said = capsys.readouterr().out
+    assert "out: as recorded" in said
+    assert "1 model not found, of which nothing is known" in said
+    assert m3jax.verify(out, inputs=True).absent == 1
+    assert repr(m3jax.verify(out)).endswith("as recorded)")

@@ -751,3 +751,20 @@ def test_a_replay_says_how_to_name_a_model_that_has_moved(tmp_path):
     with pytest.raises(M3Error, match=f"if it has moved, --input {name}=HERE says where it is"):
         m3jax.replay(tmp_path / "out", tmp_path / "again")
     m3jax.replay(tmp_path / "out", tmp_path / "again", sources={name: str(tmp_path / "moved")})
+
+
+def test_what_a_result_shows(tmp_path):
+    for seed, name in enumerate("ab"):
+        (tmp_path / name).mkdir()
+        save_file({"w": np.full(4, seed, np.float32)}, tmp_path / name / "model.safetensors")
+    models = [str(tmp_path / name) for name in "ab"]
+    recipe = {"merge_method": "linear", "models": models, "mixup": {"alpha": 0.5}, "seed": 2}
+    result = m3jax.merge_checkpoint(recipe, tmp_path / "<i>")
+    assert result.weights == {"model": tuple(result.manifest["weights"]["model"]["decimal"])}
+    assert len(repr(result)) < 160 + len(str(tmp_path))
+    assert "drawn model: 0.3306 0.6694" in repr(result)
+    shown = result._repr_html_()
+    assert result.digest in shown
+    assert "<td>0.330600  0.669400</td>" in shown
+    assert "&lt;i&gt;" in shown
+    assert "<i>" not in shown

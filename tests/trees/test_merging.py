@@ -6,6 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from support import compiling, oracle
@@ -346,3 +347,10 @@ def test_bad_calls_get_a_sentence(kwargs, sentence):
 def test_bad_densities(make, density):
     with pytest.raises(M3Error, match="density"):
         make(density)
+
+
+def test_state_of_training_alone_is_refused():
+    states = [optax.adam(1e-3).init({"w": jnp.full(3, float(i))}) for i in range(2)]
+    for call in (m3jax.merge, m3jax.soup):
+        with pytest.raises(M3Error, match=r"nothing in these trees is of a model \(0.count is of kind optimizer\)"):
+            call(states)

@@ -9,6 +9,7 @@ from m3jax.text import count_text, safe_text, shape_text, share_text, size_text,
 if TYPE_CHECKING:  # JAX and numpy take longer to import than --help may take
     from m3jax.outputs.conversion import ConvertResult
     from m3jax.outputs.extraction import ExtractResult
+    from m3jax.outputs.publishing import PushResult
     from m3jax.outputs.verification import Verification
     from m3jax.streaming.estimate import Estimate
     from m3jax.streaming.merging import MergeResult
@@ -35,6 +36,33 @@ def merge_lines(result: "MergeResult") -> Iterator[str]:
     yield from _weights(drawn, _expert_names(result.manifest.get("recipe", {}), count))
     yield f"digest   {result.digest}"
     yield f"replay   m3jax replay {place} NEW_DIRECTORY"
+
+
+def hint_lines(result: "MergeResult") -> Iterator[str]:
+    """What to do next with a merge."""
+    place = shlex.quote(str(result.directory))
+    yield f"next: m3jax inspect {place}; m3jax evaluate {place} --task TASK --data FILE"
+    if "format" not in result.manifest.get("output", {}) and "://" not in str(result.directory):
+        yield f"      m3jax push {place} ORG/NAME --dry-run   (what would be sent to the hub)"
+
+
+def push_lines(result: "PushResult") -> Iterator[str]:
+    """What was sent to the hub, or would be: every file."""
+    rows = [[name, size_text(size)] for name, size in result.files]
+    yield from table(["file", "bytes"], rows)
+    total = f"{count_text(len(rows), 'file')}, {size_text(sum(size for _, size in result.files))}"
+    kind = "private" if result.private else "public unless it is there and private"
+    if result.url is None:
+        yield f"not sent: {total}, verified, for {result.repository} ({kind}): leave out --dry-run to send them"
+    else:
+        yield f"sent     {total}, to {safe_text(result.url)}"
+    yield f"digest   {result.digest}"
+
+
+def push_json(result: "PushResult") -> dict[str, Any]:
+    """The same as plain data for JSON."""
+    files = [{"name": name, "bytes": size} for name, size in result.files]
+    return {**result._asdict(), "files": files, "notes": list(result.notes), "sent": result.url is not None}
 
 
 def _weights(drawn: Mapping[str, Sequence[Any]], experts: Sequence[str]) -> Iterator[str]:
@@ -84,12 +112,14 @@ def verification_lines(found: "Verification") -> Iterator[str]:
     checked = f"{count_text(found.tensors, 'tensor')} and {count_text(found.files, 'other file')}"
     yield from map(safe_text, found.differences)
     yield from (f"note: {safe_text(note)}" for note in found.notes)
-    if found.differences:
-        yield f"{found.directory}: not as recorded, {count_text(len(found.differences), 'difference')} in {checked}"
+    if len(found.differences) > found.absent:
+        count = len(found.differences) - found.absent
+        yield f"{found.directory}: not as recorded, {count_text(count, 'difference')} in {checked}"
     else:
         yield f"{found.directory}: as recorded, {checked}"
-    if found.inputs:
-        yield f"inputs   {count_text(found.inputs, 'tensor')} of them compared"
+    if found.inputs or found.absent:
+        gone = f"; {count_text(found.absent, 'model')} not found, of which nothing is known" if found.absent else ""
+        yield f"inputs   {count_text(found.inputs, 'tensor')} of them compared{gone}"
     if found.digest is not None:
         yield f"digest   {found.digest}"
     if found.mend is not None:
