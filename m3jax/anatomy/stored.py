@@ -12,7 +12,7 @@ from m3jax.checkpoints.adapters import open_model
 from m3jax.checkpoints.locate import CONFIG, read_config
 from m3jax.checkpoints.orbax_tree import is_orbax
 from m3jax.checkpoints.remote import RemotePath
-from m3jax.checkpoints.storage import is_dir, read_file
+from m3jax.checkpoints.storage import is_dir, is_file, read_file
 from m3jax.checkpoints.trust import LARGEST_COMPANION, check_size
 from m3jax.documents import parse_json, read_bounded
 from m3jax.errors import M3Error
@@ -42,7 +42,7 @@ def _content(file: Path) -> bytes:
     """The whole of a small file, here or in remote storage; raises OSError where it is none."""
     if not isinstance(file, RemotePath):
         return read_bounded(file, LARGEST_COMPANION)
-    if not file.is_file():
+    if not is_file(file):
         raise FileNotFoundError(str(file))
     check_size(file, file.stat().st_size)
     return file.read_bytes()
@@ -73,10 +73,10 @@ def find_home(path: Path, config: Path | None = None) -> Home:
         M3Error: The given one is absent; or one cannot be read, or is not a JSON object.
     """
     beside = path if is_dir(path) else path.parent
-    if config is not None and config.name != CONFIG and not config.is_dir():
+    if config is not None and config.name != CONFIG and not is_dir(config):
         return Home(beside, _read_config(config), config)
     if config is not None:
-        directory = config if config.is_dir() else config.parent
+        directory = config if is_dir(config) else config.parent
         found = read_config(directory)
         if found is None:
             raise M3Error(f"{directory / CONFIG}: is not there: give Hugging Face's config.json of the model")
@@ -133,7 +133,7 @@ def inspect_anatomy(name: str) -> tuple[Anatomy, Mapping[str, TensorInfo]]:
         M3Error: There is no such model, or it cannot be read.
     """
     place = sketch_model(name)
-    directory = place.path if place.path.is_dir() else place.path.parent
+    directory = place.path if is_dir(place.path) else place.path.parent
     try:
         config = parse_json(read_file(directory / "config.json"))
     except (OSError, ValueError, M3Error):

@@ -19,7 +19,7 @@ from m3jax.checkpoints.adapters import open_model
 from m3jax.checkpoints.copying import pieces
 from m3jax.checkpoints.locate import step_named
 from m3jax.checkpoints.opening import recognise
-from m3jax.checkpoints.storage import is_dir, read_file
+from m3jax.checkpoints.storage import is_dir, is_file, read_file
 from m3jax.errors import M3Error
 from m3jax.progress import Progress
 from m3jax.text import shape_text
@@ -183,7 +183,7 @@ def _totals(tensors: Iterable[TensorInfo]) -> tuple[DtypeTotal, ...]:
 def _read_facts(path: Path) -> tuple[ModelFacts | None, tuple[str, ...]]:
     """What config.json says, and a note where it is damaged, which is no reason not to show the weights."""
     file = (path if is_dir(path) else path.parent) / "config.json"
-    if not file.is_file():
+    if not is_file(file):
         return None, ()
     try:
         config = documents.parse_json(read_file(file))

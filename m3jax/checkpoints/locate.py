@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from m3jax.checkpoints.formats import MSGPACK, PUBLISHED
 from m3jax.checkpoints.remote import RemotePath, absent, as_path, is_url
 from m3jax.checkpoints.runs import split_step, step_name, step_place
-from m3jax.checkpoints.storage import is_dir, list_names
+from m3jax.checkpoints.storage import exists, is_dir, is_file, list_names
 from m3jax.checkpoints.trust import check_companion, check_size
 from m3jax.documents import parse_json
 from m3jax.errors import M3Error, saying_what_failed
@@ -101,7 +101,7 @@ def locate_model(name: str) -> ModelDirectory:
     if step is not None:
         return ModelDirectory(name, step, None)
     local = Path(os.path.expanduser(name))
-    if name and os.path.exists(local):
+    if name and exists(local):
         return ModelDirectory(name, local, None)
     hub_id = _HUB_ID.fullmatch(name)
     if hub_id is None:
@@ -148,7 +148,7 @@ def split_adapter(name: str) -> AdaptedName | None:
         >>> split_adapter("org/base") is None
         True
     """
-    if "+" not in name or os.path.exists(os.path.expanduser(name)) or split_step(name) is not None:
+    if "+" not in name or exists(os.path.expanduser(name)) or split_step(name) is not None:
         return None
     if is_url(name) and name.count("://") == 1 and _exists_remotely(name):
         return None
@@ -166,7 +166,7 @@ def _exists_remotely(name: str) -> bool:
 
 
 def _may_be_model(name: str) -> bool:
-    local = os.path.exists(os.path.expanduser(name)) if name else False
+    local = exists(os.path.expanduser(name)) if name else False
     return local or is_url(name) or split_step(name) is not None or _HUB_ID.fullmatch(name) is not None
 
 
@@ -238,7 +238,7 @@ def sketch_model(name: str) -> ModelDirectory:
     if (parts := split_adapter(name)) is not None:
         return _with_adapter(name, parts, sketch_model)
     hub_id = _HUB_ID.fullmatch(name)
-    if is_url(name) or hub_id is None or split_step(name) or os.path.exists(os.path.expanduser(name)):
+    if is_url(name) or hub_id is None or split_step(name) or exists(os.path.expanduser(name)):
         return locate_model(name)
     from huggingface_hub import constants, errors, get_safetensors_metadata, snapshot_download
 
@@ -345,7 +345,7 @@ def companions(directory: Path) -> list[Path]:
     """
     if isinstance(directory, RemotePath):
         directory = download_companions(directory)
-    found = sorted(path for path in _like_companions(directory) if not os.path.isdir(path))
+    found = sorted(path for path in _like_companions(directory) if not is_dir(path))
     for path in found:
         check_companion(path, directory)
     return found
@@ -379,9 +379,9 @@ def read_config(model: Path) -> dict[str, Any] | None:
         M3Error: It is not a JSON object, or not the model's own; see `check_companion`.
     """
     path = model / CONFIG
-    if not isinstance(path, RemotePath) and os.path.lexists(path) and not path.is_dir():
+    if not isinstance(path, RemotePath) and os.path.lexists(path) and not is_dir(path):
         check_companion(path, model)
-    if not path.is_file():
+    if not is_file(path):
         return None
     try:
         config = parse_json(path.read_text(encoding="utf-8"))
@@ -408,7 +408,7 @@ def download_companions(directory: RemotePath) -> Path:
     """
     copies = Path(tempfile.mkdtemp(dir=scratch()))
     for path in _like_companions(directory):
-        if path.is_file():
+        if is_file(path):
             check_size(path, path.stat().st_size)
             copy = copies / path.key.relative_to(directory.key)
             copy.parent.mkdir(exist_ok=True)

@@ -107,8 +107,8 @@ def is_msgpack(path: Path) -> bool:
         path: A file, which then begins with a map of msgpack and not with a header of safetensors; or a directory,
             which then has steps of `flax.training.checkpoints`.
     """
-    if path.is_dir():
-        return any(name.startswith("checkpoint_") and (path / name).is_file() for name in list_names(path))
+    if is_dir(path):
+        return any(name.startswith("checkpoint_") and is_file(path / name) for name in list_names(path))
     try:
         with open(path, "rb") as opened:
             head = opened.read(9)

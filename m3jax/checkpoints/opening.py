@@ -7,7 +7,7 @@ from m3jax.checkpoints import formats
 from m3jax.checkpoints.formats import Format
 from m3jax.checkpoints.protocol import Checkpoint
 from m3jax.checkpoints.remote import RemotePath, as_path
-from m3jax.checkpoints.storage import list_names
+from m3jax.checkpoints.storage import is_dir, list_names
 from m3jax.errors import M3Error
 
 
@@ -55,7 +55,7 @@ def recognise(path: Path) -> Format:
     """
     if isinstance(path, RemotePath):
         return _of_remote(path)
-    if path.is_dir():
+    if is_dir(path):
         return _of_directory(path)
     named = _named(path.name)
     return named or next((format for format in formats.FORMATS if _resembles(format, path)), formats.FORMATS[0])
@@ -80,7 +80,7 @@ def _of_remote(path: RemotePath) -> Format:
 def _of_remote_directory(directory: RemotePath) -> Format:
     able = [format for format in formats.FORMATS if format.remote]
     place = directory.remembering()
-    if not place.is_dir():
+    if not is_dir(place):
         return able[0]
     names = list_names(place)
     named = next((format for format in able if any(map(format.names, names))), None)

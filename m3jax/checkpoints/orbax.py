@@ -52,7 +52,7 @@ from m3jax.checkpoints.protocol import (
     room_for,
 )
 from m3jax.checkpoints.remote import Identity, RemotePath
-from m3jax.checkpoints.storage import unreadable
+from m3jax.checkpoints.storage import is_dir, is_file, unreadable
 from m3jax.errors import M3Error, mend
 from m3jax.text import size_text
 
@@ -267,7 +267,7 @@ class OrbaxCheckpoint(Closing):
         self.item = item = remembered(item)
         self._tree = read_tree(item)
         self._aggregate = open_aggregate(item) if self._tree.packed else None
-        database = (item / MANIFEST).is_file()
+        database = is_file(item / MANIFEST)
         self._arrays = frozenset() if database else frozenset(name.split("/")[0] for name in self._tree.stored)
         tensors, self._band = self._describe()
         self.tensors = in_natural_order(tensors)
@@ -360,8 +360,8 @@ class OrbaxCheckpoint(Closing):
         """The files that hold the weights."""
         if isinstance(self.item, RemotePath):
             return tuple(self.item / name for name in self._objects())
-        found = (path for top in self.item.glob("*") for path in (top.rglob("*") if top.is_dir() else [top]))
-        names = (path.relative_to(self.item).as_posix() for path in found if path.is_file())
+        found = (path for top in self.item.glob("*") for path in (top.rglob("*") if is_dir(top) else [top]))
+        names = (path.relative_to(self.item).as_posix() for path in found if is_file(path))
         return tuple(self.item / name for name in sorted(filter(self._holds_weights, names)))
 
     def _holds_weights(self, name: str) -> bool:
@@ -411,7 +411,7 @@ def open_part(item: Path, number: int, template: Template | None) -> Checkpoint:
         M3Error: It is missing or damaged.
     """
     place = item / part_name(number) if has_database(template) else item
-    if not place.is_dir():
+    if not is_dir(place):
         raise M3Error(f"{place} is missing: start again.")
     return OrbaxCheckpoint(str(place), place)
 

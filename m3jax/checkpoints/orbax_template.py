@@ -32,7 +32,7 @@ from m3jax.checkpoints.orbax_tree import (
     step_number,
 )
 from m3jax.checkpoints.protocol import DTYPE_NAMES, TensorInfo
-from m3jax.checkpoints.storage import read_file
+from m3jax.checkpoints.storage import is_dir, is_file, read_file
 from m3jax.errors import M3Error
 
 SHARDINGS, STRINGS, ARRAYS = "_sharding", "_strings.json", "array_metadatas"
@@ -89,13 +89,13 @@ def read_template(path: Path) -> Template:
     """
     path = remembered(path)
     item = find_item(path)
-    tree = parse_json(read_file(item / TREE), str(item / TREE)) if (item / TREE).is_file() else None
+    tree = parse_json(read_file(item / TREE), str(item / TREE)) if is_file(item / TREE) else None
     step, layouts = item.parent, _layouts(item)
-    is_step = step_number(item.name) is not None and not (step / STEP).is_file()  # of a run whose steps have no items
+    is_step = step_number(item.name) is not None and not is_file(step / STEP)  # of a run whose steps have no items
     if item == path or is_step:
         return Template(item, "", tree, _told(item / STEP), (), layouts)
     others = tuple(child for child in children(step) if child != item and _is_saved(child))
-    files = tuple(step / name for name in _STEP_FILES if (step / name).is_file())
+    files = tuple(step / name for name in _STEP_FILES if is_file(step / name))
     return Template(item, item.name, tree, _told(step / STEP), (*others, *files), layouts)
 
 
@@ -123,11 +123,11 @@ def _layouts(item: Path) -> dict[str, StoredArray]:
 
 def _is_saved(directory: Path) -> bool:
     """Whether a directory in a step is one of its items, of arrays or of anything else."""
-    return is_item(directory) or any((directory / name).is_file() for name in (COMMITTED, "metadata"))
+    return is_item(directory) or any(is_file(directory / name) for name in (COMMITTED, "metadata"))
 
 
 def _told(file: Path) -> dict[str, Any]:
-    if not file.is_file():
+    if not is_file(file):
         return {}
     try:
         told = documents.parse_json(read_file(file))  # its metrics may be NaN
@@ -138,7 +138,7 @@ def _told(file: Path) -> dict[str, Any]:
 
 def without_state(template: Template) -> Template:
     """A template without the other trees of its step, which hold the state of a training."""
-    return template._replace(beside=tuple(path for path in template.beside if not path.is_dir() or not is_item(path)))
+    return template._replace(beside=tuple(path for path in template.beside if not is_dir(path) or not is_item(path)))
 
 
 def file_patterns(template: Template | None, names: Iterable[str]) -> tuple[str, ...]:
@@ -150,7 +150,7 @@ def file_patterns(template: Template | None, names: Iterable[str]) -> tuple[str,
     """
     if template is None or not template.name:
         return (*ORBAX.patterns, f"{ARRAYS}/*", SHARDINGS, STRINGS, *(f"{glob.escape(name)}/*" for name in names))
-    items = {template.name, *(path.name for path in template.beside if path.is_dir())}
+    items = {template.name, *(path.name for path in template.beside if is_dir(path))}
     return (STEP, COMMITTED, *_STEP_FILES, *(f"{glob.escape(item)}{more}" for item in items for more in ("/*", ".*/*")))
 
 
@@ -262,7 +262,7 @@ def layout_of(template: Template, info: TensorInfo) -> StoredArray | None:
 
 def uses_database(template: Template) -> bool:
     """Whether the arrays of a template are in one database (OCDBT), not in a directory each."""
-    return (template.item / MANIFEST).is_file()
+    return is_file(template.item / MANIFEST)
 
 
 # --- The files beside the tree -----------------------------------------------------------------------------
@@ -275,11 +275,11 @@ def tree_files(template: Template, tensors: Mapping[str, TensorInfo]) -> Iterato
         template: What they are taken from.
         tensors: The arrays that the item will have.
     """
-    if (file := template.item / SHARDINGS).is_file():
+    if is_file(file := template.item / SHARDINGS):
         told = _told(file)
         kept = {key: value for key, value in told.items() if _decoded(key) in tensors}
         yield SHARDINGS, json.dumps(kept)
-    if (file := template.item / STRINGS).is_file():
+    if is_file(file := template.item / STRINGS):
         yield STRINGS, read_file(file).decode()
     for file in sorted((template.item / ARRAYS).glob("*")):
         entries = [

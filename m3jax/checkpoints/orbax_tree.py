@@ -18,7 +18,7 @@ from m3jax.checkpoints.key_values import context, files_at, unusable
 from m3jax.checkpoints.msgpack import open_msgpack
 from m3jax.checkpoints.protocol import Checkpoint, natural_key
 from m3jax.checkpoints.remote import RemotePath
-from m3jax.checkpoints.storage import read_file, unreadable
+from m3jax.checkpoints.storage import exists, is_dir, is_file, read_file, unreadable
 from m3jax.errors import M3Error
 
 TREE, MANIFEST, AGGREGATE = "_METADATA", "manifest.ocdbt", "checkpoint"  # the files of an item
@@ -47,10 +47,10 @@ def is_orbax(path: Path) -> bool:
         path: Any path.
     """
     path = remembered(path)
-    if not path.is_dir():
+    if not is_dir(path):
         return False
     below = (_leads_to_items(child) or is_unfinished(child) for child in children(path))
-    return (path / STEP).is_file() or is_unfinished(path) or is_item(path) or any(below)
+    return is_file(path / STEP) or is_unfinished(path) or is_item(path) or any(below)
 
 
 def remembered(path: Path) -> Path:
@@ -61,20 +61,20 @@ def remembered(path: Path) -> Path:
 def children(directory: Path) -> list[Path]:
     """The directories in a directory, in natural order."""
     try:
-        return sorted((path for path in directory.iterdir() if path.is_dir()), key=lambda path: natural_key(path.name))
+        return sorted((path for path in directory.iterdir() if is_dir(path)), key=lambda path: natural_key(path.name))
     except OSError as error:
         raise unreadable(directory, error) from error
 
 
 def says_item(directory: Path) -> bool:
     """Whether a file in a directory says that it is an item."""
-    return any((directory / name).is_file() for name in (TREE, MANIFEST, AGGREGATE))
+    return any(is_file(directory / name) for name in (TREE, MANIFEST, AGGREGATE))
 
 
 def is_item(directory: Path) -> bool:
     """Whether a directory is an item: a set of arrays."""
     return says_item(directory) or any(
-        (child / name).is_file() for child in children(directory) for name in (".zarray", "zarr.json")
+        is_file(child / name) for child in children(directory) for name in (".zarray", "zarr.json")
     )
 
 
@@ -103,9 +103,9 @@ def is_unfinished(directory: Path) -> bool:
     """Whether the save that made a directory was interrupted."""
     if TEMPORARY in directory.name or TEMPORARY in directory.parent.name:
         return True
-    if any(directory.glob(part_name("*"))) and not (directory / MANIFEST).exists():
+    if any(directory.glob(part_name("*"))) and not exists(directory / MANIFEST):
         return True
-    if not (directory / STEP).is_file() or (directory / COMMITTED).exists():
+    if not is_file(directory / STEP) or exists(directory / COMMITTED):
         return False
     try:
         told = documents.parse_json(read_file(directory / STEP))  # its metrics may be NaN
@@ -120,7 +120,7 @@ def has_unfinished(step: Path) -> bool:
     """Whether the save of a step, or of one of its items, was interrupted."""
     if is_unfinished(step) or (not is_item(step) and any(map(is_unfinished, children(step)))):
         return True
-    return _commits(step) and not (step / COMMITTED).is_file() and holds_items(step)
+    return _commits(step) and not is_file(step / COMMITTED) and holds_items(step)
 
 
 def _commits(directory: Path) -> bool:
@@ -130,7 +130,7 @@ def _commits(directory: Path) -> bool:
 
 def _lacks_commit(item: Path) -> bool:
     """Whether an item is where Orbax ends its saves with a file, and neither it nor its step has that."""
-    return _commits(item) and not any((place / COMMITTED).is_file() for place in (item, item.parent))
+    return _commits(item) and not any(is_file(place / COMMITTED) for place in (item, item.parent))
 
 
 def item_note(name: str, path: Path) -> str | None:
@@ -141,7 +141,7 @@ def item_note(name: str, path: Path) -> str | None:
         path: Its directory.
     """
     path = remembered(path)
-    if not path.is_dir() or not is_orbax(path) or is_item(path):
+    if not is_dir(path) or not is_orbax(path) or is_item(path):
         return None
     item = find_item(path)
     others = [child.name for child in children(item.parent) if child != item and is_item(child)]
@@ -162,7 +162,7 @@ def find_item(path: Path) -> Path:
         M3Error: There is none, several are there, or the save was interrupted.
     """
     path = remembered(path)
-    if not path.is_dir():
+    if not is_dir(path):
         raise M3Error(f"{path} is no directory of an Orbax checkpoint: check the path.")
     if is_unfinished(path.absolute()) or (is_item(path) and _lacks_commit(path)):
         raise M3Error(f"{path} was not saved to its end or has lost files: save it again, or take another one.")
@@ -221,9 +221,9 @@ def read_tree(item: Path) -> Tree:
     Raises:
         M3Error: It is damaged or of an unknown version.
     """
-    if (item / TREE).is_file():
+    if is_file(item / TREE):
         return _listed(item / TREE)
-    if (item / AGGREGATE).is_file():
+    if is_file(item / AGGREGATE):
         with open_aggregate(item) as aggregate:
             texts = aggregate.metadata.values()
             stored = [text.removeprefix(_PLACEHOLDER) for text in texts if text.startswith(_PLACEHOLDER)]
@@ -297,7 +297,7 @@ def key_value_spec(item: Path, name: str = "") -> dict[str, Any]:
         raise M3Error(f"{item} places array {name!r} outside of the checkpoint: do not trust it.")
     files = files_at(item)
     below = f"{name}/" if name else ""
-    if (item / MANIFEST).is_file():
+    if is_file(item / MANIFEST):
         return {"driver": "ocdbt", "base": files, "path": below}
     return {**files, "path": files["path"] + below}
 

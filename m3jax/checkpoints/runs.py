@@ -23,7 +23,7 @@ from m3jax.checkpoints.orbax_tree import (
 )
 from m3jax.checkpoints.protocol import natural_key
 from m3jax.checkpoints.remote import RemotePath, as_path, is_url
-from m3jax.checkpoints.storage import list_names
+from m3jax.checkpoints.storage import exists, is_dir, is_file, list_names
 from m3jax.errors import M3Error
 
 _MERGED = "m3jax.json"  # in a step that is a merge
@@ -88,10 +88,10 @@ def find_run(path: Path) -> Run | None:
         M3Error: A directory cannot be listed.
     """
     path = remembered(path)
-    if not path.is_dir() or _is_item_itself(path):
+    if not is_dir(path) or _is_item_itself(path):
         return None
     for place in (path, path / STEPS):
-        found = _steps_in(place) if place.is_dir() else None
+        found = _steps_in(place) if is_dir(place) else None
         if found is not None:
             return Run(path, *found)
     return None
@@ -153,7 +153,7 @@ def split_step(name: str) -> tuple[str, str] | None:
     """
     place, at, said = name.rpartition("@")
     known = _LAST.fullmatch(said) or _ONE.fullmatch(said) or _RANGE.fullmatch(said)
-    if not at or not place or known is None or place_of(name).exists() or not place_of(place).is_dir():
+    if not at or not place or known is None or exists(place_of(name)) or not is_dir(place_of(place)):
         return None
     return place, said
 
@@ -208,7 +208,7 @@ def chosen_steps(place: str, said: str) -> list[int]:
 
 def _trained(run: Run) -> list[int]:
     """The steps that are of training, ascending; an average of some of them may stand beside them as a step."""
-    return [number for number, place in sorted(run.steps.items()) if not (place / _MERGED).is_file()]
+    return [number for number, place in sorted(run.steps.items()) if not is_file(place / _MERGED)]
 
 
 def step_place(name: str) -> Path | None:
@@ -234,7 +234,7 @@ def step_place(name: str) -> Path | None:
     if not name:
         return None
     path = place_of(name)
-    if not path.is_dir() or _holds_weights(path):
+    if not is_dir(path) or _holds_weights(path):
         return None
     run = find_run(path)
     return None if run is None else run.steps[run.last]
@@ -279,7 +279,7 @@ def step_name(name: str) -> str:
     if not name:
         return name
     path = place_of(name)
-    if not path.is_dir() or _holds_weights(path):
+    if not is_dir(path) or _holds_weights(path):
         return name
     run = find_run(path)
     return name if run is None else f"{name}@{run.last}"

@@ -14,6 +14,7 @@ from typing import Protocol
 from m3jax.checkpoints.remote import Identity, RemotePath, changed, download, range_reader, saying
 from m3jax.errors import M3Error
 
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
 _FIRST = 2**16  # bytes: the header of most files, in one request
 _WIDEST = 2**24  # bytes of one request while reading goes straight on
 _AHEAD = 3  # requests that go ahead of what is being read
@@ -21,14 +22,41 @@ _BLOCKS = 8  # of one object in memory at a time
 _REQUESTS = 16  # at a time, of this process
 
 
+def exists(path: Path | str) -> bool:
+    """Whether there is something at a local or remote path.
+
+    Raises:
+        M3Error: Nobody can tell: the disk fails, or a directory is closed to us. So of the two below.
+    """
+    return path.exists() if isinstance(path, RemotePath) else _mode(path) is not None
+
+
 def is_file(path: Path) -> bool:
-    """Whether a local or remote path is a file."""
-    return path.is_file() if isinstance(path, RemotePath) else os.path.isfile(path)
+    """Whether a local or remote path is a file; see `exists`."""
+    if isinstance(path, RemotePath):
+        return path.is_file()
+    mode = _mode(path)
+    return mode is not None and stat.S_ISREG(mode)
 
 
 def is_dir(path: Path) -> bool:
-    """Whether a local or remote path is a directory."""
-    return path.is_dir() if isinstance(path, RemotePath) else os.path.isdir(path)
+    """Whether a local or remote path is a directory; see `exists`."""
+    if isinstance(path, RemotePath):
+        return path.is_dir()
+    mode = _mode(path)
+    return mode is not None and stat.S_ISDIR(mode)
+
+
+def _mode(path: Path | str) -> int | None:
+    """What a path leads to; None where there is nothing, which is not said of what cannot be looked at."""
+    try:
+        return os.stat(path).st_mode
+    except ValueError:  # a name that nothing has
+        return None
+    except OSError as error:
+        if error.errno in _ABSENT:
+            return None
+        raise unreadable(path, error) from error
 
 
 def list_names(directory: Path) -> list[str]:
@@ -54,7 +82,7 @@ def copy_tree(source: Path, target: Path) -> None:
     """
     shutil.rmtree(target, ignore_errors=True)
     if not isinstance(source, RemotePath):
-        if source.is_dir():
+        if is_dir(source):
             shutil.copytree(source, target, copy_function=shutil.copyfile)
         else:
             shutil.copyfile(source, target)
@@ -82,7 +110,7 @@ def identity(file: os.stat_result) -> Identity:
     return Identity(file.st_ino, file.st_size, file.st_mtime_ns, file.st_ctime_ns)
 
 
-def unreadable(path: Path, error: OSError | ValueError) -> M3Error:
+def unreadable(path: Path | str, error: OSError | ValueError) -> M3Error:
     """The sentence for a file that the operating system does not give us."""
     if isinstance(error, FileNotFoundError):
         return M3Error(f"{path} does not exist: check the path.")

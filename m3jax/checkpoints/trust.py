@@ -47,7 +47,7 @@ def check_tokenizer_files(directory: Path) -> None:
     """
     for name in list_names(directory):
         weights = any(format.names(name) for format in formats.FORMATS)
-        if name.endswith(_READ_BY_TOKENIZERS) and not weights and not (directory / name).is_dir():
+        if name.endswith(_READ_BY_TOKENIZERS) and not weights and not is_dir(directory / name):
             _own_file(directory / name, directory)
 
 

@@ -136,6 +136,9 @@ def _explain(error: BaseException) -> tuple[str, int]:
             return "m3jax: out of memory; run with --debug to see where.", _FAILURE
         case OSError() if error.filename is None and error.errno in _CANNOT_PRINT:
             return f"m3jax: standard output: {error.strerror}: send it elsewhere; the work itself is done.", BAD_INPUT
+        case OSError() if error.filename is not None and error.strerror:
+            where = _shortened(str(error.filename))
+            return f"m3jax: {where}: {error.strerror}: check the path, its mode and the disk.", BAD_INPUT
     # Typer hides its usage errors; their methods and exit code are the same in all its versions.
     if hasattr(error, "format_message"):
         return _usage(error), BAD_INPUT

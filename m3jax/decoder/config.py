@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from m3jax.checkpoints.storage import is_file
 from m3jax.decoder.entries import Entries, read_json
 from m3jax.decoder.families import FAMILIES, DecoderFamily, Experts, head_dim
 from m3jax.decoder.rotary import Rope, read_rope
@@ -133,7 +134,7 @@ class DecoderConfig:
         path = Path(directory) / "config.json"
         config = cls.from_dict(read_json(path), str(path))
         generation = path.with_name("generation_config.json")
-        if not generation.is_file():
+        if not is_file(generation):
             return config
         stops = _token_ids(Entries(read_json(generation), str(generation)))
         return dataclasses.replace(config, stop_token_ids=tuple(sorted({*config.stop_token_ids, *stops})))

@@ -16,6 +16,7 @@ from m3jax.anatomy.float8 import without_quantisation
 from m3jax.checkpoints import ModelDirectory, digest_file
 from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.locate import named_companions, scratch, split_adapter
+from m3jax.checkpoints.storage import is_file
 from m3jax.errors import M3Error
 from m3jax.methods import catalogue
 from m3jax.methods.mixup import draw_weights
@@ -300,7 +301,7 @@ def write_companions(
         written.append(_CHAT_TEMPLATE)
     (directory / README).write_text(card(recipe, weights, published), encoding="utf-8")
     written.append(README)
-    if (index := directory / SAFETENSORS.index_file).is_file():
+    if is_file(index := directory / SAFETENSORS.index_file):
         link_weights(directory, linked_weights(files, [index.name]))
         written += _indices(files)
     return {name: digest_file(directory / name) for name in sorted(set(written))}

@@ -35,6 +35,7 @@ from m3jax.checkpoints import (
 from m3jax.checkpoints.adapters import CONFIG, WEIGHTS, check_no_adapter, open_model, turned_types
 from m3jax.checkpoints.locate import read_config
 from m3jax.checkpoints.remote import is_url
+from m3jax.checkpoints.storage import is_dir
 from m3jax.checkpoints.views_adapted import FLOATS
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs.local import CONVERSION, Staging, check_free, exactly, replaced_with
@@ -130,7 +131,7 @@ def extract_lora(
     with saying_what_failed(place), ExitStack() as stack:
         tuned, plain = (stack.enter_context(open_model(each)) for each in found)
         _check_alike(tuned, plain, names)
-        config = read_config(found[1].path if found[1].path.is_dir() else found[1].path.parent) or {}
+        config = read_config(found[1].path if is_dir(found[1].path) else found[1].path.parent) or {}
         turned = turned_types(config)
         if turned:
             raise M3Error(f"{names[1]} is {turned[0]}, whose weights lie as [in, out]: extract it in PEFT.")

@@ -22,7 +22,7 @@ from m3jax.checkpoints import ALGORITHM, TensorInfo, digest_checkpoint
 from m3jax.checkpoints.files import is_below
 from m3jax.checkpoints.formats import ORBAX
 from m3jax.checkpoints.remote import as_path
-from m3jax.checkpoints.storage import read_file
+from m3jax.checkpoints.storage import is_dir, is_file, read_file
 from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 from m3jax.methods import catalogue
@@ -211,8 +211,8 @@ def locate(path: str | os.PathLike[str]) -> Path:
         M3Error: There is none.
     """
     given = as_path(path)
-    found = given / FILE_NAME if given.is_dir() else given
-    if not found.is_file():
+    found = given / FILE_NAME if is_dir(given) else given
+    if not is_file(found):
         if (left := unfinished(given)) is not None:
             raise M3Error(f"{given}: is not there, but {left}")
         run, at, step = str(given).rpartition("@")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from m3jax.checkpoints.remote import as_path
-from m3jax.checkpoints.storage import read_file
+from m3jax.checkpoints.storage import is_dir, read_file
 from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 from m3jax.methods import catalogue
@@ -91,7 +91,7 @@ def method_of(model: str | os.PathLike[str]) -> dict[str, str] | None:
     """
     try:
         place = as_path(model)
-        file = (place if place.is_dir() else place.parent) / FILE_NAME
+        file = (place if is_dir(place) else place.parent) / FILE_NAME
         manifest = parse_json(read_file(file))
         origin = recorded_origin(manifest)
         return None if origin is None else {"method": str(manifest["recipe"]["merge_method"]), **origin._asdict()}

@@ -158,7 +158,7 @@ def measured_before(out: Path, model: InputRecord, kind: str, measured: Mapping[
     Raises:
         M3Error: What is told there is damaged or edited.
     """
-    told = read_record(out) if out.is_dir() else None
+    told = read_record(out) if is_dir(out) else None
     if told is None:
         return None
     adapter = None if model.adapter is None else model.adapter["config"]

@@ -374,7 +374,7 @@ def _differing_headers(found: Mapping[str, str], recorded: Mapping[str, Any]) ->
 
 def _fault_of_file(path: Path, digest: str) -> str | None:
     """What is wrong with a file beside the weights; None where it is as recorded."""
-    if not path.is_file():
+    if not is_file(path):
         return "is missing"
     try:
         return None if digest_file(path) == digest else "has changed"
@@ -385,9 +385,9 @@ def _fault_of_file(path: Path, digest: str) -> str | None:
 def _differing_links(place: Path, links: Mapping[str, str]) -> Iterator[str]:
     """What is said of weight files that are there once more: a link is the same, a copy has the same bytes."""
     for name, file in links.items():
-        if not (place / name).is_file():
+        if not is_file(place / name):
             yield f"{name}: is missing"
-        elif (place / file).is_file() and not _are_same(place / name, place / file):
+        elif is_file(place / file) and not _are_same(place / name, place / file):
             yield f"{name}: is not the same as {file}"
 
 
@@ -500,7 +500,7 @@ def _verify_conversion(place: Path, progress: Report | None) -> Verification:
     recorded = mark.read(place)
     output = recorded["output"]
     differences, notes = [], []
-    there = {name: directory / name for name in output["files"] if (directory / name).is_file()}
+    there = {name: directory / name for name in output["files"] if is_file(directory / name)}
     counter = _Counter("verifying", sum(path.stat().st_size for path in there.values()), progress)
     changed = False
     for name, digest in sorted(output["files"].items()):

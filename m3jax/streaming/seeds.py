@@ -273,26 +273,44 @@ def explain_seeds(
 # --- Merges that are there ---------------------------------------------------------------------------------------
 
 
-def _common(recipe: Recipe, out: Path, options: Sequence[Any]) -> list[Any]:
-    """What the bytes of all merges depend on beside their recipes: models, files beside them, versions, options."""
+class _Identity(NamedTuple):
+    """Which merge a directory is, as a file beside it says, in two lines.
+
+    Attributes:
+        merge: Of the recipe, which models with which headers, files beside them, versions and options.
+        seen: Of the weight files as the operating system tells them from others. Where these are not as they were,
+            what is in them may be: digests say so.
+    """
+
+    merge: str
+    seen: str
+
+
+def _common(recipe: Recipe, out: Path, options: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """What the bytes of all merges depend on beside their recipes, as `_Identity` divides it."""
     needed = recipe.needed
     alone = [each.model_copy(update={"intermediates": needed[:number]}) for number, each in enumerate(needed)]
     told: list[Any] = [SCHEME, *options]
+    fingerprints: list[Any] = []
     documents = {str(each.name) for each in needed}
     for each in (*alone, recipe):
         with prepared(each, out, writes=False, readying=outlined) as ready:
             real = [source for source in ready.sources if source.input.name not in documents]
             places = {source.place.path for source in real}
             beside = {n: digest_file(path) for n, path in ready.companions.items() if path.parent in places}
-            seen = [
-                [s.input.name, str(s.place.path), s.checkpoint.fingerprint(), read_config(s.place.path)] for s in real
-            ]
-            told.append([manifest.versions(each.merge_method), seen, beside])
-    return told
+            looks = [source.checkpoint.fingerprint() for source in real]
+            heads = [{file: [look["size"], look["header_blake3"]] for file, look in own.items()} for own in looks]
+            models = [[s.input.name, str(s.place.path), read_config(s.place.path)] for s in real]
+            told.append([manifest.versions(each.merge_method), models, heads, beside])
+            fingerprints.append(looks)
+    return told, fingerprints
 
 
-def _identity(recipe: Recipe, common: Sequence[Any]) -> str:
-    told = [recipe.resolved(), *common]
+def _identity(recipe: Recipe, common: Sequence[Any], fingerprints: Sequence[Any]) -> _Identity:
+    return _Identity(_hashed([recipe.resolved(), *common]), _hashed(fingerprints))
+
+
+def _hashed(told: Sequence[Any]) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -301,18 +319,35 @@ def _told(place: Path) -> Path:
     return place.with_name(f".{place.name}.identity")
 
 
-def _is_made(place: Path, identity: str, progress: _Progress) -> bool:
-    """Whether a merge is there as it would be made, every byte as recorded."""
+def _is_made(place: Path, identity: _Identity, known: list[Any], progress: _Progress) -> bool:
+    """Whether a merge is there as it would be made, every byte as recorded.
+
+    Args:
+        place: Where it would be.
+        identity: Which it would be.
+        known: Inputs as manifests record them that are so now; found ones are added.
+        progress: Called with what is done so far.
+    """
     try:
-        return _told(place).read_text(encoding="utf-8") == identity and not verify(place, progress=progress).differences
-    except (OSError, ValueError, M3Error):
+        said = _Identity(*_told(place).read_text(encoding="utf-8").splitlines())
+        if said.merge != identity.merge:
+            return False
+        inputs = manifest.inputs_of(manifest.read(place))
+        as_then = said.seen == identity.seen or inputs in known
+        if verify(place, inputs=not as_then, progress=progress).differences:
+            return False
+    except (OSError, ValueError, TypeError, M3Error):
         return False
+    if said != identity:
+        known.append(inputs)
+        _tell(place, identity)
+    return True
 
 
 def _finished(
     recipes: Mapping[int, Recipe],
     places: Mapping[int, Path],
-    identities: Mapping[int, str],
+    identities: Mapping[int, _Identity],
     overwrite: bool,
     progress: _Progress,
 ) -> list[int]:
@@ -321,21 +356,27 @@ def _finished(
     Raises:
         M3Error: In the place of one is something else.
     """
-    kept = []
+    kept: list[int] = []
+    known: list[Any] = []
     for seed in recipes:
-        if os.path.lexists(places[seed]) and _is_made(places[seed], identities[seed], _of_seed(progress, seed)):
+        report = _of_seed(progress, seed)
+        if os.path.lexists(places[seed]) and _is_made(places[seed], identities[seed], known, report):
             kept.append(seed)
         elif places[seed].parent.is_dir():
             check_free(places[seed], overwrite)
     return kept
 
 
-def _announce(place: Path, identity: str) -> None:
+def _tell(place: Path, identity: _Identity) -> None:
+    _told(place).write_text("\n".join(identity), encoding="utf-8")
+
+
+def _announce(place: Path, identity: _Identity) -> None:
     """Say of which merge a directory will be, where nothing is there yet that it could be said of."""
     if os.path.lexists(place):
         _told(place).unlink(missing_ok=True)
     else:
-        _told(place).write_text(identity, encoding="utf-8")
+        _tell(place, identity)
 
 
 def _of_seed(progress: _Progress, seed: int) -> _Progress:
@@ -395,8 +436,8 @@ def merge_seeds(
     first = next(iter(recipes.values()))
     _plans(recipes, places, locate_model)
     options = [max_shard_size, format, allow_nonfinite]
-    common = _common(first, _planned_in(places), options)
-    identities = {seed: _identity(each, common) for seed, each in recipes.items()}
+    common, fingerprints = _common(first, _planned_in(places), options)
+    identities = {seed: _identity(each, common, fingerprints) for seed, each in recipes.items()}
     with together(distributed) as processes:
         kept = _agreed(processes, lambda: _finished(recipes, places, identities, overwrite, progress))
         left = [places[seed] for seed in recipes if seed not in kept]
@@ -420,7 +461,7 @@ def merge_seeds(
             _announce(places[seed], identities[seed])
         result = merge_checkpoint(each, places[seed], overwrite=overwrite, progress=_of_seed(progress, seed), **how)
         if processes.index == 0:
-            _told(places[seed]).write_text(identities[seed], encoding="utf-8")
+            _tell(places[seed], identities[seed])
         result = result._replace(notes=tuple(dict.fromkeys((*said, *result.notes))))
         made.append(SeedMerge(seed, places[seed], False, result.digest, result.manifest, result))
     return made

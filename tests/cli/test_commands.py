@@ -356,6 +356,7 @@ def failing(error: BaseException) -> Callable[..., Any]:
         (M3Error("out exists."), 2, "m3jax: out exists.\n"),
         (ValueError("odd\n\nthing"), 1, "m3jax: unexpected ValueError: odd thing; run with --debug.\n"),
         (AssertionError(), 1, "m3jax: unexpected AssertionError; run with --debug.\n"),
+        (OSError(5, "Gone", "a/b"), 2, "m3jax: a/b: Gone: check the path, its mode and the disk.\n"),
         (MemoryError(), 1, "m3jax: out of memory; run with --debug to see where.\n"),
         (
             KeyboardInterrupt(),

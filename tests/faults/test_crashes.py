@@ -1,13 +1,16 @@
 """At every call that changes the place of an output: the old one or the new one is whole, and the command goes on."""
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from support import faults
 from support.faults import STARTS, contents, make_inputs, prepare, runs, step_through, step_through_run
+from support.read_faults import ReadFaults
 
 import m3jax
 from m3jax.outputs.conversion import convert
@@ -54,6 +57,33 @@ def test_calls_of_runs_that_go_on(inputs, tmp_path, name):
         assert wrong == []
         assert calls >= 5
         assert outcomes.total() >= calls // stride
+
+
+@pytest.mark.parametrize(("kind", "start"), [("merge", "fresh"), ("convert", "overwriting"), ("replay", "fresh")])
+def test_some_calls_that_read(inputs, tmp_path, kind, start):
+    """`scripts/faults --reads` takes every call and every fault."""
+    before, scenario = contents(inputs), prepare(inputs, tmp_path, kind, start)
+    for fault, stride in (("EIO", 41), ("EMFILE", 29), ("short", 19)):
+        outcomes, calls, wrong = step_through(scenario, fault, stride, lambda *at: ReadFaults((at[0], inputs), *at[1:]))
+        assert wrong == []
+        assert outcomes.total() >= calls // stride >= 1
+    assert contents(inputs) == before
+
+
+def test_what_cannot_be_looked_at_is_not_taken_for_absent(inputs, tmp_path):
+    """A model's directory of which the disk does not say whether it is one has its companions all the same."""
+    scenario = prepare(inputs, tmp_path, "convert", "fresh")
+
+    def failing(path, *args, **keys):
+        if str(path) == str(inputs / "expert-0"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return plain(path, *args, **keys)
+
+    plain = os.stat
+    scenario.place.mkdir()
+    with mock.patch.object(os, "stat", failing), pytest.raises(m3jax.M3Error, match="expert-0 cannot be read"):
+        scenario.command(scenario.place / "out")
+    assert not (scenario.place / "out").exists()
 
 
 ENDING = """

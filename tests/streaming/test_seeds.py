@@ -63,6 +63,21 @@ def test_each_is_the_merge_of_its_seed_alone(place):
         m3jax.merge_seeds(asked(place, seeds="3..4", dtype="bfloat16"), place / "out")
 
 
+def test_inputs_that_are_touched_are_told_by_their_digests(place):
+    again = lambda **more: m3jax.merge_seeds(asked(place, seeds="0..1"), place / "out", **more)  # noqa: E731
+    again()
+    weights = place / "a" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(whole)
+    stages = []
+    assert [one.kept for one in again(progress=lambda step: stages.append(step.stage))] == [True, True]
+    assert {stage for stage in stages if str(place / "a") in stage} == {f"seed 0: verifying {place / 'a'}"}  # once
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(M3Error, match="seed-00: exists already"):
+        again()
+
+
 def test_a_merge_that_ended_just_after_it_appeared_is_kept(place, monkeypatch):
     merge = seeds.merge_checkpoint
 

@@ -33,6 +33,9 @@ KINDS = {"kill": None, "torn": None, "exit": None, "short": None} | {name: getat
 CALLS = ("rename", "replace", "unlink", "remove", "rmdir", "mkdir", "fsync", "pwrite", "posix_fallocate", "chmod")
 
 
+_readlink = os.readlink  # which is a call itself
+
+
 class Killed(BaseException):
     """The process is gone."""
 
@@ -50,7 +53,7 @@ class Faults:
 
     def __enter__(self):
         for name in CALLS:
-            self._patch(os, name, lambda plain, *a, **k: (_place(*a[:1], k.get("dir_fd")), plain, a, k))
+            self._patch(os, name, lambda plain, *a, **k: (place_of(*a[:1], k.get("dir_fd")), plain, a, k))
         self._patch(os, "open", self._opened)
         for module in (builtins, io):
             self._patch(module, "open", self._opened_file)
@@ -82,11 +85,11 @@ class Faults:
 
     def _opened(self, plain, path, flags, *args, **keys):
         changes = flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR)
-        return (_place(path, keys.get("dir_fd")) if changes else None), plain, (path, flags, *args), keys
+        return (place_of(path, keys.get("dir_fd")) if changes else None), plain, (path, flags, *args), keys
 
     def _opened_file(self, plain, file, mode="r", *args, **keys):
         changes = set(mode) & set("wax+") and not isinstance(file, int)
-        return (_place(file, None) if changes else None), plain, (file, mode, *args), keys
+        return (place_of(file, None) if changes else None), plain, (file, mode, *args), keys
 
     def _pass(self, name, place, call):
         with self._lock:
@@ -108,13 +111,13 @@ class Faults:
             raise OSError(KINDS[self.kind], os.strerror(KINDS[self.kind]), place)
 
 
-def _place(target, directory):
+def place_of(target, directory):
     """The path that a call is about."""
     if isinstance(target, int):
-        return os.readlink(f"/proc/self/fd/{target}")
+        return _readlink(f"/proc/self/fd/{target}")
     path = os.fspath(target)
     path = path.decode() if isinstance(path, bytes) else path
-    return path if directory is None else f"{os.readlink(f'/proc/self/fd/{directory}')}/{path}"
+    return path if directory is None else f"{_readlink(f'/proc/self/fd/{directory}')}/{path}"
 
 
 def contents(directory):
@@ -130,10 +133,11 @@ STARTS = ("fresh", "resumed", "overwriting", "without exchange")
 
 
 def make_inputs(place):
-    """Three small models."""
+    """Three small models, and a merge of them."""
     for seed, name in enumerate(("base", "expert-0", "expert-1")):
         rng = np.random.default_rng(seed)
         write(place / name, {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()})
+    commands(place, "merge", False)[0](place / "merged")
 
 
 def commands(inputs, kind, overwrite):
@@ -145,6 +149,11 @@ def commands(inputs, kind, overwrite):
         )
     asked = recipe(inputs, merge_method="ties", parameters={"density": 0.5, "trim_scope": "model"})
     other = recipe(inputs, merge_method="task_arithmetic")
+    if kind == "replay":
+        return (
+            lambda out: m3jax.replay(inputs / "merged", out, overwrite=overwrite),
+            lambda out: m3jax.merge_checkpoint(other, out),
+        )
     return (
         lambda out: m3jax.merge_checkpoint(asked, out, max_shard_size=5000, overwrite=overwrite),
         lambda out: m3jax.merge_checkpoint(other, out),
@@ -170,7 +179,7 @@ class Scenario(NamedTuple):
 
 
 def prepare(inputs, tmp_path, kind, start):
-    """A merge or a conversion that begins at one of `STARTS`."""
+    """A merge, a replay or a conversion that begins at one of `STARTS`."""
     command, other = commands(inputs, kind, start in STARTS[2:])
     for name in ("start", "whole"):
         (tmp_path / name).mkdir(exist_ok=True)
@@ -185,20 +194,21 @@ def prepare(inputs, tmp_path, kind, start):
     return Scenario(command, tmp_path / "start", tmp_path / "place", reference, start != STARTS[3])
 
 
-def step_through(scenario, kind, stride=1):
+def step_through(scenario, kind, stride=1, faulty=Faults):
     """Run a command with a fault at each call in turn, and then again without one.
 
     Args:
         scenario: The command.
-        kind: Of `KINDS`.
+        kind: Of `KINDS`, or as `faulty` knows it.
         stride: Take every so many calls; of writes that write half, all.
+        faulty: Makes what counts the calls, of the place, the number of the one that fails, and the kind.
 
     Returns:
         How often each outcome was there after the fault, the number of calls, and what is wrong.
     """
     if not scenario.exchanges:
         with mock.patch.object(directories, "_renameat2", return_value=None):
-            return step_through(scenario._replace(exchanges=True), kind, stride)
+            return step_through(scenario._replace(exchanges=True), kind, stride, faulty)
     command, start, place, reference, _ = scenario
     old = contents(start / "out")
     outcomes, wrong = Counter(), []
@@ -206,22 +216,19 @@ def step_through(scenario, kind, stride=1):
     while at <= calls:
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(start, place)
-        ended = "finished"
-        with Faults(place, at, kind) as faults:
-            try:
-                command(place / "out")
-            except (Killed, M3Error) as error:
-                ended = "killed" if isinstance(error, Killed) else "refused"
+        with faulty(place, at, kind) as faults:
+            ended = _ended(lambda: command(place / "out"))
         if len(faults.calls) < at:
             calls = len(faults.calls)
             break
-        if kind == "short" and not faults.calls[at - 1].startswith("pwrite"):
+        of_writes = kind == "short" and faulty is Faults
+        if of_writes and not faults.calls[at - 1].startswith("pwrite"):
             at = _next_write(faults.calls, at)
             continue
         there = contents(place / "out")
         state = "new" if there == reference else "old" if there == old and old else "none" if there is None else "OTHER"
         said = f"{kind} at {at} ({faults.calls[at - 1]}), {ended}, then {state}"
-        if state == "OTHER" or (ended == "finished" and state != "new"):
+        if state == "OTHER" or (ended == "finished" and state != "new") or ended.startswith("raised"):
             wrong.append(said)
         outcomes[f"{ended}, {state} output"] += 1
         try:
@@ -234,9 +241,24 @@ def step_through(scenario, kind, stride=1):
         journals = [path.name for path in (place / "out").glob("m3jax-journal*")]
         if contents(place / "out") != reference or left or journals:
             wrong.append(f"{said}; left {left + journals}")
-        at = _next_write(faults.calls, at) if kind == "short" else at + stride
+        at = _next_write(faults.calls, at) if of_writes else at + stride
     shutil.rmtree(place, ignore_errors=True)
     return outcomes, calls, wrong
+
+
+def _ended(work):
+    """How some work ends: an error of the system that names its file is a sentence too, as the command line says it."""
+    try:
+        work()
+    except Killed:
+        return "killed"
+    except M3Error:
+        return "refused"
+    except OSError as error:
+        return "refused" if error.filename is not None else f"raised {error!r}"
+    except Exception as error:
+        return f"raised {error!r}"
+    return "finished"
 
 
 def _next_write(calls, at):
@@ -318,14 +340,15 @@ def runs(inputs):
     return {"explore": _explored(inputs), "evaluate": _evaluated(), "attack": _attacked()}
 
 
-def step_through_run(run, scratch, kind, stride=1):
+def step_through_run(run, scratch, kind, stride=1, faulty=Faults):
     """Do some work with a fault at each call in turn, and then again without one.
 
     Args:
         run: The work.
         scratch: A directory that exists, for the places of it.
-        kind: Of `KINDS`.
+        kind: As for `step_through`.
         stride: Take every so many calls.
+        faulty: As for `step_through`.
 
     Returns:
         As `step_through`.
@@ -340,21 +363,18 @@ def step_through_run(run, scratch, kind, stride=1):
     while True:
         shutil.rmtree(place)
         place.mkdir()
-        ended = "finished"
-        with Faults(place, at, kind) as faults:
-            try:
-                run.command(place)
-            except (Killed, M3Error) as error:
-                ended = "killed" if isinstance(error, Killed) else "refused"
+        with faulty(place, at, kind) as faults:
+            ended = _ended(lambda: run.command(place))
         if len(faults.calls) < at:
             break
-        if kind == "short" and not faults.calls[at - 1].startswith("pwrite"):
+        of_writes = kind == "short" and faulty is Faults
+        if of_writes and not faults.calls[at - 1].startswith("pwrite"):
             at = _next_write(faults.calls, at)
             continue
         found = run.result(place)
         state = "none" if found is None else "new" if found == whole else "part"
         said = f"{kind} at {at} ({faults.calls[at - 1]}), {ended}, then {state}"
-        if not run.allowed(found, whole) or (ended == "finished" and state != "new"):
+        if not run.allowed(found, whole) or (ended == "finished" and state != "new") or ended.startswith("raised"):
             wrong.append(said)
         outcomes[f"{ended}, {state} output"] += 1
         try:
@@ -363,7 +383,7 @@ def step_through_run(run, scratch, kind, stride=1):
             wrong.append(f"{said}; again: {error}")
         if run.result(place) != whole or _names(place) != beside:
             wrong.append(f"{said}; left {sorted(_names(place) ^ beside)}")
-        at = _next_write(faults.calls, at) if kind == "short" else at + stride
+        at = _next_write(faults.calls, at) if of_writes else at + stride
     shutil.rmtree(place)
     return outcomes, len(faults.calls), wrong
 
