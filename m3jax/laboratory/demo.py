@@ -24,7 +24,7 @@ from m3jax.text import count_text, time_text
 if TYPE_CHECKING:  # JAX and matplotlib are imported where they are first needed
     from m3jax.exploration import Exploration
     from m3jax.laboratory import Laboratory, Setting, Skill
-    from m3jax.laboratory.examining import Answer, Exam
+    from m3jax.laboratory.examining import Answered, Exam
     from m3jax.streaming.merging import MergeResult
 
 Stage: TypeAlias = Callable[[], AbstractContextManager[Watch | None]]
@@ -49,7 +49,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
 _HALF = 0.5
 
 
-class Row(NamedTuple):
+class Marked(NamedTuple):
     """A model and its answers to the test examples.
 
     Attributes:
@@ -62,7 +62,7 @@ class Row(NamedTuple):
 
     name: str
     directory: Path
-    answers: Mapping[str, "Sequence[Answer]"]
+    answers: Mapping[str, "Sequence[Answered]"]
     moved: float | None = None
     weight: float | None = None
 
@@ -229,7 +229,7 @@ def _introduction(directory: Path, skills: "Sequence[Skill]") -> Iterator[str]:
 # --- Scores ------------------------------------------------------------------------------------------------------
 
 
-def _answers(lab: "Laboratory", params: Any, exams: "Mapping[str, Exam]") -> dict[str, "Sequence[Answer]"]:
+def _answers(lab: "Laboratory", params: Any, exams: "Mapping[str, Exam]") -> dict[str, "Sequence[Answered]"]:
     from m3jax.laboratory.examining import answers_of
 
     generator = lab.pupil.generator(params)
@@ -238,11 +238,11 @@ def _answers(lab: "Laboratory", params: Any, exams: "Mapping[str, Exam]") -> dic
 
 def _examined(
     lab: "Laboratory", places: Mapping[str, Path], exams: "Mapping[str, Exam]", stage: Stage
-) -> dict[str, dict[str, "Sequence[Answer]"]]:
+) -> dict[str, dict[str, "Sequence[Answered]"]]:
     """What stored models answer."""
     from m3jax import decoder
 
-    answers: dict[str, dict[str, Sequence[Answer]]] = {}
+    answers: dict[str, dict[str, Sequence[Answered]]] = {}
     with stage() as watch:
         for name, place in places.items():
             _say(watch, "examining on test examples", len(answers), len(places), "model")
@@ -260,7 +260,7 @@ def _head(first: str, skills: Sequence[str]) -> str:
     return f"  {first:{_NAMES}}{''.join(f'{skill:{_CELL}}' for skill in skills)}mean"
 
 
-def _line(row: Row) -> str:
+def _line(row: Marked) -> str:
     cells = []
     for right, count in row.right().values():
         low, high = wilson_interval(right, count)
@@ -268,7 +268,7 @@ def _line(row: Row) -> str:
     return f"  {row.name:{_NAMES}}{''.join(cells)}{row.mean():6.1%}"
 
 
-def _models(lab: "Laboratory", test: "Mapping[str, Exam]", echo: Tell, stage: Stage) -> list[Row]:
+def _models(lab: "Laboratory", test: "Mapping[str, Exam]", echo: Tell, stage: Stage) -> list[Marked]:
     from m3jax.checkpoints import inspection
     from m3jax.streaming.differences import diff
 
@@ -278,7 +278,7 @@ def _models(lab: "Laboratory", test: "Mapping[str, Exam]", echo: Tell, stage: St
     moved = dict(zip(experts, (apart.relative_a, apart.relative_b), strict=True))
     answers = _examined(lab, lab.places, test, stage)
     rows = [
-        Row(name if name == "base" else f"expert: {name}", place, answers[name], moved.get(name))
+        Marked(name if name == "base" else f"expert: {name}", place, answers[name], moved.get(name))
         for name, place in lab.places.items()
     ]
     count = len(next(iter(test.values())).rows)
@@ -331,7 +331,7 @@ def _merges(
     test: "Mapping[str, Exam]",
     echo: Tell,
     stage: Stage,
-) -> list[Row]:
+) -> list[Marked]:
     """Equal weights, what one draw gives, and the best of the draws, examined on test examples."""
     from m3jax.streaming.merging import merge_checkpoint
 
@@ -342,7 +342,7 @@ def _merges(
     places = [half.directory, first.directory, found.merge.directory]
     answers = _examined(lab, dict(zip(names, places, strict=True)), test, stage)
     rows = [
-        Row(name, place, answers[name], weight=weight)
+        Marked(name, place, answers[name], weight=weight)
         for name, place, weight in zip(names, places, (_HALF, *ratio), strict=True)
     ]
     skills = list(test)
@@ -364,7 +364,7 @@ def _weight(weights: Mapping[str, Sequence[float]]) -> float:
 # --- What came of it ---------------------------------------------------------------------------------------------
 
 
-def _ask(rows: Sequence[Row], test: "Mapping[str, Exam]") -> dict[str, Any] | None:
+def _ask(rows: Sequence[Marked], test: "Mapping[str, Exam]") -> dict[str, Any] | None:
     """The first test question of the first skill that the base gets wrong and its expert right, and all answers.
 
     Merges have no say in which it is. None where there is none.
@@ -393,7 +393,7 @@ def _question_lines(asked: Mapping[str, Any] | None) -> Iterator[str]:
         yield f"  {name:{_NAMES}}{said}  {'✓' if answer['right'] else '✗'}"
 
 
-def _verdict(rows: Sequence[Row]) -> dict[str, Any]:
+def _verdict(rows: Sequence[Marked]) -> dict[str, Any]:
     """What merging kept of what the experts learned, and whether drawing found more than equal weights."""
     base, one, other, half, _, best = rows
     kept = {}

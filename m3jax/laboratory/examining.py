@@ -113,14 +113,14 @@ def make_exam(skill: Skill, split: str, count: int, seed: int, run_code: bool = 
     return Exam(skill.name, task._replace(judge=remembering(task.judge, answers)), rows, examples, settings)
 
 
-class Answer(NamedTuple):
+class Answered(NamedTuple):
     """What a model wrote, and whether it is right."""
 
     text: str
     right: bool
 
 
-def answers_of(exam: Exam, generator: Generator) -> list[Answer]:
+def answers_of(exam: Exam, generator: Generator) -> list[Answered]:
     """What a model answers to every example of an exam.
 
     Args:
@@ -130,7 +130,7 @@ def answers_of(exam: Exam, generator: Generator) -> list[Answer]:
     written = generator([render(TEMPLATE, example.instruction) for example in exam.examples], exam.settings)
     texts = [completion.text for completion in written]
     judged = exam.task.judge(exam.examples, texts, Execution())
-    return [Answer(text, bool(one.correct)) for text, one in zip(texts, judged, strict=True)]
+    return [Answered(text, bool(one.correct)) for text, one in zip(texts, judged, strict=True)]
 
 
 def examine(exam: Exam, generator: Generator) -> float:

@@ -337,7 +337,7 @@ METHODS: tuple[MethodRow, ...] = (
     MethodRow(
         "regmean",
         "m3jax.methods.regmean:regmean",
-        "linear layers whose outputs are nearest to each model's on its own data; the rest is averaged",
+        "linear layers nearest to what each model gives on its own data; others averaged",
         "(Σ wᵢ·Wᵢ·Gᵢ')·(Σ wᵢ·Gᵢ')⁻¹, Gᵢ the Gram matrix of what comes into W in the model, G' with less beside its "
         "diagonal",
         "Jin et al., Dataless knowledge fusion by merging weights of language models, 2022, arXiv 2212.09849",

@@ -45,7 +45,7 @@ def test_the_list_tells_defaults_and_needs(capsys):
     assert "  needs       a base model, 2 experts or more, no weights\n" in entries["model_stock"]
 
 
-@pytest.mark.parametrize("width", [40, 60, 80])
+@pytest.mark.parametrize("width", [44, 60, 80])
 def test_the_list_fits(width):
     assert [line for line in methods_lines(width) if len(line) > width] == []
 

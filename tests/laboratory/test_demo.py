@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from m3jax import load_recipe
-from m3jax.cli import main
+from m3jax.cli.commands import main
 from m3jax.errors import M3Error
 from m3jax.evaluation import get_task, load_rows
 from m3jax.laboratory import Course, Curriculum, ExperimentSettings, Setting, Size, demo
-from m3jax.laboratory.examining import Answer
+from m3jax.laboratory.examining import Answered
 
 TINY = Setting(
     Curriculum(Size(16, 1, 2, 300), 100, Course(3, 4, 1e-3, whole=True), Course(2, 4, 1e-2, pull=1.0)),
@@ -81,13 +81,13 @@ def test_the_next_commands_work(told, capsys: pytest.CaptureFixture[str]) -> Non
     assert len([line for line in lines if line.startswith("  m3jax ")]) == len(account["next"])
 
 
-def row(name: str, arithmetic: str, programs: str, text: str = "") -> demo.Row:
+def row(name: str, arithmetic: str, programs: str, text: str = "") -> demo.Marked:
     """A model's answers, of which each letter says whether one is right."""
     answers = {
-        skill: [Answer(f"{text or name} {number}", letter == "+") for number, letter in enumerate(marks)]
+        skill: [Answered(f"{text or name} {number}", letter == "+") for number, letter in enumerate(marks)]
         for skill, marks in (("arithmetic", arithmetic), ("programs", programs))
     }
-    return demo.Row(name, Path(name), answers)
+    return demo.Marked(name, Path(name), answers)
 
 
 def test_the_verdict_says_what_the_draws_found() -> None:
