@@ -64,10 +64,7 @@ def make_plan(
     if not attacks and not shifts:
         raise M3Error("there is nothing to try: name attacks with --attack, shifts with --shift, or both")
     shifted = tuple(make_shift(text) for text in dict.fromkeys(shifts))
-    try:
-        words = threefry.key_words(key)
-    except TypeError as error:
-        raise M3Error(f"the key cannot be used: {error}") from error
+    words = threefry.key_words(key)
     if words.shape != (2,):
         raise M3Error(f"the key cannot be used: it is {words.size // 2} keys, of which one is wanted")
     _check_likeness(attacks, encoder, tagger, least_similarity)

@@ -127,7 +127,10 @@ def test_every_row_merges_with_its_defaults(tmp_path, row):
     _, experts = write_models(tmp_path / "in", n=count, shapes=shapes)
     asked = recipe(tmp_path / "in", count, merge_method=row.name)
     for i, model in enumerate(asked["models"] if row.statistics else ()):
-        own = write(tmp_path / "in" / f"{i}", {name: np.square(np.float32(x)) for name, x in experts[i].items()})
+        wide = {name: np.float32(x) for name, x in experts[i].items()}
+        matrices = {name: x.T @ x + np.eye(x.shape[-1], dtype=np.float32) for name, x in wide.items() if x.ndim == 2}
+        told = matrices if row.name == "regmean" else {name: np.square(x) for name, x in wide.items()}
+        own = write(tmp_path / "in" / f"{i}", told)
         asked["models"][i] = {"model": model, "statistics": str(own)}
     needed = {p.name: 0.5 for p in row.parameters if p.default is None}
     if row.base != "task_vectors":

@@ -42,8 +42,8 @@ def test_every_version_is_read_replayed_and_verified(models: Path) -> None:
         for found in (m3jax.verify(out.directory, inputs=True), verify_sample(out.directory)):
             assert found.differences == ()
             assert found.tensors == 2
-        measured = any("so this was measured again" in note for note in found.notes)
-        assert measured == (version < 3)
+        # Version 3 had other findings when this one was written.
+        assert any("so this was measured again" in note for note in found.notes)
 
 
 def test_later_versions_and_odd_ones_are_refused(tmp_path: Path) -> None:

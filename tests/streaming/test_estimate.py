@@ -94,7 +94,7 @@ def test_thirteen_billion_parameters_from_headers(place, tmp_path, capsys):
         "5120 × 13824",
         "reads    156.2 GB: ranking magnitudes 78.1 GB, merging 78.1 GB",
         "writes   26.0 GB in 6 files (free there: ",
-        "time     about 2 min 1 s to 2 min 20 s by 1 process, at 1.3 to 1.5 GB/s per process of 2 cores, as measured",
+        "time     about 2 min 01 s to 2 min 20 s by 1 process, at 1.3 to 1.5 GB/s per process of 2 cores, as measured",
     ):
         assert words in said
     assert not list(tmp_path.iterdir())
