@@ -7,6 +7,7 @@ References:
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -70,18 +71,55 @@ def _fold(rescale: bool, numbers: Numbers, shape: tuple[int, ...]) -> Chances:
     return Chances(np.stack(below), np.stack(factor), np.array(everything))
 
 
-def _ranks(magnitudes: UInt32[Array, "*rows row"]) -> Int32[Array, "*rows row"]:
-    """Twice the rank of every entry in its row, from 0; equal magnitudes share the mean of their ranks."""
+def _last_of_ties(ordered: UInt32[Array, "*rows row"]) -> Int32[Array, "*rows row"]:
+    """For every entry of ordered rows, the place of the last one that equals it."""
+    axis = ordered.ndim - 1
+    place = lax.broadcasted_iota(jnp.int32, ordered.shape, axis)
+    changes = ordered[..., 1:] != ordered[..., :-1]
+    edge = jnp.ones((*ordered.shape[:-1], 1), bool)
+    last = jnp.where(jnp.concatenate([changes, edge], -1), place, np.int32(ordered.shape[-1]))
+    return lax.cummin(last, axis, reverse=True)
+
+
+def ranks_by_sorting(magnitudes: UInt32[Array, "*rows row"]) -> Int32[Array, "*rows row"]:
+    """`_ranks` by two sorts with a payload, which accelerators are good at."""
     axis = magnitudes.ndim - 1
     place = lax.broadcasted_iota(jnp.int32, magnitudes.shape, axis)
     ordered, came_from = lax.sort((magnitudes, place), dimension=axis, num_keys=1)
-    changes = ordered[..., 1:] != ordered[..., :-1]
     edge = jnp.ones((*magnitudes.shape[:-1], 1), bool)
-    first = jnp.where(jnp.concatenate([edge, changes], -1), place, 0)
-    last = jnp.where(jnp.concatenate([changes, edge], -1), place, np.int32(magnitudes.shape[-1]))
-    sums = lax.cummax(first, axis) + lax.cummin(last, axis, reverse=True)
+    first = jnp.where(jnp.concatenate([edge, ordered[..., 1:] != ordered[..., :-1]], -1), place, 0)
+    sums = lax.cummax(first, axis) + _last_of_ties(ordered)
     _, ranks = lax.sort((came_from, sums), dimension=axis, num_keys=1)
     return ranks
+
+
+def ranks_by_searching(magnitudes: UInt32[Array, "*rows row"]) -> Int32[Array, "*rows row"]:
+    """`_ranks` by a sort of bare magnitudes and a binary search for each: on CPUs an eighth of two sorts' time."""
+    row = magnitudes.shape[-1]
+    steps = (row - 1).bit_length()
+    ordered = lax.sort(magnitudes, dimension=magnitudes.ndim - 1)
+
+    def at(entries: Array, places: Array) -> Array:
+        return entries.at[places].get(mode="promise_in_bounds")
+
+    for _ in magnitudes.shape[:-1]:
+        at = jax.vmap(at)
+
+    def halve(step: Array, below: Array) -> Array:
+        stride = np.int32(1 << steps) >> (step + 1)
+        asked = below + stride - 1
+        smaller = (at(ordered, jnp.minimum(asked, np.int32(row - 1))) < magnitudes) & (asked < row)
+        return below + jnp.where(smaller, stride, 0)
+
+    first = lax.fori_loop(0, steps, halve, jnp.zeros(magnitudes.shape, jnp.int32))
+    return first + at(_last_of_ties(ordered), first)
+
+
+def _ranks(magnitudes: UInt32[Array, "*rows row"]) -> Int32[Array, "*rows row"]:
+    """Twice the rank of every entry in its row, from 0; equal magnitudes share the mean of their ranks."""
+    if magnitudes.size == 0:
+        return jnp.zeros(magnitudes.shape, jnp.int32)
+    return lax.platform_dependent(magnitudes, cpu=ranks_by_searching, default=ranks_by_sorting)
 
 
 def _apply(rescale: bool, values: Values, known: Known) -> Values:

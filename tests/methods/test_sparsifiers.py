@@ -1,5 +1,6 @@
 """Breadcrumbs and DELLA: what they keep, in float64, at their edges, and what they refuse."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import oracle
@@ -8,6 +9,7 @@ from support.matrix import same
 
 import m3jax
 from m3jax.methods import catalogue
+from m3jax.methods.della import ranks_by_searching, ranks_by_sorting
 from m3jax.recipe import load_recipe
 
 
@@ -137,3 +139,12 @@ def test_every_row_merges_with_its_defaults(tmp_path, row):
         del asked["base_model"]
     m3jax.merge_checkpoint({**asked, "parameters": needed}, tmp_path / "out")
     assert m3jax.replay(tmp_path / "out", tmp_path / "again").digest == m3jax.verify(tmp_path / "out").digest
+
+
+@pytest.mark.parametrize("shape", [(7,), (4, 1), (2, 2, 65)])
+def test_ranks_are_the_same_by_sorting_and_by_searching(shape):
+    magnitudes = np.random.default_rng(0).integers(0, 20, shape).astype(np.uint32)
+    below = (magnitudes[..., None, :] < magnitudes[..., None]).sum(-1)
+    up_to = (magnitudes[..., None, :] <= magnitudes[..., None]).sum(-1)
+    for ranks in (ranks_by_sorting, ranks_by_searching):
+        np.testing.assert_array_equal(ranks(jnp.asarray(magnitudes)), below + up_to - 1)
