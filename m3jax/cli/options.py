@@ -195,7 +195,7 @@ Strategy = Annotated[
     str,
     typer.Option(
         metavar="auto|draw|sobol|grid|halving|cma",
-        help="Which ratios are tried; auto: equal weights, Sobol points, then steps from the best so far.",
+        help="Which ratios are tried; auto: equal weights, then CMA-ES.",
     ),
 ]
 EarlyStopping = Annotated[

@@ -409,14 +409,13 @@ def explore(
         samples: The budget: evaluations on all dev examples.
         select: "mean" of the tasks' accuracies, one task's name, "pareto" (of the front, the sample whose worst task
             is best), or the number of a sample to take.
-        strategy: "auto" (equal weights, scrambled Sobol points, then steps from the best so far, with Sobol points
-            among them), "draw" (independent draws of the recipe's Beta or Dirichlet, the first of them that of
-            `m3jax merge`), "sobol" (Sobol points of the same distribution alone), "grid" (even weights, the same
-            everywhere), "halving" (many draws on a quarter or an eighth of the examples, the better half goes on) or
-            "cma" (CMA-ES; needs evosax).
+        strategy: "draw" (independent draws of the recipe's Beta or Dirichlet, the first of them that of
+            `m3jax merge`), "auto" (equal weights, then CMA-ES; needs evosax), "sobol" (Sobol points of the same
+            distribution alone), "grid" (even weights, the same everywhere), "halving" (many draws on a quarter or an
+            eighth of the examples, the better half goes on) or "cma" (CMA-ES alone).
         early_stopping: Stop a sample as soon as one before it would be at least as good in every task, and better in
             one, even if all examples that are left were right: which is chosen does not change. Of tasks, and not for
-            "halving" and "cma", which go by the order of all.
+            "auto", "cma" and "halving", which go by the order of all.
         evaluation: Its options.
         score: A function of your own in place of tasks, from merged arrays by tensor name and a share of the dev
             examples to scores by name, larger being better.

@@ -1,5 +1,4 @@
-"""Which weights are tried next: independent draws, quasi-random points, a grid, successive halving, CMA-ES, and a
-mixture of them that goes on with any budget.
+"""Which weights are tried next: independent draws, quasi-random points, a grid, successive halving, CMA-ES.
 
 A strategy is a generator: it yields batches of trials, is sent their values, and ends when its budget is spent. It has
 no state beside that, so that a journal of values brings it back to where it was.
@@ -23,15 +22,6 @@ from m3jax.arithmetic import threefry
 from m3jax.errors import M3Error
 from m3jax.evaluation.checks import check_whole
 from m3jax.exploration.samples import Space, Weights, at_point, drawn, equal_weights, everywhere
-from m3jax.methods.mixup import point_of
-from m3jax.streaming.plan import WHOLE_MODEL
-
-SPREAD = 8
-"""Samples of auto that are spread evenly before it steps from the best."""
-
-_WIDTH = 0.5  # of its first step, in standard deviations of the draws
-_LONGER, _SHORTER = 1.5, 0.9  # what a step that found something better makes of it, and one that did not
-_FAR = 6.0  # beyond which a normal variable is at the cube's edge
 
 
 class Trial(NamedTuple):
@@ -80,59 +70,9 @@ def _sobol_points(space: Space) -> Iterator[np.ndarray]:
         yield points.random(1)[0]
 
 
-def _uniform_points(space: Space) -> Iterator[np.ndarray]:
-    """Random points of the unit cube, without end."""
-    chance = _chance(space, 2)
-    while True:
-        yield chance.random(space.dimensions)
-
-
 def _quasi_random(space: Space, budget: int) -> Strategy:
     for sample, point in zip(range(budget), _sobol_points(space), strict=False):
         yield [Trial(sample, at_point(space, point))]
-
-
-def _even_points(space: Space) -> Iterator[np.ndarray]:
-    """Points of the unit cube, without end; where groups have weights of their own, every other point has one ratio
-    for all of them, as what is good for the whole model is a good place to begin.
-    """
-    from scipy.stats import qmc
-
-    groups = len(space.groups)
-    if groups == 1:
-        yield from _sobol_points(space)
-    alike = _sobol_points(space._replace(groups=(WHOLE_MODEL,)))
-    apart = _sobol_points(space) if space.dimensions <= qmc.Sobol.MAXDIM else _uniform_points(space)
-    for one, other in zip(alike, apart, strict=True):
-        yield np.tile(one, groups)
-        yield other
-
-
-def _automatic(space: Space, budget: int) -> Strategy:
-    """Equal weights, then Sobol points, then normal steps from the best so far, with a Sobol point after each.
-
-    It asks of values only which is the best, so that a sample may be stopped as soon as it cannot be that. What is
-    tried next depends on no budget. Steps are of normal variables, as in CMA-ES, and as long as the one-fifth rule has
-    them.
-    """
-    from scipy.special import ndtr, ndtri
-
-    even, steps = _even_points(space), _chance(space, 1)
-    equal = equal_weights(space)
-    place = ndtri(np.tile(point_of((1.0 / space.num_experts,) * space.num_experts, space.alpha), len(space.groups)))
-    (best,) = yield [Trial(0, equal)]
-    width = _WIDTH
-    for sample in range(1, budget):
-        near = sample >= SPREAD and sample % 2 == 0
-        if near:
-            there = np.clip(place + width * steps.standard_normal(space.dimensions), -_FAR, _FAR)
-        else:
-            there = np.clip(ndtri(next(even)), -_FAR, _FAR)
-        (value,) = yield [Trial(sample, at_point(space, ndtr(there)))]
-        if near:
-            width *= _LONGER if value > best else _SHORTER
-        if value > best:
-            best, place = value, there
 
 
 def _lattice(num_experts: int, budget: int) -> Iterator[tuple[float, ...]]:
@@ -178,11 +118,13 @@ def _halving(space: Space, budget: int) -> Strategy:
         alive = [alive[place] for place in ranked]
 
 
-def _evosax() -> Any:
+def _evosax(name: str = "cma") -> Any:
     try:
         from evosax.algorithms import CMA_ES
     except ImportError as error:
-        raise M3Error("cma: needs evosax, which is not installed: pip install 'm3jax[explore]'") from error
+        raise M3Error(
+            f"{name}: needs evosax, which is not installed: pip install 'm3jax[explore]', or take the strategy draw"
+        ) from error
     return CMA_ES
 
 
@@ -196,7 +138,7 @@ def _as_evosax_computes() -> Iterator[None]:
         yield
 
 
-def _evolution(space: Space, budget: int) -> Strategy:
+def _generations(space: Space, first: int, last: int, population: int) -> Strategy:
     """CMA-ES on normal variables whose first generation, mean 0 and spread 1, has the draws' own distribution."""
     cma_es = _evosax()
     import jax
@@ -204,23 +146,37 @@ def _evolution(space: Space, budget: int) -> Strategy:
     from scipy.special import ndtr
 
     dimensions = space.dimensions
-    population = min(4 + int(3 * math.log(dimensions)), max(budget // 2, 2))
     words = threefry.fold_in(space.root, threefry.SAMPLES)
     key = jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
     with _as_evosax_computes():
         search = cma_es(population_size=population, solution=jnp.zeros(dimensions))
         params = search.default_params
         state = search.init(jax.random.fold_in(key, 0), jnp.zeros(dimensions), params)
-    for generation, start in enumerate(range(0, budget, population), 1):
+    for generation, start in enumerate(range(first, last, population), 1):
         asked, told = jax.random.split(jax.random.fold_in(key, generation))
         with _as_evosax_computes():
             points, state = search.ask(asked, state, params)
         cube = ndtr(np.asarray(points, np.float64))
-        trials = [Trial(start + i, at_point(space, p)) for i, p in enumerate(cube[: budget - start])]
+        trials = [Trial(start + i, at_point(space, p)) for i, p in enumerate(cube[: last - start])]
         values = yield trials
         if len(values) == population:
             with _as_evosax_computes():
                 state, _ = search.tell(told, points, -jnp.asarray(np.array(values, np.float32)), state, params)
+
+
+def _population(space: Space) -> int:
+    """Hansen's default."""
+    return 4 + int(3 * math.log(space.dimensions))
+
+
+def _evolution(space: Space, budget: int) -> Strategy:
+    yield from _generations(space, 0, budget, min(_population(space), max(budget // 2, 2)))
+
+
+def _automatic(space: Space, budget: int) -> Strategy:
+    """Equal weights, which draws have to beat, then CMA-ES; what is tried next depends on no budget."""
+    yield [Trial(0, equal_weights(space))]
+    yield from _generations(space, 1, budget, _population(space))
 
 
 STRATEGIES: dict[str, Callable[[Space, int], Strategy]] = {
@@ -231,7 +187,7 @@ STRATEGIES: dict[str, Callable[[Space, int], Strategy]] = {
     "halving": _halving,
     "cma": _evolution,
 }
-RANKING = ("halving", "cma")
+RANKING = ("auto", "halving", "cma")
 """Strategies whose trials depend on the order of all values before, and not on which is the best alone."""
 
 EXTENSIBLE = ("auto", "draw", "sobol")
@@ -254,8 +210,8 @@ def strategy_of(name: str, space: Space, budget: int) -> Strategy:
     check_whole("the number of samples", budget)
     if budget < 1:
         raise M3Error(f"samples are {budget}, but must be at least 1")
-    if name == "cma":
-        _evosax()
+    if name in ("auto", "cma"):
+        _evosax(name)
     return STRATEGIES[name](space, budget)
 
 

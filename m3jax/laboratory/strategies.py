@@ -51,6 +51,7 @@ class Contest(NamedTuple):
 
     Attributes:
         seeds: Repetitions, each with examples and draws of its own.
+        first_seed: The number of the first of them.
         budgets: Evaluations on all dev examples that a choice may cost.
         dev: Examples of each skill that ratios are chosen on.
         test: Examples of each skill that are reported.
@@ -59,6 +60,7 @@ class Contest(NamedTuple):
     """
 
     seeds: int = 5
+    first_seed: int = 0
     budgets: tuple[int, ...] = (8, 16, 32, 64)
     dev: int = 32
     test: int = 128
@@ -93,6 +95,10 @@ def arenas_of(names: Sequence[str]) -> list[Arena]:
     return [*(Arena(group) for group in dict.fromkeys((last, tuple(names)))), Arena(last, "layer")]
 
 
+def _seeds(how: Contest) -> range:
+    return range(how.first_seed, how.first_seed + how.seeds)
+
+
 def compare(
     directory: Path, skills: Sequence[Skill], setting: Setting, how: Contest, tell: Tell
 ) -> list[dict[str, Any]]:
@@ -125,7 +131,7 @@ def compare(
     by_name = {skill.name: skill for skill in skills}
     names = [*STRATEGIES, GRADIENT]
     jobs = sorted(
-        itertools.product(range(how.seeds), arenas_of(list(by_name))), key=lambda job: job[1].granularity != "model"
+        itertools.product(_seeds(how), arenas_of(list(by_name))), key=lambda job: job[1].granularity != "model"
     )
     with (
         _ledger(directory, SCORES, identity) as scores,
@@ -148,7 +154,7 @@ def compare(
                 rest = (len(jobs) - number - 1) * (time.perf_counter() - begun) / fresh
                 tell(f"{number + 1} of {len(jobs)}: seed {seed}, {arena.name}; about {time_text(rest)} left")
         tell(f"{count_text(len(runs.entries), 'choice')}, of {count_text(len(scores.entries), 'evaluation')}")
-        return runs.entries
+        return [run for run in runs.entries if run["seed"] in _seeds(how)]
 
 
 def _ledger(directory: Path, name: str, identity: Mapping[str, Any]) -> Ledger:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from m3jax.errors import M3Error
 from m3jax.evaluation.records import make_directory, write_whole
-from m3jax.exploration.strategies import SPREAD, STRATEGIES
+from m3jax.exploration.strategies import STRATEGIES
 from m3jax.laboratory.outcomes import ROUNDING, SeedMean, over_seeds
 from m3jax.laboratory.strategies import GRADIENT, Contest
 
@@ -29,14 +29,13 @@ _HEAD = """\
 Written by `scripts/strategies`. A base and three experts are trained from scratch (Llamas of {parameters}; sentiment of
 phrases, arithmetic word problems, small programs), and linear merges of them explored: {arenas}.
 Every strategy chooses weights by accuracy on {dev} dev examples of each skill, at budgets of {budgets} evaluations of
-all of them, with {seeds} seeds, which decide examples and draws. What is reported is the mean accuracy of the chosen
-merge on {test} other examples of each skill; a program is right if it is the one that was taught, letter by letter.
+all of them. The seeds {seeds} decide examples and draws. What is reported is the mean accuracy of the chosen merge
+on {test} other examples of each skill; a program is right if it is the one that was taught, letter by letter.
 Intervals are 95 % by Student's t over seeds, arenas averaged within a seed first.
 
 `gradient` is `--optimize loss` from equal weights: a step of Adam on a batch costs three evaluations of its examples,
 one there and two back, and the budget also pays for evaluating where it begins and ends. Of `halving` parts of the dev
-examples cost parts of an evaluation. `auto` is equal weights, Sobol points, and from sample {spread} on every other
-sample a step from the best so far.
+examples cost parts of an evaluation. `auto` is equal weights, then the same search as `cma`.
 
 There are {compared} comparisons of `auto` below, each with its own 95 % interval, and no correction for their number.
 """
@@ -70,8 +69,7 @@ def write_report(runs: Sequence[Run], directory: Path, how: Contest, millions: f
         dev=how.dev,
         test=how.test,
         budgets=", ".join(map(str, how.budgets)),
-        seeds=len({run["seed"] for run in runs}),
-        spread=SPREAD,
+        seeds=", ".join(map(str, sorted({run["seed"] for run in runs}))),
         compared=(len(_strategies(runs)) - 1) * len(how.budgets),
     )
     write_whole(directory / PAGE, "\n".join([head, *_body(runs), ""]))

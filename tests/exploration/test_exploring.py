@@ -23,6 +23,7 @@ from m3jax.methods.mixup import draw_weights
 from m3jax.recipe import load_recipe
 
 CONFIG = tiny.CONFIGS["llama"]
+EVOLVING = ("auto", "cma")  # strategies that compile
 GOAL = 0.3  # the ratio that `closeness` likes best
 
 
@@ -154,11 +155,13 @@ def values_of(strategy, value):
             return every
 
 
-@pytest.mark.parametrize("name", [n if n != "cma" else pytest.param(n, marks=pytest.mark.slow) for n in STRATEGIES])
+@pytest.mark.parametrize(
+    "name", [n if n not in EVOLVING else pytest.param(n, marks=pytest.mark.slow) for n in STRATEGIES]
+)
 @pytest.mark.parametrize(("count", "groups"), [(2, 1), (3, 1), (2, 3)])
 @pytest.mark.parametrize("budget", [1, 7, 32])
 def test_strategies_keep_to_the_simplex_and_the_budget(name, count, groups, budget):
-    if name == "cma":
+    if name in EVOLVING:
         pytest.importorskip("evosax")
         if (count, groups) != (3, 1):
             return  # one compilation is enough
@@ -182,30 +185,6 @@ def test_strategies_keep_to_the_simplex_and_the_budget(name, count, groups, budg
     other = space._replace(root=threefry.root_key(4))
     alike = name == "grid" or (name, budget) == ("auto", 1)
     assert alike or values_of(strategy_of(name, other, budget), value) != trials
-
-
-@pytest.mark.parametrize(("count", "groups"), [(2, 1), (3, 2)])
-def test_auto_begins_in_the_middle_and_asks_only_which_is_the_best(count, groups):
-    """So a sample that is stopped because it cannot be the best changes nothing of what is tried after it."""
-    space = Space(tuple(f"layers.{i}" for i in range(groups)), count, 0.5, False, threefry.root_key(3))
-
-    def off(trial):
-        return max(abs(weights[0] - GOAL) for weights in trial.weights.values())
-
-    best = []
-
-    def coarse(trial):
-        best.append(off(trial))
-        return -best[-1] if best[-1] == min(best) else -np.inf
-
-    trials = values_of(strategy_of("auto", space, 48), lambda trial: -off(trial))
-    assert all(weights == (1 / count,) * count for weights in trials[0].weights.values())
-    assert values_of(strategy_of("auto", space, 48), coarse) == trials
-    assert min(map(off, trials)) < min(map(off, trials[:8])) / 2
-    drawn = values_of(strategy_of("draw", space, 48), lambda trial: 0.0)
-    assert min(map(off, trials)) < min(map(off, drawn))
-    if groups > 1:  # every other even point has one ratio for all groups
-        assert len(set(trials[1].weights.values())) == 1 < len(set(trials[2].weights.values()))
 
 
 def test_the_grid_is_the_classic_one():
@@ -253,14 +232,18 @@ def test_cma_closes_in_on_the_goal():
 
     trials = values_of(strategy_of("cma", space, 60), lambda t: -off(t))
     assert min(map(off, trials[-10:])) < 0.05 < min(map(off, trials[:5]))
+    alike = values_of(strategy_of("auto", space, 61), lambda t: -off(t))
+    assert alike[0].weights == {"model": (1 / 3,) * 3}
+    assert [trial.weights for trial in alike[1:]] == [trial.weights for trial in trials]
 
 
-def test_cma_without_its_package_is_a_sentence(monkeypatch):
+@pytest.mark.parametrize("name", EVOLVING)
+def test_cma_without_its_package_is_a_sentence(name, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "evosax.algorithms", None)
-    with pytest.raises(M3Error, match=r"pip install 'm3jax\[explore\]'"):
-        strategy_of("cma", Space(("model",), 2, 1.0, False, threefry.root_key(2)), 4)
+    with pytest.raises(M3Error, match=rf"^{name}: .*pip install 'm3jax\[explore\]'"):
+        strategy_of(name, Space(("model",), 2, 1.0, False, threefry.root_key(2)), 4)
 
 
 def result(sample, **scores):
