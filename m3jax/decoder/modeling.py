@@ -261,12 +261,20 @@ def _softmax_with_sinks(
     return powers / (jnp.sum(powers, axis=-1, keepdims=True) + jnp.exp(sink - top))
 
 
+@jax.custom_jvp
 def _put(old: Array, new: Array, slot: Array) -> Array:
     """Writes new keys or values into a cache from a slot on."""
     # As integers: a CPU would widen the whole of a 16-bit cache to float32 and back for every token.
     kind = {2: jnp.uint16, 4: jnp.uint32}[old.dtype.itemsize]
     held, fresh = (lax.bitcast_convert_type(x, kind) for x in (old, new))
     return lax.bitcast_convert_type(lax.dynamic_update_slice_in_dim(held, fresh, slot, axis=2), old.dtype)
+
+
+@_put.defjvp
+def _put_derivative(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    """The same of tangents, which integers would lose."""
+    old, new, _ = tangents
+    return _put(*primals), lax.dynamic_update_slice_in_dim(old, new, primals[2], axis=2)
 
 
 def _over_leading(x: Array, like: Array) -> Array:
