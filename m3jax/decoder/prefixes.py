@@ -143,8 +143,8 @@ def _written(
         said = lax.dynamic_update_slice_in_dim(said, token[:, None], number, axis=1)
         return number + 1, token, done | jnp.isin(token, stops), cache, said
 
-    *_, said = lax.while_loop(going, step, (jnp.int32(1), token, done, cache, said))
-    return said
+    found: Array = lax.while_loop(going, step, (jnp.int32(1), token, done, cache, said))[-1]
+    return found
 
 
 def _room(config: DecoderConfig) -> int:

@@ -1,10 +1,10 @@
 """The laboratory from beginning to end: models, experiments, report; killed at any point, it goes on."""
 
-import json
 import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -22,33 +22,43 @@ from m3jax.laboratory.examining import ADVERSARIES, Pupil
 from m3jax.laboratory.experiments import (
     Experiment,
     ExperimentSettings,
+    Known,
     Laboratory,
     check_settings,
     do,
     jobs_of,
+    known_of,
     make_papers,
 )
-from m3jax.laboratory.models import BASE, TRAINING, Curriculum, make_models
+from m3jax.laboratory.experts import Apprenticeship, make_experts, manner_of, notes_of
+from m3jax.laboratory.models import BASE, Curriculum, make_models
 from m3jax.laboratory.reporting import write_report
 from m3jax.laboratory.skills import Skill
 from m3jax.laboratory.training import Course, Size
+from m3jax.laboratory.tuning import Tuning
 from m3jax.ledger import Ledger
 from m3jax.progress import Tell, Watch
 from m3jax.text import count_text, time_text
 
-LEDGER = "experiments.jsonl"
+LEDGER, EXAMINATIONS = "experiments.jsonl", "examinations.jsonl"
+"""Finished experiments; and where merges are examined once, each examination, so that a kill costs no more than one."""
 
 
 class Setting(NamedTuple):
     """How much a laboratory does.
 
     Attributes:
-        curriculum: How models are made.
+        curriculum: How models are made: from scratch, or of a base that is given.
         experiments: How much is measured on them.
     """
 
-    curriculum: Curriculum
+    curriculum: Curriculum | Apprenticeship
     experiments: ExperimentSettings
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether experts are made of a base that is given."""
+        return isinstance(self.curriculum, Apprenticeship)
 
 
 SETTINGS: Mapping[str, Setting] = MappingProxyType(
@@ -66,13 +76,28 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
             # As many examples as SST-2 has phrases.
             ExperimentSettings(seeds=10, samples=16, dev=128, test=110, attacked=110, points=41),
         ),
+        "pretrained-cpu": Setting(
+            Apprenticeship(8192, Tuning(Course(200, 32, 1e-4), every=25)),
+            ExperimentSettings(seeds=3, samples=8, dev=96, test=128, attacked=32, points=17, searches=8, recalls=True),
+        ),
+        "pretrained-gpu": Setting(
+            Apprenticeship(60_000, Tuning(Course(1500, 64, 5e-5), dtype="bfloat16", every=250)),
+            ExperimentSettings(
+                seeds=5, samples=16, dev=256, test=512, attacked=64, points=33, searches=32, recalls=True
+            ),
+        ),
     }
 )
-"""What a laptop does in minutes, what it does in an hour, and what wants a GPU."""
+"""What a laptop does in minutes, what it does in an hour, and what wants a GPU; and the same of a pretrained base."""
 
 
 def open_laboratory(
-    directory: Path, skills: Sequence[Skill], setting: Setting, tell: Tell, watch: Watch | None = None
+    directory: Path,
+    skills: Sequence[Skill],
+    setting: Setting,
+    tell: Tell,
+    watch: Watch | None = None,
+    base: str | None = None,
 ) -> Laboratory:
     """The models, trained if they are not there yet.
 
@@ -82,13 +107,33 @@ def open_laboratory(
         setting: How large they are.
         tell: Told in lines how far it is.
         watch: Told of every step of every model's training.
+        base: The model that experts are made of, for a setting that wants one.
+
+    Raises:
+        M3Error: There is a base and the setting wants none, or the other way round; or as `make_models`.
     """
-    places = make_models(directory / "models", skills, setting.curriculum, tell, watch)
-    pupil = Pupil(DecoderConfig.from_directory(places[BASE]), load_tokenizer(str(places[BASE]), places[BASE]))
+    curriculum, models = setting.curriculum, directory / "models"
+    if isinstance(curriculum, Apprenticeship):
+        if base is None:
+            raise M3Error("this setting fine-tunes a base: give its directory with --base DIR")
+        places = make_experts(models, base, skills, curriculum, tell)
+        config, tokenizer = _of(places[BASE])
+        pupil = Pupil(config, tokenizer, manner_of(tokenizer), shares=True)
+    else:
+        if base is not None:
+            raise M3Error("this setting trains its own base, so that --base has no meaning: leave it out")
+        places = make_models(models, skills, curriculum, tell, watch)
+        pupil = Pupil(*_of(places[BASE]))
     return Laboratory(places, pupil, setting.experiments, directory)
 
 
-def conduct(directory: Path, skills: Sequence[Skill], setting: Setting, tell: Tell, command: str) -> Path:
+def _of(place: Path) -> tuple[DecoderConfig, Any]:
+    return DecoderConfig.from_directory(place), load_tokenizer(str(place), place)
+
+
+def conduct(
+    directory: Path, skills: Sequence[Skill], setting: Setting, tell: Tell, command: str, base: str | None = None
+) -> Path:
     """Trains the models, does the experiments and writes the report.
 
     Args:
@@ -97,6 +142,7 @@ def conduct(directory: Path, skills: Sequence[Skill], setting: Setting, tell: Te
         setting: How much.
         tell: Told in lines how far it is.
         command: What was typed, for the report.
+        base: The model that experts are made of, for a setting that wants one.
 
     Returns:
         The directory of the report.
@@ -110,7 +156,7 @@ def conduct(directory: Path, skills: Sequence[Skill], setting: Setting, tell: Te
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()) and not (directory / "models").is_dir():
             raise M3Error(f"{directory}: holds something else than a laboratory: give a new or an empty directory")
-    lab = open_laboratory(directory, skills, setting, tell)
+    lab = open_laboratory(directory, skills, setting, tell, base=base)
     identity = {
         "settings": setting.experiments._asdict(),
         "skills": {skill.name: skill.identity() for skill in skills},
@@ -119,12 +165,19 @@ def conduct(directory: Path, skills: Sequence[Skill], setting: Setting, tell: Te
         "programs are run": why_no_sandbox() is None,
         "version": __version__,
     }
-    with Ledger(directory / LEDGER, identity, "experiment", "with --out DIR") as ledger:
-        _do_all(lab, skills, ledger, tell)
+    with ExitStack() as stack:
+        ledger = stack.enter_context(Ledger(directory / LEDGER, identity, "experiment", "with --out DIR"))
+        known = None
+        if lab.how.recalls:
+            notes = Ledger(directory / EXAMINATIONS, identity, "experiment", "with --out DIR")
+            known = known_of(stack.enter_context(notes).entries, notes.add)
+        _do_all(lab, skills, ledger, known, tell)
         about = {
             "command": command,
             "settings": setting.experiments._asdict(),
             "models": _models(lab.places),
+            **({"base": _name_of(base)} if base is not None else {}),
+            **_tuning(lab.places),
             "machine": _machine(),
             "seconds": sum(line["seconds"]["job"] for line in ledger.entries),
             "held_out": "; ".join(f"{skill.name}: {skill.apart}, shifted: {skill.shift}" for skill in skills),
@@ -133,7 +186,7 @@ def conduct(directory: Path, skills: Sequence[Skill], setting: Setting, tell: Te
     return directory / "report"
 
 
-def _do_all(lab: Laboratory, skills: Sequence[Skill], ledger: Ledger, tell: Tell) -> None:
+def _do_all(lab: Laboratory, skills: Sequence[Skill], ledger: Ledger, known: Known | None, tell: Tell) -> None:
     jobs = jobs_of([skill.name for skill in skills], lab.how)
     done = {line["job"] for line in ledger.entries}
     left = [job for job in jobs if job.name not in done]
@@ -143,8 +196,8 @@ def _do_all(lab: Laboratory, skills: Sequence[Skill], ledger: Ledger, tell: Tell
         spent.setdefault((line["kind"], len(line["group"])), []).append(line["seconds"]["job"])
     for number, job in enumerate(left):
         if number == 0 or job.seed != left[number - 1].seed:
-            papers = make_papers(skills, lab.how, job.seed)
-        line = do(lab, job, papers)
+            papers = make_papers(skills, lab.how, job.seed, lab.pupil.manner)
+        line = do(lab, job, papers, known)
         ledger.add(line)
         spent.setdefault((job.kind, len(job.group)), []).append(line["seconds"]["job"])
         rest = _time_left(left[number + 1 :], spent)
@@ -158,10 +211,29 @@ def _time_left(jobs: Sequence[Experiment], spent: Mapping[tuple[str, int], Seque
     return sum(typical.get((job.kind, len(job.group)), overall) for job in jobs)
 
 
+_LONG = ("losses", "drift")  # which are told in a section of their own
+
+
 def _models(places: Mapping[str, Path]) -> dict[str, Any]:
     """How large the models are and how they were trained."""
-    training = {name: json.loads((place / TRAINING).read_text(encoding="utf-8")) for name, place in places.items()}
+    training = {
+        name: {what: value for what, value in notes_of(place).items() if what not in _LONG}
+        for name, place in places.items()
+    }
     return {"parameters": look_at(str(places[BASE])).entries, "training": training}
+
+
+def _tuning(places: Mapping[str, Path]) -> dict[str, Any]:
+    """What is known of the way from base to expert."""
+    notes = {name: notes_of(place) for name, place in places.items()}
+    told = {name: {what: one[what] for what in _LONG} for name, one in notes.items() if "losses" in one}
+    return {"tuning": told} if told else {}
+
+
+def _name_of(base: str) -> str:
+    """A directory by its last name: where it lies is nobody's business."""
+    path = Path(base)
+    return path.resolve().name if path.is_dir() else base
 
 
 def _machine() -> str:

@@ -3,15 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from m3jax import decoder
 from m3jax.decoder import DecoderConfig
-from m3jax.evaluation import Example, Execution, Judgement, Task, evaluate_task, get_task, render, why_no_sandbox
+from m3jax.evaluation import Example, Execution, Judgement, Task, get_task, why_no_sandbox
 from m3jax.evaluation.attacks.trial import attack_task
 from m3jax.evaluation.data import Row
 from m3jax.evaluation.models import LanguageModel, make_generator
-from m3jax.evaluation.protocol import GenerationSettings, Generator
+from m3jax.evaluation.protocol import Completion, GenerationSettings, Generator
 from m3jax.evaluation.robustness import make_plan
 from m3jax.evaluation.tasks.base import Judge, each
-from m3jax.laboratory.skills import TEMPLATE, Skill
+from m3jax.evaluation.tokens import cut, stop_tokens
+from m3jax.laboratory.skills import Manner, Skill
 
 BATCH_SIZE = 128
 
@@ -34,6 +36,8 @@ class Exam(NamedTuple):
         rows: The examples, as the task's data files have them.
         examples: The same, as the task reads them.
         settings: How answers are written.
+        lessons: The examples as lessons, with the answers that are taught.
+        manner: How models are asked.
     """
 
     skill: str
@@ -41,6 +45,8 @@ class Exam(NamedTuple):
     rows: list[Row]
     examples: list[Example]
     settings: GenerationSettings
+    lessons: list[tuple[str, str]]
+    manner: Manner = Manner()
 
 
 class Pupil(NamedTuple):
@@ -49,10 +55,14 @@ class Pupil(NamedTuple):
     Attributes:
         config: The decoder.
         tokenizer: A transformers tokenizer.
+        manner: How models are asked.
+        shares: Whether what prompts begin with is read once for all of them, which is worth it where it is long.
     """
 
     config: DecoderConfig
     tokenizer: Any
+    manner: Manner = Manner()
+    shares: bool = False
 
     def generator(self, params: Any) -> Generator:
         """A model that writes.
@@ -60,8 +70,82 @@ class Pupil(NamedTuple):
         Args:
             params: The decoder's parameters.
         """
+        if self.shares:
+            return sharing_generator(params, self.config, self.tokenizer)
         model = LanguageModel("model", params, self.config, self.tokenizer)
         return make_generator(model, "truncate", batch_size=BATCH_SIZE)
+
+
+_ROWS = 32  # of a batch whose beginning is shared; fewer are filled up
+
+
+def sharing_generator(params: Any, config: DecoderConfig, tokenizer: Any) -> Generator:
+    """A model that reads once what prompts begin with, and writes the likeliest tokens.
+
+    Args:
+        params: The decoder's parameters.
+        config: The decoder.
+        tokenizer: A transformers tokenizer.
+    """
+    decode = decoder.detokenizer(tokenizer)
+
+    def generator(prompts: Sequence[str], settings: GenerationSettings) -> list[Completion]:
+        assert not settings.temperature  # no examination draws
+        texts = [decoder.encode(tokenizer, prompt) for prompt in prompts]
+        stops = stop_tokens(tokenizer, config, settings.stop)
+        found: dict[int, Completion] = {}
+        for members in alike(texts, _ROWS):
+            written = decoder.continue_alike(
+                params,
+                config,
+                [texts[i] for i in members],
+                max_new_tokens=settings.max_tokens,
+                stop_token_ids=stops,
+                batch_size=_ROWS,
+            )
+            for i, (tokens, ended) in zip(members, written, strict=True):
+                text = decode(tokens)
+                kept = cut(text, settings.stop)
+                found[i] = Completion(kept, len(tokens), ended or kept != text)
+        return [found[i] for i in range(len(prompts))]
+
+    return generator
+
+
+_FEW = 4  # texts, for which a batch of their own is not worth it
+_SLACK = 8  # tokens by which what a group shares may shrink as it grows
+
+
+def alike(texts: Sequence[Sequence[int]], rows: int) -> list[list[int]]:
+    """Indices of texts in groups that begin alike; neighbours are compared, and the rest is one group.
+
+    Args:
+        texts: Token ids.
+        rows: Texts that run together.
+
+    Example:
+        >>> alike([[1, 2, 3, 4, 5]] * 9 + [[7, 2, 3, 4, 6]] * 9 + [[8]], 8)
+        [[0, 1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [18]]
+    """
+    groups: list[list[int]] = []
+    shared: list[int] = []
+    for number, text in enumerate(texts):
+        common = _common(shared, text)
+        least = len(text) / 2 if groups and len(groups[-1]) == 1 else len(shared) - _SLACK
+        if groups and common >= least and common:
+            groups[-1].append(number)
+            shared = shared[:common]
+        else:
+            groups.append([number])
+            shared = list(text)
+    few = [i for group in groups if len(group) < min(_FEW, rows) for i in group]
+    kept = [group for group in groups if len(group) >= min(_FEW, rows)]
+    return [*kept, few] if few else kept
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts begin with together."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def remembering(judge: Judge, right: Sequence[tuple[Example, str]] = ()) -> Judge:
@@ -92,7 +176,9 @@ def _by_text(example: Example, text: str) -> Judgement:
     return Judgement(said == example.gold.strip(), said or None)
 
 
-def make_exam(skill: Skill, split: str, count: int, seed: int, run_code: bool = True) -> Exam:
+def make_exam(
+    skill: Skill, split: str, count: int, seed: int, run_code: bool = True, manner: Manner | None = None
+) -> Exam:
     """Examples of a split.
 
     Args:
@@ -100,6 +186,7 @@ def make_exam(skill: Skill, split: str, count: int, seed: int, run_code: bool = 
         split: Of `SPLITS`.
         count: How many.
         seed: Which.
+        manner: How models are asked; the instruction alone if None.
         run_code: Run programs where it is safe; else, as where it is not, the text of the lesson is right.
     """
     rows = skill.rows(split, count, seed)
@@ -108,9 +195,11 @@ def make_exam(skill: Skill, split: str, count: int, seed: int, run_code: bool = 
     examples = task.read(rows)
     if task.runs_code and (not run_code or why_no_sandbox() is not None):
         task = task._replace(judge=each(_by_text), runs_code=False)
+    lessons = skill.lessons(rows, manner)
     # What a lesson says passes the tests that were made from it: no process need be started to find that.
-    answers = [(e, text) for e, (_, text) in zip(examples, skill.lessons(rows), strict=True)] if task.runs_code else []
-    return Exam(skill.name, task._replace(judge=remembering(task.judge, answers)), rows, examples, settings)
+    known = [(e, text) for e, (_, text) in zip(examples, lessons, strict=True)] if task.runs_code else []
+    judge = remembering(task.judge, known)
+    return Exam(skill.name, task._replace(judge=judge), rows, examples, settings, lessons, manner or Manner())
 
 
 class Answered(NamedTuple):
@@ -127,30 +216,19 @@ def answers_of(exam: Exam, generator: Generator) -> list[Answered]:
         exam: The exam.
         generator: The model.
     """
-    written = generator([render(TEMPLATE, example.instruction) for example in exam.examples], exam.settings)
+    written = generator([prompt for prompt, _ in exam.lessons], exam.settings)
     texts = [completion.text for completion in written]
     judged = exam.task.judge(exam.examples, texts, Execution())
     return [Answered(text, bool(one.correct)) for text, one in zip(texts, judged, strict=True)]
 
 
-def examine(exam: Exam, generator: Generator) -> float:
-    """The share of an exam's examples that a model does right.
+def share_of(answers: Sequence[Answer]) -> float:
+    """The share of examples that are done right.
 
     Args:
-        exam: The exam.
-        generator: The model.
+        answers: To at least one.
     """
-    summary = evaluate_task(
-        exam.task,
-        exam.examples,
-        generator,
-        template=TEMPLATE,
-        settings=exam.settings,
-        batch_size=BATCH_SIZE,
-        run_code=True,
-    )
-    assert summary.accuracy is not None  # nothing is skipped
-    return summary.accuracy
+    return sum(answer.right for answer in answers) / len(answers)
 
 
 class Resistance(NamedTuple):
@@ -181,7 +259,8 @@ def resist(exam: Exam, generator: Generator, seed: int) -> Resistance:
         exam.rows,
         generator,
         plan,
-        template=TEMPLATE,
+        template=exam.manner.template,
+        tokenizer=exam.manner.tokenizer,
         settings=exam.settings,
     )
     drops = [(one.attack, one.drop) for one in found.attacks] + [(one.shift, one.drop) for one in found.shifts]

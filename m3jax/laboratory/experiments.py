@@ -7,11 +7,13 @@ References:
     Zhou et al., Mixup Model Merge, arXiv 2502.15434, 2025.
 """
 
+import functools
 import itertools
+import json
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,19 +21,24 @@ from typing import Any, NamedTuple
 import jax
 
 from m3jax import decoder
+from m3jax.arithmetic import threefry
 from m3jax.errors import M3Error
 from m3jax.exploration.resident import Resident, load_resident
 from m3jax.exploration.samples import Space, space_of
 from m3jax.exploration.samples import drawn as drawn_weights
-from m3jax.laboratory.examining import Exam, Pupil, examine, make_exam, resist
+from m3jax.exploration.strategies import strategy_of
+from m3jax.laboratory.examining import Exam, Pupil, answers_of, make_exam, resist, share_of
+from m3jax.laboratory.experts import texts_of
 from m3jax.laboratory.models import BASE
-from m3jax.laboratory.skills import Skill
+from m3jax.laboratory.searches import Ground, lesson_batches, plain, ways_of
+from m3jax.laboratory.skills import Manner, Skill
 from m3jax.recipe import load_recipe
 from m3jax.streaming.jobs import prepared
 from m3jax.streaming.plan import WHOLE_MODEL
 
 Group = tuple[str, ...]
 Weights = tuple[float, ...]
+GroupWeights = Mapping[str, Weights]
 
 AVERAGE, TASK_ARITHMETIC, TIES = "average", "task arithmetic", "TIES"
 METHODS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -63,6 +70,9 @@ class ExperimentSettings(NamedTuple):
         test: Examples of each skill that are reported, and as many out of distribution.
         attacked: Examples of each skill that adversaries work on, which is what takes longest.
         points: Of the curve over λ.
+        searches: Evaluations that each search for weights of layers and tensors may cost; 0 for no such search.
+        recalls: Examine merges that are the same up to rounding once: average merging and task arithmetic with
+            weights that sum to 1, and a point of the curve that is one of the grid's.
     """
 
     seeds: int = 5
@@ -74,13 +84,15 @@ class ExperimentSettings(NamedTuple):
     test: int = 96
     attacked: int = 32
     points: int = 21
+    searches: int = 0
+    recalls: bool = False
 
 
 class Experiment(NamedTuple):
     """One line of the ledger.
 
     Attributes:
-        kind: "models" (base and experts), "merge", "alpha" or "curve".
+        kind: "models" (base and experts), "merge", "alpha", "curve" or "search".
         seed: Of examples, draws and masks.
         group: The experts.
         method: Of `METHODS`.
@@ -134,6 +146,7 @@ def jobs_of(names: Sequence[str], how: ExperimentSettings) -> list[Experiment]:
             for group, method, dare in itertools.product(groups, METHODS, (False, True))
         ]
         jobs += [Experiment("alpha", seed, group, alpha=alpha) for group, alpha in itertools.product(pairs, how.alphas)]
+        jobs += [Experiment("search", seed, group, alpha=how.alpha) for group in pairs if how.searches]
     return jobs
 
 
@@ -159,24 +172,30 @@ def check_settings(how: ExperimentSettings) -> None:
         number = getattr(how, name)
         if number < least:
             raise M3Error(f"{name}: is {number}, but must be at least {least}")
+    if how.searches < 0:
+        raise M3Error(f"searches: is {how.searches}, but must be at least 0")
+    if how.searches:
+        # Whose package is then said to be missing before anything is trained.
+        strategy_of("cma", Space((WHOLE_MODEL,), 2, how.alpha, False, threefry.root_key(how.first)), how.searches)
     if how.first < 0:
         raise M3Error(f"seed: is {how.first}, but must be at least 0")
 
 
-def make_papers(skills: Sequence[Skill], how: ExperimentSettings, seed: int) -> Papers:
+def make_papers(skills: Sequence[Skill], how: ExperimentSettings, seed: int, manner: Manner | None = None) -> Papers:
     """The examinations of a seed.
 
     Args:
         skills: What is examined.
         how: How large they are.
         seed: Which.
+        manner: How models are asked; the instruction alone if None.
 
     Raises:
         M3Error: There are not as many examples.
     """
 
     def exams(split: str, count: int) -> dict[str, Exam]:
-        return {skill.name: make_exam(skill, split, count, seed) for skill in skills}
+        return {skill.name: make_exam(skill, split, count, seed, manner=manner) for skill in skills}
 
     test = exams("test", how.test)
     attacked = exams("test", min(how.attacked, how.test))
@@ -227,27 +246,102 @@ def equal_weights(job: Experiment) -> Weights:
     return (1.0 if job.method == TASK_ARITHMETIC else 1.0 / len(job.group),) * len(job.group)
 
 
+# --- What is known already ----------------------------------------------------------------------------------------
+
+
+class Known(NamedTuple):
+    """What merges scored that were examined before, by what they are up to rounding.
+
+    Attributes:
+        dev: Scores on the dev examples.
+        outcomes: What is reported.
+        note: Is given each examination, as plain data that `known_of` reads.
+    """
+
+    dev: dict[str, dict[str, float]]
+    outcomes: dict[str, dict[str, Any]]
+    note: Callable[[Mapping[str, Any]], None]
+
+    def add_dev(self, key: str, scores: dict[str, float]) -> None:
+        """Note an examination on dev examples.
+
+        Args:
+            key: Of the merge.
+            scores: By skill.
+        """
+        self.dev[key] = scores
+        self.note({"merge": key, "dev": scores})
+
+    def add_outcome(self, key: str, found: dict[str, Any]) -> None:
+        """Note what is reported of a merge, or a part of it.
+
+        Args:
+            key: Of the merge.
+            found: By measure.
+        """
+        self.outcomes[key] = {**self.outcomes.get(key, {}), **found}
+        self.note({"merge": key, "outcome": found})
+
+
+def known_of(entries: Iterable[Mapping[str, Any]], note: Callable[[Mapping[str, Any]], None]) -> Known:
+    """What was noted before.
+
+    Args:
+        entries: What was given to `note`.
+        note: Of what is to come.
+    """
+    known = Known({}, {}, note)
+    for entry in entries:
+        if "dev" in entry:
+            known.dev[entry["merge"]] = entry["dev"]
+        else:
+            known.outcomes.setdefault(entry["merge"], {}).update(entry["outcome"])
+    return known
+
+
+def _key(job: Experiment, weights: Weights | GroupWeights) -> str:
+    """What a merge is up to rounding: sums of experts whose weights sum to 1 are the same with their base."""
+    groups = weights if isinstance(weights, Mapping) else {WHOLE_MODEL: weights}
+    ratio = groups.get(WHOLE_MODEL)
+    is_mean = job.method == TASK_ARITHMETIC and ratio is not None and abs(sum(ratio) - 1) < 1e-6
+    method = AVERAGE if is_mean else job.method
+    told = [round(weight, 6) for weight in ratio] if ratio is not None else plain(groups)
+    return json.dumps([job.seed, list(job.group), method, job.dare, told])
+
+
+# --- Merges -------------------------------------------------------------------------------------------------------
+
+
 class _Bench:
     """The merges of one job, made in memory and examined, and how long both took."""
 
-    def __init__(self, lab: Laboratory, job: Experiment, papers: Papers, resident: Resident, space: Space) -> None:
+    def __init__(
+        self, lab: Laboratory, job: Experiment, papers: Papers, resident: Resident, space: Space, known: Known | None
+    ) -> None:
         self.lab, self.job, self.papers, self.resident, self.space = lab, job, papers, resident, space
+        self.known = known
         self.merging: list[float] = []
         self.examining: list[float] = []
 
-    def params(self, weights: Weights) -> Any:
+    def params(self, weights: Weights | GroupWeights) -> Any:
         """The merge with these weights, as the decoder takes it."""
+        groups = weights if isinstance(weights, Mapping) else {WHOLE_MODEL: weights}
         begun = time.perf_counter()
-        merged: Any = jax.block_until_ready(self.resident.merge({WHOLE_MODEL: weights}))  # type: ignore[no-untyped-call]
+        merged: Any = jax.block_until_ready(self.resident.merge(groups))  # type: ignore[no-untyped-call]
         self.merging.append(time.perf_counter() - begun)
         return decoder.params_from_tree(merged, self.lab.pupil.config)
 
-    def dev(self, weights: Weights) -> dict[str, float]:
+    def dev(self, weights: Weights | GroupWeights) -> dict[str, float]:
         """Scores on the dev examples."""
+        key = _key(self.job, weights)
+        if self.known is not None and key in self.known.dev:
+            return self.known.dev[key]
         generator = self.lab.pupil.generator(self.params(weights))
         begun = time.perf_counter()
-        scores = {name: examine(self.papers.dev[name], generator) for name in self.job.group}
+        scores = {name: share_of(answers_of(self.papers.dev[name], generator)) for name in self.job.group}
         self.examining.append(time.perf_counter() - begun)
+        if self.known is not None:
+            self.known.add_dev(key, scores)
         return scores
 
     def try_all(self, ratios: Sequence[Weights]) -> list[dict[str, Any]]:
@@ -264,14 +358,31 @@ class _Bench:
 
     def outcome(self, weights: Weights, resists: bool) -> dict[str, Any]:
         """What is reported of a merge, with its adversaries or without."""
-        return {"weights": list(weights), **measure(self.lab, self.params(weights), self.papers, self.job, resists)}
+        key = _key(self.job, weights)
+        there = {} if self.known is None else self.known.outcomes.get(key, {})
+        if "shifted" in there and ("resistance" in there or not resists):
+            return {**there, "weights": list(weights)}
+        found = measure(self.lab, self.params(weights), self.papers, self.job, resists)
+        if self.known is not None:
+            self.known.add_outcome(key, found)
+        return {"weights": list(weights), **found}
+
+    def test(self, weights: Weights | GroupWeights) -> dict[str, Any]:
+        """Scores on the test examples alone."""
+        key = _key(self.job, weights)
+        there = {} if self.known is None else self.known.outcomes.get(key, {})
+        if "test" in there:
+            return {"test": there["test"]}
+        generator = self.lab.pupil.generator(self.params(weights))
+        found = {"test": {name: share_of(answers_of(self.papers.test[name], generator)) for name in self.job.group}}
+        if self.known is not None:
+            self.known.add_outcome(key, found)
+        return found
 
     def seconds(self) -> dict[str, float]:
         """Typical times of one merge and of examining it; the first of each is compiled, and does not count."""
-        return {
-            "merge": statistics.median(self.merging[1:] or self.merging),
-            "examination": statistics.median(self.examining[1:] or self.examining or [0.0]),
-        }
+        spent = {"merge": self.merging, "examination": self.examining}
+        return {name: statistics.median(times[1:] or times) for name, times in spent.items() if times}
 
 
 def mean(scores: Mapping[str, float]) -> float:
@@ -294,9 +405,13 @@ def measure(lab: Laboratory, params: Any, papers: Papers, job: Experiment, resis
         resists: Whether adversaries are let loose.
     """
     generator = lab.pupil.generator(params)
+    right = {
+        split: {name: answers_of(exams[name], generator) for name in job.group}
+        for split, exams in (("test", papers.test), ("shifted", papers.shifted))
+    }
     scores: dict[str, Any] = {
-        "test": {name: examine(papers.test[name], generator) for name in job.group},
-        "shifted": {name: examine(papers.shifted[name], generator) for name in job.group},
+        **{split: {name: share_of(some) for name, some in by_skill.items()} for split, by_skill in right.items()},
+        "marks": {name: "".join("01"[one.right] for one in some) for name, some in right["test"].items()},
     }
     if resists:
         found = {name: resist(papers.attacked[name], generator, job.seed) for name in job.group}
@@ -350,9 +465,7 @@ def _merge(bench: _Bench) -> dict[str, Any]:
 def _alpha(bench: _Bench) -> dict[str, Any]:
     drawn = bench.try_all(bench.draws())
     chosen = best(drawn)
-    generator = bench.lab.pupil.generator(bench.params(chosen))
-    test = {name: examine(bench.papers.test[name], generator) for name in bench.job.group}
-    return {"arms": {M3: {"weights": list(chosen), "test": test}}, "trials": {M3: drawn}}
+    return {"arms": {M3: {"weights": list(chosen), **bench.test(chosen)}}, "trials": {M3: drawn}}
 
 
 def _curve(bench: _Bench) -> dict[str, Any]:
@@ -361,22 +474,57 @@ def _curve(bench: _Bench) -> dict[str, Any]:
     return {"curve": bench.try_all([(ratio, 1 - ratio) for ratio in ratios])}
 
 
-def _models(lab: Laboratory, papers: Papers, job: Experiment) -> dict[str, Any]:
-    config = lab.pupil.config
+def _search(bench: _Bench) -> dict[str, Any]:
+    """Weights of layers and of tensors, by every way of looking for them, beside one ratio."""
+    pupil, group = bench.lab.pupil, bench.job.group
+    lessons = [texts_of(pupil.tokenizer, pupil.config, bench.papers.dev[name].lessons) for name in group]
+    ground = Ground(
+        bench.resident,
+        bench.space,
+        bench.dev,
+        functools.partial(fixed_ratios, len(group)),
+        lesson_batches(lessons),
+        pupil.config,
+        bench.lab.how.searches,
+    )
+    found = {name: look() for name, look in ways_of(ground).items()}
     return {
-        "models": {
-            name: measure(lab, decoder.load_params(place, config), papers, job) for name, place in lab.places.items()
+        "searches": {
+            name: {**one._asdict(), "weights": plain(one.weights), **bench.test(one.weights)}
+            for name, one in found.items()
         }
     }
 
 
-def do(lab: Laboratory, job: Experiment, papers: Papers) -> dict[str, Any]:
+_SAMPLES = 2  # answers of each model to each skill's first test examples that the ledger keeps
+
+
+def _models(lab: Laboratory, papers: Papers, job: Experiment) -> dict[str, Any]:
+    config, found = lab.pupil.config, {}
+    for name, place in lab.places.items():
+        params = decoder.load_params(place, config)
+        found[name] = measure(lab, params, papers, job)
+        generator = lab.pupil.generator(params)
+        exams = [papers.test[skill] for skill in job.group]
+        few = [exam._replace(examples=exam.examples[:_SAMPLES], lessons=exam.lessons[:_SAMPLES]) for exam in exams]
+        found[name]["samples"] = {
+            exam.skill: [
+                [example.instruction, example.gold, answer.text]
+                for example, answer in zip(exam.examples, answers_of(exam, generator), strict=True)
+            ]
+            for exam in few
+        }
+    return {"models": found}
+
+
+def do(lab: Laboratory, job: Experiment, papers: Papers, known: Known | None = None) -> dict[str, Any]:
     """One line of the ledger.
 
     Args:
         lab: The laboratory.
         job: What is to be done.
         papers: The examinations of the job's seed.
+        known: What was examined before and is not examined again; what is examined here is added.
     """
     begun = time.perf_counter()
     told = {"job": job.name, **job._asdict(), "group": list(job.group)}
@@ -384,6 +532,6 @@ def do(lab: Laboratory, job: Experiment, papers: Papers) -> dict[str, Any]:
         return {**told, **_models(lab, papers, job), "seconds": {"job": time.perf_counter() - begun}}
     recipe = load_recipe(recipe_of(job, lab.places))
     with prepared(recipe, lab.work / "merge") as ready:
-        bench = _Bench(lab, job, papers, load_resident(ready, job.seed), space_of(recipe, ready.plan))
-    done = {"merge": _merge, "alpha": _alpha, "curve": _curve}[job.kind](bench)
+        bench = _Bench(lab, job, papers, load_resident(ready, job.seed), space_of(recipe, ready.plan), known)
+    done = {"merge": _merge, "alpha": _alpha, "curve": _curve, "search": _search}[job.kind](bench)
     return {**told, **done, "seconds": {**bench.seconds(), "job": time.perf_counter() - begun}}

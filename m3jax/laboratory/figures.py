@@ -4,7 +4,7 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -92,6 +92,30 @@ def write_whole(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
         raise M3Error(f"cannot write {path}: {error.strerror}; give another directory") from error
+
+
+# --- Fine-tuning --------------------------------------------------------------------------------------------------
+
+
+def save_losses(tuning: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Draws the loss of every expert's training over its steps.
+
+    Args:
+        tuning: Of each expert "losses", one a step.
+        path: The PNG file.
+
+    Raises:
+        M3Error: It cannot be written.
+    """
+    figure, (axes,) = make_figure(1)
+    for number, (name, one) in enumerate(tuning.items()):
+        losses, width = one["losses"], max(len(one["losses"]) // 40, 1)
+        means = [mean(losses[max(place - width, 0) : place + width + 1]) for place in range(len(losses))]
+        axes.plot(range(1, len(losses) + 1), means, color=_SKILLS[number % len(_SKILLS)], label=name)
+    axes.set_xlabel("step", color=INK)
+    axes.set_ylabel("cross-entropy of answers", color=INK)
+    axes.set_ylim(bottom=0)
+    finish_figure(figure, [axes], path)
 
 
 # --- Over λ -------------------------------------------------------------------------------------------------------

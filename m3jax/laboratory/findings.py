@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from m3jax.errors import M3Error
@@ -16,6 +17,16 @@ from m3jax.laboratory.experiments import (
     Experiment,
     ExperimentSettings,
     jobs_of,
+)
+from m3jax.laboratory.gains import (
+    Curve,
+    Expectation,
+    Paired,
+    Search,
+    curves_of,
+    expectations_of,
+    paired_of,
+    searches_of,
 )
 from m3jax.laboratory.models import BASE
 from m3jax.laboratory.outcomes import (
@@ -39,7 +50,7 @@ from m3jax.laboratory.outcomes import (
     shapes_of,
 )
 
-_KINDS = ("models", "merge", "alpha", "curve")
+_KINDS = ("models", "merge", "alpha", "curve", "search")
 _ARMS = (EQUAL, TUNED, DRAW, M3)
 
 
@@ -109,6 +120,11 @@ class LaboratoryFindings(NamedTuple):
         cost: What it cost.
         coinciding: Choices that average merging and task arithmetic both made, and those that scored the same.
         claims: What follows.
+        curves: What the curves over λ are like.
+        expectations: What draws let expect on them.
+        searches: What weights of layers and tensors gave.
+        paired: Differences between arms, example by example.
+        samples: Of each model, by skill: what was asked, what is right, and what it said.
     """
 
     about: Mapping[str, Any]
@@ -125,6 +141,11 @@ class LaboratoryFindings(NamedTuple):
     cost: Cost
     coinciding: tuple[int, int]
     claims: tuple[Claim, ...]
+    curves: tuple[Curve, ...] = ()
+    expectations: tuple[Expectation, ...] = ()
+    searches: tuple[Search, ...] = ()
+    paired: tuple[Paired, ...] = ()
+    samples: Mapping[str, Mapping[str, Sequence[Sequence[str]]]] = MappingProxyType({})
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain data for JSON."""
@@ -172,6 +193,11 @@ def find(lines: Iterable[Line], about: Mapping[str, Any]) -> LaboratoryFindings:
         cost=_cost(there),
         coinciding=_coinciding(found),
         claims=claims_of(there),
+        curves=tuple(curves_of(there)),
+        expectations=tuple(expectations_of(there)),
+        searches=tuple(searches_of(there)),
+        paired=tuple(paired_of(there)),
+        samples=_samples(there),
     )
 
 
@@ -225,6 +251,12 @@ def _surpassed(
         yield Surpassed(other, len(gains), above, sum(surely) if surely else None)
 
 
+def _samples(lines: Sequence[Line]) -> dict[str, Any]:
+    """Those of the first seed."""
+    models: dict[str, Any] = next((line["models"] for line in distinct(lines, "models")), {})
+    return {model: result["samples"] for model, result in models.items() if "samples" in result}
+
+
 def _adversaries(lines: Sequence[Line]) -> dict[str, str]:
     return {
         skill: one["adversary"]
@@ -244,7 +276,7 @@ def _missing(lines: Sequence[Line], about: Mapping[str, Any]) -> Iterator[str]:
         elif job.kind in ("merge", "alpha"):
             arms = line.get("arms", {})
             yield from (f"{job.name}: arm {arm}" for arm in _arms(job) if arm not in arms)
-        elif not line.get(job.kind):
+        elif not line.get("searches" if job.kind == "search" else job.kind):
             yield f"{job.name}: its scores"
 
 

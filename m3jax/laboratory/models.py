@@ -16,7 +16,7 @@ from m3jax import decoder
 from m3jax.decoder import DecoderConfig
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.evaluation.records import write_whole
-from m3jax.laboratory.skills import Skill
+from m3jax.laboratory.skills import Manner, Skill
 from m3jax.laboratory.training import Course, Size, Text, encode, make_config, make_tokenizer, train
 from m3jax.progress import Progress, Tell, Watch
 
@@ -64,23 +64,17 @@ def make_models(
     """
     places = {name: directory / name for name in (BASE, *(skill.name for skill in skills))}
     taught = {skill.name: skill.identity() for skill in skills}
-    _take(directory, {"skills": taught, **json.loads(json.dumps(how._asdict()))})
-    if all(map(_is_whole, places.values())):
+    take_place(directory, {"skills": taught, **json.loads(json.dumps(how._asdict()))})
+    if all(map(is_whole, places.values())):
         return places
-    lessons = {skill.name: skill.lessons(skill.rows("train", how.lessons, how.seed)) for skill in skills}
-    needed = min(how.lessons, _FEWEST)
-    for name, some in lessons.items():
-        if len(some) < needed:
-            raise M3Error(
-                f"{name}: has {len(some)} lessons that are not held out, but {needed:,} are needed: give more"
-            )
+    lessons = {skill.name: lessons_of(skill, how.lessons, how.seed) for skill in skills}
     tokenizer = make_tokenizer([p + a for all_ in lessons.values() for p, a in all_[:_PRIMER]], how.size.vocabulary)
     texts = {name: encode(tokenizer, all_) for name, all_ in lessons.items()}
     entries = make_config(how.size._replace(vocabulary=len(tokenizer)))
     config = DecoderConfig.from_dict(entries)
 
     def teach(name: str, start: Any, about: list[Any], course: Course) -> Any:
-        if not _is_whole(places[name]):
+        if not is_whole(places[name]):
             tell(f"training {name}: {course.steps} steps of {course.batch} texts")
             begun = time.perf_counter()
             learned = train(start, config, about, course._replace(seed=how.seed), tell, _steps(name, watch))
@@ -106,12 +100,41 @@ def _steps(name: str, watch: Watch | None) -> Callable[[int, int], None] | None:
     return None if watch is None else lambda done, total: watch(Progress(f"training {name}", done, total, "step"))
 
 
+def lessons_of(skill: Skill, count: int, seed: int, manner: Manner | None = None) -> list[tuple[str, str]]:
+    """Lessons of a skill.
+
+    Args:
+        skill: The skill.
+        count: How many, at most.
+        seed: Which.
+        manner: How models are asked.
+
+    Raises:
+        M3Error: There are too few that are not held out.
+    """
+    lessons = skill.lessons(skill.rows("train", count, seed), manner)
+    needed = min(count, _FEWEST)
+    if len(lessons) < needed:
+        raise M3Error(
+            f"{skill.name}: has {len(lessons)} lessons that are not held out, but {needed:,} are needed: give more"
+        )
+    return lessons
+
+
 def _part(texts: Sequence[Text], share: float) -> Sequence[Text]:
     return texts[: math.ceil(share * len(texts))]
 
 
-def _take(directory: Path, made: Mapping[str, Any]) -> None:
-    """Notes how models are made, and refuses a directory whose models were made otherwise."""
+def take_place(directory: Path, made: Mapping[str, Any]) -> None:
+    """Notes how models are made.
+
+    Args:
+        directory: Of the models; made if it is not there.
+        made: How, as plain data.
+
+    Raises:
+        M3Error: Its models were made otherwise, or it holds something else.
+    """
     note = directory / "curriculum.json"
     with saying_what_failed(directory):
         directory.mkdir(parents=True, exist_ok=True)
@@ -124,7 +147,12 @@ def _take(directory: Path, made: Mapping[str, Any]) -> None:
             write_whole(note, text)
 
 
-def _is_whole(place: Path) -> bool:
+def is_whole(place: Path) -> bool:
+    """Whether a model is there, which appears whole.
+
+    Args:
+        place: Its directory.
+    """
     return (place / "config.json").is_file()
 
 
@@ -149,14 +177,37 @@ def save_model(
     Raises:
         M3Error: It cannot be written.
     """
+    told = {"generation_config.json": {"eos_token_id": entries["eos_token_id"]}, **notes}
+    save_tensors(place, stored(params, config), entries, tokenizer, told)
+
+
+def save_tensors(
+    place: Path,
+    tensors: Mapping[str, np.ndarray],
+    entries: Mapping[str, Any],
+    tokenizer: Any,
+    notes: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Writes a model directory from tensors under Hugging Face's names; it appears whole.
+
+    Args:
+        place: The directory.
+        tensors: The weights.
+        entries: The content of config.json.
+        tokenizer: A transformers tokenizer.
+        notes: Further JSON files, by name.
+
+    Raises:
+        M3Error: It cannot be written.
+    """
     partial = place.with_name(f"{place.name}.partial")
-    told = {"config.json": entries, "generation_config.json": {"eos_token_id": entries["eos_token_id"]}, **notes}
     shutil.rmtree(partial, ignore_errors=True)
     with saying_what_failed(place):
         partial.mkdir(parents=True)
         tokenizer.save_pretrained(partial)
-        (partial / "model.safetensors").write_bytes(save(stored(params, config), metadata={"format": "pt"}))
-        for name, content in told.items():
+        whole = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+        (partial / "model.safetensors").write_bytes(save(whole, metadata={"format": "pt"}))
+        for name, content in {"config.json": entries, **notes}.items():
             (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         partial.rename(place)
 
@@ -183,4 +234,4 @@ def stored(params: Any, config: DecoderConfig) -> dict[str, np.ndarray]:
             tensors[f"{at}.mlp.{part}_proj.weight"] = feed[part]["weight"]
         tensors[f"{at}.input_layernorm.weight"] = block["attention_norm"]["weight"]
         tensors[f"{at}.post_attention_layernorm.weight"] = block["feed_forward_norm"]["weight"]
-    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    return {name: np.asarray(tensor) for name, tensor in tensors.items()}

@@ -12,15 +12,18 @@ from m3jax.evaluation.records import make_directory, write_whole
 from m3jax.laboratory import figures
 from m3jax.laboratory.claims import SPREAD
 from m3jax.laboratory.conclusions import claim_lines, verdict_text
+from m3jax.laboratory.details import expectation_lines, paired_lines, sample_lines, search_lines, tuning_lines
 from m3jax.laboratory.experiments import DRAW, EQUAL, M3, METHODS, TUNED
 from m3jax.laboratory.findings import Alone, LaboratoryFindings, find
+from m3jax.laboratory.markdown import table
 from m3jax.laboratory.outcomes import SHARES, Group, Line, SeedMean
 from m3jax.text import count_text, time_text
 
 PICTURES: Mapping[str, Callable[[Sequence[Line], Path], bool]] = MappingProxyType(
     {"curves.png": figures.save_curves, "robustness.png": figures.save_bars, "alphas.png": figures.save_alphas}
 )
-FILES = ("report.md", "report.json", *PICTURES)
+LOSSES = "losses.png"
+FILES = ("report.md", "report.json", *PICTURES, LOSSES)
 
 _ARMS = {EQUAL: "equal weights", TUNED: "best of a grid", DRAW: "one draw", M3: "best of M³'s draws"}
 _TABLES = {
@@ -59,6 +62,9 @@ def write_report(
         raise M3Error(f"{directory / there[0]} is already there: give another directory")
     make_directory(directory)
     drawn = [name for name, save in PICTURES.items() if save(ledger, directory / name)]
+    if found.about.get("tuning"):
+        figures.save_losses(found.about["tuning"], directory / LOSSES)
+        drawn.append(LOSSES)
     for name in PICTURES.keys() - set(drawn):
         (directory / name).unlink(missing_ok=True)  # of an earlier report
     write_whole(directory / "report.json", json.dumps(found.to_json(), indent=2, ensure_ascii=False) + "\n")
@@ -72,7 +78,8 @@ def report_lines(found: LaboratoryFindings, pictures: Sequence[str] = ()) -> Ite
         found: What is reported.
         pictures: The files that were drawn.
     """
-    yield from ("# Mixup Model Merge (M³) measured on small models", "")
+    base = found.about.get("base")
+    yield from (f"# Mixup Model Merge (M³) measured on {f'experts of {base}' if base else 'small models'}", "")
     yield from table(
         ["claim of the paper", "verdict"], ([f"{c.number}. {c.text}", verdict_text(c)] for c in found.claims)
     )
@@ -81,11 +88,22 @@ def report_lines(found: LaboratoryFindings, pictures: Sequence[str] = ()) -> Ite
     yield from _missing_lines(found.missing)
     yield from ("", "## Base and experts", "")
     yield from _model_lines(found)
+    if found.about.get("tuning"):
+        yield from ("", "## Fine-tuning", "", *tuning_lines(found.about["tuning"]))
+        yield from ("", f"![losses over steps]({LOSSES})") if LOSSES in pictures else ()
+    if found.samples:
+        yield from ("", "## Answers", "", *sample_lines(found.samples))
     for measure in _TABLES:
         yield from ("", f"## {_TABLES[measure]}", "")
         yield from _cell_lines(found, measure)
     yield from ("", "## The shape of Beta", "")
     yield from _shape_lines(found)
+    if found.expectations and found.about.get("base"):
+        yield from ("", "## What the curve lets expect", "", *expectation_lines(found.curves, found.expectations))
+    if found.searches:
+        yield from ("", "## Weights of layers and tensors", "", *search_lines(found.searches, found.cost.examination))
+    if found.paired:
+        yield from ("", "## How many examples decide", "", *paired_lines(found.paired))
     yield from ("", "## Cost", "")
     yield from _cost_lines(found)
     yield from ("", "## Pictures", "")
@@ -94,23 +112,6 @@ def report_lines(found: LaboratoryFindings, pictures: Sequence[str] = ()) -> Ite
         yield from (told, "")
     yield from ("## What follows for the paper's claims", "")
     yield from claim_lines(found)
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """A Markdown table.
-
-    Args:
-        header: Of its columns.
-        rows: Their cells.
-    """
-    yield _row(header)
-    yield "|" + "---|" * len(header)
-    for row in rows:
-        yield _row(row)
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '/').replace(chr(10), ' ') for cell in cells)} |"
 
 
 # --- How it was made ----------------------------------------------------------------------------------------------

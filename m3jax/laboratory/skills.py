@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from m3jax.errors import M3Error
 from m3jax.evaluation import get_task, load_rows, render
 from m3jax.evaluation.data import Row
+from m3jax.evaluation.prompts import CHAT
 from m3jax.evaluation.records import digest
 
 SPLITS = ("train", "dev", "test", "shifted")
@@ -28,6 +29,34 @@ SPLITS = ("train", "dev", "test", "shifted")
 
 TEMPLATE = "none"
 _TEST_SHARES = {"dev": 8, "test": 9}  # tenths of all texts; the others are lessons
+
+
+class Manner(NamedTuple):
+    """How models are asked.
+
+    Attributes:
+        template: Of the prompts.
+        tokenizer: Of transformers, for the template that is the model's own.
+    """
+
+    template: str = TEMPLATE
+    tokenizer: Any = None
+
+    def prompt(self, instruction: str) -> str:
+        """What is put to the model.
+
+        Args:
+            instruction: Of an example.
+        """
+        return render(self.template, instruction, self.tokenizer)
+
+    def answer(self, lesson: str) -> str:
+        """What the model is to learn to say: in a turn of its own, without the space that parts it from a prompt.
+
+        Args:
+            lesson: As it continues a prompt.
+        """
+        return lesson.strip() if self.template == CHAT else lesson
 
 
 class Skill(NamedTuple):
@@ -64,15 +93,17 @@ class Skill(NamedTuple):
             told.append(self.lessons(self.primer(50, 0)))
         return digest([self.name, self.task, self.max_tokens, self.shift, self.seen, self.data, told])
 
-    def lessons(self, rows: Sequence[Row]) -> list[tuple[str, str]]:
+    def lessons(self, rows: Sequence[Row], manner: Manner | None = None) -> list[tuple[str, str]]:
         """Prompts, as evaluation shows them, with their answers.
 
         Args:
             rows: Of the task's data files.
+            manner: How models are asked; the instruction alone if None.
         """
+        manner = manner or Manner()
         examples = get_task(self.task).read(rows)
         return [
-            (render(TEMPLATE, example.instruction), self.lesson(row))
+            (manner.prompt(example.instruction), manner.answer(self.lesson(row)))
             for example, row in zip(examples, rows, strict=True)
         ]
 
@@ -265,6 +296,21 @@ def word_problems(largest: int = 20, primed: bool = False) -> Skill:
         primer=_primer(functools.partial(_word_problem, largest=largest, careless=True), "question")
         if primed
         else None,
+    )
+
+
+_BRIEFLY = "Solve the problem. Answer with the number alone."
+
+
+def brief_word_problems() -> Skill:
+    """The same problems, asked for and answered by the number alone, which is a few tokens."""
+
+    def rows(split: str, count: int, seed: int) -> list[Row]:
+        found = _compose(_word_problem, "question", split, count, seed)
+        return [{**row, "question": f"{_BRIEFLY}\n{row['question']}"} for row in found]
+
+    return word_problems()._replace(
+        max_tokens=6, rows=rows, lesson=lambda row: "\n" + str(row["answer"]).rpartition("####")[2].strip()
     )
 
 

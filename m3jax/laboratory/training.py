@@ -149,19 +149,20 @@ class LessonBatch(NamedTuple):
     prompts: npt.NDArray[np.int32]
 
 
-def batches(texts: Sequence[Text], course: Course) -> Iterator[LessonBatch]:
+def batches(texts: Sequence[Text], course: Course, lengths: Sequence[int] = _LENGTHS) -> Iterator[LessonBatch]:
     """Batches of like length in random order, as many as the course has steps.
 
     Args:
         texts: What they are taken from, as often as need be.
         course: How many and how large.
+        lengths: To which texts are padded; none is longer.
     """
     chance = np.random.default_rng(course.seed)
     left = course.steps
     while left:
         groups: dict[int, list[int]] = {}
         for index in chance.permutation(len(texts)).tolist():
-            groups.setdefault(_padded(len(texts[index].tokens)), []).append(index)
+            groups.setdefault(_padded(len(texts[index].tokens), lengths), []).append(index)
         made = [
             (length, group[start : start + course.batch])
             for length, group in groups.items()
@@ -171,15 +172,21 @@ def batches(texts: Sequence[Text], course: Course) -> Iterator[LessonBatch]:
             length, members = made[place]
             missing = course.batch - len(members)  # the last batch of a length takes some of its texts twice
             chosen = [texts[i] for i in [*members, *chance.choice(groups[length], missing).tolist()]]
-            yield _batch(chosen, length)
+            yield lesson_batch(chosen, length)
         left -= min(left, len(made))
 
 
-def _padded(length: int) -> int:
-    return next(limit for limit in _LENGTHS if length <= limit)
+def _padded(length: int, lengths: Sequence[int]) -> int:
+    return next(limit for limit in lengths if length <= limit)
 
 
-def _batch(texts: Sequence[Text], length: int) -> LessonBatch:
+def lesson_batch(texts: Sequence[Text], length: int) -> LessonBatch:
+    """Texts as one batch.
+
+    Args:
+        texts: None longer than `length`.
+        length: To which they are padded.
+    """
     tokens = np.zeros((len(texts), length), np.int32)
     for row, text in enumerate(texts):
         tokens[row, : len(text.tokens)] = text.tokens
@@ -216,7 +223,7 @@ def cross_entropy(
 
 
 # AdamW but for the rate, which is a run-time number so that one program serves all courses.
-_OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.add_decayed_weights(0.01))
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.add_decayed_weights(0.01))
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnums=(0, 1))
@@ -233,7 +240,7 @@ def _step(
 ) -> tuple[Any, Any, Float[Array, ""]]:
     loss, slopes = jax.value_and_grad(functools.partial(cross_entropy, config=config))(params, *batch, whole)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-        updates, state = _OPTIMIZER.update(slopes, state, params)
+        updates, state = OPTIMIZER.update(slopes, state, params)
     moved = jax.tree.map(lambda p, u, s: p - rate * (u + pull * (p - s)), params, updates, start)
     return moved, state, loss
 
@@ -258,7 +265,7 @@ def train(
     """
     rates = optax.warmup_cosine_decay_schedule(0.0, course.rate, min(100, course.steps // 10), course.steps)
     start, params = params, jax.tree.map(jnp.copy, params)
-    state: Any = _OPTIMIZER.init(params)
+    state: Any = OPTIMIZER.init(params)
     pull = jnp.float32(course.pull)
     begun, total, said = time.perf_counter(), 0.0, 0
     for number, batch in enumerate(batches(texts, course), 1):
