@@ -222,7 +222,7 @@ def answers_of(exam: Exam, generator: Generator) -> list[Answered]:
     return [Answered(text, bool(one.correct)) for text, one in zip(texts, judged, strict=True)]
 
 
-def share_of(answers: Sequence[Answer]) -> float:
+def share_of(answers: Sequence[Answered]) -> float:
     """The share of examples that are done right.
 
     Args:
