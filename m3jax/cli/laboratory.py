@@ -27,6 +27,7 @@ from m3jax.laboratory.experts import Apprenticeship
 from m3jax.laboratory.skills import Skill, brief_word_problems, programs, sentiment, word_problems
 
 _WITH_BASE = [name for name, setting in SETTINGS.items() if setting.needs_base]
+_TUNING = ("rank", "parts", "dtype")
 
 
 def _skills(setting: str) -> list[Skill]:
@@ -48,6 +49,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--setting", choices=SETTINGS, default="laptop")
     parser.add_argument("--base", help="a model to fine-tune, with a setting that begins with pretrained")
     parser.add_argument("--rank", type=int, help="fine-tune low-rank factors of this rank in place of all parameters")
+    parser.add_argument("--parts", type=int, help="cut each of its batches into so many, which takes less memory")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of its arithmetic; parameters are float32")
     parser.add_argument("--seed", type=int, default=0, help="of training, and the first of the experiments' seeds")
     parser.add_argument("--seeds", type=int, help="how many there are")
     parser.add_argument("--samples", type=int, help="evaluations that a choice of ratio may cost")
@@ -69,8 +72,11 @@ def main() -> None:
         samples=experiments.samples if arguments.samples is None else arguments.samples,
     )
     curriculum = curriculum._replace(seed=arguments.seed)
-    if isinstance(curriculum, Apprenticeship) and arguments.rank is not None:
-        curriculum = curriculum._replace(tuning=curriculum.tuning._replace(rank=arguments.rank))
+    tuning = {name: value for name in _TUNING if (value := getattr(arguments, name)) is not None}
+    if isinstance(curriculum, Apprenticeship):
+        curriculum = curriculum._replace(tuning=curriculum.tuning._replace(**tuning))
+    elif tuning:
+        raise M3Error(f"--{next(iter(tuning))} is of fine-tuning: it goes with {' and '.join(_WITH_BASE)}")
     setting = Setting(curriculum, experiments)
     if setting.needs_base != (arguments.base is not None):
         wanted = "needs --base DIR, the model to fine-tune" if setting.needs_base else "trains its own base"

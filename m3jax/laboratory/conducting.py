@@ -3,7 +3,8 @@
 import os
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
@@ -42,6 +43,8 @@ from m3jax.text import count_text, time_text
 
 LEDGER, EXAMINATIONS = "experiments.jsonl", "examinations.jsonl"
 """Finished experiments; and where merges are examined once, each examination, so that a kill costs no more than one."""
+
+_BETWEEN_REPORTS = 300.0  # seconds
 
 
 class Setting(NamedTuple):
@@ -171,7 +174,6 @@ def conduct(
         if lab.how.recalls:
             notes = Ledger(directory / EXAMINATIONS, identity, "experiment", "with --out DIR")
             known = known_of(stack.enter_context(notes).entries, notes.add)
-        _do_all(lab, skills, ledger, known, tell)
         about = {
             "command": command,
             "settings": setting.experiments._asdict(),
@@ -179,14 +181,27 @@ def conduct(
             **({"base": _name_of(base)} if base is not None else {}),
             **_tuning(lab.places),
             "machine": _machine(),
-            "seconds": sum(line["seconds"]["job"] for line in ledger.entries),
             "held_out": "; ".join(f"{skill.name}: {skill.apart}, shifted: {skill.shift}" for skill in skills),
         }
-        write_report(ledger.entries, directory / "report", about)
+
+        def report() -> None:
+            seconds = sum(line["seconds"]["job"] for line in ledger.entries)
+            write_report(ledger.entries, directory / "report", {**about, "seconds": seconds})
+
+        _do_all(lab, skills, ledger, known, tell, report)
+        report()
     return directory / "report"
 
 
-def _do_all(lab: Laboratory, skills: Sequence[Skill], ledger: Ledger, known: Known | None, tell: Tell) -> None:
+def _do_all(
+    lab: Laboratory,
+    skills: Sequence[Skill],
+    ledger: Ledger,
+    known: Known | None,
+    tell: Tell,
+    report: Callable[[], None],
+) -> None:
+    """Does what is not done; every few minutes, a report tells what is there."""
     jobs = jobs_of([skill.name for skill in skills], lab.how)
     done = {line["job"] for line in ledger.entries}
     left = [job for job in jobs if job.name not in done]
@@ -194,6 +209,7 @@ def _do_all(lab: Laboratory, skills: Sequence[Skill], ledger: Ledger, known: Kno
     spent: dict[tuple[str, int], list[float]] = {}
     for line in ledger.entries:
         spent.setdefault((line["kind"], len(line["group"])), []).append(line["seconds"]["job"])
+    told = time.monotonic()
     for number, job in enumerate(left):
         if number == 0 or job.seed != left[number - 1].seed:
             papers = make_papers(skills, lab.how, job.seed, lab.pupil.manner)
@@ -202,6 +218,9 @@ def _do_all(lab: Laboratory, skills: Sequence[Skill], ledger: Ledger, known: Kno
         spent.setdefault((job.kind, len(job.group)), []).append(line["seconds"]["job"])
         rest = _time_left(left[number + 1 :], spent)
         tell(f"{len(jobs) - len(left) + number + 1} of {len(jobs)}: {job.name}; about {time_text(rest)} left")
+        if time.monotonic() - told > _BETWEEN_REPORTS:
+            report()
+            told = time.monotonic()
 
 
 def _time_left(jobs: Sequence[Experiment], spent: Mapping[tuple[str, int], Sequence[float]]) -> float:

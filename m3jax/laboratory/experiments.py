@@ -130,23 +130,26 @@ def groups_of(names: Sequence[str]) -> list[Group]:
 
 
 def jobs_of(names: Sequence[str], how: ExperimentSettings) -> list[Experiment]:
-    """All that is to be done, one seed after the other.
+    """All that is to be done: what most is to be known of first, each kind one seed after the other.
 
     Args:
         names: The experts.
         how: How much.
     """
-    groups = groups_of(names)
+    groups, seeds = groups_of(names), range(how.first, how.first + how.seeds)
     pairs = [group for group in groups if len(group) == 2]
-    jobs = [Experiment("curve", how.first, group, alpha=how.alpha) for group in pairs]
-    for seed in range(how.first, how.first + how.seeds):
-        jobs.append(Experiment("models", seed, tuple(names)))
-        jobs += [
-            Experiment("merge", seed, group, method, dare, how.alpha)
-            for group, method, dare in itertools.product(groups, METHODS, (False, True))
-        ]
-        jobs += [Experiment("alpha", seed, group, alpha=alpha) for group, alpha in itertools.product(pairs, how.alphas)]
-        jobs += [Experiment("search", seed, group, alpha=how.alpha) for group in pairs if how.searches]
+    jobs = [Experiment("models", seed, tuple(names)) for seed in seeds]
+    jobs += [Experiment("curve", how.first, group, alpha=how.alpha) for group in pairs]
+    jobs += [
+        Experiment("merge", seed, group, method, dare, how.alpha)
+        for seed, group, method, dare in itertools.product(seeds, groups, METHODS, (False, True))
+    ]
+    if how.searches:
+        jobs += [Experiment("search", seed, group, alpha=how.alpha) for seed in seeds for group in pairs]
+    jobs += [
+        Experiment("alpha", seed, group, alpha=alpha)
+        for seed, group, alpha in itertools.product(seeds, pairs, how.alphas)
+    ]
     return jobs
 
 
@@ -499,22 +502,31 @@ def _search(bench: _Bench) -> dict[str, Any]:
 _SAMPLES = 2  # answers of each model to each skill's first test examples that the ledger keeps
 
 
-def _models(lab: Laboratory, papers: Papers, job: Experiment) -> dict[str, Any]:
-    config, found = lab.pupil.config, {}
+def _models(lab: Laboratory, papers: Papers, job: Experiment, known: Known | None) -> dict[str, Any]:
+    """What base and experts score, alone."""
+    found = {}
     for name, place in lab.places.items():
-        params = decoder.load_params(place, config)
-        found[name] = measure(lab, params, papers, job)
-        generator = lab.pupil.generator(params)
-        exams = [papers.test[skill] for skill in job.group]
-        few = [exam._replace(examples=exam.examples[:_SAMPLES], lessons=exam.lessons[:_SAMPLES]) for exam in exams]
-        found[name]["samples"] = {
-            exam.skill: [
-                [example.instruction, example.gold, answer.text]
-                for example, answer in zip(exam.examples, answers_of(exam, generator), strict=True)
-            ]
-            for exam in few
-        }
+        key = json.dumps([job.seed, name])
+        there = {} if known is None else known.outcomes.get(key, {})
+        found[name] = there or _alone(lab, papers, job, place)
+        if known is not None and not there:
+            known.add_outcome(key, found[name])
     return {"models": found}
+
+
+def _alone(lab: Laboratory, papers: Papers, job: Experiment, place: Path) -> dict[str, Any]:
+    params = decoder.load_params(place, lab.pupil.config)
+    generator = lab.pupil.generator(params)
+    exams = [papers.test[skill] for skill in job.group]
+    few = [exam._replace(examples=exam.examples[:_SAMPLES], lessons=exam.lessons[:_SAMPLES]) for exam in exams]
+    samples = {
+        exam.skill: [
+            [example.instruction, example.gold, answer.text]
+            for example, answer in zip(exam.examples, answers_of(exam, generator), strict=True)
+        ]
+        for exam in few
+    }
+    return {**measure(lab, params, papers, job), "samples": samples}
 
 
 def do(lab: Laboratory, job: Experiment, papers: Papers, known: Known | None = None) -> dict[str, Any]:
@@ -529,7 +541,7 @@ def do(lab: Laboratory, job: Experiment, papers: Papers, known: Known | None = N
     begun = time.perf_counter()
     told = {"job": job.name, **job._asdict(), "group": list(job.group)}
     if job.kind == "models":
-        return {**told, **_models(lab, papers, job), "seconds": {"job": time.perf_counter() - begun}}
+        return {**told, **_models(lab, papers, job, known), "seconds": {"job": time.perf_counter() - begun}}
     recipe = load_recipe(recipe_of(job, lab.places))
     with prepared(recipe, lab.work / "merge") as ready:
         bench = _Bench(lab, job, papers, load_resident(ready, job.seed), space_of(recipe, ready.plan), known)

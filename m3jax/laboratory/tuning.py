@@ -130,7 +130,7 @@ def tune(
     shared = common_prefix([text.tokens[: text.prompt] for text in texts])
     own = [Text(text.tokens[len(shared) :], text.prompt - len(shared)) for text in texts]
     most = max(len(text.tokens) - text.prompt for text in own)
-    step = _step_of(config, how, most, mesh)
+    step = _step_of(config, how.parts, how.rank > 0, how.dtype, most, mesh)
     learned: Any = {name: jnp.copy(x) for name, x in arrays.items()} if not how.rank else _factors(arrays, how)
     state = _State(learned, OPTIMIZER.init(learned))
     identity = digest([told(how), [list(text) for text in texts], sorted(arrays)])
@@ -196,24 +196,25 @@ def answer_losses(
     return jnp.sum(losses, where=counted)
 
 
-def _step_of(config: DecoderConfig, how: Tuning, most: int, mesh: Mesh | None) -> Any:
-    """One step of training as a program."""
+@functools.lru_cache(maxsize=4)
+def _step_of(config: DecoderConfig, parts: int, factored: bool, dtype: str, most: int, mesh: Mesh | None) -> Any:
+    """One step of training as a program, which trainings of like lessons share."""
 
     def loss_of(learned: Any, frozen: Any, prefix: Prefix, batch: LessonBatch) -> Array:
-        arrays = _with_factors(frozen, learned) if how.rank else learned
-        return answer_losses(arrays, prefix, batch, config=config, most=most, dtype=how.dtype, mesh=mesh)
+        arrays = _with_factors(frozen, learned) if factored else learned
+        return answer_losses(arrays, prefix, batch, config=config, most=most, dtype=dtype, mesh=mesh)
 
     def slopes_of(learned: Any, frozen: Any, prefix: Prefix, batch: LessonBatch) -> tuple[Array, Any]:
-        if how.parts == 1:
+        if parts == 1:
             return jax.value_and_grad(loss_of)(learned, frozen, prefix, batch)
-        # Every so many-th row, so that on a mesh each part lies on all devices.
-        parts = jax.tree.map(lambda x: x.reshape(-1, how.parts, *x.shape[1:]).swapaxes(0, 1), batch)
+        # Every so many-th row, so that on a mesh each piece lies on all devices.
+        pieces = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
-        def add(sums: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss_of)(learned, frozen, prefix, part)), None
+        def add(sums: Any, piece: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss_of)(learned, frozen, prefix, piece)), None
 
         nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, learned))
-        sums, _ = jax.lax.scan(add, nothing, parts)
+        sums, _ = jax.lax.scan(add, nothing, pieces)
         return sums[0], sums[1]
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

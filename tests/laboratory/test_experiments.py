@@ -156,11 +156,11 @@ class KilledError(Exception):
 def test_a_laboratory_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
 
-    def counting(lab: Laboratory, job: Experiment, papers: Papers) -> dict[str, Any]:
+    def counting(lab: Laboratory, job: Experiment, *given: Any) -> dict[str, Any]:
         if len(done) == 3:
             raise KilledError
         done.append(job.name)
-        return do(lab, job, papers)
+        return do(lab, job, *given)
 
     monkeypatch.setattr(conducting, "do", counting)
     with pytest.raises(KilledError):

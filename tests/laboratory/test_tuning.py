@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -62,10 +61,10 @@ def test_the_loss_is_that_of_answers_alone(lessons: tuple[dict[str, Any], Decode
     params = decoder.params_from_tree(arrays, config)
     expected = -sum(score.log_prob for score in decoder.log_likelihoods(params, config, parts, batch_size=4))
 
-    def loss(arrays: Any, prefix: list[int], batch: LessonBatch) -> Any:
-        return answer_losses(arrays, decoder.make_prefix(prefix), batch, config=config, most=3)
+    def loss(arrays: Any, prefix: decoder.Prefix, batch: LessonBatch) -> Any:
+        return answer_losses(arrays, prefix, batch, config=config, most=3)
 
-    value, slopes = jax.value_and_grad(loss)(arrays, shared, jax.tree.map(jnp.asarray, batch))
+    value, slopes = jax.jit(jax.value_and_grad(loss))(arrays, decoder.make_prefix(shared), batch)
     assert float(value) == pytest.approx(expected, rel=1e-5)
     # The same without sharing: slopes flow through what is read once, too.
     rest = batch._replace(
@@ -73,7 +72,7 @@ def test_the_loss_is_that_of_answers_alone(lessons: tuple[dict[str, Any], Decode
         lengths=batch.lengths + len(shared),
         prompts=batch.prompts + len(shared),
     )
-    plain = jax.grad(loss)(arrays, [], jax.tree.map(jnp.asarray, rest))
+    plain = jax.jit(jax.grad(loss))(arrays, decoder.make_prefix([]), rest)
     for name, slope in slopes.items():
         np.testing.assert_allclose(slope, plain[name], rtol=2e-3, atol=2e-5, err_msg=name)
 
