@@ -94,14 +94,19 @@ def _traced_scalars(
     Where they fold into nothing, they enter what is concluded from measures, and this is concluded in the trace.
     """
     found = {}
+    folds: dict[tuple[Any, ...], Any] = {}  # the same of all tensors that a group's numbers are the same of
+    doubled = {group: tuple(Double.of(w) for w in values) for group, values in weights.items()}
     for tensor in resident.plan.tensors:
         if tensor.pipeline is None:
             continue
         method, folded, blocks = tensor.pipeline.method, [], []
         for block in tensor.blocks:
-            own = tuple(Double.of(w) for w in weights[group_of(block, granularity)])
-            blocks.append(block._replace(settings=block.settings._replace(weights=own)))
-            folded.append(method.fold(method.options, blocks[-1].settings))
+            group = group_of(block, granularity)
+            blocks.append(block._replace(settings=block.settings._replace(weights=doubled[group])))
+            key = method, group, repr(block.settings._replace(weights=()))
+            if key not in folds:
+                folds[key] = method.fold(method.options, blocks[-1].settings)
+            folded.append(folds[key])
         if all(each is None for each in folded):
             traced = tensor._replace(blocks=tuple(blocks))
             found[tensor.output.name] = resident.findings.scalars(
