@@ -132,7 +132,8 @@ def _written(
 
     def going(carry: tuple[Any, ...]) -> Array:
         number, _, done, _, _ = carry
-        return (number < most) & ~jnp.all(done)
+        more: Array = (number < most) & ~jnp.all(done)
+        return more
 
     def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         number, token, done, cache, said = carry
