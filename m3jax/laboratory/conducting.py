@@ -23,8 +23,8 @@ from m3jax.laboratory.examining import ADVERSARIES, Pupil
 from m3jax.laboratory.experiments import (
     Experiment,
     ExperimentSettings,
-    Known,
     Laboratory,
+    Remembered,
     check_settings,
     do,
     jobs_of,
@@ -199,7 +199,7 @@ def _do_all(
     lab: Laboratory,
     skills: Sequence[Skill],
     ledger: Ledger,
-    known: Known | None,
+    known: Remembered | None,
     tell: Tell,
     report: Callable[[], None],
 ) -> None:

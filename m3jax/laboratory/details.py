@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from m3jax.laboratory.experiments import DRAW, EQUAL, M3, TUNED
-from m3jax.laboratory.gains import DRAWS, Curve, Expectation, Paired, Search
+from m3jax.laboratory.gains import DRAWS, Curve, Expectation, Paired, WayScores
 from m3jax.laboratory.markdown import table
 from m3jax.laboratory.outcomes import SeedMean
 from m3jax.laboratory.searches import GRID
@@ -91,7 +91,7 @@ def expectation_lines(curves: Iterable[Curve], expectations: Sequence[Expectatio
         yield from ("", f"The best of these α by the number of draws: {told}.")
 
 
-def search_lines(searches: Sequence[Search], examination: float | None) -> Iterator[str]:
+def search_lines(searches: Sequence[WayScores], examination: float | None) -> Iterator[str]:
     """What weights of layers and tensors give against one ratio.
 
     Args:
@@ -118,7 +118,7 @@ def search_lines(searches: Sequence[Search], examination: float | None) -> Itera
     )
 
 
-def _time(one: Search, examination: float | None) -> str:
+def _time(one: WayScores, examination: float | None) -> str:
     return "–" if examination is None else f"{one.evaluations * examination + one.seconds:,.0f}"
 
 

@@ -252,7 +252,7 @@ def equal_weights(job: Experiment) -> Weights:
 # --- What is known already ----------------------------------------------------------------------------------------
 
 
-class Known(NamedTuple):
+class Remembered(NamedTuple):
     """What merges scored that were examined before, by what they are up to rounding.
 
     Attributes:
@@ -286,14 +286,14 @@ class Known(NamedTuple):
         self.note({"merge": key, "outcome": found})
 
 
-def known_of(entries: Iterable[Mapping[str, Any]], note: Callable[[Mapping[str, Any]], None]) -> Known:
+def known_of(entries: Iterable[Mapping[str, Any]], note: Callable[[Mapping[str, Any]], None]) -> Remembered:
     """What was noted before.
 
     Args:
         entries: What was given to `note`.
         note: Of what is to come.
     """
-    known = Known({}, {}, note)
+    known = Remembered({}, {}, note)
     for entry in entries:
         if "dev" in entry:
             known.dev[entry["merge"]] = entry["dev"]
@@ -319,7 +319,13 @@ class _Bench:
     """The merges of one job, made in memory and examined, and how long both took."""
 
     def __init__(
-        self, lab: Laboratory, job: Experiment, papers: Papers, resident: Resident, space: Space, known: Known | None
+        self,
+        lab: Laboratory,
+        job: Experiment,
+        papers: Papers,
+        resident: Resident,
+        space: Space,
+        known: Remembered | None,
     ) -> None:
         self.lab, self.job, self.papers, self.resident, self.space = lab, job, papers, resident, space
         self.known = known
@@ -502,7 +508,7 @@ def _search(bench: _Bench) -> dict[str, Any]:
 _SAMPLES = 2  # answers of each model to each skill's first test examples that the ledger keeps
 
 
-def _models(lab: Laboratory, papers: Papers, job: Experiment, known: Known | None) -> dict[str, Any]:
+def _models(lab: Laboratory, papers: Papers, job: Experiment, known: Remembered | None) -> dict[str, Any]:
     """What base and experts score, alone."""
     found = {}
     for name, place in lab.places.items():
@@ -529,7 +535,7 @@ def _alone(lab: Laboratory, papers: Papers, job: Experiment, place: Path) -> dic
     return {**measure(lab, params, papers, job), "samples": samples}
 
 
-def do(lab: Laboratory, job: Experiment, papers: Papers, known: Known | None = None) -> dict[str, Any]:
+def do(lab: Laboratory, job: Experiment, papers: Papers, known: Remembered | None = None) -> dict[str, Any]:
     """One line of the ledger.
 
     Args:

@@ -22,7 +22,7 @@ from m3jax.laboratory.gains import (
     Curve,
     Expectation,
     Paired,
-    Search,
+    WayScores,
     curves_of,
     expectations_of,
     paired_of,
@@ -143,7 +143,7 @@ class LaboratoryFindings(NamedTuple):
     claims: tuple[Claim, ...]
     curves: tuple[Curve, ...] = ()
     expectations: tuple[Expectation, ...] = ()
-    searches: tuple[Search, ...] = ()
+    searches: tuple[WayScores, ...] = ()
     paired: tuple[Paired, ...] = ()
     samples: Mapping[str, Mapping[str, Sequence[Sequence[str]]]] = MappingProxyType({})
 

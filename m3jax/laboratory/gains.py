@@ -74,6 +74,10 @@ def expected_best(ratios: Sequence[float], scores: Sequence[float], alpha: float
     return float(np.sum(values * np.diff(steps)))
 
 
+def _measured_curves(lines: Iterable[Line]) -> list[Line]:
+    return [line for line in distinct(lines, "curve") if line["curve"]]
+
+
 def _points(line: Line) -> tuple[list[float], list[float]]:
     points = sorted((point["weights"][0], mean(point["dev"].values())) for point in line["curve"])
     return [ratio for ratio, _ in points], [score for _, score in points]
@@ -86,7 +90,7 @@ def curves_of(lines: Iterable[Line]) -> list[Curve]:
         lines: The ledger.
     """
     found = []
-    for line in distinct(lines, "curve"):
+    for line in _measured_curves(lines):
         ratios, scores = _points(line)
         top = max(range(len(scores)), key=lambda place: (scores[place], -abs(ratios[place] - 0.5)))
         middle = float(np.interp(0.5, ratios, scores))
@@ -102,7 +106,7 @@ def expectations_of(lines: Iterable[Line]) -> list[Expectation]:
     """
     return [
         Expectation(tuple(line["group"]), alpha, tuple(expected_best(*_points(line), alpha, k) for k in DRAWS))
-        for line in distinct(lines, "curve")
+        for line in _measured_curves(lines)
         for alpha in ALPHAS
     ]
 
@@ -110,7 +114,7 @@ def expectations_of(lines: Iterable[Line]) -> list[Expectation]:
 # --- Weights of layers --------------------------------------------------------------------------------------------
 
 
-class Search(NamedTuple):
+class WayScores(NamedTuple):
     """What one way of looking for weights gave.
 
     Attributes:
@@ -134,16 +138,16 @@ class Search(NamedTuple):
     verdict: str
 
 
-def searches_of(lines: Iterable[Line]) -> list[Search]:
+def searches_of(lines: Iterable[Line]) -> list[WayScores]:
     """What every way of looking for weights gave, over pairs and seeds.
 
     Args:
         lines: The ledger.
     """
-    there = distinct(lines, "search")
+    there = [line for line in distinct(lines, "search") if line.get("searches")]
     ways = dict.fromkeys(way for line in there for way in line["searches"])
 
-    def of(way: str) -> Search:
+    def of(way: str) -> WayScores:
         mine = [(line, line["searches"][way]) for line in there if way in line["searches"]]
         pairs = [
             (line["seed"], mean(one["test"].values()) - mean(line["searches"][GRID]["test"].values()))
@@ -151,7 +155,7 @@ def searches_of(lines: Iterable[Line]) -> list[Search]:
             if GRID in line["searches"] and way != GRID
         ]
         difference = over_seeds(pairs)
-        return Search(
+        return WayScores(
             way,
             max(one["evaluations"] for _, one in mine),
             max(one["steps"] for _, one in mine),

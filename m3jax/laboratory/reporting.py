@@ -65,7 +65,7 @@ def write_report(
     if found.about.get("tuning"):
         figures.save_losses(found.about["tuning"], directory / LOSSES)
         drawn.append(LOSSES)
-    for name in PICTURES.keys() - set(drawn):
+    for name in {*PICTURES, LOSSES} - set(drawn):
         (directory / name).unlink(missing_ok=True)  # of an earlier report
     write_whole(directory / "report.json", json.dumps(found.to_json(), indent=2, ensure_ascii=False) + "\n")
     write_whole(directory / "report.md", "\n".join(report_lines(found, drawn)) + "\n")

@@ -41,7 +41,7 @@ Examine = Callable[[Weights], dict[str, float]]
 """From weights to the scores of their merge on dev examples."""
 
 
-class Found(NamedTuple):
+class Sought(NamedTuple):
     """What one way of looking found.
 
     Attributes:
@@ -121,7 +121,7 @@ def lesson_batches(texts: Sequence[Sequence[Text]]) -> list[AlikeLessons]:
     ]
 
 
-def ways_of(ground: Ground) -> dict[str, Callable[[], Found]]:
+def ways_of(ground: Ground) -> dict[str, Callable[[], Sought]]:
     """All ways of looking, by name; each is deterministic.
 
     Args:
@@ -131,10 +131,10 @@ def ways_of(ground: Ground) -> dict[str, Callable[[], Found]]:
     layers, tensors = (_groups(ground.resident, kind) for kind in ("layer", "key"))
     by_layer, by_tensor = (space._replace(groups=groups) for groups in (layers, tensors))
 
-    def tried(search: Strategy) -> Callable[[], Found]:
+    def tried(search: Strategy) -> Callable[[], Sought]:
         return lambda: _tried(ground, search)
 
-    def learned(granularity: str, loss: Any) -> Callable[[], Found]:
+    def learned(granularity: str, loss: Any) -> Callable[[], Sought]:
         return lambda: _learned(ground, granularity, loss)
 
     return {
@@ -158,7 +158,7 @@ def _groups(resident: Resident, kind: str) -> tuple[str, ...]:
 # --- Trials -------------------------------------------------------------------------------------------------------
 
 
-def _tried(ground: Ground, search: Strategy) -> Found:
+def _tried(ground: Ground, search: Strategy) -> Sought:
     trials: list[tuple[Weights, dict[str, float]]] = []
 
     def worth(trial: Trial) -> float:
@@ -167,7 +167,7 @@ def _tried(ground: Ground, search: Strategy) -> Found:
 
     pursue(search, worth)
     weights, dev = _best(trials)
-    return Found(weights, dev, len(trials))
+    return Sought(weights, dev, len(trials))
 
 
 def _best(trials: Sequence[tuple[Weights, dict[str, float]]]) -> tuple[Weights, dict[str, float]]:
@@ -202,7 +202,7 @@ def _walks(space: Space, budget: int) -> Strategy:
 # --- Slopes -------------------------------------------------------------------------------------------------------
 
 
-def _learned(ground: Ground, granularity: str, loss: Any) -> Found:
+def _learned(ground: Ground, granularity: str, loss: Any) -> Sought:
     """Half the budget looks for a beginning on one ratio's grid; learning goes on from there."""
     ratios = ground.grid(max(ground.budget // 2, 1))
     trials = [(weights := everywhere(ground.space, ratio), ground.examine(weights)) for ratio in ratios]
@@ -212,7 +212,7 @@ def _learned(ground: Ground, granularity: str, loss: Any) -> Found:
     spent = time.perf_counter() - begun
     trials.append((found.weights, ground.examine(found.weights)))
     weights, dev = _best(trials[::-1])  # of equals what was learned
-    return Found(weights, dev, len(trials), steps, spent, found.losses)
+    return Sought(weights, dev, len(trials), steps, spent, found.losses)
 
 
 def _answers_loss(arrays: Any, batch: AlikeLessons, *, config: DecoderConfig) -> Float[Array, ""]:

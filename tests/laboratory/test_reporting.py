@@ -40,7 +40,8 @@ def size_of(picture):
 
 
 def test_the_files(tmp_path, ledger):
-    write_report(ledger, tmp_path / "new" / "report", ABOUT)
+    tuning = {"sentiment": {"losses": [0.9, 0.5, 0.25], "drift": {"all": 0.0123}}}
+    write_report(ledger, tmp_path / "new" / "report", {**ABOUT, "tuning": tuning})
     place = tmp_path / "new" / "report"
     assert sorted(path.name for path in place.iterdir()) == sorted(FILES)
     assert all(min(size_of(place / name)) > 400 for name in FILES if name.endswith("png"))
@@ -56,6 +57,8 @@ def test_the_files(tmp_path, ledger):
     assert told["surpassed"][1] == {"other": "best expert alone", "rows": 24, "above": 24, "surely": 24}
     text = (place / "report.md").read_text()
     assert all(f"]({name})" in text for name in FILES if name.endswith("png"))
+    assert "| sentiment | 0.900 |" in text
+    assert "| sentiment | 1.23 |" in text
 
 
 def test_the_words_follow_the_numbers(ledger):
