@@ -111,7 +111,7 @@ def ranks_by_searching(magnitudes: UInt32[Array, "*rows row"]) -> Int32[Array, "
         smaller = (at(ordered, jnp.minimum(asked, np.int32(row - 1))) < magnitudes) & (asked < row)
         return below + jnp.where(smaller, stride, 0)
 
-    first = lax.fori_loop(0, steps, halve, jnp.zeros(magnitudes.shape, jnp.int32))
+    first: Array = lax.fori_loop(0, steps, halve, jnp.zeros(magnitudes.shape, jnp.int32))
     return first + at(_last_of_ties(ordered), first)
 
 
@@ -119,7 +119,8 @@ def _ranks(magnitudes: UInt32[Array, "*rows row"]) -> Int32[Array, "*rows row"]:
     """Twice the rank of every entry in its row, from 0; equal magnitudes share the mean of their ranks."""
     if magnitudes.size == 0:
         return jnp.zeros(magnitudes.shape, jnp.int32)
-    return lax.platform_dependent(magnitudes, cpu=ranks_by_searching, default=ranks_by_sorting)
+    ranks: Array = lax.platform_dependent(magnitudes, cpu=ranks_by_searching, default=ranks_by_sorting)
+    return ranks
 
 
 def _apply(rescale: bool, values: Values, known: Known) -> Values:
