@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from filecmp import cmp
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
+from m3jax.checkpoints.adapter_config import Scales, Scope, StoredAdapter, check_kind, turned_types
+from m3jax.checkpoints.adapter_ties import with_ties
 from m3jax.checkpoints.files import joined_metadata
 from m3jax.checkpoints.formats import MSGPACK, SAFETENSORS
 from m3jax.checkpoints.locate import ModelDirectory, read_config
@@ -33,9 +35,9 @@ from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.storage import is_dir, is_file, list_names, read_file
 from m3jax.checkpoints.trust import check_companion
 from m3jax.checkpoints.views_adapted import FLOATS, Adaptation, Factor, Product, adapted
-from m3jax.documents import parse_json, pattern
+from m3jax.documents import parse_json
 from m3jax.errors import M3Error
-from m3jax.naming import HEAD, INPUT_EMBEDDING, NO_WORDS, SIDES, block_of
+from m3jax.naming import block_of
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -44,54 +46,12 @@ _WHOLE = (SAFETENSORS.endings[0], MSGPACK.endings[0])  # how files of a whole mo
 
 _TOKENIZERS = ("tokenizer.", "tokenizer_config.", "chat_template.", "added_tokens.")
 
-_MOST = 1e30  # of r and lora_alpha, beyond which float32 ends
-
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<which>[AB])(?:\.default)?(?P<rest>\.\w+)?")
 _WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
-_ALL_LINEAR = "all-linear"
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")  # which transformers may hold as one parameter, of which PEFT makes no module
 _BESIDE = re.compile(r"(?:^|\.)mtp\w*\.")  # heads that predict further tokens, which transformers leaves out
-
-# What a configuration says beside what is read here, and which changes nothing of how factors are added to weights.
-_OF_TRAINING = frozenset(
-    {
-        *("auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config"),
-        *("inference_mode", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_core", "peft_version"),
-        *("qalora_group_size", "revision", "runtime_config", "task_type", "velora_config"),
-    }
-)
-_READ = frozenset(
-    {
-        *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"),
-        *("bias", "lora_bias", "init_lora_weights", "target_modules", "exclude_modules", "layers_to_transform"),
-        *("layers_pattern", "modules_to_save"),
-    }
-)
-_REFUSED = {"use_dora": "DoRA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "target_parameters": "of parameters"}
-_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # which leave the base as it was
-
-_TURNED = frozenset({"decision_transformer", "gpt2", "imagegpt", "openai-gpt"})  # whose blocks' weights are [in, out]
-_AT_ONCE = 2**24  # bytes of two tensors that are compared
-
-
-class StoredAdapter(NamedTuple):
-    """An opened adapter.
-
-    Attributes:
-        name: What a user calls it.
-        checkpoint: Its tensors.
-        config: Its adapter_config.json.
-        file: Where that is.
-        seen: What tells that file from another.
-    """
-
-    name: str
-    checkpoint: Checkpoint
-    config: Mapping[str, Any]
-    file: Path
-    seen: FileFingerprint
 
 
 class Adapting(NamedTuple):
@@ -223,7 +183,7 @@ def _open_adapter(place: ModelDirectory) -> StoredAdapter:
         raise M3Error(f"{file} is not JSON ({error}): restore the file.") from None
     if not isinstance(config, dict):
         raise M3Error(f"{file} is not a JSON object: restore the file.")
-    _check_kind(file, config)
+    check_kind(file, config)
     weights = next((place.path / name for name in _FILES if is_file(place.path / name)), None)
     if weights is None:
         raise M3Error(f"{place.name} has no {WEIGHTS}: get the whole adapter.")
@@ -275,127 +235,6 @@ class _Joined(Closing):
             part.close()
 
 
-# --- What it says ----------------------------------------------------------------------------------------
-
-
-def _check_kind(file: Path, config: Mapping[str, Any]) -> None:
-    """Raise M3Error if a configuration is not of plain LoRA, or says what is not known."""
-    kind = str(config.get("peft_type"))
-    if kind.upper() != "LORA":
-        raise M3Error(f"{file} is of {kind}, and only LoRA can be added to weights here: merge it in PEFT first.")
-    for key, told in config.items():
-        if key in _OF_TRAINING or key in _READ or not told:
-            continue
-        what = f"LoRA {_REFUSED[key]}" if key in _REFUSED else f"of a kind of LoRA that is not known here ({key})"
-        raise M3Error(f"{file} is {what}: merge it in PEFT first (merge_and_unload), and name the merged model.")
-    start = config.get("init_lora_weights", True)
-    if start not in _PLAIN_STARTS:
-        raise M3Error(
-            f"{file} has init_lora_weights {start!r}, which changes the base too: save it once more in PEFT with"
-            " path_initial_model_for_weight_conversion, or merge it there first."
-        )
-
-
-class _Scales:
-    """The rank and the scale of each module, as a configuration says."""
-
-    def __init__(self, file: Path, config: Mapping[str, Any]) -> None:
-        self._file, self._rslora = file, bool(config.get("use_rslora"))
-        self._rank, self._alpha = config.get("r", 8), config.get("lora_alpha", 8)
-        self._ranks, self._alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
-        for key, told in (("rank_pattern", self._ranks), ("alpha_pattern", self._alphas)):
-            if not isinstance(told, dict):
-                raise M3Error(f"{file}: {key} is no object of numbers by pattern: restore the file.")
-
-    def of(self, module: str, rank: int) -> float:
-        """What the product of a module's factors, of this rank, is multiplied by.
-
-        Raises:
-            M3Error: The factors have another rank than the configuration says, or it says no numbers.
-        """
-        wanted, alpha = self._found("rank_pattern", module), self._found("alpha_pattern", module)
-        if wanted != rank:
-            raise M3Error(
-                f"{self._file} says rank {wanted:g} of {module}, whose factors have rank {rank}: get both files of one"
-                " adapter."
-            )
-        return alpha / math.sqrt(rank) if self._rslora else alpha / rank
-
-    def _found(self, key: str, module: str) -> float:
-        """What holds of a module: of the first pattern that its name ends with, as in PEFT, else of all."""
-        patterns, general = (self._ranks, self._rank) if key == "rank_pattern" else (self._alphas, self._alpha)
-        try:
-            told = next((n for p, n in patterns.items() if pattern(rf"^(?:.*\.)?(?:{p})$").search(module)), general)
-        except ValueError as error:
-            raise M3Error(f"{self._file}: {key} holds what is no regular expression ({error}): mend it.") from None
-        if isinstance(told, bool) or not isinstance(told, int | float) or not abs(told) < _MOST:
-            raise M3Error(f"{self._file}: {module} has {told!r} for a number (r, lora_alpha, {key}): restore the file.")
-        return float(told)
-
-
-class _Scope:
-    """Which modules of a model a configuration names, as PEFT reads it."""
-
-    def __init__(self, file: Path, config: Mapping[str, Any]) -> None:
-        self._file, self._config = file, config
-        targets = config.get("target_modules")
-        self.targets = targets if isinstance(targets, str) else self._texts("target_modules")
-        self.all_linear = isinstance(self.targets, str) and self.targets.lower() == _ALL_LINEAR
-        excluded = config.get("exclude_modules")
-        self._excluded = excluded if isinstance(excluded, str) else self._texts("exclude_modules")
-        self._saved = self._texts("modules_to_save") or ()
-        told = config.get("layers_to_transform")
-        layers = told if isinstance(told, list) else [] if told is None else [told]
-        if not all(isinstance(layer, int) for layer in layers):
-            raise M3Error(f"{file}: layers_to_transform is {told!r:.100}, no numbers of layers: restore the file.")
-        self._layers = frozenset(layers)
-        lists = config.get("layers_pattern") or []
-        self._lists = (lists,) if isinstance(lists, str) else self._texts("layers_pattern") or ()
-
-    def _texts(self, key: str) -> tuple[str, ...] | None:
-        told = self._config.get(key)
-        if told is None:
-            return None
-        if not isinstance(told, list) or not all(isinstance(text, str) for text in told):
-            raise M3Error(f"{self._file}: {key} is {told!r:.100}, no list of names of modules: restore the file.")
-        return tuple(told)
-
-    def _found(self, key: str, text: str, module: str) -> Any:
-        try:
-            return pattern(text).search(module)
-        except ValueError as error:
-            raise M3Error(f"{self._file}: {key} holds what is no regular expression ({error}): mend it.") from None
-
-    def _among(self, key: str, names: str | tuple[str, ...], module: str) -> bool:
-        """Whether a module is one of these names or ends with one as its last parts, or is all of what they match."""
-        if isinstance(names, str):
-            return bool(self._found(key, rf"\A(?:{names})\Z", module))
-        return any(f".{module}".endswith(f".{name}") for name in names)
-
-    def leaves_out(self, module: str) -> str | None:
-        """The key that keeps a module without factors; None where it has them, or where nothing tells."""
-        if self._excluded and self._among("exclude_modules", self._excluded, module):
-            return "exclude_modules"
-        if any(self._found("modules_to_save", rf"^(?:.*\.)?{name}(?:$|\.)", module) for name in self._saved):
-            return "modules_to_save"
-        known = self.targets is not None and not self.all_linear
-        if known and not self._among("target_modules", self.targets or (), module):
-            return "target_modules"
-        if self._layers and not isinstance(self.targets, str) and module not in (self.targets or ()):
-            starts = [rf"(?:^|.*?\.)(?:{each})" for each in self._lists] or [r".*?\.[^.]*"]
-            found = (self._found("layers_pattern", rf"^{each}\.(?P<layer>\d+)\.", module) for each in starts)
-            layer = next((int(match["layer"]) for match in found if match), None)
-            if layer not in self._layers:
-                return "layers_to_transform"
-        return None
-
-    def saves(self, module: str) -> bool:
-        """Whether a module, or one that it is part of, is saved whole."""
-        parts = module.split(".")
-        outer = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-        return any(each.endswith(name) for each in outer for name in self._saved)
-
-
 # --- Tensors ---------------------------------------------------------------------------------------------
 
 
@@ -420,7 +259,7 @@ def _adapting(place: ModelDirectory, checkpoint: Checkpoint, adapter: StoredAdap
         names[name]: Adaptation(_replacement(base[names[name]], info, adapter).name, None)
         for name, info in replacing.items()
     }
-    scales = _Scales(adapter.file, adapter.config)
+    scales = Scales(adapter.file, adapter.config)
     fans = _Fans(adapter, turned_types(config))
     for module, pair in pairs.items():
         weight = base[names[f"{module}.weight"]]
@@ -434,13 +273,13 @@ def _adapting(place: ModelDirectory, checkpoint: Checkpoint, adapter: StoredAdap
             product = Product(Factor(None, (1, 1)), Factor(pair.bias.name, (1, bias.size)), scale)
             adaptations[bias.name] = _added(adaptations, bias.name, product)
     fans.check()
-    adaptations = _with_ties(adaptations, checkpoint, config, adapter)
+    adaptations = with_ties(adaptations, checkpoint, config, adapter)
     return Adapting(adaptations, frozenset(adapter.checkpoint.tensors), adapter.seen["header_blake3"])
 
 
 def _check_named(pairs: Mapping[str, _Pair], replacing: Mapping[str, TensorInfo], adapter: StoredAdapter) -> None:
     """Raise M3Error if an adapter has what its configuration does not name, which PEFT would leave aside."""
-    scope = _Scope(adapter.file, adapter.config)
+    scope = Scope(adapter.file, adapter.config)
     tying = bool(adapter.config.get("ensure_weight_tying"))  # then the other of two tied embeddings has factors too
     keys = {module: scope.leaves_out(module) for module in pairs if not (tying and _is_embedding(module))}
     for name, info in replacing.items():
@@ -461,7 +300,7 @@ def _check_whole(
     adapter: StoredAdapter,
 ) -> None:
     """Raise M3Error if an adapter lacks what its configuration names of a model, whose tensors have PEFT's names."""
-    scope = _Scope(adapter.file, adapter.config)
+    scope = Scope(adapter.file, adapter.config)
     kinds = {_kind(module) for module in pairs}
     experts = any(_EXPERT.search(module) for module in pairs)
     weights = {name.removesuffix(".weight"): info for name, info in model.items() if name.endswith(".weight")}
@@ -609,17 +448,6 @@ def _misfit(adapter: StoredAdapter, info: TensorInfo, own: TensorInfo) -> M3Erro
     )
 
 
-def turned_types(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The architectures in a config.json, its own first, that keep the weights of their blocks as [in, out].
-
-    Example:
-        >>> turned_types({"model_type": "gpt2"}), turned_types({"model_type": "llama"})
-        (('gpt2',), ())
-    """
-    parts = (config, *(each for each in config.values() if isinstance(each, dict)))
-    return tuple(str(each["model_type"]) for each in parts if each.get("model_type") in _TURNED)
-
-
 class _Fans:
     """How factors lie on weights: as [out, in], or as [in, out] where fan_in_fan_out says so.
 
@@ -669,104 +497,3 @@ class _Fans:
                 f"{self._adapter.file} says fan_in_fan_out {str(self._told).lower()}, but {self._other} lies the other"
                 f" way, so how {self._square} lies is unclear: merge the adapter in PEFT first."
             )
-
-
-# --- Ties ------------------------------------------------------------------------------------------------
-
-
-class _Words(NamedTuple):
-    """The tensors of a base that may be one: its embedding, that of its encoder and decoder, output embeddings."""
-
-    original: str
-    sides: tuple[str, ...]
-    heads: tuple[str, ...]
-
-
-def _with_ties(
-    adaptations: dict[str, Adaptation], base: Checkpoint, config: Mapping[str, Any], adapter: StoredAdapter
-) -> dict[str, Adaptation]:
-    """Adaptations that leave one tensor one: all copies of what is tied change alike, as ensure_weight_tying says.
-
-    Raises:
-        M3Error: A tied tensor would change under one of its names, or it is not known whether it is tied.
-    """
-    text = config.get("text_config")
-    text = text if isinstance(text, dict) else {}
-    words = _words_of(base.tensors, text.get("vocab_size", config.get("vocab_size")))
-    if words is None or adaptations.keys().isdisjoint((words.original, *words.sides, *words.heads)):
-        return adaptations
-    said = [part["tie_word_embeddings"] for part in (config, text) if isinstance(part.get("tie_word_embeddings"), bool)]
-    told = None if not said else True if not words.heads and True in said else said[0]
-    copies = [
-        *(each for each in words.sides if told is not False or _are_alike(base, each, words.original)),
-        *(each for each in words.heads if told or (told is None and _are_alike(base, each, words.original))),
-    ]
-    not_stored = (told is not False and not words.heads) or (_is_shared(words.original) and not words.sides)
-    names = (words.original, *copies)
-    changed = [name for name in names if name in adaptations]
-    if not changed or not (copies or not_stored):
-        return adaptations
-    if not adapter.config.get("ensure_weight_tying"):
-        raise _tied_fault(changed[0], words, copies, told, adapter)
-    stored, product = adaptations[changed[0]]
-    return adaptations | {name: Adaptation(name if stored == changed[0] else stored, product) for name in names}
-
-
-def _tied_fault(changed: str, words: _Words, copies: list[str], told: bool | None, adapter: StoredAdapter) -> M3Error:
-    other = next((name for name in copies if name != changed), None) if changed == words.original else words.original
-    if told is None and other is not None:
-        return M3Error(
-            f"{adapter.name} changes {changed}, of which {other} may be a copy, for both hold the same: say in the"
-            " base's config.json by tie_word_embeddings whether they are one."
-        )
-    shared = told is False or (changed != words.original and changed in words.sides)
-    what = "the embedding of encoder and decoder" if shared else "the output embedding"
-    what = "the input embedding" if changed in words.heads else what
-    mend = (
-        "merge the adapter in PEFT first"
-        if shared
-        else "store the base with an output embedding of its own and tie_word_embeddings false"
-    )
-    beside = "" if other is None else f" ({other})"
-    return M3Error(
-        f"{adapter.name} changes {changed}, which is {what} too{beside}, though it was trained as one of the two:"
-        f" {mend}."
-    )
-
-
-def _words_of(tensors: Mapping[str, TensorInfo], size: Any) -> _Words | None:
-    """What of a base may be tied, of one shape; None where it has no input embedding."""
-    matrices = {
-        name: info.shape
-        for name, info in tensors.items()
-        if len(info.shape) == 2 and block_of(name) is None and not (isinstance(size, int) and info.shape[0] < size)
-    }
-    heads = [name for name in matrices if HEAD.search(name)]
-    others = [name for name in matrices if name not in heads and not NO_WORDS.search(name)]
-    known = [name for name in others if INPUT_EMBEDDING.search(name)]
-    shapes = {matrices[name] for name in heads}  # of some architectures the embedding has another name
-    words = known or [n for n in others if matrices[n] in shapes or (not heads and matrices[n][0] == size)]
-    if not words:
-        return None
-    original = min(words, key=lambda name: (not _is_shared(name), "per_layer" in name, "encoder." in name))
-    alike = [name for name in matrices if matrices[name] == matrices[original] and name != original]
-    sides = tuple(name for name in alike if _is_shared(original) and SIDES.search(name))
-    return _Words(original, sides, tuple(name for name in alike if name in heads))
-
-
-def _is_shared(name: str) -> bool:
-    return name.rpartition(".")[0].endswith("shared")
-
-
-def _are_alike(checkpoint: Checkpoint, one: str, other: str) -> bool:
-    """Whether two tensors of one shape have the same dtype and bytes."""
-    first, second = checkpoint.tensors[one], checkpoint.tensors[other]
-    if first.dtype != second.dtype:
-        return False
-    for start in range(0, first.nbytes, _AT_ONCE):
-        own, its = (np.empty(min(_AT_ONCE, first.nbytes - start), np.uint8) for _ in range(2))
-        checkpoint.read_into(one, start, own)
-        checkpoint.read_into(other, start, its)
-        if not np.array_equal(own, its):
-            return False
-    return True

@@ -32,7 +32,8 @@ from m3jax.checkpoints import (
     locate_model,
     open_safetensors,
 )
-from m3jax.checkpoints.adapters import CONFIG, WEIGHTS, check_no_adapter, open_model, turned_types
+from m3jax.checkpoints.adapter_config import turned_types
+from m3jax.checkpoints.adapters import CONFIG, WEIGHTS, check_no_adapter, open_model
 from m3jax.checkpoints.locate import read_config
 from m3jax.checkpoints.remote import is_url
 from m3jax.checkpoints.storage import is_dir
