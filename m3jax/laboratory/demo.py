@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import yaml
 
 from m3jax.errors import M3Error
-from m3jax.evaluation.statistics import difference_interval, wilson_interval
+from m3jax.evaluation.statistics import paired_interval, wilson_interval
 from m3jax.progress import Progress, Tell, Watch
 from m3jax.text import count_text, time_text
 
@@ -400,14 +400,11 @@ def _verdict(rows: Sequence[Marked]) -> dict[str, Any]:
     for expert, skill in zip((one, other), base.answers, strict=True):
         gained = expert.share(skill) - base.share(skill)
         kept[skill] = (best.share(skill) - base.share(skill)) / gained if gained > 0 else None
-    totals = [
-        (sum(right for right, _ in row.right().values()), sum(of for _, of in row.right().values()))
-        for row in (best, half)
-    ]
+    marks = [[answer.right for some in row.answers.values() for answer in some] for row in (best, half)]
     return {
         "kept": kept,
         "gain": best.mean() - half.mean(),
-        "interval": list(difference_interval(totals[0], totals[1])),
+        "interval": list(paired_interval(*marks)),
         "better_expert": max(one.mean(), other.mean()),
         "merge": best.mean(),
     }
@@ -508,6 +505,7 @@ def next_commands(directory: Path, exams: "Mapping[str, Exam]") -> list[list[str
         ["evaluate", path("mine"), "--task", "gsm8k", "--data", path("data", f"{first}-test.jsonl"), *asked],
         ["diff", *experts, "--base", path("models", "base"), "--picture", path("diff.png")],
         ["explore", path("recipes", "draw.yaml"), path("explored"), "--samples", "4", *tasks, *runs, *asked],
+        ["report", path("explored"), "--out", path("report")],
         ["replay", path("explored"), path("again")],
     ]
 

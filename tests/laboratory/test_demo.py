@@ -74,7 +74,7 @@ def test_the_account(place: Path, told) -> None:
 def test_the_next_commands_work(told, capsys: pytest.CaptureFixture[str]) -> None:
     account, lines = told
     assert {words[0] for words in account["next"]} == {
-        "merge", "verify", "inspect", "evaluate", "diff", "explore", "replay"
+        "merge", "verify", "inspect", "evaluate", "diff", "explore", "report", "replay"
     }  # fmt: skip
     for words in account["next"]:
         assert main(words) == 0, capsys.readouterr().err
