@@ -396,22 +396,37 @@ def _question_lines(asked: Mapping[str, Any] | None) -> Iterator[str]:
 def _verdict(rows: Sequence[Marked]) -> dict[str, Any]:
     """What merging kept of what the experts learned, and whether drawing found more than equal weights."""
     base, one, other, half, _, best = rows
-    kept = {}
+    learned, kept = {}, {}
     for expert, skill in zip((one, other), base.answers, strict=True):
         gained = expert.share(skill) - base.share(skill)
+        learned[skill] = {"gain": gained, "interval": _beyond(expert, base, [skill])}
         kept[skill] = (best.share(skill) - base.share(skill)) / gained if gained > 0 else None
-    marks = [[answer.right for some in row.answers.values() for answer in some] for row in (best, half)]
     return {
+        "learned": learned,
         "kept": kept,
         "gain": best.mean() - half.mean(),
-        "interval": list(paired_interval(*marks)),
+        "interval": _beyond(best, half, list(base.answers)),
         "better_expert": max(one.mean(), other.mean()),
         "merge": best.mean(),
     }
 
 
+def _beyond(one: Marked, other: Marked, skills: Sequence[str]) -> list[float]:
+    """The 95 % interval of what one model has right beyond another, of the same questions of all these skills."""
+    marks = ([answer.right for skill in skills for answer in row.answers[skill]] for row in (one, other))
+    return list(paired_interval(*marks))
+
+
+def difference_text(gain: float, interval: Sequence[float]) -> str:
+    """A difference of shares with its interval, as text."""
+    low, high = interval
+    return f"{gain:+.1%} ({low:+.1%} to {high:+.1%})"
+
+
 def _verdict_lines(verdict: Mapping[str, Any]) -> Iterator[str]:
     yield ""
+    gains = ", ".join(f"{skill} {difference_text(**told)}" for skill, told in verdict["learned"].items())
+    yield f"Each expert against the base, in its own skill, with 95 % intervals: {gains}."
     shares = ", ".join(
         f"{skill}: {'nothing was gained' if share is None else f'{share:.0%}'}"
         for skill, share in verdict["kept"].items()
@@ -423,7 +438,7 @@ def _verdict_lines(verdict: Mapping[str, Any]) -> Iterator[str]:
         f" {verdict['better_expert']:.1%}."
     )
     low, high = verdict["interval"]
-    told = f"{verdict['gain']:+.1%}, 95 % interval {low:+.1%} to {high:+.1%}"
+    told = difference_text(verdict["gain"], verdict["interval"])
     if low > 0:
         yield f"  The draws found what λ = ½ does not have: {told}."
     elif high < 0:
