@@ -31,14 +31,15 @@ Stage: TypeAlias = Callable[[], AbstractContextManager[Watch | None]]
 """Makes what shows the progress of one stage of the work, and takes it away."""
 
 ALPHA, SAMPLES = 1.0, 12
+SCALE = 1.5  # of the merged task vector: shares sum to 1, and half of what was learned is too little of either skill
 PICTURE = "lambda.png"
 
 _MARK = ".m3jax-demo"  # in the demo's own directory, whose content may be overwritten
 _DIGITS = 12  # of a digest, enough to tell by eye
 _NAMES, _CELL = 28, 20  # letters of a row's name and of a score
 _RECIPES: dict[str, dict[str, Any]] = {
-    "half": {"merge_method": "task_arithmetic"},
-    "draw": {"merge_method": "task_arithmetic", "mixup": {"alpha": ALPHA}},
+    "half": {"merge_method": "task_arithmetic", "parameters": {"lambda": SCALE}},
+    "draw": {"merge_method": "task_arithmetic", "parameters": {"lambda": SCALE}, "mixup": {"alpha": ALPHA}},
     "ties": {
         "merge_method": "ties",
         "parameters": {"density": 0.5, "trim_scope": "model", "sign_election": "unweighted"},
@@ -347,7 +348,8 @@ def _merges(
     ]
     skills = list(test)
     echo("")
-    echo(f"Merged, base + λ·δ({skills[0]}) + (1 − λ)·δ({skills[1]}), λ ~ Beta({ALPHA:g}, {ALPHA:g}) as M³ draws it;")
+    merged = f"base + {SCALE:g}·(λ·δ({skills[0]}) + (1 − λ)·δ({skills[1]}))"
+    echo(f"Merged, {merged}, λ ~ Beta({ALPHA:g}, {ALPHA:g}) as M³ draws it;")
     echo(f"the best of {SAMPLES} draws was chosen on {count_text(lab.how.dev, 'other question')} of each skill:")
     echo(_head("", skills))
     for row in rows:
