@@ -110,17 +110,27 @@ def _yaml(content: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True).strip()
 
 
+_STATISTICS = {
+    "fisher": "Their Fisher information is taken to be the entries squared.",
+    "gram": "Expert a's inputs are taken to be the larger the farther its entry is from the base's, b's to be alike.",
+}
+"""By kind of statistics, what those of the pictures are."""
+
+
 def _models(place: Path, count: int) -> None:
     """Experts whose task vectors are, over a square, each entry of one with each of the other; further ones are 0.
 
-    Their Fisher information is as if data said the more of an entry the farther it is from the base.
+    Their Fisher information is as if data said the more of an entry the farther it is from the base; as a weight
+    [out, in], expert a has a column for each of its entries, whose input is as large as they are.
     """
     ramp = np.linspace(-1, 1, _SIDE, dtype=np.float32)
     across, down = np.meshgrid(ramp, ramp)
     vectors = {"base": 0 * across, "expert-a": across, "expert-b": down}
+    alike = np.full(_SIDE, np.mean(ramp**2), np.float32)
     for name in ("base", *(f"expert-{chr(ord('a') + i)}" for i in range(count))):
         tensor = np.ascontiguousarray(vectors.get(name, 0 * across))
-        for directory, entries in ((name, tensor), (f"{name}-fisher", tensor**2)):
+        gram = np.diag(ramp**2 if name == "expert-a" else alike)
+        for directory, entries in ((name, tensor), (f"{name}-fisher", tensor**2), (f"{name}-gram", gram)):
             (place / directory).mkdir(exist_ok=True)
             save_file({"model.layers.0.mlp.up_proj.weight": entries}, place / directory / "model.safetensors")
 
@@ -164,7 +174,7 @@ def _method_page(row: MethodRow, pages: Path, place: Path) -> str:
         lines += [f"![What {row.name} makes of two entries]({row.name}.png)", ""]
         lines += ["What the example below makes of each pair of entries of two experts (further ones are the base)."]
         if row.statistics:
-            lines += ["Their statistics are taken to be the entries squared."]
+            lines += [_STATISTICS[row.statistics]]
     except M3Error as error:
         print(f"{row.name} is not drawn: {error}", file=sys.stderr)
     lines += ["", "</div>", "", "```yaml", _yaml(content), "```", ""]

@@ -27,6 +27,7 @@ _LONGEST_NAME = 80  # in a picture
 _LEGEND = 60  # letters of a line in it
 _HATCHES = ("", "//", "..", "xx", "--", "oo")  # of tasks
 _WIDEST = 18.0  # inches; wider, letters shrink too much on a screen
+_LETTER = 0.1  # inches of one below an axis
 _COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da8bc3", "#8c8c8c")
 
 
@@ -419,13 +420,13 @@ def save_picture(report: Report, path: Path) -> None:
     figure = Figure(figsize=(width, (6.4 if lost else 4.0) + 0.2 * told / columns), layout="constrained")
     FigureCanvasAgg(figure)
     above, *below = figure.subplots(2 if lost else 1, 1, height_ratios=(3, 2) if lost else None, squeeze=False)[:, 0]
-    _draw(above, report, runs, conditions, "accuracy")
+    _draw(above, report, runs, conditions, "accuracy", width)
     above.set(ylabel="accuracy", ylim=(0, 1))
     figure.legend(
         above.get_legend_handles_labels()[0], labels, loc="outside upper center", ncols=columns, fontsize="small"
     )
     for axes in below:
-        _draw(axes, report, runs, lost, "pdr")
+        _draw(axes, report, runs, lost, "pdr", width)
         axes.set(ylabel="PDR")
         axes.axhline(0, color="black", linewidth=0.8)
     try:
@@ -471,9 +472,14 @@ def _labels(runs: Sequence[tuple[str, str, str]]) -> list[str]:
 
 
 def _draw(
-    axes: "Axes", report: Report, runs: Sequence[tuple[str, str, str]], conditions: Sequence[str], measure: str
+    axes: "Axes",
+    report: Report,
+    runs: Sequence[tuple[str, str, str]],
+    conditions: Sequence[str],
+    measure: str,
+    across: float,
 ) -> None:
-    """A bar with its interval for each run in each condition."""
+    """A bar with its interval for each run in each condition, in a picture so many inches across."""
     width = 0.8 / len(runs)
     labels, colours = _labels(runs), _colours(runs)
     tasks = list(dict.fromkeys(task for _, task, _ in runs))
@@ -512,4 +518,6 @@ def _draw(
             edgecolor="white",
         )
     axes.set_xlim(-0.5, max(len(conditions), 1) - 0.5)
-    axes.set_xticks(range(len(conditions)), list(map(_drawn, conditions)), rotation=20, ha="right")
+    named = list(map(_drawn, conditions))
+    level = all(_LETTER * len(name) < (across - 1) / len(named) for name in named)
+    axes.set_xticks(range(len(named)), named, rotation=0 if level else 20, ha="center" if level else "right")

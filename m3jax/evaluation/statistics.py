@@ -33,7 +33,7 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 def difference_interval(one: tuple[int, int], other: tuple[int, int]) -> tuple[float, float]:
     """The 95 % interval of the difference of two proportions, from those of each by Wilson's score.
 
-    For independent samples; the same examples in both, which agree more than others would, make the true one narrower.
+    For independent samples; where only totals are known of the same examples in both, the true one is narrower.
 
     Args:
         one: Successes and trials.
@@ -52,6 +52,41 @@ def difference_interval(one: tuple[int, int], other: tuple[int, int]) -> tuple[f
     p, q = one[0] / one[1], other[0] / other[1]
     below, above = math.hypot(p - low, other_high - q), math.hypot(high - p, q - other_low)
     return p - q - below, p - q + above
+
+
+def paired_interval(one: Sequence[bool], other: Sequence[bool]) -> tuple[float, float]:
+    """The 95 % interval of the difference of two proportions of the same examples, from those of each by Wilson.
+
+    The more both agree on which examples are hard, the narrower it is; it is no point where they agree on all.
+
+    Args:
+        one: Whether each example is right.
+        other: Likewise, of what is subtracted.
+
+    Example:
+        >>> one, other = [True] * 48 + [False] * 2, [True] * 36 + [False] * 12 + [True] * 2
+        >>> low, high = paired_interval(one, other)
+        >>> round(low, 4), round(high, 4)
+        (0.0569, 0.3404)
+
+    References:
+        Newcombe, "Improved confidence intervals for the difference between binomial proportions based on paired data",
+        1998, method 10.
+    """
+    total = len(one)
+    both = sum(mine and theirs for mine, theirs in zip(one, other, strict=True))
+    right, other_right = sum(one), sum(other)
+    together = float(both * (total - right - other_right + both) - (right - both) * (other_right - both))
+    together = max(together - total / 2, 0.0) if together > 0 else together
+    scale = math.sqrt(right * (total - right) * other_right * (total - other_right))
+    correlation = together / scale if scale else 0.0
+    (low, high), (other_low, other_high) = wilson_interval(right, total), wilson_interval(other_right, total)
+    p, q = right / total, other_right / total
+
+    def span(mine: float, theirs: float) -> float:
+        return math.sqrt(max(mine * mine - 2 * correlation * mine * theirs + theirs * theirs, 0.0))
+
+    return p - q - span(p - low, other_high - q), p - q + span(high - p, q - other_low)
 
 
 def matthews_correlation(pairs: Sequence[tuple[str, str | None]]) -> float:

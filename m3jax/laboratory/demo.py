@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import yaml
 
 from m3jax.errors import M3Error
-from m3jax.evaluation.statistics import difference_interval, wilson_interval
+from m3jax.evaluation.statistics import paired_interval, wilson_interval
 from m3jax.progress import Progress, Tell, Watch
 from m3jax.text import count_text, time_text
 
@@ -31,14 +31,15 @@ Stage: TypeAlias = Callable[[], AbstractContextManager[Watch | None]]
 """Makes what shows the progress of one stage of the work, and takes it away."""
 
 ALPHA, SAMPLES = 1.0, 12
+SCALE = 1.5  # of the merged task vector: shares sum to 1, and half of what was learned is too little of either skill
 PICTURE = "lambda.png"
 
 _MARK = ".m3jax-demo"  # in the demo's own directory, whose content may be overwritten
 _DIGITS = 12  # of a digest, enough to tell by eye
 _NAMES, _CELL = 28, 20  # letters of a row's name and of a score
 _RECIPES: dict[str, dict[str, Any]] = {
-    "half": {"merge_method": "task_arithmetic"},
-    "draw": {"merge_method": "task_arithmetic", "mixup": {"alpha": ALPHA}},
+    "half": {"merge_method": "task_arithmetic", "parameters": {"lambda": SCALE}},
+    "draw": {"merge_method": "task_arithmetic", "parameters": {"lambda": SCALE}, "mixup": {"alpha": ALPHA}},
     "ties": {
         "merge_method": "ties",
         "parameters": {"density": 0.5, "trim_scope": "model", "sign_election": "unweighted"},
@@ -347,7 +348,8 @@ def _merges(
     ]
     skills = list(test)
     echo("")
-    echo(f"Merged, base + λ·δ({skills[0]}) + (1 − λ)·δ({skills[1]}), λ ~ Beta({ALPHA:g}, {ALPHA:g}) as M³ draws it;")
+    merged = f"base + {SCALE:g}·(λ·δ({skills[0]}) + (1 − λ)·δ({skills[1]}))"
+    echo(f"Merged, {merged}, λ ~ Beta({ALPHA:g}, {ALPHA:g}) as M³ draws it;")
     echo(f"the best of {SAMPLES} draws was chosen on {count_text(lab.how.dev, 'other question')} of each skill:")
     echo(_head("", skills))
     for row in rows:
@@ -396,25 +398,37 @@ def _question_lines(asked: Mapping[str, Any] | None) -> Iterator[str]:
 def _verdict(rows: Sequence[Marked]) -> dict[str, Any]:
     """What merging kept of what the experts learned, and whether drawing found more than equal weights."""
     base, one, other, half, _, best = rows
-    kept = {}
+    learned, kept = {}, {}
     for expert, skill in zip((one, other), base.answers, strict=True):
         gained = expert.share(skill) - base.share(skill)
+        learned[skill] = {"gain": gained, "interval": _beyond(expert, base, [skill])}
         kept[skill] = (best.share(skill) - base.share(skill)) / gained if gained > 0 else None
-    totals = [
-        (sum(right for right, _ in row.right().values()), sum(of for _, of in row.right().values()))
-        for row in (best, half)
-    ]
     return {
+        "learned": learned,
         "kept": kept,
         "gain": best.mean() - half.mean(),
-        "interval": list(difference_interval(totals[0], totals[1])),
+        "interval": _beyond(best, half, list(base.answers)),
         "better_expert": max(one.mean(), other.mean()),
         "merge": best.mean(),
     }
 
 
+def _beyond(one: Marked, other: Marked, skills: Sequence[str]) -> list[float]:
+    """The 95 % interval of what one model has right beyond another, of the same questions of all these skills."""
+    marks = ([answer.right for skill in skills for answer in row.answers[skill]] for row in (one, other))
+    return list(paired_interval(*marks))
+
+
+def difference_text(gain: float, interval: Sequence[float]) -> str:
+    """A difference of shares with its interval, as text."""
+    low, high = interval
+    return f"{gain:+.1%} ({low:+.1%} to {high:+.1%})"
+
+
 def _verdict_lines(verdict: Mapping[str, Any]) -> Iterator[str]:
     yield ""
+    gains = ", ".join(f"{skill} {difference_text(**told)}" for skill, told in verdict["learned"].items())
+    yield f"Each expert against the base, in its own skill, with 95 % intervals: {gains}."
     shares = ", ".join(
         f"{skill}: {'nothing was gained' if share is None else f'{share:.0%}'}"
         for skill, share in verdict["kept"].items()
@@ -426,7 +440,7 @@ def _verdict_lines(verdict: Mapping[str, Any]) -> Iterator[str]:
         f" {verdict['better_expert']:.1%}."
     )
     low, high = verdict["interval"]
-    told = f"{verdict['gain']:+.1%}, 95 % interval {low:+.1%} to {high:+.1%}"
+    told = difference_text(verdict["gain"], verdict["interval"])
     if low > 0:
         yield f"  The draws found what λ = ½ does not have: {told}."
     elif high < 0:
@@ -508,6 +522,7 @@ def next_commands(directory: Path, exams: "Mapping[str, Exam]") -> list[list[str
         ["evaluate", path("mine"), "--task", "gsm8k", "--data", path("data", f"{first}-test.jsonl"), *asked],
         ["diff", *experts, "--base", path("models", "base"), "--picture", path("diff.png")],
         ["explore", path("recipes", "draw.yaml"), path("explored"), "--samples", "4", *tasks, *runs, *asked],
+        ["report", path("explored"), "--out", path("report")],
         ["replay", path("explored"), path("again")],
     ]
 

@@ -67,7 +67,13 @@ def make_models(
     take_place(directory, {"skills": taught, **json.loads(json.dumps(how._asdict()))})
     if all(map(is_whole, places.values())):
         return places
-    lessons = {skill.name: lessons_of(skill, how.lessons, how.seed) for skill in skills}
+    lessons: dict[str, list[tuple[str, str]]] = {}
+    for number, skill in enumerate(skills):
+        if watch is not None:
+            watch(Progress("making lessons", number, len(skills), "skill"))
+        lessons[skill.name] = lessons_of(skill, how.lessons, how.seed)
+    if watch is not None:
+        watch(Progress("making lessons", len(skills), len(skills), "skill"))
     tokenizer = make_tokenizer([p + a for all_ in lessons.values() for p, a in all_[:_PRIMER]], how.size.vocabulary)
     texts = {name: encode(tokenizer, all_) for name, all_ in lessons.items()}
     entries = make_config(how.size._replace(vocabulary=len(tokenizer)))

@@ -261,18 +261,21 @@ def train(
         texts: The lessons.
         course: How they are taught.
         tell: Told in lines how far it is.
-        watch: Told of every step: how many are done, and how many there are.
+        watch: Told of steps, how many are done and how many there are: of every one after texts of each length were
+            met, for which a program is compiled, or after a tenth of the steps.
     """
     rates = optax.warmup_cosine_decay_schedule(0.0, course.rate, min(100, course.steps // 10), course.steps)
     start, params = params, jax.tree.map(jnp.copy, params)
     state: Any = OPTIMIZER.init(params)
     pull = jnp.float32(course.pull)
     begun, total, said = time.perf_counter(), 0.0, 0
+    unmet = {_padded(len(text.tokens), _LENGTHS) for text in texts}
     for number, batch in enumerate(batches(texts, course), 1):
         rate, whole = jnp.float32(rates(number - 1)), jnp.bool_(course.whole)
         params, state, loss = _step(params, state, start, rate, pull, batch, whole, config=config)
         total += float(loss)
-        if watch is not None:
+        unmet.discard(batch.tokens.shape[1])
+        if watch is not None and (not unmet or number * 10 >= course.steps):
             watch(number, course.steps)
         if number % max(course.steps // 5, 1) == 0 or number == course.steps:
             spent = time.perf_counter() - begun

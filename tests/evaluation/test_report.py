@@ -141,9 +141,12 @@ def test_bars_have_the_heights_of_the_table(tmp_path):
 
     found = report.collect([run(tmp_path / "one", attack=ATTACK)])
     axes = Figure().subplots()
-    report._draw(axes, found, [("models/a|b", "sst2", str(tmp_path / "one"))], ["deepwordbug", "typos"], "pdr")
+    report._draw(axes, found, [("models/a|b", "sst2", str(tmp_path / "one"))], ["deepwordbug", "typos"], "pdr", 6.4)
     assert [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in axes.patches] == [(0, 0.75)]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["deepwordbug", "typos"]
+    named = axes.get_xticklabels()
+    assert [(label.get_text(), label.get_rotation()) for label in named] == [("deepwordbug", 0), ("typos", 0)]
+    report._draw(axes, found, [("models/a|b", "sst2", str(tmp_path / "one"))], ["deepwordbug", "typos"], "pdr", 2.0)
+    assert {label.get_rotation() for label in axes.get_xticklabels()} == {20}  # where there is no room to stand level
 
 
 def test_runs_of_one_model_have_bars_of_their_own(tmp_path):
