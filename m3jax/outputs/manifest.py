@@ -33,6 +33,8 @@ from m3jax.recipe import Recipe
 FILE_NAME = provenance.FILE_NAME
 README = "README.md"
 EDITABLE = (README,)
+SIGNATURE = "model.sig"
+"""What the OpenSSF's model-signing tool calls a signature of a directory; it is made after the manifest."""
 """Files of an output that people are to edit: told of, never held against it."""
 
 VERSION = 3

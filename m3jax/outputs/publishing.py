@@ -52,7 +52,7 @@ def push(
 ) -> PushResult:
     """Send an output of m3jax to the hub, in one commit, once every byte of it is verified.
 
-    Sent are the files that the manifest lists, the manifest, and README.md; never what stands beside them, and no link.
+    Sent are the files that the manifest lists, the manifest, README.md and a signature; never what stands beside them, and no link.
 
     Args:
         directory: What `m3jax merge`, `replay` or `convert` wrote, as safetensors.
@@ -98,7 +98,8 @@ def _listed(place: Path) -> list[str]:
     if not of_conversion and "weight_files" not in output:
         raise M3Error(f"{place}: its manifest is of a version that does not list all files: m3jax replay it first")
     own = CONVERSION if of_conversion else manifest.FILE_NAME
-    return sorted({*output["files"], *output.get("weight_files", ()), *output.get("links", ()), own})
+    signed = {name for name in (manifest.SIGNATURE,) if os.path.lexists(place / name)}
+    return sorted({*output["files"], *output.get("weight_files", ()), *output.get("links", ()), own, *signed})
 
 
 def _size(place: Path, name: str) -> int:

@@ -407,8 +407,11 @@ def _beside(place: Path, known: Container[str], varying: Sequence[str] = ()) -> 
     """
     there = [name for name in _added(place, known) if not any(fnmatchcase(name, each) for each in varying)]
     notes = [f"{name}: is none of the model's, and not looked into" for name in there if name in _TOOLS]
+    if manifest.SIGNATURE in there:
+        notes.append(f"{manifest.SIGNATURE}: is a signature, and not checked here: model_signing verify does it")
     notes += [f"{name}: is left of a merge that was stopped as it ended, and may go" for name in there if is_own(name)]
-    return [f"{n}: is not in the manifest" for n in there if n not in _TOOLS and not is_own(n)], notes
+    expected = {*_TOOLS, manifest.SIGNATURE}
+    return [f"{n}: is not in the manifest" for n in there if n not in expected and not is_own(n)], notes
 
 
 def _added(place: Path, known: Container[str], above: str = "", depth: int = 0) -> Iterator[str]:

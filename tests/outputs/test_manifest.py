@@ -64,6 +64,14 @@ def test_what_is_added_is_seen(out: Path) -> None:
     assert found.notes == (".git: is none of the model's, and not looked into",)
 
 
+def test_a_signature_is_named_and_what_is_called_otherwise_is_not_one(out: Path) -> None:
+    (out / "model.sig").write_text("{}")
+    (out / "other.sig").write_text("{}")
+    found = m3jax.verify(out)
+    assert found.differences == ("other.sig: is not in the manifest",)
+    assert found.notes == ("model.sig: is a signature, and not checked here: model_signing verify does it",)
+
+
 def test_what_people_edit_is_named_and_not_held_against_them(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (out / "README.md").write_text("Our best model.")
     assert main(["verify", str(out), "-q"]) == 0

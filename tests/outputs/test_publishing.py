@@ -102,10 +102,11 @@ def test_what_the_manifest_lists_is_sent_and_nothing_else(out: Path, hub: Hub, m
     (out / ".git").mkdir()
     (out / ".git" / "secret").write_text("mine")  # which verify notes and does not hold against the output
     (out / "README.md").write_text("# Edited\n")
+    (out / "model.sig").write_text("{}")
     told = push(out, hub, dry_run=True)
     assert told.url is None
     assert hub.asked == []
-    listed = ["README.md", "config.json", "m3jax.json", "model.safetensors"]
+    listed = ["README.md", "config.json", "m3jax.json", "model.safetensors", "model.sig"]
     assert [name for name, _ in told.files] == listed
     sent = push(out, hub)
     assert sent.url == f"{hub.address}/org/name/commit/1"
