@@ -52,7 +52,8 @@ def push(
 ) -> PushResult:
     """Send an output of m3jax to the hub, in one commit, once every byte of it is verified.
 
-    Sent are the files that the manifest lists, the manifest, README.md and a signature; never what stands beside them, and no link.
+    Sent are the files that the manifest lists, the manifest, README.md and a signature; never what stands beside them,
+    and no link.
 
     Args:
         directory: What `m3jax merge`, `replay` or `convert` wrote, as safetensors.
