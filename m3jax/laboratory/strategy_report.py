@@ -27,7 +27,8 @@ _HEAD = """\
 # Strategies of exploration, compared
 
 Written by `scripts/strategies`. A base and three experts are trained from scratch (Llamas of {parameters}; sentiment of
-phrases, arithmetic word problems, small programs), and linear merges of them explored: {arenas}.
+phrases, arithmetic word problems, small programs), and linear merges of them explored:
+{arenas}.
 Every strategy chooses weights by accuracy on {dev} dev examples of each skill, at budgets of {budgets} evaluations of
 all of them. The seeds {seeds} decide examples and draws. What is reported is the mean accuracy of the chosen merge
 on {test} other examples of each skill; a program is right if it is the one that was taught, letter by letter.
@@ -37,7 +38,8 @@ Intervals are 95 % by Student's t over seeds, arenas averaged within a seed firs
 one there and two back, and the budget also pays for evaluating where it begins and ends. Of `halving` parts of the dev
 examples cost parts of an evaluation. `auto` is equal weights, then the same search as `cma`.
 
-There are {compared} comparisons of `auto` below, each with its own 95 % interval, and no correction for their number.
+What `auto` does was chosen by such a comparison with the seeds 0 to 4, so these do not test it, and others do. There
+are {compared} comparisons of `auto` below, each with its own 95 % interval, and no correction for their number.
 """
 
 
