@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from m3jax.checkpoints import adapters, parse_size
+from m3jax.checkpoints.standing_in import SHARED
 from m3jax.cluster.meshes import spread
 from m3jax.decoder import DecoderConfig
 from m3jax.decoder.batching import length_bucket, pad
@@ -42,7 +43,7 @@ from m3jax.evaluation.tasks import get_task
 from m3jax.methods import regmean
 from m3jax.methods.fisher import KIND
 from m3jax.outputs.local import check_free, replaced_with
-from m3jax.outputs.statistics import INPUTS_FIRST, SHARED, measured_before, read_record, record_of, write_statistics
+from m3jax.outputs.statistics import INPUTS_FIRST, measured_before, read_record, record_of, write_statistics
 from m3jax.progress import Tell, progress_lines
 from m3jax.trees import loading
 
@@ -145,7 +146,8 @@ def measure_statistics(
     begun, place, size = time.perf_counter(), Path(out), parse_size(max_shard_size)
     check_evaluation(Evaluation(template=template, overflow=overflow), dtype, OVERFLOWS)
     check_count("--examples", examples, optional=True)
-    there_already = place.is_dir() and read_record(place) is not None  # perhaps just these, as is seen below
+    kept = read_record(place, of_model=True) if place.is_dir() else None
+    there_already = kept is not None  # perhaps just these, as is seen below
     if not there_already and not Path(model).resolve().is_relative_to(place.resolve()):  # which has its own sentence
         check_free(place, overwrite)
     texts = read_texts(task, data, examples, template)

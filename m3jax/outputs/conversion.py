@@ -39,15 +39,17 @@ from m3jax.checkpoints.orbax_writer import fill_with_orbax
 from m3jax.checkpoints.protocol import Closing
 from m3jax.checkpoints.remote import is_url
 from m3jax.checkpoints.runs import last_note
+from m3jax.checkpoints.standing_in import CONVERSION
 from m3jax.checkpoints.storage import is_dir
 from m3jax.checkpoints.trust import remarks
 from m3jax.checkpoints.views import stored_digests
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs import mark
 from m3jax.outputs.copies import write_copy
-from m3jax.outputs.local import CONVERSION, Staging, check_free, exactly, replaced_with
+from m3jax.outputs.local import Staging, check_free, exactly, replaced_with
 from m3jax.outputs.manifest import InputRecord, TensorDigests
 from m3jax.outputs.modes import narrow
+from m3jax.outputs.statistics import check_no_statistics
 from m3jax.progress import Progress
 
 Report: TypeAlias = Callable[[Progress], None]
@@ -147,6 +149,7 @@ def convert(
     check_free(out, overwrite)
     found = locate_model(os.fspath(src))
     check_no_adapter(found)
+    check_no_statistics(found.name, found.path)
     place = found.path
     if any(replaced_with(out, each.path) is not None for each in (found, found.adapter) if each is not None):
         raise M3Error(f"{out} is the model to convert, or holds it: choose another output.")

@@ -36,10 +36,11 @@ from m3jax.checkpoints.adapter_config import turned_types
 from m3jax.checkpoints.adapters import CONFIG, WEIGHTS, check_no_adapter, open_model
 from m3jax.checkpoints.locate import read_config
 from m3jax.checkpoints.remote import is_url
+from m3jax.checkpoints.standing_in import CONVERSION
 from m3jax.checkpoints.storage import is_dir
 from m3jax.checkpoints.views_adapted import FLOATS
 from m3jax.errors import M3Error, saying_what_failed
-from m3jax.outputs.local import CONVERSION, Staging, check_free, exactly, replaced_with
+from m3jax.outputs.local import Staging, check_free, exactly, replaced_with
 from m3jax.outputs.manifest import versions
 from m3jax.outputs.modes import narrow
 from m3jax.progress import Progress

@@ -24,6 +24,7 @@ from m3jax.checkpoints import TensorInfo, digest_tensor, open_safetensors
 from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.shards import WEIGHTS_METADATA, appearing, sync
+from m3jax.checkpoints.standing_in import CONVERSION
 from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 from m3jax.outputs import directories
@@ -41,9 +42,6 @@ from m3jax.outputs.journal import (
 )
 from m3jax.outputs.provenance import FILE_NAME
 from m3jax.outputs.written import varying_patterns
-
-CONVERSION = "m3jax-conversion.json"
-"""What tells that a directory is the output of a conversion, as the manifest tells that it is a merge's."""
 
 _JOURNAL = "m3jax-journal.jsonl"
 _JOURNALS = "m3jax-journal*.jsonl"

@@ -7,14 +7,11 @@ from typing import Any
 from m3jax.checkpoints import ALGORITHM, TensorInfo, digest_checkpoint
 from m3jax.checkpoints.files import is_below
 from m3jax.checkpoints.remote import as_path
+from m3jax.checkpoints.standing_in import CONVERSION, STATISTICS
 from m3jax.checkpoints.storage import read_file
 from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 from m3jax.outputs import manifest
-from m3jax.outputs.local import CONVERSION
-
-STATISTICS = "statistics"
-"""The key that tells which statistics of a model were written in place of its weights, and how they were measured."""
 
 VERSION = 2
 """Of what is told: 1 had the names of files and one digest."""

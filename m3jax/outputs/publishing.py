@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3jax.checkpoints.remote import RemotePath, as_path
+from m3jax.checkpoints.standing_in import CONVERSION, STATISTICS
 from m3jax.errors import M3Error
 from m3jax.outputs import manifest, mark
-from m3jax.outputs.local import CONVERSION
 from m3jax.outputs.verification import Report, is_of_conversion, verify
 from m3jax.text import count_text, size_text
 
@@ -94,7 +94,7 @@ def _listed(place: Path) -> list[str]:
     written = told["format"] if of_conversion else output.get("format", "safetensors")
     if written != "safetensors":
         raise M3Error(f"{place}: is {written}, which loaders of the hub do not read: m3jax convert it to safetensors")
-    if mark.STATISTICS in told:
+    if STATISTICS in told:
         raise M3Error(f"{place}: are statistics of a model, and no model: push the merge that is made with them")
     if not of_conversion and "weight_files" not in output:
         raise M3Error(f"{place}: its manifest is of a version that does not list all files: m3jax replay it first")

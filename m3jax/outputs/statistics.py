@@ -28,17 +28,18 @@ from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.locate import named_companions
 from m3jax.checkpoints.protocol import as_bytes, in_natural_order
 from m3jax.checkpoints.remote import RemotePath
+from m3jax.checkpoints.standing_in import CONVERSION, SHARED, STATISTICS
 from m3jax.checkpoints.storage import is_dir, is_file, read_file
 from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs import mark
 from m3jax.outputs.copies import write_copy
-from m3jax.outputs.local import CONVERSION, Staging, exactly
+from m3jax.outputs.local import Staging, exactly
 from m3jax.outputs.manifest import InputRecord
 from m3jax.outputs.modes import narrow
 
-SHARED, INPUTS_FIRST = "shared", "inputs_first"
-"""What `StatisticsRecord.measured` calls what `shared` and `inputs_first` are read from."""
+INPUTS_FIRST = "inputs_first"
+"""What `StatisticsRecord.measured` calls what `inputs_first` is read from; `SHARED` that of `shared`."""
 
 _CONFIG = "config.json"
 _TOLD_PER_TENSOR = 2**11  # bytes of headers and indexes, generously
@@ -58,6 +59,7 @@ class StatisticsRecord(NamedTuple):
         shared: Of tensors that have the statistics of another, which is written, that one.
         inputs_first: Of statistics that are matrices, the weights whose inputs lie along their first axes; None where
             nothing tells.
+        digests: Of each tensor that was written.
     """
 
     kind: str
@@ -69,13 +71,15 @@ class StatisticsRecord(NamedTuple):
     digest: str
     shared: Mapping[str, str] = MappingProxyType({})
     inputs_first: frozenset[str] | None = None
+    digests: Mapping[str, str] = MappingProxyType({})
 
 
-def read_record(place: Path) -> StatisticsRecord | None:
+def read_record(place: Path, of_model: bool = False) -> StatisticsRecord | None:
     """What is told of statistics; None where nothing is, as of a model.
 
     Args:
         place: Their directory, or the file in it.
+        of_model: A model is expected there, of which a record that cannot be read tells nothing.
 
     Raises:
         M3Error: It is damaged or edited.
@@ -85,9 +89,14 @@ def read_record(place: Path) -> StatisticsRecord | None:
         return None
     try:
         told = parse_json(read_file(directory / CONVERSION))
-    except FAULTS:
-        return None  # of some conversion, which is not asked for here
-    if not isinstance(told, dict) or mark.STATISTICS not in told:
+    except FAULTS as error:
+        if of_model:
+            return None  # of some conversion, which is not asked for here
+        raise M3Error(
+            f"{directory / CONVERSION}: is damaged ({error}), and tells of which model the statistics beside it are: "
+            "restore it, or measure again"
+        ) from None
+    if not isinstance(told, dict) or STATISTICS not in told:
         return None
     told = mark.read(directory)
     try:
@@ -99,7 +108,7 @@ def read_record(place: Path) -> StatisticsRecord | None:
 
 
 def _record_in(told: Mapping[str, Any]) -> StatisticsRecord:
-    (model,), output, kept = told["inputs"], told["output"], dict(told[mark.STATISTICS])
+    (model,), output, kept = told["inputs"], told["output"], dict(told[STATISTICS])
     kind, adapter = str(kept.pop("kind")), model.get("adapter")
     written = {n: TensorInfo(n, tuple(each["shape"]), each["dtype"]) for n, each in output["tensors"].items()}
     of_adapter = None if adapter is None else str(adapter["config"])
@@ -109,6 +118,7 @@ def _record_in(told: Mapping[str, Any]) -> StatisticsRecord:
     return found._replace(
         shared={str(name): str(other) for name, other in dict(kept.get(SHARED, {})).items()},
         inputs_first=None if first is None else frozenset(map(str, first)),
+        digests={name: str(each["digest"]) for name, each in output["tensors"].items()},
     )
 
 
@@ -119,7 +129,7 @@ def check_no_statistics(name: str, place: Path) -> None:
         name: What the model is called.
         place: Where it is.
     """
-    record = None if isinstance(place, RemotePath) else read_record(place)
+    record = None if isinstance(place, RemotePath) else read_record(place, of_model=True)
     if record is not None:
         raise M3Error(
             f"{name}: holds {record.kind} statistics of {record.model}, no model: name the model, and these under "

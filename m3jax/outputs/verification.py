@@ -21,11 +21,12 @@ from m3jax.checkpoints.adapters import open_stored
 from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.locate import locate_recorded, named_companions
 from m3jax.checkpoints.remote import RemotePath, as_path
+from m3jax.checkpoints.standing_in import CONVERSION, STATISTICS
 from m3jax.checkpoints.storage import is_dir, is_file, list_names, read_file
 from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 from m3jax.outputs import manifest, mark
-from m3jax.outputs.local import CONVERSION, is_own
+from m3jax.outputs.local import is_own
 from m3jax.outputs.written import open_written, varying_patterns
 from m3jax.progress import Progress
 from m3jax.text import count_text
@@ -149,6 +150,9 @@ def mend_of(directory: Path, recorded: Mapping[str, Any]) -> str:
     if "recipe" in recorded:
         return f"m3jax replay {place} NEW_DIRECTORY makes it again, from the models that it was made of"
     record = recorded["inputs"][0]
+    if STATISTICS in recorded:
+        kind = recorded[STATISTICS]["kind"]
+        return f"m3jax statistics {shlex.quote(record['name'])} NEW_DIRECTORY --kind {kind} … measures them again"
     rest = " --dequantize" if "dequantised" in record else ""
     return f"m3jax convert {shlex.quote(record['name'])} NEW_DIRECTORY --to {recorded['format']}{rest} makes it again"
 

@@ -86,7 +86,8 @@ class Estimate(NamedTuple):
         files: Weight files.
         disk_free: Where the output goes; None in object storage.
         peak_memory: Bytes of one process, beside the page cache.
-        resident_memory: Bytes of all devices together that `m3jax explore` keeps: the inputs and one merge.
+        resident_memory: Bytes of all devices together that `m3jax explore` keeps: the inputs and one merge; None of a
+            method that it does not take.
         processes: How many share the work.
         largest_share: Bytes that the busiest process writes.
         seconds: From and to.
@@ -106,7 +107,7 @@ class Estimate(NamedTuple):
     files: int
     disk_free: int | None
     peak_memory: int
-    resident_memory: int
+    resident_memory: int | None
     processes: int
     largest_share: int
     seconds: tuple[float, float]
@@ -233,7 +234,7 @@ def estimate(ready: Ready, method: str, place: Path | None, processes: int = 1) 
         len(files),
         None if place is None else shutil.disk_usage(place).free,
         _RUNTIME_BYTES + _buffers(ready, phases) + (_RANKING_BYTES if len(passes) > 1 else 0),
-        resident + written,
+        None if ready.plan.pipeline.method.preparation is not None else resident + written,
         processes,
         largest,
         (share / _RATES[1], share / _RATES[0]),

@@ -197,7 +197,7 @@ def _merge_one(job: MergeJob, processes: Processes) -> MergeResult:
         checkpoints = [m.checkpoint for m in ready.models]
         entries = chunk_size(job.chunk_entries, ready.plan, [model.checkpoint for model in ready.models])
         how = Circumstances(entries, _local_mesh(job.mesh), processes, job.allow_nonfinite, job.progress)
-        told = ready.statistics.measured()
+        told = ready.statistics.measured(len(ready.models) - len(ready.statistics.models))
         passes = Passes(ready.plan, checkpoints, job.recipe.seed, recorded_digests(ready, job.recorded), how, told)
         finished = _finished(workplace, ready.shards)
         written = _produce(passes, workplace, ready, finished, job.expected)

@@ -39,15 +39,17 @@ _DISPATCHED = 2  # measurements under way before their counts are fetched
 
 
 class MeasuredModel(NamedTuple):
-    """The model that statistics were measured of.
+    """What statistics tell of an input: of the model that they were measured of, or of themselves.
 
     Attributes:
         name: What the statistics are called.
-        tensors: Digests of the model's tensors, as they were stored then.
+        tensors: Digests of the input's tensors, as they were stored then.
+        itself: The input is the statistics.
     """
 
     name: str
     tensors: Mapping[str, str]
+    itself: bool = False
 
 
 class _Prepared(NamedTuple):
@@ -138,11 +140,16 @@ class Passes:
             )
 
     def _check_measured(self, position: int, found: Mapping[str, str]) -> None:
-        """Raise M3Error if something that is stored is not what the input's statistics were measured of."""
+        """Raise M3Error if something that is stored is not what statistics tell of it."""
         measured = self._measured.get(position)
         if measured is None:
             return
         other = next((stored for stored, own in found.items() if measured.tensors.get(stored, own) != own), None)
+        if other is not None and measured.itself:
+            raise M3Error(
+                f"{measured.name}: {other} is not as m3jax statistics wrote it, its bytes have changed since: restore "
+                "the file, or measure again"
+            )
         if other is not None:
             raise M3Error(
                 f"{measured.name}: was measured of another model than {self.plan.inputs[position].name}, as {other} is "

@@ -1,10 +1,11 @@
 """The statistics of experts, for methods that ask for some: opened, and seen as the expert that each is of is seen."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from m3jax.checkpoints.protocol import Checkpoint
+from m3jax.checkpoints.standing_in import CONVERSION
 from m3jax.checkpoints.views import renamed, stored_at
 from m3jax.errors import M3Error
 from m3jax.methods.rows import MethodRow
@@ -35,12 +36,18 @@ class OpenedStatistics(NamedTuple):
     records: tuple[StatisticsRecord | None, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def measured(self) -> dict[int, MeasuredModel]:
-        """What was measured, by expert, as far as they tell it."""
-        pairs = zip(self.models, self.records, strict=True)
-        return {
-            i: MeasuredModel(each.input.name, told.tensors) for i, (each, told) in enumerate(pairs) if told is not None
-        }
+    def measured(self, first: int) -> dict[int, MeasuredModel]:
+        """What was measured and what was written, by input, as far as they tell it.
+
+        Args:
+            first: The position of the first of them among the inputs.
+        """
+        found = {}
+        for i, (each, told) in enumerate(zip(self.models, self.records, strict=True)):
+            if told is not None:
+                found[i] = MeasuredModel(each.input.name, told.tensors)
+                found[first + i] = MeasuredModel(each.input.name, told.digests, itself=True)
+        return found
 
     def identity(self) -> list[Any]:
         """What a merge depends on of what they tell."""
@@ -130,6 +137,8 @@ def _matrices_of(
         names[name] = found
         if record is not None and record.inputs_first is not None:
             first[name] = stored in record.inputs_first
+    if record is None:
+        _check_complete(own, expert, names)
     surplus = next((name for name in there if name not in set(names.values())), None)
     if surplus is not None:
         raise M3Error(
@@ -139,6 +148,21 @@ def _matrices_of(
     view = renamed(statistics.checkpoint, names)
     seen = Input(own, view.tensors, statistics.input.anatomy, inputs_first=first)
     return statistics._replace(role=ROLE, checkpoint=view, input=seen, note=None)
+
+
+def _check_complete(own: str, expert: OpenedModel, names: Mapping[str, str]) -> None:
+    """Raise M3Error where matrices without a record may be those of other weights too, as some of a block lack one."""
+    parts = expert.input.anatomy.parts
+    blocks = {group for name in names for group in parts[name].groups}
+    for name, info in expert.input.tensors.items():
+        part = parts[name]
+        dimensions = len(info.shape) - (part.stack_axis is not None)
+        if blocks.intersection(part.groups) and name not in names and dimensions == 2 and info.dtype in FLOATS:
+            raise M3Error(
+                f"{own}: has a matrix for other weights of a block but none for {name}, and no {CONVERSION} that would "
+                "tell whether they share one: restore that file, measure again, or give the identity for what is to be "
+                "averaged"
+            )
 
 
 def _names(checkpoint: Checkpoint, expert: OpenedModel) -> dict[str, str]:

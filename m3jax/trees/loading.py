@@ -16,6 +16,8 @@ from m3jax.checkpoints.adapters import open_model
 from m3jax.checkpoints.locate import locate_model
 from m3jax.checkpoints.orbax_writer import check_tree
 from m3jax.checkpoints.protocol import DTYPES, Checkpoint, TensorInfo
+from m3jax.checkpoints.standing_in import standing_in
+from m3jax.checkpoints.views import renamed
 from m3jax.errors import M3Error
 from m3jax.trees.matching import named_leaves
 from m3jax.trees.parts import AnatomyOf
@@ -44,7 +46,8 @@ def load(
     first axis is sharded one shard. Where later axes are, whole rows are read if their parts are short.
 
     Args:
-        path: A checkpoint of any format, as `open_checkpoint` takes it, or a hub id; or `model+adapter`.
+        path: A checkpoint of any format, as `open_checkpoint` takes it, or a hub id; or `model+adapter`. Of statistics,
+            what is stored once for several weights is one array under each of their names.
         sharding: Where tensors go: the default device if None; one `jax.sharding.Sharding` for all of them; a function
             (name, shape) -> sharding; or a tree of shardings, or of anything that has one, such as arrays or
             `jax.ShapeDtypeStruct`, nested or by name, that has every tensor.
@@ -81,7 +84,9 @@ def load(
     if like is not None and (flat or sharding is not None):
         raise M3Error("load: like gives names and shardings, so flat and sharding are not given beside it: give one.")
     place = _as_function(sharding)
-    with open_model(locate_model(os.fspath(path))) as checkpoint:
+    found = locate_model(os.fspath(path))
+    others = standing_in(found)
+    with open_model(found) as checkpoint:
         if like is not None:
 
             def read(
@@ -90,10 +95,12 @@ def load(
                 is_float = dtype is not None and jax.numpy.issubdtype(dtype, jax.numpy.floating)
                 return _load(seen, info, sharding, _checked(dtype) if is_float and dtype is not None else None)
 
-            return restored(checkpoint, like, anatomy, read, wanted)
+            every = {name: name for name in checkpoint.tensors}
+            return restored(renamed(checkpoint, every | others) if others else checkpoint, like, anatomy, read, wanted)
         if not flat:
             check_tree(checkpoint.tensors, f"{checkpoint.location}, which flat=True loads,")
         arrays = _load_all(checkpoint, checkpoint.tensors, place, wanted)
+    arrays |= {name: arrays[other] for name, other in others.items() if other in arrays}
     return arrays if flat else _nested(arrays)
 
 

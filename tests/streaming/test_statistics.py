@@ -2,6 +2,7 @@
 
 import json
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from m3jax.exploration import load_resident
 from m3jax.exploration.references import references_of
 from m3jax.exploration.samples import space_of
 from m3jax.methods import regmean
+from m3jax.outputs import mark, verification
 from m3jax.outputs.statistics import record_of, write_statistics
 from m3jax.recipe import Recipe
 from m3jax.streaming.estimate import estimate_recipe
@@ -321,6 +323,40 @@ def test_matrices_that_do_not_fit_are_refused(tmp_path, keys, sentence):
     with pytest.raises(M3Error, match=sentence):
         m3jax.merge_checkpoint({"merge_method": "regmean", "models": entries}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_stored_once_is_loaded_for_all_that_share_it(tmp_path):
+    _, told, _ = write_layers(tmp_path)
+    loaded = m3jax.load(tmp_path / "gram-0", flat=True)
+    assert loaded.keys() == told[0].keys()
+    assert loaded[SECOND] is loaded[FIRST]
+    like = {name: jnp.zeros(value.shape) for name, value in told[0].items()}
+    np.testing.assert_array_equal(m3jax.load(tmp_path / "gram-0", like=like)[SECOND], told[0][SECOND])
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda place: (place / "m3jax-conversion.json").unlink(), f"none for {SECOND}, and no m3jax-conversion.json"),
+        (lambda place: (place / "m3jax-conversion.json").write_text("{}"), f"none for {SECOND}, and no m3jax-conv"),
+        (lambda place: (place / "m3jax-conversion.json").write_text('{"schema": 2,'), "json: is damaged"),
+        (lambda place: rewrite(place, {n: 2 * v for n, v in read(place).items()}), "not as m3jax statistics wrote it"),
+    ],
+)
+def test_matrices_that_lost_what_is_told_of_them_are_refused(tmp_path, damage, sentence):
+    _, _, entries = write_layers(tmp_path)
+    for number in range(2):
+        damage(tmp_path / f"gram-{number}")
+    with pytest.raises(M3Error, match=sentence):
+        m3jax.merge_checkpoint({"merge_method": "regmean", "models": entries}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_are_not_converted(tmp_path):
+    write_layers(tmp_path)
+    with pytest.raises(M3Error, match="holds gram statistics of"):
+        m3jax.convert(tmp_path / "gram-0", tmp_path / "other", "orbax")
+    assert "m3jax statistics" in verification.mend_of(tmp_path / "gram-0", mark.read(tmp_path / "gram-0"))
 
 
 def test_matrices_do_not_follow_models_that_are_read_otherwise(tmp_path):

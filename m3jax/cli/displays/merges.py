@@ -163,11 +163,14 @@ def estimate_lines(found: "Estimate", width: int | None = None) -> Iterator[str]
     low, high = (time_text(seconds) for seconds in found.seconds)
     workers = "1 process" if found.processes == 1 else f"{found.processes} processes"
     holds = f"{count_text(count, 'tensor')}, {count_text(found.parameters, 'parameter')}"
+    kept = "does not take this method"
+    if found.resident_memory is not None:
+        kept = f"would keep {size_text(found.resident_memory)} on its devices, and what evaluation takes"
     rows = [
         ("reads", f"{size_text(found.bytes_read)}: {passes}"),
         ("writes", f"{size_text(found.bytes_written)} in {count_text(found.files, 'file')}{free}: {holds}"),
         ("memory", f"about {size_text(found.peak_memory)} per process, beside the page cache"),
-        ("explore", f"would keep {size_text(found.resident_memory)} on its devices, and what evaluation takes"),
+        ("explore", kept),
         ("time", f"about {low} to {high} by {workers}, at {RATES_TEXT}, as measured; slower storage decides alone"),
     ]
     for name, said in rows:
