@@ -96,7 +96,9 @@ def load(
                 return _load(seen, info, sharding, _checked(dtype) if is_float and dtype is not None else None)
 
             every = {name: name for name in checkpoint.tensors}
-            return restored(renamed(checkpoint, every | others) if others else checkpoint, like, anatomy, read, wanted)
+            return restored(
+                renamed(checkpoint, {**every, **others}) if others else checkpoint, like, anatomy, read, wanted
+            )
         if not flat:
             check_tree(checkpoint.tensors, f"{checkpoint.location}, which flat=True loads,")
         arrays = _load_all(checkpoint, checkpoint.tensors, place, wanted)
