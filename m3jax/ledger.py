@@ -26,7 +26,7 @@ class Ledger:
 
         Args:
             path: Its directory is made if it is not there; that one's parent is.
-            identity: What entries depend on; a ledger of something else is refused.
+            identity: What entries depend on; a ledger of something else is refused, unless it has no entries.
             work: What the work is called, such as "exploration".
             elsewhere: How another place is given, such as "with --journal DIR".
 
@@ -70,7 +70,10 @@ class Ledger:
         except FAULTS as error:
             raise self.no_ledger(error) from None
         different = [key for key in {**known, **identity} if known.get(key) != identity.get(key)]
-        if different:
+        if different and not self.entries and known.keys() & identity.keys():  # nothing is lost, as nothing was done
+            self._file.truncate(0)
+            self._write(identity)
+        elif different:
             raise M3Error(
                 f"{self.path.parent}: holds another {self._work}, which differs in {', '.join(sorted(different))}: "
                 f"run with the same settings to go on with it, or {self._mend}"

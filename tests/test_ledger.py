@@ -61,8 +61,15 @@ def test_other_work_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     with Ledger(path, *WORK), pytest.raises(M3Error, match="another experiment is at work there"):
         Ledger(path, *WORK)
+    with Ledger(path, {"a": 2}, *WORK[1:]):
+        pass  # nothing had been done, so nothing is lost
+    with Ledger(path, *WORK) as ledger:
+        ledger.add({"n": 1})
     with pytest.raises(M3Error, match="holds another experiment, which differs in a, b"):
         Ledger(path, {"a": 2, "b": 1}, *WORK[1:])
+    path.write_text('{"mine": 1}\n')
+    with pytest.raises(M3Error, match="which differs in a, mine"):
+        Ledger(path, *WORK)
     path.write_text("{}\nno\n")
     with pytest.raises(M3Error, match="is no journal of an experiment"):
         Ledger(path, *WORK)

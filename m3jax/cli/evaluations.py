@@ -183,7 +183,11 @@ def explore(
     ] = True,
     picture: Annotated[
         Path | None,
-        typer.Option("--picture", metavar="FILE", help="Draw the scores over the weights (.png, .svg, .pdf)."),
+        typer.Option(
+            "--picture",
+            metavar="FILE",
+            help="Draw the scores over the weights (.png, .svg, .pdf); no sample is stopped early.",
+        ),
     ] = None,
     changes: options.Changes,
     limit: Annotated[int | None, typer.Option(metavar="N", help="Use the first N examples of each task only.")] = None,
@@ -226,7 +230,7 @@ def explore(
             samples=samples,
             select=select,
             strategy=strategy,
-            early_stopping=early_stopping,
+            early_stopping=early_stopping and picture is None,  # what was stopped has no score to draw
             evaluation=how,
             optimize=learned,
             mesh=make_mesh(mesh),

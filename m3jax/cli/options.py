@@ -202,7 +202,7 @@ EarlyStopping = Annotated[
     bool,
     typer.Option(
         "--early-stopping/--no-early-stopping",
-        help="Stop a sample once even right answers to all that is left could not make it the best.",
+        help="Stop a sample once even right answers to all that is left could not make it best; off with --picture.",
     ),
 ]
 Optimize = Annotated[

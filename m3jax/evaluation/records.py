@@ -115,6 +115,17 @@ class RunJournal(Generic[_Entry]):
         write_whole(self.directory / _RECORDS, "".join(_line(self.done[key]) for key in sorted(self.done)))
         write_whole(self.directory / name, json.dumps(summary, indent=2) + "\n")
 
+    def discard(self) -> None:
+        """Remove the run, so that another can begin in its directory.
+
+        Raises:
+            M3Error: It cannot be removed.
+        """
+        for name in (_RECORDS, _IDENTITY):  # records without a run would block the next
+            with _writing(self.directory / name, "remove"):
+                (self.directory / name).unlink(missing_ok=True)
+        self.done = {}
+
 
 def open_journal(
     directory: Path,

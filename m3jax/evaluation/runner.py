@@ -15,6 +15,7 @@ from m3jax.evaluation.sandbox import UnsandboxedWarning, why_no_sandbox
 from m3jax.evaluation.statistics import matthews_correlation, wilson_interval
 from m3jax.evaluation.tasks import PROTOCOLS, Example, Execution, Task, get_task
 from m3jax.evaluation.tasks.base import Answer
+from m3jax.text import count_text
 
 Progress = Callable[[int, int], None]
 """Called with the number of examples done and their total, at the start and after each batch."""
@@ -104,7 +105,7 @@ def evaluate_task(
 
     Raises:
         M3Error: The task runs code and `run_code` is false, or no sandbox is possible; an option cannot be followed;
-            `out_dir` holds another run or cannot be written.
+            `out_dir` holds another run or cannot be written; all prompts were skipped, of which nothing is kept.
     """
     execution = execution or Execution()
     check_code(task, run_code, execution)
@@ -132,6 +133,13 @@ def evaluate_task(
         if progress is not None:
             progress(len(done), len(examples))
     records = [done[index] for index in sorted(done)]
+    if all(record.skipped for record in records):
+        if journal is not None:
+            journal.discard()
+        raise M3Error(
+            f"{task.name}: none of {count_text(len(records), 'prompt')} fits in the context of {model}, so all were "
+            "skipped and nothing is judged: take a model with a larger context, or --overflow truncate"
+        )
     return _concluded(task, model, examples, records, journal)
 
 

@@ -115,7 +115,7 @@ class Exploration(NamedTuple):
     @property
     def remarks(self) -> tuple[str, ...]:
         """What the scores cannot tell, in sentences."""
-        return remarks_on(self.choice, self.results, self.references, self.examples)
+        return remarks_on(self.choice, self.results, self.references, self.examples, self.experts)
 
 
 class _Work(NamedTuple):

@@ -112,6 +112,7 @@ def explore_trees(
     sparsify: Sparsifier | None = None,
     key: Any = 0,
     batch_size: int | None = None,
+    statistics: Sequence[PyTree] | None = None,
 ) -> TreeExploration:
     """Draw many ratios (M³) for trees in memory, score the merges, and keep the best.
 
@@ -129,6 +130,7 @@ def explore_trees(
         sparsify: As of `m3jax.merge`.
         key: Integer seed or key of draws and masks.
         batch_size: How many merges are scored at once; 1 by default, in the least memory.
+        statistics: As of `m3jax.merge`, for `fisher`; `regmean` is refused, as it is solved on the host.
 
     Returns:
         The best merge, and the scores of all, of each input and of equal weights.
@@ -149,10 +151,18 @@ def explore_trees(
     check_count("number of samples", samples)
     check_count("batch size", batch_size, optional=True)
     experts = list(experts)
+    if isinstance(method, Method) and method.preparation is not None:
+        raise M3Error(
+            f"{method.name}: is solved on the host, one merge at a time, and not drawn here: score "
+            f"m3jax.merge(experts, m3jax.{method.name}(), weights=w, statistics=[...]) for each w of "
+            "m3jax.mixup_weights(key, alpha, n, sample=range(samples)).tolist()"
+        )
+
+    def made(weights: Any) -> PyTree:
+        return merge(experts, method, base=base, weights=weights, sparsify=sparsify, key=key, statistics=statistics)
 
     def drawn(sample: Any) -> PyTree:
-        weights = mixup(alpha, sample=sample)
-        return merge(experts, method, base=base, weights=weights, sparsify=sparsify, key=key)
+        return made(mixup(alpha, sample=sample))
 
     def number(tree: PyTree) -> Any:
         return jnp.asarray(score(tree)).reshape(())
@@ -163,7 +173,7 @@ def explore_trees(
     position = method is not None and method.weighting == "position"
     count = len(experts)
     equal_weights: Any = 0.5 if position else [1 / count for _ in experts]
-    equal = merge(experts, method, base=base, weights=equal_weights, sparsify=sparsify, key=key)
+    equal = made(equal_weights)
     of_equal = known(equal, "equal weights")
     alone = np.array([known(tree, f"expert {i}") for i, tree in enumerate(experts)])
     of_base = None if base is None else known(base, "the base")

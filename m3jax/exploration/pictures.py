@@ -66,7 +66,8 @@ class _Panel(NamedTuple):
 def picture(found: Drawn, path: Path) -> None:
     """Draws every sample's scores against its weights, with 95 % intervals, and what samples are measured against.
 
-    Weights that differ between layers or tensors are drawn at their mean.
+    Weights that differ between layers or tensors are drawn at their mean. Samples that were stopped early, or were
+    shown a part of the examples only, are not drawn.
 
     Args:
         found: What is drawn.

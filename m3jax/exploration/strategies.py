@@ -209,7 +209,7 @@ def strategy_of(name: str, space: Space, budget: int) -> Strategy:
         raise M3Error(f"strategy is {name!r}, but must be one of {', '.join(STRATEGIES)}")
     check_whole("the number of samples", budget)
     if budget < 1:
-        raise M3Error(f"samples are {budget}, but must be at least 1")
+        raise M3Error(f"samples: is {budget}, but must be at least 1")
     if name in ("auto", "cma"):
         _evosax(name)
     return STRATEGIES[name](space, budget)

@@ -3,6 +3,7 @@
 import os
 import re
 import stat
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from m3jax.outputs.verification import Report, is_of_conversion, verify
 from m3jax.text import count_text, size_text
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*(?<![.-])", re.ASCII)  # as the hub has it
+_PLACE = re.compile(  # an absolute path; none of a URL, of a link within the hub, or of a tag
+    r"""(?<![\w/:.~\\<>}-])(?<!\]\()(?:file:/+|~/|/|[A-Za-z]:\\)[^\s/\\`"'()<>|,;][^\s`"'()<>|,;]*""", re.ASCII
+)
 
 
 class PushResult(NamedTuple):
@@ -24,7 +28,7 @@ class PushResult(NamedTuple):
         private: Whether it was asked to be private.
         files: Names and bytes, in the order of names.
         digest: BLAKE3 of the weights.
-        notes: What verifying the output said beside.
+        notes: What verifying the output said beside, and which lines of the model card name places on this machine.
         url: Of the commit; None where nothing was sent.
     """
 
@@ -77,8 +81,24 @@ def push(
             f"{found.directory}: is not as recorded and is not sent ({found.differences[0]}): m3jax verify names all"
         )
     files = tuple((name, _size(found.directory, name)) for name in _listed(found.directory))
-    result = PushResult(repository, private, files, found.digest, found.notes, None)
+    notes = (*found.notes, *_places_told(found.directory, {name for name, _ in files}))
+    result = PushResult(repository, private, files, found.digest, notes, None)
     return result if dry_run else result._replace(url=_send(found.directory, result, endpoint, token))
+
+
+def _places_told(place: Path, names: Collection[str]) -> list[str]:
+    """A note where the model card names directories of this machine, which whoever wrote it may not have meant."""
+    if manifest.README not in names:
+        return []
+    lines = (place / manifest.README).read_text(encoding="utf-8", errors="replace").splitlines()
+    told = [(number, _PLACE.search(line)) for number, line in enumerate(lines, 1)]
+    found = [f"{number} ({match[0]})" for number, match in told if match is not None]
+    if not found:
+        return []
+    return [
+        f"{manifest.README} names places on this machine, which will be public: line {', '.join(found)}; it may be "
+        "edited before it is sent"
+    ]
 
 
 def _check_name(repository: str) -> None:

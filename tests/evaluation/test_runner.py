@@ -65,6 +65,18 @@ def records(place: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (place / "records.jsonl").read_text().splitlines()]
 
 
+def test_a_run_of_which_all_is_skipped_is_refused_and_blocks_no_other(tmp_path: Path) -> None:
+    class Small(Model):
+        def answer(self, number: int) -> Completion:
+            return Completion("", 0, finished=False, skipped=True)
+
+    for _ in range(2):
+        with pytest.raises(M3Error, match=r"none of 20 prompts fits in the context of toy, .* --overflow truncate"):
+            run(tmp_path, Small())
+        assert not list(tmp_path.iterdir())
+    assert run(tmp_path).judged == 19
+
+
 def test_summary_counts_everything_apart(tmp_path: Path) -> None:
     summary = run(tmp_path)
     assert summary[:5] == ("gsm8k", "toy", 20, 19, 8)

@@ -227,6 +227,19 @@ def test_the_command(place, tmp_path, capsys, graded):
     assert json.loads(capsys.readouterr().out)["references"] == []
 
 
+def test_with_a_picture_no_sample_is_stopped(place, tmp_path, monkeypatch):
+    asked = []
+
+    def explore(*arguments, early_stopping, **options):
+        asked.append(early_stopping)
+        raise M3Error("enough")
+
+    monkeypatch.setattr("m3jax.exploration.explore", explore)
+    for more in ([], ["--picture", str(tmp_path / "found.png")]):
+        assert commands.main(command(place, tmp_path / "out", *more)) == 2
+    assert asked == [True, False]
+
+
 def test_mistakes_are_said_before_weights_are_loaded(place, tmp_path, capsys, monkeypatch):
     def never(*arguments):
         raise AssertionError("loaded weights for nothing")
@@ -240,7 +253,7 @@ def test_mistakes_are_said_before_weights_are_loaded(place, tmp_path, capsys, mo
         (command(place, out, "--task", "alpaca_eval=x"), "alpaca_eval is judged elsewhere"),
         (command(place, out, "--select", "speed"), "select is 'speed', but must be one of mean, pareto, sst2"),
         (command(place, out, "--strategy", "all"), "strategy is 'all', but must be one of"),
-        (command(place, out, "--samples", "0"), "samples are 0"),
+        (command(place, out, "--samples", "0"), "samples: is 0, but must be"),
         (command(place, out, "--granularity", "layer"), "--granularity is for --optimize"),
         (command(place, out, "--optimize", "speed"), "--optimize is 'speed'"),
         (command(place, out, "--limit", "0"), "--limit is 0"),

@@ -399,7 +399,7 @@ def test_what_cannot_be_explored_is_said(place, tmp_path):
             {"score": near, "strategy": "best"},
             "strategy is 'best', but must be one of auto, draw, sobol",
         ),
-        (recipe_of(place), "x", {"score": near, "samples": 0}, "samples are 0"),
+        (recipe_of(place), "x", {"score": near, "samples": 0}, "samples: is 0, but must be"),
         (recipe_of(place), "x", {"score": near, "samples": 2.5}, "the number of samples is 2.5, but must be a whole"),
         (recipe_of(place), "x", {"score": near, "select": 3}, "select is 3, but must be of type str"),
         (recipe_of(place), "x", {"tasks": ["sst2"]}, r"tasks is \['sst2'\], but must be of type Mapping"),

@@ -68,6 +68,24 @@ def test_positions_and_mistakes(trees):
         m3jax.explore_trees([], score=traced_score)
 
 
+def test_methods_that_need_statistics(trees):
+    experts = trees[1:3]
+    fishers = [jax.tree.map(lambda w, i=i: jnp.abs(w) + i, tree) for i, tree in enumerate(experts)]
+    how = {"statistics": fishers}
+    found = m3jax.explore_trees(experts, m3jax.fisher(), score=traced_score, samples=3, key=4, **how)
+    merges = [m3jax.merge(experts, m3jax.fisher(), weights=list(weights), **how) for weights in found.draws]
+    assert found.compiled
+    assert np.allclose(found.scores, [host_score(tree) for tree in merges], rtol=1e-6)
+    assert np.array_equal(found.best["layers"][0]["w"], merges[found.sample]["layers"][0]["w"])
+    with pytest.raises(M3Error, match="fisher: needs the fisher statistics of each of 2 experts"):
+        m3jax.explore_trees(experts, m3jax.fisher(), score=traced_score)
+    grams = [{"layers": [{"w": np.eye(4, dtype=np.float32)}]}] * 2
+    with pytest.raises(M3Error, match=r"regmean: is solved on the host, .* for each w of m3jax.mixup_weights"):
+        m3jax.explore_trees(experts, m3jax.regmean(), score=traced_score, statistics=grams)
+    for w in m3jax.mixup_weights(4, 0.5, 2, sample=range(1)).tolist():  # as that sentence says
+        assert np.isfinite(host_score(m3jax.merge(experts, m3jax.regmean(), weights=w, statistics=grams)))
+
+
 def untraceable(tree):
     """Indices that depend on values, which no program of JAX has, and float64."""
     w = tree["layers"][0]["w"]

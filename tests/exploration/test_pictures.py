@@ -59,3 +59,25 @@ def test_what_scores_cannot_tell_is_said():
         remarks(30, 10, 32) == "its scores are of the examples that chose it, so they flatter it: evaluate it on others"
     )
     assert remarks_on(result(0, (1.0,), 0.5), [result(0, (1.0,), 0.5)], [], {}) == ()
+    stopped = result(0, (0.1, 0.9), 0.0)._replace(share=0.5, most={"a_$task": 0.5})
+    whole = result(1, (0.3, 0.7), 0.9)
+    assert "so they flatter it" in remarks_on(whole, [stopped, whole], [], {"a_$task": 32})[0]
+    assert remarks_on(whole, [whole], [], {"a_$task": 32}) == ()
+
+
+def test_a_choice_that_is_no_better_than_an_expert_is_said():
+    beside = [result(-1, (), 0.25, "base"), result(-2, (), 0.5, "a"), result(-3, (), 0.75, "b")]
+
+    def remarks(weights, score):
+        choice = result(0, weights, score)
+        return " / ".join(remarks_on(choice, [choice], beside, {"a_$task": 32}, ["a", "b"]))
+
+    assert remarks((0.4, 0.6), 0.75) == "the chosen sample is in no task better than b by itself"
+    assert "better than a or b by itself" in remarks((0.4, 0.6), 0.5)
+    assert remarks((0.4, 0.6), 0.875) == ""
+    for weights, alone in [((0.0, 1.0), "b"), ((0.99999, 0.00001), "a"), ((0.0,), "a"), ((1.0,), "b")]:
+        assert remarks(weights, 0.875) == (
+            f"the chosen sample has all its weight on {alone}: nothing of the others is merged into it"
+        )
+    layers = result(0, (0.0, 1.0), 0.875)._replace(weights={"0": (0.0, 1.0), "1": (1.0, 0.0)})
+    assert remarks_on(layers, [layers], beside, {"a_$task": 32}, ["a", "b"]) == ()

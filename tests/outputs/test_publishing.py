@@ -147,6 +147,22 @@ def test_what_must_not_be_sent(out: Path, hub: Hub, monkeypatch) -> None:
     assert hub.files == {}
 
 
+def test_places_on_this_machine_that_the_card_names_are_noted(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["push", "out", "org/name", "--dry-run"]) == 0
+    assert "this machine" not in capsys.readouterr().err
+    lines = [
+        "- model: /home/me/math",
+        "https://a.b/c and/or org/name",
+        "`/models`, 1 / 2",
+        "[x](/docs/y) </p> a/b",
+        "~/m",
+    ]
+    (out / "README.md").write_text("\n".join(lines))
+    assert main(["push", "out", "org/name", "--dry-run"]) == 0
+    told = "README.md names places on this machine, which will be public: line 1 (/home/me/math), 3 (/models), 5 (~/m)"
+    assert told in capsys.readouterr().err
+
+
 def test_the_command_lists_and_sends_nothing(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["push", "out", "org/name", "--dry-run"]) == 0
     said = capsys.readouterr().out

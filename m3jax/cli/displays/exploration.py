@@ -206,6 +206,17 @@ def reporter(samples: int, quiet: bool) -> "Iterator[tuple[Watch | None, Callabl
         yield watch, tell
 
 
+def _cost_text(cost: float) -> str:
+    """What samples amount to, in whole evaluations.
+
+    Example:
+        >>> _cost_text(3.91667), _cost_text(16.0), _cost_text(1.0)
+        ('3.9 evaluations', '16 evaluations', '1 evaluation')
+    """
+    shown = f"{cost:.1f}".removesuffix(".0")
+    return f"{shown} evaluation{'s' * (shown != '1')}"
+
+
 def exploration_lines(found: "Exploration", width: int | None = None) -> Iterator[str]:
     """An exploration for people: what samples are measured against, the best of them, the choice, and what is in doubt.
 
@@ -228,7 +239,7 @@ def exploration_lines(found: "Exploration", width: int | None = None) -> Iterato
     yield ""
     if len(found.choice.scores) > 1:
         yield f"Pareto front: {', '.join(map(str, found.front))}"
-    spent = f"{found.cost:g} evaluations in {time_text(found.seconds)}"
+    spent = f"{_cost_text(found.cost)} in {time_text(found.seconds)}"
     yield f"{found.merge.directory}: sample {found.choice.sample}, {spent}"
     yield f"digest   {found.merge.digest}"
     for remark in found.remarks:
