@@ -128,14 +128,14 @@ def test_what_cannot_be_the_best_is_stopped_and_nothing_else_changes(place, tmp_
         "samples": 16,
         "evaluation": OPTIONS._replace(batch_size=1),
         "overwrite": True,
-        "strategy": "auto",
+        "strategy": "sobol",
     }
     recipe, out = place / "recipe.yaml", tmp_path / "out"
     one = m3jax.explore(recipe, out, **how)
     told = json.loads((tmp_path / "out.exploration" / "exploration.json").read_text())
     assert [sample["sample"] for sample in told["samples"]] == list(range(16))
     (line,) = report.collect([out]).explorations
-    assert (line.strategy, line.samples, line.chosen) == ("auto", 16, one.choice.sample)
+    assert (line.strategy, line.samples, line.chosen) == ("sobol", 16, one.choice.sample)
     stopped = {result.sample: result for result in one.results if result.most is not None}
     # Another run has what was stopped from the journal, but not where it is asked for itself, or nothing is stopped.
     seen = []
