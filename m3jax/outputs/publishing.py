@@ -28,7 +28,7 @@ class PushResult(NamedTuple):
         private: Whether it was asked to be private.
         files: Names and bytes, in the order of names.
         digest: BLAKE3 of the weights.
-        notes: What verifying the output said beside, and which lines of the model card name places on this machine.
+        notes: What verifying the output said beside, and what names places on this machine.
         url: Of the commit; None where nothing was sent.
     """
 
@@ -87,18 +87,26 @@ def push(
 
 
 def _places_told(place: Path, names: Collection[str]) -> list[str]:
-    """A note where the model card names directories of this machine, which whoever wrote it may not have meant."""
-    if manifest.README not in names:
-        return []
-    lines = (place / manifest.README).read_text(encoding="utf-8", errors="replace").splitlines()
-    told = [(number, _PLACE.search(line)) for number, line in enumerate(lines, 1)]
-    found = [f"{number} ({match[0]})" for number, match in told if match is not None]
-    if not found:
-        return []
-    return [
-        f"{manifest.README} names places on this machine, which will be public: line {', '.join(found)}; it may be "
-        "edited before it is sent"
-    ]
+    """Notes where the model card or the record names directories of this machine, which few mean to publish."""
+    of_conversion = is_of_conversion(place)
+    record = CONVERSION if of_conversion else manifest.FILE_NAME
+    told = mark.read(place) if of_conversion else manifest.read(place)
+    inputs = [match[0] for entry in told["inputs"] if (match := _PLACE.match(str(entry["name"]))) is not None]
+    notes = []
+    if manifest.README in names:
+        lines = (place / manifest.README).read_text(encoding="utf-8", errors="replace").splitlines()
+        found = [f"{number} ({match[0]})" for number, line in enumerate(lines, 1) if (match := _PLACE.search(line))]
+        if found:
+            notes.append(
+                f"{manifest.README} names places on this machine, which will be public: line {', '.join(found)}; it "
+                "may be edited before it is sent"
+            )
+    if inputs:
+        notes.append(
+            f"{record} names {', '.join(dict.fromkeys(inputs))}, as it records what was read, and is sent as it is: "
+            "name models by hub ids or relative paths where that must not be public"
+        )
+    return notes
 
 
 def _check_name(repository: str) -> None:

@@ -161,6 +161,9 @@ def test_places_on_this_machine_that_the_card_names_are_noted(out: Path, capsys:
     assert main(["push", "out", "org/name", "--dry-run"]) == 0
     told = "README.md names places on this machine, which will be public: line 1 (/home/me/math), 3 (/models), 5 (~/m)"
     assert told in capsys.readouterr().err
+    m3jax.convert(out.parent / "a", "a2")
+    assert main(["push", "a2", "org/name", "--dry-run"]) == 0
+    assert f"m3jax-conversion.json names {out.parent / 'a'}, as it records what was read" in capsys.readouterr().err
 
 
 def test_the_command_lists_and_sends_nothing(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
