@@ -1,6 +1,7 @@
 """The options of the commands, alone and in groups, and how those are read that hold more than one thing."""
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -318,10 +319,38 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             given[name] = group(**{field: given.pop(field) for field in group._fields})
         command(**given)
 
+    for option in flat:
+        _complete(option)
     work.__name__, work.__doc__ = command.__name__, command.__doc__
     work.__signature__ = signature.replace(parameters=flat)  # type: ignore[attr-defined]
     work.__annotations__ = {option.name: option.annotation for option in flat}
     return work
+
+
+_WORDS = re.compile(r"[a-z][\w-]*(?:\|[a-z][\w-]*)+")  # of a metavar that says all that there is
+
+
+def _complete(option: inspect.Parameter) -> None:
+    """Has a shell complete the words that an option may have, and names of methods."""
+    for told in getattr(option.annotation, "__metadata__", ()):
+        metavar = getattr(told, "metavar", None) or ""
+        if option.name == "method" or (option.name, metavar) == ("name", "NAME"):
+            told.autocompletion = _methods
+        elif _WORDS.fullmatch(metavar):
+            told.autocompletion = _completing(metavar.split("|"))
+
+
+def _completing(words: Sequence[str]) -> Callable[[str], list[str]]:
+    def beginning(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return beginning
+
+
+def _methods(incomplete: str) -> list[str]:
+    from m3jax.methods import catalogue
+
+    return _completing(sorted({*catalogue.names(), *(row.name for row in catalogue.SPARSIFIERS)}))(incomplete)
 
 
 def _is_group(annotation: Any) -> bool:

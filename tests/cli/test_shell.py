@@ -30,18 +30,28 @@ def test_what_an_interrupted_merge_keeps_in_a_bucket() -> None:
     assert str(caught.value) == told
 
 
-def test_completion_is_printed_and_answers(monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(
+    ("begun", "ends"),
+    [
+        ("m3jax me", ["merge", "methods"]),
+        ("m3jax explore --strategy a", ["auto"]),
+        ("m3jax statistics --kind ", ["fisher", "gram"]),
+        ("m3jax methods dar", ["dare", "dare_linear", "dare_ties"]),
+        ("m3jax recipe new nu", ["nuslerp"]),
+    ],
+)
+def test_completion_is_printed_and_answers(begun, ends, monkeypatch, capsys) -> None:
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")  # the shell is named, not looked for
     with pytest.raises(SystemExit) as ended:
         main(["--show-completion", "bash"])
     assert not ended.value.code
     assert "complete -o default -F _m3jax_completion m3jax" in capsys.readouterr().out
     monkeypatch.setenv("_M3JAX_COMPLETE", "complete_bash")
-    monkeypatch.setenv("COMP_WORDS", "m3jax me")
-    monkeypatch.setenv("COMP_CWORD", "1")
+    monkeypatch.setenv("COMP_WORDS", begun)
+    monkeypatch.setenv("COMP_CWORD", str(begun.count(" ")))
     with pytest.raises(SystemExit):
         main([])
-    assert capsys.readouterr().out.split() == ["merge", "methods"]
+    assert capsys.readouterr().out.split() == ends
 
 
 @pytest.mark.parametrize(
