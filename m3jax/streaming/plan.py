@@ -568,7 +568,7 @@ def make_plan(
         output = reference._replace(dtype=output_dtype(recipe, teller, name))
         if name in bare:
             average = _of_statistics(recipe, own_pipeline, output, part, pieces[name], weights)
-            plans.append(average._replace(why="without statistics, so averaged"))
+            plans.append(average._replace(why="without statistics"))
             continue
         whole = own_pipeline.method.preparation is not None
         where = (*positions(name), *(() if whole else beside))
