@@ -101,9 +101,10 @@ def _traced_scalars(
             continue
         method, folded, blocks = tensor.pipeline.method, [], []
         for block in tensor.blocks:
-            group = group_of(block, granularity)
-            blocks.append(block._replace(settings=block.settings._replace(weights=doubled[group])))
-            key = method, group, repr(block.settings._replace(weights=()))
+            group, own = group_of(block, granularity), block.settings
+            blocks.append(block._replace(settings=own._replace(weights=doubled[group])))
+            numbers = (tuple(sorted(each.items())) for each in (own.sparsifier, own.method))
+            key = (method, group, own.scale, *numbers, own.comparison, own.divisors)
             if key not in folds:
                 folds[key] = method.fold(method.options, blocks[-1].settings)
             folded.append(folds[key])

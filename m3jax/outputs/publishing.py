@@ -3,7 +3,7 @@
 import os
 import re
 import stat
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,20 +80,19 @@ def push(
         raise M3Error(
             f"{found.directory}: is not as recorded and is not sent ({found.differences[0]}): m3jax verify names all"
         )
-    files = tuple((name, _size(found.directory, name)) for name in _listed(found.directory))
-    notes = (*found.notes, *_places_told(found.directory, {name for name, _ in files}))
+    own = CONVERSION if is_of_conversion(found.directory) else manifest.FILE_NAME
+    told = mark.read(found.directory) if own == CONVERSION else manifest.read(found.directory)
+    files = tuple((name, _size(found.directory, name)) for name in _listed(found.directory, own, told))
+    notes = (*found.notes, *_places_told(found.directory, own, told))
     result = PushResult(repository, private, files, found.digest, notes, None)
     return result if dry_run else result._replace(url=_send(found.directory, result, endpoint, token))
 
 
-def _places_told(place: Path, names: Collection[str]) -> list[str]:
+def _places_told(place: Path, record: str, told: Mapping[str, Any]) -> list[str]:
     """Notes where the model card or the record names directories of this machine, which few mean to publish."""
-    of_conversion = is_of_conversion(place)
-    record = CONVERSION if of_conversion else manifest.FILE_NAME
-    told = mark.read(place) if of_conversion else manifest.read(place)
     inputs = [match[0] for entry in told["inputs"] if (match := _PLACE.match(str(entry["name"]))) is not None]
     notes = []
-    if manifest.README in names:
+    if manifest.README in told["output"]["files"]:
         lines = (place / manifest.README).read_text(encoding="utf-8", errors="replace").splitlines()
         found = [f"{number} ({match[0]})" for number, line in enumerate(lines, 1) if (match := _PLACE.search(line))]
         if found:
@@ -114,11 +113,9 @@ def _check_name(repository: str) -> None:
         raise M3Error(f"{repository!r} is no name of a repository of the hub: write org/name")
 
 
-def _listed(place: Path) -> list[str]:
-    """The names that are sent, as the manifest lists them."""
-    of_conversion = is_of_conversion(place)
-    told = mark.read(place) if of_conversion else manifest.read(place)
-    output = told["output"]
+def _listed(place: Path, record: str, told: Mapping[str, Any]) -> list[str]:
+    """The names that are sent, as the manifest, or what tells of a conversion, lists them."""
+    of_conversion, output = record == CONVERSION, told["output"]
     written = told["format"] if of_conversion else output.get("format", "safetensors")
     if written != "safetensors":
         raise M3Error(f"{place}: is {written}, which loaders of the hub do not read: m3jax convert it to safetensors")
@@ -126,9 +123,8 @@ def _listed(place: Path) -> list[str]:
         raise M3Error(f"{place}: are statistics of a model, and no model: push the merge that is made with them")
     if not of_conversion and "weight_files" not in output:
         raise M3Error(f"{place}: its manifest is of a version that does not list all files: m3jax replay it first")
-    own = CONVERSION if of_conversion else manifest.FILE_NAME
     signed = {name for name in (manifest.SIGNATURE,) if os.path.lexists(place / name)}
-    return sorted({*output["files"], *output.get("weight_files", ()), *output.get("links", ()), own, *signed})
+    return sorted({*output["files"], *output.get("weight_files", ()), *output.get("links", ()), record, *signed})
 
 
 def _size(place: Path, name: str) -> int:

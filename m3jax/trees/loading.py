@@ -85,8 +85,12 @@ def load(
         raise M3Error("load: like gives names and shardings, so flat and sharding are not given beside it: give one.")
     place = _as_function(sharding)
     found = locate_model(os.fspath(path))
-    others = standing_in(found)
+    told = standing_in(found)
     with open_model(found) as checkpoint:
+        others = {name: other for name, other in told.items() if name not in checkpoint.tensors}
+        lost = next((other for other in others.values() if other not in checkpoint.tensors), None)
+        if lost is not None:
+            raise M3Error(f"{checkpoint.location}: {lost} stands for other tensors, but is not there: measure again")
         if like is not None:
 
             def read(
@@ -102,7 +106,7 @@ def load(
         if not flat:
             check_tree(checkpoint.tensors, f"{checkpoint.location}, which flat=True loads,")
         arrays = _load_all(checkpoint, checkpoint.tensors, place, wanted)
-    arrays |= {name: arrays[other] for name, other in others.items() if other in arrays}
+    arrays |= {name: arrays[other] for name, other in others.items()}
     return arrays if flat else _nested(arrays)
 
 

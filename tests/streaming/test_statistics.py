@@ -332,6 +332,11 @@ def test_what_is_stored_once_is_loaded_for_all_that_share_it(tmp_path):
     assert loaded[SECOND] is loaded[FIRST]
     like = {name: jnp.zeros(value.shape) for name, value in told[0].items()}
     np.testing.assert_array_equal(m3jax.load(tmp_path / "gram-0", like=like)[SECOND], told[0][SECOND])
+    rewrite(tmp_path / "gram-0", told[0] | {SECOND: 2 * told[0][SECOND]})  # what is stored is what is loaded
+    np.testing.assert_array_equal(m3jax.load(tmp_path / "gram-0", flat=True)[SECOND], 2 * told[0][SECOND])
+    rewrite(tmp_path / "gram-0", {PROJECTION: told[0][PROJECTION]})
+    with pytest.raises(M3Error, match=f"{FIRST} stands for other tensors, but is not there"):
+        m3jax.load(tmp_path / "gram-0", flat=True)
 
 
 @pytest.mark.parametrize(
