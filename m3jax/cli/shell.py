@@ -1,6 +1,7 @@
 """From the shell and back: how a command is started, speaks and ends."""
 
 import errno
+import gc
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ BAD_INPUT = 2
 _LONGEST_SENTENCE = 4000  # characters
 _FAILURE, _INTERRUPTED, _PIPE_CLOSED = 1, 130, 141
 _COMPLETING = "_M3JAX_COMPLETE"  # set by the functions that --install-completion gives to shells
+_FEW_COLLECTIONS = 100_000  # objects made until garbage is looked for: imports make many, and leave none
 _CANNOT_PRINT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -53,6 +55,7 @@ def run(app: typer.Typer) -> NoReturn:
     Args:
         app: The commands.
     """
+    gc.set_threshold(_FEW_COLLECTIONS, *gc.get_threshold()[1:])
     code = main(app)
     if code == _INTERRUPTED:  # what JAX still computes would crash the interpreter as it is taken down
         for stream in (sys.stdout, sys.stderr):

@@ -5,11 +5,13 @@ bytes, and in its last entry its own content. It proves no origin: whoever may c
 docs/manifest.md describes every key; manifests of earlier versions are read as far as they tell.
 """
 
+import functools
 import importlib.metadata
 import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from reprlib import repr as brief  # what a file says may be long without end
 from types import MappingProxyType
@@ -76,14 +78,19 @@ def versions(method: str | None = None) -> dict[str, str]:
     Args:
         method: Of the merge: if a package outside brings it, that one's too.
     """
-    found = {"python": platform.python_version()}
     origin = catalogue.origin_of(method) if method is not None else None
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    found = {"python": platform.python_version(), **_packages()}
     return found if origin is None else {**found, origin.package: origin.version}
+
+
+@functools.cache
+def _packages() -> Mapping[str, str]:
+    """The versions of the packages that are there; looking takes milliseconds, and they stay what they are."""
+    found = {}
+    for package in _PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return MappingProxyType(found)
 
 
 def _whole(tensors: TensorDigests) -> str:

@@ -205,16 +205,29 @@ def _journal() -> bytes:
     return json.dumps([json.loads(line.partition(" ")[2]) for line in lines]).encode()
 
 
-def _resumed(place: Path) -> None:
-    """A journal with sums that fit, where its merge is begun again."""
-    raw = (place / "journal.json").read_bytes()
+def _lines(raw: bytes) -> str:
+    """The lines of a journal with sums that fit."""
     lines = raw.decode(errors="replace").splitlines()
     with suppress(*documents.FAULTS):
         told = json.loads(raw)
         lines = [json.dumps(line) for line in told] if isinstance(told, list) else lines
+    return "".join(f"{journal._sum(line)} {line}\n" for line in lines)
+
+
+def _told_again(place: Path) -> None:
+    """What is made of a journal's lines before a merge goes on."""
+    told = place / _JOURNAL
+    told.write_text(_lines((place / "journal.json").read_bytes()))
+    read = journal.read_journal(told)
+    for entry in journal.weights_in(journal.finished_in([read], read.identity)).values():
+        journal.files_of(entry)
+
+
+def _resumed(place: Path) -> None:
+    """A journal with sums that fit, where its merge is begun again."""
     partial = local.partial_directory(place / "merged")
     shutil.copytree(_interrupted(), partial)
-    (partial / _JOURNAL).write_text("".join(f"{journal._sum(line)} {line}\n" for line in lines))
+    (partial / _JOURNAL).write_text(_lines((place / "journal.json").read_bytes()))
     _merge(place / "merged")
 
 
@@ -398,7 +411,8 @@ PARSERS: dict[str, Parser] = {
         lambda: (_converted() / local.CONVERSION).read_bytes(),
         lambda place: local.check_free(place, overwrite=True),
     ),
-    "journal": Parser("journal.json", _journal, _resumed),
+    "journal": Parser("journal.json", _journal, _told_again),
+    "journal, and its merge gone on with": Parser("journal.json", _journal, _resumed),
     "journal in an object store": Parser(
         "journal.json",
         _dumped({"identity": "0", "entries": [{"shard": "a", "tensors": {}, "sent": ["t", 1]}, {"ours": ["a"]}]}),
