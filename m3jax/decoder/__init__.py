@@ -6,7 +6,7 @@ from m3jax.decoder.families import Experts
 from m3jax.decoder.generation import Continuation, generate
 from m3jax.decoder.modeling import PADDING, Cache, Decoder, KeyValue, Params, abstract_params, bind, random_params
 from m3jax.decoder.params import load_params, params_from_tree
-from m3jax.decoder.prefixes import Prefix, common_prefix, continue_alike, make_prefix, read_behind
+from m3jax.decoder.prefixes import Prefix, common_prefix, make_prefix, read_behind
 from m3jax.decoder.rotary import Rope
 from m3jax.decoder.running import ApplyFn
 from m3jax.decoder.scoring import Likelihood, log_likelihoods
@@ -30,7 +30,6 @@ __all__ = [
     "bind",
     "check_vocabulary",
     "common_prefix",
-    "continue_alike",
     "detokenizer",
     "encode",
     "generate",

@@ -5,7 +5,7 @@ each row at positions of its own, so that what a row computes does not depend on
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -21,18 +21,21 @@ from m3jax.decoder.batching import (
     announcing,
     batches,
     length_bucket,
+    narrow_bucket,
     pad,
     put,
     row_count,
     say_compiling,
 )
 from m3jax.decoder.config import DecoderConfig
+from m3jax.decoder.prefixes import Shared, alike, common_prefix, room_behind
 from m3jax.decoder.running import ApplyFn, ModelFunctions, model_of
 from m3jax.decoder.sampling import Sampling, prompt_keys, sample
 from m3jax.decoder.texts import Overflow, Tokens, fit_prompt, prompt_room
 from m3jax.errors import M3Error
 
 _SLOTS = 64  # room for new tokens grows in steps of so many
+_SHORTEST = 8  # tokens of a beginning that is read apart
 _CHUNK = 32  # tokens between two looks at stop strings
 
 
@@ -83,9 +86,20 @@ def _advance(state: _State, logits: Array, cache: Any, sampling: Sampling, greed
     return _State(cache, token, state.position + more, taken, state.done | stopped)
 
 
+@functools.partial(jax.jit, static_argnames="model")
+def _begin(
+    params: Any, tokens: Int[Array, "beginnings length"], lengths: Int[Array, " beginnings"], *, model: ModelFunctions
+) -> Any:
+    """Reads beginnings of prompts."""
+    assert model.begin is not None
+    say_compiling("prefill", *tokens.shape)
+    return model.begin(params, tokens, lengths)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "slots", "greedy"))
 def _prefill(
     params: Any,
+    shared: Shared | None,
     tokens: Int[Array, "batch length"],
     lengths: Int[Array, " batch"],
     taken: Int[Array, " batch"],
@@ -97,8 +111,9 @@ def _prefill(
 ) -> _State:
     """Reads the prompts, with so many new tokens at their ends, and takes the next new token of each."""
     say_compiling("prefill", *tokens.shape)
-    logits, cache = model.prefill(params, tokens, lengths, slots)
-    start = _State(None, jnp.zeros_like(lengths), lengths - 1, taken, sampling.limits <= taken)
+    logits, cache = model.prefill(params, shared, tokens, lengths, slots)
+    ends = lengths if shared is None else shared.lengths[shared.of] + lengths
+    start = _State(None, jnp.zeros_like(lengths), ends - 1, taken, sampling.limits <= taken)
     return _advance(start, logits, cache, sampling, greedy)
 
 
@@ -139,6 +154,7 @@ def generate(
     detokenize: Callable[[Sequence[int]], str] | None = None,
     batch_size: int = 8,
     overflow: Overflow = "error",
+    share: bool = False,
     progress: ProgressFn | None = None,
     apply_fn: ApplyFn | None = None,
 ) -> list[Continuation]:
@@ -160,6 +176,8 @@ def generate(
         overflow: What becomes of a prompt too long, which is one that takes more than half the context and leaves
             no room behind it for `max_new_tokens`: an error, or the loss of its left end, down to that room or to
             half the context, whichever is more.
+        share: Read once what neighbouring prompts begin with, where it is worth it: the same but for rounding, and
+            for many prompts that differ at their ends several times faster. An `apply_fn` reads whole prompts.
         progress: Is told what is compiled and when a batch is done.
         apply_fn: A function to run in place of the decoder.
 
@@ -179,13 +197,24 @@ def generate(
     keys = prompt_keys(key, len(prompts))
     results: list[Continuation | None] = [None] * len(prompts)
     turn = None if config is None or apply_fn is not None else config.turning_point
+    longest = 0 if config is None or apply_fn is not None else room_behind(config) - max_new_tokens
     seeks = _Stops(frozenset(stop_token_ids), tuple(stop_strings), detokenize)
     done = tokens = 0
 
-    def run(rows: Sequence[_Row], members: Sequence[int], size: int, length: int) -> list[tuple[list[int], _Finish]]:
+    def read(beginnings: Sequence[Tokens]) -> tuple[Any, Array]:
+        """What is read of beginnings, and their lengths."""
+        rows, length = row_count(len(beginnings), batch_size), narrow_bucket(max(map(len, beginnings)))
+        padded, lengths = pad(beginnings, rows, length, mesh)
+        return _begin(params, padded, lengths, model=model), lengths
+
+    def run(
+        rows: Sequence[_Row], members: Sequence[int], size: int, length: int, slots: int, wave: _Wave = _WHOLE
+    ) -> list[tuple[list[int], _Finish]]:
         """Continues rows, of the prompts given, until they end or the turning point is behind them."""
+        everyone = [*members, *[members[0]] * (size - len(members))]
+        rest = [row.text[wave.cut(i) :] for i, row in zip(members, rows, strict=True)]
         sampling = Sampling(
-            keys=put(keys[np.array([*members, *[members[0]] * (size - len(members))])], mesh),
+            keys=put(keys[np.array(everyone)], mesh),
             temperature=jnp.float32(temperature),
             top_p=jnp.float32(top_p),
             stops=jnp.asarray(list(stop_token_ids), jnp.int32),
@@ -194,9 +223,10 @@ def generate(
         return _run_batch(
             model,
             params,
-            *pad([row.text for row in rows], size, length, mesh),
+            wave.shared(everyone, mesh),
+            *pad(rest, size, length, mesh),
             sampling,
-            slots=_slots(length, max_new_tokens, limit, packed=apply_fn is not None),
+            slots=_slots(slots, max_new_tokens, limit, packed=apply_fn is not None),
             greedy=temperature == 0,
             seeks=seeks,
             begun=[row.new for row in rows],
@@ -204,11 +234,10 @@ def generate(
         )
 
     with announcing(progress, lambda: (done, len(prompts), tokens)):
-        for members in batches([len(text) for text in texts], batch_size):
+        for members, wave, length, slots in _batches(texts, batch_size, room, longest if share else 0, read):
             rows = row_count(len(members), batch_size)
             batch = [_Row(texts[i], []) for i in members]
-            length = length_bucket(max(len(row.text) for row in batch), room)
-            found = run(batch, members, rows, length)
+            found = run(batch, members, rows, length, slots, wave)
             turned = [
                 row
                 for row, (new, finish) in enumerate(found)
@@ -217,7 +246,8 @@ def generate(
             if turned:
                 again = [_Row(batch[row].text + found[row][0], found[row][0]) for row in turned]
                 width = length_bucket(max(len(row.text) for row in again), limit)
-                for row, one in zip(turned, run(again, [members[row] for row in turned], rows, width), strict=True):
+                ended = run(again, [members[row] for row in turned], rows, width, width)
+                for row, one in zip(turned, ended, strict=True):
                     found[row] = one
             for i, (new, finish) in zip(members, found, strict=True):
                 if finish == "length" and len(new) < max_new_tokens:
@@ -228,6 +258,77 @@ def generate(
             if progress is not None:
                 progress(DecoderProgress("batch", "decode", rows, length, done, len(prompts), tokens))
     return [result for result in results if result is not None]
+
+
+class _Wave(NamedTuple):
+    """Prompts whose beginnings are read together, before what follows them is.
+
+    Attributes:
+        cache: What was read, a row for each beginning; None where prompts are read whole.
+        lengths: Tokens of each beginning.
+        of: The beginning of each prompt, and how many tokens it has.
+    """
+
+    cache: Any
+    lengths: Array | None
+    of: Mapping[int, tuple[int, int]]
+
+    def cut(self, prompt: int) -> int:
+        """Tokens of a prompt that have been read."""
+        return self.of[prompt][1] if self.of else 0
+
+    def shared(self, prompts: Sequence[int], mesh: Mesh | None) -> Shared | None:
+        """The beginnings of some prompts, as the model goes on from them."""
+        if self.lengths is None:
+            return None
+        return Shared(self.cache, self.lengths, put(np.array([self.of[i][0] for i in prompts], np.int32), mesh))
+
+
+_WHOLE = _Wave(None, None, {})
+
+
+def _batches(
+    texts: Sequence[list[int]],
+    batch_size: int,
+    room: int | None,
+    longest: int,
+    read: Callable[[Sequence[Tokens]], tuple[Any, Array]],
+) -> Iterator[tuple[list[int], _Wave, int, int]]:
+    """Batches of prompts, what is read of them before, and to how many tokens and slots the rest of each is padded.
+
+    Args:
+        texts: Token ids of each prompt.
+        batch_size: Prompts that run together.
+        room: Tokens that a prompt may have.
+        longest: Tokens of a prompt of which the beginning may be read apart; 0 for none.
+        read: Reads beginnings.
+    """
+    groups = [
+        (group, _beginning([texts[i] for i in group], longest))
+        for group in (alike(texts, batch_size) if longest > 0 else [])
+    ]
+    if not any(beginning for _, beginning in groups):
+        for members in batches([len(text) for text in texts], batch_size):
+            length = length_bucket(max(len(texts[i]) for i in members), room)
+            yield members, _WHOLE, length, length
+        return
+    for some in (groups[start : start + batch_size] for start in range(0, len(groups), batch_size)):
+        beginnings = [beginning for _, beginning in some]
+        of = {i: (number, len(beginnings[number])) for number, (group, _) in enumerate(some) for i in group}
+        wave = _Wave(*read(beginnings), of)
+        everyone = list(of)
+        rest = [len(texts[i]) - wave.cut(i) for i in everyone]
+        for places in batches(rest, batch_size):
+            length = narrow_bucket(max(rest[place] for place in places))
+            yield [everyone[place] for place in places], wave, length, narrow_bucket(max(rest))
+
+
+def _beginning(texts: Sequence[Tokens], longest: int) -> list[int]:
+    """What all of some texts begin with; nothing where it is not worth it, or a text is too long."""
+    if len(texts) == 1 or max(map(len, texts)) > longest:
+        return []
+    shared = common_prefix(texts)
+    return shared if len(shared) >= _SHORTEST else []
 
 
 def _turns(row: _Row, new: Sequence[int], turn: int | None) -> bool:
@@ -313,6 +414,7 @@ class _Stops(NamedTuple):
 def _run_batch(
     model: ModelFunctions,
     params: Any,
+    shared: Shared | None,
     tokens: Array,
     lengths: Array,
     sampling: Sampling,
@@ -327,7 +429,8 @@ def _run_batch(
     count = len(begun)
     taken = np.zeros(len(lengths), np.int32)
     taken[:count] = [len(new) for new in begun]
-    state = _prefill(params, tokens, lengths, put(taken, mesh), sampling, model=model, slots=slots, greedy=greedy)
+    already = put(taken, mesh)
+    state = _prefill(params, shared, tokens, lengths, already, sampling, model=model, slots=slots, greedy=greedy)
     news = [list(new) for new in begun]
     cut: dict[int, int] = {}  # rows that a stop string ended, and after how many tokens
     chunk = np.asarray(state.token)[:, None]

@@ -1,22 +1,16 @@
 """Texts that begin alike: what they share is read once, and each row goes on behind it."""
 
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from m3jax.decoder.batching import batches, pad
 from m3jax.decoder.config import DecoderConfig
-from m3jax.decoder.modeling import PADDING, Cache, Decoder, KeyValue, bind
-from m3jax.decoder.params import mesh_of
-from m3jax.decoder.texts import Tokens, check_text
-from m3jax.errors import M3Error
+from m3jax.decoder.modeling import PADDING, Cache, Decoder, KeyValue
+from m3jax.decoder.texts import Tokens
 
 _STEP = 8  # lengths are padded to multiples of it, so that few programs are compiled
 
@@ -57,8 +51,7 @@ def common_prefix(texts: Sequence[Tokens]) -> list[int]:
         ([1, 2], [1])
     """
     first, last = min(map(list, texts)), max(map(list, texts))  # of which all others share what these two do
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    return first[: min(shared, min(map(len, texts)) - 1)]
+    return first[: min(_common(first, last), min(map(len, texts)) - 1)]
 
 
 def make_prefix(tokens: Tokens, slots: int = 0) -> Prefix:
@@ -73,19 +66,52 @@ def make_prefix(tokens: Tokens, slots: int = 0) -> Prefix:
     return Prefix(jnp.asarray(padded), jnp.int32(len(tokens)))
 
 
-def read_behind(
+class Shared(NamedTuple):
+    """Beginnings that have been read, and which of them each text goes on behind.
+
+    Attributes:
+        cache: A row for each beginning, of which all fill the same slots.
+        lengths: Tokens of each beginning, perhaps none.
+        of: The beginning of each text.
+    """
+
+    cache: Cache
+    lengths: Int[Array, " beginnings"]
+    of: Int[Array, " rows"]
+
+
+def read_beginnings(
     decoder: Decoder,
-    prefix: Prefix,
+    tokens: Int[Array, "beginnings slots"],
+    lengths: Int[Array, " beginnings"],
+    mesh: Mesh | None = None,
+) -> Cache:
+    """Reads what texts begin with; pure, differentiable, for use under jit.
+
+    Args:
+        decoder: The model.
+        tokens: Each beginning, padded on the right.
+        lengths: How many tokens of each row that are.
+        mesh: As for `Decoder`.
+    """
+    places = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    _, cache = decoder(tokens, jnp.where(places < lengths[:, None], places, PADDING), mesh=mesh)
+    return cache
+
+
+def read_on(
+    decoder: Decoder,
+    shared: Shared | None,
     tokens: Int[Array, "rows length"],
     lengths: Int[Array, " rows"],
     more: int = 0,
     mesh: Mesh | None = None,
 ) -> tuple[Array, Cache]:
-    """Reads texts behind what they share, which is read once; pure, differentiable, for use under jit.
+    """Reads texts behind their beginnings; pure, differentiable, for use under jit.
 
     Args:
         decoder: The model.
-        prefix: What all texts begin with.
+        shared: The beginnings; None where texts are whole.
         tokens: What follows, padded on the right.
         lengths: How many tokens of each row that are.
         more: Slots for tokens to come.
@@ -94,121 +120,82 @@ def read_behind(
     Returns:
         Hidden states of what follows, and the cache with room for so many tokens more.
     """
-    rows, length = tokens.shape
-    shared = len(prefix.tokens)
+    length = tokens.shape[1]
+    before = jnp.int32(0) if shared is None else shared.lengths[shared.of][:, None]
     behind = jnp.arange(length, dtype=jnp.int32)[None, :]
-    positions = jnp.where(behind < lengths[:, None], prefix.length + behind, PADDING)
-    if not shared:
+    positions = jnp.where(behind < lengths[:, None], before + behind, PADDING)
+    if shared is None:
         hidden, cache = decoder(tokens, positions, mesh=mesh)
         return hidden, cache.extend(length + more)
-    places = jnp.arange(shared, dtype=jnp.int32)
-    _, cache = decoder(prefix.tokens[None], jnp.where(places < prefix.length, places, PADDING)[None], mesh=mesh)
-    cache = cache.extend(shared + length + more)
-    blocks = [KeyValue(*(jnp.broadcast_to(x, (rows, *x.shape[1:])) for x in pair)) for pair in cache.blocks]
-    slots = jnp.broadcast_to(cache.positions, (rows, shared + length + more))
-    return decoder(tokens, positions, Cache(blocks, slots, cache.filled), mesh)
+    cache = shared.cache.extend(shared.cache.positions.shape[1] + length + more)
+    blocks = [KeyValue(*(x[shared.of] for x in pair)) for pair in cache.blocks]
+    return decoder(tokens, positions, Cache(blocks, cache.positions[shared.of], cache.filled), mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "most", "mesh"))
-def _written(
-    params: Any,
+def read_behind(
+    decoder: Decoder,
     prefix: Prefix,
     tokens: Int[Array, "rows length"],
     lengths: Int[Array, " rows"],
-    asked: Int[Array, ""],
-    stops: Int[Array, " stops"],
-    *,
-    config: DecoderConfig,
-    most: int,
-    mesh: Mesh | None,
-) -> Int[Array, "rows most"]:
-    """The likeliest tokens behind the first `asked` rows; a row that has stopped repeats its last."""
-    decoder = bind(config, params)
-    hidden, cache = read_behind(decoder, prefix, tokens, lengths, most, mesh)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    token = jnp.argmax(decoder.logits(last), axis=-1).astype(jnp.int32)
-    done = jnp.isin(token, stops) | (jnp.arange(len(token)) >= asked)
-    said = jnp.zeros((len(token), most), jnp.int32).at[:, 0].set(token)
-
-    def going(carry: tuple[Any, ...]) -> Array:
-        number, _, done, _, _ = carry
-        more: Array = (number < most) & ~jnp.all(done)
-        return more
-
-    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        number, token, done, cache, said = carry
-        positions = prefix.length + lengths + number - 1
-        hidden, cache = decoder(token[:, None], positions[:, None], cache, mesh)
-        next_ = jnp.argmax(decoder.logits(hidden[:, 0]), axis=-1).astype(jnp.int32)
-        token = jnp.where(done, token, next_)
-        said = lax.dynamic_update_slice_in_dim(said, token[:, None], number, axis=1)
-        return number + 1, token, done | jnp.isin(token, stops), cache, said
-
-    found: Array = lax.while_loop(going, step, (jnp.int32(1), token, done, cache, said))[-1]
-    return found
-
-
-def _room(config: DecoderConfig) -> int:
-    """Tokens of a text that the model reads in the same way from its beginning, however it goes on."""
-    changing = (rope.original_context for rope in config.ropes if rope and rope.kind in ("longrope", "dynamic"))
-    return min([config.context_length, *changing])
-
-
-def continue_alike(
-    params: Any,
-    config: DecoderConfig,
-    prompts: Sequence[Tokens],
-    *,
-    max_new_tokens: int,
-    stop_token_ids: Sequence[int],
-    batch_size: int = 32,
-) -> list[tuple[list[int], bool]]:
-    """Continues prompts that begin alike by their likeliest tokens; what `generate` writes, but for rounding.
+    mesh: Mesh | None = None,
+) -> tuple[Array, Cache]:
+    """Reads texts behind the one beginning that all share, as `read_on` does.
 
     Args:
-        params: The decoder's parameters.
-        config: The decoder.
-        prompts: Token ids of each prompt.
-        max_new_tokens: Most tokens of a continuation.
-        stop_token_ids: Tokens that end a continuation.
-        batch_size: Prompts that run together; fewer are filled up, so that one program serves all.
-
-    Returns:
-        New tokens without the one that ended them, and whether one did; in the order of the prompts.
-
-    Raises:
-        M3Error: A prompt is empty, not of the vocabulary, or too long for the model with its continuation.
+        decoder: The model.
+        prefix: What all texts begin with.
+        tokens: What follows, padded on the right.
+        lengths: How many tokens of each row that are.
+        mesh: As for `Decoder`.
     """
-    for number, prompt in enumerate(prompts):
-        check_text(prompt, f"prompt {number}", config)
-    longest = max(map(len, prompts)) + max_new_tokens
-    if longest > _room(config):
-        raise M3Error(
-            f"a prompt and its answer have {longest} tokens, but only {_room(config)} are read behind a shared "
-            "beginning: shorten it"
-        )
-    shared = common_prefix(prompts)
-    rest = [list(prompt[len(shared) :]) for prompt in prompts]
-    mesh = mesh_of(params)
-    prefix, stops = make_prefix(shared), jnp.asarray(list(stop_token_ids), jnp.int32)
-    found: dict[int, tuple[list[int], bool]] = {}
-    for members in batches([len(text) for text in rest], batch_size):
-        length = padded_length(max(len(rest[i]) for i in members))
-        tokens, lengths = pad([rest[i] for i in members], batch_size, length, mesh)
-        said = np.asarray(
-            _written(
-                params,
-                prefix,
-                tokens,
-                lengths,
-                jnp.int32(len(members)),
-                stops,
-                config=config,
-                most=max_new_tokens,
-                mesh=mesh,
-            )
-        )
-        for i, row in zip(members, said.tolist(), strict=False):
-            end = next((place for place, token in enumerate(row) if token in stop_token_ids), None)
-            found[i] = (row[:end], end is not None)
-    return [found[i] for i in range(len(prompts))]
+    if not len(prefix.tokens):
+        return read_on(decoder, None, tokens, lengths, mesh=mesh)
+    before = prefix.length[None]
+    cache = read_beginnings(decoder, prefix.tokens[None], before, mesh)
+    return read_on(decoder, Shared(cache, before, jnp.zeros_like(lengths)), tokens, lengths, mesh=mesh)
+
+
+_FEW = 4  # texts, for which a group of their own is not worth it
+_SLACK = 8  # tokens by which what a group shares may shrink as it grows
+
+
+def alike(texts: Sequence[Tokens], rows: int) -> list[list[int]]:
+    """Indices of texts in groups that begin alike; neighbours are compared, and the rest is one group.
+
+    Args:
+        texts: Token ids.
+        rows: Texts that run together.
+
+    Example:
+        >>> alike([[1, 2, 3, 4, 5]] * 9 + [[7, 2, 3, 4, 6]] * 9 + [[8]], 8)
+        [[0, 1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [18]]
+    """
+    groups: list[list[int]] = []
+    shared: list[int] = []
+    for number, text in enumerate(texts):
+        common = _common(shared, text)
+        least = len(text) / 2 if groups and len(groups[-1]) == 1 else len(shared) - _SLACK
+        if groups and common >= least and common:
+            groups[-1].append(number)
+            shared = shared[:common]
+        else:
+            groups.append([number])
+            shared = list(text)
+    few = [i for group in groups if len(group) < min(_FEW, rows) for i in group]
+    kept = [group for group in groups if len(group) >= min(_FEW, rows)]
+    return [*kept, few] if few else kept
+
+
+def _common(a: Tokens, b: Tokens) -> int:
+    """How many tokens two texts begin with together."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def room_behind(config: DecoderConfig) -> int:
+    """Tokens of a text that the model reads in the same way from its beginning, however it goes on.
+
+    Args:
+        config: The decoder.
+    """
+    changing = (rope.original_context for rope in config.ropes if rope and rope.kind in ("longrope", "dynamic"))
+    return min([config.context_length, *changing])

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from m3jax.decoder.config import DecoderConfig
 from m3jax.decoder.modeling import PADDING, bind
 from m3jax.decoder.params import mesh_of
+from m3jax.decoder.prefixes import Shared, read_beginnings, read_on
 from m3jax.errors import M3Error
 
 _SCORED_ROWS = 1024  # bounds the memory of logits when whole texts are scored
@@ -40,13 +41,17 @@ class ModelFunctions(NamedTuple):
     """Pure functions that generation and scoring are made of; hashable, so that compiled functions are keyed by it.
 
     Attributes:
-        prefill: From params, tokens, lengths and a number of slots to logits behind each text and a cache.
+        begin: From params, beginnings of texts and their lengths to what was read of them; None where nothing can be
+            read apart from what follows.
+        prefill: From params, beginnings that were read (None for none), what follows them (tokens and lengths) and a
+            number of slots for that and for tokens to come to logits behind each text and a cache.
         step: From params, cache, one token of each row and its position to logits and cache.
         score: From params, tokens and lengths to the log probability of each following token, and whether it is
             the likeliest.
     """
 
-    prefill: Callable[[Any, Array, Array, int], tuple[Array, Any]]
+    begin: Callable[[Any, Array, Array], Any] | None
+    prefill: Callable[[Any, Shared | None, Array, Array, int], tuple[Array, Any]]
     step: Callable[[Any, Any, Array, Array], tuple[Array, Any]]
     score: Callable[[Any, Array, Array], tuple[Array, Array]]
 
@@ -55,10 +60,13 @@ class ModelFunctions(NamedTuple):
 def _decoder_model(config: DecoderConfig, mesh: Mesh | None) -> ModelFunctions:
     """The decoder, with a cache."""
 
-    def prefill(params: Any, tokens: Array, lengths: Array, slots: int) -> tuple[Array, Any]:
+    def begin(params: Any, tokens: Array, lengths: Array) -> Any:
+        return read_beginnings(bind(config, params), tokens, lengths, mesh)
+
+    def prefill(params: Any, shared: Shared | None, tokens: Array, lengths: Array, slots: int) -> tuple[Array, Any]:
         decoder = bind(config, params)
-        hidden, cache = decoder(tokens, _positions(tokens, lengths), mesh=mesh)
-        return decoder.logits(_at(hidden, lengths - 1)), cache.extend(slots)
+        hidden, cache = read_on(decoder, shared, tokens, lengths, slots - tokens.shape[1], mesh)
+        return decoder.logits(_at(hidden, lengths - 1)), cache
 
     def step(params: Any, cache: Any, token: Array, position: Array) -> tuple[Array, Any]:
         decoder = bind(config, params)
@@ -71,14 +79,14 @@ def _decoder_model(config: DecoderConfig, mesh: Mesh | None) -> ModelFunctions:
         hidden, _ = decoder(tokens, _positions(tokens, lengths - 1), mesh=mesh)
         return _in_pieces(lambda h, t: _score_logits(decoder.logits(h), t), hidden, _following(tokens))
 
-    return ModelFunctions(prefill, step, score)
+    return ModelFunctions(begin, prefill, step, score)
 
 
 @functools.lru_cache(maxsize=64)
 def _applied_model(apply_fn: Callable[..., Any]) -> ModelFunctions:
     """A function without a cache: the texts themselves take its place."""
 
-    def prefill(params: Any, tokens: Array, lengths: Array, slots: int) -> tuple[Array, Any]:
+    def prefill(params: Any, _: Shared | None, tokens: Array, lengths: Array, slots: int) -> tuple[Array, Any]:
         texts = jnp.pad(tokens, ((0, 0), (0, slots - tokens.shape[1])))
         return _at(apply_fn(params, texts, lengths), lengths - 1).astype(jnp.float32), texts
 
@@ -89,7 +97,7 @@ def _applied_model(apply_fn: Callable[..., Any]) -> ModelFunctions:
     def score(params: Any, tokens: Array, lengths: Array) -> tuple[Array, Array]:
         return _score_logits(apply_fn(params, tokens, lengths).astype(jnp.float32), _following(tokens))
 
-    return ModelFunctions(prefill, step, score)
+    return ModelFunctions(None, prefill, step, score)
 
 
 def _positions(tokens: Int[Array, "batch length"], lengths: Int[Array, " batch"]) -> Int[Array, "batch length"]:

@@ -228,6 +228,7 @@ def make_generator(
     overflow: Overflow = "error",
     tell: Tell | None = None,
     batch_size: int = 8,
+    share: bool = True,
 ) -> Generator:
     """The model as a writer.
 
@@ -239,6 +240,7 @@ def make_generator(
             it is skipped; the last two are counted in summaries.
         tell: Told what is being compiled.
         batch_size: Rows of a full batch; programs are compiled for it, and for powers of two below it.
+        share: Read once what neighbouring prompts begin with, as shots, or the words of a template, are.
     """
     tokenizer, config = model.tokenizer, model.config
     decode = decoder.detokenizer(tokenizer)
@@ -262,6 +264,7 @@ def make_generator(
             stop_strings=settings.stop,
             detokenize=decode,
             batch_size=batch_size,
+            share=share,
             progress=_compile_lines(tell),
             apply_fn=model.apply_fn,
         )

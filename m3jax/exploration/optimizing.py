@@ -270,7 +270,7 @@ def _cross_entropy(model: ModelFunctions, params: Any, batch: DevBatch) -> Array
 
 def _entropy(model: ModelFunctions, params: Any, batch: DevBatch) -> Array:
     """Mean over examples of the entropy of the token behind the prompt."""
-    logits, _ = model.prefill(params, batch.tokens, batch.lengths, batch.tokens.shape[1])
+    logits, _ = model.prefill(params, None, batch.tokens, batch.lengths, batch.tokens.shape[1])
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     entropies = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1)
     here = batch.counted[:, 0]

@@ -3,19 +3,18 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from m3jax import decoder
 from m3jax.decoder import DecoderConfig
 from m3jax.evaluation import Example, Execution, Judgement, Task, get_task, why_no_sandbox
 from m3jax.evaluation.attacks.trial import attack_task
 from m3jax.evaluation.data import Row
 from m3jax.evaluation.models import LanguageModel, make_generator
-from m3jax.evaluation.protocol import Completion, GenerationSettings, Generator
+from m3jax.evaluation.protocol import GenerationSettings, Generator
 from m3jax.evaluation.robustness import make_plan
 from m3jax.evaluation.tasks.base import Judge, each
-from m3jax.evaluation.tokens import cut, stop_tokens
 from m3jax.laboratory.skills import Manner, Skill
 
 BATCH_SIZE = 128
+_ROWS = 32  # of a batch whose beginning is shared
 
 ADVERSARIES: Mapping[str, Mapping[str, Any]] = {
     "sst2": {"attacks": ("deepwordbug",)},
@@ -70,82 +69,9 @@ class Pupil(NamedTuple):
         Args:
             params: The decoder's parameters.
         """
-        if self.shares:
-            return sharing_generator(params, self.config, self.tokenizer)
         model = LanguageModel("model", params, self.config, self.tokenizer)
-        return make_generator(model, "truncate", batch_size=BATCH_SIZE)
-
-
-_ROWS = 32  # of a batch whose beginning is shared; fewer are filled up
-
-
-def sharing_generator(params: Any, config: DecoderConfig, tokenizer: Any) -> Generator:
-    """A model that reads once what prompts begin with, and writes the likeliest tokens.
-
-    Args:
-        params: The decoder's parameters.
-        config: The decoder.
-        tokenizer: A transformers tokenizer.
-    """
-    decode = decoder.detokenizer(tokenizer)
-
-    def generator(prompts: Sequence[str], settings: GenerationSettings) -> list[Completion]:
-        assert not settings.temperature  # no examination draws
-        texts = [decoder.encode(tokenizer, prompt) for prompt in prompts]
-        stops = stop_tokens(tokenizer, config, settings.stop)
-        found: dict[int, Completion] = {}
-        for members in alike(texts, _ROWS):
-            written = decoder.continue_alike(
-                params,
-                config,
-                [texts[i] for i in members],
-                max_new_tokens=settings.max_tokens,
-                stop_token_ids=stops,
-                batch_size=_ROWS,
-            )
-            for i, (tokens, ended) in zip(members, written, strict=True):
-                text = decode(tokens)
-                kept = cut(text, settings.stop)
-                found[i] = Completion(kept, len(tokens), ended or kept != text)
-        return [found[i] for i in range(len(prompts))]
-
-    return generator
-
-
-_FEW = 4  # texts, for which a batch of their own is not worth it
-_SLACK = 8  # tokens by which what a group shares may shrink as it grows
-
-
-def alike(texts: Sequence[Sequence[int]], rows: int) -> list[list[int]]:
-    """Indices of texts in groups that begin alike; neighbours are compared, and the rest is one group.
-
-    Args:
-        texts: Token ids.
-        rows: Texts that run together.
-
-    Example:
-        >>> alike([[1, 2, 3, 4, 5]] * 9 + [[7, 2, 3, 4, 6]] * 9 + [[8]], 8)
-        [[0, 1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14, 15, 16, 17], [18]]
-    """
-    groups: list[list[int]] = []
-    shared: list[int] = []
-    for number, text in enumerate(texts):
-        common = _common(shared, text)
-        least = len(text) / 2 if groups and len(groups[-1]) == 1 else len(shared) - _SLACK
-        if groups and common >= least and common:
-            groups[-1].append(number)
-            shared = shared[:common]
-        else:
-            groups.append([number])
-            shared = list(text)
-    few = [i for group in groups if len(group) < min(_FEW, rows) for i in group]
-    kept = [group for group in groups if len(group) >= min(_FEW, rows)]
-    return [*kept, few] if few else kept
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two texts begin with together."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        rows = _ROWS if self.shares else BATCH_SIZE
+        return make_generator(model, "truncate", batch_size=rows, share=self.shares)
 
 
 def remembering(judge: Judge, right: Sequence[tuple[Example, str]] = ()) -> Judge:

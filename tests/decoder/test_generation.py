@@ -6,6 +6,7 @@ from support.decoders import CONFIGS, weights
 
 from m3jax import M3Error
 from m3jax.decoder import PADDING, DecoderConfig, bind, generate, length_bucket, params_from_tree
+from m3jax.decoder.prefixes import alike
 from m3jax.decoder.sampling import nucleus
 
 ENTRIES = CONFIGS["mistral"] | {"num_hidden_layers": 1}  # compiles in half the time of two
@@ -44,6 +45,26 @@ def test_greedy_is_the_likeliest_token_of_a_run_without_cache(greedy):
 def test_neighbours_and_batch_size_change_nothing(greedy):
     assert [completion.tokens for completion in run(batch_size=1)] == greedy
     assert run([PROMPTS[2]])[0].tokens == greedy[2]
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "key": jax.random.key(4)}])
+def test_reading_once_what_prompts_begin_with_changes_no_token(settings):
+    beginnings = [RNG.integers(3, 64, 20).tolist() for _ in range(2)]
+    prompts = [b + RNG.integers(3, 64, n).tolist() for b in beginnings for n in (1, 7, 3, 2, 9)] + PROMPTS
+    events = []
+    together = run(prompts, share=True, max_new_tokens=8, progress=events.append, **settings)
+    assert together == run(prompts, max_new_tokens=8, **settings)
+    assert max(event.length for event in events if event.event == "batch") == 24  # what is behind beginnings, or whole
+    assert len({one.tokens for one in together}) > 10
+    alone = generate(PARAMS, None, prompts, max_new_tokens=8, share=True, apply_fn=apply_fn, stop_token_ids=())
+    assert settings or [one.tokens for one in alone] == [one.tokens for one in together]
+
+
+def test_texts_go_with_those_that_begin_alike():
+    blocks = [[1, 2, 3, 4, part, *range(10, 20), last] for part in (5, 6) for last in range(4)]
+    assert alike(blocks, 4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert alike([[i, *range(20)] for i in range(9)], 4) == [[*range(9)]]  # nothing to share: all together
+    assert alike([[1, 2]], 4) == [[0]]
 
 
 def test_a_function_of_the_callers_stands_in(greedy):

@@ -10,11 +10,8 @@ import pytest
 from m3jax import decoder
 from m3jax.decoder import DecoderConfig
 from m3jax.errors import M3Error
-from m3jax.evaluation.models import load_model, make_generator
-from m3jax.evaluation.protocol import GenerationSettings
 from m3jax.laboratory import conducting
 from m3jax.laboratory.conducting import LEDGER, Setting, conduct, open_laboratory
-from m3jax.laboratory.examining import alike, sharing_generator
 from m3jax.laboratory.experiments import TIES, Experiment, ExperimentSettings, jobs_of
 from m3jax.laboratory.experts import Apprenticeship
 from m3jax.laboratory.models import save_model
@@ -43,24 +40,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     params = jax.tree.map(lambda x: 5 * x, decoder.random_params(config, 0))  # which says more than one thing
     save_model(place, params, config, entries, tokenizer)
     return place
-
-
-def test_texts_go_with_those_that_begin_alike() -> None:
-    blocks = [[1, 2, 3, 4, part, *range(10, 20), last] for part in (5, 6) for last in range(4)]
-    assert alike(blocks, 4) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert alike([[i, *range(20)] for i in range(9)], 4) == [[*range(9)]]  # nothing to share: all together
-    assert alike([[1, 2]], 4) == [[0]]
-
-
-def test_reading_beginnings_once_changes_no_answer(base: Path) -> None:
-    loaded = load_model(str(base))
-    assert loaded.config is not None
-    prompts = [f"{start} has {n} apples." for start in ("Anna", "Ben and Carla") for n in range(5)]
-    settings = GenerationSettings(max_tokens=4)
-    alone = make_generator(loaded, "truncate")(prompts, settings)
-    together = sharing_generator(loaded.params, loaded.config, loaded.tokenizer)(prompts, settings)
-    assert [one.text for one in together] == [one.text for one in alone]
-    assert len({one.text for one in alone}) > 1
 
 
 class KilledError(Exception):
