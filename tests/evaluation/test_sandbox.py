@@ -12,7 +12,7 @@ import pytest
 
 from m3jax.errors import M3Error
 from m3jax.evaluation import sandbox
-from m3jax.evaluation.sandbox import Limits, Program, run_program, run_programs
+from m3jax.evaluation.sandbox import Limits, Program, launching, run_program, run_programs
 
 PACKAGE = Path(sandbox.__file__).resolve().parents[2]
 
@@ -180,6 +180,47 @@ def test_programs_run_side_by_side_and_in_order() -> None:
     programs = [Program(f"def f(x): return x + {number}", "assert f(1) == 3") for number in range(6)]
     outcomes = run_programs(programs, workers=3)
     assert [outcome.passed for outcome in outcomes] == [number == 2 for number in range(6)]
+
+
+def test_programs_of_one_server_do_not_meet() -> None:
+    first = "import builtins, math, sys\nbuiltins.sum = math.sqrt = None\nsys.seen = 1\ndef f(): return sum is None"
+    second = "import math, sys\ndef f(): return sum([1, 2]), math.sqrt(9), hasattr(sys, 'seen')"
+    assert run_program(first, "assert f()").passed
+    server = launching._server
+    assert server is not None
+    assert server.owner == os.getpid()
+    assert run_program(second, "assert f() == (3, 3, False)").passed
+    assert launching._server is server  # and no launcher was started for it
+    numbers = "import random, os\ndef f(): return [random.random(), os.urandom(8)]"
+    said = [run_program(numbers + "\nprint(f())", "f()").output for _ in range(2)]
+    assert said[0] != said[1]
+
+
+def test_a_server_that_was_ended_is_started_anew() -> None:
+    assert run_program(*HONEST["number"]).passed
+    server = launching._server
+    assert server is not None
+    server.process.kill()
+    server.process.wait()
+    assert run_program(*HONEST["number"]).passed
+    assert launching._server is not None
+    assert launching._server is not server
+
+
+def test_where_there_is_no_server_each_program_gets_a_launcher_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    monkeypatch.setattr(launching, "_server", None)
+    for name in ("number", "changes its argument", "writes in its directory", "prints"):
+        assert run_program(*HONEST[name]).passed
+    assert launching._server is None
+
+
+def test_a_launcher_that_hangs_is_ended_with_all_that_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_GRACE_SECONDS", -2.5)  # as if its own watch had failed
+    outcome = run_program("while True: pass", "", limits=Limits(wall_seconds=3))
+    assert (outcome.reason, outcome.detail) == ("timeout", "the sandbox itself did not end in time")
+    monkeypatch.undo()
+    assert run_program(*HONEST["number"]).passed
 
 
 def test_without_a_sandbox_it_must_be_allowed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,32 +11,20 @@ import functools
 import json
 import os
 import secrets
-import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import NamedTuple
 
 from m3jax.errors import M3Error
-from m3jax.evaluation.sandbox import kernel
+from m3jax.evaluation.sandbox import kernel, launching
 
 __all__ = ["Limits", "Outcome", "Program", "UnsandboxedWarning", "run_program", "run_programs", "why_no_sandbox"]
 
 _GRACE_SECONDS = 10.0
 _CANNOT_CONFINE = 3
-
-# The launcher's interpreter sees the standard library and these packages, emptied: importing them must not bring jax.
-_BOOT = """
-import sys, types
-for name, place in zip(sys.argv[1::2], sys.argv[2::2]):
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = [place]
-from m3jax.evaluation.sandbox.launcher import main
-main()
-"""
 
 
 class UnsandboxedWarning(UserWarning):
@@ -166,15 +154,6 @@ def why_no_sandbox() -> str | None:
     return None if outcome.passed else f"a trial program ended with: {outcome.detail}"
 
 
-def _command() -> list[str]:
-    """The launcher's command line: the bare interpreter, no site packages, nothing from the environment."""
-    here = Path(__file__).resolve().parent
-    packages = {"m3jax.evaluation.sandbox": here, "m3jax.evaluation": here.parent, "m3jax": here.parents[1]}
-    executable = getattr(sys, "_base_executable", sys.executable)  # the interpreter behind a virtual environment
-    stubs = [word for name, place in packages.items() for word in (name, str(place))]
-    return [os.path.realpath(executable), "-I", "-S", "-c", _BOOT, *stubs]
-
-
 def _launch(program: Program, limits: Limits, confined: bool) -> Outcome:
     if not sys.platform.startswith("linux"):
         raise M3Error(f"generated code can be run on Linux only, and this is {sys.platform}")
@@ -183,22 +162,13 @@ def _launch(program: Program, limits: Limits, confined: bool) -> Outcome:
         if not confined:
             os.chmod(directory, 0o777)  # it runs as another user where it can; the parent directory is sticky
         with (
-            _file_of(program.tests.encode("utf-8", "surrogatepass")) as tests,
-            _file_of(secret := _secret()) as key,
+            launching.file_of(program.tests.encode("utf-8", "surrogatepass")) as tests,
+            launching.file_of(secret := _secret()) as key,
             contextlib.nullcontext() if confined else _closed_to_others(),
         ):
             return _converse(program, limits, confined, directory, tests, key, secret)
     finally:
         _remove(directory)
-
-
-@contextlib.contextmanager
-def _file_of(content: bytes) -> Iterator[int]:
-    """A file without a name. What it holds travels apart from the program, whose process never holds it."""
-    with tempfile.TemporaryFile() as file:
-        file.write(content)
-        file.seek(0)
-        yield file.fileno()
 
 
 def _secret() -> bytes:
@@ -238,31 +208,20 @@ def _converse(
         "output_bytes": walls.pop("output_bytes"),
         "walls": walls,
     }
-    with subprocess.Popen(
-        _command(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={},
-        cwd="/",
-        start_new_session=True,
-        pass_fds=(tests, key),
-    ) as launcher:
-        try:
-            answer, complaint = launcher.communicate(json.dumps(order).encode(), limits.wall_seconds + _GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            # The keeper dies with the launcher, and its namespace with it.
-            launcher.kill()
-            launcher.communicate()
-            return Outcome(False, "timeout", "the sandbox itself did not end in time", "", limits.wall_seconds)
-    if launcher.returncode == _CANNOT_CONFINE:
-        raise M3Error(complaint.decode(errors="replace"))
+    seconds = limits.wall_seconds + _GRACE_SECONDS
+    ended = launching.forked(order, seconds, tests, key) if confined else None
+    ended = ended or launching.started(order, seconds, tests, key)
+    if ended.code is None:
+        return Outcome(False, "timeout", "the sandbox itself did not end in time", "", limits.wall_seconds)
+    if ended.code == _CANNOT_CONFINE:
+        raise M3Error(ended.complaint.decode(errors="replace"))
     try:
-        found = json.loads(answer.removeprefix(secret)) if answer.startswith(secret) else None
+        found = json.loads(ended.answer.removeprefix(secret)) if ended.answer.startswith(secret) else None
     except ValueError:
         found = None
     if found is None:
-        return Outcome(False, "died", complaint.decode(errors="replace")[:1000] or "the sandbox was killed", "", 0.0)
+        why = ended.complaint.decode(errors="replace")[:1000] or "the sandbox was killed"
+        return Outcome(False, "died", why, "", 0.0)
     return Outcome(found["reason"] == "passed", found["reason"], found["detail"], found["output"], found["seconds"])
 
 

@@ -1,8 +1,8 @@
 """The process between the harness and a program: builds the walls, watches, and ends everything.
 
-Started afresh for each program, without threads, so forking here is safe. Four processes: the launcher stays in the
-harness's PID namespace; its child, the keeper, is the first process of the new one and outlives nothing: when it ends
-the kernel kills all the rest. The keeper's children are the candidate (the program) and the examiner (the tests).
+Started or forked afresh for each program, without threads, so forking here is safe. Four processes: the launcher stays
+in the harness's PID namespace; its child, the keeper, is the first process of the new one and outlives nothing: when it
+ends the kernel kills all the rest. The keeper's children are the candidate (the program) and the examiner (the tests).
 """
 
 import contextlib
@@ -30,11 +30,22 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 def main() -> NoReturn:
     """Read the order from standard input, run it, write the outcome to standard output."""
-    order = json.loads(sys.stdin.buffer.read())
+    os._exit(run_order(read_order()))
+
+
+def read_order() -> dict[str, Any]:
+    """What is to be run, from standard input."""
+    with open(0, "rb", closefd=False) as file:  # a pipe, or a file
+        order: dict[str, Any] = json.loads(file.read())
     for name in ("tests", "secret"):
         given = order[name]
         order[name] = os.dup(given)  # the lowest free number, so that all descriptors here are small
         os.close(given)
+    return order
+
+
+def run_order(order: dict[str, Any]) -> int:
+    """Run an order and write the outcome to standard output; returns the exit code."""
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # should memory run out all the same, the kernel takes the program first
     user = confine.own_user()
@@ -42,22 +53,31 @@ def main() -> NoReturn:
         try:
             confine.separate(user)
         except OSError as error:
-            _cannot(error)
+            _complain(error)
+            return CANNOT_CONFINE
     kernel.set_dumpable(False)  # or a program of the same user could write to where the outcome goes
     keeper = os.fork()
     if keeper == 0:
-        _guarded(lambda: _keep(order, user))
+        guarded(lambda: _keep(order, user))
     _, status = os.waitpid(keeper, 0)
-    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+    return os.waitstatus_to_exitcode(status) & 0xFF
 
 
-def _cannot(error: OSError) -> NoReturn:
+def _content(file: int) -> bytes:
+    """All of a file, wherever others who hold it have read to."""
+    return os.pread(file, os.fstat(file).st_size, 0)
+
+
+def _complain(error: OSError) -> None:
     os.write(2, f"{error.strerror or error}".encode())
-    os._exit(CANNOT_CONFINE)
 
 
-def _guarded(body: Callable[[], None]) -> NoReturn:
-    """Run the body of a forked process, which must never return into the code of its parent."""
+def guarded(body: Callable[[], None]) -> NoReturn:
+    """Run the body of a forked process, which must never return into the code of its parent.
+
+    Args:
+        body: What it does.
+    """
     try:
         body()
     except BaseException as error:
@@ -80,7 +100,8 @@ def _keep(order: dict[str, Any], user: int) -> None:
         alone = order["confined"] or os.geteuid() == 0
         confine.drop_privileges(user, order["confined"])
     except OSError as error:
-        _cannot(error)
+        _complain(error)
+        os._exit(CANNOT_CONFINE)
     inside, outside = socket.socketpair()
     output, output_end = os.pipe()
     verdict, verdict_end = os.pipe()
@@ -94,15 +115,14 @@ def _keep(order: dict[str, Any], user: int) -> None:
     def run_examiner() -> None:
         _settle((inside.fileno(), verdict_end, order["tests"]), None)
         confine.limit(walls, alone)
-        with open(order["tests"], encoding="utf-8", errors="surrogatepass") as file:
-            found = examine(file.read(), Channel(inside))
+        found = examine(_content(order["tests"]).decode("utf-8", "surrogatepass"), Channel(inside))
         os.write(verdict_end, json.dumps(found).encode())
 
     started = time.monotonic()
     children = [_fork(run_examiner), _fork(run_candidate)]
     for end in (output_end, verdict_end, inside.fileno(), outside.fileno()):
         os.close(end)
-    secret = os.read(order["secret"], 1 << 10)  # only now, so that no child has it in its memory
+    secret = _content(order["secret"])  # only now, so that no child has it in its memory
     found, printed = _watch(walls, order["output_bytes"], processes, children[1], output, verdict)
     found |= {"output": printed.decode(errors="replace"), "seconds": time.monotonic() - started}
     if processes is None:
@@ -114,7 +134,7 @@ def _fork(body: Callable[[], None]) -> int:
     child = os.fork()
     if child == 0:
         os.setsid()
-        _guarded(body)
+        guarded(body)
     return child
 
 

@@ -1,0 +1,161 @@
+"""How orders get to launchers: one of its own for an order, or one forked from the server of this process."""
+
+import atexit
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from m3jax.evaluation.sandbox import forkserver
+
+_LONGEST_ANSWER = 1 << 22  # bytes
+
+# The launcher's interpreter sees the standard library and these packages, emptied: importing them must not bring jax.
+_BOOT = """
+import sys, types
+for name, place in zip(sys.argv[1::2], sys.argv[2::2]):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = [place]
+"""
+_START = "from m3jax.evaluation.sandbox.launcher import main; main()"
+_SERVE = "from m3jax.evaluation.sandbox.forkserver import serve; serve()"
+
+
+@contextlib.contextmanager
+def file_of(content: bytes) -> Iterator[int]:
+    """A file without a name. What it holds travels apart from the program, whose process never holds it.
+
+    Args:
+        content: What it holds.
+    """
+    file = os.memfd_create("m3jax")
+    try:
+        with open(file, "wb", closefd=False) as writer:
+            writer.write(content)
+        os.lseek(file, 0, os.SEEK_SET)
+        yield file
+    finally:
+        os.close(file)
+
+
+def _command(work: str) -> list[str]:
+    """A command line of the bare interpreter: no site packages, nothing from the environment."""
+    here = Path(__file__).resolve().parent
+    packages = {"m3jax.evaluation.sandbox": here, "m3jax.evaluation": here.parent, "m3jax": here.parents[1]}
+    executable = getattr(sys, "_base_executable", sys.executable)  # the interpreter behind a virtual environment
+    stubs = [word for name, place in packages.items() for word in (name, str(place))]
+    return [os.path.realpath(executable), "-I", "-S", "-c", _BOOT + work, *stubs]
+
+
+class Ended(NamedTuple):
+    """What a launcher left: its exit code, None where it was not done in time, the outcome and its complaints."""
+
+    code: int | None
+    answer: bytes = b""
+    complaint: bytes = b""
+
+
+def started(order: dict[str, Any], seconds: float, tests: int, key: int) -> Ended:
+    """Has a launcher of its own run an order.
+
+    Args:
+        order: What `launcher.read_order` takes.
+        seconds: How long it may take.
+        tests: A file.
+        key: A file.
+    """
+    with subprocess.Popen(
+        _command(_START),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={},
+        cwd="/",
+        start_new_session=True,
+        pass_fds=(tests, key),
+    ) as launcher:
+        try:
+            answer, complaint = launcher.communicate(json.dumps(order).encode(), seconds)
+        except subprocess.TimeoutExpired:
+            # The keeper dies with the launcher, and its namespace with it.
+            launcher.kill()
+            launcher.communicate()
+            return Ended(None)
+    return Ended(launcher.returncode, answer, complaint)
+
+
+def forked(order: dict[str, Any], seconds: float, tests: int, key: int) -> Ended | None:
+    """Has a launcher forked from the server run an order; None where there is no server.
+
+    Args:
+        order: What `launcher.read_order` takes.
+        seconds: How long it may take.
+        tests: A file.
+        key: A file.
+    """
+    told = json.dumps(order | {"tests": forkserver.TESTS, "secret": forkserver.SECRET}).encode()
+    with file_of(told) as given, file_of(b"") as answer, file_of(b"") as complaint:
+        for _ in range(2):  # a server that something ended is started anew, once
+            link = _link()
+            if link is None:
+                return None
+            with contextlib.suppress(OSError):
+                launched = forkserver.launch(link, given, answer, complaint, tests, key)
+                code = forkserver.exit_code(launched, seconds)
+                return Ended(code, *(os.pread(file, _LONGEST_ANSWER, 0) for file in (answer, complaint)))
+            _end_server()
+    return None
+
+
+class _Server(NamedTuple):
+    """The server of this process."""
+
+    owner: int
+    process: subprocess.Popen[bytes]
+    link: socket.socket
+
+
+_server: _Server | None = None
+_lock = threading.Lock()
+
+
+def _link() -> socket.socket | None:
+    """The way to the server, which is started if there is none; None where the system has not what it needs."""
+    global _server
+    if not hasattr(os, "pidfd_open"):
+        return None
+    with _lock:
+        if _server is not None and _server.owner != os.getpid():  # this process was forked: that one is its parent's
+            _server.link.close()
+            _server = None
+        if _server is None:
+            here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with there:
+                process = subprocess.Popen(
+                    _command(_SERVE),
+                    stdin=there.fileno(),
+                    stdout=subprocess.PIPE,  # nothing comes; but Python's own streams are made for what they are
+                    stderr=subprocess.PIPE,
+                    env={},
+                    cwd="/",
+                    start_new_session=True,
+                )
+            _server = _Server(os.getpid(), process, here)
+        return _server.link
+
+
+@atexit.register
+def _end_server() -> None:
+    """Closes the link, upon which the server ends."""
+    global _server
+    with _lock:
+        if _server is not None and _server.owner == os.getpid():
+            _server.link.close()
+            _server.process.communicate()
+        _server = None
