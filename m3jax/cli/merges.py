@@ -199,8 +199,12 @@ def _merge_seeds(
 
         kept = "finished merges and files are kept, and the same command resumes"
         with shell.resumable(out, kept), terminal.progress_reporter(still) as progress:
-            mesh, distributed = local_mesh(machines.mesh), machines.distributed
-            made = merge_seeds(recipes, out, mesh=mesh, distributed=distributed, progress=progress, tell=tell, **how)
+            where: dict[str, Any] = {
+                "mesh": local_mesh(machines.mesh),
+                "lanes": machines.lanes,
+                "distributed": machines.distributed,
+            }
+            made = merge_seeds(recipes, out, progress=progress, tell=tell, **where, **how)
         said = dict.fromkeys(note for one in made if one.result is not None for note in one.result.notes)
         shell.print_notes((note for note in said if note not in notes), still)
         shell.print_result(
@@ -241,7 +245,8 @@ def _merge(
 
             with terminal.progress_reporter(still) as progress:
                 mesh = local_mesh(machines.mesh)
-                result = start(mesh=mesh, distributed=machines.distributed, progress=progress, **where)
+                how: dict[str, Any] = {"mesh": mesh, "lanes": machines.lanes, "distributed": machines.distributed}
+                result = start(**how, progress=progress, **where)
         shell.print_notes((note for note in result.notes if note not in notes), still)
         as_json = speech.as_json and speaks
         shell.print_result(lambda: merge_json(result), lambda: merge_lines(result), as_json, still)

@@ -68,6 +68,15 @@ MergeMesh = Annotated[
         "--mesh", metavar="AXES", help="Devices to use, as in fsdp=4,tp=2.  [default: all here]", show_default=False
     ),
 ]
+Lanes = Annotated[
+    int | None,
+    typer.Option(
+        "--lanes",
+        metavar="N",
+        help="Tensors merged at the same time.  [default: one for every four cores, at most 8]",
+        show_default=False,
+    ),
+]
 DecoderMesh = Annotated[
     str | None,
     typer.Option("--mesh", metavar="AXES", help="As in fsdp=4,tp=2.  [default: one device]", show_default=False),
@@ -254,6 +263,7 @@ class Machines(NamedTuple):
     """What a merge runs on."""
 
     mesh: MergeMesh = None
+    lanes: Lanes = None
     distributed: Distributed = False
     coordinator: Coordinator = None
     num_processes: NumProcesses = None

@@ -14,6 +14,7 @@ from m3jax.recipe import Recipe, load_recipe
 from m3jax.streaming.findings import Step, applies, phases_of
 from m3jax.streaming.intermediates import outlined
 from m3jax.streaming.jobs import Ready, prepared
+from m3jax.streaming.lanes import lane_count
 from m3jax.streaming.plan import DrawnWeights, MergePlan, TensorPlan, divide
 from m3jax.streaming.reading import HELD_BYTES, chunk_size, held_bytes, widest_entry
 from m3jax.text import size_text
@@ -165,11 +166,12 @@ def _tensors(plan: MergePlan) -> tuple[TensorEstimate, ...]:
 
 def _buffers(ready: Ready, phases: Sequence[Sequence[Step]]) -> int:
     """Bytes of the chunks in flight, read ahead, computed and written, and of what is kept between readings."""
-    checkpoints = [model.checkpoint for model in ready.models]
+    checkpoints, lanes = [model.checkpoint for model in ready.models], lane_count(None)
     in_flight = widest_entry(ready.plan, checkpoints) * len(checkpoints) * _BUFFERS + 4
     several = [t for phase in phases for t in ready.plan.tensors if sum(applies(step, t) for step in phase) > 1]
     held = max((min(_read_bytes(ready, tensor), HELD_BYTES) for tensor in several), default=0)
-    return chunk_size(None, ready.plan, checkpoints) * in_flight + held + prepared_bytes(ready.plan)
+    chunk = chunk_size(None, ready.plan, checkpoints, lanes)
+    return lanes * (chunk * in_flight + held) + prepared_bytes(ready.plan)
 
 
 def _widest(plan: MergePlan) -> TensorPlan | None:

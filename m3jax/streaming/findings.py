@@ -6,6 +6,7 @@ here knows what is counted.
 
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -269,6 +270,7 @@ class Findings:
         self._place = place_of(plan)
         self._states: dict[_Scope, tuple[bool, Any]] = {}  # whether it is over, and the state
         self._totals: dict[_Scope, Any] = {}
+        self._lock = threading.RLock()  # lanes count together what is of the whole model
 
     def scalars(self, tensor: TensorPlan, root: np.ndarray, block: int | None = 0) -> LeafScalars:
         """The scalars of a tensor's block as far as they are known; of all blocks, along a first axis, for None."""
@@ -309,9 +311,10 @@ class Findings:
     def _state(self, stage: Stage, tensor: TensorPlan, block: int) -> Any:
         """The state of a measure: as it is, or as it begins."""
         scope = self._scope(stage, tensor.blocks[block])
-        if (stage.key, scope) not in self._states:
-            self._states[stage.key, scope] = (False, self._begin(stage, tensor, block))
-        return self._states[stage.key, scope][1]
+        with self._lock:
+            if (stage.key, scope) not in self._states:
+                self._states[stage.key, scope] = (False, self._begin(stage, tensor, block))
+            return self._states[stage.key, scope][1]
 
     def _begin(self, stage: Stage, tensor: TensorPlan, block: int) -> Any:
         shape = tensor.block_shape
@@ -356,14 +359,20 @@ class Findings:
             if each.reduction == "gather" or each.finish is not None:
                 own = [np.asarray(row).ravel()[:size] for row in own]
             if each.reduction == "gather":
-                self._totals.setdefault(place, []).append(np.stack(own))
+                self._append(place, np.stack(own))
                 continue
             counts = np.asarray(own if each.finish is None else each.finish(own))
             if stage.measure.scope == "row":
-                self._totals.setdefault(place, []).append(counts[: size // row_size(visit.plan)])
+                self._append(place, counts[: size // row_size(visit.plan)])
                 continue
-            before, wide = self._totals.get(place), counts.astype(np.int64)
-            self._totals[place] = wide if before is None else _REDUCED[each.reduction](before, wide)
+            wide = counts.astype(np.int64)
+            with self._lock:
+                before = self._totals.get(place)
+                self._totals[place] = wide if before is None else _REDUCED[each.reduction](before, wide)
+
+    def _append(self, place: _Scope, found: np.ndarray) -> None:
+        with self._lock:
+            self._totals.setdefault(place, []).append(found)
 
     def conclude_model(self, step: Step, processes: Processes) -> None:
         """Let a model-wide measure go on from what all processes have counted."""

@@ -77,6 +77,7 @@ class MergeJob(NamedTuple):
         as_step: Write a step of a run, where the format has some.
         said: What a user should know of how the recipe was read.
         writes: Whether the output is to be made; a plan does not mind what is there.
+        lanes: How many tensors are merged at the same time; by the machine's cores if None.
     """
 
     recipe: Recipe
@@ -97,6 +98,7 @@ class MergeJob(NamedTuple):
     as_step: bool = False
     said: tuple[str, ...] = ()
     writes: bool = True
+    lanes: int | None = None
 
     @property
     def scheme(self) -> str:

@@ -53,10 +53,11 @@ from m3jax.streaming.jobs import (
     recorded_digests,
     written_format,
 )
+from m3jax.streaming.lanes import lane_count
 from m3jax.streaming.opening import OpenedModel
 from m3jax.streaming.passes import Circumstances, Passes
 from m3jax.streaming.plan import DrawnWeights, MergePlan, TensorPlan, divide
-from m3jax.streaming.reading import ChunkReader, chunk_size
+from m3jax.streaming.reading import chunk_size
 from m3jax.streaming.statistics import ROLE as STATISTICS
 from m3jax.streaming.steps import with_steps
 from m3jax.streaming.writing import OtherBytesError, Shards
@@ -195,8 +196,9 @@ def _merge_one(job: MergeJob, processes: Processes) -> MergeResult:
         other_files = check_companions(job, ready) if processes.index == 0 else None
         workplace, mended = _open_workplace(job, ready, processes, stack)
         checkpoints = [m.checkpoint for m in ready.models]
-        entries = chunk_size(job.chunk_entries, ready.plan, [model.checkpoint for model in ready.models])
-        how = Circumstances(entries, _local_mesh(job.mesh), processes, job.allow_nonfinite, job.progress)
+        lanes = lane_count(job.lanes)
+        entries = chunk_size(job.chunk_entries, ready.plan, checkpoints, lanes)
+        how = Circumstances(entries, _local_mesh(job.mesh), processes, job.allow_nonfinite, job.progress, lanes)
         told = ready.statistics.measured(len(ready.models) - len(ready.statistics.models))
         passes = Passes(ready.plan, checkpoints, job.recipe.seed, recorded_digests(ready, job.recorded), how, told)
         finished = _finished(workplace, ready.shards)
@@ -351,11 +353,11 @@ def _produce(
     if not own:
         return 0
 
-    def writer(reader: ChunkReader) -> Shards:
-        digests = passes.input_digests, passes.lent_digests
-        return Shards(workplace, own, reader, *digests, expected, passes.how.allow_nonfinite, _keeper(workplace, ready))
-
-    return passes.merge(merging, _tensors(passes.plan, own), writer)
+    digests = passes.input_digests, passes.lent_digests
+    keep = _keeper(workplace, ready)
+    with Shards(workplace, own, *digests, expected, passes.how.allow_nonfinite, keep) as filled:
+        passes.merge(merging, _tensors(passes.plan, own), filled)
+        return filled.bytes_written
 
 
 def _keeper(workplace: AnyWorkplace, ready: Ready) -> Callable[[str, Mapping[str, str]], list[str]] | None:
@@ -550,6 +552,7 @@ def merge_checkpoint(
     allow_nonfinite: bool = False,
     chunk_entries: int | None = None,
     mesh: Mesh | None = None,
+    lanes: int | None = None,
     distributed: bool = False,
     progress: Callable[[Progress], None] | None = None,
     weights: Mapping[str, Sequence[float]] | None = None,
@@ -572,6 +575,8 @@ def merge_checkpoint(
         chunk_entries: Entries per chunk, a power of two of at least 65,536; memory grows with it, the bits do not
             depend on it. By default as many as keep the buffers of all inputs within 160 MB, at most 2²¹.
         mesh: Over whose local devices every chunk is spread; over all local devices by default.
+        lanes: How many tensors are merged at the same time, each from reading to writing; one for every four cores by
+            default, at most eight. Memory grows with it. Where chunks are spread over several devices there is one.
         distributed: Share the work with the other processes of `jax.distributed`, all of which make this call. `out`
             is on storage that they share.
         progress: Called after every chunk.
@@ -595,7 +600,7 @@ def merge_checkpoint(
     place = as_path(out)
     job = MergeJob(loaded, place, overwrite, size, chunk_entries, mesh, allow_nonfinite, progress)
     job = job._replace(chosen=_chosen(loaded, weights), format=written_format(format, loaded), said=said)
-    job = job._replace(as_step=step is not None)
+    job = job._replace(as_step=step is not None, lanes=lanes)
     like = next(iter(loaded.named_models), None)
     with together(distributed) as processes, step_directory(place, step, like) as target:
         return _merge(job._replace(out=target), processes)
@@ -634,6 +639,7 @@ def replay(
     max_shard_size: int | str | None = None,
     chunk_entries: int | None = None,
     mesh: Mesh | None = None,
+    lanes: int | None = None,
     distributed: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> MergeResult:
@@ -651,6 +657,7 @@ def replay(
         max_shard_size: Bytes per file at most; as recorded if None.
         chunk_entries: As in `merge_checkpoint`.
         mesh: As in `merge_checkpoint`.
+        lanes: As in `merge_checkpoint`.
         distributed: As in `merge_checkpoint`.
         progress: Called after every chunk.
 
@@ -670,7 +677,7 @@ def replay(
     manifest.check_sources(recorded, sources or {})
     job = MergeJob(
         recipe, as_path(out), overwrite, size, chunk_entries, mesh, nonfinite, progress, recorded, sources or {}
-    )._replace(other_files=allow_other_files)
+    )._replace(other_files=allow_other_files, lanes=lanes)
     job = as_recorded(job)
     changed = provenance.change(recorded)
     try:

@@ -1,5 +1,6 @@
 """Going through the chunks of a merge: every pass reads ahead, dispatches jitted functions and absorbs or writes."""
 
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -31,9 +32,10 @@ from m3jax.streaming.findings import (
     split,
     start_of,
 )
+from m3jax.streaming.lanes import LaneStopped, divided, side_by_side
 from m3jax.streaming.plan import FLOATS, Matrices, MergePlan, TensorPlan
 from m3jax.streaming.reading import ChunkReader, Loaded, Visit, visits
-from m3jax.streaming.writing import Shards
+from m3jax.streaming.writing import Shards, Writing
 
 _DISPATCHED = 2  # measurements under way before their counts are fetched
 
@@ -67,7 +69,8 @@ class Circumstances(NamedTuple):
         mesh: Devices of this process over which every chunk is spread; None for one.
         processes: Who works at it.
         allow_nonfinite: Let NaN and infinities pass.
-        progress: Called after every chunk.
+        progress: Called after every chunk, by one thread at a time.
+        lanes: How many tensors are gone through at the same time.
     """
 
     chunk_entries: int
@@ -75,6 +78,31 @@ class Circumstances(NamedTuple):
     processes: Processes
     allow_nonfinite: bool
     progress: Callable[[Progress], None] | None
+    lanes: int = 1
+
+
+class _Tally:
+    """How far all lanes of a phase are."""
+
+    def __init__(self, totals: Mapping[str, int], progress: Callable[[Progress], None] | None) -> None:
+        self._totals, self._progress = totals, progress
+        self._done = dict.fromkeys(totals, 0)
+        self._lock = threading.Lock()
+        self.bytes_read = 0
+
+    def add(self, label: str, step: int, was_read: bool) -> None:
+        """A chunk is done.
+
+        Args:
+            label: Of its stage.
+            step: Its bytes.
+            was_read: They were read for it.
+        """
+        with self._lock:
+            self._done[label] += step
+            self.bytes_read += step if was_read else 0
+            if self._progress is not None:
+                self._progress(Progress(label, self._done[label], self._totals[label]))
 
 
 class Passes:
@@ -111,6 +139,7 @@ class Passes:
         self._root = threefry.root_key(seed)
         self._prepared: dict[Hashable, _Prepared] = {}
         self._lock = threading.Lock()
+        self._looking = threading.Lock()
         spec = PartitionSpec("entries")  # type: ignore[no-untyped-call]
         self._spread = None if how.mesh is None else NamedSharding(how.mesh, spec)
         self._multiple = 1 if how.mesh is None else how.mesh.size
@@ -216,20 +245,15 @@ class Passes:
         if phase[0].scope == "model":
             self.findings.conclude_model(phase[0], self.how.processes)
 
-    def merge(
-        self,
-        phase: Sequence[Step],
-        tensors: Sequence[TensorPlan],
-        write: Callable[[ChunkReader], Shards],
-    ) -> int:
-        """Do the last phase, which ends with merging; returns the bytes written.
+    def merge(self, phase: Sequence[Step], tensors: Sequence[TensorPlan], shards: Shards) -> None:
+        """Do the last phase, which ends with merging.
 
         Args:
             phase: Its stages.
             tensors: What this process merges, in the order of writing.
-            write: Makes the writer of what is read.
+            shards: Where it is written.
         """
-        return self._go_through(phase, tensors, write)
+        self._go_through(phase, tensors, shards)
 
     def again(self, visit: Visit) -> bytes:
         """The bytes that one chunk of a tensor merges to, once what is measured of it is known.
@@ -245,27 +269,35 @@ class Passes:
             self.bytes_read += self._bytes_of(visit)
             return bytes(as_bytes(result))
 
-    def _go_through(
-        self,
-        phase: Sequence[Step],
-        tensors: Sequence[TensorPlan],
-        write: Callable[[ChunkReader], Shards] | None,
-    ) -> int:
-        plan_visits = list(self._schedule(phase, tensors))
+    def _go_through(self, phase: Sequence[Step], tensors: Sequence[TensorPlan], shards: Shards | None) -> None:
+        parts = [list(self._schedule(phase, part)) for part in self._parts(phase, tensors)]
+        tally = _Tally(self._bytes_by_label([visit for part in parts for visit in part]), self.how.progress)
+        try:
+            side_by_side([functools.partial(self._lane, part, shards, tally) for part in parts])
+        finally:
+            self.bytes_read += tally.bytes_read
+
+    def _parts(self, phase: Sequence[Step], tensors: Sequence[TensorPlan]) -> list[list[TensorPlan]]:
+        """The tensors of each lane: of one, where a sample is spread over all, or devices would meet out of turn."""
+        alone = phase[0].sampled or self.how.mesh is not None or any(tensor.matrices for tensor in tensors)
+        if alone or self.how.lanes == 1 or len(tensors) < 2:
+            return [list(tensors)]
+        return divided(tensors, [tensor.output.nbytes for tensor in tensors], self.how.lanes)
+
+    def _lane(
+        self, plan_visits: Sequence[Visit], shards: Shards | None, tally: _Tally, stopped: threading.Event
+    ) -> None:
         positions = sorted({p for v in plan_visits for p in v.plan.sources})
         checkpoints = {p: self._checkpoints[p] for p in positions}
         with ExitStack() as stack:
             reader = ChunkReader(checkpoints, plan_visits, self.note_digest, self.how.allow_nonfinite)
             stack.enter_context(reader)
-            shards = stack.enter_context(write(reader)) if write is not None else None
-            self._consume(reader, shards, plan_visits)
-        return shards.bytes_written if shards is not None else 0
+            writing = stack.enter_context(Writing(shards, reader)) if shards is not None else None
+            self._consume(reader, writing, tally, stopped)
 
-    def _consume(self, reader: ChunkReader, shards: Shards | None, plan_visits: Sequence[Visit]) -> None:
+    def _consume(self, reader: ChunkReader, writing: Writing | None, tally: _Tally, stopped: threading.Event) -> None:
         zero = np.uint32(0)
         pending: deque[tuple[Loaded, Any]] = deque()
-        totals = self._bytes_by_label(plan_visits)
-        done = dict.fromkeys(totals, 0)
         last: Visit | None = None
         scalars: LeafScalars | None = None
 
@@ -282,7 +314,9 @@ class Passes:
                     self.findings.conclude(last)
 
         for loaded in map(self._spread_out, reader):
-            self.how.processes.check()
+            if stopped.is_set():
+                raise LaneStopped
+            self._check_others()
             visit = loaded.visit
             if last is not None and (last.stage, scope_of(last)) != (visit.stage, scope_of(visit)):
                 conclude()
@@ -292,14 +326,18 @@ class Passes:
             if visit.stage != MERGE and scalars is not None:
                 pending.append((loaded, self.findings.measure(loaded, scalars, zero)))
                 drain(_DISPATCHED)
-            elif shards is not None:
-                shards.submit(loaded, self._merged(loaded, scalars, zero))
-            step = self._bytes_of(visit)
-            self.bytes_read += 0 if loaded.hold.again else step
-            done[visit.stage.label] += step
-            if self.how.progress is not None:
-                self.how.progress(Progress(visit.stage.label, done[visit.stage.label], totals[visit.stage.label]))
+            elif writing is not None:
+                writing.submit(loaded, self._merged(loaded, scalars, zero))
+            tally.add(visit.stage.label, self._bytes_of(visit), not loaded.hold.again)
         conclude()
+
+    def _check_others(self) -> None:
+        """Raise M3Error if another process has failed; one lane at a time looks."""
+        if self._looking.acquire(blocking=False):
+            try:
+                self.how.processes.check()
+            finally:
+                self._looking.release()
 
     def _spread_out(self, loaded: Loaded) -> Loaded:
         """The chunk with its arrays on the mesh, if there is one and the chunk is not just copied."""

@@ -258,19 +258,20 @@ def default_chunk_entries(inputs: int, width: int) -> int:
     return entries
 
 
-def chunk_size(entries: int | None, plan: MergePlan, checkpoints: Sequence[Checkpoint]) -> int:
+def chunk_size(entries: int | None, plan: MergePlan, checkpoints: Sequence[Checkpoint], lanes: int = 1) -> int:
     """Entries of the largest chunk: as asked for, or as many as keep buffers small.
 
     Args:
         entries: As asked for.
         plan: Of the merge.
         checkpoints: The inputs, in the plan's order.
+        lanes: How often there are such buffers.
 
     Raises:
         M3Error: What is asked for is no such number.
     """
     if entries is None:
-        return default_chunk_entries(len(checkpoints), widest_entry(plan, checkpoints))
+        return default_chunk_entries(len(checkpoints) * lanes, widest_entry(plan, checkpoints))
     return checked_chunk_entries(entries)
 
 

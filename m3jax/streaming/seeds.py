@@ -397,6 +397,7 @@ def merge_seeds(
     allow_nonfinite: bool = False,
     chunk_entries: int | None = None,
     mesh: Mesh | None = None,
+    lanes: int | None = None,
     distributed: bool = False,
     progress: _Progress = None,
     format: str | None = None,
@@ -416,6 +417,7 @@ def merge_seeds(
         allow_nonfinite: Merge inputs that hold NaN or infinities.
         chunk_entries: Entries per chunk.
         mesh: Over whose local devices every chunk is spread.
+        lanes: How many tensors are merged at the same time.
         distributed: Share the work with the other processes of `jax.distributed`.
         progress: Called after every chunk, with the seed before the stage.
         format: Of the weights.
@@ -450,7 +452,7 @@ def merge_seeds(
     if kept and tell is not None:
         tell(f"{count_text(len(kept), 'merge')} of {len(recipes)} finished before and kept")
     how: dict[str, Any] = {"max_shard_size": max_shard_size, "allow_nonfinite": allow_nonfinite}
-    how |= {"chunk_entries": chunk_entries, "mesh": mesh, "distributed": distributed, "format": format}
+    how |= {"chunk_entries": chunk_entries, "mesh": mesh, "lanes": lanes, "distributed": distributed, "format": format}
     made = []
     for seed, each in recipes.items():
         if seed in kept:

@@ -1,4 +1,4 @@
-"""Writing merged chunks: shards filled, digested, finished and journalled by a thread of their own."""
+"""Writing merged chunks: files filled and digested by a thread for each lane, finished and journalled."""
 
 import queue
 import threading
@@ -20,13 +20,15 @@ class OtherBytesError(M3Error):
 
 
 class Shards:
-    """The thread that writes merged chunks, finishes shards and keeps the journal; entering the context starts it."""
+    """The weight files of an output: filled by one or several lanes, finished and journalled.
+
+    Leaving the context removes the files that are not finished.
+    """
 
     def __init__(
         self,
         workplace: Journalled,
         shards: Sequence[tuple[str, Sequence[TensorInfo]]],
-        reader: ChunkReader,
         input_digests: Callable[[str], Mapping[str, Mapping[str, str]]],
         lent_digests: Callable[[str], Mapping[str, Mapping[str, str]]],
         expected: Mapping[str, str],
@@ -35,21 +37,94 @@ class Shards:
     ) -> None:
         self._workplace = workplace
         self._keep = keep
-        self._reader = reader
         self._input_digests = input_digests
         self._lent_digests = lent_digests
         self._expected = expected
-        self._allow_nonfinite = allow_nonfinite
+        self.allow_nonfinite = allow_nonfinite
         self._shard_of = {info.name: file for file, infos in shards for info in infos}
         self._contents = {file: list(infos) for file, infos in shards}
         self._left = {file: len(infos) for file, infos in shards}
         self._digests: dict[str, tuple[TensorInfo, str]] = {}
-        self._writer: ShardWriter | None = None
+        self._writers: dict[str, ShardWriter] = {}
+        self._lock = threading.Lock()
+        self.bytes_written = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for writer in self._writers.values():
+            writer.abort()
+
+    def writer(self, name: str) -> ShardWriter:
+        """The file of a tensor, which is made for the first of its tensors.
+
+        Args:
+            name: The tensor.
+        """
+        file = self._shard_of[name]
+        with self._lock:
+            if file not in self._writers:
+                self._writers[file] = ShardWriter(self._workplace.path / file, self._contents[file])
+            return self._writers[file]
+
+    def finish_tensor(self, info: TensorInfo, digest: str) -> None:
+        """Take a tensor for written, and its file for finished if it was the last one there.
+
+        Args:
+            info: The tensor.
+            digest: Of its bytes.
+
+        Raises:
+            OtherBytesError: A replay should have made other bytes.
+        """
+        if self._expected.get(info.name, digest) != digest:
+            raise OtherBytesError(
+                f"{info.name}: the replay gives other bytes than the manifest records: "
+                "run it with the versions that the manifest names"
+            )
+        file = self._shard_of[info.name]
+        with self._lock:
+            self._digests[info.name] = (info, digest)
+            self.bytes_written += info.nbytes
+            self._left[file] -= 1
+            writer = None if self._left[file] else self._writers.pop(file)
+        if writer is None:
+            return
+        try:
+            writer.finish()
+        finally:
+            writer.abort()  # which does nothing to a file that is finished
+        with self._lock:
+            self._record(file)
+
+    def _record(self, file: str) -> None:
+        """Journals a file that is finished."""
+        tensors = {info.name: self._told(info.name) for info in self._contents[file]}
+        entry: dict[str, Any] = {"shard": file, "tensors": tensors}
+        if self._keep is not None:  # as something else than it is
+            entry["files"] = list(self._keep(file, {name: told["digest"] for name, told in tensors.items()}))
+        self._workplace.record(entry)
+
+    def _told(self, name: str) -> dict[str, Any]:
+        """What the journal tells of a tensor."""
+        lent = self._lent_digests(name)
+        told = {"digest": self._digests[name][1], "inputs": self._input_digests(name)}
+        return {**told, "lent": lent} if lent else told
+
+
+class Writing:
+    """The thread that writes a lane's merged chunks; entering the context starts it."""
+
+    def __init__(self, shards: Shards, reader: ChunkReader) -> None:
+        self._shards = shards
+        self._reader = reader
         self._digest = TensorDigest()
         self._queue: queue.Queue[tuple[Loaded, Any] | None] = queue.Queue(2)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
-        self.bytes_written = 0
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -62,8 +137,6 @@ class Shards:
             self._error = error
         self._queue.put(None)
         self._thread.join()
-        if self._writer is not None:
-            self._writer.abort()
         if error is None and self._error is not None:
             raise self._error
 
@@ -86,50 +159,23 @@ class Shards:
     def _write(self, loaded: Loaded, result: Any) -> None:
         visit = loaded.visit
         info = visit.plan.output
-        file = self._shard_of[info.name]
-        if self._writer is None:
-            self._writer = ShardWriter(self._workplace.path / file, self._contents[file])
+        writer = self._shards.writer(info.name)
         raw = np.frombuffer(as_bytes(np.asarray(result)[: visit.size]), np.uint8)
         begin = visit.start * DTYPES[info.dtype].itemsize
         for start in range(0, raw.size, CACHED_BYTES):
             piece = raw[start : start + CACHED_BYTES]
-            if not self._allow_nonfinite and visit.plan.pipeline is not None:
+            if not self._shards.allow_nonfinite and visit.plan.pipeline is not None:
                 check_finite(piece, info.dtype, lambda: self._nonfinite(loaded))
             self._digest.update(piece)
-            self._writer.write(info.name, begin + start, piece)
-        self.bytes_written += raw.size
+            writer.write(info.name, begin + start, piece)
         del raw, result
         self._reader.release(loaded)
         if visit.last:
-            self._finish_tensor(info, file)
+            digest, self._digest = self._digest.hexdigest(), TensorDigest()
+            self._shards.finish_tensor(info, digest)
 
     def _nonfinite(self, loaded: Loaded) -> str:
         """What is wrong where merged entries are NaN or infinite; raises M3Error if it is an input."""
         self._reader.check_inputs(loaded)
         info = loaded.visit.plan.output
         return f"{info.name}: merged entries overflow {FLOATS[info.dtype]}: take a wider dtype or smaller weights"
-
-    def _finish_tensor(self, info: TensorInfo, file: str) -> None:
-        digest = self._digest.hexdigest()
-        if self._expected.get(info.name, digest) != digest:
-            raise OtherBytesError(
-                f"{info.name}: the replay gives other bytes than the manifest records: "
-                "run it with the versions that the manifest names"
-            )
-        self._digests[info.name] = (info, digest)
-        self._digest = TensorDigest()
-        self._left[file] -= 1
-        if self._left[file] == 0 and self._writer is not None:
-            self._writer.finish()
-            self._writer = None
-            tensors = {info.name: self._told(info.name) for info in self._contents[file]}
-            entry: dict[str, Any] = {"shard": file, "tensors": tensors}
-            if self._keep is not None:  # as something else than it is
-                entry["files"] = list(self._keep(file, {name: told["digest"] for name, told in tensors.items()}))
-            self._workplace.record(entry)
-
-    def _told(self, name: str) -> dict[str, Any]:
-        """What the journal tells of a tensor."""
-        lent = self._lent_digests(name)
-        told = {"digest": self._digests[name][1], "inputs": self._input_digests(name)}
-        return {**told, "lent": lent} if lent else told

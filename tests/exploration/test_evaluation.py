@@ -75,7 +75,9 @@ def test_samples_are_evaluated_as_the_merge_that_is_written(place, tmp_path, gra
     options = {"tasks": data, "samples": 5, "evaluation": OPTIONS}
     found = m3jax.explore(recipe, tmp_path / "out", tell=lines.append, strategy="draw", **options)
     compiled = [line for line in lines if line.startswith("compiling")]
-    assert len(compiled) == 4  # one reads prompts, one goes on, of inputs and of merges in float32: none per sample
+    assert (
+        len(compiled) == 6
+    )  # beginnings, what follows, and going on; of inputs and of merges in float32, none per sample
     assert len({result.scores["sst2"] for result in found.results}) > 1
     assert found.choice.scores["sst2"] == max(result.scores["sst2"] for result in found.results)
     model = load_model(str(tmp_path / "out"))

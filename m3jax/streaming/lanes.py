@@ -1,0 +1,101 @@
+"""Lanes: tensors merged at the same time, each in turn from reading to writing, on machines of many cores."""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+
+from m3jax.errors import M3Error
+
+_CORES = 4  # that a lane keeps busy: its readers, the device and its writer
+_MOST = 8
+
+Item = TypeVar("Item")
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def lane_count(lanes: int | None) -> int:
+    """How many lanes there are: as asked for, or one for every four cores, at most eight.
+
+    Args:
+        lanes: As asked for.
+
+    Raises:
+        M3Error: What is asked for is no such number.
+    """
+    if lanes is None:
+        return min(max(usable_cores() // _CORES, 1), _MOST)
+    if not isinstance(lanes, int) or isinstance(lanes, bool) or lanes < 1:
+        raise M3Error(f"lanes are {lanes!r}, but must be a whole number of at least 1")
+    return lanes
+
+
+def divided(items: Sequence[Item], sizes: Sequence[int], lanes: int) -> list[list[Item]]:
+    """Items for lanes, each to the one that has least so far, in order: all lanes go through a model side by side.
+
+    Args:
+        items: Such as tensors.
+        sizes: What each weighs.
+        lanes: How many.
+
+    Example:
+        >>> divided("abcde", [4, 1, 1, 3, 1], 2)
+        [['a', 'e'], ['b', 'c', 'd']]
+    """
+    parts: list[list[Item]] = [[] for _ in range(lanes)]
+    loads = [0] * lanes
+    for item, size in zip(items, sizes, strict=True):
+        lane = loads.index(min(loads))
+        parts[lane].append(item)
+        loads[lane] += size
+    return [part for part in parts if part]
+
+
+class LaneStopped(Exception):  # noqa: N818
+    """Another lane has failed; this one ends."""
+
+
+def side_by_side(works: Sequence[Callable[[threading.Event], None]]) -> None:
+    """Does several things at the same time, the first of them in this thread.
+
+    Args:
+        works: Each looks at the event now and then, and raises `LaneStopped` where it is set.
+
+    Raises:
+        BaseException: What went wrong first; the others have ended then.
+    """
+    stopped, errors = threading.Event(), list[BaseException]()
+    device: Any = jax.config.jax_default_device  # type: ignore[attr-defined]  # of this thread alone
+
+    def run(work: Callable[[threading.Event], None]) -> None:
+        try:
+            with jax.default_device(device):
+                work(stopped)
+        except LaneStopped:
+            pass
+        except BaseException as error:  # raised below
+            errors.append(error)
+            stopped.set()
+
+    threads = [
+        threading.Thread(target=run, args=(work,), name=f"lane-{number}", daemon=True)
+        for number, work in enumerate(works[1:], 1)
+    ]
+    for thread in threads:
+        thread.start()
+    run(works[0])
+    while any(thread.is_alive() for thread in threads):
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException as error:  # an interruption
+            errors.append(error)
+            stopped.set()
+    if errors:
+        raise errors[0]

@@ -1,0 +1,103 @@
+"""Tensors merged at the same time: the bytes of one after the other, and one sentence where one goes wrong."""
+
+import threading
+
+import numpy as np
+import pytest
+from support.directories import WIDE, read, recipe, write_models
+from support.matrix import METHODS, SPARSIFIERS
+
+import m3jax
+from m3jax import M3Error
+from m3jax.cluster.meshes import parse_mesh
+from m3jax.streaming import lanes
+from m3jax.streaming.passes import Passes
+
+ONE = {"mesh": parse_mesh("fsdp=1")}  # chunks that are spread over several devices have one lane
+
+
+@pytest.fixture
+def asked(tmp_path):
+    write_models(tmp_path / "in", n=2)
+    return recipe(tmp_path / "in", 2, **METHODS["ties_paper"][1], sparsify={"method": "dare", "density": 0.3})
+
+
+def test_lanes_share_the_tensors_of_every_phase(tmp_path, asked, monkeypatch):
+    seen, together = {}, threading.Barrier(2, timeout=30)
+    consume = Passes._consume
+
+    def consumed(passes, reader, writing, tally, stopped):
+        names = [visit.plan.output.name for visit in reader._schedule]
+        sampled = any(visit.stage.sampled for visit in reader._schedule)
+        seen.setdefault(writing is not None, []).append(set(names))
+        if not sampled:
+            together.wait()  # they run at the same time, or this fails
+        consume(passes, reader, writing, tally, stopped)
+
+    monkeypatch.setattr(Passes, "_consume", consumed)
+    steps = []
+    result = m3jax.merge_checkpoint(
+        asked, tmp_path / "out", lanes=2, **ONE, progress=steps.append, max_shard_size=10_000
+    )
+    assert sum(map(len, seen[True])) == len(set.union(*seen[True])) == len(WIDE)
+    merging = [step for step in steps if step.stage == "merging"]
+    assert [step.done for step in merging] == sorted(step.done for step in merging)
+    assert merging[-1].done == merging[-1].total
+    monkeypatch.undo()
+    alone = m3jax.merge_checkpoint(asked, tmp_path / "alone", lanes=1, **ONE, max_shard_size=10_000)
+    assert (alone.digest, alone.bytes_read) == (result.digest, result.bytes_read)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    for file in (tmp_path / "alone").iterdir():
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize(
+    ("method", "sparsifier"),
+    [("linear", "none"), ("ties_mergekit", "breadcrumbs"), ("task_arithmetic", "della"), ("ties_paper", "magnitude")],
+)
+def test_measures_of_tensors_and_rows_are_each_lanes_own(tmp_path, method, sparsifier):
+    write_models(tmp_path / "in", n=2)
+    keys = {**METHODS[method][1], **SPARSIFIERS[sparsifier][1], "seed": 5}
+    made = [
+        m3jax.merge_checkpoint(recipe(tmp_path / "in", 2, **keys), tmp_path / f"{n}", lanes=n, **ONE) for n in (1, 4)
+    ]
+    assert made[0].manifest == made[1].manifest
+
+
+def test_what_one_lane_cannot_read_ends_all(tmp_path, asked):
+    place = tmp_path / "in" / "expert-0" / "model.safetensors"
+    whole = place.read_bytes()
+    for name in list(WIDE)[:: len(WIDE) // 2]:
+        tensors = read(place.parent)
+        tensors[name] = np.full_like(tensors[name], np.nan)
+        from safetensors.numpy import save_file
+
+        save_file(tensors, place, {"format": "pt"})
+        with pytest.raises(M3Error, match=f"{name} of .*expert-0.*: holds NaN"):
+            m3jax.merge_checkpoint(asked, tmp_path / "out", lanes=3, **ONE)
+        assert not (tmp_path / "out").exists()
+        place.write_bytes(whole)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("lane", "reader", "writer"))]
+
+
+def test_an_interrupted_merge_goes_on_with_other_lanes(tmp_path, asked):
+    want = m3jax.merge_checkpoint(asked, tmp_path / "want", **ONE, max_shard_size=10_000).digest
+
+    def interrupt(step):
+        if step.stage == "merging" and step.done > step.total * 0.6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        m3jax.merge_checkpoint(asked, tmp_path / "out", lanes=3, **ONE, progress=interrupt, max_shard_size=10_000)
+    result = m3jax.merge_checkpoint(asked, tmp_path / "out", lanes=2, **ONE, max_shard_size=10_000)
+    assert result.digest == want
+    assert result.resumed_shards
+
+
+def test_there_is_a_lane_for_every_four_cores(monkeypatch):
+    for cores, count in ((1, 1), (2, 1), (7, 1), (8, 2), (16, 4), (224, 8)):
+        monkeypatch.setattr(lanes, "usable_cores", lambda cores=cores: cores)
+        assert lanes.lane_count(None) == count
+    for odd in (0, True, 1.5):
+        with pytest.raises(M3Error, match="but must be a whole number of at least 1"):
+            lanes.lane_count(odd)
