@@ -169,7 +169,7 @@ def test_merge_passes_everything_on(stub: Stub, recipe: str, capsys: Capture) ->
     stub("m3jax.streaming.merging", merge_checkpoint=merge_checkpoint)
     options = ["--seed", "7", "--set", "mixup.alpha=0.25", "--set", "dtype=bfloat16", "--max-shard-size", "1MB"]
     flags = ["--overwrite", "--allow-nonfinite", "--chunk-entries", "64", "--quiet"]
-    flags += ["--format", "orbax", "--step", "40"]
+    flags += ["--format", "orbax", "--step", "40", "--lanes", "3"]
     assert main(["merge", recipe, "out", *options, *flags]) == 0
     ((loaded, out), keywords) = calls[0]
     assert (loaded.seed, loaded.mixup.alpha, loaded.dtype, out) == (7, 0.25, "bfloat16", "out")
@@ -181,6 +181,7 @@ def test_merge_passes_everything_on(stub: Stub, recipe: str, capsys: Capture) ->
         "format": "orbax",
         "step": 40,
         "mesh": None,
+        "lanes": 3,
         "distributed": False,
         "progress": None,
     }
