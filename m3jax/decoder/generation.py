@@ -5,7 +5,7 @@ each row at positions of its own, so that what a row computes does not depend on
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
@@ -19,23 +19,21 @@ from m3jax.decoder.batching import (
     DecoderProgress,
     ProgressFn,
     announcing,
-    batches,
     length_bucket,
-    narrow_bucket,
     pad,
     put,
     row_count,
     say_compiling,
 )
 from m3jax.decoder.config import DecoderConfig
-from m3jax.decoder.prefixes import Shared, alike, common_prefix, room_behind
+from m3jax.decoder.prefixes import Shared, room_behind
 from m3jax.decoder.running import ApplyFn, ModelFunctions, model_of
 from m3jax.decoder.sampling import Sampling, prompt_keys, sample
+from m3jax.decoder.sharing import WHOLE, Wave, behind_beginnings, read_together
 from m3jax.decoder.texts import Overflow, Tokens, fit_prompt, prompt_room
 from m3jax.errors import M3Error
 
 _SLOTS = 64  # room for new tokens grows in steps of so many
-_SHORTEST = 8  # tokens of a beginning that is read apart
 _CHUNK = 32  # tokens between two looks at stop strings
 
 
@@ -84,16 +82,6 @@ def _advance(state: _State, logits: Array, cache: Any, sampling: Sampling, greed
     taken = state.taken + more
     stopped = jnp.isin(token, sampling.stops) | (taken >= sampling.limits)
     return _State(cache, token, state.position + more, taken, state.done | stopped)
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _begin(
-    params: Any, tokens: Int[Array, "beginnings length"], lengths: Int[Array, " beginnings"], *, model: ModelFunctions
-) -> Any:
-    """Reads beginnings of prompts."""
-    assert model.begin is not None
-    say_compiling("prefill", *tokens.shape)
-    return model.begin(params, tokens, lengths)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots", "greedy"))
@@ -202,13 +190,10 @@ def generate(
     done = tokens = 0
 
     def read(beginnings: Sequence[Tokens]) -> tuple[Any, Array]:
-        """What is read of beginnings, and their lengths."""
-        rows, length = row_count(len(beginnings), batch_size), narrow_bucket(max(map(len, beginnings)))
-        padded, lengths = pad(beginnings, rows, length, mesh)
-        return _begin(params, padded, lengths, model=model), lengths
+        return read_together(model, params, beginnings, batch_size, mesh)
 
     def run(
-        rows: Sequence[_Row], members: Sequence[int], size: int, length: int, slots: int, wave: _Wave = _WHOLE
+        rows: Sequence[_Row], members: Sequence[int], size: int, length: int, slots: int, wave: Wave = WHOLE
     ) -> list[tuple[list[int], _Finish]]:
         """Continues rows, of the prompts given, until they end or the turning point is behind them."""
         everyone = [*members, *[members[0]] * (size - len(members))]
@@ -234,7 +219,9 @@ def generate(
         )
 
     with announcing(progress, lambda: (done, len(prompts), tokens)):
-        for members, wave, length, slots in _batches(texts, batch_size, room, longest if share else 0, read):
+        whole = functools.partial(length_bucket, limit=room)
+        planned = behind_beginnings(texts, texts, batch_size, longest if share else 0, whole, read)
+        for members, wave, length, slots in planned:
             rows = row_count(len(members), batch_size)
             batch = [_Row(texts[i], []) for i in members]
             found = run(batch, members, rows, length, slots, wave)
@@ -258,77 +245,6 @@ def generate(
             if progress is not None:
                 progress(DecoderProgress("batch", "decode", rows, length, done, len(prompts), tokens))
     return [result for result in results if result is not None]
-
-
-class _Wave(NamedTuple):
-    """Prompts whose beginnings are read together, before what follows them is.
-
-    Attributes:
-        cache: What was read, a row for each beginning; None where prompts are read whole.
-        lengths: Tokens of each beginning.
-        of: The beginning of each prompt, and how many tokens it has.
-    """
-
-    cache: Any
-    lengths: Array | None
-    of: Mapping[int, tuple[int, int]]
-
-    def cut(self, prompt: int) -> int:
-        """Tokens of a prompt that have been read."""
-        return self.of[prompt][1] if self.of else 0
-
-    def shared(self, prompts: Sequence[int], mesh: Mesh | None) -> Shared | None:
-        """The beginnings of some prompts, as the model goes on from them."""
-        if self.lengths is None:
-            return None
-        return Shared(self.cache, self.lengths, put(np.array([self.of[i][0] for i in prompts], np.int32), mesh))
-
-
-_WHOLE = _Wave(None, None, {})
-
-
-def _batches(
-    texts: Sequence[list[int]],
-    batch_size: int,
-    room: int | None,
-    longest: int,
-    read: Callable[[Sequence[Tokens]], tuple[Any, Array]],
-) -> Iterator[tuple[list[int], _Wave, int, int]]:
-    """Batches of prompts, what is read of them before, and to how many tokens and slots the rest of each is padded.
-
-    Args:
-        texts: Token ids of each prompt.
-        batch_size: Prompts that run together.
-        room: Tokens that a prompt may have.
-        longest: Tokens of a prompt of which the beginning may be read apart; 0 for none.
-        read: Reads beginnings.
-    """
-    groups = [
-        (group, _beginning([texts[i] for i in group], longest))
-        for group in (alike(texts, batch_size) if longest > 0 else [])
-    ]
-    if not any(beginning for _, beginning in groups):
-        for members in batches([len(text) for text in texts], batch_size):
-            length = length_bucket(max(len(texts[i]) for i in members), room)
-            yield members, _WHOLE, length, length
-        return
-    for some in (groups[start : start + batch_size] for start in range(0, len(groups), batch_size)):
-        beginnings = [beginning for _, beginning in some]
-        of = {i: (number, len(beginnings[number])) for number, (group, _) in enumerate(some) for i in group}
-        wave = _Wave(*read(beginnings), of)
-        everyone = list(of)
-        rest = [len(texts[i]) - wave.cut(i) for i in everyone]
-        for places in batches(rest, batch_size):
-            length = narrow_bucket(max(rest[place] for place in places))
-            yield [everyone[place] for place in places], wave, length, narrow_bucket(max(rest))
-
-
-def _beginning(texts: Sequence[Tokens], longest: int) -> list[int]:
-    """What all of some texts begin with; nothing where it is not worth it, or a text is too long."""
-    if len(texts) == 1 or max(map(len, texts)) > longest:
-        return []
-    shared = common_prefix(texts)
-    return shared if len(shared) >= _SHORTEST else []
 
 
 def _turns(row: _Row, new: Sequence[int], turn: int | None) -> bool:

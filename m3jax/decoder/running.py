@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from m3jax.decoder.config import DecoderConfig
-from m3jax.decoder.modeling import PADDING, bind
+from m3jax.decoder.modeling import bind
 from m3jax.decoder.params import mesh_of
 from m3jax.decoder.prefixes import Shared, read_beginnings, read_on
 from m3jax.errors import M3Error
@@ -46,14 +46,14 @@ class ModelFunctions(NamedTuple):
         prefill: From params, beginnings that were read (None for none), what follows them (tokens and lengths) and a
             number of slots for that and for tokens to come to logits behind each text and a cache.
         step: From params, cache, one token of each row and its position to logits and cache.
-        score: From params, tokens and lengths to the log probability of each following token, and whether it is
-            the likeliest.
+        score: From params, beginnings that were read, and what follows them to the log probability of each token that
+            follows another there, and whether it is the likeliest.
     """
 
     begin: Callable[[Any, Array, Array], Any] | None
     prefill: Callable[[Any, Shared | None, Array, Array, int], tuple[Array, Any]]
     step: Callable[[Any, Any, Array, Array], tuple[Array, Any]]
-    score: Callable[[Any, Array, Array], tuple[Array, Array]]
+    score: Callable[[Any, Shared | None, Array, Array], tuple[Array, Array]]
 
 
 @functools.lru_cache(maxsize=64)
@@ -73,10 +73,10 @@ def _decoder_model(config: DecoderConfig, mesh: Mesh | None) -> ModelFunctions:
         hidden, cache = decoder(token[:, None], position[:, None], cache, mesh)
         return decoder.logits(hidden[:, 0]), cache
 
-    def score(params: Any, tokens: Array, lengths: Array) -> tuple[Array, Array]:
+    def score(params: Any, shared: Shared | None, tokens: Array, lengths: Array) -> tuple[Array, Array]:
         decoder = bind(config, params)
         # The last token is foretold only: it is not read, and does not make the text longer.
-        hidden, _ = decoder(tokens, _positions(tokens, lengths - 1), mesh=mesh)
+        hidden, _ = read_on(decoder, shared, tokens, lengths - 1, mesh=mesh)
         return _in_pieces(lambda h, t: _score_logits(decoder.logits(h), t), hidden, _following(tokens))
 
     return ModelFunctions(begin, prefill, step, score)
@@ -94,16 +94,10 @@ def _applied_model(apply_fn: Callable[..., Any]) -> ModelFunctions:
         texts = texts.at[jnp.arange(len(token)), position].set(token)
         return _at(apply_fn(params, texts, position + 1), position).astype(jnp.float32), texts
 
-    def score(params: Any, tokens: Array, lengths: Array) -> tuple[Array, Array]:
+    def score(params: Any, _: Shared | None, tokens: Array, lengths: Array) -> tuple[Array, Array]:
         return _score_logits(apply_fn(params, tokens, lengths).astype(jnp.float32), _following(tokens))
 
     return ModelFunctions(None, prefill, step, score)
-
-
-def _positions(tokens: Int[Array, "batch length"], lengths: Int[Array, " batch"]) -> Int[Array, "batch length"]:
-    """Where each token stands in its text; padding stands nowhere."""
-    slot = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-    return jnp.where(slot < lengths[:, None], slot, PADDING)
 
 
 def _at(x: Float[Array, "batch length width"], index: Int[Array, " batch"]) -> Float[Array, "batch width"]:

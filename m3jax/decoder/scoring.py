@@ -12,14 +12,15 @@ from m3jax.decoder.batching import (
     DecoderProgress,
     ProgressFn,
     announcing,
-    batches,
     length_bucket,
     pad,
     row_count,
     say_compiling,
 )
 from m3jax.decoder.config import DecoderConfig
+from m3jax.decoder.prefixes import Shared, room_behind
 from m3jax.decoder.running import ApplyFn, ModelFunctions, model_of
+from m3jax.decoder.sharing import behind_beginnings, read_together
 from m3jax.decoder.texts import Overflow, Tokens, check_text
 from m3jax.errors import M3Error
 
@@ -41,11 +42,16 @@ class Likelihood(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="model")
 def _score(
-    params: Any, tokens: Int[Array, "batch length"], lengths: Int[Array, " batch"], *, model: ModelFunctions
+    params: Any,
+    shared: Shared | None,
+    tokens: Int[Array, "batch length"],
+    lengths: Int[Array, " batch"],
+    *,
+    model: ModelFunctions,
 ) -> tuple[Float[Array, "batch length"], Bool[Array, "batch length"]]:
     """Log probability of each token that follows another, and whether it is the likeliest there."""
     say_compiling("score", *tokens.shape)
-    return model.score(params, tokens, lengths)
+    return model.score(params, shared, tokens, lengths)
 
 
 def log_likelihoods(
@@ -55,6 +61,7 @@ def log_likelihoods(
     *,
     batch_size: int = 8,
     overflow: Overflow = "error",
+    share: bool = False,
     progress: ProgressFn | None = None,
     apply_fn: ApplyFn | None = None,
 ) -> list[Likelihood]:
@@ -68,6 +75,7 @@ def log_likelihoods(
         overflow: What becomes of a context that leaves no room for its continuation: an error, or the loss of its
             left end, and of the continuation's where that alone is too long; of such a pair the last tokens that
             the model sees are scored.
+        share: Read once what contexts of neighbouring pairs begin with, as `generate` does for prompts.
         progress: Is told what is compiled and when a batch is done.
         apply_fn: A function to run in place of the decoder.
 
@@ -82,20 +90,28 @@ def log_likelihoods(
     texts = [_fit_pair(list(a), list(b), i, config, overflow) for i, (a, b) in enumerate(pairs)]
     results: list[Likelihood | None] = [None] * len(pairs)
     done = tokens = 0
+    scored = [min(len(pair[1]), len(text) - 1) for pair, text in zip(pairs, texts, strict=True)]
+    heads = [text[: len(text) - count] for text, count in zip(texts, scored, strict=True)]
+    longest = room_behind(config) if share and config is not None and apply_fn is None else 0
+    # The last token is only to be foretold, but the array that is rolled must hold it: one more than is seen.
+    whole = functools.partial(length_bucket, limit=None if limit is None else limit + 1)
+
+    def read(beginnings: Sequence[Tokens]) -> tuple[Any, Array]:
+        return read_together(model, params, beginnings, batch_size, mesh)
+
     with announcing(progress, lambda: (done, len(pairs), tokens)):
-        for members in batches([len(text) for text in texts], batch_size):
+        for members, wave, length, _ in behind_beginnings(texts, heads, batch_size, longest, whole, read):
             rows = row_count(len(members), batch_size)
-            # The last token is only to be foretold, but the array that is rolled must hold it: one more than is seen.
-            length = length_bucket(max(len(texts[i]) for i in members), None if limit is None else limit + 1)
-            batch = pad([texts[i] for i in members], rows, length, mesh)
-            log_probs, greedy = (np.asarray(x) for x in _score(params, *batch, model=model))
+            batch = pad([texts[i][wave.cut(i) :] for i in members], rows, length, mesh)
+            shared = wave.shared([*members, *[members[0]] * (rows - len(members))], mesh)
+            log_probs, greedy = (np.asarray(x) for x in _score(params, shared, *batch, model=model))
             for row, i in enumerate(members):
-                continuation = min(len(pairs[i][1]), len(texts[i]) - 1)
-                span = slice(len(texts[i]) - 1 - continuation, len(texts[i]) - 1)
+                end = len(texts[i]) - 1 - wave.cut(i)
+                span = slice(end - scored[i], end)
                 total = float(log_probs[row, span].astype(np.float64).sum())
                 dropped = sum(map(len, pairs[i])) - len(texts[i])
                 results[i] = Likelihood(total, bool(greedy[row, span].all()), dropped)
-                tokens += continuation
+                tokens += scored[i]
             done += len(members)
             if progress is not None:
                 progress(DecoderProgress("batch", "score", rows, length, done, len(pairs), tokens))

@@ -330,7 +330,7 @@ def _with_squares(
     """Sums with the squares of the gradient of one example's log probability."""
 
     def log_prob(arrays: Mapping[str, Array]) -> Array:
-        found, _ = model.score(nested_params(arrays, config, "the model"), texts, lengths)
+        found, _ = model.score(nested_params(arrays, config, "the model"), None, texts, lengths)
         return jnp.sum(found * counted)
 
     slopes = jax.grad(log_prob)(arrays)

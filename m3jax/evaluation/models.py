@@ -327,6 +327,7 @@ def make_scorer(
     overflow: Overflow = "truncate",
     tell: Tell | None = None,
     batch_size: int = 8,
+    share: bool = True,
 ) -> Scorer:
     """The model as a judge of likelihood, of texts cut as lm-evaluation-harness cuts them.
 
@@ -335,6 +336,7 @@ def make_scorer(
         overflow: What becomes of a context that leaves no room for its continuation: "error", or "truncate".
         tell: Told what is being compiled.
         batch_size: As of `make_generator`.
+        share: As of `make_generator`; what several continuations of one context have is read once.
     """
 
     def split(pair: Pair) -> tuple[Sequence[int], Sequence[int]]:
@@ -353,6 +355,7 @@ def make_scorer(
             [parts[i] for i in scored],
             batch_size=batch_size,
             overflow="error" if overflow == "error" else "truncate_left",
+            share=share,
             progress=_compile_lines(tell),
             apply_fn=model.apply_fn,
         )

@@ -262,7 +262,7 @@ def dev_loss(
 
 def _cross_entropy(model: ModelFunctions, params: Any, batch: DevBatch) -> Array:
     """Mean over examples of the mean negative log probability of their answers' tokens."""
-    log_probs, _ = model.score(params, batch.tokens, batch.lengths)
+    log_probs, _ = model.score(params, None, batch.tokens, batch.lengths)
     per_row = jnp.sum(batch.counted, axis=1)
     means = jnp.sum(log_probs * batch.counted, axis=1) / jnp.maximum(per_row, 1.0)
     return -jnp.sum(means) / jnp.sum((per_row > 0).astype(jnp.float32))

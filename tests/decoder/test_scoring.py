@@ -72,5 +72,21 @@ def test_of_a_continuation_too_long_the_last_tokens_are_scored(length):
     assert found.dropped == length + 3 - 129
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_reading_once_what_contexts_begin_with_changes_no_score(batch_size):
+    shots = RNG.integers(3, 64, 30).tolist()
+    contexts = [shots + RNG.integers(3, 64, n).tolist() for n in (0, 1, 7, 12)]
+    pairs = [(context, RNG.integers(3, 64, n).tolist()) for context in contexts for n in (1, 1, 3, 6)]
+    pairs += [(shots[:1], shots[1:]), ([5], [6]), (contexts[3], contexts[3])]  # as long as the context allows, or short
+    asked = {"batch_size": batch_size}
+    shared, whole = [], []
+    together = log_likelihoods(PARAMS, CONFIG, pairs, share=True, progress=shared.append, **asked)
+    alone = log_likelihoods(PARAMS, CONFIG, pairs, progress=whole.append, **asked)
+    np.testing.assert_allclose([s.log_prob for s in together], [s.log_prob for s in alone], rtol=2e-5, atol=2e-5)
+    assert [s[1:] for s in together] == [s[1:] for s in alone]
+    read, of_all = (sum(e.batch * e.length for e in events if e.event == "batch") for events in (shared, whole))
+    assert read < 0.7 * of_all
+
+
 def test_no_pairs_give_no_scores():
     assert log_likelihoods(PARAMS, CONFIG, []) == []
