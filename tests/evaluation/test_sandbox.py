@@ -215,6 +215,11 @@ def test_where_there_is_no_server_each_program_gets_a_launcher_of_its_own(monkey
     assert launching._server is None
 
 
+def test_where_python_has_no_files_in_memory_they_are_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    assert run_program(*HONEST["changes its argument"]).passed
+
+
 def test_a_launcher_that_hangs_is_ended_with_all_that_it_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sandbox, "_GRACE_SECONDS", -2.5)  # as if its own watch had failed
     outcome = run_program("while True: pass", "", limits=Limits(wall_seconds=3))

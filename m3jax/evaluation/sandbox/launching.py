@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,14 @@ _START = "from m3jax.evaluation.sandbox.launcher import main; main()"
 _SERVE = "from m3jax.evaluation.sandbox.forkserver import serve; serve()"
 
 
+def _nameless() -> int:
+    """A file in memory, or on disk where Python was built without those or the system refuses them."""
+    with contextlib.suppress(AttributeError, OSError):
+        return os.memfd_create("m3jax")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
 @contextlib.contextmanager
 def file_of(content: bytes) -> Iterator[int]:
     """A file without a name. What it holds travels apart from the program, whose process never holds it.
@@ -34,7 +43,7 @@ def file_of(content: bytes) -> Iterator[int]:
     Args:
         content: What it holds.
     """
-    file = os.memfd_create("m3jax")
+    file = _nameless()
     try:
         with open(file, "wb", closefd=False) as writer:
             writer.write(content)
