@@ -112,6 +112,13 @@ def test_output_is_kept_up_to_the_limit() -> None:
     outcome = run_program("print('x' * 10 ** 6)\ndef f(x): return x", tests, limits=Limits(output_bytes=1000))
     assert outcome.passed
     assert outcome.output == "x" * 1000
+    outcome = run_program(
+        "import sys\nsys.stdout.buffer.write(b'\\xff' * 900000)\ndef f(x): return x",
+        tests,
+        limits=Limits(output_bytes=1 << 20),
+    )
+    assert outcome.passed
+    assert len(outcome.output) == 900000  # six times as long on its way
 
 
 @pytest.mark.parametrize(

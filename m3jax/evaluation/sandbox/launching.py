@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 
 from m3jax.evaluation.sandbox import forkserver
 
-_LONGEST_ANSWER = 1 << 22  # bytes
-
 # The launcher's interpreter sees the standard library and these packages, emptied: importing them must not bring jax.
 _BOOT = """
 import sys, types
@@ -117,7 +115,7 @@ def forked(order: dict[str, Any], seconds: float, tests: int, key: int) -> Ended
             with contextlib.suppress(OSError):
                 launched = forkserver.launch(link, given, answer, complaint, tests, key)
                 code = forkserver.exit_code(launched, seconds)
-                return Ended(code, *(os.pread(file, _LONGEST_ANSWER, 0) for file in (answer, complaint)))
+                return Ended(code, *(os.pread(file, os.fstat(file).st_size, 0) for file in (answer, complaint)))
             _end_server()
     return None
 
