@@ -195,7 +195,6 @@ def test_programs_of_one_server_do_not_meet() -> None:
     assert run_program(first, "assert f()").passed
     server = launching._server
     assert server is not None
-    assert server.owner == os.getpid()
     assert run_program(second, "assert f() == (3, 3, False)").passed
     assert launching._server is server  # and no launcher was started for it
     numbers = "import random, os\ndef f(): return [random.random(), os.urandom(8)]"
@@ -212,6 +211,36 @@ def test_a_server_that_was_ended_is_started_anew() -> None:
     assert run_program(*HONEST["number"]).passed
     assert launching._server is not None
     assert launching._server is not server
+
+
+_FORKS = """
+import os, signal
+from m3jax.evaluation.sandbox import launching, run_program, why_no_sandbox
+print(why_no_sandbox())
+def judged(): return run_program("def f(x): return x", "assert f(3) == 3").passed
+with launching._lock:  # as another thread does that starts a server
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        launching._link()
+        own = launching._server.process.pid
+        os._exit(judged() + 2 * (launching._server.process.pid == own))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+server, (ours, theirs) = launching._server, os.pipe()
+if os.fork() == 0:
+    os.close(theirs)
+    os.read(ours, 1)  # lives as long as its parent
+    os._exit(0)
+print(judged(), launching._server is server)
+"""
+
+
+def test_a_forked_process_has_a_server_of_its_own_and_holds_none() -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", _FORKS], env={"PYTHONPATH": str(PACKAGE.parent)}, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert found.stdout.split() == ["None", "3", "True", "True"], found
 
 
 def test_where_there_is_no_server_each_program_gets_a_launcher_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

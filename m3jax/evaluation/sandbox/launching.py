@@ -123,7 +123,6 @@ def forked(order: dict[str, Any], seconds: float, tests: int, key: int) -> Ended
 class _Server(NamedTuple):
     """The server of this process."""
 
-    owner: int
     process: subprocess.Popen[bytes]
     link: socket.socket
 
@@ -138,9 +137,6 @@ def _link() -> socket.socket | None:
     if not hasattr(os, "pidfd_open"):
         return None
     with _lock:
-        if _server is not None and _server.owner != os.getpid():  # this process was forked: that one is its parent's
-            _server.link.close()
-            _server = None
         if _server is None:
             here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with there:
@@ -153,7 +149,7 @@ def _link() -> socket.socket | None:
                     cwd="/",
                     start_new_session=True,
                 )
-            _server = _Server(os.getpid(), process, here)
+            _server = _Server(process, here)
         return _server.link
 
 
@@ -162,7 +158,21 @@ def _end_server() -> None:
     """Closes the link, upon which the server ends."""
     global _server
     with _lock:
-        if _server is not None and _server.owner == os.getpid():
+        if _server is not None:
+            _server.link.shutdown(socket.SHUT_RDWR)  # whoever else may hold it
             _server.link.close()
             _server.process.communicate()
         _server = None
+
+
+def _forget_server() -> None:
+    """In a process that was forked: the server is its parent's, and so is whoever held the lock."""
+    global _lock, _server
+    _lock = threading.Lock()
+    if _server is not None:
+        with _server.link, _server.process as process:  # upon which its ends of them are closed
+            process.returncode = 0  # nothing for this process to wait for
+        _server = None
+
+
+os.register_at_fork(after_in_child=_forget_server)
