@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -211,6 +212,32 @@ def test_a_server_that_was_ended_is_started_anew() -> None:
     assert run_program(*HONEST["number"]).passed
     assert launching._server is not None
     assert launching._server is not server
+
+
+def test_a_busy_server_is_taken_for_no_dead_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = "import os, time\nreal = os.pidfd_open\nos.pidfd_open = lambda number: (time.sleep(0.2), real(number))[1]\n"
+    launching._end_server()
+    monkeypatch.setattr(launching, "_SERVE", slow + launching._SERVE)
+    assert run_program(*HONEST["number"]).passed  # the launcher would be done before the server tells of it
+    server = launching._server
+    assert server is not None
+    assert run_program(*HONEST["number"]).passed
+    assert launching._server is server
+    launching._end_server()
+
+
+def test_a_second_launcher_finds_its_order_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = socket.recv_fds
+
+    def lost(link: socket.socket, size: int, most: int) -> tuple[bytes, list[int], int, str]:
+        message, found, flags, address = real(link, size, most)
+        monkeypatch.undo()
+        for process in found:
+            os.close(process)
+        return message, [], flags, address  # as where this process has no descriptor left for it
+
+    monkeypatch.setattr(socket, "recv_fds", lost)
+    assert run_program("import time\ntime.sleep(0.3)\ndef f(x): return x + 1", "assert f(3) == 4").passed
 
 
 _FORKS = """

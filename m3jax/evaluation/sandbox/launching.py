@@ -107,16 +107,20 @@ def forked(order: dict[str, Any], seconds: float, tests: int, key: int) -> Ended
         key: A file.
     """
     told = json.dumps(order | {"tests": forkserver.TESTS, "secret": forkserver.SECRET}).encode()
-    with file_of(told) as given, file_of(b"") as answer, file_of(b"") as complaint:
-        for _ in range(2):  # a server that something ended is started anew, once
-            link = _link()
-            if link is None:
-                return None
-            with contextlib.suppress(OSError):
-                launched = forkserver.launch(link, given, answer, complaint, tests, key)
-                code = forkserver.exit_code(launched, seconds)
-                return Ended(code, *(os.pread(file, os.fstat(file).st_size, 0) for file in (answer, complaint)))
-            _end_server()
+    for _ in range(2):  # a server that something ended is started anew, once
+        link = _link()
+        if link is None:
+            return None
+        with (
+            file_of(told) as given,  # anew each time: another launcher may have read or written them
+            file_of(b"") as answer,
+            file_of(b"") as complaint,
+            contextlib.suppress(OSError),
+        ):
+            launched = forkserver.launch(link, given, answer, complaint, tests, key)
+            code = forkserver.exit_code(launched, seconds)
+            return Ended(code, *(os.pread(file, os.fstat(file).st_size, 0) for file in (answer, complaint)))
+        _end_server(link)
     return None
 
 
@@ -134,10 +138,12 @@ _lock = threading.Lock()
 def _link() -> socket.socket | None:
     """The way to the server, which is started if there is none; None where the system has not what it needs."""
     global _server
-    if not hasattr(os, "pidfd_open"):
-        return None
     with _lock:
         if _server is None:
+            try:
+                os.close(os.pidfd_open(os.getpid()))
+            except (AttributeError, OSError):
+                return None
             here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with there:
                 process = subprocess.Popen(
@@ -154,15 +160,19 @@ def _link() -> socket.socket | None:
 
 
 @atexit.register
-def _end_server() -> None:
-    """Closes the link, upon which the server ends."""
+def _end_server(link: socket.socket | None = None) -> None:
+    """Closes the link, upon which the server ends.
+
+    Args:
+        link: To the server that is meant, which another thread may have ended and replaced.
+    """
     global _server
     with _lock:
-        if _server is not None:
+        if _server is not None and link in (_server.link, None):
             _server.link.shutdown(socket.SHUT_RDWR)  # whoever else may hold it
             _server.link.close()
             _server.process.communicate()
-        _server = None
+            _server = None
 
 
 def _forget_server() -> None:
