@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple, NoReturn
 
+from m3jax.evaluation.sandbox import kernel
+
 _REQUEST, _STARTED = b"r", b"s"
 _SEEN = 6  # descriptors of a launcher: standard input, output and error, tests, secret, and where its exit code goes
 TESTS, SECRET, _STATUS = 3, 4, 5
@@ -22,12 +24,14 @@ def serve() -> NoReturn:
     """Forks launchers for whoever holds the other end of standard input, a socket, until that is closed."""
     from m3jax.evaluation.sandbox.launcher import guarded, read_order, run_order
 
+    kernel.set_dumpable(False)  # or programs that run without walls, as this user, could get into what outlives them
     link = socket.socket(fileno=os.dup(0))
     os.close(0)
     os.open(os.devnull, os.O_RDWR)
 
     def launch(given: Sequence[int]) -> None:
         os.setsid()
+        kernel.set_dumpable(True)  # for now, or its own files in /proc belonged to root
         for number, descriptor in enumerate(given):  # each was given a higher number than it gets, in this order
             os.dup2(descriptor, number)
         os.closerange(_SEEN, _DESCRIPTORS)
