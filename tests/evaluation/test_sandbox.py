@@ -240,6 +240,17 @@ def test_a_second_launcher_finds_its_order_whole(monkeypatch: pytest.MonkeyPatch
     assert run_program("import time\ntime.sleep(0.3)\ndef f(x): return x + 1", "assert f(3) == 4").passed
 
 
+def test_a_program_calls_as_deep_whatever_launched_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = (
+        "def deep(n=1):\n    try: return deep(n + 1)\n    except RecursionError: return n\nprint(deep())\n"
+        "def f(x): return x"
+    )
+    forked = run_program(source, "f(1)").output
+    monkeypatch.setattr(launching, "forked", lambda *_: None)
+    assert run_program(source, "f(1)").output == forked
+    assert int(forked) > 900
+
+
 _FORKS = """
 import os, signal
 from m3jax.evaluation.sandbox import launching, run_program, why_no_sandbox
