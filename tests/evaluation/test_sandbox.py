@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -112,6 +113,13 @@ def test_output_is_kept_up_to_the_limit() -> None:
     outcome = run_program("print('x' * 10 ** 6)\ndef f(x): return x", tests, limits=Limits(output_bytes=1000))
     assert outcome.passed
     assert outcome.output == "x" * 1000
+    outcome = run_program(
+        "import sys\nsys.stdout.buffer.write(b'\\xff' * 900000)\ndef f(x): return x",
+        tests,
+        limits=Limits(output_bytes=1 << 20),
+    )
+    assert outcome.passed
+    assert len(outcome.output) == 900000  # six times as long on its way
 
 
 @pytest.mark.parametrize(
@@ -188,7 +196,6 @@ def test_programs_of_one_server_do_not_meet() -> None:
     assert run_program(first, "assert f()").passed
     server = launching._server
     assert server is not None
-    assert server.owner == os.getpid()
     assert run_program(second, "assert f() == (3, 3, False)").passed
     assert launching._server is server  # and no launcher was started for it
     numbers = "import random, os\ndef f(): return [random.random(), os.urandom(8)]"
@@ -207,12 +214,84 @@ def test_a_server_that_was_ended_is_started_anew() -> None:
     assert launching._server is not server
 
 
+def test_a_busy_server_is_taken_for_no_dead_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = "import os, time\nreal = os.pidfd_open\nos.pidfd_open = lambda number: (time.sleep(0.2), real(number))[1]\n"
+    launching._end_server()
+    monkeypatch.setattr(launching, "_SERVE", slow + launching._SERVE)
+    assert run_program(*HONEST["number"]).passed  # the launcher would be done before the server tells of it
+    server = launching._server
+    assert server is not None
+    assert run_program(*HONEST["number"]).passed
+    assert launching._server is server
+    launching._end_server()
+
+
+def test_a_second_launcher_finds_its_order_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = socket.recv_fds
+
+    def lost(link: socket.socket, size: int, most: int) -> tuple[bytes, list[int], int, str]:
+        message, found, flags, address = real(link, size, most)
+        monkeypatch.undo()
+        for process in found:
+            os.close(process)
+        return message, [], flags, address  # as where this process has no descriptor left for it
+
+    monkeypatch.setattr(socket, "recv_fds", lost)
+    assert run_program("import time\ntime.sleep(0.3)\ndef f(x): return x + 1", "assert f(3) == 4").passed
+
+
+def test_a_program_calls_as_deep_whatever_launched_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = (
+        "def deep(n=1):\n    try: return deep(n + 1)\n    except RecursionError: return n\nprint(deep())\n"
+        "def f(x): return x"
+    )
+    forked = run_program(source, "f(1)").output
+    monkeypatch.setattr(launching, "forked", lambda *_: None)
+    assert run_program(source, "f(1)").output == forked
+    assert int(forked) > 900
+
+
+_FORKS = """
+import os, signal
+from m3jax.evaluation.sandbox import launching, run_program, why_no_sandbox
+print(why_no_sandbox())
+def judged(): return run_program("def f(x): return x", "assert f(3) == 3").passed
+with launching._lock:  # as another thread does that starts a server
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        launching._link()
+        own = launching._server.process.pid
+        os._exit(judged() + 2 * (launching._server.process.pid == own))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+server, (ours, theirs) = launching._server, os.pipe()
+if os.fork() == 0:
+    os.close(theirs)
+    os.read(ours, 1)  # lives as long as its parent
+    os._exit(0)
+print(judged(), launching._server is server)
+"""
+
+
+def test_a_forked_process_has_a_server_of_its_own_and_holds_none() -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", _FORKS], env={"PYTHONPATH": str(PACKAGE.parent)}, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    assert found.stdout.split() == ["None", "3", "True", "True"], found
+
+
 def test_where_there_is_no_server_each_program_gets_a_launcher_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "pidfd_open")
     monkeypatch.setattr(launching, "_server", None)
     for name in ("number", "changes its argument", "writes in its directory", "prints"):
         assert run_program(*HONEST[name]).passed
     assert launching._server is None
+
+
+def test_where_python_has_no_files_in_memory_they_are_on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "memfd_create")
+    assert run_program(*HONEST["changes its argument"]).passed
 
 
 def test_a_launcher_that_hangs_is_ended_with_all_that_it_started(monkeypatch: pytest.MonkeyPatch) -> None:

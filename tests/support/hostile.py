@@ -38,15 +38,19 @@ def _attempting(*actions: str) -> str:
     )
 
 
-# Without namespaces these are a program's neighbours: its launcher, and whoever started that.
+# Without namespaces these are a program's neighbours: its launcher, whoever started that, and what else that started.
 FORGER = f"""
 import os
-def parents():
-    number = os.getppid()
+def parent(number):
+    try: return int(open(f"/proc/{{number}}/stat").read().rpartition(")")[2].split()[1])
+    except OSError: return 0
+def neighbours():
+    above, number = set(), os.getppid()
     while number > 1:
-        yield number
-        number = int(open(f"/proc/{{number}}/stat").read().rpartition(")")[2].split()[1])
-for number in parents():
+        above.add(number)
+        number = parent(number)
+    return above | {{int(name) for name in os.listdir("/proc") if name.isdigit() and parent(name) in above}}
+for number in neighbours() - {{os.getpid()}}:
     for name in ("environ", "mem"):
         try:
             if open(f"/proc/{{number}}/{{name}}", "rb").read(1) is not None: print("HARM", name)

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NamedTuple, NoReturn
 
+from m3jax.evaluation.sandbox import kernel
+
 _REQUEST, _STARTED = b"r", b"s"
 _SEEN = 6  # descriptors of a launcher: standard input, output and error, tests, secret, and where its exit code goes
 TESTS, SECRET, _STATUS = 3, 4, 5
@@ -22,30 +24,32 @@ def serve() -> NoReturn:
     """Forks launchers for whoever holds the other end of standard input, a socket, until that is closed."""
     from m3jax.evaluation.sandbox.launcher import guarded, read_order, run_order
 
+    kernel.set_dumpable(False)  # or programs that run without walls, as this user, could get into what outlives them
     link = socket.socket(fileno=os.dup(0))
     os.close(0)
     os.open(os.devnull, os.O_RDWR)
 
     def launch(given: Sequence[int]) -> None:
         os.setsid()
+        kernel.set_dumpable(True)  # for now, or its own files in /proc belonged to root
         for number, descriptor in enumerate(given):  # each was given a higher number than it gets, in this order
             os.dup2(descriptor, number)
         os.closerange(_SEEN, _DESCRIPTORS)
+        status = socket.socket(fileno=_STATUS)
+        process = os.pidfd_open(os.getpid())
+        socket.send_fds(status, [_STARTED], [process])  # from here, as from the server it might come after the code
+        os.close(process)
         code = run_order(read_order())
-        os.write(_STATUS, bytes([code]))
+        status.send(bytes([code]))
         os._exit(code)
 
     while True:
         message, given, _, _ = socket.recv_fds(link, 1, _SEEN)
         if not message:
             os._exit(0)
-        child = os.fork()
-        if child == 0:
+        if os.fork() == 0:
             guarded(functools.partial(launch, given))
-        process = os.pidfd_open(child)
-        with socket.socket(fileno=given[_STATUS]) as status, suppress(OSError):  # who asked may have gone
-            socket.send_fds(status, [_STARTED], [process])
-        for descriptor in (process, *given[:_STATUS]):
+        for descriptor in given:
             os.close(descriptor)
         with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
@@ -76,7 +80,7 @@ def launch(link: socket.socket, order: int, output: int, errors: int, tests: int
         secret: What it finds as descriptor `SECRET`.
 
     Raises:
-        OSError: The server is gone.
+        OSError: The server is gone, or the launcher could not begin.
     """
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
@@ -84,7 +88,7 @@ def launch(link: socket.socket, order: int, output: int, errors: int, tests: int
             socket.send_fds(link, [_REQUEST], [order, output, errors, tests, secret, theirs.fileno()])
         _, found, _, _ = socket.recv_fds(mine, 1, 1)
         if not found:
-            raise ConnectionResetError("the server has ended")
+            raise ConnectionResetError("no launcher has begun")
     except BaseException:
         mine.close()
         raise

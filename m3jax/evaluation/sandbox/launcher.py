@@ -109,6 +109,7 @@ def _keep(order: dict[str, Any], user: int) -> None:
     def run_candidate() -> None:
         _settle((outside.fileno(),), output_end)
         confine.limit(walls, alone)
+        sys.setrecursionlimit(sys.getrecursionlimit() + _depth())  # the program's own, however it came to be launched
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
         serve(order["source"], Channel(outside))
 
@@ -128,6 +129,14 @@ def _keep(order: dict[str, Any], user: int) -> None:
     if processes is None:
         _sweep(children)
     os.write(1, secret + json.dumps(found).encode())
+
+
+def _depth() -> int:
+    """How many calls led here."""
+    frame, count = sys._getframe(), 0
+    while frame.f_back is not None:
+        frame, count = frame.f_back, count + 1
+    return count
 
 
 def _fork(body: Callable[[], None]) -> int:

@@ -7,14 +7,13 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from m3jax.evaluation.sandbox import forkserver
-
-_LONGEST_ANSWER = 1 << 22  # bytes
 
 # The launcher's interpreter sees the standard library and these packages, emptied: importing them must not bring jax.
 _BOOT = """
@@ -27,6 +26,14 @@ _START = "from m3jax.evaluation.sandbox.launcher import main; main()"
 _SERVE = "from m3jax.evaluation.sandbox.forkserver import serve; serve()"
 
 
+def _nameless() -> int:
+    """A file in memory, or on disk where Python was built without those or the system refuses them."""
+    with contextlib.suppress(AttributeError, OSError):
+        return os.memfd_create("m3jax")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
 @contextlib.contextmanager
 def file_of(content: bytes) -> Iterator[int]:
     """A file without a name. What it holds travels apart from the program, whose process never holds it.
@@ -34,7 +41,7 @@ def file_of(content: bytes) -> Iterator[int]:
     Args:
         content: What it holds.
     """
-    file = os.memfd_create("m3jax")
+    file = _nameless()
     try:
         with open(file, "wb", closefd=False) as writer:
             writer.write(content)
@@ -100,23 +107,26 @@ def forked(order: dict[str, Any], seconds: float, tests: int, key: int) -> Ended
         key: A file.
     """
     told = json.dumps(order | {"tests": forkserver.TESTS, "secret": forkserver.SECRET}).encode()
-    with file_of(told) as given, file_of(b"") as answer, file_of(b"") as complaint:
-        for _ in range(2):  # a server that something ended is started anew, once
-            link = _link()
-            if link is None:
-                return None
-            with contextlib.suppress(OSError):
-                launched = forkserver.launch(link, given, answer, complaint, tests, key)
-                code = forkserver.exit_code(launched, seconds)
-                return Ended(code, *(os.pread(file, _LONGEST_ANSWER, 0) for file in (answer, complaint)))
-            _end_server()
+    for _ in range(2):  # a server that something ended is started anew, once
+        link = _link()
+        if link is None:
+            return None
+        with (
+            file_of(told) as given,  # anew each time: another launcher may have read or written them
+            file_of(b"") as answer,
+            file_of(b"") as complaint,
+            contextlib.suppress(OSError),
+        ):
+            launched = forkserver.launch(link, given, answer, complaint, tests, key)
+            code = forkserver.exit_code(launched, seconds)
+            return Ended(code, *(os.pread(file, os.fstat(file).st_size, 0) for file in (answer, complaint)))
+        _end_server(link)
     return None
 
 
 class _Server(NamedTuple):
     """The server of this process."""
 
-    owner: int
     process: subprocess.Popen[bytes]
     link: socket.socket
 
@@ -128,13 +138,12 @@ _lock = threading.Lock()
 def _link() -> socket.socket | None:
     """The way to the server, which is started if there is none; None where the system has not what it needs."""
     global _server
-    if not hasattr(os, "pidfd_open"):
-        return None
     with _lock:
-        if _server is not None and _server.owner != os.getpid():  # this process was forked: that one is its parent's
-            _server.link.close()
-            _server = None
         if _server is None:
+            try:
+                os.close(os.pidfd_open(os.getpid()))
+            except (AttributeError, OSError):
+                return None
             here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with there:
                 process = subprocess.Popen(
@@ -146,16 +155,34 @@ def _link() -> socket.socket | None:
                     cwd="/",
                     start_new_session=True,
                 )
-            _server = _Server(os.getpid(), process, here)
+            _server = _Server(process, here)
         return _server.link
 
 
 @atexit.register
-def _end_server() -> None:
-    """Closes the link, upon which the server ends."""
+def _end_server(link: socket.socket | None = None) -> None:
+    """Closes the link, upon which the server ends.
+
+    Args:
+        link: To the server that is meant, which another thread may have ended and replaced.
+    """
     global _server
     with _lock:
-        if _server is not None and _server.owner == os.getpid():
+        if _server is not None and link in (_server.link, None):
+            _server.link.shutdown(socket.SHUT_RDWR)  # whoever else may hold it
             _server.link.close()
             _server.process.communicate()
+            _server = None
+
+
+def _forget_server() -> None:
+    """In a process that was forked: the server is its parent's, and so is whoever held the lock."""
+    global _lock, _server
+    _lock = threading.Lock()
+    if _server is not None:
+        with _server.link, _server.process as process:  # upon which its ends of them are closed
+            process.returncode = 0  # nothing for this process to wait for
         _server = None
+
+
+os.register_at_fork(after_in_child=_forget_server)
