@@ -428,5 +428,10 @@ def _like_companions(directory: _AnyPath) -> list[_AnyPath]:
 def scratch() -> str:
     """A directory for the copies that this process makes; it is deleted when the process ends."""
     directory = tempfile.mkdtemp(prefix="m3jax-")
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    atexit.register(_remove_scratch, directory, os.getpid())
     return directory
+
+
+def _remove_scratch(directory: str, owner: int) -> None:
+    if os.getpid() == owner:  # a process that was forked from it leaves it
+        shutil.rmtree(directory, ignore_errors=True)

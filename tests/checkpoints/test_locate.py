@@ -1,5 +1,8 @@
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -261,3 +264,18 @@ def test_companions_of_nothing(tmp_path) -> None:
     assert companions(tmp_path) == []
     with pytest.raises(M3Error, match="absent cannot be listed"):
         companions(tmp_path / "absent")
+
+
+def test_copies_outlive_a_process_that_was_forked_and_not_their_own():
+    lines = [
+        "import os, sys",
+        "from m3jax.checkpoints.locate import scratch",
+        "place = scratch()",
+        "if os.fork() == 0: sys.exit()",
+        "os.wait()",
+        "print(place, os.path.isdir(place))",
+    ]
+    said = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True).stdout
+    place, there = said.split()
+    assert there == "True"
+    assert not os.path.exists(place)
