@@ -44,8 +44,9 @@ class SeedMean(NamedTuple):
 
     @property
     def half(self) -> float | None:
-        """Half the width of the interval."""
-        return None if self.high is None else self.high - self.mean
+        """Half the width of the interval; None also where all seeds agree, which say nothing of how others would."""
+        half = None if self.high is None else self.high - self.mean
+        return None if half is None or half <= ROUNDING else half
 
 
 def estimate(values: Sequence[float]) -> SeedMean | None:

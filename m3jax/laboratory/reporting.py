@@ -172,6 +172,7 @@ def _model_lines(found: LaboratoryFindings) -> Iterator[str]:
         return
     seeds, measures = len(found.seeds), (*SHARES, "pdr")
     yield "Accuracy in %, ± half the width of the 95 % interval over seeds (Student's t), as in all tables."
+    yield "There is none where all seeds agree."
     yield ""
     yield from table(
         ["model", "skill", "test", "out of distribution", "under its adversary", "PDR", "adversary"],
