@@ -129,6 +129,12 @@ def _share(value: SeedMean | None, signed: bool = False) -> str:
     return f"{100 * value.mean:{'+' if signed else ''}.1f}{half}".replace("-", "−")
 
 
+def _gain(one: Paired) -> str:
+    """A difference with its interval, where anything differs."""
+    half = f" ± {100 * one.half:.1f}" if one.disagreeing else ""
+    return f"{100 * one.difference:+.1f}{half}".replace("-", "−")
+
+
 def paired_lines(paired: Iterable[Paired]) -> Iterator[str]:
     """Differences over the same examples, and how many it takes.
 
@@ -139,7 +145,7 @@ def paired_lines(paired: Iterable[Paired]) -> Iterator[str]:
         "Arms are examined on the same examples, so that only those count which exactly one of them does right. The "
         "intervals are over examples of all seeds (95 %, normal), not over seeds, and say how it would be with other "
         "examples but the same draws. The last columns: examples with which such an interval is ± 2 points for one "
-        "merge, paired and with examples of each arm's own."
+        "merge, paired (arms that differ by 2 points disagree on at least 2 %) and with examples of each arm's own."
     )
     yield ""
     yield from table(
@@ -148,7 +154,7 @@ def paired_lines(paired: Iterable[Paired]) -> Iterator[str]:
             [
                 f"{_ARMS[one.more]} less {_ARMS[one.less]}",
                 *(one.method or "all", f"{one.examples:,}", f"{100 * one.disagreeing:.1f}"),
-                f"{100 * one.difference:+.1f} ± {100 * one.half:.1f}".replace("-", "−"),
+                _gain(one),
                 *(f"{one.needed:,}", f"{one.unpaired:,}"),
             ]
             for one in paired

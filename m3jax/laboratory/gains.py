@@ -226,10 +226,12 @@ def _paired(lines: Sequence[Line], more: str, less: str, method: str) -> Paired 
     # What merges of several methods make of one example is one thing: they are much alike.
     gains = [sum(a - b for a, b in some) / len(some) for some in rights.values()]
     half = _SURE * statistics.pstdev(gains) / math.sqrt(len(gains))
-    single, apart = disagreeing - (first - second) ** 2, first * (1 - first) + second * (1 - second)
+    # Where two arms differ by so much, they disagree at least as often.
+    single = max(disagreeing - (first - second) ** 2, _POINTS / 100)
+    apart = first * (1 - first) + second * (1 - second)
     return Paired(*(more, less, method, len(gains), disagreeing, first - second, half), _needed(single), _needed(apart))
 
 
 def _needed(variance: float) -> int:
     """Examples with which a 95 % interval is as wide, on either side, as what is to be decided."""
-    return math.ceil(max(variance, 0.0) * (100 * _SURE / _POINTS) ** 2)
+    return math.ceil(variance * (100 * _SURE / _POINTS) ** 2)
