@@ -8,7 +8,7 @@ References:
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -100,8 +100,7 @@ def measure_grams(
     Raises:
         M3Error: One is not finite.
     """
-    params = jax.eval_shape(lambda: nested_params(arrays, config, "the model"))
-    widths = {path: _width(params, path) for path in inputs}
+    widths = widths_of(arrays, config, inputs)
     sums = {
         path: jnp.zeros((width, width), jnp.float32, device=spread(mesh, (width, width)))
         for path, width in widths.items()
@@ -122,6 +121,18 @@ def measure_grams(
             raise M3Error(f"{own.name}: what comes into it is not finite: measure in float32 (--dtype float32)")
         found[own.name] = (matrix + matrix.T) * np.float32(0.5)
     return found
+
+
+def widths_of(arrays: Mapping[str, Any], config: DecoderConfig, inputs: Collection[Path]) -> dict[Path, int]:
+    """How many inputs each weight has.
+
+    Args:
+        arrays: The model's tensors by name, or their shapes.
+        config: The decoder.
+        inputs: The weights' paths.
+    """
+    params = jax.eval_shape(lambda given: nested_params(given, config, "the model"), arrays)
+    return {path: _width(params, path) for path in inputs}
 
 
 def _width(params: Any, path: Path) -> int:

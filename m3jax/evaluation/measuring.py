@@ -10,8 +10,9 @@ References:
 """
 
 import functools
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,7 @@ from m3jax.errors import M3Error
 from m3jax.evaluation import tokens
 from m3jax.evaluation.checks import check_count
 from m3jax.evaluation.data import load_rows, source_text
-from m3jax.evaluation.grams import inputs_of, measure_grams
+from m3jax.evaluation.grams import Inputs, inputs_of, measure_grams, widths_of
 from m3jax.evaluation.models import StoredModel, make_mesh, open_model
 from m3jax.evaluation.options import Evaluation, check_evaluation
 from m3jax.evaluation.prompts import render
@@ -42,7 +43,7 @@ from m3jax.evaluation.runner import find_source, read_examples
 from m3jax.evaluation.tasks import get_task
 from m3jax.methods import regmean
 from m3jax.methods.fisher import KIND
-from m3jax.outputs.local import check_free, replaced_with
+from m3jax.outputs.local import check_free, check_space, replaced_with
 from m3jax.outputs.statistics import INPUTS_FIRST, measured_before, read_record, record_of, write_statistics
 from m3jax.progress import Tell, progress_lines
 from m3jax.trees import loading
@@ -173,6 +174,7 @@ def measure_statistics(
     there = measured_before(place, record, kind, measured)
     if there is None:
         check_free(place, overwrite)
+        check_space(place, _bytes_of(stored, inputs))
         if kind == regmean.KIND:
             whole = [[*text.before, *text.after] for text in pairs]
             found = measure_grams(_load(stored), stored.config, inputs, whole, stored.mesh, tell)
@@ -305,6 +307,20 @@ def _matched(stored: StoredModel) -> dict[ParameterPath, StoredParameter]:
     with adapters.open_model(stored.place) as checkpoint:
         there = {name: (info.shape, info.dtype in _FLOATS) for name, info in checkpoint.tensors.items()}
     return match_tensors(there, stored.config, stored.name)
+
+
+def _bytes_of(stored: StoredModel, inputs: Mapping[ParameterPath, Inputs]) -> int:
+    """What will be written: a number for each parameter, or the Gram matrix of each of the inputs."""
+    with adapters.open_model(stored.place) as checkpoint:
+        shapes = {
+            part.name: jax.ShapeDtypeStruct(checkpoint.tensors[part.name].shape, jnp.float32)  # type: ignore[no-untyped-call]
+            for parameter in _matched(stored).values()
+            for part in parameter.parts
+        }
+    if not inputs:
+        return sum(4 * int(math.prod(each.shape)) for each in shapes.values())
+    widths: Collection[int] = widths_of(shapes, stored.config, inputs).values()
+    return sum(4 * width * width for width in widths)
 
 
 def _load(stored: StoredModel) -> dict[str, Array]:

@@ -1,6 +1,8 @@
 """Fisher information measured: the definition by finite differences, what is recorded, and a merge by it."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -178,3 +180,18 @@ def test_misuse_is_said_before_anything_is_measured(place, monkeypatch, keys, se
     monkeypatch.setattr(measuring, "record_of", lambda *_: pytest.fail("read all weights"))
     with pytest.raises(M3Error, match=sentence):
         m3jax.measure_statistics(**{"model": "expert-a", "out": "new", **keys})
+
+
+@pytest.mark.parametrize("kind", ["fisher", "gram"])
+def test_a_full_disk_is_said_before_anything_is_measured(place, tmp_path, monkeypatch, kind):
+    keys = {"data": str(place / "data.jsonl"), "dtype": "float32", "kind": kind, "examples": 1}
+    asked = []
+    monkeypatch.setattr(measuring, "check_space", lambda _, needed: asked.append(needed))
+    made = m3jax.measure_statistics(str(place / "expert-a"), tmp_path / "made", **keys)
+    assert asked == [made.bytes]
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=made.bytes))
+    monkeypatch.setattr(measuring, "_load", lambda *_: pytest.fail("loaded the weights"))
+    with pytest.raises(M3Error, match=r"the disk has .* bytes free"):
+        m3jax.measure_statistics(str(place / "expert-a"), tmp_path / "more", **keys)
+    assert not (tmp_path / "more").exists()
