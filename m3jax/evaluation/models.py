@@ -277,6 +277,22 @@ def make_generator(
     return generator
 
 
+def check_prompts(
+    stored: StoredModel, prompts: Sequence[str], settings: GenerationSettings, overflow: Overflow
+) -> None:
+    """Raise M3Error for a prompt that `make_generator` would refuse, before weights are loaded.
+
+    Args:
+        stored: The model.
+        prompts: Its prompts.
+        settings: How it will generate.
+        overflow: As of `make_generator`.
+    """
+    if overflow == "error":
+        texts = [decoder.encode(stored.tokenizer, prompt) for prompt in prompts]
+        _fit(stored.tokenizer, texts, stored.config, settings.max_tokens, overflow)
+
+
 def _fit(
     tokenizer: Any, texts: list[list[int]], config: DecoderConfig | None, max_tokens: int, overflow: Overflow
 ) -> set[int]:

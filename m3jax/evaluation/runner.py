@@ -80,6 +80,7 @@ def evaluate_task(
     run_code: bool = False,
     execution: Execution | None = None,
     progress: Progress | None = None,
+    check: Callable[[Sequence[str], GenerationSettings], None] | None = None,
 ) -> Summary:
     """Have a model do a task, and judge it.
 
@@ -102,6 +103,7 @@ def evaluate_task(
         run_code: Allow running programs that the model wrote.
         execution: How they are run; in a sandbox with the default limits if not given.
         progress: Told how far the run is.
+        check: Given all prompts before the first is answered; raises M3Error for what cannot be.
 
     Raises:
         M3Error: The task runs code and `run_code` is false, or no sandbox is possible; an option cannot be followed;
@@ -118,6 +120,8 @@ def evaluate_task(
     if not examples:
         raise M3Error(f"{task.name}: there are no examples to evaluate")
     prompts = [render(template, example.instruction, tokenizer) for example in examples]
+    if check is not None:
+        check(prompts, settings)
     journal = None
     if out_dir is not None:
         identity = _identity(task, model, template, settings, execution, examples, prompts)

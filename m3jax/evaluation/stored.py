@@ -131,6 +131,7 @@ def _run_task(name: str, wanted: EvaluateOptions, tell: Tell | None) -> dict[str
             run_code=how.run_code,
             execution=how.execution,
             progress=progress_lines(tell),
+            check=lambda prompts, settings: models.check_prompts(stored, prompts, settings, overflow),
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_kept(wanted.out, "examples")) from None

@@ -136,6 +136,7 @@ def test_what_needs_no_weights_is_said_before_they_are_loaded(place, tmp_path, c
     assert commands.main([*base, rows]) == 0
     monkeypatch.setattr(models.decoder, "load_params", never)
     (tmp_path / "other.jsonl").write_text('{"text": "x"}')
+    (tmp_path / "long.jsonl").write_text(json.dumps({"sentence": " positive" * 600, "label": 1}))
     (tmp_path / "file").touch()
     for arguments, sentence in [
         ([*base, "nowhere.jsonl"], "there is no data file nowhere.jsonl"),
@@ -143,6 +144,10 @@ def test_what_needs_no_weights_is_said_before_they_are_loaded(place, tmp_path, c
         ([*base, rows], "already holds a run"),
         ([*base, rows, "--resume", "--limit", "2"], "holds another run: it differs in examples"),
         ([*base, rows, "--out", str(tmp_path / "file" / "out")], "cannot make the directory"),
+        (
+            [*base, str(tmp_path / "long.jsonl"), "--out", str(tmp_path / "new")],
+            "tokens, which with an answer of 2 do not",
+        ),
         ([*base, rows, "--out", str(tmp_path / "new"), "--template", "chat"], "this model's tokenizer has none"),
         (["evaluate", str(place / "expert-a"), "--task", "alpaca_eval", "--data", rows], "give --out DIR"),
         (["evaluate", str(place / "expert-a"), "--task", "sst2", "--include-path", "x"], "--include-path is for"),
