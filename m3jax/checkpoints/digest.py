@@ -87,6 +87,7 @@ class Passing:
         self._checkpoint = checkpoint
         self._running: dict[str, _Running] = {}
         self._done: dict[str, str] = {}
+        self._again: dict[str, threading.Lock] = {}
         self._lock = threading.Lock()
 
     def take(self, name: str, start: int, data: BytesLike) -> None:
@@ -117,8 +118,11 @@ class Passing:
         Raises:
             M3Error: It was not read in order, and cannot be read again.
         """
-        if name not in self._done:
-            self._finish(name, digest_tensor(self._checkpoint, name))
+        with self._lock:
+            again = self._again.setdefault(name, threading.Lock())
+        with again:  # lanes that have each read a part of it read it again once, not each of them
+            if name not in self._done:
+                self._finish(name, digest_tensor(self._checkpoint, name))
         return self._done[name]
 
     def _finish(self, name: str, digest: str) -> None:

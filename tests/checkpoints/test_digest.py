@@ -1,3 +1,6 @@
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import numpy as np
 import pytest
 from blake3 import blake3
@@ -11,6 +14,7 @@ from m3jax.checkpoints import (
     digest_tensor,
     open_safetensors,
 )
+from m3jax.checkpoints import digest as digests
 
 ENTRIES = {"a": ("F32", (2, 3), "00"), "b": ("BF16", (), "11"), "layers.2": ("F32", (0,), "22")}
 
@@ -58,3 +62,17 @@ def test_a_checkpoint_keeps_its_digest_for_ever() -> None:
 )
 def test_a_checkpoint_that_differs_has_another_digest(other) -> None:
     assert digest_checkpoint(other) != digest_checkpoint(ENTRIES)
+
+
+def test_what_was_not_read_in_order_is_read_again_once_for_all_who_ask(tmp_path, monkeypatch) -> None:
+    values = np.arange(7, dtype=np.float32)
+    with ShardWriter(tmp_path / "model.safetensors", [TensorInfo("w", (7,), "F32")]) as shard:
+        shard.write("w", 0, values)
+        shard.finish()
+    asking, readings = Barrier(4), []
+    monkeypatch.setattr(digests, "digest_tensor", lambda *of: (readings.append(of), digest_tensor(*of))[1])
+    with open_safetensors(tmp_path) as checkpoint, ThreadPoolExecutor(4) as pool:
+        passing = digests.Passing(checkpoint)
+        found = list(pool.map(lambda _: (asking.wait(30), passing.digest("w"))[1], range(4)))
+    assert set(found) == {blake3(values.tobytes()).hexdigest()}
+    assert len(readings) == 1
