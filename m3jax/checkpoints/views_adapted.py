@@ -27,7 +27,7 @@ FLOATS = ("F32", "BF16", "F16")
 
 _AT_ONCE = 2**19  # entries of a block, unless a row has more
 _BLOCKS_KEPT = 2
-_FACTORS_KEPT = 4
+_FACTORS_KEPT = 2
 _INFINITIES = {"F32": 0x7F800000, "BF16": 0x7F80, "F16": 0x7C00}  # without the sign; NaNs are above
 
 
@@ -101,15 +101,21 @@ def adapted(checkpoint: Checkpoint, adaptations: Mapping[str, Adaptation], dropp
     return _Adapted(checkpoint, adaptations, dropped)
 
 
+class _Kept(threading.local):
+    """What a thread has made last: threads go through tensors of their own."""
+
+    def __init__(self) -> None:
+        self.factors: OrderedDict[str, Factors] = OrderedDict()
+        self.blocks: OrderedDict[tuple[str, int], Array] = OrderedDict()
+
+
 class _Adapted(MakingView):
     """See `adapted`."""
 
     def __init__(self, checkpoint: Checkpoint, adaptations: Mapping[str, Adaptation], dropped: Collection[str]) -> None:
         super().__init__(checkpoint)
         self._adaptations = dict(adaptations)
-        self._factors: OrderedDict[str, Factors] = OrderedDict()
-        self._blocks: OrderedDict[tuple[str, int], Array] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept = _Kept()
         self.tensors: Mapping[str, TensorInfo] = in_natural_order(
             {name: info for name, info in checkpoint.tensors.items() if name not in dropped}
         )
@@ -159,15 +165,12 @@ class _Adapted(MakingView):
 
     def _block(self, name: str, number: int) -> npt.NDArray[np.uint8]:
         """The bytes of a block of whole rows."""
-        with self._lock:
-            if (name, number) in self._blocks:
-                return self._blocks[name, number].reshape(-1).view(np.uint8)
-        made = self._made(name, number)
-        with self._lock:
-            self._blocks[name, number] = made
-            while len(self._blocks) > _BLOCKS_KEPT:
-                self._blocks.popitem(last=False)
-        return made.reshape(-1).view(np.uint8)
+        kept = self._kept.blocks
+        if (name, number) not in kept:
+            kept[name, number] = self._made(name, number)
+            while len(kept) > _BLOCKS_KEPT:
+                kept.popitem(last=False)
+        return kept[name, number].reshape(-1).view(np.uint8)
 
     def _made(self, name: str, number: int) -> Array:
         """The rows of a block."""
@@ -210,17 +213,15 @@ class _Adapted(MakingView):
 
     def _factors_of(self, name: str, product: Product) -> "Factors":
         """The factors of a tensor, read once as long as they are in use."""
-        with self._lock:
-            if name not in self._factors:
-                from m3jax.arithmetic import lowrank
+        kept = self._kept.factors
+        if name not in kept:
+            from m3jax.arithmetic import lowrank
 
-                self._factors[name] = lowrank.host_factors(
-                    self._matrix(product.left), self._matrix(product.right), product.scale
-                )
-                if len(self._factors) > _FACTORS_KEPT:
-                    self._factors.popitem(last=False)
-            self._factors.move_to_end(name)
-            return self._factors[name]
+            kept[name] = lowrank.host_factors(self._matrix(product.left), self._matrix(product.right), product.scale)
+            if len(kept) > _FACTORS_KEPT:
+                kept.popitem(last=False)
+        kept.move_to_end(name)
+        return kept[name]
 
     def _matrix(self, factor: Factor) -> Array:
         if factor.stored is None:

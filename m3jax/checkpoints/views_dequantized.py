@@ -27,7 +27,7 @@ from m3jax.errors import M3Error
 Floats: TypeAlias = npt.NDArray[np.float32]
 
 _AT_ONCE = 2**18  # entries, so that what is made on the way stays in the processor's cache
-_SCALES_KEPT = 4
+_SCALES_KEPT = 16  # of tensors that several threads read by turns
 
 
 class Scaling(NamedTuple):

@@ -1,6 +1,8 @@
 """A model with an adapter of PEFT: which tensors become what, and every sentence for what does not fit."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import ml_dtypes
 import numpy as np
@@ -10,7 +12,7 @@ from support import oracle
 from support.adapters import PREFIX, factors, write_adapter
 from support.directories import write
 
-from m3jax.checkpoints import digest_tensor, locate_model
+from m3jax.checkpoints import digest_tensor, locate_model, views_adapted
 from m3jax.checkpoints.adapters import check_no_adapter, open_model, open_stored
 from m3jax.checkpoints.locate import split_adapter
 from m3jax.checkpoints.views import stored_at, stored_digests
@@ -69,6 +71,30 @@ def test_entries_are_the_oracles_whatever_is_read(place):
             piece = np.empty(count, np.uint8)
             view.read_into(f"{MLP}.weight", start, piece)
             assert piece.tobytes() == want[start : start + count]
+
+
+def test_threads_that_read_by_turns_make_nothing_twice(place, monkeypatch):
+    shapes = {f"model.layers.{i}.mlp.up_proj": (6, 4) for i in range(4)}
+    base, tensors = numbers({f"{module}.weight": shape for module, shape in shapes.items()}), factors(shapes, 2, 0)
+    write(place / "four", base, {"model_type": "llama", "tie_word_embeddings": False})
+    write_adapter(place / "lora", tensors)
+    made, turn = [], Barrier(4)
+    for function in ("_made", "_matrix"):
+        plain = getattr(views_adapted._Adapted, function)
+        spy = lambda self, *of, plain=plain: (made.append(of), plain(self, *of))[1]  # noqa: E731
+        monkeypatch.setattr(views_adapted._Adapted, function, spy)
+    with open_model(locate_model("four+lora")) as view, ThreadPoolExecutor(4) as pool:
+
+        def by_turns(name):
+            out = np.empty(48, np.uint8)
+            for start in range(0, 48, 12):
+                turn.wait(30)
+                view.read_into(name, start, out[start : start + 12])
+            return out.tobytes()
+
+        found = list(pool.map(by_turns, base))
+    assert found == [adapted(base, tensors, module, 2.0).tobytes() for module in shapes]
+    assert len(made) == len(set(made)) == 12
 
 
 def test_digests_are_of_what_is_stored(place):
