@@ -29,6 +29,7 @@ from m3jax.checkpoints.protocol import (
     LocalFingerprint,
     TensorInfo,
     in_natural_order,
+    is_sequential,
     room_for,
 )
 from m3jax.checkpoints.remote import RemotePath
@@ -220,6 +221,10 @@ class _Joined(Closing):
         view = room_for(self, name, start, out)
         base, adapter = self._parts
         (base if name in base.tensors else adapter).read_into(name, start, view)
+
+    @property
+    def sequential(self) -> bool:
+        return any(map(is_sequential, self._parts))
 
     def files(self) -> tuple[Path, ...]:
         return tuple(dict.fromkeys(file for part in self._parts for file in part.files()))

@@ -304,6 +304,11 @@ class WeightFiles:
                 self._sources[file] = source
             return self._sources[file]
 
+    @property
+    def sequential(self) -> bool:
+        """Whether they are asked for ahead of reading; see `Sequential`."""
+        return isinstance(self._root, RemotePath)
+
     def paths(self) -> tuple[Path, ...]:
         """The files, in the order given."""
         return tuple(self._root / file for file in self._seen)

@@ -82,6 +82,11 @@ class MsgpackCheckpoint(Closing):
             start = max(0, start - size)
             view = view[len(wanted) :]
 
+    @property
+    def sequential(self) -> bool:
+        """See `Sequential`."""
+        return self._files.sequential
+
     def files(self) -> tuple[Path, ...]:
         """The files that hold the weights."""
         return self._files.paths()

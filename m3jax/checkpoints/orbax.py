@@ -356,6 +356,11 @@ class OrbaxCheckpoint(Closing):
                 self._stores[name] = _open_store(self.item, self._tree, name, self._context).result()
             return self._stores[name]
 
+    @property
+    def sequential(self) -> bool:
+        """Whether decoded chunks are kept while they are in use, as they always are; see `Sequential`."""
+        return True
+
     def files(self) -> tuple[Path, ...]:
         """The files that hold the weights."""
         if isinstance(self.item, RemotePath):

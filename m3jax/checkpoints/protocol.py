@@ -171,6 +171,24 @@ class Checkpoint(Protocol):
     ) -> None: ...
 
 
+@runtime_checkable
+class Sequential(Protocol):
+    """What a checkpoint offers that is best read from one end to the other."""
+
+    @property
+    def sequential(self) -> bool:
+        """Whether it keeps much that it has made, or asks ahead for much, which tensors read by turns cost anew."""
+
+
+def is_sequential(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is best read from one end to the other, and not in several places by turns.
+
+    Args:
+        checkpoint: A view, or a checkpoint that is none.
+    """
+    return isinstance(checkpoint, Sequential) and checkpoint.sequential
+
+
 class Closing(ABC):
     """What closes itself when its `with` block is left."""
 

@@ -92,6 +92,11 @@ class PytorchCheckpoint(Closing):
 
         read_strided(read, tensor.shape, tensor.strides, size, start, view)
 
+    @property
+    def sequential(self) -> bool:
+        """See `Sequential`."""
+        return self._files.sequential
+
     def files(self) -> tuple[Path, ...]:
         """The files that hold the weights."""
         return self._files.paths()

@@ -94,6 +94,11 @@ class SafetensorsCheckpoint(Closing):
         file, offset = self._places[name]
         self._files.read(file, name, view, offset + start, self._straight_ends[name])
 
+    @property
+    def sequential(self) -> bool:
+        """See `Sequential`."""
+        return self._files.sequential
+
     def files(self) -> tuple[Path, ...]:
         """The files that hold the weights."""
         return self._files.paths()

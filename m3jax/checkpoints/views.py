@@ -14,7 +14,15 @@ import numpy.typing as npt
 
 from m3jax.checkpoints.digest import Passing
 from m3jax.checkpoints.files import joined_metadata
-from m3jax.checkpoints.protocol import Checkpoint, Closing, FileFingerprint, TensorInfo, in_natural_order, room_for
+from m3jax.checkpoints.protocol import (
+    Checkpoint,
+    Closing,
+    FileFingerprint,
+    TensorInfo,
+    in_natural_order,
+    is_sequential,
+    room_for,
+)
 from m3jax.errors import M3Error
 from m3jax.naming import block_of, layer_position
 
@@ -139,6 +147,11 @@ class View(Closing):
         with _naming(name, stored):
             checkpoint.read_into(stored, start, view)
 
+    @property
+    def sequential(self) -> bool:
+        """See `Sequential`."""
+        return any(map(is_sequential, self._viewed))
+
     def files(self) -> tuple[Path, ...]:
         """The files that hold the weights of all that is viewed."""
         return tuple(dict.fromkeys(file for checkpoint in self._viewed for file in checkpoint.files()))
@@ -185,6 +198,11 @@ class MakingView(Closing):
             for name in dict.fromkeys(names)
             for stored, found in stored_digests(self._checkpoint, name, self._passing.digest(name)).items()
         }
+
+    @property
+    def sequential(self) -> bool:
+        """See `Sequential`."""
+        return is_sequential(self._checkpoint)
 
     def files(self) -> tuple[Path, ...]:
         """The files that hold the weights."""

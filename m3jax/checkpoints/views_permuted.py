@@ -173,6 +173,11 @@ class _Permuted(MakingView):
         if tensor.arithmetic.rounds and not self._rounded:
             raise rounding(self.location, tensor.places[0][0], name, tensor.arithmetic)
 
+    @property
+    def sequential(self) -> bool:
+        """Whether slabs are kept, as they always are; see `Sequential`."""
+        return True
+
     def source_name(self, name: str) -> Stored:
         """Where a tensor's first entry is stored; see `Borrowing.source_name`."""
         if name not in self._permuted:

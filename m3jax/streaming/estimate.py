@@ -14,7 +14,7 @@ from m3jax.recipe import Recipe, load_recipe
 from m3jax.streaming.findings import Step, applies, phases_of
 from m3jax.streaming.intermediates import outlined
 from m3jax.streaming.jobs import Ready, prepared
-from m3jax.streaming.lanes import lane_count
+from m3jax.streaming.lanes import lanes_over
 from m3jax.streaming.plan import DrawnWeights, MergePlan, TensorPlan, divide
 from m3jax.streaming.reading import HELD_BYTES, chunk_size, held_bytes, widest_entry
 from m3jax.text import size_text
@@ -141,9 +141,9 @@ def _needed(plan: MergePlan) -> list[list[Step]]:
     return [phase for phase in phases if phase]
 
 
-def _passes(ready: Ready, phases: Sequence[Sequence[Step]]) -> Iterator[PassEstimate]:
+def _passes(ready: Ready, phases: Sequence[Sequence[Step]], lanes: int) -> Iterator[PassEstimate]:
     checkpoints = [model.checkpoint for model in ready.models]
-    entries = chunk_size(None, ready.plan, checkpoints)
+    entries = chunk_size(None, ready.plan, checkpoints, lanes)
     for phase in phases:
         gone_over: set[str] = set()
         for step in phase:
@@ -164,9 +164,9 @@ def _tensors(plan: MergePlan) -> tuple[TensorEstimate, ...]:
     return tuple(TensorEstimate(shape, dtype, count, merged) for (shape, dtype, merged), count in counts.items())
 
 
-def _buffers(ready: Ready, phases: Sequence[Sequence[Step]]) -> int:
+def _buffers(ready: Ready, phases: Sequence[Sequence[Step]], lanes: int) -> int:
     """Bytes of the chunks in flight, read ahead, computed and written, and of what is kept between readings."""
-    checkpoints, lanes = [model.checkpoint for model in ready.models], lane_count(None)
+    checkpoints = [model.checkpoint for model in ready.models]
     in_flight = widest_entry(ready.plan, checkpoints) * len(checkpoints) * _BUFFERS + 4
     several = [t for phase in phases for t in ready.plan.tensors if sum(applies(step, t) for step in phase) > 1]
     held = max((min(_read_bytes(ready, tensor), HELD_BYTES) for tensor in several), default=0)
@@ -209,7 +209,8 @@ def estimate(ready: Ready, method: str, place: Path | None, processes: int = 1) 
         processes: How many share the work.
     """
     phases = _needed(ready.plan)
-    passes = tuple(_passes(ready, phases))
+    lanes = lanes_over(None, [model.checkpoint for model in ready.models], place is None)
+    passes = tuple(_passes(ready, phases, lanes))
     written = sum(tensor.output.nbytes for tensor in ready.plan.tensors)
     read = sum(entry.bytes for entry in passes)
     files = [sum(info.nbytes for info in infos) for _, infos in ready.shards]
@@ -235,7 +236,7 @@ def estimate(ready: Ready, method: str, place: Path | None, processes: int = 1) 
         written,
         len(files),
         None if place is None else shutil.disk_usage(place).free,
-        _RUNTIME_BYTES + _buffers(ready, phases) + (_RANKING_BYTES if len(passes) > 1 else 0),
+        _RUNTIME_BYTES + _buffers(ready, phases, lanes) + (_RANKING_BYTES if len(passes) > 1 else 0),
         None if ready.plan.pipeline.method.preparation is not None else resident + written,
         processes,
         largest,

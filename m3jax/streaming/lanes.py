@@ -2,11 +2,12 @@
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import jax
 
+from m3jax.checkpoints.protocol import Checkpoint, is_sequential
 from m3jax.errors import M3Error
 
 _CORES = 4  # that a lane keeps busy: its readers, the device and its writer
@@ -34,6 +35,21 @@ def lane_count(lanes: int | None) -> int:
     if not isinstance(lanes, int) or isinstance(lanes, bool) or lanes < 1:
         raise M3Error(f"lanes are {lanes!r}, but must be a whole number of at least 1")
     return lanes
+
+
+def lanes_over(lanes: int | None, checkpoints: Iterable[Checkpoint], alone: bool) -> int:
+    """How many lanes a merge has: one where it is asked to go alone, or where an input is best read in order.
+
+    Args:
+        lanes: As asked for.
+        checkpoints: The inputs.
+        alone: Chunks are spread over several devices, or files have to go before others are begun.
+
+    Raises:
+        M3Error: What is asked for is no number of lanes.
+    """
+    count = lane_count(lanes)
+    return 1 if alone or any(map(is_sequential, checkpoints)) else count
 
 
 def divided(items: Sequence[Item], sizes: Sequence[int], lanes: int) -> list[list[Item]]:
@@ -73,6 +89,10 @@ def side_by_side(works: Sequence[Callable[[threading.Event], None]]) -> None:
     stopped, errors = threading.Event(), list[BaseException]()
     device: Any = jax.config.jax_default_device  # type: ignore[attr-defined]  # of this thread alone
 
+    def fail(error: BaseException) -> None:
+        errors.append(error)
+        stopped.set()
+
     def run(work: Callable[[threading.Event], None]) -> None:
         try:
             with jax.default_device(device):
@@ -80,22 +100,23 @@ def side_by_side(works: Sequence[Callable[[threading.Event], None]]) -> None:
         except LaneStopped:
             pass
         except BaseException as error:  # raised below
-            errors.append(error)
-            stopped.set()
+            fail(error)
 
     threads = [
         threading.Thread(target=run, args=(work,), name=f"lane-{number}", daemon=True)
         for number, work in enumerate(works[1:], 1)
     ]
-    for thread in threads:
-        thread.start()
-    run(works[0])
-    while any(thread.is_alive() for thread in threads):
+    try:
+        for thread in threads:
+            thread.start()
+        run(works[0])
+    except BaseException as error:  # an interruption, or the system has no more threads: those begun are to end
+        fail(error)
+    while running := [thread for thread in threads if thread.is_alive()]:
         try:
-            for thread in threads:
+            for thread in running:
                 thread.join()
         except BaseException as error:  # an interruption
-            errors.append(error)
-            stopped.set()
+            fail(error)
     if errors:
         raise errors[0]

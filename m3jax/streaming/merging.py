@@ -53,7 +53,7 @@ from m3jax.streaming.jobs import (
     recorded_digests,
     written_format,
 )
-from m3jax.streaming.lanes import lane_count
+from m3jax.streaming.lanes import lane_count, lanes_over
 from m3jax.streaming.opening import OpenedModel
 from m3jax.streaming.passes import Circumstances, Passes
 from m3jax.streaming.plan import DrawnWeights, MergePlan, TensorPlan, divide
@@ -183,6 +183,7 @@ def _damaged(staging: Staging, ready: Ready, progress: Callable[[Progress], None
 
 def _merge(job: MergeJob, processes: Processes) -> MergeResult:
     """A merge, and before it those that it starts from."""
+    lane_count(job.lanes)  # what is wrong with it shows before anything is made
     if not job.recipe.needed:
         return _merge_one(job, processes)
     with saying_what_failed(job.out):
@@ -196,9 +197,11 @@ def _merge_one(job: MergeJob, processes: Processes) -> MergeResult:
         other_files = check_companions(job, ready) if processes.index == 0 else None
         workplace, mended = _open_workplace(job, ready, processes, stack)
         checkpoints = [m.checkpoint for m in ready.models]
-        lanes = lane_count(job.lanes)
+        mesh = _local_mesh(job.mesh)
+        # Here is room for one file that is to be sent.
+        lanes = lanes_over(job.lanes, checkpoints, mesh is not None or isinstance(job.out, RemotePath))
         entries = chunk_size(job.chunk_entries, ready.plan, checkpoints, lanes)
-        how = Circumstances(entries, _local_mesh(job.mesh), processes, job.allow_nonfinite, job.progress, lanes)
+        how = Circumstances(entries, mesh, processes, job.allow_nonfinite, job.progress, lanes)
         told = ready.statistics.measured(len(ready.models) - len(ready.statistics.models))
         passes = Passes(ready.plan, checkpoints, job.recipe.seed, recorded_digests(ready, job.recorded), how, told)
         finished = _finished(workplace, ready.shards)
@@ -576,10 +579,12 @@ def merge_checkpoint(
             depend on it. By default as many as keep the buffers of all inputs within 160 MB, at most 2²¹.
         mesh: Over whose local devices every chunk is spread; over all local devices by default.
         lanes: How many tensors are merged at the same time, each from reading to writing; one for every four cores by
-            default, at most eight. Memory grows with it. Where chunks are spread over several devices there is one.
+            default, at most eight. Memory grows with it. There is one where chunks are spread over several devices,
+            where an input is best read in order (of Orbax, of another library's layout, in remote storage), and where
+            the output goes to remote storage.
         distributed: Share the work with the other processes of `jax.distributed`, all of which make this call. `out`
             is on storage that they share.
-        progress: Called after every chunk.
+        progress: Called after every chunk, by whichever thread has done it, one at a time.
         weights: Merging weights to use where the recipe's `mixup` would draw them, by group: "model", the blocks, or
             the tensors. The manifest records them, so that a replay needs nothing else.
         format: "safetensors", "orbax", or "same": that of the base, or else the first model, if it is one of the two;

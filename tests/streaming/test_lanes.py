@@ -4,13 +4,18 @@ import threading
 
 import numpy as np
 import pytest
-from support.directories import WIDE, read, recipe, write_models
+from support.directories import WIDE, read, recipe, write, write_models
 from support.matrix import METHODS, SPARSIFIERS
 
 import m3jax
 from m3jax import M3Error
+from m3jax.checkpoints import open_safetensors
+from m3jax.checkpoints.files import WeightFiles
+from m3jax.checkpoints.remote import as_path
+from m3jax.checkpoints.views import renamed
+from m3jax.checkpoints.views_permuted import Permuted, permuted
 from m3jax.cluster.meshes import parse_mesh
-from m3jax.streaming import lanes
+from m3jax.streaming import lanes, passes
 from m3jax.streaming.passes import Passes
 
 ONE = {"mesh": parse_mesh("fsdp=1")}  # chunks that are spread over several devices have one lane
@@ -101,3 +106,44 @@ def test_there_is_a_lane_for_every_four_cores(monkeypatch):
     for odd in (0, True, 1.5):
         with pytest.raises(M3Error, match="but must be a whole number of at least 1"):
             lanes.lane_count(odd)
+
+
+def test_what_is_best_read_in_order_has_one_lane(tmp_path, monkeypatch):
+    """Decoded chunks of Orbax, turned matrices and what storage is asked for ahead would by turns be made anew."""
+    counts = []
+    plain = passes.side_by_side
+    monkeypatch.setattr(passes, "side_by_side", lambda works: (counts.append(len(works)), plain(works)))
+    for i in range(2):
+        write(tmp_path / f"file-{i}", {name: np.full((4, 3), i, np.float32) for name in "ab"})
+        m3jax.convert(tmp_path / f"file-{i}", tmp_path / f"orbax-{i}", to="orbax")
+    for kind in ("file", "orbax"):
+        asked = {"merge_method": "linear", "models": [str(tmp_path / f"{kind}-{i}") for i in range(2)]}
+        m3jax.merge_checkpoint(asked, tmp_path / kind, lanes=3, **ONE)
+    assert counts == [2, 1]
+    turned = {"w": Permuted((3, 2), "F32", (3, 2), (1, 3), (("w", 0),))}
+    write(tmp_path / "model", {"w": np.zeros((2, 3), np.float32)})
+    with open_safetensors(tmp_path / "model") as stored, permuted(stored, turned) as view:
+        assert lanes.lanes_over(3, [stored, renamed(stored, {})], alone=False) == 3
+        assert lanes.lanes_over(3, [stored, renamed(view, {})], alone=False) == 1
+        assert lanes.lanes_over(3, [stored], alone=True) == 1
+    assert WeightFiles("a", as_path("s3://bucket/a"), {}, lambda path: None).sequential
+
+
+def test_lanes_that_have_begun_end_where_another_cannot(monkeypatch):
+    ended = threading.Event()
+
+    def work(stopped):
+        assert stopped.wait(30)
+        ended.set()
+
+    plain = threading.Thread.start
+
+    def start(thread):
+        if thread.name == "lane-2":
+            raise RuntimeError("can't start new thread")
+        plain(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        lanes.side_by_side([work] * 3)
+    assert ended.is_set()
