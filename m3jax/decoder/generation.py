@@ -156,7 +156,7 @@ def generate(
         temperature: 0 takes the likeliest token; else logits are divided by it and a token is drawn.
         top_p: Draws among the likeliest tokens whose probabilities add up to this.
         key: Needed to draw: one key, from which prompt i draws with `fold_in(key, i)`, or a key for each prompt.
-            What is drawn does not depend on the other prompts or the batch size.
+            What is drawn does not depend on the other prompts or the batch size, but for rounding: see `share`.
         stop_token_ids: Tokens that end a continuation; those of the config by default.
         stop_strings: Texts that end a continuation.
         detokenize: Text of new token ids; needed for stop strings.
@@ -220,11 +220,12 @@ def generate(
 
     with announcing(progress, lambda: (done, len(prompts), tokens)):
         whole = functools.partial(length_bucket, limit=room)
-        planned = behind_beginnings(texts, texts, batch_size, longest if share else 0, whole, read)
+        planned = behind_beginnings(texts, texts, batch_size, longest if share else 0, whole, read, max_new_tokens)
         for members, wave, length, slots in planned:
             rows = row_count(len(members), batch_size)
             batch = [_Row(texts[i], []) for i in members]
             found = run(batch, members, rows, length, slots, wave)
+            del wave  # the last to hold its beginnings lets them go before others are read
             turned = [
                 row
                 for row, (new, finish) in enumerate(found)

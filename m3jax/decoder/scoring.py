@@ -112,6 +112,7 @@ def log_likelihoods(
                 dropped = sum(map(len, pairs[i])) - len(texts[i])
                 results[i] = Likelihood(total, bool(greedy[row, span].all()), dropped)
                 tokens += scored[i]
+            del wave, shared  # the last to hold its beginnings let them go before others are read
             done += len(members)
             if progress is not None:
                 progress(DecoderProgress("batch", "score", rows, length, done, len(pairs), tokens))

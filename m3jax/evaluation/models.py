@@ -232,7 +232,7 @@ def make_generator(
 ) -> Generator:
     """The model as a writer.
 
-    Sampled text depends on the seed, the draw and the prompt alone, not on the other prompts of its batch.
+    Sampled text depends on the seed, the draw and the prompt, and on the other prompts of its batch by rounding alone.
 
     Args:
         model: The model.

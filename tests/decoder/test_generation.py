@@ -8,6 +8,7 @@ from m3jax import M3Error
 from m3jax.decoder import PADDING, DecoderConfig, bind, generate, length_bucket, params_from_tree
 from m3jax.decoder.prefixes import alike
 from m3jax.decoder.sampling import nucleus
+from m3jax.decoder.sharing import behind_beginnings
 
 ENTRIES = CONFIGS["mistral"] | {"num_hidden_layers": 1}  # compiles in half the time of two
 CONFIG = DecoderConfig.from_dict(ENTRIES)
@@ -54,10 +55,31 @@ def test_reading_once_what_prompts_begin_with_changes_no_token(settings):
     events = []
     together = run(prompts, share=True, max_new_tokens=8, progress=events.append, **settings)
     assert together == run(prompts, max_new_tokens=8, **settings)
-    assert max(event.length for event in events if event.event == "batch") == 24  # what is behind beginnings, or whole
+    lengths = [event.length for event in events if event.event == "batch"]
+    assert lengths == [32, 12, 8, 8]  # what has no neighbours alike, whole; then what is behind beginnings
     assert len({one.tokens for one in together}) > 10
     alone = generate(PARAMS, None, prompts, max_new_tokens=8, share=True, apply_fn=apply_fn, stop_token_ids=())
     assert settings or [one.tokens for one in alone] == [one.tokens for one in together]
+
+
+def test_beginnings_are_read_apart_where_that_is_worth_it():
+    def planned(texts, longest=1000):
+        found = []
+        read = lambda beginnings: (found.append([*map(len, beginnings)]), ("cache", "lengths"))[1]  # noqa: E731
+        planned = behind_beginnings(texts, texts, 8, longest, length_bucket, read, 8)
+        batches = [(len(members), *padded, wave.lengths is not None) for members, wave, *padded in planned]
+        return found, batches
+
+    long, short = [*range(500)], [*range(1000, 1012)]
+    unlike = [[-i] * 100 for i in range(1, 5)]
+    one = [short[:9] + [i] * 91 for i in range(4)] + unlike
+    assert planned(one) == ([], [(8, 128, 128, False)])  # which two batches would take twice as long to go on from
+    assert planned([[*long, i] for i in range(8)], longest=500) == ([], [(8, 512, 512, False)])
+    # A short text holds few slots, whatever is beside it: a long rest, a long beginning, a text that begins otherwise.
+    rests = [short + [i] * (90 if i == 9 else 3) for i in range(16)]
+    assert planned(rests) == ([[12]], [(8, 96, 96, True), (8, 8, 32, True)])
+    beginnings = [[*b, i] for b in (long, short) for i in range(8)]
+    assert planned(beginnings + unlike) == ([[500], [12]], [(4, 128, 128, False), (8, 8, 8, True), (8, 8, 8, True)])
 
 
 def test_texts_go_with_those_that_begin_alike():
@@ -219,6 +241,7 @@ def test_the_turning_point_hides_no_stop_and_no_draw():
         ({"prompts": [[-1]]}, "token id -1"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"batch_size": 0}, "batch size 0"),
+        ({"batch_size": -1, "share": True}, "batch size -1"),
         ({"temperature": 1.0}, "there is no key"),
         ({"temperature": -1.0}, "out of range"),
         ({"top_p": 0.0}, "out of range"),
