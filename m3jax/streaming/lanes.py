@@ -93,7 +93,7 @@ def side_by_side(works: Sequence[Callable[[threading.Event], None]]) -> None:
         errors.append(error)
         stopped.set()
 
-    def run(work: Callable[[threading.Event], None]) -> None:
+    def run(work: Callable[[threading.Event], None], ended: threading.Event) -> None:
         try:
             with jax.default_device(device):
                 work(stopped)
@@ -101,22 +101,41 @@ def side_by_side(works: Sequence[Callable[[threading.Event], None]]) -> None:
             pass
         except BaseException as error:  # raised below
             fail(error)
+        finally:
+            ended.set()
 
+    ends = [threading.Event() for _ in works]
     threads = [
-        threading.Thread(target=run, args=(work,), name=f"lane-{number}", daemon=True)
-        for number, work in enumerate(works[1:], 1)
+        threading.Thread(target=run, args=each, name=f"lane-{number}", daemon=True)
+        for number, each in enumerate(zip(works[1:], ends[1:], strict=True), 1)
     ]
     try:
         for thread in threads:
             thread.start()
-        run(works[0])
+        run(works[0], ends[0])
     except BaseException as error:  # an interruption, or the system has no more threads: those begun are to end
         fail(error)
-    while running := [thread for thread in threads if thread.is_alive()]:
-        try:
-            for thread in running:
-                thread.join()
-        except BaseException as error:  # an interruption
-            fail(error)
+    begun = [thread.ident is not None for thread in threads]
+    persevere(lambda: [end.wait() for end, there in zip(ends[1:], begun, strict=True) if there], fail)
+    for thread, there in zip(threads, begun, strict=True):
+        if there:
+            thread.join()
     if errors:
         raise errors[0]
+
+
+def persevere(wait: Callable[[], object], fail: Callable[[BaseException], None]) -> None:
+    """Waits to the end, also where that is interrupted: what is waited for still uses what is to be cleared away.
+
+    Not for `Thread.join`, which before Python 3.13 takes a thread for ended once it was interrupted.
+
+    Args:
+        wait: May be called again.
+        fail: Takes each interruption.
+    """
+    while True:
+        try:
+            wait()
+            return
+        except BaseException as error:
+            fail(error)

@@ -11,6 +11,7 @@ import numpy as np
 from m3jax.checkpoints import DTYPES, ShardWriter, TensorDigest, TensorInfo, as_bytes
 from m3jax.errors import M3Error
 from m3jax.outputs.journal import Journalled
+from m3jax.streaming.lanes import persevere
 from m3jax.streaming.plan import FLOATS
 from m3jax.streaming.reading import CACHED_BYTES, ChunkReader, Loaded, check_finite
 
@@ -124,6 +125,7 @@ class Writing:
         self._digest = TensorDigest()
         self._queue: queue.Queue[tuple[Loaded, Any] | None] = queue.Queue(2)
         self._error: BaseException | None = None
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
 
     def __enter__(self) -> Self:
@@ -133,12 +135,18 @@ class Writing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if error is not None and self._error is None:
-            self._error = error
-        self._queue.put(None)
+        if error is not None:
+            self._fail(error)
+        persevere(lambda: self._queue.put(None), self._fail)
+        persevere(self._ended.wait, self._fail)
         self._thread.join()
         if error is None and self._error is not None:
             raise self._error
+
+    def _fail(self, error: BaseException) -> None:
+        """Take what went wrong first; chunks that are left are not written."""
+        if self._error is None:
+            self._error = error
 
     def submit(self, loaded: Loaded, result: Any) -> None:
         """Hand over a chunk; raises what went wrong with an earlier one."""
@@ -154,7 +162,8 @@ class Writing:
             try:
                 self._write(*item)
             except BaseException as error:  # raised again in the thread that submits
-                self._error = error
+                self._fail(error)
+        self._ended.set()
 
     def _write(self, loaded: Loaded, result: Any) -> None:
         visit = loaded.visit

@@ -1,6 +1,8 @@
 """Tensors merged at the same time: the bytes of one after the other, and one sentence where one goes wrong."""
 
+import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -146,4 +148,22 @@ def test_lanes_that_have_begun_end_where_another_cannot(monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", start)
     with pytest.raises(RuntimeError, match="can't start new thread"):
         lanes.side_by_side([work] * 3)
+    assert ended.is_set()
+
+
+def test_an_interruption_while_others_work_waits_for_them():
+    """On Python 3.11 a thread whose join is interrupted counts as ended, though it still writes."""
+    ended, main = threading.Event(), threading.main_thread().ident
+
+    def work(stopped):
+        if threading.current_thread() is threading.main_thread():
+            return
+        time.sleep(0.05)  # so that the main thread waits
+        signal.pthread_kill(main, signal.SIGINT)
+        assert stopped.wait(30)
+        time.sleep(0.05)
+        ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        lanes.side_by_side([work] * 2)
     assert ended.is_set()
