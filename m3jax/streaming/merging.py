@@ -409,10 +409,10 @@ def _record(job: MergeJob, ready: Ready, entries: Mapping[str, Any], findings: S
             source = _source_at(ready, position, stored_at(model.checkpoint, name).location)
             for stored, digest in digests.items():
                 read[source][stored] = ready.sources[source].checkpoint.tensors[stored], digest
-    for tensor in told.values():
-        for location, digests in tensor.get("lent", {}).items():
+    for name in output:  # in an order that does not tell which file was finished first
+        for location, digests in sorted(told[name].get("lent", {}).items()):
             source = _source_at(ready, -1, location)
-            for stored, digest in digests.items():
+            for stored, digest in sorted(digests.items()):
                 read[source][stored] = ready.sources[source].checkpoint.tensors[stored], digest
     records = [
         manifest.InputRecord(

@@ -14,6 +14,7 @@ from support.matrix import METHODS, SPARSIFIERS, same
 
 import m3jax
 from m3jax.errors import M3Error
+from m3jax.streaming import merging
 from m3jax.vocabulary import read_speakers, unite, united_files
 
 EXPERTS = ("one", "two", "three")
@@ -94,6 +95,17 @@ def test_a_draw_without_a_base_to_subtract_lends_the_bases_rows(place, tensors, 
     save_file(stored, tmp_path / "in" / "base" / "model.safetensors")
     with pytest.raises(M3Error, match=r"lm_head\.weight is not what was merged"):
         m3jax.replay(tmp_path / "out", tmp_path / "third", sources=moved)
+
+
+def test_a_manifest_does_not_tell_which_file_was_finished_first(place, tensors, tmp_path, monkeypatch):
+    keys = recipe(place, ("one", "two"), merge_method="linear")
+    own = merging._own_shards
+    for out, order in (("forth", list), ("back", lambda found: list(reversed(found)))):
+        monkeypatch.setattr(merging, "_own_shards", lambda *of, order=order: dict(order(own(*of).items())))
+        m3jax.merge_checkpoint(keys, tmp_path / out, max_shard_size=1)
+    forth, back = ((tmp_path / out / "m3jax.json").read_text() for out in ("forth", "back"))
+    assert forth == back
+    assert '"role": "template"' in forth  # which lends rows
 
 
 @pytest.mark.parametrize(("style", "tied", "dtype"), [("flax", False, "float32"), ("plain", True, "float16")])
