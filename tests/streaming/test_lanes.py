@@ -19,6 +19,7 @@ from m3jax.checkpoints.views_permuted import Permuted, permuted
 from m3jax.cluster.meshes import parse_mesh
 from m3jax.streaming import lanes, passes
 from m3jax.streaming.passes import Passes
+from m3jax.streaming.writing import Writing
 
 ONE = {"mesh": parse_mesh("fsdp=1")}  # chunks that are spread over several devices have one lane
 
@@ -167,3 +168,18 @@ def test_an_interruption_while_others_work_waits_for_them():
     with pytest.raises(KeyboardInterrupt):
         lanes.side_by_side([work] * 2)
     assert ended.is_set()
+
+
+def test_an_interruption_while_a_file_is_written_waits_for_that(monkeypatch):
+    written, main = threading.Event(), threading.main_thread().ident
+
+    def write(*_):
+        time.sleep(0.05)  # so that the main thread waits
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.05)
+        written.set()
+
+    monkeypatch.setattr(Writing, "_write", write)
+    with pytest.raises(KeyboardInterrupt), Writing(None, None) as writing:
+        writing.submit(None, None)
+    assert written.is_set()
