@@ -64,8 +64,8 @@ def divided(items: Sequence[Item], sizes: Sequence[int], lanes: int) -> list[lis
         >>> divided("abcde", [4, 1, 1, 3, 1], 2)
         [['a', 'e'], ['b', 'c', 'd']]
     """
-    parts: list[list[Item]] = [[] for _ in range(lanes)]
-    loads = [0] * lanes
+    parts: list[list[Item]] = [[] for _ in range(min(lanes, len(items)))]
+    loads = [0] * len(parts)
     for item, size in zip(items, sizes, strict=True):
         lane = loads.index(min(loads))
         parts[lane].append(item)

@@ -29,6 +29,7 @@ from m3jax.streaming.estimate import Estimate, estimate_recipe
 from m3jax.streaming.explaining import Explanation, explain, explain_recipe
 from m3jax.streaming.intermediates import outlined
 from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, Ready, prepared
+from m3jax.streaming.lanes import lane_count
 from m3jax.streaming.merging import MergeResult, merge_checkpoint, together
 from m3jax.streaming.plan import DrawnWeights, MergePlan, make_plan
 from m3jax.streaming.steps import with_steps
@@ -432,6 +433,7 @@ def merge_seeds(
     Example:
         >>> merge_seeds("recipe.yaml", "merges", seeds="0..31")[3].digest  # doctest: +SKIP
     """
+    lane_count(lanes)
     recipes, said = _stepped(_by_seed(recipe, seeds))
     places, place = places_of(out, list(recipes)), Path(out)
     _check_out(place)

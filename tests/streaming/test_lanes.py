@@ -19,6 +19,7 @@ from m3jax.checkpoints.views_permuted import Permuted, permuted
 from m3jax.cluster.meshes import parse_mesh
 from m3jax.streaming import lanes, passes
 from m3jax.streaming.passes import Passes
+from m3jax.streaming.seeds import merge_seeds
 from m3jax.streaming.writing import Writing
 
 ONE = {"mesh": parse_mesh("fsdp=1")}  # chunks that are spread over several devices have one lane
@@ -109,6 +110,14 @@ def test_there_is_a_lane_for_every_four_cores(monkeypatch):
     for odd in (0, True, 1.5):
         with pytest.raises(M3Error, match="but must be a whole number of at least 1"):
             lanes.lane_count(odd)
+
+
+def test_a_wrong_number_is_said_before_anything_is_made(tmp_path, asked):
+    for merge, more in ((m3jax.merge_checkpoint, {}), (merge_seeds, {"seeds": "0..1"})):
+        with pytest.raises(M3Error, match="lanes are 0"):
+            merge(asked, tmp_path / "out", lanes=0, **more)
+        assert [path.name for path in tmp_path.iterdir()] == ["in"]
+    assert lanes.divided("ab", [1, 1], 9) == [["a"], ["b"]]
 
 
 def test_what_is_best_read_in_order_has_one_lane(tmp_path, monkeypatch):
