@@ -110,10 +110,9 @@ def side_by_side(works: Sequence[Callable[[threading.Event], None]]) -> None:
         for number, each in enumerate(zip(works[1:], ends[1:], strict=True), 1)
     ]
     try:
-        for thread in threads:
-            thread.start()
+        start_threads(threads)
         run(works[0], ends[0])
-    except BaseException as error:  # an interruption, or the system has no more threads: those begun are to end
+    except BaseException as error:  # an interruption, or there are no more threads: those begun are to end
         fail(error)
     begun = [thread.ident is not None for thread in threads]
     persevere(lambda: [end.wait() for end, there in zip(ends[1:], begun, strict=True) if there], fail)
@@ -122,6 +121,25 @@ def side_by_side(works: Sequence[Callable[[threading.Event], None]]) -> None:
             thread.join()
     if errors:
         raise errors[0]
+
+
+def start_threads(threads: Iterable[threading.Thread]) -> None:
+    """Starts threads, one after the other.
+
+    Args:
+        threads: Not started yet.
+
+    Raises:
+        M3Error: The operating system gives us no more of them.
+    """
+    for thread in threads:
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise M3Error(
+                f"there are no more threads to be had, of which a merge has some for each input and lane ({error}): "
+                "raise the limit (ulimit -u, or that of the container), or merge with --lanes 1"
+            ) from error
 
 
 def persevere(wait: Callable[[], object], fail: Callable[[BaseException], None]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from m3jax.checkpoints import DTYPES, Checkpoint, TensorDigest, TensorInfo
 from m3jax.errors import M3Error
+from m3jax.streaming.lanes import start_threads
 from m3jax.streaming.plan import MergePlan, TensorPlan, row_size
 
 _AHEAD = 2  # chunks that each input may be read ahead
@@ -359,8 +360,11 @@ class ChunkReader:
         ]
 
     def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
+        try:
+            start_threads(self._threads)
+        except BaseException:
+            self._stop.set()  # those that have begun end
+            raise
         return self
 
     def __exit__(

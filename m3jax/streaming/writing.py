@@ -11,7 +11,7 @@ import numpy as np
 from m3jax.checkpoints import DTYPES, ShardWriter, TensorDigest, TensorInfo, as_bytes
 from m3jax.errors import M3Error
 from m3jax.outputs.journal import Journalled
-from m3jax.streaming.lanes import persevere
+from m3jax.streaming.lanes import persevere, start_threads
 from m3jax.streaming.plan import FLOATS
 from m3jax.streaming.reading import CACHED_BYTES, ChunkReader, Loaded, check_finite
 
@@ -129,7 +129,7 @@ class Writing:
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        start_threads([self._thread])
         return self
 
     def __exit__(

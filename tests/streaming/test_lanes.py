@@ -141,24 +141,23 @@ def test_what_is_best_read_in_order_has_one_lane(tmp_path, monkeypatch):
     assert WeightFiles("a", as_path("s3://bucket/a"), {}, lambda path: None).sequential
 
 
-def test_lanes_that_have_begun_end_where_another_cannot(monkeypatch):
-    ended = threading.Event()
-
-    def work(stopped):
-        assert stopped.wait(30)
-        ended.set()
-
+@pytest.mark.parametrize("last", ["lane-2", "reader-1", "writer"])
+def test_threads_that_have_begun_end_where_there_are_no_more(tmp_path, asked, monkeypatch, last):
     plain = threading.Thread.start
 
     def start(thread):
-        if thread.name == "lane-2":
+        if thread.name == last:
             raise RuntimeError("can't start new thread")
         plain(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start)
-    with pytest.raises(RuntimeError, match="can't start new thread"):
-        lanes.side_by_side([work] * 3)
-    assert ended.is_set()
+    before = set(threading.enumerate())
+    with pytest.raises(M3Error, match=r"no more threads .*\(can't start new thread\): raise the limit"):
+        m3jax.merge_checkpoint(asked, tmp_path / "out", lanes=3, **ONE)
+    ours = [t for t in set(threading.enumerate()) - before if t.name.startswith(("lane", "reader", "writer"))]
+    for thread in ours:
+        thread.join(5)
+        assert not thread.is_alive(), thread.name
 
 
 def test_an_interruption_while_others_work_waits_for_them():
