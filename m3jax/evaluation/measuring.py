@@ -12,7 +12,7 @@ References:
 import functools
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -318,9 +318,8 @@ def _bytes_of(stored: StoredModel, inputs: Mapping[ParameterPath, Inputs]) -> in
             for part in parameter.parts
         }
     if not inputs:
-        return sum(4 * int(math.prod(each.shape)) for each in shapes.values())
-    widths: Collection[int] = widths_of(shapes, stored.config, inputs).values()
-    return sum(4 * width * width for width in widths)
+        return sum(4 * math.prod(each.shape) for each in shapes.values())
+    return sum(4 * width * width for width in widths_of(shapes, stored.config, inputs).values())
 
 
 def _load(stored: StoredModel) -> dict[str, Array]:

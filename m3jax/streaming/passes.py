@@ -278,9 +278,8 @@ class Passes:
             self.bytes_read += tally.bytes_read
 
     def _parts(self, phase: Sequence[Step], tensors: Sequence[TensorPlan]) -> list[list[TensorPlan]]:
-        """The tensors of each lane: of one, where a sample is spread over all, or devices would meet out of turn."""
-        alone = phase[0].sampled or self.how.mesh is not None or any(tensor.matrices for tensor in tensors)
-        if alone or self.how.lanes == 1 or len(tensors) < 2:
+        """The tensors of each lane: of one, where a sample is spread over all, or matrices are prepared for many."""
+        if phase[0].sampled or any(tensor.matrices for tensor in tensors) or not tensors:
             return [list(tensors)]
         return divided(tensors, [tensor.output.nbytes for tensor in tensors], self.how.lanes)
 

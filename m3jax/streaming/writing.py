@@ -155,15 +155,17 @@ class Writing:
         self._queue.put((loaded, result))
 
     def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if self._error is not None:
-                self._reader.release(item[0])  # so that the readers, and whoever waits for them, come to an end
-                continue
-            try:
-                self._write(*item)
-            except BaseException as error:  # raised again in the thread that submits
-                self._fail(error)
-        self._ended.set()
+        try:
+            while (item := self._queue.get()) is not None:
+                if self._error is not None:
+                    self._reader.release(item[0])  # so that the readers, and whoever waits for them, come to an end
+                    continue
+                try:
+                    self._write(*item)
+                except BaseException as error:  # raised again in the thread that submits
+                    self._fail(error)
+        finally:
+            self._ended.set()
 
     def _write(self, loaded: Loaded, result: Any) -> None:
         visit = loaded.visit

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from support.directories import WIDE, read, recipe, write, write_models
 from support.matrix import METHODS, SPARSIFIERS
 
@@ -79,8 +80,6 @@ def test_what_one_lane_cannot_read_ends_all(tmp_path, asked):
     for name in list(WIDE)[:: len(WIDE) // 2]:
         tensors = read(place.parent)
         tensors[name] = np.full_like(tensors[name], np.nan)
-        from safetensors.numpy import save_file
-
         save_file(tensors, place, {"format": "pt"})
         with pytest.raises(M3Error, match=f"{name} of .*expert-0.*: holds NaN"):
             m3jax.merge_checkpoint(asked, tmp_path / "out", lanes=3, **ONE)

@@ -1,4 +1,4 @@
-"""Launchers forked from an interpreter that is ready, which takes a fifth of the time of starting one for each program.
+"""Launchers forked from an interpreter that is ready, a third of the time of starting one for each program.
 
 The server knows nothing of programs: order, tests and secret travel as descriptors that only the launcher forked for
 them reads. It has no threads and ends when the harness closes its link.
