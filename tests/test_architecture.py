@@ -1,6 +1,9 @@
 """The house: which room may import which, what starts without JAX, tests by themselves, names that mean one thing."""
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +61,10 @@ LIGHT = (
     "m3jax.vocabulary",
 )
 JAX = frozenset({"chex", "flax", "jax", "jaxlib", "optax", "orbax"})
+
+# Packages whose modules have another name, and those that one that is asked for brings for certain.
+PACKAGES = {"yaml": "pyyaml"}
+BROUGHT = {"aiohttp": "gcsfs", "fsspec": "huggingface_hub", "pyarrow": "datasets", "tqdm": "lm_eval"}
 
 
 # --- Reading sources ---------------------------------------------------------------------------------------------
@@ -271,3 +278,35 @@ def test_a_class_name_is_used_once() -> None:
 def test_a_name_used_twice_is_found() -> None:
     files = {"m3jax/a.py": "class Plan: ...\nclass _Bench: ...", "m3jax/b.py": "\nclass _Bench: ...\nclass Plan: ..."}
     assert names_used_twice(files) == {"Plan": ["m3jax/a.py:1", "m3jax/b.py:3"]}
+
+
+# --- What is installed -------------------------------------------------------------------------------------------
+
+
+def asked_for() -> set[str]:
+    """The packages that pyproject.toml names, those of extras too, as modules are spelled."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    return {re.split(r"[\[<>=; ]", line)[0].lower().replace("-", "_") for line in lines}
+
+
+def not_asked_for(files: Mapping[str, str], packages: set[str]) -> list[str]:
+    """Each import of a module that nothing installs for certain, with its place."""
+    found = []
+    for file, source in files.items():
+        for line, name in all_imports(file, source):
+            module = name.partition(".")[0]
+            package = BROUGHT.get(module, PACKAGES.get(module, module)).lower()
+            if module not in (PACKAGE, *sys.stdlib_module_names) and package not in packages:
+                found.append(f"{file}:{line}: {module}")
+    return found
+
+
+def test_what_is_imported_is_installed() -> None:
+    assert not not_asked_for(sources(), asked_for())
+
+
+def test_an_import_that_nothing_installs_is_found() -> None:
+    files = {"m3jax/text.py": "import numpy as np\nfrom yaml import load\nfrom somewhere.deep import thing\n"}
+    assert not_asked_for(files, {"numpy", "pyyaml"}) == ["m3jax/text.py:3: somewhere"]
+    assert not_asked_for(files, {"pyyaml", "somewhere"}) == ["m3jax/text.py:1: numpy"]
