@@ -27,16 +27,24 @@ def test_pieces_are_added_up(tmp_path, monkeypatch):
     said = [("fuzz", fuzz.format("none")), ("fuzz", fuzz.format("KeyError at a.py:1 (2)")), ("soak", soak + memory)]
     said += [("soak", soak), ("faults", faults), ("faults", faults)]
     for number, (name, text) in enumerate(said):
-        piece = {"script": name, "command": f"scripts/{name}", "minutes": 1.0, "code": number == 1, "said": text}
+        piece = {"script": name, "command": f"scripts/{name}", "minutes": 1.0, "code": int(number == 1), "said": text}
         (tmp_path / f"{number}.json").write_text(json.dumps(piece))
-    assert script.write(tmp_path) == 1
+    assert script.write(script.kept(tmp_path)) == 1
     page = (tmp_path / "page.md").read_text()
-    assert "| a | 2,000 | 6 | 1,994 | none; KeyError at a.py:1 (2) |" in page
+    assert "| a | 2,000 | 6 | 1,994 | KeyError at a.py:1 (2) |" in page
     assert "| ties | none | 8 | 8 |" in page
     assert "| all |  | 8 | 8 |" in page
     assert "| 20 | 300 |" in page
     assert "| merge | new | x | 6 | 6 of 6 right |" in page
     assert page.count("- `scripts/fuzz`, 1.0 minutes, exit code") == 2
+    assert script.add(tmp_path / "empty") == 1
+    assert (tmp_path / "page.md").read_text() == page
+    assert script.add(tmp_path) == 1  # what is added goes, so that nothing is counted twice
+    twice = (tmp_path / "page.md").read_text()
+    assert "| a | 4,000 | 12 | 3,988 | KeyError at a.py:1 (4) |" in twice
+    assert "| merge | new | x | 12 | 12 of 12 right |" in twice
+    assert twice.count("- `scripts/fuzz`, 1.0 minutes, exit code") == 4
+    assert not list(tmp_path.glob("*.json"))
 
 
 def test_what_a_script_says_is_kept(tmp_path):
