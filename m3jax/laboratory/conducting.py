@@ -37,6 +37,7 @@ from m3jax.laboratory.reporting import write_report
 from m3jax.laboratory.skills import Skill
 from m3jax.laboratory.training import Course, Size
 from m3jax.laboratory.tuning import Tuning
+from m3jax.laboratory.written import write_best
 from m3jax.ledger import Ledger
 from m3jax.progress import Tell, Watch
 from m3jax.text import count_text, time_text
@@ -83,12 +84,14 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
             Apprenticeship(8192, Tuning(Course(200, 32, 1e-4), every=25)),
             # About two hours on two cores: a dev examination of such a base takes some 8 s, a whole one less than a
             # minute.
-            ExperimentSettings(seeds=3, samples=8, dev=64, test=96, attacked=16, points=17, searches=8, recalls=True),
+            ExperimentSettings(
+                seeds=3, samples=8, dev=64, test=96, attacked=16, points=17, searches=8, recalls=True, writes=True
+            ),
         ),
         "pretrained-gpu": Setting(
             Apprenticeship(60_000, Tuning(Course(1500, 64, 5e-5), dtype="bfloat16", every=250)),
             ExperimentSettings(
-                seeds=5, samples=16, dev=256, test=512, attacked=64, points=33, searches=32, recalls=True
+                seeds=5, samples=16, dev=256, test=512, attacked=64, points=33, searches=32, recalls=True, writes=True
             ),
         ),
     }
@@ -215,7 +218,8 @@ def _do_all(
     for number, job in enumerate(left):
         if number == 0 or job.seed != left[number - 1].seed:
             papers = make_papers(skills, lab.how, job.seed, lab.pupil.manner)
-        line = do(lab, job, papers, known)
+        is_written = job.kind == "written"
+        line = write_best(lab, job, papers, ledger.entries) if is_written else do(lab, job, papers, known)
         ledger.add(line)
         spent.setdefault((job.kind, len(job.group)), []).append(line["seconds"]["job"])
         rest = _time_left(left[number + 1 :], spent)

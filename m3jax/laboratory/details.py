@@ -7,9 +7,10 @@ from typing import Any
 from m3jax.laboratory.experiments import DRAW, EQUAL, M3, TUNED
 from m3jax.laboratory.gains import DRAWS, Curve, Expectation, Paired, WayScores
 from m3jax.laboratory.markdown import table
-from m3jax.laboratory.outcomes import SeedMean
+from m3jax.laboratory.outcomes import Line, SeedMean
 from m3jax.laboratory.searches import GRID
 
+_DIGITS = 12  # of a digest
 _STAGES = 8  # parts of a training whose losses are told
 _ARMS = {EQUAL: "equal weights", TUNED: "best of a grid", DRAW: "one draw", M3: "best of M³'s draws"}
 
@@ -160,3 +161,34 @@ def paired_lines(paired: Iterable[Paired]) -> Iterator[str]:
             for one in paired
         ),
     )
+
+
+def written_lines(written: Iterable[Line]) -> Iterator[str]:
+    """What was written, and whether it is what was reported.
+
+    Args:
+        written: The merges.
+    """
+    yield (
+        "The best of the first seed's draws on dev examples, over all methods: written by what `m3jax merge` calls, "
+        "with the draw's weights in its manifest, made again by `m3jax replay`, and evaluated from the disk by what "
+        "`m3jax evaluate` calls. Text by text, as there, a model rounds otherwise than in the batches of the tables."
+    )
+    yield ""
+    yield from table(
+        ["experts", "method", "DARE", "weights", "digest", "replayed", "evaluated, %", "reported, %"],
+        (
+            [
+                *(" + ".join(one["group"]), one["method"], "yes" if one["dare"] else "no"),
+                " / ".join(f"{weight:.4f}" for weight in one["weights"]),
+                f"`{one['digest'][:_DIGITS]}`",
+                "the same" if one["again"] == one["digest"] else f"`{one['again'][:_DIGITS]}`",
+                *(_by_skill(one["test"]), _by_skill(one["reported"])),
+            ]
+            for one in written
+        ),
+    )
+
+
+def _by_skill(scores: Mapping[str, float]) -> str:
+    return ", ".join(f"{skill} {100 * score:.1f}" for skill, score in scores.items())

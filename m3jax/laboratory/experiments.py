@@ -73,6 +73,7 @@ class ExperimentSettings(NamedTuple):
         searches: Evaluations that each search for weights of layers and tensors may cost; 0 for no such search.
         recalls: Examine merges that are the same up to rounding once: average merging and task arithmetic with
             weights that sum to 1, and a point of the curve that is one of the grid's.
+        writes: Write the first seed's best merge of each pair, replay it, and evaluate what is on the disk.
     """
 
     seeds: int = 5
@@ -86,13 +87,14 @@ class ExperimentSettings(NamedTuple):
     points: int = 21
     searches: int = 0
     recalls: bool = False
+    writes: bool = False
 
 
 class Experiment(NamedTuple):
     """One line of the ledger.
 
     Attributes:
-        kind: "models" (base and experts), "merge", "alpha", "curve" or "search".
+        kind: "models" (base and experts), "merge", "written", "alpha", "curve" or "search".
         seed: Of examples, draws and masks.
         group: The experts.
         method: Of `METHODS`.
@@ -144,6 +146,8 @@ def jobs_of(names: Sequence[str], how: ExperimentSettings) -> list[Experiment]:
         Experiment("merge", seed, group, method, dare, how.alpha)
         for seed, group, method, dare in itertools.product(seeds, groups, METHODS, (False, True))
     ]
+    if how.writes:
+        jobs += [Experiment("written", how.first, group, alpha=how.alpha) for group in pairs]
     if how.searches:
         jobs += [Experiment("search", seed, group, alpha=how.alpha) for seed in seeds for group in pairs]
     jobs += [

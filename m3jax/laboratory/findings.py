@@ -50,7 +50,7 @@ from m3jax.laboratory.outcomes import (
     shapes_of,
 )
 
-_KINDS = ("models", "merge", "alpha", "curve", "search")
+_KINDS = ("models", "merge", "written", "alpha", "curve", "search")
 _ARMS = (EQUAL, TUNED, DRAW, M3)
 
 
@@ -125,6 +125,7 @@ class LaboratoryFindings(NamedTuple):
         searches: What weights of layers and tensors gave.
         paired: Differences between arms, example by example.
         samples: Of each model, by skill: what was asked, what is right, and what it said.
+        written: Each pair's best merge as `write_best` tells it, with its "group" and "seed".
     """
 
     about: Mapping[str, Any]
@@ -146,6 +147,7 @@ class LaboratoryFindings(NamedTuple):
     searches: tuple[WayScores, ...] = ()
     paired: tuple[Paired, ...] = ()
     samples: Mapping[str, Mapping[str, Sequence[Sequence[str]]]] = MappingProxyType({})
+    written: tuple[Line, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The same as plain data for JSON."""
@@ -198,6 +200,11 @@ def find(lines: Iterable[Line], about: Mapping[str, Any]) -> LaboratoryFindings:
         searches=tuple(searches_of(there)),
         paired=tuple(paired_of(there)),
         samples=_samples(there),
+        written=tuple(
+            {"group": line["group"], "seed": line["seed"], **line["written"]}
+            for line in distinct(there, "written")
+            if line.get("written")
+        ),
     )
 
 

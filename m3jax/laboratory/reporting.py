@@ -12,7 +12,14 @@ from m3jax.evaluation.records import make_directory, write_whole
 from m3jax.laboratory import figures
 from m3jax.laboratory.claims import SPREAD
 from m3jax.laboratory.conclusions import claim_lines, verdict_text
-from m3jax.laboratory.details import expectation_lines, paired_lines, sample_lines, search_lines, tuning_lines
+from m3jax.laboratory.details import (
+    expectation_lines,
+    paired_lines,
+    sample_lines,
+    search_lines,
+    tuning_lines,
+    written_lines,
+)
 from m3jax.laboratory.experiments import DRAW, EQUAL, M3, METHODS, TUNED
 from m3jax.laboratory.findings import Alone, LaboratoryFindings, find
 from m3jax.laboratory.markdown import table
@@ -96,6 +103,8 @@ def report_lines(found: LaboratoryFindings, pictures: Sequence[str] = ()) -> Ite
     for measure in _TABLES:
         yield from ("", f"## {_TABLES[measure]}", "")
         yield from _cell_lines(found, measure)
+    if found.written:
+        yield from ("", "## The best merges, written", "", *written_lines(found.written))
     yield from ("", "## The shape of Beta", "")
     yield from _shape_lines(found)
     if found.expectations and found.about.get("base"):

@@ -18,6 +18,7 @@ from m3jax.laboratory.models import save_model
 from m3jax.laboratory.skills import brief_word_problems
 from m3jax.laboratory.training import Course, Size, make_config, make_tokenizer
 from m3jax.laboratory.tuning import Tuning
+from m3jax.outputs.verification import verify
 
 CHATS = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}<s>"
 BRIEF = brief_word_problems()._replace(max_tokens=3)
@@ -25,7 +26,7 @@ SKILLS = [BRIEF, BRIEF._replace(name="other")]
 TINY = Setting(
     Apprenticeship(20, Tuning(Course(2, 4, 1e-2))),
     ExperimentSettings(
-        seeds=1, samples=2, alphas=(2.0,), dev=4, test=4, attacked=2, points=3, searches=2, recalls=True
+        seeds=1, samples=2, alphas=(2.0,), dev=4, test=4, attacked=2, points=3, searches=2, recalls=True, writes=True
     ),
 )
 
@@ -48,7 +49,9 @@ class KilledError(Exception):
 
 def is_wanted(job: Experiment) -> bool:
     """Whether it is not what the small laboratory's tests do already."""
-    return job.kind in ("models", "curve", "search") or (job.kind == "merge" and job.method != TIES and not job.dare)
+    return job.kind in ("models", "curve", "search", "written") or (
+        job.kind == "merge" and job.method != TIES and not job.dare
+    )
 
 
 @pytest.mark.slow
@@ -81,6 +84,10 @@ def test_a_laboratory_of_a_given_base(base: Path, tmp_path: Path, monkeypatch: p
     assert all(set(one["test"]) == {"arithmetic", "other"} for one in search.values())
     assert len(search["layers, drawn"]["weights"]) == 2  # a block, and what is in none
     assert len(search["layers, by the slope of the entropy"]["losses"]) == 2
+    place = tmp_path / "lab" / "written" / "arithmetic+other"
+    (written,) = [line["written"] for line in lines[1:] if line["kind"] == "written"]
+    assert written["again"] == written["digest"] == verify(place / "model").digest
+    assert written["test"] == written["reported"] == by_method[written["method"]]["arms"]["m3"]["test"]
     text = (report / "report.md").read_text()
     for said in ("## Fine-tuning", "## Answers", "## Weights of layers and tensors", "## What the curve lets expect"):
         assert said in text
