@@ -1,6 +1,5 @@
 """No program may harm the run, and none of these may pass."""
 
-import contextlib
 import json
 import os
 import platform
@@ -9,85 +8,26 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-from support.hostile import FORGER, PROGRAMS
+from support.hostile import FORGER, HELD_WITHOUT_NAMESPACES, LIMITS, PROGRAMS
+from support.surroundings import TESTS, Surroundings, attempt, surroundings
 
 from m3jax.evaluation import sandbox
-from m3jax.evaluation.sandbox import Limits, kernel, run_program
-
-WALL_SECONDS = 0.6
-LIMITS = Limits(wall_seconds=WALL_SECONDS, memory_bytes=256 << 20)
-TESTS = "assert f(3) == 4"
+from m3jax.evaluation.sandbox import kernel
 
 needs_sandbox = pytest.mark.skipif(
     sandbox.why_no_sandbox() is not None, reason=f"no sandbox here: {sandbox.why_no_sandbox()}"
 )
 
 
-class Surroundings(NamedTuple):
-    """What a program could harm."""
-
-    canary: Path
-    tcp: socket.socket
-    udp: socket.socket
-    unix: socket.socket
-    name: str
-
-    def fill_in(self, program: str) -> str:
-        for mark, value in (
-            ("@CANARY@", str(self.canary)),
-            ("@DIRECTORY@", str(self.canary.parent)),
-            ("@PORT@", str(self.tcp.getsockname()[1])),
-            ("@UNIX@", self.name),
-            ("@PARENT@", str(os.getpid())),
-            ("@SECRET@", "M3JAX_TEST_SECRET"),
-        ):
-            program = program.replace(mark, value)
-        return program
-
-    def assert_unharmed(self) -> None:
-        assert self.canary.read_text() == "alive"
-        assert os.stat(self.canary).st_mode & 0o777 == 0o666
-        assert sorted(path.name for path in self.canary.parent.iterdir()) == ["canary"]
-        assert not [path for path in ("/harm", "/etc/harm", "/usr/harm", "/dev/shm/harm") if os.path.exists(path)]
-        assert not (Path.cwd() / "harm").exists()
-        for listener in (self.tcp, self.unix):
-            with pytest.raises(BlockingIOError):
-                listener.accept()
-        with pytest.raises(BlockingIOError):
-            self.udp.recv(9)
-        assert os.listdir(tempfile.gettempdir()) == []
-
-
 @pytest.fixture
-def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Surroundings]:
-    monkeypatch.setenv("M3JAX_TEST_SECRET", "secret")
-    place = tmp_path / "open to all"
-    place.mkdir()
-    canary = place / "canary"
-    canary.write_text("alive")
-    canary.chmod(0o666)
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    place.chmod(0o777)
-    with (
-        socket.create_server(("127.0.0.1", 0)) as tcp,
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp,
-        socket.socket(socket.AF_UNIX) as unix,
-    ):
-        udp.bind(tcp.getsockname())
-        name = f"m3jax-test-{os.getpid()}"
-        unix.bind("\0" + name)
-        unix.listen()
-        for listener in (tcp, udp, unix):
-            listener.setblocking(False)
-        yield Surroundings(canary, tcp, udp, unix, name)
+def around(tmp_path: Path) -> Iterator[Surroundings]:
+    with surroundings(tmp_path) as found:
+        yield found
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,67 +36,49 @@ def _adopt_orphans() -> None:
     kernel.become_subreaper()
 
 
-def children() -> list[int]:
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError):
-                fields = Path(f"/proc/{name}/stat").read_text(errors="replace").rpartition(")")[2].split()
-                if int(fields[1]) == os.getpid():
-                    found.append(int(name))
-    return found
-
-
-def run_hostile(program: str, surroundings: Surroundings, allow_unsandboxed: bool = False) -> sandbox.Outcome:
-    before = set(children())
-    started = time.monotonic()
-    outcome = run_program(surroundings.fill_in(program), TESTS, limits=LIMITS, allow_unsandboxed=allow_unsandboxed)
-    assert not outcome.passed
-    assert outcome.reason in ("failed", "error", "timeout", "memory", "died", "untested")
-    assert "HARM" not in outcome.output
-    assert len(outcome.output) <= LIMITS.output_bytes
-    assert time.monotonic() - started < WALL_SECONDS + 60  # the machine may be busy; nothing here ends by itself
-    assert set(children()) <= before
-    surroundings.assert_unharmed()
-    return outcome
-
-
 def test_there_are_at_least_forty() -> None:
     assert len(PROGRAMS) >= 40
 
 
+def test_harm_is_seen(around: Surroundings) -> None:
+    assert not around.harm()
+    around.canary.write_text("dead")
+    (around.canary.parent / "another").touch()
+    with socket.create_connection(around.tcp.getsockname()):
+        assert around.harm() == ["the canary is changed", "files lie beside the canary", "a TCP connection was made"]
+
+
+@needs_sandbox
+def test_a_program_that_passes_is_no_hostile_one(around: Surroundings) -> None:
+    _, harm = attempt("def f(x):\n    print('HARM')\n    return x + 1", around, LIMITS._replace(wall_seconds=30.0))
+    assert harm == ["it passed", "it ended as 'passed'", "it got through"]
+
+
 @needs_sandbox
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_hostile_program_fails_and_does_no_harm(name: str, surroundings: Surroundings) -> None:
-    run_hostile(PROGRAMS[name], surroundings)
+def test_hostile_program_fails_and_does_no_harm(name: str, around: Surroundings) -> None:
+    _, harm = attempt(PROGRAMS[name], around, LIMITS)
+    assert not harm
 
 
 @needs_sandbox
-def test_the_run_goes_on_among_hostile_programs(surroundings: Surroundings) -> None:
+def test_the_run_goes_on_among_hostile_programs(around: Surroundings) -> None:
     good = sandbox.Program("def f(x): return x + 1", TESTS)
     names = ("fork bomb", "memory bomb", "endless output", "signal to everything", "daemon", "stops the examiner")
-    bad = [sandbox.Program(surroundings.fill_in(PROGRAMS[name]), TESTS) for name in names]
+    bad = [sandbox.Program(around.fill_in(PROGRAMS[name]), TESTS) for name in names]
     mixed = [program for pair in zip(bad, [good] * len(bad), strict=True) for program in pair]
     outcomes = sandbox.run_programs(mixed, limits=LIMITS._replace(wall_seconds=3.0), workers=3)
     assert [outcome.passed for outcome in outcomes] == [False, True] * len(bad)
-    surroundings.assert_unharmed()
+    assert not around.harm()
 
 
-# Those that a system without namespaces can hold, and that a developer's own processes survive there.
-_HELD_WITHOUT_NAMESPACES = (
-    "memory bomb", "endless output", "deep recursion", "orphans", "daemon", "threads that go on",
-    "stops itself", "crash", "leaves at once", "exits", "prints success everywhere",
-    "answers for itself", "patches builtins", "equals everything", "deep directories", "directories without permission",
-    "large file", "traces its parents", "becomes root", "searches descriptors for the tests", "closes everything",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", _HELD_WITHOUT_NAMESPACES)
+@pytest.mark.parametrize("name", HELD_WITHOUT_NAMESPACES)
 def test_without_namespaces_programs_are_limited_and_swept(
-    name: str, surroundings: Surroundings, monkeypatch: pytest.MonkeyPatch
+    name: str, around: Surroundings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sandbox, "why_no_sandbox", lambda: "for a test")
-    run_hostile(PROGRAMS[name], surroundings, allow_unsandboxed=True)
+    _, harm = attempt(PROGRAMS[name], around, LIMITS, allow_unsandboxed=True)
+    assert not harm
 
 
 # --- As an ordinary user, and where the system lacks what walls are made of ---------------------------------------

@@ -4,6 +4,11 @@ A program that gets through prints HARM. `@CANARY@` is a file that must survive,
 `@UNIX@` a listening abstract socket, `@PARENT@` the process that runs the sandbox, `@SECRET@` a variable's name.
 """
 
+from m3jax.evaluation.sandbox import Limits
+
+LIMITS = Limits(wall_seconds=0.6, memory_bytes=256 << 20)
+"""Under which they run."""
+
 _WRONG = "\ndef f(x): return None\n"
 
 _ATTEMPT = """
@@ -315,3 +320,11 @@ PROGRAMS: dict[str, str] = {
     "does not parse": "def f(x) return 4",
     "empty": "",
 }  # fmt: skip
+
+# Those that a system without namespaces can hold, and that a developer's own processes survive there.
+HELD_WITHOUT_NAMESPACES = (
+    "memory bomb", "endless output", "deep recursion", "orphans", "daemon", "threads that go on",
+    "stops itself", "crash", "leaves at once", "exits", "prints success everywhere",
+    "answers for itself", "patches builtins", "equals everything", "deep directories", "directories without permission",
+    "large file", "traces its parents", "becomes root", "searches descriptors for the tests", "closes everything",
+)  # fmt: skip
