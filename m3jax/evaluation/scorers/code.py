@@ -61,7 +61,7 @@ def defines(source: str, name: str) -> bool:
     return re.search(pattern, source, re.M) is not None
 
 
-def extract_code(text: str, name: str | Sequence[str] | None = None) -> str | None:
+def extract_code(text: str, name: str | Sequence[str] | None = None, whole: bool = False) -> str | None:
     """The Python program in a chat answer.
 
     Every stretch of the text that may be a program is tried: fenced, tagged, on one line, or bare between sentences.
@@ -73,6 +73,7 @@ def extract_code(text: str, name: str | Sequence[str] | None = None) -> str | No
     Args:
         text: What the model wrote.
         name: The name, or names, that the program should define.
+        whole: Leave in what seems to serve none of them.
 
     Returns:
         The program, or None where there is none. Where none compiles, what looks most like one.
@@ -88,7 +89,7 @@ def extract_code(text: str, name: str | Sequence[str] | None = None) -> str | No
         _stretches(_GLUED.sub(r"\1\n\2", _QUOTED.sub(r"```python\g<body>```", spoken(text))))
     )  # a fence at the end of a line has its own
     programs = [program for program in map(_compiled, found) if program is not None]
-    if names and (chosen := _chosen(programs, names)) is not None:
+    if names and (chosen := _chosen(programs, names, whole)) is not None:
         return chosen
     marked = [program.text for program in programs if program.is_marked]
     if marked:
@@ -99,28 +100,26 @@ def extract_code(text: str, name: str | Sequence[str] | None = None) -> str | No
     return next((stretch.text for stretch in found if stretch.is_marked or _BEGINS.match(stretch.text)), None)
 
 
-def _chosen(programs: Sequence[Stretch], names: Sequence[str]) -> str | None:
+def _chosen(programs: Sequence[Stretch], names: Sequence[str], whole: bool) -> str | None:
     """The program that defines the names, with what it needs from the others."""
     fitting = [place for place, program in enumerate(programs) if _provides(program.text, names)]
     if not fitting:
-        return _joined(programs, names)
-    whole = [place for place in fitting if not _is_stub(programs[place].text, names)] or fitting
-    marked = [place for place in whole if programs[place].is_marked] or whole
+        return _joined(programs, names, whole)
+    complete = [place for place in fitting if not _is_stub(programs[place].text, names)] or fitting
+    marked = [place for place in complete if programs[place].is_marked] or complete
     place = marked[-1]
     others = [program.text for program in [*programs[:place][::-1], *programs[place + 1 :]]]
-    return _completed(
-        programs[place].text, others, list(map(str, (program.text for program in programs[:place]))), names
-    )
+    return _completed(programs[place].text, others, [program.text for program in programs[:place]], names, whole)
 
 
-def _joined(programs: Sequence[Stretch], names: Sequence[str]) -> str | None:
+def _joined(programs: Sequence[Stretch], names: Sequence[str], whole: bool) -> str | None:
     """Programs that define the names only together."""
     marked = [program.text for program in programs if program.is_marked] or [program.text for program in programs]
     together = "\n".join(dict.fromkeys(marked))
-    return _completed(together, [], [], names) if len(names) > 1 and _provides(together, names) else None
+    return _completed(together, [], [], names, whole) if len(names) > 1 and _provides(together, names) else None
 
 
-def _completed(program: str, others: Sequence[str], before: Sequence[str], names: Sequence[str]) -> str:
+def _completed(program: str, others: Sequence[str], before: Sequence[str], names: Sequence[str], whole: bool) -> str:
     program = _with_methods(program, names)
     head = list(dict.fromkeys(line for block in before for line in slices.imports(block)))
     own = slices.imports(program)
@@ -130,8 +129,9 @@ def _completed(program: str, others: Sequence[str], before: Sequence[str], names
         if missing and (lent := slices.definitions(block, missing)):
             head.append(lent)
             missing = slices.unresolved("\n".join([*head, program]), names)
-    kept = slices.sliced("\n".join([*head, program]), names)
-    return kept if is_python(kept) else "\n".join([*head, program])
+    together = "\n".join([*head, program])
+    kept = together if whole else slices.sliced(together, names)
+    return kept if is_python(kept) else together
 
 
 def _names_of(line: str) -> set[str]:
@@ -309,13 +309,14 @@ def _unquoted(text: str) -> str:
     return "\n".join(re.sub(r"^> ?", "", line) for line in lines)
 
 
-def continued(prompt: str, name: str, text: str) -> str | None:
+def continued(prompt: str, name: str, text: str, whole: bool = False) -> str | None:
     """The program of a text that continues a function's header, or that holds only its body.
 
     Args:
         prompt: Ends in the function's header and docstring.
         name: The function.
         text: What the model wrote.
+        whole: Leave in what seems not to serve the function.
 
     Returns:
         The prompt with the body; None where the text has none.
@@ -328,7 +329,7 @@ def continued(prompt: str, name: str, text: str) -> str | None:
     for given in (*fenced, *rest):
         for body in _bodies(given):
             if body.strip() and slices.parsed(f"{head}\n{body}\n") is not None and fits(body):
-                return slices.sliced(f"{head}\n{body}\n", [name])
+                return f"{head}\n{body}\n" if whole else slices.sliced(f"{head}\n{body}\n", [name])
     last = fenced[-1] if fenced else text
     return f"{head}\n{continuation(last)}\n" if continuation(last).strip() else None
 

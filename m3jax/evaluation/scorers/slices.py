@@ -257,7 +257,7 @@ def _serves(part: CodePart, parts: list[CodePart], names: set[str]) -> bool:
         if isinstance(call.func, ast.Name) and not _contains(call, _READS):  # a call that fills a table
             return _fills(call.func.id, parts, names)
         return False
-    return bool(changed) and not _is_module(changed, parts)
+    return bool(changed)
 
 
 def _is_module(names: Iterable[str], parts: list[CodePart]) -> bool:

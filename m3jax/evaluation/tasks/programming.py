@@ -1,5 +1,6 @@
 """HumanEval and MBPP: functions to write, judged by running their tests."""
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 
@@ -21,7 +22,7 @@ def humaneval() -> Task:
     return Task(
         name="humaneval",
         read=_read_humaneval,
-        judge=_judged_by_tests(_humaneval_program),
+        judge=_judged_by_tests(_humaneval_program, functools.partial(_humaneval_program, whole=True)),
         template="code-alpaca",
         settings=GenerationSettings(max_tokens=2048),
         hub=HubSet("openai/openai_humaneval"),
@@ -55,15 +56,15 @@ def _read_humaneval(rows: Sequence[Row]) -> list[Example]:
     return examples
 
 
-def _humaneval_program(example: Example, text: str) -> str | None:
+def _humaneval_program(example: Example, text: str, whole: bool = False) -> str | None:
     """The program to test: the answer's own, under the prompt's imports and helpers, or the prompt continued."""
     prompt, name = example.extra["prompt"], example.extra["name"]
-    code = extract_code(text, name)
+    code = extract_code(text, name, whole)
     if code is not None and defines(code, name) and is_python(code):
         header = prompt[: prompt.rindex(f"def {name}")]
         future = "".join(f"{line}\n" for line in _FUTURE.findall(code))  # Python wants them first
         return f"{future}{header}\n{_FUTURE.sub('', code)}"
-    continued = continued_program(prompt, name, text)
+    continued = continued_program(prompt, name, text, whole)
     if continued is not None and is_python(continued):
         return continued
     return code if code is not None else continued
@@ -78,7 +79,7 @@ def mbpp() -> Task:
     return Task(
         name="mbpp",
         read=_read_mbpp,
-        judge=_judged_by_tests(_mbpp_program),
+        judge=_judged_by_tests(_mbpp_program, functools.partial(_mbpp_program, whole=True)),
         template="code-alpaca",
         settings=GenerationSettings(max_tokens=2048),
         hub=HubSet("google-research-datasets/mbpp", "full"),
@@ -114,8 +115,8 @@ def _read_mbpp(rows: Sequence[Row]) -> list[Example]:
     return examples
 
 
-def _mbpp_program(example: Example, text: str) -> str | None:
-    return extract_code(text, called_names(example.extra["tests"]))
+def _mbpp_program(example: Example, text: str, whole: bool = False) -> str | None:
+    return extract_code(text, called_names(example.extra["tests"]), whole)
 
 
 def _mbpp_program_of_paper(_: Example, text: str) -> str:
@@ -137,22 +138,34 @@ _NO_PROGRAM = "no program found"
 _NO_PYTHON = "error: SyntaxError: what was found is no Python"  # so that no process need be started to say so
 
 
-def _judged_by_tests(program_of: Callable[[Example, str], str | None]) -> Judge:
-    """Judge by running each example's tests against the program found in the completion."""
+def _judged_by_tests(*programs_of: Callable[[Example, str], str | None]) -> Judge:
+    """Judge by running each example's tests against a program found in the completion.
+
+    Args:
+        *programs_of: Ways to find it: where one that was found fails the tests, the next may find another.
+    """
 
     def judge(examples: Sequence[Example], texts: Sequence[str], execution: Execution) -> list[Judgement]:
-        sources = list(map(program_of, examples, texts))
-        judged = [Judgement(False, None, _NO_PROGRAM if source is None else _NO_PYTHON) for source in sources]
-        run = [place for place, source in enumerate(sources) if source is not None and is_python(source)]
-        outcomes = run_programs(
-            [Program(sources[place] or "", examples[place].extra["tests"]) for place in run],
-            limits=execution.limits,
-            allow_unsandboxed=execution.allow_unsandboxed,
-            workers=execution.workers,
-        )
-        for place, outcome in zip(run, outcomes, strict=True):
-            detail = "" if outcome.passed else f"{outcome.reason}: {outcome.detail}"
-            judged[place] = Judgement(outcome.passed, sources[place], detail)
-        return judged
+        judged: dict[int, Judgement] = {}
+        tried = set[tuple[int, str]]()
+        for program_of in programs_of:
+            left = [place for place in range(len(texts)) if place not in judged or not judged[place].correct]
+            found = {place: program_of(examples[place], texts[place]) for place in left}
+            programs = [(place, source) for place, source in found.items() if source is not None and is_python(source)]
+            programs = [program for program in programs if program not in tried]
+            tried.update(programs)
+            outcomes = run_programs(
+                [Program(source, examples[place].extra["tests"]) for place, source in programs],
+                limits=execution.limits,
+                allow_unsandboxed=execution.allow_unsandboxed,
+                workers=execution.workers,
+            )
+            for (place, source), outcome in zip(programs, outcomes, strict=True):
+                if outcome.passed or place not in judged:  # of those that fail, the first is told
+                    detail = "" if outcome.passed else f"{outcome.reason}: {outcome.detail}"
+                    judged[place] = Judgement(outcome.passed, source, detail)
+            for place, source in found.items():
+                judged.setdefault(place, Judgement(False, None, _NO_PROGRAM if source is None else _NO_PYTHON))
+        return [judged[place] for place in range(len(texts))]
 
     return judge
