@@ -1,6 +1,18 @@
-"""`python -m m3jax`."""
+"""The command `m3jax`, and `python -m m3jax`."""
 
-from m3jax.cli.commands import run
+import os
+import sys
+
+
+def run() -> None:
+    """The command as the shell calls it; an interruption while modules are loaded ends it as a later one does."""
+    try:
+        from m3jax.cli.commands import run as command
+    except KeyboardInterrupt:
+        print("m3jax: interrupted.", file=sys.stderr, flush=True)
+        os._exit(130)
+    command()
+
 
 if __name__ == "__main__":
     run()

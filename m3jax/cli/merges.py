@@ -77,7 +77,7 @@ def merge(
         if step is not None:
             raise M3Error("--step: writes one step of a run, and each seed's merge a directory: leave one of them out")
         if explain or plan:
-            _tell_of_seeds(many, out, explain, max_shard_size, machines.num_processes or 1, format, speech)
+            _tell_of_seeds(many, out, explain, max_shard_size, machines, format, speech)
         else:
             how: dict[str, Any] = {"allow_nonfinite": allow_nonfinite, "chunk_entries": chunk_entries, "format": format}
             how |= {"overwrite": overwrite, "max_shard_size": max_shard_size}
@@ -102,7 +102,8 @@ def merge(
         processes = machines.num_processes or 1
         given = changes.all()
         with step_directory(as_path(out), step) as place:
-            estimate = estimate_recipe(recipe, place, given, changes.seed, max_shard_size, processes, format)
+            size, lanes = max_shard_size, machines.lanes
+            estimate = estimate_recipe(recipe, place, given, changes.seed, size, processes, format, lanes)
         width = terminal.width()
         shell.print_result(estimate.to_json, lambda: estimate_lines(estimate, width), speech.as_json)
         return
@@ -164,7 +165,7 @@ def _tell_of_seeds(
     out: str,
     explain: bool,
     max_shard_size: str,
-    processes: int,
+    machines: options.Machines,
     format: str | None,
     speech: options.Speech,
 ) -> None:
@@ -177,7 +178,7 @@ def _tell_of_seeds(
         shell.print_notes(explained.first.notes, speech.quiet)
         shell.print_result(explained.to_json, lambda: seeds_explanation_lines(explained, width), speech.as_json)
         return
-    found = estimate_seeds(recipes, out, max_shard_size, processes, format)
+    found = estimate_seeds(recipes, out, max_shard_size, machines.num_processes or 1, format, machines.lanes)
     shell.print_result(found.to_json, lambda: seeds_estimate_lines(found, width), speech.as_json)
 
 
@@ -279,7 +280,7 @@ def verify(
 ) -> None:
     """Check a model directory against its manifest.
 
-    The exit code is 2 if they differ.
+    The exit code is 2 if they differ, or if something could not be compared.
     """
     sources = options.read_sources(inputs or ())
     if not replay and (sample is not None or seed is not None):

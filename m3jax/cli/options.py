@@ -104,7 +104,8 @@ Model = Annotated[
 Data = Annotated[str | None, typer.Option("--data", metavar="FILE", help="JSONL, TSV, Parquet …, or a hub data set.")]
 BatchSize = Annotated[int, typer.Option(metavar="N", help="Prompts that run together.")]
 MaxTokens = Annotated[int | None, typer.Option(metavar="N", help="Most tokens of an answer.")]
-Template = Annotated[str | None, typer.Option(metavar="NAME", help="Prompt template.  [default: the task's]")]
+_TEMPLATE_HELP = "chat for the model's own, none, alpaca, code-alpaca, wizardlm, wizardmath.  [default: the task's]"
+Template = Annotated[str | None, typer.Option(metavar="NAME", help=f"Prompt template: {_TEMPLATE_HELP}")]
 _OVERFLOW_HELP = "What becomes of prompts that leave an answer no room."
 Overflow = Annotated[str, typer.Option(metavar="error|truncate|skip", help=_OVERFLOW_HELP)]
 AttackOverflow = Annotated[str, typer.Option(metavar="error|truncate", help=_OVERFLOW_HELP)]

@@ -438,7 +438,8 @@ def evaluate(
             of the token behind each position. It is traced by jit and compiled once per function object and shape.
         overflow: What becomes of prompts that leave no room for their answer: "error", "truncate" or "skip".
         tell: Told in lines what is compiled and how far the run is, such as `print`; nothing is printed without it.
-        **options: As of `evaluation.evaluate_task`: limit, batch_size, out_dir, run_code, ….
+        **options: As of `evaluation.evaluate_named` and `evaluate_task`: max_tokens, template, limit, batch_size,
+            out_dir, run_code, ….
 
     Raises:
         M3Error: The task, the data, an option or the parameters cannot be used.

@@ -234,12 +234,19 @@ def _read_identity(path: Path) -> dict[str, Any]:
 
 def _check_identity(directory: Path, known: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     wanted = json.loads(json.dumps(identity))
-    different = [key for key in wanted if known.get(key) != wanted[key]]
+    different = [name for key in wanted for name in _differing(key, known.get(key), wanted[key])]
     if different:
         raise M3Error(
             f"{directory} holds another run: it differs in {', '.join(different)}; "
             "run with the same settings to resume, or give another output directory"
         )
+
+
+def _differing(key: str, known: Any, wanted: Any) -> list[str]:
+    """What differs of an entry, by the names of its own entries where it has such."""
+    if not isinstance(known, dict) or not isinstance(wanted, dict):
+        return [] if known == wanted else [key]
+    return [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
 
 
 def _read_lines(path: Path, kind: type[_Entry]) -> dict[Any, _Entry]:

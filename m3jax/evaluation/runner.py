@@ -180,6 +180,7 @@ def evaluate_named(
     *,
     grader: str | None = None,
     profile: str = "m3jax",
+    max_tokens: int | None = None,
     **options: Any,
 ) -> Summary:
     """Load a task's test set and evaluate: what the command line does.
@@ -190,10 +191,14 @@ def evaluate_named(
         generator: The model.
         grader: Whose rule judges: "m3jax", "paper" or "math_verify"; the profile's if None.
         profile: "m3jax", or "m3-paper" for the task as the M³ paper sets it.
+        max_tokens: Most tokens of an answer; as the settings say if None.
         **options: As of `evaluate_task`.
     """
     check_choice("profile", profile, PROTOCOLS)
     task = get_task(name, grader, profile)
+    check_count("max tokens", max_tokens, optional=True)
+    if max_tokens is not None:
+        options["settings"] = (options.get("settings") or task.settings)._replace(max_tokens=max_tokens)
     check_code(task, options.get("run_code", False), options.get("execution") or Execution())
     return evaluate_task(task, read_examples(task, source), generator, **options)
 

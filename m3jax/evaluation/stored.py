@@ -62,7 +62,8 @@ def _check_task(name: str, wanted: EvaluateOptions) -> None:
     idle |= {"--system-instruction": showing.system, "--fewshot-in-one-turn": not showing.multiturn}
     for option, given in idle.items():
         if given:
-            raise M3Error(f"{option} is for --harness: leave it out")
+            other = ": give --template chat" if option == "--apply-chat-template" else ": leave it out"
+            raise M3Error(f"{option} is for --harness{other}")
     if task.judged_elsewhere and wanted.out is None:
         raise M3Error(f"{name} is judged elsewhere, so its answers must be kept: give --out DIR")
     check_code(task, wanted.how.run_code, wanted.how.execution)

@@ -427,7 +427,7 @@ METHODS: tuple[MethodRow, ...] = (
         "slerp",
         "m3jax.methods.slerp:slerp",
         "along the arc between two models, tensor by tensor",
-        "(sin((1−t)θ)·a + sin(tθ)·b) / sin θ",
+        "(sin((1−t)θ)·a + sin(tθ)·b) / sin θ; where |cos θ| > 0.9995, (1−t)·a + t·b",
         "Shoemake, Animating rotation with quaternion curves, 1985",
         (
             Parameter(

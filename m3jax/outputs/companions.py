@@ -63,9 +63,10 @@ def gather(
         size: How many rows it has; None where the models keep theirs.
 
     Raises:
-        M3Error: A tokenizer cannot be added to, or a file is none of the model's own.
+        M3Error: A tokenizer cannot be added to, or a file is damaged or none of the model's own.
     """
     files = named_companions(models[template].path)
+    _check_documents(files)
     others: dict[str, Path] = {}
     if united is not None:
         position = next((i for i, each in enumerate(united.speakers) if each.name == models[template].name), 0)
@@ -75,6 +76,13 @@ def gather(
             beside = _beside(own, united, position, name, size)
             others |= {f"{directory}/{file}": path for file, path in beside.items()}
     return {**_with_template(recipe, models, template, files), **others}
+
+
+def _check_documents(files: Mapping[str, Path]) -> None:
+    """Raise M3Error for a file that an output would have, and nobody could read."""
+    for name, path in files.items():
+        if name.endswith(".json") and read_entries(path) is None:
+            raise M3Error(f"{path}: is no JSON, and the output would be as unreadable: restore it")
 
 
 def _with_template(

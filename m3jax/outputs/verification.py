@@ -50,7 +50,7 @@ class Verification(NamedTuple):
         differences: One sentence each; empty when all is as recorded.
         notes: What was not held against the directory, or could not be checked, one sentence each.
         inputs: How many tensors of inputs were compared.
-        absent: How many inputs could not be opened, each with its sentence among `differences`.
+        absent: What could not be compared, such as inputs that are not there; each is among `differences`.
         sample: Bytes of weights that were computed again; None where none were to be.
         mend: The command that makes the output again; None where nothing differs.
     """
@@ -141,7 +141,7 @@ def with_inputs(
         progress: Called with what is done so far.
     """
     differences, count, absent = differing_inputs(recorded, sources, progress)
-    return found._replace(differences=(*found.differences, *differences), inputs=count, absent=absent)
+    return found._replace(differences=(*found.differences, *differences), inputs=count, absent=found.absent + absent)
 
 
 def mend_of(directory: Path, recorded: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ _RATES = (1.3e9, 1.5e9)
 RATES_TEXT = "1.3 to 1.5 GB/s per process of 2 cores"
 _RUNTIME_BYTES = 250_000_000  # Python, JAX and compiled programs: what the same merges took beside their buffers
 _RANKING_BYTES = 200_000_000  # of samples and counts, where magnitudes are ranked (docs/pods.md)
+_LANE_BYTES = 40_000_000  # of each lane but the first, whose buffers are smaller for it (docs/performance.md)
 _ORBAX_NOTE = "as orbax it is made in parts, of one weight file each, of which the disk holds one twice for a while"
 _BUFFERS = 2  # chunks in flight per input, at the least: one that is computed, one that is read
 
@@ -171,7 +172,7 @@ def _buffers(ready: Ready, phases: Sequence[Sequence[Step]], lanes: int) -> int:
     several = [t for phase in phases for t in ready.plan.tensors if sum(applies(step, t) for step in phase) > 1]
     held = max((min(_read_bytes(ready, tensor), HELD_BYTES) for tensor in several), default=0)
     chunk = chunk_size(None, ready.plan, checkpoints, lanes)
-    return lanes * (chunk * in_flight + held) + prepared_bytes(ready.plan)
+    return lanes * (chunk * in_flight + held) + (lanes - 1) * _LANE_BYTES + prepared_bytes(ready.plan)
 
 
 def _widest(plan: MergePlan) -> TensorPlan | None:
@@ -199,7 +200,7 @@ def _notes_on_preparing(plan: MergePlan) -> Iterator[str]:
         )
 
 
-def estimate(ready: Ready, method: str, place: Path | None, processes: int = 1) -> Estimate:
+def estimate(ready: Ready, method: str, place: Path | None, processes: int = 1, lanes: int | None = None) -> Estimate:
     """What a prepared merge will read, write and take.
 
     Args:
@@ -207,9 +208,10 @@ def estimate(ready: Ready, method: str, place: Path | None, processes: int = 1) 
         method: What it is called.
         place: A directory on the disk that the output goes to; None for object storage.
         processes: How many share the work.
+        lanes: As in `merge_checkpoint`.
     """
     phases = _needed(ready.plan)
-    lanes = lanes_over(None, [model.checkpoint for model in ready.models], place is None)
+    lanes = lanes_over(lanes, [model.checkpoint for model in ready.models], place is None)
     passes = tuple(_passes(ready, phases, lanes))
     written = sum(tensor.output.nbytes for tensor in ready.plan.tensors)
     read = sum(entry.bytes for entry in passes)
@@ -260,6 +262,7 @@ def estimate_recipe(
     max_shard_size: int | str | None = None,
     processes: int = 1,
     format: str | None = None,
+    lanes: int | None = None,
 ) -> Estimate:
     """What `m3jax merge` with the same arguments will read, write and take; no weights are read.
 
@@ -271,6 +274,7 @@ def estimate_recipe(
         max_shard_size: Bytes per file at most.
         processes: How many share the work.
         format: As in `merge_checkpoint`.
+        lanes: Likewise.
 
     Raises:
         M3Error: The merge cannot be made, for the reason that it would give itself.
@@ -282,8 +286,8 @@ def estimate_recipe(
     needed = loaded.needed
     alone = [each.model_copy(update={"intermediates": needed[:number]}) for number, each in enumerate(needed)]
     plain = SAFETENSORS.name
-    within = {str(each.name): _estimated(each, out, max_shard_size, processes, plain) for each in alone}
-    return _estimated(loaded, out, max_shard_size, processes, format)._replace(intermediates=within)
+    within = {str(each.name): _estimated(each, out, max_shard_size, processes, plain, lanes) for each in alone}
+    return _estimated(loaded, out, max_shard_size, processes, format, lanes)._replace(intermediates=within)
 
 
 def _estimated(
@@ -292,6 +296,7 @@ def _estimated(
     max_shard_size: int | str | None,
     processes: int,
     format: str | None,
+    lanes: int | None,
 ) -> Estimate:
     method: str = loaded.merge_method
     method += f", {loaded.sparsify.method} before" if loaded.sparsify is not None else ""
@@ -299,4 +304,5 @@ def _estimated(
     place = as_path(out)
     options: dict[str, Any] = {"max_shard_size": max_shard_size, "format": format, "writes": False}
     with prepared(loaded, out, **options, locate=sketch_model, readying=outlined) as ready:
-        return estimate(ready, method, None if isinstance(place, RemotePath) else place.absolute().parent, processes)
+        parent = None if isinstance(place, RemotePath) else place.absolute().parent
+        return estimate(ready, method, parent, processes, lanes)

@@ -84,7 +84,7 @@ def verify_sample(
             "replay it, or verify it with --inputs in place of --replay"
         )
     manifest.check_sources(beside.recorded, sources or {})
-    found = _Sample((), 0, 0)
+    found, absent = _Sample((), 0, 0), 0
     with ExitStack() as stack:
         weights = open_weights(beside, stack)
         if beside.intact:
@@ -93,7 +93,7 @@ def verify_sample(
             try:
                 found = _compare(beside, stored, asked)
             except M3Error as error:
-                found = _Sample((f"nothing could be computed again: {error}",), 0, 0)
+                found, absent = _Sample((f"nothing could be computed again: {error}",), 0, 0), 1
     differences = (*beside.differences, *weights.differences, *found.differences)
     recorded = beside.recorded["output"]
     if beside.intact:
@@ -118,6 +118,7 @@ def verify_sample(
         (*beside.notes, *found.notes, *said),
         sample=found.bytes,
         mend=mend_of(beside.directory, beside.recorded) if beside.intact and is_output else None,
+        absent=absent,
     )
     return with_inputs(verified, beside.recorded, sources or {}, progress) if inputs else verified
 

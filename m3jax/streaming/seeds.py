@@ -220,6 +220,7 @@ def estimate_seeds(
     max_shard_size: int | str | None = None,
     processes: int = 1,
     format: str | None = None,
+    lanes: int | None = None,
 ) -> SeedsEstimate:
     """What merges of several seeds will read, write and take; no weights are read.
 
@@ -229,6 +230,7 @@ def estimate_seeds(
         max_shard_size: Bytes per file at most.
         processes: How many share the work.
         format: As in `merge_checkpoint`.
+        lanes: Likewise.
 
     Raises:
         M3Error: The merges cannot be made, or the disk has no room for them.
@@ -237,7 +239,8 @@ def estimate_seeds(
     places = places_of(out, list(told))
     _check_out(Path(out))
     plans = _plans(told, places, sketch_model)
-    first = estimate_recipe(next(iter(told.values())), _planned_in(places), (), None, max_shard_size, processes, format)
+    one = next(iter(told.values()))
+    first = estimate_recipe(one, _planned_in(places), (), None, max_shard_size, processes, format, lanes)
     missing = [plan.directory for plan in plans.values() if not plan.finished]
     written, free = _check_room(Path(out), missing, first.bytes_written)
     return SeedsEstimate(first, tuple(plans.values()), written, free)

@@ -11,12 +11,14 @@ from blake3 import blake3
 
 from m3jax.checkpoints import digest_file
 from m3jax.documents import FAULTS, parse_json
+from m3jax.errors import M3Error
 from m3jax.vocabulary.pieces import read_pieces
 
 _FILES = (
     *("tokenizer.json", "tokenizer.model*", "vocab.*", "merges.txt", "added_tokens.json"),
     *("tekken.json", "*.tiktoken", "spiece.model", "sentencepiece*.model"),
 )
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
 _PIECES = ("tokenizer.model", "spiece.model", "sentencepiece*.model")
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FURTHER_ROLES = ("additional_special_tokens", "extra_special_tokens")
@@ -107,6 +109,22 @@ def read_vocabulary(files: Mapping[str, Path]) -> Vocabulary | None:
     special = {token: Added(special=True) for token in (*roles.values(), *further)}
     added = {**special, **{token: how for token, (_, how) in later.items()}, **(told.added or {})}
     return told._replace(tokens=tokens, added=added if told.added is not None or added else None, roles=roles)
+
+
+def check_documents(files: Mapping[str, Path]) -> None:
+    """Raise M3Error for the first of a tokenizer's JSON files that is none, as one that was cut.
+
+    Args:
+        files: The model's companions by name.
+    """
+    for name in (*_own(files), *_BESIDE):
+        if name.endswith(".json") and name in files:
+            try:
+                read_json(files[name])
+            except FAULTS as error:
+                raise M3Error(
+                    f"{files[name]}: is no JSON ({error}), so its tokens cannot be told: restore it"
+                ) from None
 
 
 def numbering(vocabulary: Vocabulary | None) -> str:

@@ -12,6 +12,7 @@ from m3jax.vocabulary.reading import (
     BPE,
     Added,
     Vocabulary,
+    check_documents,
     digests,
     has_tokenizer,
     read_vocabulary,
@@ -96,6 +97,9 @@ def read_speakers(models: Sequence[tuple[str, Mapping[str, Path]]]) -> tuple[Spe
 
     Args:
         models: The name of each, and its companions by name.
+
+    Raises:
+        M3Error: A file is damaged.
     """
     known: dict[tuple[tuple[str, str], ...], Vocabulary | None] = {}
     speakers = []
@@ -103,6 +107,8 @@ def read_speakers(models: Sequence[tuple[str, Mapping[str, Path]]]) -> tuple[Spe
         key = told_apart(files)
         if key not in known:
             known[key] = read_vocabulary(files)
+            if known[key] is None:
+                check_documents(files)
         speakers.append(Speaker(name, files, known[key]))
     return tuple(speakers)
 

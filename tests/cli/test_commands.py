@@ -419,6 +419,21 @@ sys.exit(m3jax.cli.commands.main(["merge", {recipe!r}, "out"]))
     assert err == "m3jax: interrupted: nothing is kept.\n"
 
 
+def test_interrupt_while_modules_are_loaded() -> None:
+    program = """
+import sys
+class Interrupting:
+    def find_spec(self, name, *_):
+        if name == "m3jax.cli.merges":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupting())
+import m3jax.__main__
+m3jax.__main__.run()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "m3jax: interrupted.\n")
+
+
 @pytest.mark.parametrize("command", [["--help"], ["inspect", "MODEL"], ["inspect", "MODEL", "--json"]])
 def test_closed_pipe_is_no_error(models: tuple[str, str], command: list[str]) -> None:
     given = [models[0] if word == "MODEL" else word for word in command]

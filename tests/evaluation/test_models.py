@@ -20,7 +20,7 @@ from m3jax.checkpoints import digest_tensor
 from m3jax.cli import commands
 from m3jax.decoder import DecoderConfig, load_params
 from m3jax.errors import M3Error
-from m3jax.evaluation import GenerationSettings, models
+from m3jax.evaluation import TEMPLATE_NAMES, GenerationSettings, get_task, models
 from m3jax.outputs.conversion import convert
 
 ROWS = [{"sentence": f"a fine film {'very ' * i}", "label": i % 2} for i in range(5)]
@@ -151,6 +151,7 @@ def test_what_needs_no_weights_is_said_before_they_are_loaded(place, tmp_path, c
         ([*base, rows, "--out", str(tmp_path / "new"), "--template", "chat"], "this model's tokenizer has none"),
         (["evaluate", str(place / "expert-a"), "--task", "alpaca_eval", "--data", rows], "give --out DIR"),
         (["evaluate", str(place / "expert-a"), "--task", "sst2", "--include-path", "x"], "--include-path is for"),
+        ([*base, rows, "--apply-chat-template"], "--apply-chat-template is for --harness: give --template chat"),
     ]:
         capsys.readouterr()
         assert commands.main(arguments) == 2, arguments
@@ -227,8 +228,25 @@ def test_calls_that_cannot_be_followed_are_said_at_once(model, capfd):
             m3jax.evaluate({}, config, model.tokenizer, "sst2", **options)
 
 
+def test_the_help_names_all_templates(capsys):
+    assert commands.main(["evaluate", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(name in said.partition("Prompt template: ")[2].partition("[default")[0] for name in TEMPLATE_NAMES)
+
+
+def test_answers_end_where_max_tokens_says(model, place, tmp_path):
+    options = {"data": place / "rows.jsonl"}
+    given = [{"max_tokens": 3}, {"settings": get_task("sst2").settings._replace(max_tokens=3)}]
+    for number, how in enumerate(given):
+        out = tmp_path / str(number)
+        m3jax.evaluate(model.params, model.config, model.tokenizer, "sst2", out_dir=out, **how, **options)
+    assert (tmp_path / "0" / "records.jsonl").read_text() == (tmp_path / "1" / "records.jsonl").read_text()
+    with pytest.raises(M3Error, match="max tokens"):
+        m3jax.evaluate(model.params, model.config, model.tokenizer, "sst2", max_tokens=0, **options)
+
+
 def test_nothing_is_printed_unless_asked_for(model, place, capfd):
-    options = {"data": place / "rows.jsonl", "settings": GenerationSettings(2)}
+    options = {"data": place / "rows.jsonl", "max_tokens": 2}
     m3jax.evaluate(model.params, model.config, model.tokenizer, "sst2", **options)
     assert capfd.readouterr() == ("", "")
 

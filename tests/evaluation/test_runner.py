@@ -148,7 +148,7 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     ("change", "difference"),
     [
         ({"template": "alpaca"}, "template, prompts"),
-        ({"settings": GenerationSettings(max_tokens=7)}, "settings"),
+        ({"settings": GenerationSettings(max_tokens=7)}, "max_tokens, stop"),
         ({"limit": 3}, "examples, data, prompts"),
         ({"model": "other"}, "model"),
     ],

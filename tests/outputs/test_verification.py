@@ -158,7 +158,11 @@ def test_models_that_are_gone_are_counted_apart(out: Path, capsys: pytest.Captur
     Path("b").rename("moved")
     assert main(["verify", "out", "--inputs"]) == 2
     said = capsys.readouterr().out
-    assert "out: as recorded" in said
+    assert "out: as recorded as far as it could be compared" in said
     assert "1 model not found, of which nothing is known" in said
     assert m3jax.verify(out, inputs=True).absent == 1
+    assert main(["verify", "out", "--replay"]) == 2
+    said = capsys.readouterr().out
+    assert "nothing could be computed again" in said
+    assert "out: as recorded as far as it could be compared" in said
     assert repr(m3jax.verify(out)).endswith("as recorded)")

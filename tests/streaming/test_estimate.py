@@ -118,6 +118,16 @@ def test_processes_share_the_work(place, tmp_path, capsys):
     assert " by 4 processes, " in capsys.readouterr().out
 
 
+def test_lanes_take_memory(place, tmp_path, capsys):
+    recipe = write(place, "ties.json", base_model=str(place / "base"), **TIES)
+    one, four = (estimate_recipe(recipe, tmp_path / "out", lanes=count) for count in (1, 4))
+    assert four.peak_memory > one.peak_memory + 1e8
+    assert commands.main(["merge", recipe, str(tmp_path / "out"), "--plan", "--json", "--lanes", "4"]) == 0
+    assert json.loads(capsys.readouterr().out)["peak_memory"] == four.peak_memory
+    assert commands.main(["merge", recipe, str(tmp_path / "out"), "--plan", "--lanes", "0"]) == 2
+    assert "lanes are 0, but must be a whole number of at least 1" in capsys.readouterr().err
+
+
 def test_a_plan_says_what_the_merge_would_refuse(place, tmp_path, capsys):
     recipe = write(place, "linear.json", merge_method="linear", mixup={"alpha": 0.5})
     (tmp_path / "out").mkdir()

@@ -285,6 +285,27 @@ def test_companions_are_carried_over(tmp_path):
         m3jax.merge_checkpoint({**asked, "tokenizer_source": "elsewhere"}, tmp_path / "out3")
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_companion_that_was_cut_is_refused(tmp_path, name):
+    write_models(tmp_path / "in", shapes=SHAPES)
+    cut = tmp_path / "in" / "base" / name
+    cut.write_text('{"model": {"vocab": {"a": 0, "b"')
+    with pytest.raises(M3Error, match=f"{cut}: is no JSON, and the output would be as unreadable: restore it"):
+        m3jax.merge_checkpoint(recipe(tmp_path / "in", merge_method="task_arithmetic"), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_tokenizer_of_an_expert_that_was_cut_is_refused(tmp_path):
+    write_models(tmp_path / "in", shapes={**SHAPES, "model.embed_tokens.weight": (8, 4)})
+    for name in ("base", "expert-0"):
+        (tmp_path / "in" / name / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {"a": 0}}}')
+    cut = tmp_path / "in" / "expert-1" / "tokenizer.json"
+    cut.write_text('{"model": {"vocab": {"a": 0, "b"')
+    with pytest.raises(M3Error, match=f"{cut}: is no JSON .*, so its tokens cannot be told: restore it"):
+        m3jax.merge_checkpoint(recipe(tmp_path / "in", merge_method="task_arithmetic"), tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
 @pytest.mark.parametrize(("method", "granularity"), [("linear", "model"), ("slerp", "layer"), ("linear", "tensor")])
 def test_the_card_says_whether_weights_were_drawn(tmp_path, method, granularity):
     write_models(tmp_path / "in", shapes=SHAPES)

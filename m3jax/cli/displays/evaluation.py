@@ -70,7 +70,7 @@ def attack_lines(outcome: dict[str, Any]) -> Iterator[str]:
     yield f"{outcome['task']}: {outcome['accuracy']:.1%} clean, 95 % interval {low:.1%} to {high:.1%}"
     yield f"prompt         {outcome['prompt']!r}"
     if outcome["undefined"] is not None:
-        yield f"note: {outcome['undefined']}, so nothing was attacked; --floor 0 attacks it"
+        yield f"note: {outcome['undefined']}, so nothing was attacked or shifted; --floor 0 does it all the same"
     for one in outcome["attacks"]:
         ended = ", budget spent" if one["exhausted"] else ""
         if not one["candidates"] and one["drop"]["clean"] > 0 and not one["exhausted"]:

@@ -116,7 +116,8 @@ def verification_lines(found: "Verification") -> Iterator[str]:
         count = len(found.differences) - found.absent
         yield f"{found.directory}: not as recorded, {count_text(count, 'difference')} in {checked}"
     else:
-        yield f"{found.directory}: as recorded, {checked}"
+        so_far = " as far as it could be compared" if found.absent else ""
+        yield f"{found.directory}: as recorded{so_far}, {checked}"
     if found.inputs or found.absent:
         gone = f"; {count_text(found.absent, 'model')} not found, of which nothing is known" if found.absent else ""
         yield f"inputs   {count_text(found.inputs, 'tensor')} of them compared{gone}"
@@ -158,9 +159,13 @@ def estimate_lines(found: "Estimate", width: int | None = None) -> Iterator[str]
     yield from table(["shape", "dtype", "is", "tensors"], shapes, width, left=3)
     yield ""
     count = sum(t.tensors for t in found.tensors)
-    passes = ", ".join(f"{entry.what} {size_text(entry.bytes)}" for entry in found.passes)
+    readings: dict[str, int] = {}
+    for entry in found.passes:
+        readings[entry.what] = readings.get(entry.what, 0) + entry.bytes
+    passes = ", ".join(f"{what} {size_text(size)}" for what, size in readings.items())
     free = "" if found.disk_free is None else f" (free there: {size_text(found.disk_free)})"
     low, high = (time_text(seconds) for seconds in found.seconds)
+    span = f"about {low} to {high}" if found.seconds[1] >= 1 else "less than a second, and a second or two to start,"
     workers = "1 process" if found.processes == 1 else f"{found.processes} processes"
     holds = f"{count_text(count, 'tensor')}, {count_text(found.parameters, 'parameter')}"
     kept = "does not take this method"
@@ -171,7 +176,7 @@ def estimate_lines(found: "Estimate", width: int | None = None) -> Iterator[str]
         ("writes", f"{size_text(found.bytes_written)} in {count_text(found.files, 'file')}{free}: {holds}"),
         ("memory", f"about {size_text(found.peak_memory)} per process, beside the page cache"),
         ("explore", kept),
-        ("time", f"about {low} to {high} by {workers}, at {RATES_TEXT}, as measured; slower storage decides alone"),
+        ("time", f"{span} by {workers}, at {RATES_TEXT}, as measured; slower storage decides alone"),
     ]
     for name, said in rows:
         yield f"{name:<9}{said}"
