@@ -85,10 +85,16 @@ def main() -> None:
         print("note: there is no GPU here, and on a CPU this setting takes days", file=sys.stderr)
     _tell("reading phrases")
     skills = [_sentiment(arguments.train, arguments.held_out), *_skills(arguments.setting)]
-    command = shlex.join(["scripts/lab", *sys.argv[1:]])
+    command = shlex.join(["scripts/lab", *map(_without_place, sys.argv[1:])])
     with resumable(str(arguments.out), "models and experiments that are finished are kept, and not done again"):
         report = conduct(arguments.out, skills, setting, _tell, command, arguments.base)
     _tell(f"report: {report / 'report.md'}")
+
+
+def _without_place(word: str) -> str:
+    """An argument as a report tells it: where files lie on a machine is nobody's business."""
+    option, sign, value = word.rpartition("=")
+    return f"{option}{sign}{Path(value).name}" if Path(value).is_absolute() else word
 
 
 def _tell(line: str) -> None:

@@ -61,3 +61,13 @@ def test_it_is_a_module_to_run(tmp_path: Path) -> None:
     found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert (found.returncode, found.stderr.count("\n")) == (2, 1)
     assert found.stderr.startswith("m3jax: there is no data file ")
+
+
+def test_a_report_does_not_tell_where_files_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr(laboratory, "conduct", lambda *given: told.append(given[4]) or tmp_path)
+    monkeypatch.setattr(laboratory, "_sentiment", lambda *_: None)
+    given = ["--train", "phrases/train.tsv", f"--held-out={tmp_path}/dev.tsv", "--out", str(tmp_path / "lab")]
+    monkeypatch.setattr(sys, "argv", ["lab", *given])
+    laboratory.main()
+    assert told == ["scripts/lab --train phrases/train.tsv --held-out=dev.tsv --out lab"]
