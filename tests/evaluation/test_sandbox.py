@@ -13,7 +13,7 @@ import pytest
 
 from m3jax.errors import M3Error
 from m3jax.evaluation import sandbox
-from m3jax.evaluation.sandbox import Limits, Program, launching, run_program, run_programs
+from m3jax.evaluation.sandbox import Limits, Program, launcher, launching, run_program, run_programs
 
 PACKAGE = Path(sandbox.__file__).resolve().parents[2]
 
@@ -317,7 +317,7 @@ def test_a_directory_is_removed_whatever_is_in_it() -> None:
     os.symlink("/usr", place + "/link")
     Path(place, "a", "file").touch(0)
     os.chmod(place + "/a/b", 0)
-    sandbox._remove(place)
+    launcher.remove(place)
     assert not os.path.exists(place)
     assert os.listdir("/usr")
 

@@ -14,6 +14,7 @@ _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 _SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/nix", "/etc/ld.so.cache")
 _PACKAGES = ("site-packages", "dist-packages")
 _INNER_USER = 1000
+_FOUNDATIONS = ("/tmp", "/proc")  # nothing that is shown lies in the last
 
 
 class Walls(TypedDict):
@@ -120,19 +121,30 @@ def _versions_in(prefix: str) -> list[str]:
         return []
 
 
-def build_root(directory: str, walls: Walls) -> int:
+def _foundation() -> str:
+    """A directory that every host has, to mount upon where only this namespace sees it, and that hides nothing shown.
+
+    One that was made for it would stay behind when the launcher is killed.
+    """
+    shown = [f"{os.path.realpath(place)}/" for place in (*_SYSTEM, *_interpreter_places(), *_DEVICES)]
+    *places, last = (os.path.realpath(place) for place in _FOUNDATIONS)
+    fit = (place for place in places if os.path.isdir(place) and not any(one.startswith(f"{place}/") for one in shown))
+    return next(fit, last)
+
+
+def build_root(walls: Walls) -> int:
     """Replace the file system by a read-only view of the interpreter and a small, empty, writable /tmp.
 
-    Everything that a program writes lives in memory that ends with the namespace, so there is nothing to clean up.
+    Everything that is written lives in memory that ends with the namespace, so there is nothing to clean up.
 
     Args:
-        directory: An empty directory of the host to build upon; nothing is written to it.
         walls: The limits; `disk_bytes` and `files` bound /tmp.
 
     Returns:
         A descriptor of a /proc of this PID namespace that no path leads to.
     """
     kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
+    directory = _foundation()
     kernel.mount("tmpfs", directory, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=1m,nr_inodes=4096,mode=0755")
     jail = directory + "/jail"
     for name in ("/old", "/jail", "/jail/proc", "/jail/tmp"):
@@ -176,7 +188,8 @@ def drop_privileges(user_instead_of_root: int, confined: bool) -> None:
     with contextlib.suppress(*([] if confined else [OSError])):
         kernel.refuse_system_calls()
     kernel.set_dumpable(False)
-    kernel.set_death_signal(signal.SIGKILL)
+    if confined:  # and all the namespace with it
+        kernel.set_death_signal(signal.SIGKILL)
 
 
 def limit(walls: Walls, alone: bool) -> None:
