@@ -192,6 +192,11 @@ def drop_privileges(user_instead_of_root: int, confined: bool) -> None:
         kernel.set_death_signal(signal.SIGKILL)
 
 
+def processor_seconds(walls: Walls) -> int:
+    """The processor time of one process, as the kernel takes it."""
+    return max(1, int(walls["cpu_seconds"]))
+
+
 def limit(walls: Walls, alone: bool) -> None:
     """Set the resource limits of this process and all it starts.
 
@@ -199,7 +204,7 @@ def limit(walls: Walls, alone: bool) -> None:
         walls: The limits.
         alone: Whether processes are counted for this sandbox alone; else the user's others come on top.
     """
-    seconds = max(1, int(walls["cpu_seconds"]))
+    seconds = processor_seconds(walls)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))  # a signal first, for those who ignore it the end
     count = walls["processes"] + (0 if alone else _processes_of_user())
     for kind, value in (

@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from m3jax.evaluation.sandbox import confine, kernel
@@ -31,6 +31,14 @@ _TICK_SECONDS = 0.05
 _DESCRIPTORS = 1024  # more than this process ever has
 _LONGEST_VERDICT = 1 << 16
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class _Death(NamedTuple):
+    """A process's status, and the processor time that it took itself, without its children, where that is known."""
+
+    status: int
+    seconds: float = 0.0
 
 
 class _Ends(NamedTuple):
@@ -195,7 +203,7 @@ def _keep(order: dict[str, Any], user: int, launcher: int) -> None:
         os.close(end)
     secret = _content(order["secret"])  # only now, so that no child has it in its memory
     ends = _Ends(output, verdict, launcher)
-    found, printed = _watch(walls, order["output_bytes"], processes, children[1], ends)
+    found, printed = _watch(walls, order["output_bytes"], processes, children, ends)
     found |= {"output": printed.decode(errors="replace"), "seconds": time.monotonic() - started}
     if processes is None:
         _sweep(children)
@@ -232,12 +240,12 @@ def _settle(kept: tuple[int, ...], output: int | None) -> None:
 
 
 def _watch(
-    walls: confine.Walls, output_bytes: int, processes: int | None, candidate: int, ends: _Ends
+    walls: confine.Walls, output_bytes: int, processes: int | None, children: list[int], ends: _Ends
 ) -> tuple[dict[str, Any], bytes]:
     """Collect output and verdict until the examiner has spoken, the launcher has ended, time is up, or memory is."""
     output, verdict, launcher = ends
     printed, spoken = bytearray(), bytearray()
-    ended: dict[int, int] = {}
+    ended: dict[int, _Death] = {}
     deadline = time.monotonic() + walls["wall_seconds"]
     waiting = set(ends)
     while True:
@@ -251,7 +259,7 @@ def _watch(
                 printed += piece[: output_bytes - len(printed)]
             else:
                 spoken += piece
-        ended |= _reap()
+        ended |= _reap(children, processes)
         if verdict not in waiting or len(spoken) > _LONGEST_VERDICT:
             while len(printed) < output_bytes and select.select([output], [], [], 0)[0]:
                 piece = os.read(output, output_bytes - len(printed))
@@ -259,7 +267,7 @@ def _watch(
                     break
                 printed += piece
             found = _verdict(bytes(spoken))
-            if found["reason"] == "died" and _was_out_of_time(candidate, ended):
+            if found["reason"] == "died" and _out_of_time(confine.processor_seconds(walls), children, processes, ended):
                 found = {"reason": "timeout", "detail": f"used {walls['cpu_seconds']:g} s of processor time"}
             return found, bytes(printed)
         if time.monotonic() > deadline:
@@ -276,23 +284,45 @@ def _verdict(spoken: bytes) -> dict[str, Any]:
         return {"reason": "died", "detail": "the tests were killed before they ended"}
 
 
-def _reap() -> dict[int, int]:
-    """Bury the dead: their statuses, by process."""
+def _reap(children: Sequence[int] = (), processes: int | None = None) -> dict[int, _Death]:
+    """Bury the dead: what became of them, by process; of the children with the time that they took."""
     ended = {}
     with contextlib.suppress(ChildProcessError):
-        while (found := os.waitpid(-1, os.WNOHANG))[0] != 0:
-            ended[found[0]] = found[1]
+        while (found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+            process = found.si_pid
+            seconds = _processor_seconds(process, processes) if process in children else 0.0
+            ended[process] = _Death(os.waitpid(process, 0)[1], seconds)
     return ended
 
 
-def _was_out_of_time(candidate: int, ended: dict[int, int]) -> bool:
-    """Whether the limit on processor time ended the candidate, which may be dying still."""
+def _processor_seconds(process: int, processes: int | None) -> float:
+    """What a process that is not buried took itself; what `os.wait4` tells has its children's too."""
+    try:
+        place = "/proc/" if processes is None else ""
+        file = os.open(f"{place}{process}/stat", os.O_RDONLY, dir_fd=processes)
+    except OSError:
+        return 0.0
+    try:
+        fields = os.read(file, 4096).rpartition(b")")[2].split()
+    finally:
+        os.close(file)
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def _out_of_time(seconds: float, children: Sequence[int], processes: int | None, ended: dict[int, _Death]) -> bool:
+    """Whether examiner or candidate, which may be dying still, had used its processor time up when it ended.
+
+    One that does not heed the first signal is killed as by anyone, and only its time tells why.
+    """
     give_up = time.monotonic() + 1.0
-    while candidate not in ended and time.monotonic() < give_up:
+    while not ended.keys() >= set(children) and time.monotonic() < give_up:
         time.sleep(0.01)
-        ended |= _reap()
-    status = ended.get(candidate, 0)
-    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
+        ended |= _reap(children, processes)
+    deaths = [ended[child] for child in children if child in ended]
+    return any(
+        (os.WIFSIGNALED(death.status) and os.WTERMSIG(death.status) == signal.SIGXCPU) or death.seconds >= seconds
+        for death in deaths
+    )
 
 
 def _resident(processes: int) -> int:
