@@ -13,7 +13,7 @@ import pytest
 
 from m3jax.errors import M3Error
 from m3jax.evaluation import sandbox
-from m3jax.evaluation.sandbox import Limits, Program, launching, run_program, run_programs
+from m3jax.evaluation.sandbox import Limits, Program, launcher, launching, run_program, run_programs
 
 PACKAGE = Path(sandbox.__file__).resolve().parents[2]
 
@@ -146,6 +146,36 @@ def test_failure_says_why(source: str, tests: str, reason: str, detail: str) -> 
     assert outcome.reason == reason
     assert not outcome.passed
     assert detail in f"{outcome.detail}"
+
+
+_DEAF = "import signal\nfor n in set(signal.Signals) - {9, 19}: signal.signal(n, signal.SIG_IGN)\n"
+
+
+@pytest.mark.parametrize("walls", [True, False])
+@pytest.mark.parametrize(
+    ("source", "tests"),
+    [
+        (_DEAF + "def f():\n    while True: pass", "f()"),  # killed as by anyone, a second after the signal
+        ("def f(): pass", "f()\nwhile True: pass"),  # it is the tests' process whose time is up
+    ],
+)
+def test_processor_time_that_is_used_up_is_told(
+    source: str, tests: str, walls: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not walls:
+        monkeypatch.setattr(sandbox, "why_no_sandbox", lambda: "for a test")
+    outcome = run_program(source, tests, limits=Limits(cpu_seconds=1), allow_unsandboxed=not walls)
+    assert (outcome.reason, outcome.detail) == ("timeout", "used 1 s of processor time")
+
+
+def test_processor_time_of_other_processes_is_not_taken_for_the_programs() -> None:
+    source = (
+        "import os, time\ndef f():\n    for _ in range(3):\n        if os.fork() == 0:\n"
+        "            while time.process_time() < 0.5: pass\n            os._exit(0)\n        os.wait()\n"
+        "    os.kill(os.getpid(), 9)"
+    )
+    outcome = run_program(source, "f()", limits=Limits(cpu_seconds=1))
+    assert (outcome.reason, outcome.detail) == ("died", "the program ended before the tests did")
 
 
 def test_a_harness_with_many_open_files_shows_none_of_them() -> None:
@@ -317,7 +347,7 @@ def test_a_directory_is_removed_whatever_is_in_it() -> None:
     os.symlink("/usr", place + "/link")
     Path(place, "a", "file").touch(0)
     os.chmod(place + "/a/b", 0)
-    sandbox._remove(place)
+    launcher.remove(place)
     assert not os.path.exists(place)
     assert os.listdir("/usr")
 

@@ -19,12 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from m3jax.errors import M3Error
-from m3jax.evaluation.sandbox import kernel, launching
+from m3jax.evaluation.sandbox import kernel, launcher, launching
 
 __all__ = ["Limits", "Outcome", "Program", "UnsandboxedWarning", "run_program", "run_programs", "why_no_sandbox"]
 
 _GRACE_SECONDS = 10.0
-_CANNOT_CONFINE = 3
 
 
 class UnsandboxedWarning(UserWarning):
@@ -112,13 +111,18 @@ def run_program(
         >>> run_program("def double(x): return 2 * x", "assert double(4) == 8").passed
         True
     """
+    with launching.lifeline() as line:
+        return _judged(Program(source, tests), limits, allow_unsandboxed, line)
+
+
+def _judged(program: Program, limits: Limits, allow_unsandboxed: bool, line: launching.Lifeline) -> Outcome:
     why_not = why_no_sandbox()
     if why_not is not None and not allow_unsandboxed:
         raise M3Error(
             f"cannot run generated code safely: this system does not allow a sandbox ({why_not}); run it where user "
             "namespaces are allowed, or pass --allow-unsandboxed to run it with limits only"
         )
-    return _launch(Program(source, tests), limits, confined=why_not is None)
+    return _launch(program, limits, why_not is None, line)
 
 
 def run_programs(
@@ -138,37 +142,48 @@ def run_programs(
     """
 
     def run(program: Program) -> Outcome:
-        return run_program(program.source, program.tests, limits=limits, allow_unsandboxed=allow_unsandboxed)
+        return _judged(program, limits, allow_unsandboxed, line)
 
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        return list(pool.map(run, programs))
+    with launching.lifeline() as line, ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+        try:
+            return list(pool.map(run, programs))
+        except BaseException:  # a KeyboardInterrupt, which only this thread gets
+            line.cut()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 @functools.cache
 def why_no_sandbox() -> str | None:
     """Why this system allows no sandbox, or None where it does; tried once per process."""
     try:
-        outcome = _launch(Program("def one(): return 1", "assert one() == 1"), Limits(), confined=True)
+        with launching.lifeline() as line:
+            outcome = _launch(Program("def one(): return 1", "assert one() == 1"), Limits(), True, line)
     except M3Error as error:
         return str(error)
     return None if outcome.passed else f"a trial program ended with: {outcome.detail}"
 
 
-def _launch(program: Program, limits: Limits, confined: bool) -> Outcome:
+def _launch(program: Program, limits: Limits, confined: bool, line: launching.Lifeline) -> Outcome:
     if not sys.platform.startswith("linux"):
         raise M3Error(f"generated code can be run on Linux only, and this is {sys.platform}")
-    directory = tempfile.mkdtemp(prefix="m3jax-")
-    try:
-        if not confined:
-            os.chmod(directory, 0o777)  # it runs as another user where it can; the parent directory is sticky
-        with (
-            launching.file_of(program.tests.encode("utf-8", "surrogatepass")) as tests,
-            launching.file_of(secret := _secret()) as key,
-            contextlib.nullcontext() if confined else _closed_to_others(),
-        ):
-            return _converse(program, limits, confined, directory, tests, key, secret)
-    finally:
-        _remove(directory)
+    with (
+        launching.file_of(program.tests.encode("utf-8", "surrogatepass")) as tests,
+        launching.file_of(secret := _secret()) as key,
+        contextlib.nullcontext() if confined else _unconfined() as directory,
+    ):
+        walls = limits._asdict()
+        order = {
+            "confined": confined,
+            "directory": directory,
+            "source": program.source,
+            "output_bytes": walls.pop("output_bytes"),
+            "walls": walls,
+        }
+        seconds = limits.wall_seconds + _GRACE_SECONDS
+        ended = launching.forked(order, seconds, tests, key, line) if confined else None
+        ended = ended or launching.started(order, seconds, tests, key, line)
+    return _outcome(ended, limits, secret)
 
 
 def _secret() -> bytes:
@@ -180,40 +195,31 @@ _running, _lock = 0, threading.Lock()
 
 
 @contextlib.contextmanager
-def _closed_to_others() -> Iterator[None]:
-    """Keeps other processes of the same user, programs among them, from this one's memory, environment and files."""
+def _unconfined() -> Iterator[str]:
+    """The directory of a program without walls, which its launcher makes and removes.
+
+    Meanwhile other processes of the same user, programs among them, are kept from this one's memory, environment and
+    files.
+    """
     global _running
+    directory = os.path.join(tempfile.gettempdir(), f"m3jax-{secrets.token_hex(8)}")
     with _lock:
         _running += 1
         kernel.set_dumpable(False)
     try:
-        yield
+        yield directory
     finally:
+        launcher.remove(directory)  # where something killed the launcher
         with _lock:
             _running -= 1
             if not _running:
                 kernel.set_dumpable(True)
 
 
-def _converse(
-    program: Program, limits: Limits, confined: bool, directory: str, tests: int, key: int, secret: bytes
-) -> Outcome:
-    walls = limits._asdict()
-    order = {
-        "confined": confined,
-        "directory": directory,
-        "source": program.source,
-        "tests": tests,
-        "secret": key,
-        "output_bytes": walls.pop("output_bytes"),
-        "walls": walls,
-    }
-    seconds = limits.wall_seconds + _GRACE_SECONDS
-    ended = launching.forked(order, seconds, tests, key) if confined else None
-    ended = ended or launching.started(order, seconds, tests, key)
-    if ended.code is None:
+def _outcome(ended: launching.Ended, limits: Limits, secret: bytes) -> Outcome:
+    if ended.code in (None, launcher.OUT_OF_TIME):
         return Outcome(False, "timeout", "the sandbox itself did not end in time", "", limits.wall_seconds)
-    if ended.code == _CANNOT_CONFINE:
+    if ended.code == launcher.CANNOT_CONFINE:
         raise M3Error(ended.complaint.decode(errors="replace"))
     try:
         found = json.loads(ended.answer.removeprefix(secret)) if ended.answer.startswith(secret) else None
@@ -223,23 +229,3 @@ def _converse(
         why = ended.complaint.decode(errors="replace")[:1000] or "the sandbox was killed"
         return Outcome(False, "died", why, "", 0.0)
     return Outcome(found["reason"] == "passed", found["reason"], found["detail"], found["output"], found["seconds"])
-
-
-def _remove(directory: str) -> None:
-    """Remove a directory whatever a program put there: modes that forbid it, or depths that no path can name."""
-    token, count = secrets.token_hex(8), 0
-    with contextlib.suppress(OSError):
-        while entries := list(os.scandir(directory)):
-            for entry in entries:
-                if not entry.is_dir(follow_symlinks=False):
-                    os.unlink(entry.path)
-                    continue
-                os.chmod(entry.path, 0o700)
-                for name in os.listdir(entry.path):  # its contents move up, so that depth never grows
-                    child = os.path.join(entry.path, name)
-                    if os.path.isdir(child) and not os.path.islink(child):
-                        os.chmod(child, 0o700)
-                    os.rename(child, os.path.join(directory, f"{token}-{count}"))
-                    count += 1
-                os.rmdir(entry.path)
-        os.rmdir(directory)

@@ -14,6 +14,7 @@ _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 _SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/nix", "/etc/ld.so.cache")
 _PACKAGES = ("site-packages", "dist-packages")
 _INNER_USER = 1000
+_FOUNDATIONS = ("/tmp", "/proc")  # nothing that is shown lies in the last
 
 
 class Walls(TypedDict):
@@ -120,19 +121,30 @@ def _versions_in(prefix: str) -> list[str]:
         return []
 
 
-def build_root(directory: str, walls: Walls) -> int:
+def _foundation() -> str:
+    """A directory that every host has, to mount upon where only this namespace sees it, and that hides nothing shown.
+
+    One that was made for it would stay behind when the launcher is killed.
+    """
+    shown = [f"{os.path.realpath(place)}/" for place in (*_SYSTEM, *_interpreter_places(), *_DEVICES)]
+    *places, last = (os.path.realpath(place) for place in _FOUNDATIONS)
+    fit = (place for place in places if os.path.isdir(place) and not any(one.startswith(f"{place}/") for one in shown))
+    return next(fit, last)
+
+
+def build_root(walls: Walls) -> int:
     """Replace the file system by a read-only view of the interpreter and a small, empty, writable /tmp.
 
-    Everything that a program writes lives in memory that ends with the namespace, so there is nothing to clean up.
+    Everything that is written lives in memory that ends with the namespace, so there is nothing to clean up.
 
     Args:
-        directory: An empty directory of the host to build upon; nothing is written to it.
         walls: The limits; `disk_bytes` and `files` bound /tmp.
 
     Returns:
         A descriptor of a /proc of this PID namespace that no path leads to.
     """
     kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
+    directory = _foundation()
     kernel.mount("tmpfs", directory, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=1m,nr_inodes=4096,mode=0755")
     jail = directory + "/jail"
     for name in ("/old", "/jail", "/jail/proc", "/jail/tmp"):
@@ -176,7 +188,13 @@ def drop_privileges(user_instead_of_root: int, confined: bool) -> None:
     with contextlib.suppress(*([] if confined else [OSError])):
         kernel.refuse_system_calls()
     kernel.set_dumpable(False)
-    kernel.set_death_signal(signal.SIGKILL)
+    if confined:  # and all the namespace with it
+        kernel.set_death_signal(signal.SIGKILL)
+
+
+def processor_seconds(walls: Walls) -> int:
+    """The processor time of one process, as the kernel takes it."""
+    return max(1, int(walls["cpu_seconds"]))
 
 
 def limit(walls: Walls, alone: bool) -> None:
@@ -186,7 +204,7 @@ def limit(walls: Walls, alone: bool) -> None:
         walls: The limits.
         alone: Whether processes are counted for this sandbox alone; else the user's others come on top.
     """
-    seconds = max(1, int(walls["cpu_seconds"]))
+    seconds = processor_seconds(walls)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))  # a signal first, for those who ignore it the end
     count = walls["processes"] + (0 if alone else _processes_of_user())
     for kind, value in (

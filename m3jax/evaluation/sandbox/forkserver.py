@@ -8,22 +8,24 @@ import functools
 import os
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple, NoReturn
 
 from m3jax.evaluation.sandbox import kernel
 
 _REQUEST, _STARTED = b"r", b"s"
-_SEEN = 6  # descriptors of a launcher: standard input, output and error, tests, secret, and where its exit code goes
-TESTS, SECRET, _STATUS = 3, 4, 5
+_SEEN = 7  # descriptors of a launcher: standard input, output and error, tests, secret, lifeline, its exit code's way
+TESTS, SECRET, LINE, _STATUS = 3, 4, 5, 6
 _DESCRIPTORS = 1024  # more than the server ever has
+SECONDS_TO_END = 5.0  # for a launcher whose lifeline is cut; it takes milliseconds
 
 
 def serve() -> NoReturn:
     """Forks launchers for whoever holds the other end of standard input, a socket, until that is closed."""
-    from m3jax.evaluation.sandbox.launcher import guarded, read_order, run_order
+    from m3jax.evaluation.sandbox.launcher import guarded, outlast_signals, read_order, run_order
 
+    outlast_signals()
     kernel.set_dumpable(False)  # or programs that run without walls, as this user, could get into what outlives them
     link = socket.socket(fileno=os.dup(0))
     os.close(0)
@@ -68,7 +70,7 @@ class Launched(NamedTuple):
     status: socket.socket
 
 
-def launch(link: socket.socket, order: int, output: int, errors: int, tests: int, secret: int) -> Launched:
+def launch(link: socket.socket, order: int, output: int, errors: int, tests: int, secret: int, line: int) -> Launched:
     """Has a launcher forked.
 
     Args:
@@ -78,6 +80,7 @@ def launch(link: socket.socket, order: int, output: int, errors: int, tests: int
         errors: Where its complaints go.
         tests: What it finds as descriptor `TESTS`.
         secret: What it finds as descriptor `SECRET`.
+        line: What it finds as descriptor `LINE`.
 
     Raises:
         OSError: The server is gone, or the launcher could not begin.
@@ -85,7 +88,7 @@ def launch(link: socket.socket, order: int, output: int, errors: int, tests: int
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         with theirs:
-            socket.send_fds(link, [_REQUEST], [order, output, errors, tests, secret, theirs.fileno()])
+            socket.send_fds(link, [_REQUEST], [order, output, errors, tests, secret, line, theirs.fileno()])
         _, found, _, _ = socket.recv_fds(mine, 1, 1)
         if not found:
             raise ConnectionResetError("no launcher has begun")
@@ -95,12 +98,13 @@ def launch(link: socket.socket, order: int, output: int, errors: int, tests: int
     return Launched(found[0], mine)
 
 
-def exit_code(launched: Launched, seconds: float) -> int | None:
+def exit_code(launched: Launched, seconds: float, cut: Callable[[], None]) -> int | None:
     """Waits for a launcher to end; one that takes longer is killed, and all that it started with it.
 
     Args:
         launched: The launcher.
         seconds: How long it may take.
+        cut: Cuts its lifeline; called where waiting is interrupted, which is passed on when it has ended.
 
     Returns:
         Its exit code; -9 if something killed it; None if that was done here.
@@ -115,6 +119,12 @@ def exit_code(launched: Launched, seconds: float) -> int | None:
             status.settimeout(None)
             status.recv(1)  # until all of its processes have ended
             return None
+        except BaseException:
+            cut()
+            status.settimeout(SECONDS_TO_END)
+            with suppress(TimeoutError):
+                status.recv(1)
+            raise
         finally:
             os.close(launched.process)
     return found[0] if found else -signal.SIGKILL

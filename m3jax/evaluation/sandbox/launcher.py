@@ -3,6 +3,9 @@
 Started or forked afresh for each program, without threads, so forking here is safe. Four processes: the launcher stays
 in the harness's PID namespace; its child, the keeper, is the first process of the new one and outlives nothing: when it
 ends the kernel kills all the rest. The keeper's children are the candidate (the program) and the examiner (the tests).
+
+However the harness ends, the launcher's end of its lifeline shows it, and the launcher ends the keeper. Where there are
+no namespaces, launcher and keeper each end what the other leaves.
 """
 
 import contextlib
@@ -13,31 +16,56 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 from m3jax.evaluation.sandbox import confine, kernel
 from m3jax.evaluation.sandbox.candidate import serve
 from m3jax.evaluation.sandbox.examiner import examine
 from m3jax.evaluation.sandbox.wire import Channel
 
-CANNOT_CONFINE = 3
+CANNOT_CONFINE, OUT_OF_TIME = 3, 4
+_SLACK_SECONDS = 5.0  # for walls to be built and a keeper to be done after its time
+_FROM_OUTSIDE = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _TICK_SECONDS = 0.05
 _DESCRIPTORS = 1024  # more than this process ever has
 _LONGEST_VERDICT = 1 << 16
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+class _Death(NamedTuple):
+    """A process's status, and the processor time that it took itself, without its children, where that is known."""
+
+    status: int
+    seconds: float = 0.0
+
+
+class _Ends(NamedTuple):
+    """What the keeper reads: the program's output, the examiner's verdict, and nothing until the launcher ends."""
+
+    output: int
+    verdict: int
+    launcher: int
 
 
 def main() -> NoReturn:
     """Read the order from standard input, run it, write the outcome to standard output."""
+    outlast_signals()
     os._exit(run_order(read_order()))
+
+
+def outlast_signals() -> None:
+    """Go on when a terminal or a supervisor ends the harness with all that is near it: its end is seen otherwise."""
+    for number in _FROM_OUTSIDE:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def read_order() -> dict[str, Any]:
     """What is to be run, from standard input."""
     with open(0, "rb", closefd=False) as file:  # a pipe, or a file
         order: dict[str, Any] = json.loads(file.read())
-    for name in ("tests", "secret"):
+    for name in ("tests", "secret", "line"):
         given = order[name]
         order[name] = os.dup(given)  # the lowest free number, so that all descriptors here are small
         os.close(given)
@@ -48,19 +76,66 @@ def run_order(order: dict[str, Any]) -> int:
     """Run an order and write the outcome to standard output; returns the exit code."""
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")  # should memory run out all the same, the kernel takes the program first
-    user = confine.own_user()
-    if order["confined"]:
-        try:
+    user, directory = confine.own_user(), order["directory"]
+    try:
+        if order["confined"]:
             confine.separate(user)
-        except OSError as error:
-            _complain(error)
-            return CANNOT_CONFINE
+        else:
+            kernel.become_subreaper()
+            os.mkdir(directory)
+            os.chmod(directory, 0o777)  # it runs as another user where it can; the parent directory is sticky
+    except OSError as error:
+        _complain(error)
+        return CANNOT_CONFINE
+    try:
+        return _run_keeper(order, user)
+    finally:
+        if not order["confined"]:
+            _sweep([])  # what a keeper that was killed has left
+            remove(directory)
+
+
+def _run_keeper(order: dict[str, Any], user: int) -> int:
+    """Have a keeper run the order, and end it when the harness ends or it takes too long."""
     kernel.set_dumpable(False)  # or a program of the same user could write to where the outcome goes
+    mine, its = socket.socketpair()  # each of the two sees by it that the other has ended
     keeper = os.fork()
     if keeper == 0:
-        guarded(lambda: _keep(order, user))
+        mine.close()
+        guarded(lambda: _keep(order, user, its.fileno()))
+    its.close()
+    ends = select.poll()
+    ends.register(mine, select.POLLIN)
+    ends.register(order["line"], select.POLLIN)
+    ready = [number for number, _ in ends.poll(1000 * (order["walls"]["wall_seconds"] + _SLACK_SECONDS))]
+    if mine.fileno() not in ready:
+        os.kill(keeper, signal.SIGKILL)
     _, status = os.waitpid(keeper, 0)
-    return os.waitstatus_to_exitcode(status) & 0xFF
+    return os.waitstatus_to_exitcode(status) & 0xFF if ready else OUT_OF_TIME
+
+
+def remove(directory: str) -> None:
+    """Remove a directory whatever a program put there: modes that forbid it, or depths that no path can name.
+
+    Args:
+        directory: Which; it may be gone already.
+    """
+    token, count = os.urandom(8).hex(), 0
+    with contextlib.suppress(OSError):
+        while entries := list(os.scandir(directory)):
+            for entry in entries:
+                if not entry.is_dir(follow_symlinks=False):
+                    os.unlink(entry.path)
+                    continue
+                os.chmod(entry.path, 0o700)
+                for name in os.listdir(entry.path):  # its contents move up, so that depth never grows
+                    child = os.path.join(entry.path, name)
+                    if os.path.isdir(child) and not os.path.islink(child):
+                        os.chmod(child, 0o700)
+                    os.rename(child, os.path.join(directory, f"{token}-{count}"))
+                    count += 1
+                os.rmdir(entry.path)
+        os.rmdir(directory)
 
 
 def _content(file: int) -> bytes:
@@ -87,13 +162,14 @@ def guarded(body: Callable[[], None]) -> NoReturn:
     os._exit(0)
 
 
-def _keep(order: dict[str, Any], user: int) -> None:
+def _keep(order: dict[str, Any], user: int, launcher: int) -> None:
     walls: confine.Walls = order["walls"]
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # with default actions, the first process ignores its namespace
+    for number in _FROM_OUTSIDE:  # programs begin as ever
+        signal.signal(number, signal.SIG_DFL)  # with default actions, the first process ignores its namespace
     processes = None
     try:
         if order["confined"]:
-            processes = confine.build_root(order["directory"], walls)
+            processes = confine.build_root(walls)
         else:
             kernel.become_subreaper()
             os.chdir(order["directory"])
@@ -102,6 +178,8 @@ def _keep(order: dict[str, Any], user: int) -> None:
     except OSError as error:
         _complain(error)
         os._exit(CANNOT_CONFINE)
+    if select.select([launcher], [], [], 0)[0]:
+        os._exit(1)  # the launcher ended before there was a signal for it
     inside, outside = socket.socketpair()
     output, output_end = os.pipe()
     verdict, verdict_end = os.pipe()
@@ -124,7 +202,8 @@ def _keep(order: dict[str, Any], user: int) -> None:
     for end in (output_end, verdict_end, inside.fileno(), outside.fileno()):
         os.close(end)
     secret = _content(order["secret"])  # only now, so that no child has it in its memory
-    found, printed = _watch(walls, order["output_bytes"], processes, children[1], output, verdict)
+    ends = _Ends(output, verdict, launcher)
+    found, printed = _watch(walls, order["output_bytes"], processes, children, ends)
     found |= {"output": printed.decode(errors="replace"), "seconds": time.monotonic() - started}
     if processes is None:
         _sweep(children)
@@ -161,23 +240,26 @@ def _settle(kept: tuple[int, ...], output: int | None) -> None:
 
 
 def _watch(
-    walls: confine.Walls, output_bytes: int, processes: int | None, candidate: int, output: int, verdict: int
+    walls: confine.Walls, output_bytes: int, processes: int | None, children: list[int], ends: _Ends
 ) -> tuple[dict[str, Any], bytes]:
-    """Collect output and verdict until the examiner has spoken, time is up, or memory is."""
+    """Collect output and verdict until the examiner has spoken, the launcher has ended, time is up, or memory is."""
+    output, verdict, launcher = ends
     printed, spoken = bytearray(), bytearray()
-    ended: dict[int, int] = {}
+    ended: dict[int, _Death] = {}
     deadline = time.monotonic() + walls["wall_seconds"]
-    waiting = {output, verdict}
+    waiting = set(ends)
     while True:
         for ready in select.select(list(waiting), [], [], _TICK_SECONDS)[0]:
             piece = os.read(ready, 1 << 16)
+            if ready == launcher:
+                return {"reason": "died", "detail": "the sandbox was killed"}, b""
             if not piece:
                 waiting.discard(ready)
             elif ready == output:
                 printed += piece[: output_bytes - len(printed)]
             else:
                 spoken += piece
-        ended |= _reap()
+        ended |= _reap(children, processes)
         if verdict not in waiting or len(spoken) > _LONGEST_VERDICT:
             while len(printed) < output_bytes and select.select([output], [], [], 0)[0]:
                 piece = os.read(output, output_bytes - len(printed))
@@ -185,7 +267,7 @@ def _watch(
                     break
                 printed += piece
             found = _verdict(bytes(spoken))
-            if found["reason"] == "died" and _was_out_of_time(candidate, ended):
+            if found["reason"] == "died" and _out_of_time(confine.processor_seconds(walls), children, processes, ended):
                 found = {"reason": "timeout", "detail": f"used {walls['cpu_seconds']:g} s of processor time"}
             return found, bytes(printed)
         if time.monotonic() > deadline:
@@ -202,23 +284,45 @@ def _verdict(spoken: bytes) -> dict[str, Any]:
         return {"reason": "died", "detail": "the tests were killed before they ended"}
 
 
-def _reap() -> dict[int, int]:
-    """Bury the dead: their statuses, by process."""
+def _reap(children: Sequence[int] = (), processes: int | None = None) -> dict[int, _Death]:
+    """Bury the dead: what became of them, by process; of the children with the time that they took."""
     ended = {}
     with contextlib.suppress(ChildProcessError):
-        while (found := os.waitpid(-1, os.WNOHANG))[0] != 0:
-            ended[found[0]] = found[1]
+        while (found := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+            process = found.si_pid
+            seconds = _processor_seconds(process, processes) if process in children else 0.0
+            ended[process] = _Death(os.waitpid(process, 0)[1], seconds)
     return ended
 
 
-def _was_out_of_time(candidate: int, ended: dict[int, int]) -> bool:
-    """Whether the limit on processor time ended the candidate, which may be dying still."""
+def _processor_seconds(process: int, processes: int | None) -> float:
+    """What a process that is not buried took itself; what `os.wait4` tells has its children's too."""
+    try:
+        place = "/proc/" if processes is None else ""
+        file = os.open(f"{place}{process}/stat", os.O_RDONLY, dir_fd=processes)
+    except OSError:
+        return 0.0
+    try:
+        fields = os.read(file, 4096).rpartition(b")")[2].split()
+    finally:
+        os.close(file)
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def _out_of_time(seconds: float, children: Sequence[int], processes: int | None, ended: dict[int, _Death]) -> bool:
+    """Whether examiner or candidate, which may be dying still, had used its processor time up when it ended.
+
+    One that does not heed the first signal is killed as by anyone, and only its time tells why.
+    """
     give_up = time.monotonic() + 1.0
-    while candidate not in ended and time.monotonic() < give_up:
+    while not ended.keys() >= set(children) and time.monotonic() < give_up:
         time.sleep(0.01)
-        ended |= _reap()
-    status = ended.get(candidate, 0)
-    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU
+        ended |= _reap(children, processes)
+    deaths = [ended[child] for child in children if child in ended]
+    return any(
+        (os.WIFSIGNALED(death.status) and os.WTERMSIG(death.status) == signal.SIGXCPU) or death.seconds >= seconds
+        for death in deaths
+    )
 
 
 def _resident(processes: int) -> int:

@@ -60,6 +60,40 @@ def _command(work: str) -> list[str]:
     return [os.path.realpath(executable), "-I", "-S", "-c", _BOOT + work, *stubs]
 
 
+class Lifeline(NamedTuple):
+    """Two sockets, one of which launchers hold: when the other is closed they end, and all that they started.
+
+    Attributes:
+        ours: This process's alone, so that it is closed however the process ends.
+        theirs: Their end, to be handed to them.
+    """
+
+    ours: socket.socket
+    theirs: socket.socket
+
+    def cut(self) -> None:
+        """Have the launchers end."""
+        with contextlib.suppress(OSError):  # it may be closed already
+            self.ours.shutdown(socket.SHUT_RDWR)  # whoever else may hold it
+        self.ours.close()
+
+
+_lifelines: set[Lifeline] = set()
+
+
+@contextlib.contextmanager
+def lifeline() -> Iterator[Lifeline]:
+    """A lifeline for launchers, which is cut in the end."""
+    line = Lifeline(*socket.socketpair())
+    _lifelines.add(line)
+    try:
+        yield line
+    finally:
+        line.cut()
+        line.theirs.close()
+        _lifelines.discard(line)
+
+
 class Ended(NamedTuple):
     """What a launcher left: its exit code, None where it was not done in time, the outcome and its complaints."""
 
@@ -68,7 +102,7 @@ class Ended(NamedTuple):
     complaint: bytes = b""
 
 
-def started(order: dict[str, Any], seconds: float, tests: int, key: int) -> Ended:
+def started(order: dict[str, Any], seconds: float, tests: int, key: int, line: Lifeline) -> Ended:
     """Has a launcher of its own run an order.
 
     Args:
@@ -76,7 +110,9 @@ def started(order: dict[str, Any], seconds: float, tests: int, key: int) -> Ende
         seconds: How long it may take.
         tests: A file.
         key: A file.
+        line: What it lives by; cut where waiting is interrupted.
     """
+    told = order | {"tests": tests, "secret": key, "line": line.theirs.fileno()}
     with subprocess.Popen(
         _command(_START),
         stdin=subprocess.PIPE,
@@ -85,19 +121,23 @@ def started(order: dict[str, Any], seconds: float, tests: int, key: int) -> Ende
         env={},
         cwd="/",
         start_new_session=True,
-        pass_fds=(tests, key),
+        pass_fds=(tests, key, told["line"]),
     ) as launcher:
         try:
-            answer, complaint = launcher.communicate(json.dumps(order).encode(), seconds)
+            answer, complaint = launcher.communicate(json.dumps(told).encode(), seconds)
         except subprocess.TimeoutExpired:
-            # The keeper dies with the launcher, and its namespace with it.
             launcher.kill()
-            launcher.communicate()
+            launcher.communicate()  # until the keeper has ended too, and all that it started
             return Ended(None)
+        except BaseException:
+            line.cut()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                launcher.wait(forkserver.SECONDS_TO_END)
+            raise
     return Ended(launcher.returncode, answer, complaint)
 
 
-def forked(order: dict[str, Any], seconds: float, tests: int, key: int) -> Ended | None:
+def forked(order: dict[str, Any], seconds: float, tests: int, key: int, line: Lifeline) -> Ended | None:
     """Has a launcher forked from the server run an order; None where there is no server.
 
     Args:
@@ -105,8 +145,10 @@ def forked(order: dict[str, Any], seconds: float, tests: int, key: int) -> Ended
         seconds: How long it may take.
         tests: A file.
         key: A file.
+        line: What it lives by; cut where waiting is interrupted.
     """
-    told = json.dumps(order | {"tests": forkserver.TESTS, "secret": forkserver.SECRET}).encode()
+    numbers = {"tests": forkserver.TESTS, "secret": forkserver.SECRET, "line": forkserver.LINE}
+    told = json.dumps(order | numbers).encode()
     for _ in range(2):  # a server that something ended is started anew, once
         link = _link()
         if link is None:
@@ -117,8 +159,8 @@ def forked(order: dict[str, Any], seconds: float, tests: int, key: int) -> Ended
             file_of(b"") as complaint,
             contextlib.suppress(OSError),
         ):
-            launched = forkserver.launch(link, given, answer, complaint, tests, key)
-            code = forkserver.exit_code(launched, seconds)
+            launched = forkserver.launch(link, given, answer, complaint, tests, key, line.theirs.fileno())
+            code = forkserver.exit_code(launched, seconds, line.cut)
             return Ended(code, *(os.pread(file, os.fstat(file).st_size, 0) for file in (answer, complaint)))
         _end_server(link)
     return None
@@ -175,14 +217,17 @@ def _end_server(link: socket.socket | None = None) -> None:
             _server = None
 
 
-def _forget_server() -> None:
-    """In a process that was forked: the server is its parent's, and so is whoever held the lock."""
+def _forget_launchers() -> None:
+    """In a process that was forked: server and lifelines are its parent's, and so is whoever held the lock."""
     global _lock, _server
     _lock = threading.Lock()
+    for line in _lifelines:
+        line.ours.close()  # and not cut
+    _lifelines.clear()
     if _server is not None:
         with _server.link, _server.process as process:  # upon which its ends of them are closed
             process.returncode = 0  # nothing for this process to wait for
         _server = None
 
 
-os.register_at_fork(after_in_child=_forget_server)
+os.register_at_fork(after_in_child=_forget_launchers)
