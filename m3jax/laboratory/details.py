@@ -172,7 +172,7 @@ def written_lines(written: Iterable[Line]) -> Iterator[str]:
     yield (
         "The best of the first seed's draws on dev examples, over all methods: written by what `m3jax merge` calls, "
         "with the draw's weights in its manifest, made again by `m3jax replay`, and evaluated from the disk by what "
-        "`m3jax evaluate` calls. Text by text, as there, a model rounds otherwise than in the batches of the tables."
+        "`m3jax evaluate` calls, in whose batches a model may round otherwise than in those of the tables."
     )
     yield ""
     yield from table(

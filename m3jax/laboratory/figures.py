@@ -68,8 +68,12 @@ def finish_figure(figure: "Figure", axes: "Sequence[Axes]", path: Path, first: S
     """
     shown = {label: handle for panel in axes for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
     shown = {label: shown[label] for label in dict.fromkeys([*first, *shown]) if label in shown}
-    if shown:
-        figure.legend(shown.values(), shown.keys(), loc="outside upper center", ncols=3, fontsize=9, frameon=False)
+    for columns in (3, 2, 1) if shown else ():
+        place: Any = {"loc": "outside upper center", "ncols": columns, "fontsize": 9, "frameon": False}
+        legend = figure.legend(shown.values(), shown.keys(), **place)
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=144)
     write_whole(path, drawn.getvalue())
@@ -324,7 +328,7 @@ def save_alphas(lines: Iterable[Line], path: Path) -> bool:
         _mark(panel, [shape.alpha for shape in shapes])
     depth.set_xlabel("number of draws", color=INK)
     _mark(depth, [one.draws for one in depths])
-    spread.set_ylim(0, 0.55)
+    spread.set_ylim(0, max(0.55, spread.get_ylim()[1]))
     for panel in (score, depth):
         low, high = panel.get_ylim()
         panel.set_ylim(max(low, 0), min(high, 1))

@@ -9,7 +9,7 @@ from support.matrix import few
 
 from m3jax.errors import M3Error
 from m3jax.laboratory.experiments import AVERAGE, DRAW, EQUAL, M3, TUNED
-from m3jax.laboratory.figures import save_alphas, save_bars, save_curves
+from m3jax.laboratory.figures import finish_figure, make_figure, save_alphas, save_bars, save_curves
 from m3jax.laboratory.findings import find
 from m3jax.laboratory.reporting import FILES, report_lines, table, write_report
 
@@ -262,3 +262,13 @@ def test_a_report_that_is_there_may_be_kept(tmp_path, ledger):
 
 def test_cells_cannot_break_a_table():
     assert list(table(["a"], [["b|c\nd"]])) == ["| a |", "|---|", "| b/c d |"]
+
+
+@pytest.mark.parametrize("panels", [1, 3])
+def test_a_legend_fits_its_figure(panels, tmp_path):
+    figure, axes = make_figure(panels)
+    for number in range(9):
+        axes[0].plot([0, 1], [0, number], label=f"something with a name that is long, number {number}")
+    finish_figure(figure, axes, tmp_path / "picture.png")
+    (legend,) = figure.legends
+    assert legend.get_window_extent().width <= figure.bbox.width
