@@ -21,7 +21,7 @@ from m3jax.errors import M3Error
 from m3jax.methods import catalogue
 from m3jax.methods.mixup import draw_weights
 from m3jax.outputs import provenance
-from m3jax.outputs.copies import CHAT_TEMPLATE_JSON, read_entries, write_copy
+from m3jax.outputs.copies import CHAT_TEMPLATE_JSON, check_documents, read_entries, write_copy
 from m3jax.outputs.layers import untied, with_module_layers
 from m3jax.outputs.manifest import README
 from m3jax.outputs.modes import copy_mode
@@ -66,7 +66,7 @@ def gather(
         M3Error: A tokenizer cannot be added to, or a file is damaged or none of the model's own.
     """
     files = named_companions(models[template].path)
-    _check_documents(files)
+    check_documents(files)
     others: dict[str, Path] = {}
     if united is not None:
         position = next((i for i, each in enumerate(united.speakers) if each.name == models[template].name), 0)
@@ -76,13 +76,6 @@ def gather(
             beside = _beside(own, united, position, name, size)
             others |= {f"{directory}/{file}": path for file, path in beside.items()}
     return {**_with_template(recipe, models, template, files), **others}
-
-
-def _check_documents(files: Mapping[str, Path]) -> None:
-    """Raise M3Error for a file that an output would have, and nobody could read."""
-    for name, path in files.items():
-        if name.endswith(".json") and read_entries(path) is None:
-            raise M3Error(f"{path}: is no JSON, and the output would be as unreadable: restore it")
 
 
 def _with_template(

@@ -45,7 +45,7 @@ from m3jax.checkpoints.trust import remarks
 from m3jax.checkpoints.views import stored_digests
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs import mark
-from m3jax.outputs.copies import write_copy
+from m3jax.outputs.copies import check_documents, write_copy
 from m3jax.outputs.local import Staging, check_free, exactly, replaced_with
 from m3jax.outputs.manifest import InputRecord, TensorDigests
 from m3jax.outputs.modes import narrow
@@ -170,6 +170,7 @@ def convert(
             source, told = seen_as(source, wanted, home.config, metadata, named, rounded=rounded)
             beside = {**named_companions(home.directory), **beside}
             beside |= {} if home.file is None else {CONFIG: home.file}
+        check_documents(beside)
         as_stored = names is None or source is own
         template = read_template(place) if as_stored and format == recognise(place) == ORBAX else None
         model = found._replace(name=named)

@@ -1,7 +1,7 @@
 """Copies of the files beside weights, as an output has them; no JAX."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,6 +29,17 @@ def read_entries(path: Path) -> Any:
         raise M3Error(f"{path}: {error}: restore the file") from None
     except ValueError:
         return None
+
+
+def check_documents(files: Mapping[str, Path]) -> None:
+    """Raise M3Error for a file that an output would have, and nobody could read.
+
+    Args:
+        files: By name.
+    """
+    for name, path in files.items():
+        if name.endswith(".json") and read_entries(path) is None:
+            raise M3Error(f"{path}: is no JSON, and the output would be as unreadable: restore it")
 
 
 def write_copy(path: Path, directory: Path, name: str, edit: Edit | None = None) -> None:

@@ -88,7 +88,7 @@ def check_place(out: Path) -> None:
         raise M3Error(f"{out}: is not a name for a new directory: give one")
     if not out.parent.is_dir():
         state = "is a file" if out.parent.exists() else "does not exist"
-        raise M3Error(f"{out}: its parent {out.parent} {state}: make a directory there, or choose another place")
+        raise M3Error(f"{out}: its parent {state}: make the directory {out.parent}, or choose another place")
 
 
 def check_free(out: Path, overwrite: bool) -> None:

@@ -103,10 +103,18 @@ def test_code_is_neither_copied_nor_named_in_outputs(models: list[Path]) -> None
 def test_configurations_without_code_are_copied_as_they_are(models: list[Path]) -> None:
     text = '{ "model_type":"x", "torch_dtype" : "float32", "a":1.0 }'
     (models[0] / "config.json").write_text(text)
-    (models[0] / "tokenizer_config.json").write_text("no json")
+    (models[0] / "tokenizer_config.json").write_text('[ "no object" ]')
     for out in (merge(models, dtype="float32"), convert(models[0], models[0].parent / "converted").directory):
         assert (out / "config.json").read_text() == text
-        assert (out / "tokenizer_config.json").read_text() == "no json"
+        assert (out / "tokenizer_config.json").read_text() == '[ "no object" ]'
+
+
+def test_what_nobody_can_read_is_not_copied(models: list[Path]) -> None:
+    (models[0] / "tokenizer_config.json").write_text('{"eos_token": "x"')
+    for work in (lambda: merge(models), lambda: convert(models[0], models[0].parent / "converted")):
+        with pytest.raises(M3Error, match=r"tokenizer_config\.json: is no JSON, and the output would be as unreadable"):
+            work()
+    assert not (models[0].parent / "converted").exists()
 
 
 def test_what_was_left_alone_is_told(models: list[Path]) -> None:
