@@ -164,8 +164,8 @@ def _judged_by_tests(*programs_of: Callable[[Example, str], str | None]) -> Judg
                 if outcome.passed or place not in judged:  # of those that fail, the first is told
                     detail = "" if outcome.passed else f"{outcome.reason}: {outcome.detail}"
                     judged[place] = Judgement(outcome.passed, source, detail)
-            for place, source in found.items():
-                judged.setdefault(place, Judgement(False, None, _NO_PROGRAM if source is None else _NO_PYTHON))
+            for place, text in found.items():
+                judged.setdefault(place, Judgement(False, None, _NO_PROGRAM if text is None else _NO_PYTHON))
         return [judged[place] for place in range(len(texts))]
 
     return judge
