@@ -216,7 +216,7 @@ class Laboratory(NamedTuple):
         places: The model directories: "base", and the experts by skill.
         pupil: What the models share.
         how: How much is measured.
-        work: A directory in which nothing is written, as merges stay in memory.
+        work: The directory of it all; merges stay in memory but for those that are to be written.
     """
 
     places: Mapping[str, Path]

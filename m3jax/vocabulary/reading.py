@@ -111,7 +111,7 @@ def read_vocabulary(files: Mapping[str, Path]) -> Vocabulary | None:
     return told._replace(tokens=tokens, added=added if told.added is not None or added else None, roles=roles)
 
 
-def check_documents(files: Mapping[str, Path]) -> None:
+def check_tokenizer(files: Mapping[str, Path]) -> None:
     """Raise M3Error for the first of a tokenizer's JSON files that is none, as one that was cut.
 
     Args:

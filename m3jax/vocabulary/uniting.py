@@ -12,7 +12,7 @@ from m3jax.vocabulary.reading import (
     BPE,
     Added,
     Vocabulary,
-    check_documents,
+    check_tokenizer,
     digests,
     has_tokenizer,
     read_vocabulary,
@@ -108,7 +108,7 @@ def read_speakers(models: Sequence[tuple[str, Mapping[str, Path]]]) -> tuple[Spe
         if key not in known:
             known[key] = read_vocabulary(files)
             if known[key] is None:
-                check_documents(files)
+                check_tokenizer(files)
         speakers.append(Speaker(name, files, known[key]))
     return tuple(speakers)
 
