@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from support.directories import WIDE, read, recipe, write, write_models
+from support.interruptions import interruption
 from support.matrix import METHODS, SPARSIFIERS
 
 import m3jax
@@ -90,11 +91,7 @@ def test_what_one_lane_cannot_read_ends_all(tmp_path, asked):
 
 def test_an_interrupted_merge_goes_on_with_other_lanes(tmp_path, asked):
     want = m3jax.merge_checkpoint(asked, tmp_path / "want", **ONE, max_shard_size=10_000).digest
-
-    def interrupt(step):
-        if step.stage == "merging" and step.done > step.total * 0.6:
-            raise KeyboardInterrupt
-
+    interrupt = interruption(tmp_path / "out.partial", 0.6)
     with pytest.raises(KeyboardInterrupt):
         m3jax.merge_checkpoint(asked, tmp_path / "out", lanes=3, **ONE, progress=interrupt, max_shard_size=10_000)
     result = m3jax.merge_checkpoint(asked, tmp_path / "out", lanes=2, **ONE, max_shard_size=10_000)

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from support import oracle
 from support.directories import WIDE, read, recipe, write, write_models
+from support.interruptions import interruption
 from support.matrix import DTYPES, METHODS, SHAPES, SPARSIFIERS, models, pairwise, same
 
 import m3jax
@@ -321,26 +322,12 @@ def test_the_card_says_whether_weights_were_drawn(tmp_path, method, granularity)
 # --- interruption -------------------------------------------------------------------------------------------------
 
 
-def wait_for_a_shard(staging):
-    """Until the thread that writes has finished a file, and said so in the journal behind its first line."""
-    for _ in range(6000):
-        if any(len(journal.read_text().splitlines()) > 1 for journal in staging.glob("m3jax-journal*.jsonl")):
-            return
-        time.sleep(0.01)
-    raise AssertionError("no file was finished within a minute")
-
-
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties_paper"])
 def test_interrupted_merges_resume(tmp_path, method):
     write_models(tmp_path / "in")
     asked = recipe(tmp_path / "in", **METHODS[method][1])
     want = m3jax.merge_checkpoint(asked, tmp_path / "want", max_shard_size="100KB")
-
-    def interrupt(progress):
-        if progress.stage == "merging" and progress.done > 0.8 * progress.total:
-            wait_for_a_shard(tmp_path / "out.partial")
-            raise KeyboardInterrupt
-
+    interrupt = interruption(tmp_path / "out.partial", 0.8)
     with pytest.raises(KeyboardInterrupt):
         m3jax.merge_checkpoint(asked, tmp_path / "out", max_shard_size="100KB", progress=interrupt)
     assert not (tmp_path / "out").exists()
@@ -356,12 +343,7 @@ def test_interrupted_merges_resume(tmp_path, method):
 def test_another_recipe_does_not_resume(tmp_path):
     write_models(tmp_path / "in")
     first = recipe(tmp_path / "in", merge_method="task_arithmetic")
-
-    def interrupt(progress):
-        if progress.done > 0.8 * progress.total:
-            wait_for_a_shard(tmp_path / "out.partial")
-            raise KeyboardInterrupt
-
+    interrupt = interruption(tmp_path / "out.partial", 0.8)
     with pytest.raises(KeyboardInterrupt):
         m3jax.merge_checkpoint(first, tmp_path / "out", max_shard_size="2KB", progress=interrupt)
     second = recipe(tmp_path / "in", merge_method="task_arithmetic", parameters={"lambda": 0.5})

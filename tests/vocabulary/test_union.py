@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from support import oracle
 from support.alignment import BASE, NAMES, ROWS, UNION, VOCABULARIES, WIDTH, aligned, tokenizer, write_models
 from support.directories import read
+from support.interruptions import interruption
 from support.matrix import METHODS, SPARSIFIERS, same
 
 import m3jax
@@ -178,16 +179,12 @@ def test_what_a_recipe_says_of_tokens(place, tensors, tmp_path):
     assert m3jax.replay(tmp_path / "out", tmp_path / "again").digest == result.digest
 
 
-def stop(told):
-    if told.done > told.total / 2:
-        raise KeyboardInterrupt
-
-
 def test_an_interrupted_merge_is_gone_on_with(place, tensors, tmp_path):
     keys = recipe(place, merge_method="linear")
     whole = m3jax.merge_checkpoint(keys, tmp_path / "whole", max_shard_size=1)
+    interrupt = interruption(tmp_path / "out.partial", 0.5)
     with pytest.raises(KeyboardInterrupt):
-        m3jax.merge_checkpoint(keys, tmp_path / "out", max_shard_size=1, progress=stop)
+        m3jax.merge_checkpoint(keys, tmp_path / "out", max_shard_size=1, progress=interrupt)
     result = m3jax.merge_checkpoint(keys, tmp_path / "out", max_shard_size=1)
     assert result.resumed_shards
     assert result.manifest == whole.manifest
@@ -203,9 +200,9 @@ def test_what_was_made_before_an_experts_tokens_or_config_were_corrected_is_made
 
     def begin(told, out="out"):
         files["tokenizer.json"].write_text(told)
+        interrupt = interruption(tmp_path / f"{out}.partial", 0.5)
         with pytest.raises(KeyboardInterrupt):
-            m3jax.merge_checkpoint(keys, tmp_path / out, max_shard_size=1, progress=stop)
-        assert len(list((tmp_path / f"{out}.partial").glob("*.safetensors")))
+            m3jax.merge_checkpoint(keys, tmp_path / out, max_shard_size=1, progress=interrupt)
 
     begin(wrong)
     files["tokenizer.json"].write_text(right)
