@@ -1,5 +1,6 @@
 """From the shell and back: how a command is started, speaks and ends."""
 
+import ctypes
 import errno
 import gc
 import json
@@ -23,7 +24,10 @@ BAD_INPUT = 2
 _LONGEST_SENTENCE = 4000  # characters
 _FAILURE, _INTERRUPTED, _PIPE_CLOSED = 1, 130, 141
 _COMPLETING = "_M3JAX_COMPLETE"  # set by the functions that --install-completion gives to shells
-_FEW_COLLECTIONS = 100_000  # objects made until garbage is looked for: imports make many, and leave none
+_FEW_COLLECTIONS = 300_000  # objects made until garbage is looked for: imports make many, and leave none
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of <malloc.h>
+_MAPPED_FROM = 32 << 20  # bytes of what is mapped apart: the most that glibc takes
+_KEPT_FREE = 128 << 20  # bytes that are kept at most
 _CANNOT_PRINT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -56,13 +60,23 @@ def run(app: typer.Typer) -> NoReturn:
         app: The commands.
     """
     gc.set_threshold(_FEW_COLLECTIONS, *gc.get_threshold()[1:])
+    _keep_freed_memory()
     code = main(app)
     if code == _INTERRUPTED:  # what JAX still computes would crash the interpreter as it is taken down
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
+    gc.freeze()  # else all that was imported would be looked through as the interpreter is taken down
     sys.exit(code)
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc use the memory of one chunk for the next; else it gives it back, and all pages are cleared anew."""
+    with suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_MMAP_THRESHOLD, _MAPPED_FROM)
+        mallopt(_TRIM_THRESHOLD, _KEPT_FREE)
 
 
 def wants_debug(arguments: Sequence[str] = ()) -> bool:

@@ -119,6 +119,15 @@ def test_commands_start_light(models: tuple[str, str], arguments: list[str], unw
     assert [name for name in unwanted if f"'{name}'" in loaded] == []
 
 
+def test_blas_is_told_how_long_its_threads_look_for_work_before_it_is_loaded() -> None:
+    told = "sys.modules.get('numpy'), os.environ['OPENBLAS_THREAD_TIMEOUT']"
+    program = f"import os, sys; import m3jax.__main__; print({told})"
+    for given, expected in (({}, "20"), ({"OPENBLAS_THREAD_TIMEOUT": "7"}, "7")):
+        environment = {k: v for k, v in os.environ.items() if k != "OPENBLAS_THREAD_TIMEOUT"} | given
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == (f"None {expected}\n", "")
+
+
 def test_version(capsys: Capture) -> None:
     from m3jax import __version__
 
