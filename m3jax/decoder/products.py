@@ -17,7 +17,7 @@ _TILE = 16
 # Rows of weights that many bytes apart, or a multiple, share one set of a processor's first cache.
 _CACHE_STRIDE = 4096
 # Rows of float16 weights that are widened at a time, which a processor's caches hold.
-_WIDENED_ROWS = 512
+_WIDENED_ROWS = 256
 
 
 def project(

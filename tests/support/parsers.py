@@ -151,11 +151,15 @@ def _adapter(place: Path) -> None:
 def _within(model: Callable[[], Path], file: str, then: Callable[[Path], object]) -> Callable[[Path], object]:
     """A reader of a model whose file of that name is another."""
 
+    @cache
+    def whole() -> Path:
+        copy = Path(tempfile.mkdtemp(), "whole")
+        shutil.copytree(model(), copy)
+        return copy
+
     def read(place: Path) -> None:
-        whole = place / "whole"
-        shutil.copytree(model(), whole)
-        (whole / file).write_bytes((place / Path(file).name).read_bytes())
-        then(whole)
+        (whole() / file).write_bytes((place / Path(file).name).read_bytes())
+        then(whole())
 
     return read
 
