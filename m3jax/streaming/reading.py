@@ -5,7 +5,7 @@ import itertools
 import math
 import queue
 import threading
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -312,11 +312,27 @@ class _Lane:
     def __init__(self, checkpoint: Checkpoint, chunk_bytes: int, most_held: int) -> None:
         self.checkpoint = checkpoint
         self.ready: queue.Queue[np.ndarray | BaseException] = queue.Queue(_AHEAD)
-        self.free: queue.LifoQueue[np.ndarray | None] = queue.LifoQueue()  # the last used, so that few are made
+        self.free: queue.Queue[None] = queue.Queue()  # one for each chunk that may be read
+        self._spare: defaultdict[int, list[np.ndarray]] = defaultdict(list)  # by size, the last used at the end
         self.chunk_bytes = chunk_bytes
         self.held: deque[np.ndarray] = deque()  # in the order of chunks, which every stage goes through
         for _ in range(_AHEAD + _IN_FLIGHT + most_held):
-            self.free.put(None)  # allocated when first used
+            self.free.put(None)
+
+    def buffer(self, size: int) -> np.ndarray:
+        """A buffer of so many bytes, which another chunk was in if there is one."""
+        spare = self._spare[size]
+        if spare:
+            return spare.pop()
+        kept = sum(own * len(buffers) for own, buffers in list(self._spare.items()))
+        if kept > self.chunk_bytes * (_AHEAD + _IN_FLIGHT):
+            self._spare = defaultdict(list)  # of chunks of other sizes there are too many to keep theirs too
+        return _aligned_empty(size)
+
+    def give_back(self, buffer: np.ndarray) -> None:
+        """Keep a buffer for another chunk, which may be read now."""
+        self._spare[buffer.size].append(buffer)
+        self.free.put(None)
 
 
 class ChunkReader:
@@ -389,8 +405,7 @@ class ChunkReader:
         if loaded.hold.kept:
             return
         for position, buffer in zip(loaded.visit.plan.sources, loaded.buffers, strict=True):
-            lane = self._lanes[position]
-            lane.free.put(buffer if buffer.size == lane.chunk_bytes else None)
+            self._lanes[position].give_back(buffer)
 
     def _typed(self, visit: Visit, position: int, buffer: Any) -> np.ndarray:
         info = self._lanes[position].checkpoint.tensors[visit.plan.output.name]
@@ -441,10 +456,10 @@ class ChunkReader:
     def _buffer(self, position: int, visit: Visit, hold: Hold) -> np.ndarray:
         """A buffer for a chunk; one that is kept is no larger than the chunk, of which there may be many."""
         lane = self._lanes[position]
-        free: np.ndarray | None = self._take(lane.free)
+        self._take(lane.free)
         width = DTYPES[lane.checkpoint.tensors[visit.plan.output.name].dtype].itemsize
         size = visit.padded * width if hold.kept else lane.chunk_bytes
-        return free if free is not None and free.size == size else _aligned_empty(size)
+        return lane.buffer(size)
 
     def _read(self, position: int, visit: Visit, buffer: np.ndarray, digest: TensorDigest, filled: bool) -> None:
         """Read, hash and check a chunk; what an earlier stage has filled is hashed alone."""
