@@ -57,6 +57,7 @@ FOUND: list[tuple[str, Callable[[bytes], bytes]]] = [
     ("journal, and its merge gone on with", lambda good: b"["),
     ("journal, and its merge gone on with", lambda good: good.replace(b'"0": {"model.embed', b'"0": {"x')),
     ("array of an early Orbax", _with("chunks", [2, 2**40])),
+    ("tree of an early Orbax", lambda good: good.replace(b"//dense.kernel", b"//dense.kerne\\")),
     ("task of the harness", lambda good: b"[" * 100_000),
     ("task of the harness", lambda good: good.replace(b"other", b"x" * 300)),
     ("task of the harness", lambda good: good.replace(b"other.yaml", b'"\\0"')),

@@ -5,6 +5,7 @@ emulator of Google's storage) is where the drivers of `remote` go too.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -79,6 +80,26 @@ def context(cache: int | None = None) -> Any:
 
     told: dict[str, Any] = {"s3_request_retries": _RETRIES, "gcs_request_retries": _RETRIES}
     return ts.Context(told if cache is None else {**told, "cache_pool": {"total_bytes_limit": cache}})
+
+
+def open_array(spec: Mapping[str, Any], name: str, directory: Path, shared: Any) -> Any:
+    """A future of TensorStore's handle of an array.
+
+    Args:
+        spec: Where and how it is stored.
+        name: Of the array.
+        directory: Where it is, for people.
+        shared: As `context` gives it.
+
+    Raises:
+        M3Error: Nothing can be stored so.
+    """
+    import tensorstore as ts
+
+    try:
+        return ts.open(spec, open=True, read=True, context=shared)
+    except Exception as error:  # of many types
+        raise unusable(f"array {name!r}", directory, error) from error
 
 
 def unusable(what: str, directory: Path, error: Exception) -> M3Error:

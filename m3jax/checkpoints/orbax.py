@@ -22,7 +22,7 @@ import numpy.typing as npt
 from blake3 import blake3
 
 from m3jax.checkpoints.headers import damaged
-from m3jax.checkpoints.key_values import context, unusable
+from m3jax.checkpoints.key_values import context, open_array, unusable
 from m3jax.checkpoints.orbax_template import Template
 from m3jax.checkpoints.orbax_tree import (
     AGGREGATE,
@@ -69,8 +69,6 @@ Box: TypeAlias = tuple[slice, ...]
 
 def _open_store(item: Path, tree: Tree, name: str, shared: Any) -> Any:
     """A future of TensorStore's handle of an array."""
-    import tensorstore as ts
-
     spec = {
         "driver": tree.stored[name],
         "kvstore": key_value_spec(item, name),
@@ -78,7 +76,7 @@ def _open_store(item: Path, tree: Tree, name: str, shared: Any) -> Any:
         "recheck_cached_data": False,
         "recheck_cached_metadata": False,
     }
-    return ts.open(spec, open=True, read=True, context=shared)
+    return open_array(spec, name, item, shared)
 
 
 def _check_memory(what: str, size: int) -> None:

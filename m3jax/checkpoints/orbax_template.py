@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from m3jax import documents
 from m3jax.checkpoints.formats import ORBAX
 from m3jax.checkpoints.headers import parse_json
-from m3jax.checkpoints.key_values import context, unusable
+from m3jax.checkpoints.key_values import context, open_array, unusable
 from m3jax.checkpoints.orbax_tree import (
     COMMITTED,
     MANIFEST,
@@ -101,11 +101,9 @@ def read_template(path: Path) -> Template:
 
 def _layouts(item: Path) -> dict[str, StoredArray]:
     """How the arrays of an item are stored that are stored by themselves."""
-    import tensorstore as ts
-
     tree, shared = read_tree(item), context()
     opening = {
-        name: ts.open({"driver": driver, "kvstore": key_value_spec(item, name)}, open=True, read=True, context=shared)
+        name: open_array({"driver": driver, "kvstore": key_value_spec(item, name)}, name, item, shared)
         for name, driver in tree.stored.items()
     }
     found = {}
