@@ -98,6 +98,8 @@ def open_array(spec: Mapping[str, Any], name: str, directory: Path, shared: Any)
 
     try:
         return ts.open(spec, open=True, read=True, context=shared)
+    except MemoryError:
+        raise
     except Exception as error:  # of many types
         raise unusable(f"array {name!r}", directory, error) from error
 

@@ -25,9 +25,12 @@ _LONGEST_SENTENCE = 4000  # characters
 _FAILURE, _INTERRUPTED, _PIPE_CLOSED = 1, 130, 141
 _COMPLETING = "_M3JAX_COMPLETE"  # set by the functions that --install-completion gives to shells
 _FEW_COLLECTIONS = 300_000  # objects made until garbage is looked for: imports make many, and leave none
-_ARENA_MAX, _MMAP_THRESHOLD, _TRIM_THRESHOLD = -8, -3, -1  # of <malloc.h>
-_MAPPED_FROM = 32 << 20  # bytes of what is mapped apart: the most that glibc takes
-_KEPT_FREE = 128 << 20  # bytes that are kept at most
+_HEAP = {
+    "MALLOC_ARENA_MAX": (-8, 1),  # a thread's own gives back what is free whatever is kept
+    "MALLOC_MMAP_THRESHOLD_": (-3, 32 << 20),  # bytes of what is mapped apart: the most that glibc takes
+    "MALLOC_TRIM_THRESHOLD_": (-1, 128 << 20),  # bytes that are kept at most
+}
+"""By the variable that sets it too: an option of glibc's heap, as <malloc.h> numbers it, and its value here."""
 _CANNOT_PRINT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -73,11 +76,13 @@ def run(app: typer.Typer) -> NoReturn:
 
 def _keep_freed_memory() -> None:
     """Lets glibc use the memory of one chunk for the next; else it gives it back, and all pages are cleared anew."""
-    with suppress(AttributeError, OSError):  # another C library
+    if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return
+    with suppress(AttributeError, OSError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_ARENA_MAX, 1)  # a thread's own gives back what is free whatever is kept
-        mallopt(_MMAP_THRESHOLD, _MAPPED_FROM)
-        mallopt(_TRIM_THRESHOLD, _KEPT_FREE)
+        for variable, (option, value) in _HEAP.items():
+            if variable not in os.environ:
+                mallopt(option, value)
 
 
 def wants_debug(arguments: Sequence[str] = ()) -> bool:

@@ -2,22 +2,20 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-# Above so many rows of activations, repacking weights costs less than turning the result.
-_FEW_ROWS = 64
-# XLA's fast CPU kernel for bfloat16 products wants more than one row.
+# XLA's fast CPU kernel for bfloat16 products wants more than one row; padding costs nothing elsewhere.
 _MIN_ROWS = 4
-# It takes sixteen rows of weights and of activations at a time, whether there are as many or not.
+# Above so many, repacking weights costs less than turning the result.
+_FEW_ROWS = 64
+# That kernel takes sixteen rows of weights and of activations at a time, whether there are as many or not.
 _TILE = 16
 # Rows of weights that many bytes apart, or a multiple, share one set of a processor's first cache.
 _CACHE_STRIDE = 4096
-# Rows of float16 weights that are widened at a time, which a processor's caches hold.
-_WIDENED_ROWS = 256
 
 
 def project(
@@ -32,9 +30,11 @@ def project(
     """
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) > _FEW_ROWS:
-        product = _product(weight, rows)
+        product = dot(rows, weight, (((1,), (1,)), ((), ())))
+    elif (pieces := _pieces(weight, len(rows))) > 1:
+        product = _product_by_pieces(weight, rows, pieces)
     else:
-        product = lax.platform_dependent(weight, rows, cpu=_product_on_cpu, default=_product)
+        product = _turned_product(weight, rows)
     return product.astype(dtype or x.dtype).reshape(*x.shape[:-1], -1)
 
 
@@ -51,22 +51,10 @@ def dot(a: Array, b: Array, dimensions: Any) -> Array:
     return product
 
 
-def _product(weight: Float[Array, "out in"], rows: Float[Array, "rows in"]) -> Float[Array, "rows out"]:
-    return dot(rows, weight, (((1,), (1,)), ((), ())))
-
-
-def _product_on_cpu(weight: Float[Array, "out in"], rows: Float[Array, "rows in"]) -> Float[Array, "rows out"]:
-    """Of few rows: weights are read where they lie, instead of being repacked for each product."""
-    if weight.dtype == jnp.float16:
-        return _widened_product(weight, rows)
-    pieces = _pieces(weight, len(rows))
-    return _turned_product(weight, rows) if pieces == 1 else _product_by_pieces(weight, rows, pieces)
-
-
 def _turned_product(weight: Float[Array, "out in"], rows: Float[Array, "rows in"]) -> Float[Array, "rows out"]:
-    """Weights on the left."""
+    # Weights on the left: on a CPU they are then read where they lie instead of being repacked for each
+    # product. The barrier keeps XLA from turning the product around again.
     padded = jnp.pad(rows, ((0, max(0, _MIN_ROWS - len(rows))), (0, 0)))
-    # The barrier keeps XLA from turning the product around again.
     turned: Array = lax.optimization_barrier(  # type: ignore[no-untyped-call]
         dot(weight, padded, (((1,), (1,)), ((), ())))
     )
@@ -74,12 +62,17 @@ def _turned_product(weight: Float[Array, "out in"], rows: Float[Array, "rows in"
 
 
 def _pieces(weight: Float[Array, "out in"], rows: int) -> int:
-    """Into how many pieces weights are cut, so that rows beside each other lie in different sets of the cache."""
+    """Into how many pieces rows of weights are cut, so that those beside each other lie in different sets of the cache.
+
+    On several devices a row may be divided among them, and would be gathered to be cut.
+    """
+    if weight.dtype != jnp.bfloat16 or jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return 1
     width = weight.shape[1] * weight.dtype.itemsize
     pieces = 1
     while width and width // pieces % _CACHE_STRIDE == 0:
         pieces *= 2
-    return pieces if weight.dtype == jnp.bfloat16 and rows * pieces <= _TILE else 1
+    return pieces if rows * pieces <= _TILE else 1
 
 
 def _product_by_pieces(
@@ -96,19 +89,3 @@ def _product_by_pieces(
     products = _turned_product(weight.reshape(-1, width), rows.reshape(-1, width))
     each = products.reshape(len(rows), pieces, -1, pieces)  # [rows, piece of activations, out, piece of weights]
     return sum((each[:, piece, :, piece] for piece in range(1, pieces)), each[:, 0, :, 0])
-
-
-def _widened_product(weight: Float[Array, "out in"], rows: Float[Array, "rows in"]) -> Float[Array, "rows out"]:
-    """In float32, as XLA has it on a CPU, but some rows of weights after others, so that they stay in its caches."""
-    wide, count = rows.astype(jnp.float32), weight.shape[0]
-    size = min(_WIDENED_ROWS, count)
-
-    def of_block(start: Array) -> Float[Array, "size rows"]:
-        block = lax.dynamic_slice_in_dim(weight, start, size).astype(jnp.float32)
-        widened: Array = lax.optimization_barrier(block)  # type: ignore[no-untyped-call]
-        return dot(widened, wide, (((1,), (1,)), ((), ())))
-
-    # The last block begins before the one ahead of it ends, where they do not divide the rows.
-    products = lax.map(of_block, np.minimum(np.arange(0, count, size), count - size))
-    left = count - (len(products) - 1) * size
-    return jnp.concatenate([products[:-1].reshape(-1, len(rows)), products[-1, size - left :]]).T

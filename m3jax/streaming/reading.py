@@ -19,6 +19,7 @@ from m3jax.streaming.plan import MergePlan, TensorPlan, row_size
 
 _AHEAD = 2  # chunks that each input may be read ahead
 _IN_FLIGHT = 4  # chunks that may be computed or written while their buffers are still in use
+_MOST_SPARE = 2  # chunks of buffers that are kept beside one of a size that was not there yet
 _ALIGNMENT = 64  # bytes: below this alignment XLA copies host arrays
 _POLL_SECONDS = 0.2
 _BUFFER_BYTES = 160_000_000
@@ -314,6 +315,7 @@ class _Lane:
         self.ready: queue.Queue[np.ndarray | BaseException] = queue.Queue(_AHEAD)
         self.free: queue.Queue[None] = queue.Queue()  # one for each chunk that may be read
         self._spare: defaultdict[int, list[np.ndarray]] = defaultdict(list)  # by size, the last used at the end
+        self._lock = threading.Lock()
         self.chunk_bytes = chunk_bytes
         self.held: deque[np.ndarray] = deque()  # in the order of chunks, which every stage goes through
         for _ in range(_AHEAD + _IN_FLIGHT + most_held):
@@ -321,17 +323,17 @@ class _Lane:
 
     def buffer(self, size: int) -> np.ndarray:
         """A buffer of so many bytes, which another chunk was in if there is one."""
-        spare = self._spare[size]
-        if spare:
-            return spare.pop()
-        kept = sum(own * len(buffers) for own, buffers in list(self._spare.items()))
-        if kept > self.chunk_bytes * (_AHEAD + _IN_FLIGHT):
-            self._spare = defaultdict(list)  # of chunks of other sizes there are too many to keep theirs too
+        with self._lock:
+            if self._spare[size]:
+                return self._spare[size].pop()
+            if sum(own * len(buffers) for own, buffers in self._spare.items()) > _MOST_SPARE * self.chunk_bytes:
+                self._spare.clear()  # of other sizes, which may not come again
         return _aligned_empty(size)
 
     def give_back(self, buffer: np.ndarray) -> None:
         """Keep a buffer for another chunk, which may be read now."""
-        self._spare[buffer.size].append(buffer)
+        with self._lock:
+            self._spare[buffer.size].append(buffer)
         self.free.put(None)
 
 

@@ -1,10 +1,12 @@
 """The commands: what they pass on, what they print and how they end."""
 
+import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
+import types
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -431,6 +433,7 @@ sys.exit(m3jax.cli.commands.main(["merge", {recipe!r}, "out"]))
 def test_interrupt_while_modules_are_loaded() -> None:
     program = """
 import sys
+import types
 class Interrupting:
     def find_spec(self, name, *_):
         if name == "m3jax.cli.merges":
@@ -521,3 +524,31 @@ def test_a_full_standard_output_is_a_sentence() -> None:
         run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert run.returncode == 2
     assert run.stderr.startswith("m3jax: standard output: No space left on device: send it elsewhere")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another C library than glibc")
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ({}, {-8, -3, -1}),
+        ({"MALLOC_ARENA_MAX": "6"}, {-3, -1}),
+        ({"MALLOC_TRIM_THRESHOLD_": "1", "MALLOC_MMAP_THRESHOLD_": "1"}, {-8}),
+        ({"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}, set()),
+        ({"GLIBC_TUNABLES": "glibc.cpu.x86_shstk=on"}, {-8, -3, -1}),
+    ],
+)
+def test_the_heap_is_as_its_variables_say(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], left: set[int]
+) -> None:
+    from m3jax.cli import shell
+
+    for variable in (*shell._HEAP, "GLIBC_TUNABLES"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in given.items():
+        monkeypatch.setenv(variable, value)
+    told: dict[int, int] = {}
+    monkeypatch.setattr(shell.ctypes, "CDLL", lambda _: types.SimpleNamespace(mallopt=told.__setitem__))
+    shell._keep_freed_memory()
+    assert set(told) == left
+    monkeypatch.setattr(shell.ctypes, "CDLL", lambda _: types.SimpleNamespace())
+    shell._keep_freed_memory()  # which does nothing elsewhere

@@ -42,4 +42,4 @@ def test_buffers_of_sizes_that_come_once_are_given_up():
         buffer = lane.buffer(size)
         lane.give_back(buffer)
         kept.append(sum(own * len(buffers) for own, buffers in lane._spare.items()))
-    assert max(kept) < 10_000  # bytes, where 40,000 had been
+    assert max(kept) <= (reading._MOST_SPARE + 1) * 1000  # bytes, where 40,000 had been
