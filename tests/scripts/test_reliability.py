@@ -53,3 +53,36 @@ def test_what_a_script_says_is_kept(tmp_path):
     (piece,) = (json.loads(file.read_text()) for file in tmp_path.glob("*.json"))
     assert piece["command"] == "scripts/fuzz --seconds 0.05 --only recipe"
     assert "| recipe |" in piece["said"]
+
+
+def test_pieces_that_differ_by_their_seeds_are_a_line(tmp_path, monkeypatch):
+    script = reliability()
+    monkeypatch.setattr(script, "PAGE", tmp_path / "page.md")
+    head = "| reader | executions | read | refused | faults |\n|---|---:|---:|---:|---|\n"
+    table = head + "| a | 1,000 | 3 | 997 | none |\n"
+
+    def ran(number, command, code=0):
+        piece = {"script": "fuzz", "command": f"scripts/fuzz {command}", "minutes": 0.75, "code": code, "said": table}
+        (tmp_path / f"{number}.json").write_text(json.dumps(piece))
+
+    for number, seed in enumerate([12, 3, 10, 11, 7]):
+        ran(number, f"--seed {seed} --only a", code=int(seed == 7))
+    ran(5, "--seed 13 --only b")
+    ran(6, "--only a")
+    script.write(script.kept(tmp_path))
+    page = (tmp_path / "page.md").read_text()
+    assert [row for row in page.splitlines() if row.startswith("- ")] == [
+        "- `scripts/fuzz --seed SEED --only a`, SEED 3, 10 to 12, 3.0 minutes, exit code 0",
+        "- `scripts/fuzz --seed 7 --only a`, 0.8 minutes, exit code 1",
+        "- `scripts/fuzz --seed 13 --only b`, 0.8 minutes, exit code 0",
+        "- `scripts/fuzz --only a`, 0.8 minutes, exit code 0",
+    ]
+    for file in tmp_path.glob("*.json"):
+        file.unlink()
+    assert script.add(tmp_path) == 1  # read again, it is the same page
+    assert (tmp_path / "page.md").read_text() == page
+    ran(7, "--seed 4 --only a")
+    script.add(tmp_path)
+    again = (tmp_path / "page.md").read_text()
+    assert "- `scripts/fuzz --seed SEED --only a`, SEED 3 to 4, 10 to 12, 3.8 minutes, exit code 0" in again
+    assert "| a | 8,000 | 24 | 7,976 | none |" in again
