@@ -5,6 +5,7 @@ emulator of Google's storage) is where the drivers of `remote` go too.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ _FAILURES = {
     "ABORTED": "cannot be reached: check the network and the endpoint, then start again",
     "DEADLINE_EXCEEDED": "cannot be reached: check the network and the endpoint, then start again",
 }
+_STATUS = re.compile(r"[A-Z_]+")  # a canonical status, which TensorStore's errors begin with
 
 
 def files_at(directory: Path) -> dict[str, Any]:
@@ -113,6 +115,8 @@ def unusable(what: str, directory: Path, error: Exception) -> M3Error:
         error: What TensorStore says, of many types.
     """
     reason = str(error).partition(":")[0]  # the rest repeats paths and source lines, and may hold what is secret
+    if not _STATUS.fullmatch(reason):  # nor what its bindings say of C++
+        reason = type(error).__name__
     if isinstance(directory, RemotePath) and reason in _FAILURES:
         return M3Error(f"{what} in {directory} {_FAILURES[reason]}.")
     return M3Error(f"{what} in {directory} is damaged or missing ({reason}): get the checkpoint again from its source.")

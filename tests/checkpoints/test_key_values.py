@@ -57,6 +57,11 @@ def test_sentences(place, reason, words) -> None:
         raise error
 
 
+def test_no_sentence_quotes_what_is_no_status() -> None:
+    error = unusable("array 'w'", as_path("/run/7"), TypeError("Unable to cast an object of the C++ type std::string"))
+    assert str(error).startswith("array 'w' in /run/7 is damaged or missing (TypeError): get the checkpoint again")
+
+
 def test_waits_are_bounded() -> None:
     for name in ("s3_request_retries", "gcs_request_retries"):
         assert context().spec.to_json()[name]["max_retries"] == 6
