@@ -1,10 +1,11 @@
 """A decoder in Flax NNX that runs merged language models, from disk or from memory."""
 
 from m3jax.decoder.batching import DecoderProgress, length_bucket
+from m3jax.decoder.cache import PADDING, Cache, KeyValue
 from m3jax.decoder.config import DecoderConfig
 from m3jax.decoder.families import Experts
 from m3jax.decoder.generation import Continuation, generate
-from m3jax.decoder.modeling import PADDING, Cache, Decoder, KeyValue, Params, abstract_params, bind, random_params
+from m3jax.decoder.modeling import Decoder, Params, abstract_params, bind, random_params
 from m3jax.decoder.params import load_params, params_from_tree
 from m3jax.decoder.prefixes import Prefix, common_prefix, make_prefix, read_behind
 from m3jax.decoder.rotary import Rope

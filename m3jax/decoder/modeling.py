@@ -5,7 +5,6 @@ stacked weights: slicing a stack copies every weight once per token on a CPU, wh
 """
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -17,13 +16,16 @@ from flax import nnx
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from m3jax.decoder.attention import attend, softcap
+from m3jax.decoder.cache import PADDING, Cache, KeyValue, put
 from m3jax.decoder.config import DecoderConfig
 from m3jax.decoder.experts import mix
 from m3jax.decoder.families import Experts
-from m3jax.decoder.products import dot, project
+from m3jax.decoder.products import project
 from m3jax.decoder.rotary import Rope
+from m3jax.decoder.rotation import frequencies, rotate
 
 Params: TypeAlias = Mapping[Any, Any]
 """Nested dict of arrays, as `Decoder`'s own parameters are nested; blocks are keyed by number."""
@@ -35,48 +37,6 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = MappingProxyType(
         "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
     }
 )
-
-# Bounds the memory of attention scores: one block of queries at a time.
-_QUERY_BLOCK = 512
-
-PADDING = 2**30
-"""The position of tokens that no other token may see."""
-
-
-class KeyValue(NamedTuple):
-    """Keys and values of one block.
-
-    Attributes:
-        key: Rotated keys, [batch, kv_heads, slots, head_dim]: the order in which attention multiplies them.
-        value: Values, of the same shape.
-    """
-
-    key: Float[Array, "batch kv_heads slots head_dim"]
-    value: Float[Array, "batch kv_heads slots head_dim"]
-
-
-class Cache(NamedTuple):
-    """What has been read: every row fills the same slot at the same time, whatever position it is at.
-
-    Attributes:
-        blocks: Keys and values of each block.
-        positions: Position of the token in each slot, int32 [batch, slots]; `PADDING` where there is none.
-        filled: Slots that are taken, an int32 scalar: the next token goes here.
-    """
-
-    blocks: list[KeyValue]
-    positions: Int[Array, "batch slots"]
-    filled: Int[Array, ""]
-
-    def extend(self, slots: int) -> "Cache":
-        """The same with room for more tokens.
-
-        Args:
-            slots: Slots that it is to have, at least as many as it has.
-        """
-        more = slots - self.positions.shape[1]
-        blocks = [KeyValue(*(jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))) for x in kv)) for kv in self.blocks]
-        return Cache(blocks, jnp.pad(self.positions, ((0, 0), (0, more)), constant_values=PADDING), self.filled)
 
 
 def fitting(mesh: Mesh, shape: Sequence[int], axes: Sequence[str | None]) -> NamedSharding:
@@ -105,176 +65,6 @@ def constrain(x: Array, mesh: Mesh | None, *axes: str | None) -> Array:
         return x
     placed: Array = lax.with_sharding_constraint(x, fitting(mesh, x.shape, axes))  # type: ignore[no-untyped-call]
     return placed
-
-
-def frequencies(rope: Rope, head_dim: int, lengths: Int[Array, " batch"]) -> Float[Array, "rows half"]:
-    """Radians per position of each rotated pair of entries of a head, float32.
-
-    Args:
-        rope: Base and stretching.
-        head_dim: Width of a head.
-        lengths: Tokens of each text so far, on which two ways of stretching depend.
-
-    Returns:
-        A row for each text, or one for all.
-
-    References:
-        Su et al., RoFormer, 2021; Chen et al., Extending Context Window via Positional Interpolation, 2023;
-        Peng et al., YaRN, 2023 (also of dynamic scaling); Ding et al., LongRoPE, 2024; Llama 3.1's model card, 2024.
-    """
-    width = int(head_dim * rope.share)
-    exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
-    if rope.kind == "dynamic":
-        excess = jnp.maximum(lengths, rope.original_context).astype(jnp.float32) * rope.factor
-        growth = (excess / rope.original_context - (rope.factor - 1)) ** (width / (width - 2))
-        return 1 / (rope.theta * growth[:, None]) ** exponents[None, :]
-    powers = np.float32(rope.theta) ** exponents
-    if rope.kind == "longrope":
-        short, long = (1 / (np.array(f, np.float32) * powers) for f in (rope.short_factors, rope.long_factors))
-        return jnp.where((lengths > rope.original_context)[:, None], long[None, :], short[None, :])
-    return jnp.asarray(_stretched(rope, np.float32(1) / powers))[None, :]
-
-
-def _stretched(rope: Rope, plain: Float[np.ndarray[Any, Any], " half"]) -> Float[np.ndarray[Any, Any], " half"]:
-    """Frequencies that are the same for all texts."""
-    if rope.kind in ("default", "linear"):
-        return np.asarray(plain / np.float32(rope.factor), np.float32)
-    if rope.kind == "yarn":
-        kept = 1 - _yarn_ramp(rope, len(plain))
-    else:
-        turns = rope.original_context * plain / (2 * np.pi)
-        kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
-    return np.asarray((1 - kept) * plain / rope.factor + kept * plain, np.float32)
-
-
-def _yarn_ramp(rope: Rope, pairs: int) -> Float[np.ndarray[Any, Any], " half"]:
-    """How much of each frequency YaRN stretches, from 0 to 1."""
-
-    def place(turns: float) -> float:
-        """The index of the frequency that turns so often within the original context."""
-        return pairs * math.log(rope.original_context / (turns * 2 * math.pi)) / math.log(rope.theta)
-
-    first, last = place(rope.beta_fast), place(rope.beta_slow)
-    if rope.truncate:
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, 2 * pairs - 1)
-    steps = (np.arange(pairs, dtype=np.float32) - first) / (last - first if last != first else 0.001)
-    return np.asarray(np.clip(steps, 0, 1), np.float32)
-
-
-def rotate(
-    x: Float[Array, "batch length heads head_dim"], angles: Float[Array, "batch length half"], magnitude: float = 1.0
-) -> Float[Array, "batch length heads head_dim"]:
-    """Rotates entry i of each head with entry i + width/2, in float32, for the first `width` entries.
-
-    Args:
-        x: Queries or keys.
-        angles: In radians, half as many as entries that are rotated.
-        magnitude: Factor on what is rotated.
-    """
-    width = 2 * angles.shape[-1]
-    if width < x.shape[-1]:
-        return jnp.concatenate([rotate(x[..., :width], angles, magnitude), x[..., width:]], axis=-1)
-    cos, sin = magnitude * jnp.cos(angles), magnitude * jnp.sin(angles)
-    along, across = (jnp.concatenate(pair, axis=-1)[:, :, None] for pair in ((cos, cos), (-sin, sin)))
-    # Each entry and its partner: a CPU is several times slower at putting finished halves together.
-    partner = jnp.roll(x, x.shape[-1] // 2, axis=-1)
-    return (x.astype(jnp.float32) * along + partner.astype(jnp.float32) * across).astype(x.dtype)
-
-
-def softcap(x: Float[Array, "*shape"], bound: float | None) -> Float[Array, "*shape"]:
-    """Bounds values smoothly: bound·tanh(x / bound)."""
-    return x if bound is None else bound * jnp.tanh(x / bound)
-
-
-def visible(
-    queries: Int[Array, "batch length"], keys: Int[Array, "batch slots"], window: int | None
-) -> Bool[Array, "batch length slots"]:
-    """Which slots each query may see: those of positions up to its own, the last `window` of them.
-
-    Args:
-        queries: Positions of queries.
-        keys: Positions of slots.
-        window: How many positions a query sees, itself included; `None` is all before it.
-    """
-    query, key = queries[:, :, None], keys[:, None, :]
-    return key <= query if window is None else (key <= query) & (key > query - window)
-
-
-def attend(
-    query: Float[Array, "batch length heads head_dim"],
-    cache: KeyValue,
-    queries: Int[Array, "batch length"],
-    keys: Int[Array, "batch slots"],
-    *,
-    window: int | None,
-    scale: float,
-    cap: float | None = None,
-    sinks: Float[Array, " heads"] | None = None,
-) -> Float[Array, "batch length heads head_dim"]:
-    """Causal attention with grouped heads; scores and softmax in float32.
-
-    Args:
-        query: Rotated queries.
-        cache: Keys and values.
-        queries: Positions of queries.
-        keys: Positions of slots.
-        window: How many positions a query sees; `None` is all before it.
-        scale: Factor on scores.
-        cap: Bound of scores.
-        sinks: A score of each head that takes its share and gives nothing.
-    """
-    batch, length, heads, head_dim = query.shape
-    kv_heads, slots = cache.key.shape[1:3]
-
-    def block(query: Array, queries: Array) -> Array:
-        grouped = query.reshape(batch, -1, kv_heads, heads // kv_heads, head_dim).swapaxes(1, 2)
-        rows = grouped.reshape(batch, kv_heads, -1, head_dim)
-        scores = dot(rows, cache.key, (((3,), (3,)), ((0, 1), (0, 1)))) * scale
-        scores = softcap(scores, cap).reshape(*grouped.shape[:-1], slots)
-        scores = jnp.where(visible(queries, keys, window)[:, None, :, None], scores, -jnp.inf)
-        shares = jax.nn.softmax(scores, axis=-1) if sinks is None else _softmax_with_sinks(scores, sinks)
-        weights = shares.astype(query.dtype).reshape(*rows.shape[:-1], slots)
-        mixed = dot(weights, cache.value, (((3,), (2,)), ((0, 1), (0, 1)))).astype(query.dtype)
-        return mixed.reshape(grouped.shape).swapaxes(1, 2).reshape(query.shape)
-
-    if length <= _QUERY_BLOCK:
-        return block(query, queries)
-    blocks = -(-length // _QUERY_BLOCK)
-    short = blocks * _QUERY_BLOCK - length
-    padded = jnp.pad(query, ((0, 0), (0, short), (0, 0), (0, 0)))
-    padded = padded.reshape(batch, blocks, _QUERY_BLOCK, heads, head_dim).swapaxes(0, 1)
-    # Padded queries see something, so that no softmax is over nothing.
-    places = jnp.pad(queries, ((0, 0), (0, short)), constant_values=PADDING)
-    places = places.reshape(batch, blocks, _QUERY_BLOCK).swapaxes(0, 1)
-    out: Array = lax.map(lambda pair: block(*pair), (padded, places))
-    return out.swapaxes(0, 1).reshape(batch, -1, heads, head_dim)[:, :length]
-
-
-def _softmax_with_sinks(
-    scores: Float[Array, "batch kv_heads length group slots"], sinks: Float[Array, " heads"]
-) -> Float[Array, "batch kv_heads length group slots"]:
-    """Softmax over the slots and one score more, whose share is left out."""
-    sink = sinks.astype(jnp.float32).reshape(1, scores.shape[1], 1, scores.shape[3], 1)
-    top = lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), sink))
-    powers = jnp.exp(scores - top)
-    return powers / (jnp.sum(powers, axis=-1, keepdims=True) + jnp.exp(sink - top))
-
-
-@jax.custom_jvp
-def _put(old: Array, new: Array, slot: Array) -> Array:
-    """Writes new keys or values into a cache from a slot on."""
-    # As integers: a CPU would widen the whole of a 16-bit cache to float32 and back for every token.
-    kind = {2: jnp.uint16, 4: jnp.uint32}[old.dtype.itemsize]
-    held, fresh = (lax.bitcast_convert_type(x, kind) for x in (old, new))
-    return lax.bitcast_convert_type(lax.dynamic_update_slice_in_dim(held, fresh, slot, axis=2), old.dtype)
-
-
-@_put.defjvp
-def _put_derivative(primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-    """The same of tangents, which integers would lose."""
-    old, new, _ = tangents
-    return _put(*primals), lax.dynamic_update_slice_in_dim(old, new, primals[2], axis=2)
 
 
 def _over_leading(x: Array, like: Array) -> Array:
@@ -370,7 +160,7 @@ class Attention(nnx.Module):
         parts = [key.swapaxes(1, 2), self.value(x).swapaxes(1, 2)]
         if cache is not None:
             pairs = zip(cache, parts, strict=True)
-            parts = [_put(old, new, reading.slot) for old, new in pairs]
+            parts = [put(old, new, reading.slot) for old, new in pairs]
         kept = KeyValue(*(constrain(part, reading.mesh, "fsdp", "tp") for part in parts))
         query = constrain(query, reading.mesh, "fsdp", None, "tp")
         mixed = attend(

@@ -8,8 +8,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
+from m3jax.decoder.cache import PADDING, Cache, KeyValue
 from m3jax.decoder.config import DecoderConfig
-from m3jax.decoder.modeling import PADDING, Cache, Decoder, KeyValue
+from m3jax.decoder.modeling import Decoder
 from m3jax.decoder.texts import Tokens
 
 _STEP = 8  # lengths are padded to multiples of it, so that few programs are compiled

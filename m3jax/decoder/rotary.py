@@ -15,7 +15,7 @@ class Rope(NamedTuple):
 
     Attributes:
         theta: Base of the geometric series of frequencies.
-        kind: How frequencies are stretched; see `modeling.frequencies`.
+        kind: How frequencies are stretched; see `rotation.frequencies`.
         factor: By how much.
         share: Part of each head that is rotated, from its beginning on.
         original_context: Positions that the model was trained on before stretching.

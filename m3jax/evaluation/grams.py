@@ -22,7 +22,8 @@ from m3jax.checkpoints.protocol import natural_key
 from m3jax.cluster.meshes import spread
 from m3jax.decoder import DecoderConfig
 from m3jax.decoder.batching import length_bucket, pad
-from m3jax.decoder.modeling import PADDING, Decoder, FeedForward, Linear, bind
+from m3jax.decoder.cache import PADDING
+from m3jax.decoder.modeling import Decoder, FeedForward, Linear, bind
 from m3jax.decoder.params import StoredParameter, mesh_of, nested_params
 from m3jax.decoder.weight_map import Path
 from m3jax.errors import M3Error

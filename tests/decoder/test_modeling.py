@@ -7,7 +7,7 @@ import pytest
 from support.decoders import BFLOAT16, CONFIGS, weights
 from support.matrix import few
 
-from m3jax.decoder import PADDING, DecoderConfig, Rope, bind, modeling, params_from_tree
+from m3jax.decoder import PADDING, DecoderConfig, Rope, attention, bind, modeling, params_from_tree, rotation
 from m3jax.decoder.experts import mix
 
 
@@ -60,7 +60,7 @@ def test_padding_on_either_side_changes_nothing(name, side):
 def test_queries_in_blocks_see_the_same(monkeypatch):
     read = tiny("mistral")
     whole, *_ = read(TOKENS)
-    monkeypatch.setattr(modeling, "_QUERY_BLOCK", 5)
+    monkeypatch.setattr(attention, "_QUERY_BLOCK", 5)
     blocks, *_ = tiny("mistral")(TOKENS)
     np.testing.assert_allclose(blocks, whole, atol=1e-5)
 
@@ -109,7 +109,7 @@ def test_rotation_is_a_product_of_complex_numbers(dtype):
     angles = rng.standard_normal((2, 5, 4), np.float32)
     wide = heads.astype(np.float32)
     turned = (wide[..., :4] + 1j * wide[..., 4:]) * np.exp(1j * angles)[:, :, None]
-    found = modeling.rotate(jnp.asarray(heads), jnp.asarray(angles))
+    found = rotation.rotate(jnp.asarray(heads), jnp.asarray(angles))
     assert found.dtype == dtype
     want = np.concatenate([turned.real, turned.imag], -1).astype(dtype)
     np.testing.assert_allclose(found.astype(jnp.float32), want.astype(np.float32), atol=1e-6, rtol=2**-7)
@@ -131,7 +131,7 @@ def test_a_part_of_each_head_is_rotated(share):
     heads = np.random.default_rng(0).standard_normal((2, 5, 3, 16), np.float32)
     half = int(16 * share) // 2
     angles = np.random.default_rng(1).standard_normal((2, 5, half), np.float32)
-    found = modeling.rotate(jnp.asarray(heads), jnp.asarray(angles), 1.5)
+    found = rotation.rotate(jnp.asarray(heads), jnp.asarray(angles), 1.5)
     turned = (heads[..., :half] + 1j * heads[..., half : 2 * half]) * 1.5 * np.exp(1j * angles)[:, :, None]
     want = np.concatenate([turned.real, turned.imag, heads[..., 2 * half :]], -1)
     np.testing.assert_allclose(found, want, atol=1e-6)
@@ -139,7 +139,7 @@ def test_a_part_of_each_head_is_rotated(share):
 
 def test_yarn_leaves_fast_turns_alone_and_stretches_slow_ones():
     rope = Rope(1e4, "yarn", 4.0, original_context=4096)
-    stretched, plain = (modeling.frequencies(one, 128, jnp.array([1]))[0] for one in (rope, Rope(1e4)))
+    stretched, plain = (rotation.frequencies(one, 128, jnp.array([1]))[0] for one in (rope, Rope(1e4)))
     turns = 4096 * plain / (2 * np.pi)
     np.testing.assert_allclose(stretched[turns > 40], plain[turns > 40], rtol=1e-6)
     np.testing.assert_allclose(stretched[turns < 0.9], plain[turns < 0.9] / 4, rtol=1e-6)
@@ -148,12 +148,12 @@ def test_yarn_leaves_fast_turns_alone_and_stretches_slow_ones():
 
 def test_two_ways_of_stretching_look_at_each_texts_own_length():
     dynamic = Rope(1e4, "dynamic", 2.0, original_context=64)
-    rows = modeling.frequencies(dynamic, 16, jnp.array([10, 64, 128]))
-    np.testing.assert_allclose(rows[:2], modeling.frequencies(Rope(1e4), 16, jnp.array([1, 1])).repeat(2, 0), rtol=1e-6)
+    rows = rotation.frequencies(dynamic, 16, jnp.array([10, 64, 128]))
+    np.testing.assert_allclose(rows[:2], rotation.frequencies(Rope(1e4), 16, jnp.array([1, 1])).repeat(2, 0), rtol=1e-6)
     theta = 1e4 * 3 ** (16 / 14)  # of twice the context, by the formula of its author
-    np.testing.assert_allclose(rows[2], modeling.frequencies(Rope(theta), 16, jnp.array([1]))[0], rtol=1e-5)
+    np.testing.assert_allclose(rows[2], rotation.frequencies(Rope(theta), 16, jnp.array([1]))[0], rtol=1e-5)
     long = Rope(1e4, "longrope", original_context=64, short_factors=(1.0, 2.0), long_factors=(3.0, 4.0))
-    rows = modeling.frequencies(long, 4, jnp.array([64, 65]))
+    rows = rotation.frequencies(long, 4, jnp.array([64, 65]))
     np.testing.assert_allclose(rows, [[1, 0.005], [1 / 3, 0.0025]], rtol=1e-6)
 
 
@@ -189,7 +189,7 @@ def test_only_the_experts_that_a_token_takes_change_it():
 def test_sinks_take_their_share():
     scores = jnp.asarray(np.random.default_rng(0).standard_normal((2, 2, 3, 2, 5), np.float32))
     sinks = jnp.asarray([0.5, -1.0, 30.0, 2.0])
-    found = modeling._softmax_with_sinks(scores, sinks)
+    found = attention._softmax_with_sinks(scores, sinks)
     wide = jnp.broadcast_to(sinks.reshape(1, 2, 1, 2, 1), (2, 2, 3, 2, 1))
     want = jax.nn.softmax(jnp.concatenate([scores, wide], -1), axis=-1)[..., :-1]
     np.testing.assert_allclose(found, want, atol=1e-6)

@@ -21,7 +21,7 @@ from m3jax.evaluation.scorers.notation import cleaned, without_modulus
 from m3jax.evaluation.scorers.numbers import number_in_words
 from m3jax.evaluation.scorers.shapes import (
     NAME,
-    Shape,
+    AnswerShape,
     is_asked,
     name_of_inequality,
     rebuilt,
@@ -127,7 +127,7 @@ def _same_shape(one: str, other: str) -> bool:
     return first.kind == "based" or _same_expression(first.parts[0], second.parts[0])
 
 
-def _same_across(one: Shape, other: Shape) -> bool:
+def _same_across(one: AnswerShape, other: AnswerShape) -> bool:
     """Whether answers built differently mean the same: {5} and 5, x = 5 and 5, x = 1, y = 2 and (1, 2)."""
     if one.kind == "set" and len(one.parts) == 1:
         return _same(one.parts[0], rebuilt(other))
@@ -149,7 +149,7 @@ def _same_across(one: Shape, other: Shape) -> bool:
     return False
 
 
-def _same_right_side(one: Shape, other: Shape) -> bool:
+def _same_right_side(one: AnswerShape, other: AnswerShape) -> bool:
     left, right = one.parts[0], one.parts[-1]
     names = [name.strip() for name in left[1:-1].split(",")] if is_wrapped(left, "(", ")") else []
     if len(names) > 1 and all(re.fullmatch(NAME, name) for name in names):
@@ -161,7 +161,7 @@ def _same_right_side(one: Shape, other: Shape) -> bool:
     return False
 
 
-def _same_named(names: list[str], values: Shape, other: Shape) -> bool:
+def _same_named(names: list[str], values: AnswerShape, other: AnswerShape) -> bool:
     """(x, y) = (1, 2) against (1, 2), or x = 1, y = 2."""
     if values.kind != "tuple" or len(names) != len(values.parts):
         return False
@@ -176,7 +176,7 @@ def _same_named(names: list[str], values: Shape, other: Shape) -> bool:
         values = values._replace(parts=tuple(part for _, part in sorted(zip(names, values.parts, strict=True))))
     if other.kind == "named":
         pairs = sorted(zip(names, values.parts, strict=True))
-        values = Shape("named", ",".join(name for name, _ in pairs), tuple(part for _, part in pairs))
+        values = AnswerShape("named", ",".join(name for name, _ in pairs), tuple(part for _, part in pairs))
     return _same(rebuilt(values), rebuilt(other))
 
 

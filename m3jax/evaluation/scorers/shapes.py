@@ -26,7 +26,7 @@ _FLIPPED = {r"\le": r"\ge", r"\ge": r"\le", "<": ">", ">": "<"}
 _MOST_MATRIX = 5
 
 
-class Shape(NamedTuple):
+class AnswerShape(NamedTuple):
     """How an answer is built: its kind, what must agree literally, and its parts."""
 
     kind: str
@@ -34,7 +34,7 @@ class Shape(NamedTuple):
     parts: tuple[str, ...]
 
 
-def shape_of(text: str) -> Shape:
+def shape_of(text: str) -> AnswerShape:
     """How an answer is built.
 
     Args:
@@ -47,15 +47,15 @@ def shape_of(text: str) -> Shape:
         return matrix
     pieces = split(text, r"\cup")
     if len(pieces) > 1:
-        return Shape("union", "", tuple(pieces))
+        return AnswerShape("union", "", tuple(pieces))
     if is_wrapped(text, "{", "}"):
         pieces = split(text[1:-1], ",")
-        return Shape("set", "", _alternatives(pieces)) if len(pieces) > 1 else shape_of(text[1:-1].strip())
+        return AnswerShape("set", "", _alternatives(pieces)) if len(pieces) > 1 else shape_of(text[1:-1].strip())
     if text.startswith(r"\{") and text.endswith(r"\}"):
         inside = text[2:-2]
         if built := re.match(r"\s*[a-z]\s*(?:\\in\s*\\mathbb\{?R\}?\s*)?(?:\\mid|\||:)\s*", inside):
             return shape_of(inside[built.end() :].strip())
-        return Shape("set", "", _alternatives(split(inside, ",")))
+        return AnswerShape("set", "", _alternatives(split(inside, ",")))
     pieces = split(text, ",")
     if len(pieces) > 1 or r"\pm" in text:
         return _tuple(text) or _list(pieces)
@@ -66,22 +66,22 @@ def shape_of(text: str) -> Shape:
     if (interval := _inequality(text)) is not None:
         return interval
     if len(pieces := split(text, r"\ne")) == 2 and all(pieces):
-        return Shape("union", "", (rf"(-\infty,{pieces[1]})", rf"({pieces[1]},\infty)"))
+        return AnswerShape("union", "", (rf"(-\infty,{pieces[1]})", rf"({pieces[1]},\infty)"))
     pieces = split(text, "=")
     if len(pieces) >= 2 and all(pieces):
-        return Shape("equation", "", tuple(pieces))
+        return AnswerShape("equation", "", tuple(pieces))
     if (based := _based(text)) is not None:
         return based
-    return Shape("plain", "", (text,))
+    return AnswerShape("plain", "", (text,))
 
 
-def _tuple(text: str) -> Shape | None:
+def _tuple(text: str) -> AnswerShape | None:
     for opening in "([":
         for closing in ")]":
             if is_wrapped(text, opening, closing):
                 inside = split(text[1:-1], ",")
                 if len(inside) > 1:
-                    return Shape("tuple", _interval_marks(opening, closing, inside), tuple(inside))
+                    return AnswerShape("tuple", _interval_marks(opening, closing, inside), tuple(inside))
     return None
 
 
@@ -93,7 +93,7 @@ def _interval_marks(opening: str, closing: str, parts: list[str]) -> str:
     return opening + closing
 
 
-def _list(pieces: list[str]) -> Shape:
+def _list(pieces: list[str]) -> AnswerShape:
     """A list: of named values, of inequalities that hold together, or of alternatives."""
     intervals = [_inequality(piece) for piece in pieces]
     if len(pieces) == 2 and all(interval is not None for interval in intervals):
@@ -103,22 +103,22 @@ def _list(pieces: list[str]) -> Shape:
     if all(len(side) == 2 and re.fullmatch(NAME, name) for side, name in zip(sides, names, strict=True)):
         if len(pieces) > 1 and len(set(names)) == len(names):
             ordered = sorted(zip(names, (side[1] for side in sides), strict=True))
-            return Shape("named", ",".join(name for name, _ in ordered), tuple(value for _, value in ordered))
-        return Shape("set", "", _alternatives([side[1] for side in sides]))
+            return AnswerShape("named", ",".join(name for name, _ in ordered), tuple(value for _, value in ordered))
+        return AnswerShape("set", "", _alternatives([side[1] for side in sides]))
     if len(sides[0]) == 2 and is_asked(sides[0][0]) and all(len(side) == 1 for side in sides[1:]):
         pieces = [sides[0][1], *pieces[1:]]  # x = 1, 2
-    return Shape("set", "", _alternatives(pieces))
+    return AnswerShape("set", "", _alternatives(pieces))
 
 
-def _together(intervals: list[Shape]) -> Shape:
+def _together(intervals: list[AnswerShape]) -> AnswerShape:
     """Two inequalities of one variable: what lies between them, or what lies outside."""
     lower = next((shape for shape in intervals if shape.parts[1] == r"\infty"), None)
     upper = next((shape for shape in intervals if shape.parts[0] == r"-\infty"), None)
     if lower is not None and upper is not None and (order := _order(lower.parts[0], upper.parts[1])) is not None:
         if order:
-            return Shape("tuple", lower.mark[0] + upper.mark[1], (lower.parts[0], upper.parts[1]))
-        return Shape("union", "", tuple(map(rebuilt, intervals)))
-    return Shape("set", "", tuple(map(rebuilt, intervals)))
+            return AnswerShape("tuple", lower.mark[0] + upper.mark[1], (lower.parts[0], upper.parts[1]))
+        return AnswerShape("union", "", tuple(map(rebuilt, intervals)))
+    return AnswerShape("set", "", tuple(map(rebuilt, intervals)))
 
 
 def _order(one: str, other: str) -> bool | None:
@@ -130,7 +130,7 @@ def _order(one: str, other: str) -> bool | None:
     return None if first is None or second is None else first.real < second.real
 
 
-def _inequality(text: str) -> Shape | None:
+def _inequality(text: str) -> AnswerShape | None:
     """An inequality of one variable as the interval it describes."""
     if not text or split(text, ",")[1:] or (text[0] in "([" and is_wrapped(text, text[0], text[-1])):
         return None
@@ -144,17 +144,17 @@ def _inequality(text: str) -> Shape | None:
         if signs[0] in (">", r"\ge") or signs[1] in (">", r"\ge") or not re.fullmatch(NAME, sides[1].replace(" ", "")):
             return None
         marks = ("(" if signs[0] == "<" else "[") + (")" if signs[1] == "<" else "]")
-        return Shape("tuple", _interval_marks(marks[0], marks[1], [sides[0], sides[2]]), (sides[0], sides[2]))
+        return AnswerShape("tuple", _interval_marks(marks[0], marks[1], [sides[0], sides[2]]), (sides[0], sides[2]))
     if re.fullmatch(NAME, sides[1].replace(" ", "")) and not re.fullmatch(NAME, sides[0].replace(" ", "")):
         signs, sides = [_FLIPPED[signs[0]]], sides[::-1]
     if not re.fullmatch(NAME, sides[0].replace(" ", "")):
         return None
     if signs[0] in (">", r"\ge"):
-        return Shape("tuple", ("(" if signs[0] == ">" else "[") + ")", (sides[1], r"\infty"))
-    return Shape("tuple", "(" + (")" if signs[0] == "<" else "]"), (r"-\infty", sides[1]))
+        return AnswerShape("tuple", ("(" if signs[0] == ">" else "[") + ")", (sides[1], r"\infty"))
+    return AnswerShape("tuple", "(" + (")" if signs[0] == "<" else "]"), (r"-\infty", sides[1]))
 
 
-def _matrix(text: str) -> Shape | None:
+def _matrix(text: str) -> AnswerShape | None:
     """A matrix, with a factor before it or none, or a determinant."""
     start = re.search(r"\\begin\{|\\[pbvBV]?matrix\s*\{", text)
     if start is None:
@@ -179,23 +179,23 @@ def _matrix(text: str) -> Shape | None:
         return None
     rows = [list(column) for column in zip(*rows, strict=True)] if turned is not None else rows
     if found["kind"].startswith("V"):
-        return Shape("norm", f"{len(rows)}", tuple(cell for row in rows for cell in row))
+        return AnswerShape("norm", f"{len(rows)}", tuple(cell for row in rows for cell in row))
     if found["kind"].startswith("v") or around == "|":
-        return Shape("determinant", f"{len(rows)}", tuple(cell for row in rows for cell in row))
+        return AnswerShape("determinant", f"{len(rows)}", tuple(cell for row in rows for cell in row))
     factor = factor.removesuffix(r"\cdot").removesuffix("*").removesuffix(r"\times").strip()
     factor = {"-": "-1", "+": ""}.get(factor, factor)
     cells = tuple(f"({factor})*({cell})" if factor else cell for row in rows for cell in row)
-    return Shape("matrix", f"{len(rows)}x{len(rows[0])}", cells)
+    return AnswerShape("matrix", f"{len(rows)}x{len(rows[0])}", cells)
 
 
-def _nested_lists(text: str) -> Shape | None:
+def _nested_lists(text: str) -> AnswerShape | None:
     """A matrix as [[1, 2], [3, 4]]."""
     if not re.fullmatch(r"\[\s*\[.*\]\s*\]", text, re.S) or not is_wrapped(text, "[", "]"):
         return None
     rows = [split(row[1:-1], ",") for row in split(text[1:-1], ",") if is_wrapped(row, "[", "]")]
     if not rows or any(len(row) != len(rows[0]) for row in rows):
         return None
-    return Shape("matrix", f"{len(rows)}x{len(rows[0])}", tuple(cell for row in rows for cell in row))
+    return AnswerShape("matrix", f"{len(rows)}x{len(rows[0])}", tuple(cell for row in rows for cell in row))
 
 
 def _determinant(cells: list[list[str]]) -> str:
@@ -209,7 +209,7 @@ def _determinant(cells: list[list[str]]) -> str:
     return f"({''.join(terms)})"
 
 
-def _based(text: str) -> Shape | None:
+def _based(text: str) -> AnswerShape | None:
     """Digits with the base that they are written in."""
     found = _BASED.fullmatch(unworded(text).replace("\\", "")) or _BASED.fullmatch(text)
     if found is None:
@@ -219,8 +219,8 @@ def _based(text: str) -> Shape | None:
     if not 2 <= base <= 36 or not any(map(str.isdigit, found[1])) or any(int(digit, 36) >= base for digit in found[1]):
         return None
     if base == 10:
-        return Shape("plain", "", (found[1],))
-    return Shape("based", f"{found[1].lstrip('0') or '0'}_{base}", ())
+        return AnswerShape("plain", "", (found[1],))
+    return AnswerShape("based", f"{found[1].lstrip('0') or '0'}_{base}", ())
 
 
 def _alternatives(parts: list[str]) -> tuple[str, ...]:
@@ -249,7 +249,7 @@ def name_of_inequality(text: str) -> str:
     return next((side for side in sides if re.fullmatch(NAME, side)), "")
 
 
-def value_of_determinant(shape: Shape) -> str:
+def value_of_determinant(shape: AnswerShape) -> str:
     """The expression of a determinant; what nothing reads where it is not square or too large."""
     size = int(shape.mark)
     if size * size != len(shape.parts) or size > _MOST_MATRIX:
@@ -257,7 +257,7 @@ def value_of_determinant(shape: Shape) -> str:
     return _determinant([list(shape.parts[place : place + size]) for place in range(0, size * size, size)])
 
 
-def rebuilt(shape: Shape) -> str:
+def rebuilt(shape: AnswerShape) -> str:
     """The text of an answer that is built so."""
     if shape.kind == "plain":
         return shape.parts[0]
