@@ -18,6 +18,9 @@ FAULTS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, R
 DEEPEST = 100
 """Brackets inside brackets that a file may have; the deepest configurations have a dozen."""
 
+MOST_DIGITS = 300
+"""Of a whole number in a file; a float64 holds those of 308."""
+
 _LONGEST_PATTERN = 10_000
 _MOST_REPEATS = 100_000  # of all counts in a pattern, multiplied: what compiling it unrolls
 _COUNT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
@@ -61,14 +64,14 @@ def parse_json(raw: bytes | str, unique: bool = False, halves: bool = False) -> 
         halves: Whether half a surrogate pair, which is no text, may be in it.
 
     Raises:
-        ValueError: It is no JSON, or deeper than anything that is meant.
+        ValueError: It is no JSON, deeper than anything that is meant, or has a whole number that no float64 holds.
 
     Example:
         >>> parse_json('{"a": [1]}')
         {'a': [1]}
     """
     try:
-        told = json.loads(raw, object_pairs_hook=_unique if unique else None)
+        told = json.loads(raw, object_pairs_hook=_unique if unique else None, parse_int=_whole)
         check_depth(told)
         if not halves:
             json.dumps(told, ensure_ascii=False).encode()
@@ -77,6 +80,12 @@ def parse_json(raw: bytes | str, unique: bool = False, halves: bool = False) -> 
     except UnicodeEncodeError:
         raise ValueError("it holds half a character (a lone surrogate such as \\ud800)") from None
     return told
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"it has a number of {len(digits):,} digits")
+    return int(digits)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

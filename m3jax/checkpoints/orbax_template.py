@@ -8,6 +8,7 @@ import base64
 import glob
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -127,10 +128,8 @@ def _is_saved(directory: Path) -> bool:
 def _told(file: Path) -> dict[str, Any]:
     if not is_file(file):
         return {}
-    try:
+    with _reading(file):
         told = documents.parse_json(read_file(file))  # its metrics may be NaN
-    except ValueError as error:
-        raise M3Error(f"{file} is damaged: get the checkpoint again from its source.") from error
     return told if isinstance(told, dict) else {}
 
 
@@ -164,10 +163,15 @@ def tree_of(template: Template, tensors: Mapping[str, TensorInfo]) -> dict[str, 
             of a part of the tree that is left out) is left out with it.
 
     Raises:
-        M3Error: An array has no place in the tree, or a list would have a hole.
+        M3Error: An array has no place in the tree, a list would have a hole, or the tree is damaged.
     """
     assert template.tree is not None
-    entries: Mapping[str, Any] = template.tree["tree_metadata"]
+    with _reading(template.item / TREE):
+        return _tree_of(template, template.tree, tensors)
+
+
+def _tree_of(template: Template, tree: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    entries: Mapping[str, Any] = tree["tree_metadata"]
     paths = {key: tuple(part["key"] for part in entry["key_metadata"]) for key, entry in entries.items()}
     arrays = {
         path: joined(path)
@@ -188,9 +192,9 @@ def tree_of(template: Template, tensors: Mapping[str, TensorInfo]) -> dict[str, 
             continue
         found[key] = _entry(entries[key], tensors.get(arrays.get(path, "")), template)
     _check_lists(entries, paths, found, template)
-    rest = {key: value for key, value in template.tree.items() if key not in ("tree_metadata", "value_metadata_tree")}
+    rest = {key: value for key, value in tree.items() if key not in ("tree_metadata", "value_metadata_tree")}
     whole = found.keys() == entries.keys()
-    rich = template.tree.get("value_metadata_tree")  # which cannot be cut
+    rich = tree.get("value_metadata_tree")  # which cannot be cut
     typed = {"value_metadata_tree": rich} if whole and rich is not None else {}
     return {"tree_metadata": found, **rest, **typed, "store_array_data_equal_to_fill_value": True}
 
@@ -272,20 +276,34 @@ def tree_files(template: Template, tensors: Mapping[str, TensorInfo]) -> Iterato
     Args:
         template: What they are taken from.
         tensors: The arrays that the item will have.
+
+    Raises:
+        M3Error: One of the template's is damaged.
     """
     if is_file(file := template.item / SHARDINGS):
         told = _told(file)
         kept = {key: value for key, value in told.items() if _decoded(key) in tensors}
         yield SHARDINGS, json.dumps(kept)
     if is_file(file := template.item / STRINGS):
-        yield STRINGS, read_file(file).decode()
+        with _reading(file):
+            strings = read_file(file).decode()
+        yield STRINGS, strings
     for file in sorted((template.item / ARRAYS).glob("*")):
-        entries = [
-            _array_entry(template, entry, tensors)
-            for entry in _told(file).get("array_metadatas", ())
-            if entry["array_metadata"]["param_name"] in tensors
-        ]
+        with _reading(file):
+            entries = [
+                _array_entry(template, entry, tensors)
+                for entry in _told(file).get("array_metadatas", ())
+                if entry["array_metadata"]["param_name"] in tensors
+            ]
         yield f"{ARRAYS}/{file.name}", json.dumps({"array_metadatas": entries})
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except documents.FAULTS as error:
+        raise M3Error(f"{file} is damaged: get the checkpoint again from its source.") from error
 
 
 def _decoded(key: str) -> str:

@@ -13,7 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as orbax
 from safetensors.numpy import save_file
 
 import m3jax
@@ -24,15 +26,17 @@ from m3jax.checkpoints.adapters import open_model
 from m3jax.checkpoints.digest import digest_checkpoint
 from m3jax.checkpoints.locate import locate_model, read_config
 from m3jax.checkpoints.orbax import open_orbax
-from m3jax.checkpoints.orbax_template import read_template
+from m3jax.checkpoints.orbax_template import read_template, step_content, tree_files, tree_of
 from m3jax.decoder import DecoderConfig
 from m3jax.evaluation import get_task, harness_tasks, load_rows, report
+from m3jax.evaluation.attacks.bert import BertConfig
+from m3jax.evaluation.attacks.likeness import _pooling
 from m3jax.evaluation.attacks.words import read_embeddings
 from m3jax.evaluation.chats import _check_numbers
 from m3jax.evaluation.records import Record, open_journal
 from m3jax.exploration.journal import SampleJournal
 from m3jax.ledger import Ledger
-from m3jax.outputs import copies, journal, local, manifest, mark, provenance, remote
+from m3jax.outputs import copies, journal, local, manifest, mark, provenance, remote, statistics
 from m3jax.outputs.conversion import convert
 from m3jax.outputs.verification import verify
 from m3jax.recipe import load_recipe
@@ -101,6 +105,25 @@ def _interrupted() -> Path:
 @cache
 def _converted() -> Path:
     return convert(_merged(), Path(tempfile.mkdtemp()) / "out", "orbax").directory
+
+
+@cache
+def _restorable() -> Path:
+    """A checkpoint as Orbax writes it, with all the small files that restoring reads."""
+    place = Path(tempfile.mkdtemp()) / "out"
+    with orbax.StandardCheckpointer() as checkpointer:
+        checkpointer.save(place, {"a": jnp.ones((2, 3)), "b": {"c": jnp.zeros(2, jnp.bfloat16), "d": None}})
+    return place
+
+
+@cache
+def _measured() -> Path:
+    """Statistics of a model."""
+    model, out = locate_model(str(_merged())), Path(tempfile.mkdtemp()) / "out"
+    tensors = {name: np.ones(value.shape, np.float32) for name, value in TENSORS.items()}
+    told = {"samples": 2, "seed": 0, "shared": {"a": "b"}, "inputs_first": ["c"]}
+    statistics.write_statistics(out, model, statistics.record_of(model, "a"), "fisher", told, tensors, 10**9)
+    return out
 
 
 @cache
@@ -243,6 +266,29 @@ def _sent(place: Path) -> None:
     remote._check_free(out, remote._There(objects, {}, journals), False)
 
 
+def _written_from(item: Path) -> None:
+    """All that a checkpoint written in the manner of another takes from it."""
+    template = read_template(item)
+    with open_orbax(item) as checkpoint:
+        for _ in tree_files(template, checkpoint.tensors):
+            pass
+        if template.tree is not None:
+            tree_of(template, checkpoint.tensors)
+        step_content(template, 0, 0)
+
+
+def _pooled(place: Path) -> None:
+    (place / "1_Pooling").mkdir(exist_ok=True)
+    shutil.copyfile(place / "config.json", place / "1_Pooling" / "config.json")
+    _pooling(place)
+
+
+def _stopped(place: Path) -> None:
+    """The stop tokens of a file beside a good configuration."""
+    (place / "config.json").write_text(json.dumps(_CONFIG))
+    DecoderConfig.from_directory(place)
+
+
 def _orbax(item: Path) -> None:
     read_template(item)
     _tensors(open_orbax(item))
@@ -349,6 +395,24 @@ _CONFIG = {
     **{"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "tie_word_embeddings": True, "eos_token_id": [1, 2]},
     **{"torch_dtype": "bfloat16", "quantization_config": None},
 }
+_SPARSE = {
+    **{**_CONFIG, "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 2},
+    **{"num_experts_per_tok": 1, "sliding_window": 8, "head_dim": 2, "attention_dropout": 0.0},
+    "rope_scaling": {
+        **{"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "beta_fast": 32.0},
+        **{"beta_slow": 1.0, "mscale": 1.0, "truncate": False},
+    },
+}
+_BERT = {
+    **{"model_type": "bert", "vocab_size": 8, "hidden_size": 4, "intermediate_size": 8, "num_hidden_layers": 1},
+    **{"num_attention_heads": 2, "max_position_embeddings": 16, "type_vocab_size": 2, "hidden_act": "gelu_new"},
+    **{"layer_norm_eps": 1e-12, "position_embedding_type": "absolute", "id2label": {"0": "NOUN", "1": "VERB"}},
+}
+_SETTINGS = {
+    **{"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": True}},
+    "added_tokens_decoder": {"3": {"content": "<s>", "special": True}, "4": {"content": "</s>", "normalized": False}},
+    "additional_special_tokens": ["<pad>"],
+}
 _PARTS = {
     "text_config": _CONFIG,
     "vision_config": {"num_hidden_layers": 1},
@@ -425,6 +489,17 @@ PARSERS: dict[str, Parser] = {
     "config": Parser("config.json", _dumped({**_CONFIG, **_PARTS}), _config),
     "adapter": Parser("adapter_config.json", _dumped(_LORA), _adapter),
     "decoder": Parser("config.json", _dumped(_CONFIG), _decoder),
+    "decoder of experts": Parser("config.json", _dumped(_SPARSE), _decoder),
+    "stop tokens": Parser("generation_config.json", _dumped({"eos_token_id": [1, 2], "do_sample": True}), _stopped),
+    "bert": Parser("config.json", _dumped(_BERT), lambda place: BertConfig.from_directory(place)),
+    "pooling": Parser(
+        "config.json", _dumped({"pooling_mode_mean_tokens": True, "word_embedding_dimension": 4}), _pooled
+    ),
+    "statistics": Parser(
+        statistics.CONVERSION,
+        lambda: (_measured() / statistics.CONVERSION).read_bytes(),
+        _sealed(statistics.CONVERSION, statistics.read_record),
+    ),
     "companion": Parser(
         "tokenizer_config.json",
         _dumped({"chat_template": "x", "auto_map": {"a": []}}),
@@ -451,6 +526,11 @@ PARSERS: dict[str, Parser] = {
     ),
     "added tokens": Parser(
         "added_tokens.json", _dumped({"<s>": 3, "x": 4}), _vocabulary("added_tokens.json", vocab_json=_VOCAB)
+    ),
+    "settings of a tokenizer": Parser(
+        "tokenizer_config.json",
+        _dumped(_SETTINGS),
+        _vocabulary("tokenizer_config.json", tokenizer_json=json.dumps(_TOKENIZER)),
     ),
     "safetensors": Parser(
         "model.safetensors",
@@ -499,6 +579,21 @@ PARSERS: dict[str, Parser] = {
         _within(lambda: _EARLY / "stored", "dense.kernel/0.0", _orbax),
         False,
     ),
+    "template of Orbax": Parser(
+        "_METADATA",
+        lambda: (_restorable() / "_METADATA").read_bytes(),
+        _within(_restorable, "_METADATA", _written_from),
+    ),
+    "shardings of Orbax": Parser(
+        "_sharding",
+        lambda: (_restorable() / "_sharding").read_bytes(),
+        _within(_restorable, "_sharding", _written_from),
+    ),
+    "arrays of Orbax": Parser(
+        "process_0",
+        lambda: (_restorable() / "array_metadatas" / "process_0").read_bytes(),
+        _within(_restorable, "array_metadatas/process_0", _written_from),
+    ),
     "tree of an early Orbax": Parser(
         "checkpoint",
         lambda: (_EARLY / "mixed/checkpoint").read_bytes(),
@@ -508,6 +603,7 @@ PARSERS: dict[str, Parser] = {
     "msgpack": Parser("flax_model.msgpack", _msgpack, lambda place: _tensors(open_msgpack(place)), False),
     "pytorch": Parser("pytorch_model.bin", _pytorch, lambda place: _tensors(open_pytorch(place)), False),
     "pytorch's pickle": Parser("data.pkl", _pickle, _pickled, False),
+    "list of examples": Parser("sst2.json", _dumped({"data": [{"sentence": "good", "label": 1}]}), _table("sst2.json")),
     "sst2": Parser("sst2.jsonl", _dumped({"sentence": "good", "label": 1}), _examples("sst2")),
     "gsm8k": Parser("gsm8k.jsonl", _dumped({"question": "1+1?", "answer": "#### 2"}), _examples("gsm8k")),
     "mbpp": Parser(

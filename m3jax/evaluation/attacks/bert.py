@@ -9,6 +9,7 @@ import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as brief
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -21,9 +22,8 @@ from jaxtyping import Array, Float, Int
 
 from m3jax.checkpoints import companions, locate_model, open_safetensors
 from m3jax.checkpoints.protocol import DTYPES, Checkpoint
-from m3jax.checkpoints.trust import LARGEST_COMPANION
+from m3jax.decoder.entries import Entries, read_json
 from m3jax.decoder.modeling import ACTIVATIONS, Linear
-from m3jax.documents import parse_json, read_bounded
 from m3jax.errors import M3Error
 from m3jax.evaluation.tokens import load_tokenizer
 
@@ -81,25 +81,23 @@ class BertConfig:
             M3Error: It is absent or damaged, or the model is no BERT.
         """
         path = directory / "config.json"
-        try:
-            entries = parse_json(read_bounded(path, LARGEST_COMPANION))
-        except (OSError, ValueError) as error:
-            raise M3Error(f"cannot read {path}: {error}; give the directory of a BERT") from error
-        kind = entries.get("model_type") if isinstance(entries, dict) else None
+        entries = Entries(read_json(path), f"{path}")
+        kind = entries.get("model_type")
         if kind != "bert":
-            raise M3Error(f"{path}: the model is of type {kind!r}: give a BERT")
-        sizes = {own: entries.get(name) for own, name in _SIZES.items()}
-        wrong = [_SIZES[own] for own, size in sizes.items() if type(size) is not int or size < 1]
-        if wrong or sizes["hidden_size"] % sizes["num_heads"]:
-            raise M3Error(f"{path}: {', '.join(wrong) or 'num_attention_heads'} cannot be so: get it from its source")
+            raise M3Error(f"{path}: the model is of type {brief(kind)}: give the directory of a BERT.")
+        sizes = {own: entries.count(name) for own, name in _SIZES.items()}
+        if sizes["hidden_size"] % sizes["num_heads"]:
+            raise entries.error(
+                "has a hidden_size that its num_attention_heads do not divide", "get it from its source"
+            )
         activation = entries.get("hidden_act", "gelu")
-        if activation not in _ACTIVATIONS or entries.get("position_embedding_type", "absolute") != "absolute":
-            raise M3Error(f"{path}: only absolute positions and {', '.join(_ACTIVATIONS)} are known here")
+        if activation not in list(_ACTIVATIONS) or entries.get("position_embedding_type", "absolute") != "absolute":
+            raise M3Error(f"{path}: only absolute positions and {', '.join(_ACTIVATIONS)} are known here.")
         named = entries.get("id2label", {})
         if not isinstance(named, dict) or not all(str(place) in named for place in range(len(named))):
-            raise M3Error(f"{path}: id2label cannot be so: it should name classes from 0 on; get it from its source")
+            raise M3Error(f"{path}: id2label cannot be so: it should name classes from 0 on; get it from its source.")
         labels = tuple(str(named[str(place)]) for place in range(len(named)))
-        epsilon = float(entries.get("layer_norm_eps", 1e-12))
+        epsilon = entries.number("layer_norm_eps", 1e-12)
         return cls(**sizes, activation=activation, norm_eps=epsilon, labels=labels)
 
 

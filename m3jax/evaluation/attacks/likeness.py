@@ -20,9 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 
-from m3jax.checkpoints.trust import LARGEST_COMPANION
 from m3jax.decoder import length_bucket
-from m3jax.documents import parse_json, read_bounded
+from m3jax.decoder.entries import read_json
 from m3jax.errors import M3Error
 from m3jax.evaluation.attacks.bert import (
     BertConfig,
@@ -131,12 +130,7 @@ def load_tagger(name: str) -> Tag:
 def _pooling(path: Path) -> Callable[[npt.NDArray[np.float32], npt.NDArray[np.int32]], npt.NDArray[np.float32]]:
     """How the outputs for tokens become one vector."""
     place = path / "1_Pooling" / "config.json"
-    entries: Any = {}
-    if place.exists():
-        try:
-            entries = parse_json(read_bounded(place, LARGEST_COMPANION))
-        except (OSError, ValueError) as error:
-            raise M3Error(f"cannot read {place}: {error}; get it from its source") from error
+    entries = read_json(place) if place.exists() else {}
     modes = [key for key, value in entries.items() if key.startswith("pooling_mode_") and value is True]
     if modes == ["pooling_mode_cls_token"]:
         return lambda hidden, lengths: hidden[:, 0]
