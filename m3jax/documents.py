@@ -18,6 +18,9 @@ FAULTS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, R
 DEEPEST = 100
 """Brackets inside brackets that a file may have; the deepest configurations have a dozen."""
 
+LARGEST_FILE = 2**28
+"""Bytes that a manifest, index, tokenizer or configuration may have; the largest have some tens of millions."""
+
 MOST_DIGITS = 300
 """Of a whole number in a file; a float64 holds those of 308."""
 

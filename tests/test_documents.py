@@ -25,6 +25,13 @@ def test_half_a_character_is_no_text_but_where_it_may_be() -> None:
     assert parse_json('"\\ud83d\\ude00"') == "😀"
 
 
+def test_numbers_that_no_float_holds_are_not_meant() -> None:
+    assert parse_json("1" + "0" * 299) == 10**299
+    for text in ("9" * 301, f'{{"a": [-{"1" * 5000}]}}'):
+        with pytest.raises(ValueError, match=r"it has a number of [\d,]+ digits"):
+            parse_json(text)
+
+
 def test_a_key_written_twice() -> None:
     assert parse_json('{"a": 1, "a": 2}') == {"a": 2}
     with pytest.raises(ValueError, match="it names 'a' twice"):

@@ -13,7 +13,7 @@ from m3jax.checkpoints.locate import CONFIG, read_config
 from m3jax.checkpoints.orbax_tree import is_orbax
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.storage import is_dir, is_file, read_file
-from m3jax.checkpoints.trust import LARGEST_COMPANION, check_size
+from m3jax.checkpoints.trust import LARGEST_COMPANION
 from m3jax.documents import parse_json, read_bounded
 from m3jax.errors import M3Error
 
@@ -40,12 +40,9 @@ def step_metadata(path: Path) -> dict[str, str]:
 
 def _content(file: Path) -> bytes:
     """The whole of a small file, here or in remote storage; raises OSError where it is none."""
-    if not isinstance(file, RemotePath):
-        return read_bounded(file, LARGEST_COMPANION)
     if not is_file(file):
         raise FileNotFoundError(str(file))
-    check_size(file, file.stat().st_size)
-    return file.read_bytes()
+    return read_file(file)
 
 
 class Home(NamedTuple):

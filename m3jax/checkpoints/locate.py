@@ -105,7 +105,13 @@ def locate_model(name: str) -> ModelDirectory:
         return ModelDirectory(name, local, None)
     hub_id = _HUB_ID.fullmatch(name)
     if hub_id is None:
-        raise M3Error(f"{name!r} does not exist here and is no hub id either: give a path or 'org/name'.")
+        left = local.with_name(f"{local.name}.partial") if local.name else local
+        begun = (
+            f"; {left} is what an interrupted command has left, which goes on if it is run again"
+            if exists(left)
+            else ""
+        )
+        raise M3Error(f"{name!r} does not exist here and is no hub id either{begun}: give a path or 'org/name'.")
     with _hub(name, hub_id["revision"]):
         snapshot = _fetch(hub_id["repo"], hub_id["revision"])
     return ModelDirectory(name, snapshot, _commit_of(snapshot, hub_id["revision"]))

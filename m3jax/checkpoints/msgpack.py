@@ -26,7 +26,7 @@ from m3jax.checkpoints.protocol import (
     room_for,
 )
 from m3jax.checkpoints.remote import as_path
-from m3jax.checkpoints.storage import is_dir, is_file, list_names
+from m3jax.checkpoints.storage import first_bytes, is_dir, is_file, list_names
 from m3jax.errors import M3Error
 
 __all__ = ["MsgpackCheckpoint", "is_msgpack", "open_msgpack", "write_msgpack"]
@@ -114,11 +114,7 @@ def is_msgpack(path: Path) -> bool:
     """
     if is_dir(path):
         return any(name.startswith("checkpoint_") and is_file(path / name) for name in list_names(path))
-    try:
-        with open(path, "rb") as opened:
-            head = opened.read(9)
-    except (OSError, ValueError):
-        return False
+    head = first_bytes(path, 9)
     return head[:1] >= b"\x80" and (head[0] < 0x90 or head[0] in (0xDE, 0xDF)) and head[8:] != b"{"
 
 

@@ -8,7 +8,7 @@ describes neither those early files nor leaves inside msgpack, and it imports JA
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +19,14 @@ from m3jax.checkpoints.msgpack import open_msgpack
 from m3jax.checkpoints.protocol import Checkpoint, natural_key
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.storage import exists, is_dir, is_file, read_file, unreadable
+from m3jax.documents import LARGEST_FILE
 from m3jax.errors import M3Error
 
 TREE, MANIFEST, AGGREGATE = "_METADATA", "manifest.ocdbt", "checkpoint"  # the files of an item
 STEP, COMMITTED = "_CHECKPOINT_METADATA", "commit_success.txt"  # those beside them that tell of a save
 TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a directory that is being saved
 _PLACEHOLDER = "PLACEHOLDER://"  # stands in the msgpack file for an array that is stored by itself
+_DESCRIPTIONS = (MANIFEST, ".zarray", "zarr.json")  # which TensorStore reads whole
 STEPS = "checkpoints"  # where MaxText keeps the steps of a run
 NO_ARRAYS = ("None", "Dict", "List", "NamedTuple", "Tuple", "string")
 _PARAMETERS = ("params", "model_params", "model", "items", "default")  # of several items the one that has the weights
@@ -221,6 +223,7 @@ def read_tree(item: Path) -> Tree:
     Raises:
         M3Error: It is damaged or of an unknown version.
     """
+    _check_files(item)
     if is_file(item / TREE):
         return _listed(item / TREE)
     if is_file(item / AGGREGATE):
@@ -231,6 +234,30 @@ def read_tree(item: Path) -> Tree:
     drivers = {".zarray": "zarr", "zarr.json": "zarr3"}
     keys = (os.path.split(key) for key in _stored_keys(item))
     return Tree({name: drivers[last] for name, last in keys if last in drivers}, {}, False, {})
+
+
+def _check_files(item: Path) -> None:
+    """Raise M3Error where TensorStore would wait for a pipe, or end the process for want of memory."""
+    if isinstance(item, RemotePath):
+        return
+    try:
+        for entry in _entries(item):
+            if not entry.is_file() and os.path.exists(entry.path):
+                raise M3Error(f"{entry.path} is not a regular file: get the checkpoint again from its source.")
+            if entry.name in _DESCRIPTIONS and entry.stat().st_size > LARGEST_FILE:
+                raise M3Error(f"{entry.path} has {entry.stat().st_size:,} bytes and is damaged: get it again.")
+    except OSError as error:
+        raise unreadable(item, error) from error
+
+
+def _entries(directory: Path | str) -> Iterator["os.DirEntry[str]"]:
+    """All that is in a directory and below it but directories."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _entries(entry.path)
+            elif not (entry.is_symlink() and entry.is_dir()):
+                yield entry
 
 
 def _listed(file: Path) -> Tree:

@@ -37,7 +37,7 @@ from m3jax.checkpoints.protocol import (
 from m3jax.checkpoints.pytorch_archive import Archive, read_archive, read_entry
 from m3jax.checkpoints.pytorch_pickle import Plain, StoredTensor, read_pickle, tensors_within
 from m3jax.checkpoints.remote import Identity, as_path
-from m3jax.checkpoints.storage import ByteSource, is_dir, list_names, open_source, unreadable
+from m3jax.checkpoints.storage import ByteSource, first_bytes, is_dir, list_names, open_source, unreadable
 from m3jax.checkpoints.strided import in_order, read_strided
 from m3jax.errors import M3Error
 
@@ -118,11 +118,7 @@ def is_pytorch(path: Path) -> bool:
     """
     if is_dir(path):
         return any(map(PYTORCH.names, list_names(path)))
-    try:
-        with open(path, "rb") as opened:
-            return opened.read(4) == b"PK\3\4"
-    except (OSError, ValueError):
-        return False
+    return first_bytes(path, 4) == b"PK\3\4"
 
 
 def open_pytorch(path: str | os.PathLike[str]) -> Checkpoint:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from m3jax.checkpoints.remote import Identity, RemotePath, changed, download, range_reader, saying
+from m3jax.documents import LARGEST_FILE
 from m3jax.errors import M3Error
 
 _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
@@ -139,8 +140,23 @@ def open_file(path: Path) -> int:
         raise unreadable(path, error) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise M3Error(f"{path} is not a regular file: give a .safetensors file or a model directory.")
+        raise M3Error(f"{path} is not a regular file: give one, or a model directory.")
     return descriptor
+
+
+def first_bytes(path: Path, count: int) -> bytes:
+    """So many bytes of the beginning of a file on this disk; none where it is no regular file that we may read."""
+    try:
+        source = LocalSource(path)
+    except M3Error:
+        return b""
+    try:
+        head = bytearray(count)
+        return bytes(head[: source.read_into(memoryview(head), 0, count)])
+    except OSError:
+        return b""
+    finally:
+        source.close()
 
 
 def read_exactly(descriptor: int, out: memoryview, offset: int) -> int:
@@ -208,11 +224,16 @@ def read_file(path: Path) -> bytes:
     """The whole of a small local or remote file.
 
     Raises:
-        M3Error: It is not there, not given to us, or cannot be read.
+        M3Error: It is not there, no regular file, not given to us, larger than such files are, or cannot be read.
     """
     source = open_source(path)
-    content = bytearray(source.identity.size)
     try:
+        if source.identity.size > LARGEST_FILE:
+            raise M3Error(
+                f"{path} has {source.identity.size:,} bytes, more than any manifest, index or configuration "
+                f"({LARGEST_FILE:,}): restore it."
+            )
+        content = bytearray(source.identity.size)
         source.read_into(memoryview(content), 0, len(content))
     except OSError as error:
         raise unreadable(path, error) from error

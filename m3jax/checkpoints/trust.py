@@ -12,11 +12,11 @@ from m3jax.checkpoints.orbax_tree import item_note
 from m3jax.checkpoints.protocol import Checkpoint
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.storage import is_dir, list_names, read_file
-from m3jax.documents import parse_json
+from m3jax.documents import LARGEST_FILE, parse_json
 from m3jax.errors import M3Error
 
-LARGEST_COMPANION = 2**28
-"""Bytes that a file beside the weights may have; the largest tokenizers have some tens of millions."""
+LARGEST_COMPANION = LARGEST_FILE
+"""Bytes that a file beside the weights may have."""
 
 _CODE_KEYS = ("auto_map", "custom_pipelines")  # whose values name classes in Python files, which loaders may import
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "*processor_config.json")

@@ -125,7 +125,8 @@ def reported(work: Callable[[], int | None], debug: bool, silent: bool = False) 
         raise
     except BaseException as error:  # panics of libraries in Rust are no Exceptions
         if debug:
-            traceback.print_exception(error)
+            for line in "".join(traceback.format_exception(error)).splitlines():
+                say(line, sys.stderr)
         sentence, code = _explain(error)
         if not silent:
             for line in sentence.split("\n") if _is_help(error) else [sentence]:
@@ -162,11 +163,22 @@ def _explain(error: BaseException) -> tuple[str, int]:
         case OSError() if error.filename is not None and error.strerror:
             where = _shortened(str(error.filename))
             return f"m3jax: {where}: {error.strerror}: check the path, its mode and the disk.", BAD_INPUT
+    if _is_of_devices(error):
+        words = " ".join(str(error).split()).partition(" (set JAX_PLATFORMS")[0].rstrip(".")
+        named = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}" if "JAX_PLATFORMS" in os.environ else "JAX"
+        reason = f" ({words})" if words else ""
+        return f"m3jax: {named} gives no device here{reason}: unset JAX_PLATFORMS, or set it to cpu.", BAD_INPUT
     # Typer hides its usage errors; their methods and exit code are the same in all its versions.
     if hasattr(error, "format_message"):
         return _usage(error), BAD_INPUT
     words = " ".join(str(error).split())
     return f"m3jax: unexpected {type(error).__name__}{f': {words}' if words else ''}; run with --debug.", _FAILURE
+
+
+def _is_of_devices(error: BaseException) -> bool:
+    """Whether JAX could not begin with the devices that it was told to use."""
+    files = (Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(file.stem == "xla_bridge" and "jax" in file.parts for file in files)
 
 
 def _shortened(sentence: str) -> str:

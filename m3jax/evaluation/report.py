@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from m3jax.checkpoints.storage import read_file
 from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 from m3jax.evaluation.records import make_directory, write_whole
@@ -147,7 +148,7 @@ def _read(directory: Path) -> Report:
     notes: list[str] = []
     for name in found:
         try:
-            content = parse_json((directory / name).read_text(encoding="utf-8"), halves=True)
+            content = parse_json(read_file(directory / name), halves=True)
             if name == EXPLORATION_FILE:
                 lines += _explored_lines(content, directory)
                 explored.append(_explored(content, directory))

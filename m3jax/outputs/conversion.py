@@ -261,6 +261,8 @@ def _told_of(place: ModelDirectory, adapting: Adapting) -> dict[str, Any]:
 def _convert(job: _Job) -> tuple[int, str]:
     """Write, read back and publish; returns bytes and digest."""
     source, to, beside = job.source, job.to, job.beside
+    if not source.tensors:
+        raise M3Error(f"{job.model.name}: holds no tensors to convert: give a model that has weights")
     before = source.fingerprint()
     total = sum(info.nbytes for info in source.tensors.values())
     small = sum(file.stat().st_size for file in beside.values()) + _TOLD_PER_TENSOR * len(source.tensors)

@@ -8,6 +8,7 @@ which appear last.
 import hashlib
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,11 +17,15 @@ from typing import Any, NamedTuple, TypeAlias
 
 from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.orbax_tree import COMMITTED
+from m3jax.checkpoints.storage import read_file
 from m3jax.documents import parse_json
+from m3jax.errors import M3Error
 
 Entry: TypeAlias = dict[str, Any]
 """What is finished: a weight file, named by the key `shard`, or something else."""
 
+_WIDE = re.compile(r"(?:(?:[^*?[]|\[[*?[]\])*[^*?[/._\]])?[*?]|(?:[^*?[]|\[[*?[]\])*\[[^*?[]")
+"""The beginning of a pattern with a wildcard that no slash, point or underscore is before, or a class of characters."""
 _LAST = ("m3jax.json", SAFETENSORS.index_file, "config.json")
 
 
@@ -132,8 +137,8 @@ def _sum(text: str) -> str:
 
 def _whole_lines(journal: Path) -> Iterator[dict[str, Any] | None]:
     """What each line tells; None for one that a crash cut or a disk changed."""
-    with suppress(OSError):
-        for line in journal.read_bytes().decode(errors="replace").split("\n")[:-1]:
+    with suppress(M3Error):
+        for line in read_file(journal).decode(errors="replace").split("\n")[:-1]:
             said, _, text = line.partition(" ")
             with suppress(ValueError):
                 told = parse_json(text) if said == _sum(text) else None
@@ -144,7 +149,7 @@ def read_journal(journal: Path) -> Journal:
     """What a journal's whole lines tell, the first its identity."""
     first, *others = list(_whole_lines(journal)) or [None]
     names: Any = [] if first is None else first.get("names", [])
-    if first is None or not are_texts(names):
+    if first is None or not are_patterns(names):
         return Journal("", [])
     told = [line for line in others if line is not None and is_entry(line)]
     return Journal(str(first.get("identity", "")), told, tuple(names))
@@ -184,6 +189,16 @@ def _holds_objects(told: Any) -> bool:
 def are_texts(told: object) -> bool:
     """Whether it is a list of texts."""
     return isinstance(told, list) and all(isinstance(each, str) for each in told)
+
+
+def are_patterns(told: Any) -> bool:
+    """Whether it is a list of patterns of files as writers announce them: none is of whatever somebody may have there.
+
+    Example:
+        >>> are_patterns(["config.json", "model[*].json", "d/*", "default.*/*"]), are_patterns(["*"])
+        (True, False)
+    """
+    return are_texts(told) and not any(_WIDE.match(name) for name in told)
 
 
 def append(journal: Path, entry: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ one whole, and what the next command needs to go on or to tidy up.
 import errno
 import glob
 import os
+import re
 import secrets
 import shutil
 import time
@@ -21,10 +22,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from m3jax.checkpoints import TensorInfo, digest_tensor, open_safetensors
-from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.shards import WEIGHTS_METADATA, appearing, sync
 from m3jax.checkpoints.standing_in import CONVERSION
+from m3jax.checkpoints.storage import read_file
 from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 from m3jax.outputs import directories
@@ -44,17 +45,19 @@ from m3jax.outputs.provenance import FILE_NAME
 from m3jax.outputs.written import varying_patterns
 
 _JOURNAL = "m3jax-journal.jsonl"
-_JOURNALS = "m3jax-journal*.jsonl"
 _TAKEN = "m3jax-journal.taken"
-_OWN = (_JOURNALS, _TAKEN)
+_OWN = re.compile(r"m3jax-journal(-\d+)?\.jsonl|m3jax-journal\.taken")
+_ASIDE = ".replaced-"  # behind its name, and before eight digits: where an old output goes
 _REPLACES = "replaces"  # the key of the entry that names what an output takes the place of
+_FIRST_WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
+"""Weight files as the first manifests, which do not list them, had them."""
 _VISIBLE_SECONDS, _LOOK_SECONDS = 40, 0.2
 _SPARE = 2**20  # bytes beyond those announced
 
 
 def is_own(name: str) -> bool:
-    """Whether a file is one of those in which a merge keeps what it has done."""
-    return any(fnmatchcase(name, pattern) for pattern in _OWN)
+    """Whether a file of an output's directory is one of those in which a merge keeps what it has done."""
+    return _OWN.fullmatch(name) is not None
 
 
 def partial_directory(out: Path) -> Path:
@@ -102,7 +105,7 @@ def check_free(out: Path, overwrite: bool) -> None:
     elif _is_taken(out) and not _published(out):
         raise _exists(out)
     partial = partial_directory(out)
-    if partial.is_symlink() or (partial.exists() and not _is_ours(partial) and _replaced_by(out) != partial):
+    if partial.is_symlink() or (partial.exists() and not _is_ours(partial) and _replaced_by(out, out) != partial):
         raise M3Error(f"{partial}: is where the merge would be made, but holds something else: move it away")
 
 
@@ -111,7 +114,7 @@ def unfinished(out: Path) -> str | None:
     partial = partial_directory(out)
     if isinstance(out, RemotePath) or os.path.lexists(out) or not _is_ours(partial):
         return None
-    old = _replaced_by(partial)
+    old = _replaced_by(partial, out)
     kept = "" if old is None else f", and what it was to replace is in {old}"
     return f"an interrupted merge is in {partial}{kept}: run the same command again to go on"
 
@@ -136,26 +139,28 @@ def _check_replaceable(out: Path) -> None:
         return
     if out.is_symlink() or not out.is_dir():
         raise M3Error(f"{out}: is not a directory, and only a directory is overwritten: choose another output")
-    made = _made_files(out)
+    made = made_files(out)
     if made is None:
         raise M3Error(
             f"{out}: holds no {FILE_NAME} of an output, and only what m3jax has made is overwritten: choose another "
             "output, or move it away"
         )
-    other = foreign(out, made)
+    other = foreign(out, made, at_work=False)
     if other is not None:
         raise M3Error(f"{out}: holds {other}, which is not of the output that is to be replaced: move it away")
 
 
-def _made_files(out: Path) -> tuple[str, ...] | None:
-    """Patterns of the files of an output, as its manifest or a conversion's mark tells; None without."""
+def made_files(out: Path) -> tuple[str, ...] | None:
+    """Patterns of the files of an output, as its manifest or a conversion's mark tells; None without.
+
+    Args:
+        out: The output, here or in remote storage.
+    """
     manifest, mark = (_told_in(out / name) for name in (FILE_NAME, CONVERSION))
     output = manifest.get("output")
     if isinstance(output, dict) and isinstance(output.get("files"), dict):
         weights = output.get("weight_files")
-        first = (
-            exactly(weights) if isinstance(weights, dict) else (f"*{SAFETENSORS.endings[0]}", SAFETENSORS.index_file)
-        )
+        first = exactly(weights) if isinstance(weights, dict) else _FIRST_WEIGHTS
         links = output.get("links")
         others = exactly([*output["files"], *(links if isinstance(links, dict) else ()), FILE_NAME])
         return (*first, *varying_patterns(output), *others)
@@ -169,8 +174,8 @@ def _made_files(out: Path) -> tuple[str, ...] | None:
 def _told_in(file: Path) -> dict[str, Any]:
     """What a file of JSON tells; nothing where it is none."""
     try:
-        told = parse_json(file.read_text(encoding="utf-8"))
-    except (OSError, *FAULTS):
+        told = parse_json(read_file(file))
+    except (M3Error, *FAULTS):
         return {}
     return told if isinstance(told, dict) else {}
 
@@ -180,20 +185,21 @@ def _is_ours(directory: Path) -> bool:
     return directory.is_dir() and ((directory / _JOURNAL).is_file() or foreign(directory, ()) is None)
 
 
-def foreign(directory: Path, names: Collection[str]) -> str | None:
+def foreign(directory: Path, names: Collection[str], at_work: bool = True) -> str | None:
     """The first thing in a directory that m3jax has not put there; None if all is its own.
 
     Args:
-        directory: Where an output is made.
-        names: Patterns of the files that may be there beside journals, also as they are being written (`.tmp`).
+        directory: Where an output is made, or is.
+        names: Patterns of the files that may be there beside journals.
+        at_work: Whether they may be there as they are being written (`.tmp`), too.
     """
-    known = (*_OWN, *names)
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
+        written = name.removesuffix(".tmp")  # a journal is written anew in an output as well
         if path.is_dir() and not path.is_symlink():
-            own = any(path.iterdir()) or any(p.startswith(f"{name}/") or fnmatchcase(name, p) for p in known)
+            own = any(path.iterdir()) or any(p.startswith(f"{name}/") or fnmatchcase(name, p) for p in names)
         else:
-            own = any(fnmatchcase(name.removesuffix(".tmp"), pattern) for pattern in known)
+            own = is_own(written) or any(fnmatchcase(written if at_work else name, pattern) for pattern in names)
         if not own:
             return name
     return None
@@ -290,7 +296,7 @@ class Staging(Workplace):
         space_needed: int,
         overwrite: bool = False,
         shared: bool = False,
-        names: Collection[str] = ("*.safetensors",),
+        names: Collection[str] = ("model.safetensors",),
     ) -> None:
         """Open or make the directory.
 
@@ -337,7 +343,7 @@ class Staging(Workplace):
                 locked = directories.lock(lock, self.path)
                 # Whoever held the lock before may have renamed or removed the directory: then this is not it.
                 if directories.is_at(lock, self.path):
-                    if is_new or _replaced_by(self.out) != self.path:
+                    if is_new or _replaced_by(self.out, self.out) != self.path:
                         self._mark = None if locked else _mark(self.path)
                         return lock
                     # An old output whose place a new one has taken; a crash came before it was removed.
@@ -349,7 +355,7 @@ class Staging(Workplace):
 
     def _settle(self, identity: str) -> None:
         """Bring `out` to rest after a crash while something was published there, and see that it may be replaced."""
-        old = _replaced_by(self.path)
+        old = _replaced_by(self.path, self.out)
         if old is not None and not os.path.lexists(self.out):  # between the two renames where one does not do
             os.rename(old, self.out)
         published = _published(self.out)
@@ -368,7 +374,7 @@ class Staging(Workplace):
         lock = directories.open_directory(self.out)
         try:
             directories.lock(lock, self.out)
-            old = _replaced_by(self.out)
+            old = _replaced_by(self.out, self.out)
             if old is not None:
                 if old != self.path:  # that one is new, and has but the number of one that is gone
                     shutil.rmtree(old)
@@ -382,7 +388,8 @@ class Staging(Workplace):
     def _resume(self, identity: str) -> None:
         """Take over what all journals tell, if they are this merge's, and empty the directory otherwise."""
         own = read_journal(self._journal)
-        self.finished = finished_in(map(read_journal, sorted(self.path.glob(_JOURNALS))), identity)
+        journals = [path for path in sorted(self.path.iterdir()) if is_own(path.name) and path.name != _TAKEN]
+        self.finished = finished_in(map(read_journal, journals), identity)
         self.finished = [entry for entry in self.finished if _REPLACES not in entry]
         self._check_own((*self._names, *own.names))
         self._opened = True
@@ -392,7 +399,7 @@ class Staging(Workplace):
         for cut in self.path.glob("*.tmp"):
             cut.unlink()
         self._begin(Journal(identity, self.finished, self._names))
-        for journal in self.path.glob(_JOURNALS):
+        for journal in journals:
             if journal != self._journal:
                 journal.unlink()
 
@@ -409,7 +416,8 @@ class Staging(Workplace):
     def files(self) -> list[str]:
         """All files that are there but journals, by their paths in the directory."""
         every = (path for path in self.path.rglob("*") if path.is_symlink() or not path.is_dir())
-        return sorted(path.relative_to(self.path).as_posix() for path in every if not is_own(path.name))
+        names = sorted(path.relative_to(self.path).as_posix() for path in every)
+        return [name for name in names if not is_own(name)]
 
     def publish(self, names: Collection[str] | None = None) -> None:
         """Make the directory the output, in one step where the system has one.
@@ -446,7 +454,7 @@ class Staging(Workplace):
         append(self._journal, {_REPLACES: {"name": self.path.name, "inode": inode}})
         if directories.exchange(self.path, self.out):
             return self.path
-        aside = self.out.with_name(f"{self.out.name}.replaced-{secrets.token_hex(4)}")
+        aside = self.out.with_name(f"{self.out.name}{_ASIDE}{secrets.token_hex(4)}")
         append(self._journal, {_REPLACES: {"name": aside.name, "inode": inode}})
         os.rename(self.out, aside)
         try:
@@ -478,7 +486,7 @@ class Staging(Workplace):
     ) -> None:
         # What can be mended without changing the merge (space, an interrupt) is worth resuming from.
         mendable = error is not None and (not isinstance(error, M3Error) or isinstance(error.__cause__, OSError))
-        kept = self._shared or (mendable and bool(self.finished)) or _replaced_by(self.path) is not None
+        kept = self._shared or (mendable and bool(self.finished)) or _replaced_by(self.path, self.out) is not None
         try:
             with suppress(OSError):
                 if not self._published and directories.is_at(self._lock, self.path):
@@ -528,13 +536,20 @@ def _mark(directory: Path) -> Path:
     return mark
 
 
-def _replaced_by(directory: Path) -> Path | None:
-    """What an output has replaced or was about to, as its journal names it, if that is still there."""
+def _replaced_by(directory: Path, out: Path) -> Path | None:
+    """What an output has replaced or was about to, as the journal in a directory names it, if that is still there.
+
+    Whoever wrote the journal, it is one of the two places beside `out` where what is replaced is put.
+    """
     told = [entry[_REPLACES] for entry in read_journal(directory / _JOURNAL).entries if _REPLACES in entry]
     if not told or not isinstance(told[-1], dict):
         return None
+    name = str(told[-1].get("name"))
+    aside = name.startswith(f"{out.name}{_ASIDE}") and re.fullmatch("[0-9a-f]{8}", name[len(out.name + _ASIDE) :])
+    if name != partial_directory(out).name and not aside:
+        return None
     try:
-        place = directory.with_name(str(told[-1].get("name")))
+        place = out.with_name(name)
         return place if place.lstat().st_ino == told[-1].get("inode") else None
     except (FileNotFoundError, ValueError):  # or no name at all
         return None

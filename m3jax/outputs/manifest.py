@@ -308,6 +308,7 @@ def _check(manifest: Mapping[str, Any]) -> None:
     told = manifest["output"]
     if not (told.get("item", "") == "" or is_below(told["item"])) or not isinstance(told.get("stored", {}), dict):
         raise ValueError("it names an item that is outside the model")
+    check_texts(told.get("stored", {}), *told.get("stored", {}))
     if "format" in told and (told["format"] != ORBAX.name or "weight_files" not in told):
         raise ValueError(f"it is of the format {brief(told['format'])}, which is not known here")
     int(manifest["output"]["max_shard_size"])

@@ -78,7 +78,7 @@ def _check(told: Mapping[str, Any]) -> None:
         raise ValueError("it was changed after it was written")
     output, (record,) = told["output"], told["inputs"]
     manifest.check_texts(told, "format")
-    manifest.check_texts(record, "name")
+    manifest.check_texts(record, "name", "digest")
     dict(record["tensors"])
     if STATISTICS in told:
         manifest.check_texts(told[STATISTICS], "kind")

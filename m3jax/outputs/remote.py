@@ -28,7 +28,7 @@ from m3jax.outputs.journal import (
     Entry,
     Journal,
     Journalled,
-    are_texts,
+    are_patterns,
     files_of,
     finished_in,
     in_order,
@@ -36,7 +36,7 @@ from m3jax.outputs.journal import (
     makes_a_model,
     weights_in,
 )
-from m3jax.outputs.local import check_space
+from m3jax.outputs.local import check_space, made_files
 from m3jax.outputs.provenance import FILE_NAME
 
 _JOURNAL = "m3jax-journal-{}.json"
@@ -305,14 +305,19 @@ def _check_free(out: RemotePath, there: _There, overwrite: bool) -> None:
     if odd is not None:
         raise M3Error(f"{_aside(out) / odd} is where the merge would be made, but is not of one: move it away.")
     others = [name for name in there.out if name not in ours and not _matches(name, told)]
-    if not others or (overwrite and FILE_NAME in others):
+    if not others:
         return
     if not overwrite:
         raise M3Error(f"{out} exists already: choose another output, or pass --overwrite.")
-    raise M3Error(
-        f"{out} holds no {FILE_NAME}, and only what m3jax has made is overwritten: choose another output, "
-        "or move it away."
-    )
+    made = made_files(out)
+    if made is None:
+        raise M3Error(
+            f"{out} holds no {FILE_NAME} of an output, and only what m3jax has made is overwritten: choose another "
+            "output, or move it away."
+        )
+    odd = next((name for name in others if not _matches(name, made)), None)
+    if odd is not None:
+        raise M3Error(f"{out / odd} is not of the output that is to be replaced: move it away.")
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -335,8 +340,8 @@ def _read_journal(journal: RemotePath) -> Journal:
     try:
         told = parse_json(journal.read_bytes())
         names = told.get("names", [])
-        if not are_texts(names):
-            raise TypeError("names are texts")
+        if not are_patterns(names):
+            raise TypeError("names are patterns of files")
         return Journal(str(told["identity"]), [entry for entry in told["entries"] if is_entry(entry)], tuple(names))
     except FAULTS:
         return Journal("", [])

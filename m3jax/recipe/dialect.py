@@ -18,7 +18,7 @@ _MOST_NODES = 100_000  # of what a recipe says, everything counted where an alia
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key that is written twice is an error, not a silent loss of the first."""
+    """YAML in which a key that is written twice is an error, and so is a number that YAML 1.1 counts in sixties."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -29,6 +29,18 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """A number as it is written; 1:30 would be 90."""
+        if ":" in node.value:
+            problem = f"{node.value} would be read as minutes and seconds; write a number, or text in quotes"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        is_whole = node.tag == "tag:yaml.org,2002:int"
+        return self.construct_yaml_int(node) if is_whole else self.construct_yaml_float(node)
+
+
+for _tag in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _Loader.construct_number)
 
 
 def _parse(text: str) -> object:

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from m3jax.checkpoints.orbax import boxes
 from m3jax.checkpoints.orbax_template import read_template
 from m3jax.checkpoints.orbax_writer import _chunk_shape, fill_with_orbax
 from m3jax.errors import M3Error
+from m3jax.outputs.conversion import convert
 
 FIXTURES = Path(__file__).parent / "fixtures" / "orbax"
 TREE = {
@@ -339,6 +341,36 @@ def test_metrics_may_be_nan(saved) -> None:
 def test_processes_that_were_not_joined(saved) -> None:
     (saved / "manifest.ocdbt").unlink()
     refused(saved, "was not saved to its end")
+
+
+@pytest.mark.parametrize("file", ["manifest.ocdbt", "d/pipe", "pipe"])
+def test_what_tensorstore_would_wait_for(saved, file) -> None:
+    (saved / file).unlink(missing_ok=True)
+    os.mkfifo(saved / file)
+    refused(saved, f"{file} is not a regular file: get the checkpoint again")
+
+
+@pytest.mark.parametrize("file", ["manifest.ocdbt", "_METADATA"])
+def test_descriptions_that_memory_does_not_hold(saved, file) -> None:
+    os.truncate(saved / file, 2**43)
+    refused(saved, f"{file} has 8,796,093,022,208 bytes")
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("_strings.json", b"\xff\xfe{"),
+        ("array_metadatas/process_0", b'{"array_metadatas": [{}]}'),
+        ("array_metadatas/process_0", b'{"array_metadatas": 5}'),
+        ("array_metadatas/process_0", b"{"),
+        ("_sharding", b"{"),
+    ],
+)
+def test_small_files_of_a_template_that_are_damaged(saved, tmp_path, file, damage) -> None:
+    (saved / file).parent.mkdir(exist_ok=True)
+    (saved / file).write_bytes(damage)
+    with pytest.raises(M3Error, match=rf"{file} is damaged: get the checkpoint again from its source"):
+        convert(saved, tmp_path / "out", "orbax")
 
 
 def test_an_array_that_is_missing(tmp_path) -> None:

@@ -385,6 +385,15 @@ def test_errors_are_one_line(
     assert capsys.readouterr() == ("", sentence)
 
 
+def test_tracebacks_cannot_steer_the_terminal(stub: Stub, recipe: str, capsys: Capture) -> None:
+    stub("m3jax.streaming.merging", merge_checkpoint=failing(M3Error("a\x1b]0;pwned\x07 is odd.")))
+    assert main(["merge", recipe, "out", "--debug"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "pwned" in said
+    assert not {"\x1b", "\x07"} & set(said)
+
+
 @pytest.mark.parametrize("debug", ["before", "after", "environment"])
 def test_debug_shows_the_traceback(
     stub: Stub, recipe: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch, debug: str

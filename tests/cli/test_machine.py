@@ -1,11 +1,26 @@
 """`m3jax doctor`: what it says and how it ends."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 
 import pytest
 
 from m3jax.cli import commands
 from m3jax.trees import reference
+
+
+@pytest.mark.parametrize(
+    ("platform", "reason"), [("nosuch", r" \(Unable to initialize backend 'nosuch'.*\)"), ("cuda", ".*")]
+)
+def test_devices_that_are_not_here_get_a_sentence(platform, reason):
+    command = [sys.executable, "-m", "m3jax", "doctor"]
+    ended = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": platform}, capture_output=True, text=True)
+    said = rf"m3jax: JAX_PLATFORMS={platform} gives no device here{reason}: unset JAX_PLATFORMS, or set it to cpu\.\n"
+    assert ended.returncode == 2
+    assert re.fullmatch(said, ended.stderr)
 
 
 @pytest.mark.parametrize("right", [True, False])

@@ -127,7 +127,9 @@ def test_any_tensors_come_back(tmp_path: Path, data: st.DataObject) -> None:
     shape = st.lists(st.integers(0, 9), max_size=3).map(tuple)
     name = st.text("abλ09_-", min_size=1, max_size=6)
     tree = data.draw(
-        st.dictionaries(name, st.tuples(dtype, shape) | st.dictionaries(name, st.tuples(dtype, shape), min_size=1))
+        st.dictionaries(
+            name, st.tuples(dtype, shape) | st.dictionaries(name, st.tuples(dtype, shape), min_size=1), min_size=1
+        )
     )
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     arrays = {key: random_array(*leaf, rng) for key, leaf in flatten_dict(tree, sep=".").items()}

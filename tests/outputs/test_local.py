@@ -18,7 +18,7 @@ from m3jax.checkpoints import shards
 from m3jax.cli.commands import main
 from m3jax.outputs import directories
 from m3jax.outputs.conversion import convert
-from m3jax.outputs.journal import is_entry
+from m3jax.outputs.journal import is_entry, line_of
 from m3jax.outputs.local import Staging
 
 SHARD = 1000
@@ -127,6 +127,8 @@ def test_a_checkpoint_without_tensors_has_a_sentence_of_its_own(place, tmp_path)
     save_file({}, place / "expert-1" / "model.safetensors")
     with pytest.raises(M3Error, match=r"expert-1: holds no tensors, so there is nothing to merge"):
         merge(place, tmp_path / "out")
+    with pytest.raises(M3Error, match=r"expert-1: holds no tensors to convert: give a model that has weights"):
+        convert(place / "expert-1", tmp_path / "out", "msgpack")
 
 
 # --- What is not ours ---------------------------------------------------------------------------------------------
@@ -229,7 +231,13 @@ def test_a_file_that_does_not_reach_the_disk_is_named(place, tmp_path, monkeypat
     assert (there / "out").exists() == (what == "place")
 
 
-@pytest.mark.parametrize("file", ["mine.txt", "runs/scores.json", ".git/HEAD"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("mine.txt", "runs/scores.json", ".git/HEAD", "config.json.tmp", "m3jax-journal-thesis.jsonl"),
+        *("m3jax-journal/notes.jsonl", "deep/m3jax-journal.jsonl"),
+    ],
+)
 def test_an_output_that_holds_files_of_its_user_is_not_replaced(place, tmp_path, file):
     merge(place, tmp_path / "out")
     mine = tmp_path / "out" / file
@@ -243,6 +251,75 @@ def test_an_output_that_holds_files_of_its_user_is_not_replaced(place, tmp_path,
     assert mine.read_text() == "mine"
     shutil.move(tmp_path / "out" / top, tmp_path / "kept")
     merge(place, tmp_path / "out", overwrite=True)
+
+
+def test_weights_beside_an_output_of_the_first_version_are_not_its_own(place, tmp_path):
+    merge(place, tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "m3jax.json").read_text())
+    for key in ("schema", "manifest_digest"):
+        del told[key]
+    del told["output"]["weight_files"]
+    (tmp_path / "out" / "m3jax.json").write_text(json.dumps(told))
+    shutil.copyfile(tmp_path / "in/base/model.safetensors", tmp_path / "out" / "my_finetune.safetensors")
+    with pytest.raises(M3Error, match=r"holds my_finetune\.safetensors, which is not of the output"):
+        merge(place, tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "my_finetune.safetensors").unlink()
+    merge(place, tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["..", "mine", "out", "out.replaced-0123456", "out.replaced-thesis00", "a/b", "."])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_journal_from_elsewhere_removes_nothing(place, tmp_path, name, overwrite):
+    """A directory with a journal that names another one may come from anybody; inodes of some are known to all."""
+    (tmp_path / "work").mkdir()
+    merge(place, tmp_path / "work" / "out")
+    for other in ("mine", "out.replaced-0123456", "out.replaced-thesis00"):
+        (tmp_path / "work" / other).mkdir()
+        (tmp_path / "work" / other / "thesis.tex").write_text("mine")
+    target = tmp_path / "work" / name
+    inode = os.stat(target).st_ino if target.exists() else 2
+    lines = [{"identity": "x", "names": []}, {"replaces": {"name": name, "inode": inode}}]
+    (tmp_path / "work/out/m3jax-journal.jsonl").write_text("".join(map(line_of, lines)))
+    before = contents(tmp_path)
+    if overwrite:
+        merge(place, tmp_path / "work" / "out", overwrite=True)
+    else:
+        with pytest.raises(M3Error, match="exists already"):
+            merge(place, tmp_path / "work" / "out")
+    after = contents(tmp_path)
+    assert {path for path in before if path not in after} <= {"work/out/m3jax-journal.jsonl"}
+    assert {path: after[path] for path in after if "thesis" in path} == {
+        path: before[path] for path in before if "thesis" in path
+    }
+
+
+@pytest.mark.parametrize("pattern", ["*", "?*", "t*", "[st]hesis.tex"])
+def test_a_journal_that_claims_whatever_is_there_is_not_believed(place, tmp_path, pattern):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "thesis.tex").write_text("mine")
+    (partial / "m3jax-journal.jsonl").write_text(line_of({"identity": "x", "names": [pattern]}))
+    with pytest.raises(M3Error, match=r"thesis\.tex: is no part of the merge that is made there"):
+        merge(place, tmp_path / "out")
+    assert (partial / "thesis.tex").read_text() == "mine"
+
+
+@pytest.mark.parametrize("where", ["out/m3jax.json", "out/m3jax-journal.jsonl", "out.partial/m3jax-journal.jsonl"])
+@pytest.mark.parametrize("what", ["pipe", "sparse", "endless"])
+def test_what_is_no_file_of_ours_is_not_waited_for(place, tmp_path, where, what):
+    merge(place, tmp_path / "out")
+    file = tmp_path / where
+    file.parent.mkdir(exist_ok=True)
+    file.unlink(missing_ok=True)
+    if what == "pipe":
+        os.mkfifo(file)
+    elif what == "endless":
+        file.symlink_to("/dev/zero")
+    else:
+        file.touch()
+        os.truncate(file, 2**43)
+    with pytest.raises(M3Error, match=r"holds|no part of the merge|exists already"):
+        merge(place, tmp_path / "out", overwrite=where.startswith("out/m3jax.json"))
 
 
 @pytest.mark.parametrize("name", ["m3jax.json", "m3jax-conversion.json"])

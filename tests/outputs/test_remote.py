@@ -12,6 +12,7 @@ from m3jax import merge_checkpoint, replay, verify
 from m3jax.errors import M3Error
 
 KEYS = {"merge_method": "task_arithmetic", "sparsify": {"method": "dare", "density": 0.5}, "seed": 4}
+OLD = {"output": {"files": {"tokenizer.json": ""}, "weight_files": {"model.safetensors": ""}}}
 WRITES = ("put_object", "complete_multipart_upload")
 
 
@@ -104,7 +105,7 @@ def test_a_merge_goes_on_wherever_its_sending_ends(s3, place, monkeypatch, old) 
         for name in s3.names("out"):
             s3.driver.rm_file(f"{s3.bucket}/out/{name}")
         for name in ("m3jax.json", "model.safetensors", "tokenizer.json") if old else ():
-            s3.driver.pipe_file(f"{s3.bucket}/out/{name}", b"{}")
+            s3.driver.pipe_file(f"{s3.bucket}/out/{name}", json.dumps(OLD).encode())
 
         def put(*args, left=left, is_sent=is_sent, **options):
             if not left:
@@ -156,16 +157,35 @@ def test_what_is_there_is_kept_unless_overwritten(s3, place) -> None:
     s3.driver.pipe_file(f"{s3.bucket}/out/config.json", b"{}")
     with pytest.raises(M3Error, match="exists already"):
         merge(place, f"{s3.url}/out")
-    with pytest.raises(M3Error, match=r"holds no m3jax\.json, and only what m3jax has made is overwritten"):
+    with pytest.raises(M3Error, match=r"holds no m3jax\.json of an output, and only what m3jax"):
         merge(place, f"{s3.url}/out", overwrite=True)
     assert stored(s3) == {"model.safetensors": b"old", "config.json": b"{}"}
-    s3.driver.pipe_file(f"{s3.bucket}/out/m3jax.json", b"{}")
+    s3.driver.pipe_file(f"{s3.bucket}/out/m3jax.json", json.dumps({"output": {"files": {"config.json": ""}}}).encode())
     merge(place, f"{s3.url}/out", overwrite=True)
     assert stored(s3) == contents(place / "reference")
     s3.driver.pipe_file(f"{s3.bucket}/notes/plan.txt", b"mine")
     with pytest.raises(M3Error, match=r"holds no m3jax\.json"):
         merge(place, f"{s3.url}/notes", overwrite=True)
     assert stored(s3, "notes") == {"plan.txt": b"mine"}
+
+
+@pytest.mark.parametrize("file", ["thesis.txt", "runs/logs.txt", "my_finetune.safetensors"])
+def test_what_is_not_of_the_old_output_is_not_removed(s3, place, file) -> None:
+    merge(place, f"{s3.url}/out")
+    s3.driver.pipe_file(f"{s3.bucket}/out/{file}", b"mine")
+    before = stored(s3)
+    with pytest.raises(M3Error, match=rf"{file} is not of the output that is to be replaced: move it away"):
+        merge(place, f"{s3.url}/out", overwrite=True)
+    assert stored(s3) == before
+
+
+def test_a_journal_that_claims_whatever_is_there_is_not_believed(s3, place) -> None:
+    s3.driver.pipe_file(f"{s3.bucket}/out/thesis.txt", b"mine")
+    journal = {"identity": "x", "entries": [], "names": ["*"]}
+    s3.driver.pipe_file(f"{s3.bucket}/out/m3jax-journal-0.json", json.dumps(journal).encode())
+    with pytest.raises(M3Error, match="exists already"):
+        merge(place, f"{s3.url}/out")
+    assert stored(s3)["thesis.txt"] == b"mine"
 
 
 def test_places_that_cannot_be(s3, place, monkeypatch) -> None:

@@ -675,6 +675,8 @@ def test_a_recipe_is_a_mapping(raw):
         (b"models: [a\nmerge_method: linear\n", "line 2: not valid YAML"),
         (b"seed: 1\nmodels: [a, b]\nseed: 2\n", "line 3: not valid YAML: the key 'seed' is written twice"),
         (b"name: !!python/object:os.system x\n", "line 1: not valid YAML"),
+        (b"models: [a, b]\nseed: 1:30:00\n", "line 2: not valid YAML: 1:30:00 would be read as minutes and seconds"),
+        (b"normalize: -1:30.5\n", "line 1: not valid YAML: -1:30.5 would be read as minutes and seconds"),
         (b"seed: 1\n---\nseed: 2\n", "documents 1 and 2 have no name; name all but the one"),
         (b"name: a\n---\n- b\n", "document 2 is ['b'], not a mapping"),
         (

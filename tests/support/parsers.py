@@ -376,7 +376,7 @@ models:
 - &b {model: b, parameters: {weight: 1e-1}}
 parameters: {normalize: true}
 exclude: ['.*rotary.*']
-seed: 1:30
+seed: 130
 dtype: bfloat16
 """
 _TASK = b"""task: own
