@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeAlias
 
-from m3jax.checkpoints.formats import SAFETENSORS
+from m3jax.checkpoints.formats import FORMATS, SAFETENSORS
 from m3jax.checkpoints.orbax_tree import COMMITTED
 from m3jax.checkpoints.storage import read_file
 from m3jax.documents import parse_json
@@ -26,6 +26,7 @@ Entry: TypeAlias = dict[str, Any]
 
 _WIDE = re.compile(r"(?:(?:[^*?[]|\[[*?[]\])*[^*?[/._\]])?[*?]|(?:[^*?[]|\[[*?[]\])*\[[^*?[]")
 """The beginning of a pattern with a wildcard that no slash, point or underscore is before, or a class of characters."""
+_WEIGHTS = {f"*{ending}" for format in FORMATS for ending in format.endings}
 _LAST = ("m3jax.json", SAFETENSORS.index_file, "config.json")
 
 
@@ -198,7 +199,7 @@ def are_patterns(told: Any) -> bool:
         >>> are_patterns(["config.json", "model[*].json", "d/*", "default.*/*"]), are_patterns(["*"])
         (True, False)
     """
-    return are_texts(told) and not any(_WIDE.match(name) for name in told)
+    return are_texts(told) and not any(_WIDE.match(name) for name in told if name not in _WEIGHTS)
 
 
 def append(journal: Path, entry: Mapping[str, Any]) -> None:

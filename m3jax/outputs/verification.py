@@ -22,7 +22,7 @@ from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.locate import locate_recorded, named_companions
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.checkpoints.standing_in import CONVERSION, STATISTICS
-from m3jax.checkpoints.storage import is_dir, is_file, list_names, read_file
+from m3jax.checkpoints.storage import exists, is_dir, is_file, list_names, read_file
 from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 from m3jax.outputs import manifest, mark
@@ -34,6 +34,7 @@ from m3jax.vocabulary import numbering, read_vocabulary
 
 Report = Callable[[Progress], None]
 
+_GONE, _OTHER = "is missing", "has changed"  # what a file beside the weights may be
 _TOOLS = (".git", ".gitattributes", ".gitignore", ".cache", ".DS_Store")  # which no loader of models reads
 _DEEPEST = 8  # directories in directories that are looked through
 _NAMED = 3  # tensors that went with a file
@@ -200,7 +201,7 @@ def compare_beside(directory: str | os.PathLike[str]) -> Beside:
         notes += said
     for file, digest in sorted(recorded["files"].items()):
         fault = _fault_of_file(place / file, digest)
-        if fault is not None and file in manifest.EDITABLE:
+        if fault in (_GONE, _OTHER) and file in manifest.EDITABLE:
             notes.append(f"{file}: {fault}, as people may edit it")
         elif fault is not None:
             differences.append(f"{file}: {fault}")
@@ -378,10 +379,12 @@ def _differing_headers(found: Mapping[str, str], recorded: Mapping[str, Any]) ->
 
 def _fault_of_file(path: Path, digest: str) -> str | None:
     """What is wrong with a file beside the weights; None where it is as recorded."""
+    if not exists(path):
+        return _GONE
     if not is_file(path):
-        return "is missing"
+        return "is not a regular file"
     try:
-        return None if digest_file(path) == digest else "has changed"
+        return None if digest_file(path) == digest else _OTHER
     except M3Error as error:
         return f"cannot be read: {error}"
 
