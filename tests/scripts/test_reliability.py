@@ -3,6 +3,7 @@
 import importlib.machinery
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "reliability"
@@ -32,6 +33,7 @@ def test_pieces_are_added_up(tmp_path, monkeypatch):
     assert script.write(script.kept(tmp_path)) == 1
     page = (tmp_path / "page.md").read_text()
     assert "| a | 2,000 | 6 | 1,994 | KeyError at a.py:1 (2) |" in page
+    assert re.search(r"^Found, mended and tested since: .*\bbert \d", page, re.MULTILINE)
     assert "| ties | none | 8 | 8 |" in page
     assert "| all |  | 8 | 8 |" in page
     assert "| 20 | 300 |" in page
