@@ -24,8 +24,7 @@ from m3jax.errors import M3Error
 Entry: TypeAlias = dict[str, Any]
 """What is finished: a weight file, named by the key `shard`, or something else."""
 
-_WIDE = re.compile(r"(?:(?:[^*?[]|\[[*?[]\])*[^*?[/._\]])?[*?]|(?:[^*?[]|\[[*?[]\])*\[[^*?[]")
-"""The beginning of a pattern with a wildcard that no slash, point or underscore is before, or a class of characters."""
+_LITERAL = re.compile(r"(?:[^*?[]|\[[*?[]\])*")  # the beginning of a pattern that matches itself alone
 _WEIGHTS = {f"*{ending}" for format in FORMATS for ending in format.endings}
 _LAST = ("m3jax.json", SAFETENSORS.index_file, "config.json")
 
@@ -196,10 +195,16 @@ def are_patterns(told: Any) -> bool:
     """Whether it is a list of patterns of files as writers announce them: none is of whatever somebody may have there.
 
     Example:
-        >>> are_patterns(["config.json", "model[*].json", "d/*", "default.*/*"]), are_patterns(["*"])
+        >>> are_patterns(["config.json", "model[*].json", "d/*", "*.safetensors"]), are_patterns(["*"])
         (True, False)
     """
-    return are_texts(told) and not any(_WIDE.match(name) for name in told if name not in _WEIGHTS)
+    return are_texts(told) and all(map(_is_announced, told))
+
+
+def _is_announced(pattern: str) -> bool:
+    literal = _LITERAL.match(pattern)
+    assert literal is not None  # it may be empty
+    return literal[0] == pattern or literal[0].endswith(("/", ".", "_")) or pattern in _WEIGHTS
 
 
 def append(journal: Path, entry: Mapping[str, Any]) -> None:
