@@ -7,6 +7,8 @@ compressed, their shardings, and for an item of a step its name and what stands 
 import base64
 import glob
 import json
+import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,10 +35,13 @@ from m3jax.checkpoints.orbax_tree import (
     step_number,
 )
 from m3jax.checkpoints.protocol import DTYPE_NAMES, TensorInfo
+from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.storage import is_dir, is_file, read_file
+from m3jax.checkpoints.trust import check_companion, check_size
 from m3jax.errors import M3Error
 
 SHARDINGS, STRINGS, ARRAYS = "_sharding", "_strings.json", "array_metadatas"
+_ARRAYS_OF = re.compile("process_[0-9]+")  # a process: what tells of its arrays
 _SEQUENCE = 1  # the `key_type` of what is in a list or tuple
 _STEP_FILES = ("orbax.checkpoint",)  # marks a step of the newest layout
 DEFAULT_ITEM = "default"  # what a CheckpointManager calls the only item of a step
@@ -86,18 +91,33 @@ def read_template(path: Path) -> Template:
         path: A directory, as `find_item` takes it.
 
     Raises:
-        M3Error: As `find_item`; or what it says of itself is damaged.
+        M3Error: As `find_item`; or what it says of itself is damaged, or in files that are not its own.
     """
     path = remembered(path)
     item = find_item(path)
-    tree = parse_json(read_file(item / TREE), str(item / TREE)) if is_file(item / TREE) else None
+    file = _own(item, TREE)
+    tree = parse_json(read_file(file), str(file)) if file is not None else None
     step, layouts = item.parent, _layouts(item)
     is_step = step_number(item.name) is not None and not is_file(step / STEP)  # of a run whose steps have no items
     if item == path or is_step:
-        return Template(item, "", tree, _told(item / STEP), (), layouts)
+        return Template(item, "", tree, _told(_own(item, STEP)), (), layouts)
     others = tuple(child for child in children(step) if child != item and _is_saved(child))
-    files = tuple(step / name for name in _STEP_FILES if is_file(step / name))
-    return Template(item, item.name, tree, _told(step / STEP), (*others, *files), layouts)
+    files = tuple(file for name in _STEP_FILES if (file := _own(step, name)) is not None)
+    return Template(item, item.name, tree, _told(_own(step, STEP)), (*others, *files), layouts)
+
+
+def _own(directory: Path, name: str) -> Path | None:
+    """A small file of a directory's own, which is read whole; None where it is not there."""
+    file = directory / name
+    if isinstance(file, RemotePath):
+        if not file.is_file():
+            return None
+        check_size(file, file.stat().st_size)
+    elif not os.path.lexists(file):
+        return None
+    else:
+        check_companion(file, directory)
+    return file
 
 
 def _layouts(item: Path) -> dict[str, StoredArray]:
@@ -125,8 +145,8 @@ def _is_saved(directory: Path) -> bool:
     return is_item(directory) or any(is_file(directory / name) for name in (COMMITTED, "metadata"))
 
 
-def _told(file: Path) -> dict[str, Any]:
-    if not is_file(file):
+def _told(file: Path | None) -> dict[str, Any]:
+    if file is None:
         return {}
     with _reading(file):
         told = documents.parse_json(read_file(file))  # its metrics may be NaN
@@ -278,17 +298,20 @@ def tree_files(template: Template, tensors: Mapping[str, TensorInfo]) -> Iterato
         tensors: The arrays that the item will have.
 
     Raises:
-        M3Error: One of the template's is damaged.
+        M3Error: One of the template's is damaged, or not its own.
     """
-    if is_file(file := template.item / SHARDINGS):
+    if (file := _own(template.item, SHARDINGS)) is not None:
         told = _told(file)
         kept = {key: value for key, value in told.items() if _decoded(key) in tensors}
         yield SHARDINGS, json.dumps(kept)
-    if is_file(file := template.item / STRINGS):
+    if (file := _own(template.item, STRINGS)) is not None:
         with _reading(file):
             strings = read_file(file).decode()
         yield STRINGS, strings
-    for file in sorted((template.item / ARRAYS).glob("*")):
+    for name in sorted(file.name for file in (template.item / ARRAYS).glob("*")):
+        file = _own(template.item, f"{ARRAYS}/{name}") if _ARRAYS_OF.fullmatch(name) is not None else None
+        if file is None:
+            continue
         with _reading(file):
             entries = [
                 _array_entry(template, entry, tensors)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from m3jax.checkpoints.key_values import files_at
+from m3jax.checkpoints.orbax_beside import close_as, copy_beside
 from m3jax.checkpoints.orbax_template import (
     StoredArray,
     Template,
@@ -30,7 +31,6 @@ from m3jax.checkpoints.orbax_template import (
 )
 from m3jax.checkpoints.orbax_tree import COMMITTED, MANIFEST, STEP, TEMPORARY, TREE, part_name
 from m3jax.checkpoints.protocol import DTYPES, Checkpoint, TensorInfo, natural_key
-from m3jax.checkpoints.storage import copy_tree
 from m3jax.errors import M3Error, mend
 
 _CHUNK = 16 << 20  # bytes of a chunk: what a reader of any small piece has to decode
@@ -117,6 +117,7 @@ def _describe(
         for name, text in tree_files(template, tensors):
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_text(text, encoding="utf-8")
+            close_as(template.item / name, directory / name)
     _write_json(directory / TREE, tree)
     if template is None or not template.name:  # else its step tells
         told = template if template is not None and template.tree is not None else None
@@ -159,8 +160,7 @@ def _fill_step(step: Path, source: Checkpoint, template: Template) -> None:
 def _describe_step(step: Path, template: Template, begun: int) -> None:
     """Writes all of a step but its item; the last file says that it is whole."""
     with _saying_what_failed(step):
-        for path in template.beside:
-            copy_tree(path, step / path.name)
+        copy_beside(template.beside, step)
         there = {template.name, *(path.name for path in template.beside)}
         told = step_content(template, begun, time.time_ns())
         handlers = told["item_handlers"]
@@ -280,7 +280,7 @@ def _saying_what_failed(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # TensorStore's are of many types
         if isinstance(error, OSError):
-            raise M3Error(f"{path} cannot be written: {error.strerror}; {mend(error)}.") from error
+            raise M3Error(f"{path} cannot be written: {error.strerror or error}; {mend(error)}.") from error
         full = str(error).startswith("RESOURCE_EXHAUSTED")  # TensorStore's word for a disk that is full
         reason = "the disk is full; free space or choose another place" if full else "check the place and the disk"
         raise M3Error(f"{path} cannot be written: {reason}.") from error

@@ -15,6 +15,7 @@ from m3jax.checkpoints.formats import ORBAX
 from m3jax.checkpoints.locate import split_adapter
 from m3jax.checkpoints.opening import recognise
 from m3jax.checkpoints.orbax import open_part
+from m3jax.checkpoints.orbax_beside import BesideItem, find_beside
 from m3jax.checkpoints.orbax_template import (
     DEFAULT_ITEM,
     Template,
@@ -28,7 +29,6 @@ from m3jax.checkpoints.orbax_writer import check_tree, finish_item, write_part
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.runs import find_run, place_of, split_step
 from m3jax.checkpoints.shards import WEIGHTS_METADATA
-from m3jax.checkpoints.storage import tree_size
 from m3jax.checkpoints.views import renamed
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs.local import intermediates_directory, is_own, partial_directory
@@ -63,8 +63,12 @@ class OrbaxOutput(NamedTuple):
     @property
     def size_beside(self) -> int:
         """Bytes of what is copied from the template's step."""
-        beside = self.template.beside if self.template is not None else ()
-        return sum(map(tree_size, beside))
+        return self.beside.size
+
+    @property
+    def beside(self) -> BesideItem:
+        """What is copied from the template's step."""
+        return find_beside(self.template.beside if self.template is not None else ())
 
     def to_json(self) -> dict[str, Any]:
         """What the manifest says of it."""
