@@ -16,14 +16,23 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from m3jax import documents
-from m3jax.checkpoints.formats import ORBAX
 from m3jax.checkpoints.headers import parse_json
 from m3jax.checkpoints.key_values import context, open_array, unusable
+from m3jax.checkpoints.orbax_names import (
+    ARRAYS,
+    SHARDINGS,
+    STRINGS,
+    array_patterns,
+    below,
+    database_patterns,
+    description_patterns,
+)
 from m3jax.checkpoints.orbax_tree import (
     COMMITTED,
     MANIFEST,
     NO_ARRAYS,
     STEP,
+    TEMPORARY,
     TREE,
     children,
     find_item,
@@ -40,7 +49,7 @@ from m3jax.checkpoints.storage import is_dir, is_file, read_file
 from m3jax.checkpoints.trust import check_companion, check_size
 from m3jax.errors import M3Error
 
-SHARDINGS, STRINGS, ARRAYS = "_sharding", "_strings.json", "array_metadatas"
+INNER = "orbax"  # what an item is called as it is written into a directory that it is to fill
 _ARRAYS_OF = re.compile("process_[0-9]+")  # a process: what tells of its arrays
 _SEQUENCE = 1  # the `key_type` of what is in a list or tuple
 _STEP_FILES = ("orbax.checkpoint",)  # marks a step of the newest layout
@@ -158,17 +167,28 @@ def without_state(template: Template) -> Template:
     return template._replace(beside=tuple(path for path in template.beside if not is_dir(path) or not is_item(path)))
 
 
-def file_patterns(template: Template | None, names: Iterable[str]) -> tuple[str, ...]:
-    """Patterns of all files of a checkpoint that is written after a template.
+def has_database(template: Template | None) -> bool:
+    """Whether arrays that are written after a template are in a database (OCDBT), not in a directory each."""
+    return template is None or template.tree is None or is_file(template.item / MANIFEST)
+
+
+def file_patterns(
+    template: Template | None, tensors: Iterable[TensorInfo], beside: Iterable[str] = (), whole: bool = False
+) -> tuple[str, ...]:
+    """Patterns of all files of a checkpoint that is written after a template, and of no others.
 
     Args:
         template: Which; None where there is none.
-        names: Of its arrays.
+        tensors: Its arrays.
+        beside: The names of what is copied from the template's step.
+        whole: Whether the item is written as `write_orbax` does, under other names at first.
     """
-    if template is None or not template.name:
-        return (*ORBAX.patterns, f"{ARRAYS}/*", SHARDINGS, STRINGS, *(f"{glob.escape(name)}/*" for name in names))
-    items = {template.name, *(path.name for path in template.beside if is_dir(path))}
-    return (STEP, COMMITTED, *_STEP_FILES, *(f"{glob.escape(item)}{more}" for item in items for more in ("/*", ".*/*")))
+    name = template.name if template is not None else ""
+    arrays = (pattern for info in tensors for pattern in array_patterns(info.name, len(info.shape)))
+    item = (*description_patterns(), *(database_patterns() if has_database(template) else arrays))
+    places = [name, *([f"{name or INNER}{TEMPORARY}", *([] if name else [INNER])] if whole else [])]
+    within = [pattern for place in places for pattern in below(place, (*item, *(() if name else (STEP,))))]
+    return (STEP, COMMITTED, *within, *map(glob.escape, beside))
 
 
 # --- The tree ----------------------------------------------------------------------------------------------
@@ -280,11 +300,6 @@ def layout_of(template: Template, info: TensorInfo) -> StoredArray | None:
         return layout
     dtypes = ("dtype", "data_type", "fill_value")
     return layout._replace(metadata={key: value for key, value in layout.metadata.items() if key not in dtypes})
-
-
-def uses_database(template: Template) -> bool:
-    """Whether the arrays of a template are in one database (OCDBT), not in a directory each."""
-    return is_file(template.item / MANIFEST)
 
 
 # --- The files beside the tree -----------------------------------------------------------------------------

@@ -20,14 +20,16 @@ import numpy as np
 
 from m3jax.checkpoints.key_values import files_at
 from m3jax.checkpoints.orbax_beside import close_as, copy_beside
+from m3jax.checkpoints.orbax_names import LOCKED, NODES, VALUES
 from m3jax.checkpoints.orbax_template import (
+    INNER,
     StoredArray,
     Template,
+    has_database,
     layout_of,
     step_content,
     tree_files,
     tree_of,
-    uses_database,
 )
 from m3jax.checkpoints.orbax_tree import COMMITTED, MANIFEST, STEP, TEMPORARY, TREE, part_name
 from m3jax.checkpoints.protocol import DTYPES, Checkpoint, TensorInfo, natural_key
@@ -36,7 +38,6 @@ from m3jax.errors import M3Error, mend
 _CHUNK = 16 << 20  # bytes of a chunk: what a reader of any small piece has to decode
 _HELD = 64 << 20  # bytes being compressed and written
 _IN_FLIGHT = 256  # chunks, however small
-_VALUES, _NODES = "d", "ocdbt_meta/"  # where a database keeps values, and a part's what tells where they are
 
 
 def check_tree(names: Iterable[str], where: object) -> None:
@@ -143,7 +144,7 @@ def fill_with_orbax(
     if template is not None and template.name:
         _fill_step(directory, source, template)
         return
-    inner = directory / "orbax"  # what is in it has relative places and may be moved
+    inner = directory / INNER  # what is in it has relative places and may be moved
     write_orbax(inner, source, template)
     for entry in sorted(inner.iterdir()):
         entry.rename(directory / entry.name)
@@ -234,12 +235,7 @@ def is_node(name: str) -> bool:
         name: With the part's directory, and perhaps others above.
     """
     *_, above, last = ["", *name.split("/")]
-    return last == MANIFEST or f"{above}/" == _NODES
-
-
-def has_database(template: Template | None) -> bool:
-    """Whether arrays that are written after a template are in a database (OCDBT), not in a directory each."""
-    return template is None or template.tree is None or uses_database(template)
+    return last == MANIFEST or above == NODES
 
 
 def _merge_parts(item: Path) -> None:
@@ -250,8 +246,9 @@ def _merge_parts(item: Path) -> None:
     import tensorstore as ts
 
     with _saying_what_failed(item):
-        (item / MANIFEST).unlink(missing_ok=True)  # of an attempt before
-        shutil.rmtree(item / _VALUES, ignore_errors=True)
+        for name in (MANIFEST, f"{MANIFEST}{LOCKED}"):  # of an attempt before
+            (item / name).unlink(missing_ok=True)
+        shutil.rmtree(item / VALUES, ignore_errors=True)
         shared, base = ts.Context(), files_at(item)  # references are copied within one context alone
         whole = ts.KvStore.open({"driver": "ocdbt", "base": base}, context=shared).result()
         together = ts.Transaction(atomic=True)
@@ -357,9 +354,9 @@ def _in_database(base: Mapping[str, Any], name: str, part: int | None) -> dict[s
         "driver": "ocdbt",
         "base": {**base, "path": f"{base['path']}{part_name(part)}/"},
         "path": f"{name}/",
-        "value_data_prefix": f"{_VALUES}/",
-        "btree_node_data_prefix": _NODES,
-        "version_tree_node_data_prefix": _NODES,
+        "value_data_prefix": f"{VALUES}/",
+        "btree_node_data_prefix": f"{NODES}/",
+        "version_tree_node_data_prefix": f"{NODES}/",
     }
 
 

@@ -302,10 +302,12 @@ def _record(job: _Job, digests: TensorDigests) -> InputRecord:
 def _names(job: _Job) -> tuple[str, ...]:
     """Patterns of the files of a conversion."""
     to, beside = job.to, job.beside
-    if job.template is not None:
-        return (*file_patterns(job.template, job.source.tensors), *exactly([*beside, CONVERSION]))
+    if to.name == ORBAX.name:
+        copied = () if job.template is None else find_beside(job.template.beside).files
+        tree = file_patterns(job.template, job.source.tensors.values(), copied, whole=True)
+        return (*tree, *exactly([*beside, CONVERSION]))
     weights = [f"*{ending}" for ending in to.endings] + ([to.index_file] if to.index_file else [])
-    return (*weights, *to.patterns, *exactly([*beside, CONVERSION]))
+    return (*weights, *exactly([*beside, CONVERSION]))
 
 
 # --- Verifying -------------------------------------------------------------------------------------------

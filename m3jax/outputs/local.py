@@ -22,6 +22,7 @@ from typing import Any, Self
 
 from m3jax.checkpoints import TensorInfo, digest_tensor, open_safetensors
 from m3jax.checkpoints.formats import SAFETENSORS
+from m3jax.checkpoints.orbax_names import LOCKED
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.shards import WEIGHTS_METADATA, appearing, sync
 from m3jax.checkpoints.standing_in import CONVERSION
@@ -40,6 +41,8 @@ from m3jax.outputs.journal import (
     read_journal,
     weights_in,
 )
+from m3jax.outputs.patterns import directories as directories_of
+from m3jax.outputs.patterns import matcher
 from m3jax.outputs.provenance import FILE_NAME
 from m3jax.outputs.written import varying_patterns
 
@@ -185,15 +188,17 @@ def foreign(directory: Path, names: Collection[str]) -> str | None:
 
     Args:
         directory: Where an output is made.
-        names: Patterns of the files that may be there beside journals, also as they are being written (`.tmp`).
+        names: Patterns of the files that may be there beside journals, also as they are being written (`.tmp`,
+            `.__lock`).
     """
     known = (*_OWN, *names)
+    is_known, is_place = matcher(known), matcher(directories_of(known))
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_dir() and not path.is_symlink():
-            own = any(path.iterdir()) or any(p.startswith(f"{name}/") or fnmatchcase(name, p) for p in known)
+            own = any(path.iterdir()) or is_known(name) or is_place(name)
         else:
-            own = any(fnmatchcase(name.removesuffix(".tmp"), pattern) for pattern in known)
+            own = is_known(name.removesuffix(".tmp").removesuffix(LOCKED))
         if not own:
             return name
     return None

@@ -32,6 +32,7 @@ from m3jax.checkpoints.shards import WEIGHTS_METADATA
 from m3jax.checkpoints.views import renamed
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs.local import intermediates_directory, is_own, partial_directory
+from m3jax.outputs.patterns import matcher
 from m3jax.outputs.remote import begun_in
 from m3jax.outputs.written import varying_files
 
@@ -40,35 +41,28 @@ class OrbaxOutput(NamedTuple):
     """How a merge is written as Orbax.
 
     Attributes:
-        template: What its tree and layout are taken from; None for a tree of dicts.
+        template: What its tree and layout are taken from.
         item: What its item is called in the step that it is; empty where it is no step.
         names: What each tensor is called in the tree, by its name in the merge.
+        tensors: What is written, by the names in the tree.
+        beside: What is copied from the template's step, or from that of the training's state.
     """
 
-    template: Template | None
+    template: Template
     item: str
     names: Mapping[str, str]
+    tensors: Mapping[str, TensorInfo]
+    beside: BesideItem
 
     @property
     def patterns(self) -> tuple[str, ...]:
         """Patterns of all its files."""
-        return file_patterns(self.template, self.names.values())
+        return file_patterns(self.template, self.tensors.values(), self.beside.files)
 
     @property
     def trees_beside(self) -> list[str]:
         """The names of the other trees of its step."""
-        beside = self.template.beside if self.template is not None else ()
-        return [path.name for path in beside if path.is_dir() and is_item(path)]
-
-    @property
-    def size_beside(self) -> int:
-        """Bytes of what is copied from the template's step."""
-        return self.beside.size
-
-    @property
-    def beside(self) -> BesideItem:
-        """What is copied from the template's step."""
-        return find_beside(self.template.beside if self.template is not None else ())
+        return [path.name for path in self.template.beside if path.is_dir() and is_item(path)]
 
     def to_json(self) -> dict[str, Any]:
         """What the manifest says of it."""
@@ -89,7 +83,8 @@ def plan_orbax(
         as_step: Write a step with an item, whatever the template is.
 
     Raises:
-        M3Error: The names make no tree, or have no place in the template's.
+        M3Error: The names make no tree, or have no place in the template's; or something that would be copied is not
+            the step's own.
     """
     stored = {names[info.name]: info._replace(name=names[info.name]) for info in tensors}
     if len(stored) < len(tensors):
@@ -108,7 +103,7 @@ def plan_orbax(
         found = found._replace(beside=read_template(state).beside)
     if as_step and not found.name:
         found = found._replace(name=DEFAULT_ITEM)
-    return OrbaxOutput(found, found.name, names)
+    return OrbaxOutput(found, found.name, names, stored, find_beside(found.beside))
 
 
 def keep_part(directory: Path, output: OrbaxOutput, number: int, file: str, digests: Mapping[str, str]) -> list[str]:
@@ -181,10 +176,12 @@ def finish_orbax(directory: Path, output: OrbaxOutput, tensors: Sequence[TensorI
     with saying_what_failed(item):
         item.mkdir(exist_ok=True)
     finish_item(item, stored, WEIGHTS_METADATA, output.template)
-    varying = varying_files(output.item, output.names.values())
+    varying, is_known = varying_files(output.item, output.names.values()), matcher(output.patterns)
     files = (path for path in directory.rglob("*") if path.is_file() and not is_own(path.name))
     told = {path.relative_to(directory).as_posix(): path for path in files}
-    return {name: digest_file(path) for name, path in sorted(told.items()) if not varying.matches(name)}
+    return {
+        name: digest_file(path) for name, path in sorted(told.items()) if is_known(name) and not varying.matches(name)
+    }
 
 
 @contextmanager

@@ -39,6 +39,7 @@ from m3jax.outputs.journal import weights_in
 from m3jax.outputs.local import Staging, Workplace, exactly, holds_tensors
 from m3jax.outputs.modes import narrow
 from m3jax.outputs.orbax import finish_orbax, holds_part, keep_part, step_directory
+from m3jax.outputs.patterns import matcher
 from m3jax.outputs.remote import RemoteStaging, RemoteWorkplace
 from m3jax.progress import Progress
 from m3jax.recipe import Recipe, load_recipe
@@ -139,14 +140,14 @@ def _open_workplace(
     names = exactly([*(file for file, _ in ready.shards), *possible, *_links(ready), manifest.FILE_NAME])
     names += ready.orbax.patterns if ready.orbax is not None else ()
     if isinstance(job.out, RemotePath):
-        space = _largest(ready) if ready.orbax is None else 2 * _largest(ready) + ready.orbax.size_beside
+        space = _largest(ready) if ready.orbax is None else 2 * _largest(ready) + ready.orbax.beside.size
         aside = ready.orbax is not None
         staging = stack.enter_context(RemoteStaging(job.out, ready.identity, space, job.overwrite, aside, names))
     else:
         weights = sum(t.output.nbytes for t in ready.plan.tensors)
         small = sum(path.stat().st_size for path in ready.companions.values())
         space = weights + small + _TOLD_PER_TENSOR * len(ready.plan.tensors)
-        space += 0 if ready.orbax is None else _largest(ready) + ready.orbax.size_beside  # one file stands there twice
+        space += 0 if ready.orbax is None else _largest(ready) + ready.orbax.beside.size  # one file stands there twice
         shared = processes.count > 1
         staging = stack.enter_context(Staging(job.out, ready.identity, space, job.overwrite, shared, names))
         narrow(staging.path, _weight_files(ready))
@@ -473,8 +474,10 @@ def _publish(job: MergeJob, ready: Ready, staging: Staging | RemoteStaging, reco
     (staging.path / manifest.FILE_NAME).write_text(manifest.to_json(record), encoding="utf-8")
     if isinstance(staging, Staging):
         narrow(staging.path, _weight_files(ready))
-        made = [*(file for file, _ in ready.shards), *files, *links, manifest.FILE_NAME]
-        staging.publish(made if ready.orbax is None else staging.files())
+        weights = [file for file, _ in ready.shards]
+        if ready.orbax is not None:
+            weights = list(filter(matcher(ready.orbax.patterns), staging.files()))
+        staging.publish([*weights, *files, *links, manifest.FILE_NAME])
     else:
         staging.publish()
     return record

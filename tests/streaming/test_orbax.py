@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -285,3 +286,109 @@ def test_a_tokenizer_is_that_of_the_step_that_is_read(runs) -> None:
     told = {"merge_method": "linear", "models": [str(runs / "a"), str(runs / "b")], "tokenizer_source": str(runs / "a")}
     recipe, _ = with_steps(load_recipe(told))
     assert recipe.tokenizer_source == recipe.models[0].model == f"{runs / 'a'}@30"
+
+
+# --- Files that are not the merge's ------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """What ends a merge without a chance to tidy up."""
+
+
+def killed_at(monkeypatch, name: str, calls: int):
+    """Ends a merge at a call of a function of its output, with all that stands there then."""
+    plain, left = getattr(orbax_output, name), [None] * calls
+
+    def killed(*args):
+        if not left:
+            raise Killed
+        left.pop()
+        return plain(*args)
+
+    monkeypatch.setattr(orbax_output, name, killed)
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory) -> Path:
+    """A checkpoint in a database, and two with a directory for each array, in zarr and in zarr3."""
+    place = tmp_path_factory.mktemp("layouts")
+    tree = params_of(1) | {"scalar": jnp.float32(3), "line": jnp.ones(5)}
+    for name, options in (
+        ("database", {}),
+        ("zarr", {"use_ocdbt": False}),
+        ("zarr3", {"use_ocdbt": False, "use_zarr3": True}),
+    ):
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options)) as checkpointer:
+            checkpointer.save(place / name, ocp.args.PyTreeSave(tree))
+    return place
+
+
+FOREIGN = (
+    "modeling_evil.py",
+    "d/evil.py",
+    "d/0123456789abcdef0123456789abcdef.py",
+    "d/mywork/thesis.txt",
+    "ocdbt.process_EVIL.py",
+    "ocdbt.process_0/evil",
+    "ocdbt.process_0/d/evil.py",
+    "ocdbt.process_0/ocdbt_meta/evil.py",
+    "embed.w/modeling.py",
+    "embed.w/0.0.py",
+    "array_metadatas/evil.py",
+    "array_metadatas/process_0.py",
+    "_METADATA.py",
+)
+
+
+@contextmanager
+def placed(directory: Path, name: str):
+    """A file that its user has put into an output, and that is as it was in the end."""
+    made = [place for place in (directory / name).parents if not place.exists()]
+    (directory / name).parent.mkdir(parents=True, exist_ok=True)
+    (directory / name).write_text("mine")
+    yield
+    assert (directory / name).read_text() == "mine"
+    (directory / name).unlink()
+    for place in made:
+        place.rmdir()
+
+
+@pytest.mark.parametrize("layout", ["database", "zarr", "zarr3"])
+def test_a_foreign_file_is_not_published(layouts, layout, tmp_path, monkeypatch) -> None:
+    told = {"merge_method": "linear", "models": [str(layouts / layout)] * 2}
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    killed_at(monkeypatch, "_differing", 1)
+    with pytest.raises(Killed):
+        merge_checkpoint(told, out, max_shard_size=100)
+    monkeypatch.undo()
+    for name in FOREIGN:
+        sentence = rf"{name}: is no part of the merge that is made there: move it away"
+        with placed(partial, name), pytest.raises(M3Error, match=sentence):
+            merge_checkpoint(told, out, max_shard_size=100)
+    half = {"database": "ocdbt.process_1/d/" + "0" * 32, "zarr": "scalar/.zarray", "zarr3": "scalar/zarr.json"}[layout]
+    (partial / half).parent.mkdir(parents=True, exist_ok=True)
+    (partial / f"{half}.__lock").touch()  # as TensorStore calls it while it is written
+    (partial / "manifest.ocdbt.__lock").touch() if layout == "database" else None
+    killed_at(monkeypatch, "finish_item", 0)
+    with pytest.raises(Killed):
+        merge_checkpoint(told, out, max_shard_size=100)
+    monkeypatch.undo()
+    result = merge_checkpoint(told, out, max_shard_size=100)
+    assert result.resumed_shards > 1
+    assert verify(out).differences == ()
+    assert not list(out.rglob("*__lock"))
+
+
+def test_what_comes_as_an_output_is_finished_is_not_published(layouts, tmp_path, monkeypatch) -> None:
+    told = {"merge_method": "linear", "models": [str(layouts / "database")] * 2}
+    plain = orbax_output.finish_item
+
+    def beside(item, *args):
+        plain(item, *args)
+        (item / "d" / "evil.py").write_text("mine")
+
+    monkeypatch.setattr(orbax_output, "finish_item", beside)
+    with pytest.raises(M3Error, match=r"d/evil\.py: is no part of the merge"):
+        merge_checkpoint(told, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial" / "d" / "evil.py").read_text() == "mine"
