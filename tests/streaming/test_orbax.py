@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m3jax import M3Error, load_recipe, merge_checkpoint, replay, soup, verify
 from m3jax.checkpoints import open_checkpoint
+from m3jax.outputs import manifest
 from m3jax.outputs import orbax as orbax_output
 from m3jax.outputs.local import Staging
 from m3jax.streaming.sampling import verify_sample
@@ -392,3 +393,115 @@ def test_what_comes_as_an_output_is_finished_is_not_published(layouts, tmp_path,
         merge_checkpoint(told, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.partial" / "d" / "evil.py").read_text() == "mine"
+
+
+@pytest.mark.parametrize("layout", ["database", "zarr", "zarr3"])
+def test_verify_names_every_foreign_file_and_none_is_overwritten(layouts, layout, tmp_path) -> None:
+    told, out = {"merge_method": "linear", "models": [str(layouts / layout)] * 2}, tmp_path / "out"
+    result = merge_checkpoint(told, out, max_shard_size=100)
+    for seen in (verify, verify_sample):
+        assert seen(out).differences == ()
+    for name in FOREIGN:
+        with placed(out, name):
+            for seen in (verify, verify_sample):
+                assert f"{name}: is not in the manifest" in seen(out).differences
+            with pytest.raises(M3Error, match=rf"holds {name}, which is not of the output .*: move it away"):
+                merge_checkpoint(told, out, overwrite=True)
+    assert merge_checkpoint(told, out, overwrite=True).digest == result.digest
+
+
+def changed(file: Path) -> dict[str, str | None]:
+    """What a file that tells of a save could hold instead, by how it differs."""
+    kept = file.read_text()
+    told = json.loads(kept)
+    return {
+        "removed": None,
+        "empty": "",
+        "no object": "[]",
+        "another trainer's": json.dumps(told | {"custom_metadata": {"scan_layers": True}}),
+        "other handlers": json.dumps(told | {"item_handlers": {"model": "evil.Handler"}}),
+        "more": json.dumps(told | {"more": 1}),
+        "another form": kept + " ",
+        "twice": kept.replace("{", '{"item_handlers": "evil.Handler", ', 1),
+        "no time": json.dumps(told | {"commit_timestamp_nsecs": None}),
+    }
+
+
+def test_what_tells_of_a_save_is_verified(runs, tmp_path) -> None:
+    out = tmp_path / "out"
+    merge_checkpoint(recipe(runs), out)
+    save = out / "_CHECKPOINT_METADATA"
+    kept = save.read_text()
+    for how, text in changed(save).items():
+        save.unlink() if text is None else save.write_text(text)
+        fault = "is missing" if text is None else "has changed"
+        for seen in (verify, verify_sample):
+            assert f"_CHECKPOINT_METADATA: {fault}" in seen(out).differences, how
+        save.write_text(kept)
+    for name in ("commit_success.txt", "model/commit_success.txt"):
+        (out / name).write_text("changed")
+        assert verify(out).differences == (f"{name}: has changed",)
+        (out / name).unlink()
+        assert verify(out).differences == (f"{name}: is missing",)
+        (out / name).write_text("Checkpoint commit was successful\n")
+    (out / "told" / "modeling.py").touch()
+    assert verify(out).differences == ("told/modeling.py: is not in the manifest",)
+    (out / "told" / "modeling.py").unlink()
+    assert verify(out).differences == ()
+
+
+def test_the_same_merge_gives_the_same_manifest_whenever_and_wherever_it_is_made(runs, tmp_path) -> None:
+    first, second = (merge_checkpoint(recipe(runs), tmp_path / name) for name in ("a", "b"))
+    assert first.manifest == second.manifest
+    assert (tmp_path / "a" / "_CHECKPOINT_METADATA").read_text() != (
+        tmp_path / "b" / "_CHECKPOINT_METADATA"
+    ).read_text()
+
+
+def test_a_replay_refuses_other_files_beside_the_item(runs, tmp_path) -> None:
+    save(tmp_path / "run", (1,), (3,))
+    step = tmp_path / "run" / "3"
+    told = {"merge_method": "linear", "models": [str(step)] * 2}
+    (step / "model" / "_strings.json").write_text("{}")
+    result = merge_checkpoint(told, tmp_path / "out")
+    handlers = json.loads((step / "_CHECKPOINT_METADATA").read_text())
+    for number, (name, text) in enumerate(
+        (
+            ("told/metadata", '{"seed": 9}'),
+            ("told/added", ""),
+            ("model/_strings.json", '{"a": "b"}'),
+            ("_CHECKPOINT_METADATA", json.dumps(handlers | {"custom_metadata": {"scan_layers": True}})),
+        )
+    ):
+        kept = (step / name).read_bytes() if (step / name).exists() else None
+        (step / name).write_text(text)
+        with pytest.raises(M3Error, match=rf"{name} would not be as then.*--allow-other-files"):
+            replay(tmp_path / "out", tmp_path / "again")
+        assert not (tmp_path / "again").exists()
+        again = replay(tmp_path / "out", tmp_path / f"allowed-{number}", allow_other_files=True)
+        assert any(f"{name} would not be as then" in note for note in again.notes)
+        assert any(f"{name} would not be as then" in told for told in verify_sample(tmp_path / "out").differences)
+        (step / name).unlink() if kept is None else (step / name).write_bytes(kept)
+    again = replay(tmp_path / "out", tmp_path / "again")
+    assert again.manifest == result.manifest
+
+
+def test_manifests_that_told_nothing_of_saves_are_read_as_before(runs, tmp_path) -> None:
+    out = tmp_path / "out"
+    result = merge_checkpoint(recipe(runs), out)
+    told = json.loads((out / "m3jax.json").read_text())
+    del told["output"]["saves"]
+    for name in ("commit_success.txt", "model/commit_success.txt"):
+        del told["output"]["weight_files"][name]
+        (out / name).write_text("Checkpoint commit was successful to out.partial\n")
+    (out / "m3jax.json").write_text(json.dumps(manifest.sealed(told)))
+    (out / "_CHECKPOINT_METADATA").write_text("{}")
+    for seen in (verify, verify_sample):
+        found = seen(out)
+        assert found.differences == ()
+        assert any("told nothing of _CHECKPOINT_METADATA" in note for note in found.notes)
+    assert replay(out, tmp_path / "again").manifest == result.manifest
+    (out / "model" / "d" / "evil.py").touch()
+    assert verify(out).differences == ("model/d/evil.py: is not in the manifest",)
+    (out / "model" / "d" / "evil.py").unlink()
+    assert merge_checkpoint(recipe(runs), out, overwrite=True).manifest == result.manifest
