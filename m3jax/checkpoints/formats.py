@@ -38,7 +38,6 @@ class Format(NamedTuple):
         divides: Whether its writer divides weights among files of a largest size.
         remote: Whether `open` takes paths in remote storage.
         published: Patterns of its files on the hub, where not all files of its endings are weights.
-        patterns: Of the files that its writer makes beside those that the endings and names above tell.
     """
 
     name: str
@@ -53,7 +52,6 @@ class Format(NamedTuple):
     divides: bool = False
     remote: bool = False
     published: tuple[str, ...] = ()
-    patterns: tuple[str, ...] = ()
 
     def names(self, file: str) -> bool:
         """Whether a file's name, or an index's, is one of this format.
@@ -93,10 +91,6 @@ ORBAX = Format(
     write=_later("orbax_writer.fill_with_orbax"),
     resembles=_later("orbax_tree.is_orbax"),
     remote=True,
-    patterns=(
-        *("_METADATA", "_CHECKPOINT_METADATA", "commit_success.txt"),
-        *("manifest.ocdbt", "d/*", "ocdbt.process_*", "orbax/*", "orbax.*"),
-    ),
 )
 MSGPACK = Format(
     name="msgpack",

@@ -23,7 +23,7 @@ from blake3 import blake3
 
 from m3jax.checkpoints.headers import damaged
 from m3jax.checkpoints.key_values import context, open_array, unusable
-from m3jax.checkpoints.orbax_template import Template
+from m3jax.checkpoints.orbax_template import Template, has_database
 from m3jax.checkpoints.orbax_tree import (
     AGGREGATE,
     MANIFEST,
@@ -37,7 +37,7 @@ from m3jax.checkpoints.orbax_tree import (
     read_tree,
     remembered,
 )
-from m3jax.checkpoints.orbax_writer import has_database, write_orbax
+from m3jax.checkpoints.orbax_writer import write_orbax
 from m3jax.checkpoints.protocol import (
     DTYPE_NAMES,
     DTYPES,

@@ -7,6 +7,8 @@ compressed, their shardings, and for an item of a step its name and what stands 
 import base64
 import glob
 import json
+import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,14 +16,23 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from m3jax import documents
-from m3jax.checkpoints.formats import ORBAX
 from m3jax.checkpoints.headers import parse_json
 from m3jax.checkpoints.key_values import context, open_array, unusable
+from m3jax.checkpoints.orbax_names import (
+    ARRAYS,
+    SHARDINGS,
+    STRINGS,
+    array_patterns,
+    below,
+    database_patterns,
+    description_patterns,
+)
 from m3jax.checkpoints.orbax_tree import (
     COMMITTED,
     MANIFEST,
     NO_ARRAYS,
     STEP,
+    TEMPORARY,
     TREE,
     children,
     find_item,
@@ -33,10 +44,13 @@ from m3jax.checkpoints.orbax_tree import (
     step_number,
 )
 from m3jax.checkpoints.protocol import DTYPE_NAMES, TensorInfo
+from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.storage import is_dir, is_file, read_file
+from m3jax.checkpoints.trust import check_companion, check_size
 from m3jax.errors import M3Error
 
-SHARDINGS, STRINGS, ARRAYS = "_sharding", "_strings.json", "array_metadatas"
+INNER = "orbax"  # what an item is called as it is written into a directory that it is to fill
+_ARRAYS_OF = re.compile("process_[0-9]+")  # a process: what tells of its arrays
 _SEQUENCE = 1  # the `key_type` of what is in a list or tuple
 _STEP_FILES = ("orbax.checkpoint",)  # marks a step of the newest layout
 DEFAULT_ITEM = "default"  # what a CheckpointManager calls the only item of a step
@@ -86,18 +100,33 @@ def read_template(path: Path) -> Template:
         path: A directory, as `find_item` takes it.
 
     Raises:
-        M3Error: As `find_item`; or what it says of itself is damaged.
+        M3Error: As `find_item`; or what it says of itself is damaged, or in files that are not its own.
     """
     path = remembered(path)
     item = find_item(path)
-    tree = parse_json(read_file(item / TREE), str(item / TREE)) if is_file(item / TREE) else None
+    file = _own(item, TREE)
+    tree = parse_json(read_file(file), str(file)) if file is not None else None
     step, layouts = item.parent, _layouts(item)
     is_step = step_number(item.name) is not None and not is_file(step / STEP)  # of a run whose steps have no items
     if item == path or is_step:
-        return Template(item, "", tree, _told(item / STEP), (), layouts)
+        return Template(item, "", tree, _told(_own(item, STEP)), (), layouts)
     others = tuple(child for child in children(step) if child != item and _is_saved(child))
-    files = tuple(step / name for name in _STEP_FILES if is_file(step / name))
-    return Template(item, item.name, tree, _told(step / STEP), (*others, *files), layouts)
+    files = tuple(file for name in _STEP_FILES if (file := _own(step, name)) is not None)
+    return Template(item, item.name, tree, _told(_own(step, STEP)), (*others, *files), layouts)
+
+
+def _own(directory: Path, name: str) -> Path | None:
+    """A small file of a directory's own, which is read whole; None where it is not there."""
+    file = directory / name
+    if isinstance(file, RemotePath):
+        if not file.is_file():
+            return None
+        check_size(file, file.stat().st_size)
+    elif not os.path.lexists(file):
+        return None
+    else:
+        check_companion(file, directory)
+    return file
 
 
 def _layouts(item: Path) -> dict[str, StoredArray]:
@@ -125,8 +154,8 @@ def _is_saved(directory: Path) -> bool:
     return is_item(directory) or any(is_file(directory / name) for name in (COMMITTED, "metadata"))
 
 
-def _told(file: Path) -> dict[str, Any]:
-    if not is_file(file):
+def _told(file: Path | None) -> dict[str, Any]:
+    if file is None:
         return {}
     with _reading(file):
         told = documents.parse_json(read_file(file))  # its metrics may be NaN
@@ -138,17 +167,28 @@ def without_state(template: Template) -> Template:
     return template._replace(beside=tuple(path for path in template.beside if not is_dir(path) or not is_item(path)))
 
 
-def file_patterns(template: Template | None, names: Iterable[str]) -> tuple[str, ...]:
-    """Patterns of all files of a checkpoint that is written after a template.
+def has_database(template: Template | None) -> bool:
+    """Whether arrays that are written after a template are in a database (OCDBT), not in a directory each."""
+    return template is None or template.tree is None or is_file(template.item / MANIFEST)
+
+
+def file_patterns(
+    template: Template | None, tensors: Iterable[TensorInfo], beside: Iterable[str] = (), whole: bool = False
+) -> tuple[str, ...]:
+    """Patterns of all files of a checkpoint that is written after a template, and of no others.
 
     Args:
         template: Which; None where there is none.
-        names: Of its arrays.
+        tensors: Its arrays.
+        beside: The names of what is copied from the template's step.
+        whole: Whether the item is written as `write_orbax` does, under other names at first.
     """
-    if template is None or not template.name:
-        return (*ORBAX.patterns, f"{ARRAYS}/*", SHARDINGS, STRINGS, *(f"{glob.escape(name)}/*" for name in names))
-    items = {template.name, *(path.name for path in template.beside if is_dir(path))}
-    return (STEP, COMMITTED, *_STEP_FILES, *(f"{glob.escape(item)}{more}" for item in items for more in ("/*", ".*/*")))
+    name = template.name if template is not None else ""
+    arrays = (pattern for info in tensors for pattern in array_patterns(info.name, len(info.shape)))
+    item = (*description_patterns(), *(database_patterns() if has_database(template) else arrays))
+    places = [name, *([f"{name or INNER}{TEMPORARY}", *([] if name else [INNER])] if whole else [])]
+    within = [pattern for place in places for pattern in below(place, (*item, *(() if name else (STEP,))))]
+    return (STEP, COMMITTED, *within, *map(glob.escape, beside))
 
 
 # --- The tree ----------------------------------------------------------------------------------------------
@@ -262,11 +302,6 @@ def layout_of(template: Template, info: TensorInfo) -> StoredArray | None:
     return layout._replace(metadata={key: value for key, value in layout.metadata.items() if key not in dtypes})
 
 
-def uses_database(template: Template) -> bool:
-    """Whether the arrays of a template are in one database (OCDBT), not in a directory each."""
-    return is_file(template.item / MANIFEST)
-
-
 # --- The files beside the tree -----------------------------------------------------------------------------
 
 
@@ -278,17 +313,20 @@ def tree_files(template: Template, tensors: Mapping[str, TensorInfo]) -> Iterato
         tensors: The arrays that the item will have.
 
     Raises:
-        M3Error: One of the template's is damaged.
+        M3Error: One of the template's is damaged, or not its own.
     """
-    if is_file(file := template.item / SHARDINGS):
+    if (file := _own(template.item, SHARDINGS)) is not None:
         told = _told(file)
         kept = {key: value for key, value in told.items() if _decoded(key) in tensors}
         yield SHARDINGS, json.dumps(kept)
-    if is_file(file := template.item / STRINGS):
+    if (file := _own(template.item, STRINGS)) is not None:
         with _reading(file):
             strings = read_file(file).decode()
         yield STRINGS, strings
-    for file in sorted((template.item / ARRAYS).glob("*")):
+    for name in sorted(file.name for file in (template.item / ARRAYS).glob("*")):
+        file = _own(template.item, f"{ARRAYS}/{name}") if _ARRAYS_OF.fullmatch(name) is not None else None
+        if file is None:
+            continue
         with _reading(file):
             entries = [
                 _array_entry(template, entry, tensors)

@@ -19,24 +19,27 @@ from typing import Any
 import numpy as np
 
 from m3jax.checkpoints.key_values import files_at
+from m3jax.checkpoints.orbax_beside import close_as, copy_beside
+from m3jax.checkpoints.orbax_names import LOCKED, NODES, VALUES
 from m3jax.checkpoints.orbax_template import (
+    INNER,
     StoredArray,
     Template,
+    has_database,
     layout_of,
     step_content,
     tree_files,
     tree_of,
-    uses_database,
 )
 from m3jax.checkpoints.orbax_tree import COMMITTED, MANIFEST, STEP, TEMPORARY, TREE, part_name
 from m3jax.checkpoints.protocol import DTYPES, Checkpoint, TensorInfo, natural_key
-from m3jax.checkpoints.storage import copy_tree
+from m3jax.checkpoints.storage import is_file
 from m3jax.errors import M3Error, mend
 
 _CHUNK = 16 << 20  # bytes of a chunk: what a reader of any small piece has to decode
 _HELD = 64 << 20  # bytes being compressed and written
 _IN_FLIGHT = 256  # chunks, however small
-_VALUES, _NODES = "d", "ocdbt_meta/"  # where a database keeps values, and a part's what tells where they are
+_SAID = "Checkpoint commit was successful\n"  # not where to, as Orbax has it: it is the same wherever it is written
 
 
 def check_tree(names: Iterable[str], where: object) -> None:
@@ -87,7 +90,7 @@ def write_orbax(path: Path, source: Checkpoint, template: Template | None = None
             temporary.mkdir()
         _write_arrays(path, temporary, source, template)
         with _saying_what_failed(path):
-            _describe(temporary, path, tree, source.tensors, source.metadata, template, begun)
+            _describe(temporary, tree, source.tensors, source.metadata, template, begun)
             temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -103,25 +106,68 @@ def _tree(
     return _tree_metadata(tensors, metadata)
 
 
+def small_files(
+    tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], template: Template | None, where: object
+) -> dict[str, str]:
+    """The texts of the files of a checkpoint that hold no values and are not copied, by name.
+
+    They are the same each time but for `_CHECKPOINT_METADATA`, which has the times of its save; here these are 0.
+
+    Args:
+        tensors: What is written, by name.
+        metadata: Texts that are kept with a tree that is not the template's.
+        template: As in `write_orbax`.
+        where: What holds them, for the sentence.
+
+    Raises:
+        M3Error: Names make no tree, or a file of the template's is damaged or not its own.
+    """
+    name = "" if template is None else template.name
+    item = {**_item_texts(_tree(tensors, metadata, template, where), tensors, template), COMMITTED: _SAID}
+    within = {f"{name}/{file}" if name else file: text for file, text in item.items()}
+    step = _told_of_step(template, 0, 0) if template is not None and name else _told_of_item(template, 0, 0, metadata)
+    return {**within, STEP: json.dumps(step), COMMITTED: _SAID}
+
+
+def _item_texts(
+    tree: Mapping[str, Any], tensors: Mapping[str, TensorInfo], template: Template | None
+) -> dict[str, str]:
+    """The texts of the files of an item that tell of its arrays."""
+    taken = dict(tree_files(template, tensors)) if template is not None and template.tree is not None else {}
+    return {**taken, TREE: json.dumps(tree)}
+
+
+def _told_of_item(template: Template | None, begun: int, ended: int, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What an item tells of its save that is no step's."""
+    return step_content(None if template is None or template.tree is None else template, begun, ended, metadata)
+
+
+def _told_of_step(template: Template, begun: int, ended: int) -> dict[str, Any]:
+    """What a step tells of its save and its items."""
+    there = {template.name, *(path.name for path in template.beside)}
+    told = step_content(template, begun, ended)
+    handlers = told["item_handlers"]
+    if isinstance(handlers, dict):
+        return told | {"item_handlers": {name: handler for name, handler in handlers.items() if name in there}}
+    return told | {"item_handlers": {template.name: handlers}}
+
+
 def _describe(
     directory: Path,
-    path: Path,
     tree: Mapping[str, Any],
     tensors: Mapping[str, TensorInfo],
     metadata: Mapping[str, str],
     template: Template | None,
     begun: int,
 ) -> None:
-    """Writes all of an item, which will be `path`, but its arrays; the last file says that it is whole."""
-    if template is not None and template.tree is not None:
-        for name, text in tree_files(template, tensors):
-            (directory / name).parent.mkdir(exist_ok=True)
-            (directory / name).write_text(text, encoding="utf-8")
-    _write_json(directory / TREE, tree)
+    """Writes all of an item but its arrays; the last file says that it is whole."""
+    for name, text in _item_texts(tree, tensors, template).items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        _write(directory / name, text, None if template is None else template.item / name)
     if template is None or not template.name:  # else its step tells
-        told = template if template is not None and template.tree is not None else None
-        _write_json(directory / STEP, step_content(told, begun, time.time_ns(), metadata))
-    _commit(directory, path)
+        told = _told_of_item(template, begun, time.time_ns(), metadata)
+        _write(directory / STEP, json.dumps(told), None if template is None else template.item / STEP)
+    _write(directory / COMMITTED, _SAID)
 
 
 def fill_with_orbax(
@@ -142,7 +188,7 @@ def fill_with_orbax(
     if template is not None and template.name:
         _fill_step(directory, source, template)
         return
-    inner = directory / "orbax"  # what is in it has relative places and may be moved
+    inner = directory / INNER  # what is in it has relative places and may be moved
     write_orbax(inner, source, template)
     for entry in sorted(inner.iterdir()):
         entry.rename(directory / entry.name)
@@ -159,17 +205,10 @@ def _fill_step(step: Path, source: Checkpoint, template: Template) -> None:
 def _describe_step(step: Path, template: Template, begun: int) -> None:
     """Writes all of a step but its item; the last file says that it is whole."""
     with _saying_what_failed(step):
-        for path in template.beside:
-            copy_tree(path, step / path.name)
-        there = {template.name, *(path.name for path in template.beside)}
-        told = step_content(template, begun, time.time_ns())
-        handlers = told["item_handlers"]
-        if isinstance(handlers, dict):
-            told["item_handlers"] = {name: handler for name, handler in handlers.items() if name in there}
-        else:
-            told["item_handlers"] = {template.name: handlers}
-        _write_json(step / STEP, told)
-        _commit(step, step)
+        copy_beside(template.beside, step)
+        told = _told_of_step(template, begun, time.time_ns())
+        _write(step / STEP, json.dumps(told), template.item.parent / STEP)
+        _write(step / COMMITTED, _SAID)
 
 
 # --- Items that are written in parts --------------------------------------------------------------------------
@@ -222,7 +261,7 @@ def finish_item(
     if has_database(template):
         _merge_parts(item)
     with _saying_what_failed(item):
-        _describe(item, item, tree, tensors, metadata, template, begun)
+        _describe(item, tree, tensors, metadata, template, begun)
     if template is not None and template.name:
         _describe_step(item.parent, template, begun)
 
@@ -234,12 +273,7 @@ def is_node(name: str) -> bool:
         name: With the part's directory, and perhaps others above.
     """
     *_, above, last = ["", *name.split("/")]
-    return last == MANIFEST or f"{above}/" == _NODES
-
-
-def has_database(template: Template | None) -> bool:
-    """Whether arrays that are written after a template are in a database (OCDBT), not in a directory each."""
-    return template is None or template.tree is None or uses_database(template)
+    return last == MANIFEST or above == NODES
 
 
 def _merge_parts(item: Path) -> None:
@@ -250,8 +284,9 @@ def _merge_parts(item: Path) -> None:
     import tensorstore as ts
 
     with _saying_what_failed(item):
-        (item / MANIFEST).unlink(missing_ok=True)  # of an attempt before
-        shutil.rmtree(item / _VALUES, ignore_errors=True)
+        for name in (MANIFEST, f"{MANIFEST}{LOCKED}"):  # of an attempt before
+            (item / name).unlink(missing_ok=True)
+        shutil.rmtree(item / VALUES, ignore_errors=True)
         shared, base = ts.Context(), files_at(item)  # references are copied within one context alone
         whole = ts.KvStore.open({"driver": "ocdbt", "base": base}, context=shared).result()
         together = ts.Transaction(atomic=True)
@@ -267,9 +302,11 @@ def _merge_parts(item: Path) -> None:
         raise M3Error(f"{item} does not hold what its parts hold: check the disk, and start again.")
 
 
-def _commit(directory: Path, path: Path) -> None:
-    """Says in a directory, which will be `path`, that all of it is there."""
-    (directory / COMMITTED).write_text(f"Checkpoint commit was successful to {path.name}\n", encoding="utf-8")
+def _write(file: Path, text: str, origin: Path | None = None) -> None:
+    """Writes a small file, as closed as the one that it is taken from, where that is there."""
+    file.write_text(text, encoding="utf-8")
+    if origin is not None and is_file(origin):
+        close_as(origin, file)
 
 
 @contextmanager
@@ -280,7 +317,7 @@ def _saying_what_failed(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # TensorStore's are of many types
         if isinstance(error, OSError):
-            raise M3Error(f"{path} cannot be written: {error.strerror}; {mend(error)}.") from error
+            raise M3Error(f"{path} cannot be written: {error.strerror or error}; {mend(error)}.") from error
         full = str(error).startswith("RESOURCE_EXHAUSTED")  # TensorStore's word for a disk that is full
         reason = "the disk is full; free space or choose another place" if full else "check the place and the disk"
         raise M3Error(f"{path} cannot be written: {reason}.") from error
@@ -357,9 +394,9 @@ def _in_database(base: Mapping[str, Any], name: str, part: int | None) -> dict[s
         "driver": "ocdbt",
         "base": {**base, "path": f"{base['path']}{part_name(part)}/"},
         "path": f"{name}/",
-        "value_data_prefix": f"{_VALUES}/",
-        "btree_node_data_prefix": _NODES,
-        "version_tree_node_data_prefix": _NODES,
+        "value_data_prefix": f"{VALUES}/",
+        "btree_node_data_prefix": f"{NODES}/",
+        "version_tree_node_data_prefix": f"{NODES}/",
     }
 
 
@@ -415,7 +452,3 @@ def _tree_metadata(tensors: Iterable[str], metadata: Mapping[str, str]) -> dict[
         "store_array_data_equal_to_fill_value": True,
         "custom_metadata": dict(metadata) or None,
     }
-
-
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(content), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import shutil
 import stat
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol
 
-from m3jax.checkpoints.remote import Identity, RemotePath, changed, download, range_reader, saying
+from m3jax.checkpoints.remote import Identity, RemotePath, changed, range_reader, saying
 from m3jax.documents import LARGEST_FILE
 from m3jax.errors import M3Error
 
@@ -72,35 +71,6 @@ def list_names(directory: Path) -> list[str]:
         return os.listdir(directory)
     except OSError as error:
         raise M3Error(f"{directory} cannot be listed: {error.strerror}; check the path and its mode.") from error
-
-
-def copy_tree(source: Path, target: Path) -> None:
-    """Copies a local or remote file or directory, to this disk; what is there under its name is replaced.
-
-    Raises:
-        M3Error: A remote one cannot be read.
-        OSError: The operating system fails.
-    """
-    shutil.rmtree(target, ignore_errors=True)
-    if not isinstance(source, RemotePath):
-        if is_dir(source):
-            shutil.copytree(source, target, copy_function=shutil.copyfile)
-        else:
-            shutil.copyfile(source, target)
-        return
-    names = list(source.objects()) if source.is_dir() else [""]
-    for name in names:
-        copy = target / name
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        download(source / name if name else source, copy)
-
-
-def tree_size(path: Path) -> int:
-    """Bytes of a local or remote file, or of all files in a directory."""
-    if isinstance(path, RemotePath):
-        return sum(told.size for told in path.objects().values()) if path.is_dir() else path.stat().st_size
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 # --- Files on this disk ----------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def check_companion(path: Path, directory: Path) -> None:
         M3Error: It is a link that leads out of the model and out of the hub cache's copy of it, no regular file, or
             larger than any such file is.
     """
-    check_size(path, _own_file(path, directory).st_size)
+    check_size(path, own_file(path, directory).st_size)
 
 
 def check_tokenizer_files(directory: Path) -> None:
@@ -48,11 +48,19 @@ def check_tokenizer_files(directory: Path) -> None:
     for name in list_names(directory):
         weights = any(format.names(name) for format in formats.FORMATS)
         if name.endswith(_READ_BY_TOKENIZERS) and not weights and not is_dir(directory / name):
-            _own_file(directory / name, directory)
+            own_file(directory / name, directory)
 
 
-def _own_file(path: Path, directory: Path) -> os.stat_result:
-    """What the operating system says of a regular file of the model's own."""
+def own_file(path: Path, directory: Path) -> os.stat_result:
+    """What the operating system says of a regular file of the model's own.
+
+    Args:
+        path: A local file under `directory`.
+        directory: The model directory.
+
+    Raises:
+        M3Error: As `check_companion`, whatever its size.
+    """
     try:
         real = path.resolve(strict=True)
         told = real.stat()
@@ -86,6 +94,16 @@ def _own_places(root: Path) -> Iterator[Path]:
 # --- Code ------------------------------------------------------------------------------------------------
 
 
+def is_code(name: str) -> bool:
+    """Whether a file's name is that of code, which is not copied.
+
+    Example:
+        >>> is_code("modeling.py"), is_code("config.json")
+        (True, False)
+    """
+    return name.endswith(".py")
+
+
 def is_config(name: str) -> bool:
     """Whether a companion is one whose keys may ask a loader to run code.
 
@@ -108,22 +126,21 @@ def without_code(entries: Any) -> Any:
     return [without_code(entry) for entry in entries] if isinstance(entries, list) else entries
 
 
-def _code_keys(entries: Any) -> set[str]:
+def code_keys(entries: Any) -> set[str]:
     """The keys that name code, at any depth."""
     if isinstance(entries, dict):
-        return (entries.keys() & set(_CODE_KEYS)).union(*map(_code_keys, entries.values()))
-    return set().union(*map(_code_keys, entries)) if isinstance(entries, list) else set()
+        return (entries.keys() & set(_CODE_KEYS)).union(*map(code_keys, entries.values()))
+    return set().union(*map(code_keys, entries)) if isinstance(entries, list) else set()
 
 
 def _code_beside(directory: Path, names: Sequence[str]) -> list[str]:
     """The Python files of a directory, and the keys in its configurations that name code, in words."""
-    files = sorted(name for name in names if name.endswith(".py"))
-    told = files[:_NAMED] + ([f"{len(files) - _NAMED} more .py files"] if len(files) > _NAMED else [])
+    told = sorted(filter(is_code, names))
     for name in sorted(filter(is_config, names)):
         try:
             if not isinstance(directory, RemotePath):
                 check_companion(directory / name, directory)
-            keys = _code_keys(parse_json(read_file(directory / name), halves=True))
+            keys = code_keys(parse_json(read_file(directory / name), halves=True))
             told += [f"{key} in {name}" for key in _CODE_KEYS if key in keys]
         except (M3Error, ValueError):  # whoever needs the file says what is wrong with it
             continue
@@ -144,9 +161,20 @@ def code_note(name: str, path: Path) -> str | None:
         M3Error: The directory cannot be listed.
     """
     directory = path if is_dir(path) else path.parent
-    told = _code_beside(directory, list_names(directory))
-    if not told:
+    return said_of_code(name, _code_beside(directory, list_names(directory)))
+
+
+def said_of_code(name: str, found: Sequence[str]) -> str | None:
+    """What to say of a model by the code that was found; None where none was.
+
+    Args:
+        name: What the user calls the model.
+        found: Files of Python, and keys of configurations, in words.
+    """
+    if not found:
         return None
+    files, keys = list(filter(is_code, found)), [told for told in found if not is_code(told)]
+    told = files[:_NAMED] + ([f"{len(files) - _NAMED} more .py files"] if len(files) > _NAMED else []) + keys
     return f"{name} brings Python code ({', '.join(told)}): it is never run, and neither files nor keys are copied."
 
 

@@ -34,6 +34,7 @@ from m3jax.checkpoints.digest import Passing
 from m3jax.checkpoints.formats import ORBAX, SAFETENSORS, Format, written
 from m3jax.checkpoints.locate import CONFIG, named_companions, read_config, step_named
 from m3jax.checkpoints.opening import recognise
+from m3jax.checkpoints.orbax_beside import find_beside
 from m3jax.checkpoints.orbax_template import Template, file_patterns, read_template
 from m3jax.checkpoints.orbax_writer import fill_with_orbax
 from m3jax.checkpoints.protocol import Closing
@@ -177,7 +178,8 @@ def convert(
         job = _Job(model, stored, source, beside, out, format, template, size, overwrite, scheme, progress, adapter)
         total, digest = _convert(job)
         note = tokenizer_note(found)
-        notes = (*told, *remarks(named, place, source), *([note] if note is not None else []))
+        code = find_beside(template.beside).note(named) if template is not None else None
+        notes = (*told, *remarks(named, place, source), *(each for each in (code, note) if each is not None))
         tensors, files = len(source.tensors), tuple(job.beside)
     if named != os.fspath(src):
         notes = (last_note(os.fspath(src), named), *notes)
@@ -302,10 +304,12 @@ def _record(job: _Job, digests: TensorDigests) -> InputRecord:
 def _names(job: _Job) -> tuple[str, ...]:
     """Patterns of the files of a conversion."""
     to, beside = job.to, job.beside
-    if job.template is not None:
-        return (*file_patterns(job.template, job.source.tensors), *exactly([*beside, CONVERSION]))
+    if to.name == ORBAX.name:
+        copied = () if job.template is None else find_beside(job.template.beside).files
+        tree = file_patterns(job.template, job.source.tensors.values(), copied, whole=True)
+        return (*tree, *exactly([*beside, CONVERSION]))
     weights = [f"*{ending}" for ending in to.endings] + ([to.index_file] if to.index_file else [])
-    return (*weights, *to.patterns, *exactly([*beside, CONVERSION]))
+    return (*weights, *exactly([*beside, CONVERSION]))
 
 
 # --- Verifying -------------------------------------------------------------------------------------------

@@ -16,12 +16,12 @@ import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from m3jax.checkpoints import TensorInfo, digest_tensor, open_safetensors
+from m3jax.checkpoints.orbax_names import LOCKED
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.shards import WEIGHTS_METADATA, appearing, sync
 from m3jax.checkpoints.standing_in import CONVERSION
@@ -41,6 +41,8 @@ from m3jax.outputs.journal import (
     read_journal,
     weights_in,
 )
+from m3jax.outputs.patterns import directories as directories_of
+from m3jax.outputs.patterns import matcher
 from m3jax.outputs.provenance import FILE_NAME
 from m3jax.outputs.written import varying_patterns
 
@@ -191,15 +193,17 @@ def foreign(directory: Path, names: Collection[str], at_work: bool = True) -> st
     Args:
         directory: Where an output is made, or is.
         names: Patterns of the files that may be there beside journals.
-        at_work: Whether they may be there as they are being written (`.tmp`), too.
+        at_work: Whether they may be there as they are being written (`.tmp`, `.__lock`), too.
     """
+    known = tuple(names)
+    is_known, is_place = matcher(known), matcher(directories_of(known))
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        written = name.removesuffix(".tmp")  # a journal is written anew in an output as well
+        written = name.removesuffix(".tmp").removesuffix(LOCKED)  # a journal is written anew in an output as well
         if path.is_dir() and not path.is_symlink():
-            own = any(path.iterdir()) or any(p.startswith(f"{name}/") or fnmatchcase(name, p) for p in names)
+            own = any(path.iterdir()) or is_known(name) or is_place(name)
         else:
-            own = is_own(written) or any(fnmatchcase(written if at_work else name, pattern) for pattern in names)
+            own = is_own(written) or is_known(written if at_work else name)
         if not own:
             return name
     return None

@@ -30,6 +30,7 @@ from m3jax.errors import M3Error
 from m3jax.methods import catalogue
 from m3jax.outputs import provenance
 from m3jax.outputs.local import unfinished
+from m3jax.outputs.written import SAVES
 from m3jax.recipe import Recipe
 
 FILE_NAME = provenance.FILE_NAME
@@ -185,6 +186,7 @@ def completed(
     files: Mapping[str, str],
     links: Mapping[str, str] | None = None,
     weight_files: Mapping[str, str] | None = None,
+    saves: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """A manifest with the digests of what stands beside the weights, and of itself.
 
@@ -194,10 +196,13 @@ def completed(
         links: Weight files that are there once more, each with the name of what it is.
         weight_files: Digests of the files of the weights, where they were not known before; those of a format without
             headers are of the files that are the same each time.
+        saves: Digests of what tells of the save of an output of Orbax, but for its times; see `written.digest_save`.
     """
     more: dict[str, Any] = {"links": dict(sorted(links.items()))} if links else {}
     if weight_files is not None:
         more["weight_files"] = dict(sorted(weight_files.items()))
+    if saves is not None:
+        more[SAVES] = dict(sorted(saves.items()))
     told = {**record, "output": {**record["output"], "files": dict(sorted(files.items())), **more}}
     return sealed(told)
 
@@ -292,13 +297,14 @@ def _check(manifest: Mapping[str, Any]) -> None:
     provenance.recorded_origin(manifest)
     for key in ("recipe", "weights", "output"):
         _check_object(manifest, key)
-    optional = [key for key in ("weight_files", "links") if key in manifest["output"]]
+    optional = [key for key in ("weight_files", "links", SAVES) if key in manifest["output"]]
     for key in ("tensors", "files", *optional):
         _check_object(manifest["output"], key)
     links = manifest["output"].get("links", {})
     if not all(file in manifest["output"]["weight_files"] for file in links.values()):
         raise ValueError("it names weight files that it does not tell of")
-    for name in (*manifest["output"]["files"], *links, *manifest["output"].get("weight_files", ())):
+    weights = [*manifest["output"].get("weight_files", ()), *manifest["output"].get(SAVES, ())]
+    for name in (*manifest["output"]["files"], *links, *weights):
         if not is_below(name):
             raise ValueError(f"it names the file {brief(name)}, which is outside the model")
     if ("weight_files" in manifest["output"]) != (_OWN_DIGEST in manifest):

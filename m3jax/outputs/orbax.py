@@ -15,6 +15,7 @@ from m3jax.checkpoints.formats import ORBAX
 from m3jax.checkpoints.locate import split_adapter
 from m3jax.checkpoints.opening import recognise
 from m3jax.checkpoints.orbax import open_part
+from m3jax.checkpoints.orbax_beside import BesideItem, digest_copy, find_beside
 from m3jax.checkpoints.orbax_template import (
     DEFAULT_ITEM,
     Template,
@@ -23,48 +24,44 @@ from m3jax.checkpoints.orbax_template import (
     tree_of,
     without_state,
 )
-from m3jax.checkpoints.orbax_tree import STEPS, is_item
-from m3jax.checkpoints.orbax_writer import check_tree, finish_item, write_part
+from m3jax.checkpoints.orbax_tree import STEP, STEPS, is_item
+from m3jax.checkpoints.orbax_writer import check_tree, finish_item, small_files, write_part
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.runs import find_run, place_of, split_step
 from m3jax.checkpoints.shards import WEIGHTS_METADATA
-from m3jax.checkpoints.storage import tree_size
 from m3jax.checkpoints.views import renamed
 from m3jax.errors import M3Error, saying_what_failed
-from m3jax.outputs.local import intermediates_directory, is_own, partial_directory
+from m3jax.outputs.local import intermediates_directory, partial_directory
 from m3jax.outputs.remote import begun_in
-from m3jax.outputs.written import varying_files
+from m3jax.outputs.written import digest_save, digest_text
 
 
 class OrbaxOutput(NamedTuple):
     """How a merge is written as Orbax.
 
     Attributes:
-        template: What its tree and layout are taken from; None for a tree of dicts.
+        template: What its tree and layout are taken from.
         item: What its item is called in the step that it is; empty where it is no step.
         names: What each tensor is called in the tree, by its name in the merge.
+        tensors: What is written, by the names in the tree.
+        beside: What is copied from the template's step, or from that of the training's state.
     """
 
-    template: Template | None
+    template: Template
     item: str
     names: Mapping[str, str]
+    tensors: Mapping[str, TensorInfo]
+    beside: BesideItem
 
     @property
     def patterns(self) -> tuple[str, ...]:
         """Patterns of all its files."""
-        return file_patterns(self.template, self.names.values())
+        return file_patterns(self.template, self.tensors.values(), self.beside.files)
 
     @property
     def trees_beside(self) -> list[str]:
         """The names of the other trees of its step."""
-        beside = self.template.beside if self.template is not None else ()
-        return [path.name for path in beside if path.is_dir() and is_item(path)]
-
-    @property
-    def size_beside(self) -> int:
-        """Bytes of what is copied from the template's step."""
-        beside = self.template.beside if self.template is not None else ()
-        return sum(map(tree_size, beside))
+        return [path.name for path in self.template.beside if path.is_dir() and is_item(path)]
 
     def to_json(self) -> dict[str, Any]:
         """What the manifest says of it."""
@@ -85,7 +82,8 @@ def plan_orbax(
         as_step: Write a step with an item, whatever the template is.
 
     Raises:
-        M3Error: The names make no tree, or have no place in the template's.
+        M3Error: The names make no tree, or have no place in the template's; or something that would be copied is not
+            the step's own.
     """
     stored = {names[info.name]: info._replace(name=names[info.name]) for info in tensors}
     if len(stored) < len(tensors):
@@ -104,7 +102,26 @@ def plan_orbax(
         found = found._replace(beside=read_template(state).beside)
     if as_step and not found.name:
         found = found._replace(name=DEFAULT_ITEM)
-    return OrbaxOutput(found, found.name, names)
+    output = OrbaxOutput(found, found.name, names, stored, find_beside(found.beside))
+    _texts(output)  # so that what is wrong with them shows before anything is merged
+    return output
+
+
+def _texts(output: OrbaxOutput) -> dict[str, str]:
+    return small_files(output.tensors, WEIGHTS_METADATA, output.template, output.template.item)
+
+
+def foreseen_files(output: OrbaxOutput) -> dict[str, str]:
+    """The digests of the files that an output will have and whose content is known, as its manifest will tell them.
+
+    Args:
+        output: How it will be written.
+
+    Raises:
+        M3Error: A file that would be copied cannot be read.
+    """
+    copied = {name: digest_copy(path) for name, path in output.beside.files.items()}
+    return {**copied, **{name: digest_text(text) for name, text in _texts(output).items()}}
 
 
 def keep_part(directory: Path, output: OrbaxOutput, number: int, file: str, digests: Mapping[str, str]) -> list[str]:
@@ -158,29 +175,42 @@ def _differing(directory: Path, output: OrbaxOutput, number: int, digests: Mappi
     return None
 
 
-def finish_orbax(directory: Path, output: OrbaxOutput, tensors: Sequence[TensorInfo]) -> dict[str, str]:
+class Described(NamedTuple):
+    """What a manifest tells of the files of an output.
+
+    Attributes:
+        files: The digests of those that are the same each time.
+        saves: Those of what tells of the save, but for its times.
+    """
+
+    files: dict[str, str]
+    saves: dict[str, str]
+
+
+def finish_orbax(directory: Path, output: OrbaxOutput) -> Described:
     """Makes the output of its parts.
 
     Args:
         directory: Where the output is made. Of parts that are elsewhere, what `is_node` knows is enough.
         output: How.
-        tensors: All that the parts hold.
 
     Returns:
-        The digests of the files that do not depend on when it was made: those of the tree, and what was copied.
+        What its manifest tells of its files.
 
     Raises:
         M3Error: A part is missing or damaged, or the disk fails.
     """
-    stored = {info.name: info for info in (info._replace(name=output.names[info.name]) for info in tensors)}
     item = directory / output.item
     with saying_what_failed(item):
         item.mkdir(exist_ok=True)
-    finish_item(item, stored, WEIGHTS_METADATA, output.template)
-    varying = varying_files(output.item, output.names.values())
-    files = (path for path in directory.rglob("*") if path.is_file() and not is_own(path.name))
-    told = {path.relative_to(directory).as_posix(): path for path in files}
-    return {name: digest_file(path) for name, path in sorted(told.items()) if not varying.matches(name)}
+    finish_item(item, output.tensors, WEIGHTS_METADATA, output.template)
+    determined = sorted({*_texts(output), *output.beside.files} - {STEP})
+    gone = next((name for name in determined if not (directory / name).is_file()), None)
+    if gone is not None:
+        raise M3Error(f"{directory / gone}: was not copied, as its original has gone since: start again") from OSError()
+    return Described(
+        {name: digest_file(directory / name) for name in determined}, {STEP: digest_save(directory / STEP)}
+    )
 
 
 @contextmanager

@@ -37,6 +37,7 @@ from m3jax.outputs.journal import (
     weights_in,
 )
 from m3jax.outputs.local import check_space, made_files
+from m3jax.outputs.patterns import matcher
 from m3jax.outputs.provenance import FILE_NAME
 
 _JOURNAL = "m3jax-journal-{}.json"
@@ -321,7 +322,7 @@ def _check_free(out: RemotePath, there: _There, overwrite: bool) -> None:
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    return matcher(tuple(patterns))(name)
 
 
 def _objects(out: RemotePath) -> dict[str, dict[str, Any]]:

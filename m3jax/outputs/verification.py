@@ -4,7 +4,6 @@ import os
 import shlex
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from m3jax.checkpoints import (
 from m3jax.checkpoints.adapters import open_stored
 from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.locate import locate_recorded, named_companions
+from m3jax.checkpoints.orbax_tree import COMMITTED, STEP
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.checkpoints.standing_in import CONVERSION, STATISTICS
 from m3jax.checkpoints.storage import exists, is_dir, is_file, list_names, read_file
@@ -27,7 +27,8 @@ from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 from m3jax.outputs import manifest, mark
 from m3jax.outputs.local import is_own
-from m3jax.outputs.written import open_written, varying_patterns
+from m3jax.outputs.patterns import matcher
+from m3jax.outputs.written import SAVES, digest_save, open_written, varying_patterns
 from m3jax.progress import Progress
 from m3jax.text import count_text
 from m3jax.vocabulary import numbering, read_vocabulary
@@ -196,6 +197,8 @@ def compare_beside(directory: str | os.PathLike[str]) -> Beside:
         links = recorded.get("links", {})
         differences += _differing_links(place, links)
         known = {*recorded["files"], *recorded["weight_files"], *links, name}
+        if "format" in recorded and SAVES not in recorded:
+            notes.append(f"{name}: is of a version that told nothing of {STEP} and {COMMITTED}: changes are not seen")
         added, said = _beside(place, known, varying_patterns(recorded))
         differences += added
         notes += said
@@ -205,6 +208,9 @@ def compare_beside(directory: str | os.PathLike[str]) -> Beside:
             notes.append(f"{file}: {fault}, as people may edit it")
         elif fault is not None:
             differences.append(f"{file}: {fault}")
+    for file, digest in sorted(recorded.get(SAVES, {}).items()):
+        fault = _fault_of_file(place / file, digest, digest_save)
+        differences += [] if fault is None else [f"{file}: {fault}"]
     return Beside(place, told, tuple(differences), tuple(notes), intact)
 
 
@@ -377,14 +383,14 @@ def _differing_headers(found: Mapping[str, str], recorded: Mapping[str, Any]) ->
 # --- Files -------------------------------------------------------------------------------------------------------
 
 
-def _fault_of_file(path: Path, digest: str) -> str | None:
+def _fault_of_file(path: Path, digest: str, taken: Callable[[Path], str] = digest_file) -> str | None:
     """What is wrong with a file beside the weights; None where it is as recorded."""
     if not exists(path):
         return _GONE
     if not is_file(path):
         return "is not a regular file"
     try:
-        return None if digest_file(path) == digest else _OTHER
+        return None if taken(path) == digest else _OTHER
     except M3Error as error:
         return f"cannot be read: {error}"
 
@@ -412,7 +418,8 @@ def _beside(place: Path, known: Container[str], varying: Sequence[str] = ()) -> 
         known: Files that are recorded.
         varying: Patterns of those that are other each time.
     """
-    there = [name for name in _added(place, known) if not any(fnmatchcase(name, each) for each in varying)]
+    varies = matcher(tuple(varying))
+    there = [name for name in _added(place, known) if not varies(name)]
     notes = [f"{name}: is none of the model's, and not looked into" for name in there if name in _TOOLS]
     if manifest.SIGNATURE in there:
         notes.append(f"{manifest.SIGNATURE}: is a signature, and not checked here: model_signing verify does it")

@@ -314,7 +314,8 @@ def _orbax_output(
     found = plan_orbax(template.place.path, state, stored, outputs, job.as_step)
     trees = ", ".join(found.trees_beside)
     copied = f"{trees} beside {found.item}: copied from {models[0].input.name} as it is, its parameters not merged"
-    return found, ((copied,) if trees else ())
+    code = found.beside.note((template if state is None else models[0]).input.name)
+    return found, tuple(note for note in (copied if trees else None, code) if note is not None)
 
 
 def _picked(recipe: Recipe, from_base: bool) -> dict[str | None, list[int]]:

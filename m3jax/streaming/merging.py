@@ -24,8 +24,9 @@ from m3jax.checkpoints import (
     parse_size,
     write_index,
 )
-from m3jax.checkpoints.formats import SAFETENSORS
+from m3jax.checkpoints.formats import ORBAX, SAFETENSORS
 from m3jax.checkpoints.locate import scratch
+from m3jax.checkpoints.orbax_tree import COMMITTED, STEP
 from m3jax.checkpoints.orbax_writer import is_node
 from m3jax.checkpoints.protocol import without_ctime
 from m3jax.checkpoints.remote import RemotePath, as_path
@@ -38,8 +39,10 @@ from m3jax.outputs import manifest, provenance
 from m3jax.outputs.journal import weights_in
 from m3jax.outputs.local import Staging, Workplace, exactly, holds_tensors
 from m3jax.outputs.modes import narrow
-from m3jax.outputs.orbax import finish_orbax, holds_part, keep_part, step_directory
+from m3jax.outputs.orbax import finish_orbax, foreseen_files, holds_part, keep_part, step_directory
+from m3jax.outputs.patterns import matcher
 from m3jax.outputs.remote import RemoteStaging, RemoteWorkplace
+from m3jax.outputs.written import SAVES
 from m3jax.progress import Progress
 from m3jax.recipe import Recipe, load_recipe
 from m3jax.streaming.findings import Step, phases_of
@@ -139,14 +142,14 @@ def _open_workplace(
     names = exactly([*(file for file, _ in ready.shards), *possible, *_links(ready), manifest.FILE_NAME])
     names += ready.orbax.patterns if ready.orbax is not None else ()
     if isinstance(job.out, RemotePath):
-        space = _largest(ready) if ready.orbax is None else 2 * _largest(ready) + ready.orbax.size_beside
+        space = _largest(ready) if ready.orbax is None else 2 * _largest(ready) + ready.orbax.beside.size
         aside = ready.orbax is not None
         staging = stack.enter_context(RemoteStaging(job.out, ready.identity, space, job.overwrite, aside, names))
     else:
         weights = sum(t.output.nbytes for t in ready.plan.tensors)
         small = sum(path.stat().st_size for path in ready.companions.values())
         space = weights + small + _TOLD_PER_TENSOR * len(ready.plan.tensors)
-        space += 0 if ready.orbax is None else _largest(ready) + ready.orbax.size_beside  # one file stands there twice
+        space += 0 if ready.orbax is None else _largest(ready) + ready.orbax.beside.size  # one file stands there twice
         shared = processes.count > 1
         staging = stack.enter_context(Staging(job.out, ready.identity, space, job.overwrite, shared, names))
         narrow(staging.path, _weight_files(ready))
@@ -457,24 +460,26 @@ def _weight_files(ready: Ready) -> list[Path]:
 
 def _publish(job: MergeJob, ready: Ready, staging: Staging | RemoteStaging, record: dict[str, Any]) -> dict[str, Any]:
     """Write what stands beside the weights and the manifest, which is returned, and let the output appear."""
-    weight_files = None
+    weight_files = saves = None
     if ready.orbax is not None:
         if isinstance(staging, RemoteStaging):
             staging.bring(is_node)
         for name in (*modelcard.possible_names(ready.companions), manifest.FILE_NAME):
             (staging.path / name).unlink(missing_ok=True)  # of an earlier run, which else would be told of as weights
-        weight_files = finish_orbax(staging.path, ready.orbax, [tensor.output for tensor in ready.plan.tensors])
+        weight_files, saves = finish_orbax(staging.path, ready.orbax)
     elif len(ready.shards) > 1:
         write_index(staging.path, ready.shards, sum(t.output.nbytes for t in ready.plan.tensors))
     files = _write_companions(job, ready, staging.path)
     links = _links(ready) if ready.orbax is None else {}
     modelcard.link_weights(staging.path, links)
-    record = manifest.completed(record, files, links, weight_files)
+    record = manifest.completed(record, files, links, weight_files, saves)
     (staging.path / manifest.FILE_NAME).write_text(manifest.to_json(record), encoding="utf-8")
     if isinstance(staging, Staging):
         narrow(staging.path, _weight_files(ready))
-        made = [*(file for file, _ in ready.shards), *files, *links, manifest.FILE_NAME]
-        staging.publish(made if ready.orbax is None else staging.files())
+        weights = [file for file, _ in ready.shards]
+        if ready.orbax is not None:
+            weights = list(filter(matcher(ready.orbax.patterns), staging.files()))
+        staging.publish([*weights, *files, *links, manifest.FILE_NAME])
     else:
         staging.publish()
     return record
@@ -531,9 +536,11 @@ def check_companions(job: MergeJob, ready: Ready) -> str | None:
     left_out = {*manifest.EDITABLE, SAFETENSORS.index_file}
     names = (name for name in {**then, **now} if name.rpartition("/")[2] not in left_out)
     other = sorted(name for name in names if then.get(name) != now.get(name))
+    other += _differing_orbax(job.recorded["output"], ready)
     if not other:
         return None
-    from_ = ready.companions.get(other[0])
+    beside = {} if ready.orbax is None else ready.orbax.beside.files
+    from_ = ready.companions.get(other[0], beside.get(other[0]))
     said = (
         f"{', '.join(other)} would not be as then"
         f"{'' if from_ is None else f': {from_} has changed since, or this version writes it otherwise'}"
@@ -544,6 +551,17 @@ def check_companions(job: MergeJob, ready: Ready) -> str | None:
             " the same in any case"
         )
     return said
+
+
+def _differing_orbax(recorded: Mapping[str, Any], ready: Ready) -> list[str]:
+    """The files of an output of Orbax that hold no values of the merge and would not be as then."""
+    if ready.orbax is None or recorded.get("format") != ORBAX.name:
+        return []
+    then, now = {**recorded["weight_files"], **recorded.get(SAVES, {})}, foreseen_files(ready.orbax)
+    if SAVES not in recorded:  # of a version that told nothing of these
+        untold = (STEP, COMMITTED, f"{ready.orbax.item}/{COMMITTED}")
+        now = {name: digest for name, digest in now.items() if name not in untold}
+    return sorted(name for name in {**then, **now} if then.get(name) != now.get(name))
 
 
 def merge_checkpoint(

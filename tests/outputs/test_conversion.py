@@ -243,6 +243,27 @@ def test_overwriting(tmp_path: Path, model: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "other", "out"]
 
 
+@pytest.mark.parametrize("name", ["d/evil.py", "orbax/d/evil.py", "orbax.py", "ocdbt.process_EVIL.py"])
+def test_a_file_that_is_not_the_conversions_is_kept(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def stopped(directory: Path, *args: Any) -> None:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text("mine")
+        raise M3Error("stopped")
+
+    monkeypatch.setattr(conversion, "_verify", stopped)
+    with pytest.raises(M3Error, match="stopped"):
+        convert(model, tmp_path / "out", "orbax")
+    monkeypatch.undo()
+    left = tmp_path / "out.partial" / name
+    with pytest.raises(M3Error, match=rf"{name}: is no part of the merge that is made there: move it away"):
+        convert(model, tmp_path / "out", "orbax")
+    assert left.read_text() == "mine"
+    left.unlink()
+    convert(model, tmp_path / "out", "orbax")
+
+
 @pytest.mark.parametrize("to", WRITTEN)
 def test_a_bit_that_flips_on_the_disk_is_noticed(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, to: Any

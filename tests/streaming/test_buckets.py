@@ -157,6 +157,44 @@ def test_steps_of_a_bucket_that_cannot_be_read(runs, monkeypatch, tmp_path) -> N
         assert not list(tmp_path.iterdir())
 
 
+def test_every_object_of_a_step_in_a_bucket_is_seen(runs, local, monkeypatch) -> None:
+    with google(monkeypatch) as gcs:
+        a, b = gcs.put_all(runs / "a", "runs/a"), gcs.put_all(runs / "b", "runs/b")
+        driver = remote_paths.file_system("gs")
+        plain, sent = driver.put_file, []
+
+        def cut(*args, **options):
+            sent.append(args)
+            if len(sent) > 5:
+                raise KeyboardInterrupt
+            return plain(*args, **options)
+
+        monkeypatch.setattr(driver, "put_file", cut)
+        with pytest.raises(KeyboardInterrupt):
+            merge_checkpoint(recipe(a, b), a, step=30, max_shard_size=2**20)
+        monkeypatch.setattr(driver, "put_file", plain)
+        for name in ("model/modeling.py", "model/ocdbt.process_0/d/evil.py", "told/evil.py"):
+            gcs.put(f"runs/a/30.partial/{name}", b"mine")
+            with pytest.raises(
+                M3Error, match=rf"30\.partial/{name} is where the merge would be made, but is not of one"
+            ):
+                merge_checkpoint(recipe(a, b), a, step=30, max_shard_size=2**20)
+            assert gcs.objects.pop(f"runs/a/30.partial/{name}")[1] == b"mine"
+        assert merge_checkpoint(recipe(a, b), a, step=30, max_shard_size=2**20).digest == local.digest
+        assert verify(f"{a}/30").differences == ()
+        for name in ("model/modeling.py", "model/d/evil.py", "model/embed.w/evil.py", "told/evil.py"):
+            gcs.put(f"runs/a/30/{name}", b"")
+            assert verify(f"{a}/30").differences == (f"{name}: is not in the manifest",)
+            del gcs.objects[f"runs/a/30/{name}"]
+        for name in ("_CHECKPOINT_METADATA", "commit_success.txt", "model/commit_success.txt", "told/metadata"):
+            kept = gcs.objects[f"runs/a/30/{name}"]
+            gcs.put(f"runs/a/30/{name}", b"{}")
+            assert verify(f"{a}/30").differences == (f"{name}: has changed",)
+            gcs.objects[f"runs/a/30/{name}"] = kept
+        del gcs.objects["runs/a/30/_CHECKPOINT_METADATA"]
+        assert verify(f"{a}/30").differences == ("_CHECKPOINT_METADATA: is missing",)
+
+
 @pytest.mark.slow
 def test_what_others_put_beside_a_merge(runs, local, monkeypatch) -> None:
     with google(monkeypatch) as gcs:

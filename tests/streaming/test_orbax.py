@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from m3jax import M3Error, load_recipe, merge_checkpoint, replay, soup, verify
 from m3jax.checkpoints import open_checkpoint
+from m3jax.outputs import manifest
 from m3jax.outputs import orbax as orbax_output
 from m3jax.outputs.local import Staging
 from m3jax.streaming.sampling import verify_sample
@@ -285,3 +287,221 @@ def test_a_tokenizer_is_that_of_the_step_that_is_read(runs) -> None:
     told = {"merge_method": "linear", "models": [str(runs / "a"), str(runs / "b")], "tokenizer_source": str(runs / "a")}
     recipe, _ = with_steps(load_recipe(told))
     assert recipe.tokenizer_source == recipe.models[0].model == f"{runs / 'a'}@30"
+
+
+# --- Files that are not the merge's ------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """What ends a merge without a chance to tidy up."""
+
+
+def killed_at(monkeypatch, name: str, calls: int):
+    """Ends a merge at a call of a function of its output, with all that stands there then."""
+    plain, left = getattr(orbax_output, name), [None] * calls
+
+    def killed(*args):
+        if not left:
+            raise Killed
+        left.pop()
+        return plain(*args)
+
+    monkeypatch.setattr(orbax_output, name, killed)
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory) -> Path:
+    """A checkpoint in a database, and two with a directory for each array, in zarr and in zarr3."""
+    place = tmp_path_factory.mktemp("layouts")
+    tree = params_of(1) | {"scalar": jnp.float32(3), "line": jnp.ones(5)}
+    for name, options in (
+        ("database", {}),
+        ("zarr", {"use_ocdbt": False}),
+        ("zarr3", {"use_ocdbt": False, "use_zarr3": True}),
+    ):
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options)) as checkpointer:
+            checkpointer.save(place / name, ocp.args.PyTreeSave(tree))
+    return place
+
+
+FOREIGN = (
+    "modeling_evil.py",
+    "d/evil.py",
+    "d/0123456789abcdef0123456789abcdef.py",
+    "d/mywork/thesis.txt",
+    "ocdbt.process_EVIL.py",
+    "ocdbt.process_0/evil",
+    "ocdbt.process_0/d/evil.py",
+    "ocdbt.process_0/ocdbt_meta/evil.py",
+    "embed.w/modeling.py",
+    "embed.w/0.0.py",
+    "array_metadatas/evil.py",
+    "array_metadatas/process_0.py",
+    "_METADATA.py",
+)
+
+
+@contextmanager
+def placed(directory: Path, name: str):
+    """A file that its user has put into an output, and that is as it was in the end."""
+    made = [place for place in (directory / name).parents if not place.exists()]
+    (directory / name).parent.mkdir(parents=True, exist_ok=True)
+    (directory / name).write_text("mine")
+    yield
+    assert (directory / name).read_text() == "mine"
+    (directory / name).unlink()
+    for place in made:
+        place.rmdir()
+
+
+@pytest.mark.parametrize("layout", ["database", "zarr", "zarr3"])
+def test_a_foreign_file_is_not_published(layouts, layout, tmp_path, monkeypatch) -> None:
+    told = {"merge_method": "linear", "models": [str(layouts / layout)] * 2}
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    killed_at(monkeypatch, "_differing", 1)
+    with pytest.raises(Killed):
+        merge_checkpoint(told, out, max_shard_size=100)
+    monkeypatch.undo()
+    for name in FOREIGN:
+        sentence = rf"{name}: is no part of the merge that is made there: move it away"
+        with placed(partial, name), pytest.raises(M3Error, match=sentence):
+            merge_checkpoint(told, out, max_shard_size=100)
+    half = {"database": "ocdbt.process_1/d/" + "0" * 32, "zarr": "scalar/.zarray", "zarr3": "scalar/zarr.json"}[layout]
+    (partial / half).parent.mkdir(parents=True, exist_ok=True)
+    (partial / f"{half}.__lock").touch()  # as TensorStore calls it while it is written
+    (partial / "manifest.ocdbt.__lock").touch() if layout == "database" else None
+    killed_at(monkeypatch, "finish_item", 0)
+    with pytest.raises(Killed):
+        merge_checkpoint(told, out, max_shard_size=100)
+    monkeypatch.undo()
+    result = merge_checkpoint(told, out, max_shard_size=100)
+    assert result.resumed_shards > 1
+    assert verify(out).differences == ()
+    assert not list(out.rglob("*__lock"))
+
+
+def test_what_comes_as_an_output_is_finished_is_not_published(layouts, tmp_path, monkeypatch) -> None:
+    told = {"merge_method": "linear", "models": [str(layouts / "database")] * 2}
+    plain = orbax_output.finish_item
+
+    def beside(item, *args):
+        plain(item, *args)
+        (item / "d" / "evil.py").write_text("mine")
+
+    monkeypatch.setattr(orbax_output, "finish_item", beside)
+    with pytest.raises(M3Error, match=r"d/evil\.py: is no part of the merge"):
+        merge_checkpoint(told, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial" / "d" / "evil.py").read_text() == "mine"
+
+
+@pytest.mark.parametrize("layout", ["database", "zarr", "zarr3"])
+def test_verify_names_every_foreign_file_and_none_is_overwritten(layouts, layout, tmp_path) -> None:
+    told, out = {"merge_method": "linear", "models": [str(layouts / layout)] * 2}, tmp_path / "out"
+    result = merge_checkpoint(told, out, max_shard_size=100)
+    for seen in (verify, verify_sample):
+        assert seen(out).differences == ()
+    for name in FOREIGN:
+        with placed(out, name):
+            for seen in (verify, verify_sample):
+                assert f"{name}: is not in the manifest" in seen(out).differences
+            with pytest.raises(M3Error, match=rf"holds {name}, which is not of the output .*: move it away"):
+                merge_checkpoint(told, out, overwrite=True)
+    assert merge_checkpoint(told, out, overwrite=True).digest == result.digest
+
+
+def changed(file: Path) -> dict[str, str | None]:
+    """What a file that tells of a save could hold instead, by how it differs."""
+    kept = file.read_text()
+    told = json.loads(kept)
+    return {
+        "removed": None,
+        "empty": "",
+        "no object": "[]",
+        "another trainer's": json.dumps(told | {"custom_metadata": {"scan_layers": True}}),
+        "other handlers": json.dumps(told | {"item_handlers": {"model": "evil.Handler"}}),
+        "more": json.dumps(told | {"more": 1}),
+        "another form": kept + " ",
+        "twice": kept.replace("{", '{"item_handlers": "evil.Handler", ', 1),
+        "no time": json.dumps(told | {"commit_timestamp_nsecs": None}),
+    }
+
+
+def test_what_tells_of_a_save_is_verified(runs, tmp_path) -> None:
+    out = tmp_path / "out"
+    merge_checkpoint(recipe(runs), out)
+    save = out / "_CHECKPOINT_METADATA"
+    kept = save.read_text()
+    for how, text in changed(save).items():
+        save.unlink() if text is None else save.write_text(text)
+        fault = "is missing" if text is None else "has changed"
+        for seen in (verify, verify_sample):
+            assert f"_CHECKPOINT_METADATA: {fault}" in seen(out).differences, how
+        save.write_text(kept)
+    for name in ("commit_success.txt", "model/commit_success.txt"):
+        (out / name).write_text("changed")
+        assert verify(out).differences == (f"{name}: has changed",)
+        (out / name).unlink()
+        assert verify(out).differences == (f"{name}: is missing",)
+        (out / name).write_text("Checkpoint commit was successful\n")
+    (out / "told" / "modeling.py").touch()
+    assert verify(out).differences == ("told/modeling.py: is not in the manifest",)
+    (out / "told" / "modeling.py").unlink()
+    assert verify(out).differences == ()
+
+
+def test_the_same_merge_gives_the_same_manifest_whenever_and_wherever_it_is_made(runs, tmp_path) -> None:
+    first, second = (merge_checkpoint(recipe(runs), tmp_path / name) for name in ("a", "b"))
+    assert first.manifest == second.manifest
+    assert (tmp_path / "a" / "_CHECKPOINT_METADATA").read_text() != (
+        tmp_path / "b" / "_CHECKPOINT_METADATA"
+    ).read_text()
+
+
+def test_a_replay_refuses_other_files_beside_the_item(runs, tmp_path) -> None:
+    save(tmp_path / "run", (1,), (3,))
+    step = tmp_path / "run" / "3"
+    told = {"merge_method": "linear", "models": [str(step)] * 2}
+    (step / "model" / "_strings.json").write_text("{}")
+    result = merge_checkpoint(told, tmp_path / "out")
+    handlers = json.loads((step / "_CHECKPOINT_METADATA").read_text())
+    for number, (name, text) in enumerate(
+        (
+            ("told/metadata", '{"seed": 9}'),
+            ("told/added", ""),
+            ("model/_strings.json", '{"a": "b"}'),
+            ("_CHECKPOINT_METADATA", json.dumps(handlers | {"custom_metadata": {"scan_layers": True}})),
+        )
+    ):
+        kept = (step / name).read_bytes() if (step / name).exists() else None
+        (step / name).write_text(text)
+        with pytest.raises(M3Error, match=rf"{name} would not be as then.*--allow-other-files"):
+            replay(tmp_path / "out", tmp_path / "again")
+        assert not (tmp_path / "again").exists()
+        again = replay(tmp_path / "out", tmp_path / f"allowed-{number}", allow_other_files=True)
+        assert any(f"{name} would not be as then" in note for note in again.notes)
+        assert any(f"{name} would not be as then" in told for told in verify_sample(tmp_path / "out").differences)
+        (step / name).unlink() if kept is None else (step / name).write_bytes(kept)
+    again = replay(tmp_path / "out", tmp_path / "again")
+    assert again.manifest == result.manifest
+
+
+def test_manifests_that_told_nothing_of_saves_are_read_as_before(runs, tmp_path) -> None:
+    out = tmp_path / "out"
+    result = merge_checkpoint(recipe(runs), out)
+    told = json.loads((out / "m3jax.json").read_text())
+    del told["output"]["saves"]
+    for name in ("commit_success.txt", "model/commit_success.txt"):
+        del told["output"]["weight_files"][name]
+        (out / name).write_text("Checkpoint commit was successful to out.partial\n")
+    (out / "m3jax.json").write_text(json.dumps(manifest.sealed(told)))
+    (out / "_CHECKPOINT_METADATA").write_text("{}")
+    for seen in (verify, verify_sample):
+        found = seen(out)
+        assert found.differences == ()
+        assert any("told nothing of _CHECKPOINT_METADATA" in note for note in found.notes)
+    assert replay(out, tmp_path / "again").manifest == result.manifest
+    (out / "model" / "d" / "evil.py").touch()
+    assert verify(out).differences == ("model/d/evil.py: is not in the manifest",)
+    (out / "model" / "d" / "evil.py").unlink()
+    assert merge_checkpoint(recipe(runs), out, overwrite=True).manifest == result.manifest
