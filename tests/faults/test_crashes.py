@@ -2,14 +2,27 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
 import pytest
 from support import faults
-from support.faults import STARTS, contents, make_inputs, prepare, runs, step_through, step_through_run
+from support.faults import (
+    STARTS,
+    WRITES,
+    Faults,
+    Killed,
+    contents,
+    make_inputs,
+    prepare,
+    runs,
+    step_through,
+    step_through_run,
+)
 from support.read_faults import ReadFaults
 
 import m3jax
@@ -49,14 +62,57 @@ def test_some_calls_of_a_merge(inputs, tmp_path, start):
     check(inputs, tmp_path, "merge", start, "kill", stride=9)
 
 
+@pytest.mark.parametrize("start", ["fresh", "resumed"])
 @pytest.mark.parametrize("name", ["explore", "evaluate", "attack"])
-def test_calls_of_runs_that_go_on(inputs, tmp_path, name):
+def test_calls_of_runs_that_go_on(inputs, tmp_path, name, start):
     """`scripts/faults` takes every call and every fault."""
-    for fault, stride in (("kill", 3 if name == "explore" else 1), ("ENOSPC", 7)):
-        outcomes, calls, wrong = step_through_run(runs(inputs)[name], tmp_path, fault, stride)
+    often = 9 if name == "explore" else 1
+    for fault, stride in (("kill", often), ("ENOSPC", 7 * often), ("torn", 4 * often)):
+        outcomes, calls, wrong = step_through_run(runs(inputs)[name], tmp_path, fault, stride, start=start)
         assert wrong == []
         assert calls >= 5
         assert outcomes.total() >= calls // stride
+
+
+def test_every_kind_of_call_is_counted(inputs, tmp_path):
+    """In a merge for which no room can be promised, a conversion, an evaluation whose last line was cut, and copies."""
+    seen = set()
+    for kind, start, fault in (("merge", "overwriting", "EOPNOTSUPP"), ("convert", "fresh", "kill")):
+        (tmp_path / kind).mkdir()
+        scenario = prepare(inputs, tmp_path / kind, kind, start)
+        shutil.copytree(scenario.start, scenario.place)
+        with Faults(scenario.place, kind=fault).until(lambda call: call.startswith("posix_fallocate")) as counted:
+            scenario.command(scenario.place / "out")
+        seen |= {call.split()[0] for call in counted.calls}
+    place = tmp_path / "runs"
+    place.mkdir()
+    with suppress(Killed), Faults(place).until(lambda call: call.startswith("fsync /out/records")):
+        runs(inputs)["evaluate"].command(place)
+    records = place / "out" / "records.jsonl"
+    records.write_bytes(records.read_bytes() + b"{")
+    with Faults(place) as counted:
+        runs(inputs)["evaluate"].command(place)
+        os.link(records, place / "linked")
+        shutil.copyfile(records, place / "copied")
+    seen |= {call.split()[0] for call in counted.calls}
+    assert seen >= {"open", "mkdir", "rename", "replace", "exchange", "unlink", "rmdir", "chmod", "link"}
+    assert seen >= {"pwrite", "write", "sendfile", "posix_fallocate", "ftruncate", "truncate"}
+    assert seen >= {"flock", "fsync", "close"}
+
+
+@pytest.mark.parametrize(("fault", "names"), [("short", WRITES), ("ENOLCK", ["flock"]), ("EDQUOT", ["close", "write"])])
+def test_faults_of_some_calls(inputs, tmp_path, fault, names):
+    """A write that writes half is finished, locks may be missing, and what only `close` says is said."""
+    scenario = prepare(inputs, tmp_path, "merge", "overwriting")
+    shutil.copytree(scenario.start, scenario.place)
+    with Faults(scenario.place) as every:
+        scenario.command(scenario.place / "out")
+    stride = 1 if fault == "ENOLCK" else 4
+    outcomes, calls, wrong = step_through(scenario, fault, stride)
+    assert wrong == []
+    assert calls == len(every.calls)
+    assert sum(call.split()[0] in names for call in every.calls) >= outcomes.total() / stride >= 1
+    assert {key.split(",")[0] for key in outcomes} == {"refused" if fault == "EDQUOT" else "finished"}
 
 
 @pytest.mark.parametrize(("kind", "start"), [("merge", "fresh"), ("convert", "overwriting"), ("replay", "fresh")])
