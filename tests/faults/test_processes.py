@@ -131,7 +131,7 @@ while not ended or ended[-1][0] != 0:
     ("name", "first", "step", "option"), [("RLIMIT_NOFILE", 1, 1, "ulimit -n"), ("RLIMIT_FSIZE", 0, 700, "ulimit -f")]
 )
 def test_limits_of_a_process(inputs, tmp_path, name, first, step, option):
-    """Too few descriptors, or files that may not grow: a sentence, nothing half-made, and it goes on without a limit."""
+    """Too few descriptors, or files that may not grow: a sentence and nothing half-made; it goes on without a limit."""
     child = start(LIMITED, tmp_path, inputs / "recipe.yaml", name, first, step)
     assert child.wait(timeout=300) == 0
     want = contents(tmp_path / "warm")
