@@ -16,6 +16,7 @@ from support.faults import (
     WRITES,
     Faults,
     Killed,
+    Run,
     contents,
     make_inputs,
     prepare,
@@ -26,6 +27,8 @@ from support.faults import (
 from support.read_faults import ReadFaults
 
 import m3jax
+from m3jax.errors import saying_what_failed
+from m3jax.outputs.companions import link_weights
 from m3jax.outputs.conversion import convert
 
 
@@ -98,6 +101,31 @@ def test_every_kind_of_call_is_counted(inputs, tmp_path):
     assert seen >= {"open", "mkdir", "rename", "replace", "exchange", "unlink", "rmdir", "chmod", "link"}
     assert seen >= {"pwrite", "write", "sendfile", "posix_fallocate", "ftruncate", "truncate"}
     assert seen >= {"flock", "fsync", "close"}
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_weights_that_stand_beside_several_tokenizers(tmp_path, monkeypatch, linked):
+    """As links or, where there are none, as copies: whatever an attempt left, the next one makes them."""
+
+    def refuse(*_):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    def command(place):
+        with saying_what_failed(place):
+            (place / "a").write_bytes(bytes(9))
+            link_weights(place, {"also/a": "a"})
+
+    def result(place):
+        made = place / "also" / "a"
+        return made.read_bytes() if made.exists() else None
+
+    if not linked:
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    run = Run(command, result, lambda found, whole: True)
+    for fault in ("kill", "torn", "short", "EIO", *(["EOPNOTSUPP"] if linked else [])):
+        outcomes, calls, wrong = step_through_run(run, tmp_path, fault)
+        assert wrong == []
+        assert outcomes.total() == calls or (fault in ("short", "EOPNOTSUPP") and outcomes)
 
 
 @pytest.mark.parametrize(("fault", "names"), [("short", WRITES), ("ENOLCK", ["flock"]), ("EDQUOT", ["close", "write"])])
