@@ -15,7 +15,7 @@ from support.faults import contents, make_inputs, prepare
 
 import m3jax
 
-ROUNDS = 8
+ROUNDS = 6
 MEETING = """
 import json, sys, time
 from contextlib import redirect_stderr, redirect_stdout
@@ -99,11 +99,10 @@ from support.faults import contents
 from m3jax.cli.commands import app
 from m3jax.cli.shell import main
 
-place, asked, name, first, step = Path(sys.argv[1]), sys.argv[2], sys.argv[3], *map(int, sys.argv[4:])
-which = getattr(resource, name)
-before = resource.getrlimit(which)
+place, asked = Path(sys.argv[1]), sys.argv[2]
 
-def merge(out, limit):
+def merge(out, which, limit):
+    before = resource.getrlimit(which)
     with open(place / "said", "w") as says, redirect_stderr(says), redirect_stdout(says):
         resource.setrlimit(which, (limit, before[1]))
         try:
@@ -111,33 +110,42 @@ def merge(out, limit):
         finally:
             resource.setrlimit(which, before)
 
-merge(place / "warm", before[0])  # what is imported and compiled is there from here on
-limit, ended = first + (len(os.listdir("/proc/self/fd")) if name == "RLIMIT_NOFILE" else 0), []
-while not ended or ended[-1][0] != 0:
-    out = place / f"{limit}" / "out"
-    out.parent.mkdir()
-    code = merge(out, limit)
-    said = (place / "said").read_text()
-    whole = contents(out) in (None, contents(place / "warm"))
-    again = 0 if code == 0 else merge(out, before[0])
-    left = [path.name for path in out.parent.iterdir() if path != out]
-    ended.append((code, said, whole, again, left, limit))
-    limit += step
+def freely(out):
+    return merge(out, resource.RLIMIT_NOFILE, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+def rising(name, limit, step):
+    ended = []
+    while not ended or ended[-1][0] != 0:
+        out = place / name / f"{limit}" / "out"
+        out.parent.mkdir(parents=True)
+        code = merge(out, getattr(resource, name), limit)
+        said = (place / "said").read_text()
+        whole = contents(out) in (None, contents(place / "warm"))
+        again = 0 if code == 0 else freely(out)
+        left = [path.name for path in out.parent.iterdir() if path != out]
+        ended.append((code, said, whole, again, left, limit))
+        limit += step
+    return ended
+
+freely(place / "warm")  # what is imported and compiled is there from here on
+descriptors = rising("RLIMIT_NOFILE", 1 + len(os.listdir("/proc/self/fd")), 1)
+ended = {"RLIMIT_NOFILE": descriptors, "RLIMIT_FSIZE": rising("RLIMIT_FSIZE", 0, 900)}
 (place / "ended").write_text(json.dumps(ended))
 """
 
 
-@pytest.mark.parametrize(
-    ("name", "first", "step", "option"), [("RLIMIT_NOFILE", 1, 1, "ulimit -n"), ("RLIMIT_FSIZE", 0, 700, "ulimit -f")]
-)
-def test_limits_of_a_process(inputs, tmp_path, name, first, step, option):
+def test_limits_of_a_process(inputs, tmp_path):
     """Too few descriptors, or files that may not grow: a sentence and nothing half-made; it goes on without a limit."""
-    child = start(LIMITED, tmp_path, inputs / "recipe.yaml", name, first, step)
-    assert child.wait(timeout=300) == 0
+    assert start(LIMITED, tmp_path, inputs / "recipe.yaml").wait(timeout=300) == 0
     want = contents(tmp_path / "warm")
-    ended = json.loads((tmp_path / "ended").read_text())
-    assert len(ended) >= 4
-    for code, said, whole, again, left, limit in ended:
-        assert (code, whole, again, left) == (2 if limit != ended[-1][-1] else 0, True, 0, []), said
-        assert code == 0 or (said.splitlines()[-1].startswith("m3jax: ") and option in said), said
-        assert contents(tmp_path / f"{limit}" / "out") == want
+    found = json.loads((tmp_path / "ended").read_text())
+    for name, option in (("RLIMIT_NOFILE", "ulimit -n"), ("RLIMIT_FSIZE", "ulimit -f")):
+        *refused, last = found[name]
+        assert len(refused) >= 3
+        assert last[0] == 0
+        for code, said, whole, again, left, _ in refused:
+            assert (code, whole, again, left) == (2, True, 0, []), said
+            assert said.splitlines()[-1].startswith("m3jax: "), said
+            assert option in said
+        for *_, limit in found[name]:
+            assert contents(tmp_path / name / f"{limit}" / "out") == want
