@@ -4,7 +4,8 @@ import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_TOO_MANY = frozenset({errno.EMFILE, errno.ENFILE})
 _REFUSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 _NO_DIRECTORY = frozenset({errno.ENOTDIR, errno.EEXIST})
 
@@ -25,6 +26,10 @@ def mend(error: OSError) -> str:
     """
     if error.errno in _FULL:
         return "free space or choose another place"
+    if error.errno == errno.EFBIG:
+        return "raise the limit with `ulimit -f`, take a smaller --max-shard-size, or choose another place"
+    if error.errno in _TOO_MANY:
+        return "raise the limit with `ulimit -n`"
     if error.errno in _REFUSED:
         return "choose a place that you may write to"
     if error.errno in _NO_DIRECTORY:

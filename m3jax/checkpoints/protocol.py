@@ -171,6 +171,18 @@ class Checkpoint(Protocol):
     ) -> None: ...
 
 
+def check_unchanged(checkpoint: Checkpoint, before: Mapping[str, FileFingerprint], again: str) -> None:
+    """Raise M3Error if weight files are not what they were; a link or a mode may have changed.
+
+    Args:
+        checkpoint: What was read.
+        before: What `Checkpoint.fingerprint` told when reading began.
+        again: What was done, and is to be done again: "compared: compare".
+    """
+    if without_ctime(checkpoint.fingerprint()) != without_ctime(before):
+        raise M3Error(f"{checkpoint.location}: changed while it was {again} again once it is at rest")
+
+
 @runtime_checkable
 class Sequential(Protocol):
     """What a checkpoint offers that is best read from one end to the other."""

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from m3jax.checkpoints import open_checkpoint
-from m3jax.checkpoints.protocol import DTYPES, Checkpoint
+from m3jax.checkpoints.protocol import DTYPES, Checkpoint, check_unchanged
 from m3jax.decoder.config import DecoderConfig
 from m3jax.decoder.modeling import Params, abstract_params, fitting
 from m3jax.decoder.weight_map import Cut, Path, Shape, Target, TensorView, is_ignored, rank, targets, view
@@ -201,17 +201,20 @@ def load_params(
         The decoder's parameters.
 
     Raises:
-        M3Error: The weights cannot be read, or do not fit the configuration: all that is missing, left over or
-            misshapen is named at once.
+        M3Error: The weights cannot be read, change meanwhile, or do not fit the configuration: all that is missing,
+            left over or misshapen is named at once.
     """
     _check_mesh(mesh)
     if not isinstance(source, Checkpoint):
         with open_checkpoint(source) as checkpoint:
             return load_params(checkpoint, config, dtype, mesh)
+    before = source.fingerprint()
     stored = {name: (info.shape, info.dtype in _FLOATS) for name, info in source.tensors.items()}
     matched = match_tensors(stored, config, source.location)
     shapes = _flatten(abstract_params(config))
-    return nest({path: _load(source, matched[path], shapes[path].shape, dtype, mesh) for path in shapes})
+    params = nest({path: _load(source, matched[path], shapes[path].shape, dtype, mesh) for path in shapes})
+    check_unchanged(source, before, "loaded: load")
+    return params
 
 
 def _load(

@@ -180,6 +180,7 @@ def measure_statistics(
             found = measure_grams(_load(stored), stored.config, inputs, whole, stored.mesh, tell)
         else:
             found = _fisher(stored, pairs, tell)
+        stored.check_unchanged()
         written = write_statistics(place, stored.place, record, kind, measured, found, size, overwrite)
         sizes = [value.nbytes for value in found.values()]
     else:

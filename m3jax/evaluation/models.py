@@ -25,7 +25,7 @@ from m3jax.checkpoints import (
 )
 from m3jax.checkpoints.locate import CONFIG
 from m3jax.checkpoints.orbax_tree import is_orbax
-from m3jax.checkpoints.protocol import DTYPES
+from m3jax.checkpoints.protocol import DTYPES, FileFingerprint, check_unchanged
 from m3jax.checkpoints.trust import remarks
 from m3jax.cluster.meshes import parse_mesh
 from m3jax.decoder import ApplyFn, DecoderConfig
@@ -47,6 +47,8 @@ from m3jax.evaluation.records import Reply, RunJournal, digest
 from m3jax.evaluation.runner import Summary, evaluate_named
 from m3jax.progress import Tell, progress_lines
 from m3jax.text import size_text
+
+_AGAIN = "evaluated: evaluate"
 
 
 class LanguageModel(NamedTuple):
@@ -80,6 +82,7 @@ class StoredModel(NamedTuple):
         mesh: Where they will lie.
         weight_bytes: Size of the weights on disk.
         notes: What is worth knowing of it.
+        seen: What tells its weight files from others, as they were when it was looked into.
     """
 
     name: str
@@ -91,6 +94,7 @@ class StoredModel(NamedTuple):
     mesh: jax.sharding.Mesh | None
     weight_bytes: int
     notes: tuple[str, ...]
+    seen: dict[str, FileFingerprint]
 
     def load(self, tell: Tell | None = None) -> LanguageModel:
         """Loads the weights.
@@ -99,7 +103,7 @@ class StoredModel(NamedTuple):
             tell: Told what is loaded, and what is worth knowing of it.
 
         Raises:
-            M3Error: They are incomplete or do not fit the config.
+            M3Error: They are incomplete, do not fit the config, or are not those that were looked into.
         """
         if tell is not None:
             for note in self.notes:
@@ -107,17 +111,27 @@ class StoredModel(NamedTuple):
             tell(f"loading {self.name} ({size_text(self.weight_bytes)})")
         with _open_weights(self.place, self.home) as (checkpoint, _):
             params = decoder.load_params(checkpoint, self.config, self.dtype, self.mesh)
+            check_unchanged(checkpoint, self.seen, _AGAIN)
         return LanguageModel(self.name, params, self.config, self.tokenizer)
+
+    def check_unchanged(self) -> None:
+        """Raise M3Error if the weights are not those that were looked into."""
+        with _open_weights(self.place, self.home) as (checkpoint, _):
+            check_unchanged(checkpoint, self.seen, _AGAIN)
 
     def fingerprint(self, overflow: Overflow) -> str:
         """Digest of what a run depends on beside the model's name; reads all weights.
 
         Args:
             overflow: What becomes of prompts that leave no room for their answer.
+
+        Raises:
+            M3Error: The weights are not those that were looked into.
         """
         with _open_weights(self.place, self.home) as (checkpoint, _):
             infos = checkpoint.tensors.items()
             weights = digest_checkpoint({n: (i.dtype, i.shape, digest_tensor(checkpoint, n)) for n, i in infos})
+            check_unchanged(checkpoint, self.seen, _AGAIN)
             dtypes = [self.dtype] if self.dtype else sorted({str(DTYPES[info.dtype]) for _, info in infos})
         stops = tokens.stop_tokens(self.tokenizer, self.config, ())
         return digest([weights, dtypes, overflow, stops, len(self.tokenizer), str(self.config)])[:16]
@@ -175,10 +189,10 @@ def open_model(
     tokenizer = tokens.load_tokenizer(name, home.directory)
     note = decoder.check_vocabulary(name, tokenizer, own_config)
     with _open_weights(place, home) as (checkpoint, said):
-        size = sum(info.nbytes for info in checkpoint.tensors.values())
+        size, seen = sum(info.nbytes for info in checkpoint.tensors.values()), checkpoint.fingerprint()
         own = (each for each in (note, adapters.tokenizer_note(place)) if each is not None)
         notes = (*said, *own, *remarks(name, place.path, checkpoint))
-    return StoredModel(name, place, home, own_config, tokenizer, dtype, mesh, size, notes)
+    return StoredModel(name, place, home, own_config, tokenizer, dtype, mesh, size, notes, seen)
 
 
 def load_model(

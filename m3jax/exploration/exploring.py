@@ -30,7 +30,7 @@ from m3jax.exploration.optimizing import Optimization
 from m3jax.exploration.pictures import Drawn
 from m3jax.exploration.references import Reference, expert_names, references_of
 from m3jax.exploration.remarks import remarks_on
-from m3jax.exploration.resident import Params, Resident, load_resident
+from m3jax.exploration.resident import Params, Resident, check_inputs, load_resident
 from m3jax.exploration.samples import Space, space_of
 from m3jax.exploration.scoring import (
     Dev,
@@ -481,14 +481,16 @@ def explore(
             )
             choice, results, losses, measured = _search(given, strategy, samples, select, optimize)
         experts = expert_names(ready)
-    merge = merge_checkpoint(
-        _with_granularity(loaded, choice.granularity),
-        out,
-        overwrite=overwrite,
-        max_shard_size=max_shard_size,
-        progress=progress,
-        weights=choice.weights,
-    )
+        check_inputs(ready)
+        merge = merge_checkpoint(
+            _with_granularity(loaded, choice.granularity),
+            out,
+            overwrite=overwrite,
+            max_shard_size=max_shard_size,
+            progress=progress,
+            weights=choice.weights,
+        )
+        check_inputs(ready)  # what was merged is what was scored
     whole = [result for result in results if result.share == 1.0]
     found = Exploration(
         choice,

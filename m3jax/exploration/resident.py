@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool
 
 from m3jax.arithmetic import exact, threefry
+from m3jax.checkpoints.protocol import check_unchanged
 from m3jax.cluster.meshes import spread
 from m3jax.cluster.processes import ALONE
 from m3jax.errors import M3Error
@@ -203,6 +204,12 @@ def _measured(ready: Ready, root_seed: int) -> Findings:
     return passes.findings
 
 
+def check_inputs(ready: Ready) -> None:
+    """Raise M3Error if an input has changed since a merge was prepared."""
+    for model, seen in zip(ready.models, ready.fingerprints, strict=True):
+        check_unchanged(model.checkpoint, seen, "explored: explore")
+
+
 def load_resident(ready: Ready, seed: int, mesh: Mesh | None = None) -> Resident:
     """Load the inputs of a prepared merge and measure what its method needs to know of them.
 
@@ -212,7 +219,7 @@ def load_resident(ready: Ready, seed: int, mesh: Mesh | None = None) -> Resident
         mesh: Over which every tensor is spread; one device without it.
 
     Raises:
-        M3Error: An input cannot be loaded, or buffers differ.
+        M3Error: An input cannot be loaded, or has changed since, or buffers differ.
     """
     if ready.plan.pipeline.method.preparation is not None:
         raise M3Error(
@@ -221,5 +228,6 @@ def load_resident(ready: Ready, seed: int, mesh: Mesh | None = None) -> Resident
         )
     findings = _measured(ready, seed)
     arrays = _load(ready, mesh)
+    check_inputs(ready)
     program = jax.jit(functools.partial(merge_arrays, ready.plan))
     return Resident(ready.plan, arrays, findings, threefry.root_key(seed), program)

@@ -35,6 +35,7 @@ from m3jax.checkpoints import (
 from m3jax.checkpoints.adapter_config import turned_types
 from m3jax.checkpoints.adapters import CONFIG, WEIGHTS, check_no_adapter, open_model
 from m3jax.checkpoints.locate import read_config
+from m3jax.checkpoints.protocol import check_unchanged
 from m3jax.checkpoints.remote import is_url
 from m3jax.checkpoints.standing_in import CONVERSION
 from m3jax.checkpoints.storage import is_dir
@@ -137,10 +138,12 @@ def extract_lora(
         turned = turned_types(config)
         if turned:
             raise M3Error(f"{names[1]} is {turned[0]}, whose weights lie as [in, out]: extract it in PEFT.")
+        before = [tuned.fingerprint(), plain.fingerprint()]
         extracted = _extracted(tuned, plain, stored_anatomy(plain, found[1].path, config or None), rank, progress)
         if not extracted.tensors:
             raise M3Error(f"{names[0]} has the weights of {names[1]}: there is nothing to extract.")
-        before = [tuned.fingerprint(), plain.fingerprint()]
+        for checkpoint, seen in zip((tuned, plain), before, strict=True):
+            check_unchanged(checkpoint, seen, "read: extract")
         identity = hashlib.sha256(json.dumps([names, rank, before], sort_keys=True).encode()).hexdigest()
         told = _config(extracted, names[1], config, rank, plain)
         digest = _write(place, extracted.tensors, told, identity, overwrite, [*tuned.files(), *plain.files()])

@@ -25,7 +25,7 @@ from m3jax.arithmetic import segments
 from m3jax.arithmetic.segments import SEGMENT, Floats
 from m3jax.checkpoints import DTYPES, Checkpoint, TensorInfo, digest_tensor
 from m3jax.checkpoints.locate import read_config
-from m3jax.checkpoints.protocol import without_ctime
+from m3jax.checkpoints.protocol import check_unchanged
 from m3jax.checkpoints.views_stacked import BlockPlace, Stacking, restacked
 from m3jax.errors import M3Error
 from m3jax.progress import Progress
@@ -623,7 +623,7 @@ def diff(
     recipe, notes = _recipe(a, b, base, merge, changes)
     with ExitStack() as stack:
         compared = _opened(recipe, notes, stack)
-        before = [without_ctime(each.fingerprint()) for each in compared.checkpoints]
+        before = [each.fingerprint() for each in compared.checkpoints]
         identical = _are_identical(compared, progress)
         if identical and tell is not None:
             tell(f"{a} and {b} are the same, bit for bit")
@@ -631,11 +631,8 @@ def diff(
         if not (identical and base is None and merge is None):
             entries = _chunk_entries(compared) if chunk_entries is None else checked_chunk_entries(chunk_entries)
             tensors = tuple(_measured(compared, base is not None, merge is not None, entries, progress))
-        now = [without_ctime(each.fingerprint()) for each in compared.checkpoints]
-        changed = [one != other for one, other in zip(before, now, strict=True)]
-        if any(changed):
-            where = compared.checkpoints[changed.index(True)].location
-            raise M3Error(f"{where}: changed while it was compared: compare again once it is at rest")
+        for each, seen in zip(compared.checkpoints, before, strict=True):
+            check_unchanged(each, seen, "compared: compare")
         size = sum(tensor.plan.output.size for tensor in compared.tensors)
         told = len(compared.tensors), size, compared.left_out, compared.notes
     return Differences(a, b, base, merge, identical, tensors, *told)

@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 from m3jax.checkpoints.adapters import open_model
 from m3jax.checkpoints.locate import locate_model
 from m3jax.checkpoints.orbax_writer import check_tree
-from m3jax.checkpoints.protocol import DTYPES, Checkpoint, TensorInfo
+from m3jax.checkpoints.protocol import DTYPES, Checkpoint, TensorInfo, check_unchanged
 from m3jax.checkpoints.standing_in import standing_in
 from m3jax.checkpoints.views import renamed
 from m3jax.errors import M3Error
@@ -65,9 +65,9 @@ def load(
         Nested dicts, names split at ".", or a flat dict; or a tree of `like`'s type.
 
     Raises:
-        M3Error: The checkpoint cannot be read; a sharding is missing or does not divide a tensor; a 64-bit tensor
-            has values that need `jax_enable_x64`; `like` differs, of which the first path on both sides is named, or
-            has only shapes of a trainer's state that the checkpoint lacks.
+        M3Error: The checkpoint cannot be read, or changes meanwhile; a sharding is missing or does not divide a tensor;
+            a 64-bit tensor has values that need `jax_enable_x64`; `like` differs, of which the first path on both sides
+            is named, or has only shapes of a trainer's state that the checkpoint lacks.
 
     Example:
         >>> import tempfile
@@ -99,10 +99,11 @@ def load(
                 is_float = dtype is not None and jax.numpy.issubdtype(dtype, jax.numpy.floating)
                 return _load(seen, info, sharding, _checked(dtype) if is_float and dtype is not None else None)
 
-            every = {name: name for name in checkpoint.tensors}
-            return restored(
-                renamed(checkpoint, {**every, **others}) if others else checkpoint, like, anatomy, read, wanted
-            )
+            every, before = {name: name for name in checkpoint.tensors}, checkpoint.fingerprint()
+            seen = renamed(checkpoint, {**every, **others}) if others else checkpoint
+            tree = restored(seen, like, anatomy, read, wanted)
+            check_unchanged(checkpoint, before, "loaded: load")
+            return tree
         if not flat:
             check_tree(checkpoint.tensors, f"{checkpoint.location}, which flat=True loads,")
         arrays = _load_all(checkpoint, checkpoint.tensors, place, wanted)
@@ -127,8 +128,10 @@ def load_checkpoint(checkpoint: Checkpoint, names: Iterable[str], sharding: Any 
 def _load_all(
     checkpoint: Checkpoint, names: Iterable[str], place: Placement, dtype: np.dtype[Any] | None
 ) -> dict[str, jax.Array]:
-    infos = [checkpoint.tensors[name] for name in names]
-    return {info.name: _load(checkpoint, info, place(info.name, info.shape), dtype) for info in infos}
+    infos, before = [checkpoint.tensors[name] for name in names], checkpoint.fingerprint()
+    arrays = {info.name: _load(checkpoint, info, place(info.name, info.shape), dtype) for info in infos}
+    check_unchanged(checkpoint, before, "loaded: load")
+    return arrays
 
 
 def _checked(dtype: np.dtype[Any]) -> np.dtype[Any]:

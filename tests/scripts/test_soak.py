@@ -1,8 +1,17 @@
 """scripts/soak: random recipes are the oracle's merges, and a seed is always the same one."""
 
+import importlib.machinery
+import importlib.util
+import os
+import threading
+from pathlib import Path
+
+import jax
 import numpy as np
 import pytest
 from support import soak
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "soak"
 
 
 def test_a_seed_is_one_recipe():
@@ -29,3 +38,15 @@ def test_random_recipes_are_the_oracles(seed, tmp_path):
 def test_a_wrong_tensor_is_found(tmp_path):
     drawn = soak.draw(8)
     assert soak.wrong_tensors(drawn._replace(told=drawn.told | {"seed": 1, "weights": None}), tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are not listed")
+def test_threads_of_libraries_are_counted(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # which the script changes
+    loader = importlib.machinery.SourceFileLoader("soak_script", str(SCRIPT))
+    script = importlib.util.module_from_spec(importlib.util.spec_from_loader("soak_script", loader))
+    loader.exec_module(script)
+    jax.block_until_ready(jax.numpy.ones(3) + 1)
+    assert script.thread_count() > threading.active_count()
+    monkeypatch.setattr(Path, "is_dir", lambda _: False)
+    assert script.thread_count() == threading.active_count()

@@ -1,11 +1,13 @@
 """Every call that changes an output's place fails or is the last: what is there then, and what the same command does.
 
 A kill is an exception that no handler outlives: from then on every call raises it and changes nothing, so that the
-place stays as a process that is gone has left it. `exit` ends the process instead.
+place stays as a process that is gone has left it; what that process had open is closed, as the system does.
+`exit` ends the process instead.
 """
 
 import builtins
 import errno
+import fcntl
 import io
 import json
 import os
@@ -24,16 +26,29 @@ import m3jax
 from m3jax.errors import M3Error
 from m3jax.evaluation import Completion, evaluate_task, get_task, robustness
 from m3jax.evaluation.attacks.trial import attack_task
+from m3jax.evaluation.models import deferred
+from m3jax.evaluation.runner import read_examples, read_rows
 from m3jax.outputs import directories
 from m3jax.outputs.conversion import convert
 from support.directories import recipe, write
 
-ERRORS = ("EIO", "ENOSPC", "EINTR", "ESTALE", "EMFILE", "EROFS")
+ERRORS = ("EIO", "ENOSPC", "EDQUOT", "EINTR", "ESTALE", "EMFILE", "EROFS", "ENOLCK", "EOPNOTSUPP")
 KINDS = {"kill": None, "torn": None, "exit": None, "short": None} | {name: getattr(errno, name) for name in ERRORS}
-CALLS = ("rename", "replace", "unlink", "remove", "rmdir", "mkdir", "fsync", "pwrite", "posix_fallocate", "chmod")
-
+NAMES = ("rename", "replace", "unlink", "remove", "rmdir", "mkdir", "chmod", "link")
+SIZES = ("posix_fallocate", "ftruncate", "truncate")
+WRITES = ("pwrite", "write", "sendfile")
+CALLS = (*NAMES, *SIZES, "pwrite", "sendfile", "fsync", "close")
+"""Functions of `os`; files that are opened for writing, locks and exchanges are counted too."""
+ONLY = {
+    "short": WRITES,
+    "ENOLCK": ("flock",),
+    "EOPNOTSUPP": ("flock", "link", "posix_fallocate"),
+    "EDQUOT": ("open", "mkdir", "link", *SIZES, *WRITES, "fsync", "close"),
+}
+"""Of a fault the calls that it is of, where it is not of all."""
 
 _readlink = os.readlink  # which is a call itself
+_close = os.close
 
 
 class Killed(BaseException):
@@ -52,12 +67,15 @@ class Faults:
         self._stack = ExitStack()
 
     def __enter__(self):
+        told = {"link": self._linked, "close": self._closed}
         for name in CALLS:
-            self._patch(os, name, lambda plain, *a, **k: (place_of(*a[:1], k.get("dir_fd")), plain, a, k))
+            if hasattr(os, name):
+                self._patch(os, name, told.get(name, self._named))
         self._patch(os, "open", self._opened)
+        self._patch(fcntl, "flock", self._named)
         for module in (builtins, io):
-            self._patch(module, "open", self._opened_file)
-        self._patch(directories, "exchange", lambda plain, *a: (str(a[1]), plain, a, {}))
+            self._stack.enter_context(mock.patch.object(module, "open", self._opening(module.open)))
+        self._patch(directories, "exchange", lambda plain, one, other: (str(other), plain, (one, other), {}))
         return self
 
     def __exit__(self, *_):
@@ -68,30 +86,76 @@ class Faults:
         self._is_last = is_last
         return self
 
+    def has(self, call):
+        """Whether a call of those counted is one that the fault is of."""
+        return is_of(self.kind, call)
+
     def _patch(self, module, name, told):
         plain = getattr(module, name)
 
         def patched(*args, **keys):
             place, call, args, keys = told(plain, *args, **keys)
-            if place is not None and place.startswith(self.root):
-                short = self._pass(name, place, lambda: call(*args, **keys))
-                if short:  # of what is to be written, half is, and that is said
-                    return call(args[0], memoryview(args[1])[: -(-len(args[1]) // 2)], *args[2:])
-                if name == "fsync":  # no power is cut here, and it is what takes the time
-                    return None
+            if place is None or not place.startswith(self.root):
+                return call(*args, **keys)
+            if name == "close":
+                return self._closing(name, place, lambda: call(*args))
+            if self.hit(name, place, lambda: call(*args, **keys), half_of(call, name, args), isinstance(args[0], int)):
+                return half_of(call, name, args)()  # of what is to be written, half is, and that is said
+            if name == "fsync":  # no power is cut here, and it is what takes the time
+                return None
             return call(*args, **keys)
 
         self._stack.enter_context(mock.patch.object(module, name, patched))
+
+    def _named(self, plain, target, *args, **keys):
+        descriptor = target.fileno() if hasattr(target, "fileno") else target
+        return place_of(descriptor, keys.get("dir_fd")), plain, (descriptor, *args), keys
+
+    def _linked(self, plain, source, target, **keys):
+        return place_of(target, keys.get("dst_dir_fd")), plain, (source, target), keys
+
+    def _closed(self, plain, descriptor):
+        try:
+            place = place_of(descriptor, None)
+        except OSError:  # of a descriptor that is none
+            place = None
+        return place, plain, (descriptor,), {}
 
     def _opened(self, plain, path, flags, *args, **keys):
         changes = flags & (os.O_CREAT | os.O_WRONLY | os.O_RDWR)
         return (place_of(path, keys.get("dir_fd")) if changes else None), plain, (path, flags, *args), keys
 
-    def _opened_file(self, plain, file, mode="r", *args, **keys):
-        changes = set(mode) & set("wax+") and not isinstance(file, int)
-        return (place_of(file, None) if changes else None), plain, (file, mode, *args), keys
+    def _opening(self, plain):
+        """`open`, whose files count as they are written, cut and closed."""
 
-    def _pass(self, name, place, call):
+        def opened(file, mode="r", buffering=-1, *args, **keys):
+            if isinstance(file, int) or not set(mode) & set("wax+") or "opener" in keys:
+                return plain(file, mode, buffering, *args, **keys)
+            place = place_of(file, None)
+            if not place.startswith(self.root):
+                return plain(file, mode, buffering, *args, **keys)
+            self.hit("open", place, lambda: plain(file, mode, buffering, *args, **keys))
+            raw = _Raw(file, mode.replace("b", "").replace("t", ""), self, place)
+            if buffering == 0:
+                return raw
+            buffered = (io.BufferedRandom if "+" in mode else io.BufferedWriter)(raw)
+            return buffered if "b" in mode else io.TextIOWrapper(buffered, *args, **keys)
+
+        return opened
+
+    def hit(self, name, place, call, half=None, is_open=False):
+        """Counts a call; raises if it is to fail, or where it all ends.
+
+        Args:
+            name: The function.
+            place: What it is about.
+            call: Does it.
+            half: Does half of it, if it writes.
+            is_open: Whether it is told a descriptor, so that the system's error names no file.
+
+        Returns:
+            Whether half is to be done.
+        """
         with self._lock:
             if self.is_dead:
                 raise Killed
@@ -99,16 +163,63 @@ class Faults:
             if len(self.calls) != self.at and not self._is_last(self.calls[-1]):
                 return False
             if self.kind == "short":
-                return name == "pwrite"
+                return name in WRITES
             if self.kind in ("kill", "torn"):
                 if self.kind == "torn" and name == "open":  # there, and nothing in it
                     made = call()
-                    os.close(made) if isinstance(made, int) else made.close()
+                    _close(made) if isinstance(made, int) else made.close()
+                if self.kind == "torn" and name in WRITES:
+                    half()
                 self.is_dead = True
                 raise Killed
             if self.kind == "exit":
                 os._exit(9)
-            raise OSError(KINDS[self.kind], os.strerror(KINDS[self.kind]), place)
+            if not self.has(name):
+                return False
+            named = () if is_open else (place,)
+            raise OSError(KINDS[self.kind], os.strerror(KINDS[self.kind]), *named)
+
+    def _closing(self, name, place, close):
+        """Closes, whatever is said of it: a descriptor is gone even where the system has an error to tell."""
+        try:
+            self.hit(name, place, close, is_open=True)
+        finally:
+            close()
+
+
+class _Raw(io.FileIO):
+    """A file whose writes, cuts and end count."""
+
+    def __init__(self, file, mode, faults, place):
+        super().__init__(file, mode)
+        self._faults, self._place = faults, place
+
+    def write(self, data):
+        half = memoryview(data).cast("B")
+        half = half[: -(-len(half) // 2)]
+        if self._faults.hit("write", self._place, None, lambda: super(_Raw, self).write(half), is_open=True):
+            return super().write(half)
+        return super().write(data)
+
+    def truncate(self, size=None):
+        self._faults.hit("truncate", self._place, None, is_open=True)
+        return super().truncate(size)
+
+    def close(self):
+        if not self.closed:
+            self._faults._closing("close", self._place, super().close)
+
+
+def half_of(call, name, args):
+    """What does half of a write."""
+    if name == "sendfile":
+        return lambda: call(*args[:-1], -(-args[-1] // 2))
+    return lambda: call(args[0], memoryview(args[1])[: -(-len(args[1]) // 2)], *args[2:])
+
+
+def is_of(kind, call):
+    """Whether a call is one that a fault is of."""
+    return call.partition(" ")[0] in ONLY.get(kind, (call.partition(" ")[0],))
 
 
 def place_of(target, directory):
@@ -200,7 +311,7 @@ def step_through(scenario, kind, stride=1, faulty=Faults):
     Args:
         scenario: The command.
         kind: Of `KINDS`, or as `faulty` knows it.
-        stride: Take every so many calls; of writes that write half, all.
+        stride: Take every so many calls, or else the next one that the fault is of.
         faulty: Makes what counts the calls, of the place, the number of the one that fails, and the kind.
 
     Returns:
@@ -221,9 +332,8 @@ def step_through(scenario, kind, stride=1, faulty=Faults):
         if len(faults.calls) < at:
             calls = len(faults.calls)
             break
-        of_writes = kind == "short" and faulty is Faults
-        if of_writes and not faults.calls[at - 1].startswith("pwrite"):
-            at = _next_write(faults.calls, at)
+        if not faults.has(faults.calls[at - 1]):
+            at = _next(faults, at)
             continue
         there = contents(place / "out")
         state = "new" if there == reference else "old" if there == old and old else "none" if there is None else "OTHER"
@@ -241,7 +351,7 @@ def step_through(scenario, kind, stride=1, faulty=Faults):
         journals = [path.name for path in (place / "out").glob("m3jax-journal*")]
         if contents(place / "out") != reference or left or journals:
             wrong.append(f"{said}; left {left + journals}")
-        at = _next_write(faults.calls, at) if of_writes else at + stride
+        at = _next(faults, at + stride)
     shutil.rmtree(place, ignore_errors=True)
     return outcomes, calls, wrong
 
@@ -261,9 +371,10 @@ def _ended(work):
     return "finished"
 
 
-def _next_write(calls, at):
-    """The number of the next call that may write less than it should; one too many where there is none."""
-    return next((n for n, call in enumerate(calls, 1) if n > at and call.startswith("pwrite")), len(calls) + 1)
+def _next(faults, at):
+    """The number of the first call from one on that the fault is of; of calls that were not reached nobody knows."""
+    known = range(at, len(faults.calls) + 1)
+    return next((n for n in known if faults.has(faults.calls[n - 1])), max(at, len(faults.calls) + 1))
 
 
 # --- Runs, which fill their place as they go ---------------------------------------------------------------------
@@ -283,15 +394,28 @@ class Run(NamedTuple):
     allowed: Callable[[Any, Any], bool] = lambda found, whole: found is None or found == whole
 
 
-def _evaluated():
+def _rows(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def _weights(inputs):
+    """What a model's weights are told by, read anew."""
+    return str(np.asarray(m3jax.load(inputs / "base")["a"]).sum())
+
+
+def _evaluated(inputs):
     task = get_task("gsm8k")
-    examples = task.read([{"question": f"Question {n}", "answer": f"#### {n}"} for n in range(6)])
+    rows = [{"question": f"Question {n}" + n * "?", "answer": f"#### {n}"} for n in range(6)]  # half is no whole line
+    data = _rows(inputs / "gsm8k.jsonl", rows)
 
     def answer(prompts, settings):
         return [Completion(f"The answer is: {len(prompt)}", 4, finished=True) for prompt in prompts]
 
     def command(place):
-        evaluate_task(task, examples, answer, out_dir=place / "out", model="toy", resume=True, batch_size=2)
+        examples = read_examples(task, data)
+        told = {"fingerprint": lambda: _weights(inputs), "resume": True, "batch_size": 2}
+        evaluate_task(task, examples, answer, out_dir=place / "out", model="toy", **told)
 
     def result(place):
         summary = place / "out" / "summary.json"
@@ -300,17 +424,22 @@ def _evaluated():
     return Run(command, result)
 
 
-def _attacked():
+def _attacked(inputs):
     task = get_task("sst2")
     rows = [{"sentence": f"a {word} film", "label": label} for word, label in (("bad", 0), ("good", 1), ("fine", 1))]
+    data = _rows(inputs / "sst2.jsonl", rows)
     plan = robustness.make_plan(attacks=("stresstest", "checklist"), budget=20, task="sst2")
 
     def answer(prompts, settings):
         return [Completion("negative" if "bad" in prompt else "positive", 1, finished=True) for prompt in prompts]
 
+    def load():
+        return answer if _weights(inputs) else None
+
     def command(place):
+        rows = read_rows(task, data)
         with robustness._keeping(place / "out") as keep:
-            attack_task(task, rows, answer, plan, keep=keep, model="toy")
+            attack_task(task, rows, deferred(load), plan, keep=keep, model="toy")
 
     def result(place):
         file = place / "out" / robustness.FILE
@@ -337,39 +466,46 @@ def _explored(inputs):
 
 def runs(inputs):
     """Explorations, evaluations and attacks, by name."""
-    return {"explore": _explored(inputs), "evaluate": _evaluated(), "attack": _attacked()}
+    return {"explore": _explored(inputs), "evaluate": _evaluated(inputs), "attack": _attacked(inputs)}
 
 
-def step_through_run(run, scratch, kind, stride=1, faulty=Faults):
+def step_through_run(run, scratch, kind, stride=1, faulty=Faults, start="fresh"):
     """Do some work with a fault at each call in turn, and then again without one.
 
     Args:
         run: The work.
         scratch: A directory that exists, for the places of it.
         kind: As for `step_through`.
-        stride: Take every so many calls.
+        stride: As for `step_through`.
         faulty: As for `step_through`.
+        start: "fresh", or "resumed": a run is there that ended halfway, in the middle of a write.
 
     Returns:
         As `step_through`.
     """
-    place = scratch / "place"
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir()
-    run.command(place)
+    place, begun = scratch / "place", scratch / "begun"
+    for directory in (place, begun):
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir()
+    with Faults(place) as every:
+        run.command(place)
     whole, beside = run.result(place), _names(place)
+    if start == "resumed":
+        half = every.calls[: -(-len(every.calls) // 2)]
+        last = max(n for n, call in enumerate(half, 1) if is_of("short", call))
+        with suppress(Killed), Faults(begun, last, "torn"):
+            run.command(begun)
     outcomes, wrong = Counter(), []
     at = 1
     while True:
         shutil.rmtree(place)
-        place.mkdir()
+        shutil.copytree(begun, place)
         with faulty(place, at, kind) as faults:
             ended = _ended(lambda: run.command(place))
         if len(faults.calls) < at:
             break
-        of_writes = kind == "short" and faulty is Faults
-        if of_writes and not faults.calls[at - 1].startswith("pwrite"):
-            at = _next_write(faults.calls, at)
+        if not faults.has(faults.calls[at - 1]):
+            at = _next(faults, at)
             continue
         found = run.result(place)
         state = "none" if found is None else "new" if found == whole else "part"
@@ -383,8 +519,9 @@ def step_through_run(run, scratch, kind, stride=1, faulty=Faults):
             wrong.append(f"{said}; again: {error}")
         if run.result(place) != whole or _names(place) != beside:
             wrong.append(f"{said}; left {sorted(_names(place) ^ beside)}")
-        at = _next_write(faults.calls, at) if of_writes else at + stride
-    shutil.rmtree(place)
+        at = _next(faults, at + stride)
+    for directory in (place, begun):
+        shutil.rmtree(directory)
     return outcomes, len(faults.calls), wrong
 
 

