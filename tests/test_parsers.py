@@ -65,6 +65,7 @@ FOUND: list[tuple[str, Callable[[bytes], bytes]]] = [
     ("pooling", lambda good: b"[1]"),
     ("template of Orbax", _with("tree_metadata", "('a',)", "key_metadata", [{"key": "a"}])),
     ("arrays of Orbax", _with("array_metadatas", [{}])),
+    ("recipe", lambda good: b"[" * 1500),
     ("task of the harness", lambda good: b"[" * 100_000),
     ("task of the harness", lambda good: good.replace(b"other", b"x" * 300)),
     ("task of the harness", lambda good: good.replace(b"other.yaml", b'"\\0"')),

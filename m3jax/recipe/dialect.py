@@ -18,7 +18,25 @@ _MOST_NODES = 100_000  # of what a recipe says, everything counted where an alia
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which a key that is written twice is an error, and so is a number that YAML 1.1 counts in sixties."""
+    """YAML in which a key that is written twice is an error, and so is a number that YAML 1.1 counts in sixties.
+
+    What is nested deeper than anyone means is given up as it is met: PyYAML's time grows with the square of the depth.
+    """
+
+    def fetch_flow_collection_start(self, kind: type[yaml.Token]) -> None:
+        """Begin with what is in brackets."""
+        self._check_depth(self.flow_level)
+        super().fetch_flow_collection_start(kind)
+
+    def add_indent(self, column: int) -> bool:
+        """Begin with what is indented."""
+        self._check_depth(len(self.indents))
+        return bool(super().add_indent(column))
+
+    def _check_depth(self, depth: int) -> None:
+        if depth > DEEPEST:
+            problem = "brackets inside brackets without end; mend them"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=self.get_mark())
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
