@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,9 @@ class Ledger:
         entries: What earlier runs and this one added.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], work: str, elsewhere: str) -> None:
+    def __init__(
+        self, path: Path, identity: Mapping[str, Any], work: str, elsewhere: str, told: Sequence[str] = ()
+    ) -> None:
         """Open or begin.
 
         Args:
@@ -29,11 +31,13 @@ class Ledger:
             identity: What entries depend on; a ledger of something else is refused, unless it has no entries.
             work: What the work is called, such as "exploration".
             elsewhere: How another place is given, such as "with --journal DIR".
+            told: What of the identity may differ.
 
         Raises:
             M3Error: It belongs to other work, another process has it open, or it cannot be used.
         """
         self.path, self.entries = path, list[dict[str, Any]]()
+        self._told = frozenset(told)
         self._work, self._mend = work, f"give another place {elsewhere}"
         with ExitStack() as stack:
             try:
@@ -69,7 +73,8 @@ class Ledger:
             known, *self.entries = [dict(parse_json(line, halves=True)) for line in lines]
         except FAULTS as error:
             raise self.no_ledger(error) from None
-        different = [key for key in {**known, **identity} if known.get(key) != identity.get(key)]
+        names = {**known, **identity}.keys() - self._told
+        different = [key for key in names if known.get(key) != identity.get(key)]
         if different and not self.entries and known.keys() & identity.keys():  # nothing is lost, as nothing was done
             self._file.truncate(0)
             self._write(identity)

@@ -120,7 +120,8 @@ class StoredModel(NamedTuple):
             weights = digest_checkpoint({n: (i.dtype, i.shape, digest_tensor(checkpoint, n)) for n, i in infos})
             dtypes = [self.dtype] if self.dtype else sorted({str(DTYPES[info.dtype]) for _, info in infos})
         stops = tokens.stop_tokens(self.tokenizer, self.config, ())
-        return digest([weights, dtypes, overflow, stops, len(self.tokenizer), str(self.config)])[:16]
+        beside = tokens.file_digests(self.home.directory)
+        return digest([weights, dtypes, overflow, stops, beside, str(self.config)])[:16]
 
 
 @contextmanager
