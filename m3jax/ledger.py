@@ -63,11 +63,11 @@ class Ledger:
         self._file.seek(0)
         blob = self._file.read() or b""
         whole = blob[: blob.rfind(b"\n") + 1]
-        if len(whole) < len(blob):  # a kill cut the last line short
-            self._file.truncate(len(whole))
         lines = whole.splitlines()
         if not lines:
-            self._write(identity)
+            if not _line(identity).startswith(blob):  # a file of somebody else's
+                raise self.no_ledger(ValueError("its first line is cut"))
+            self._begin(identity)
             return
         try:
             known, *self.entries = [dict(parse_json(line, halves=True)) for line in lines]
@@ -75,14 +75,19 @@ class Ledger:
             raise self.no_ledger(error) from None
         names = {**known, **identity}.keys() - self._told
         different = [key for key in names if known.get(key) != identity.get(key)]
-        if different and not self.entries and known.keys() & identity.keys():  # nothing is lost, as nothing was done
-            self._file.truncate(0)
-            self._write(identity)
+        if different and not self.entries and known.keys() == identity.keys():  # nothing is lost, as nothing was done
+            self._begin(identity)
         elif different:
             raise M3Error(
                 f"{self.path.parent}: holds another {self._work}, which differs in {', '.join(sorted(different))}: "
                 f"run with the same settings to go on with it, or {self._mend}"
             )
+        elif len(whole) < len(blob):  # a kill cut the last line short
+            self._file.truncate(len(whole))
+
+    def _begin(self, identity: Mapping[str, Any]) -> None:
+        self._file.truncate(0)
+        self._write(identity)
 
     def no_ledger(self, error: Exception) -> M3Error:
         """What to raise where an entry is none of this work's.
@@ -93,7 +98,7 @@ class Ledger:
         return M3Error(f"{self.path}: is no journal of an {self._work} ({error}): {self._mend}")
 
     def _write(self, entry: Mapping[str, Any]) -> None:
-        line = memoryview(json.dumps(entry).encode() + b"\n")
+        line = memoryview(_line(entry))
         while line:
             line = line[self._file.write(line) :]
         os.fsync(self._file.fileno())
@@ -114,3 +119,7 @@ class Ledger:
                 f"{self.path}: {error.strerror or error}: make room; the same command then goes on"
             ) from error
         self.entries.append(dict(entry))
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"

@@ -22,6 +22,7 @@ from m3jax.decoder import ApplyFn, DecoderConfig, check_vocabulary
 from m3jax.errors import M3Error
 from m3jax.evaluation import tokens
 from m3jax.evaluation.checks import check_count, check_type, check_whole
+from m3jax.evaluation.ownership import check_entries
 from m3jax.evaluation.records import digest, write_whole
 from m3jax.evaluation.report import EXPLORATION_FILE
 from m3jax.exploration import optimizing
@@ -230,10 +231,9 @@ def _identity(
         "tasks": dict(scores.told),
         "strategy": strategy,
     }
-    if strategy not in EXTENSIBLE:
-        identity["samples"] = samples
-    if strategy in RANKING:
-        identity["select"] = MEAN if select == PARETO or select.isdecimal() else select  # what values are by
+    ranked = MEAN if select == PARETO or select.isdecimal() else select  # what values are by
+    identity["samples"] = None if strategy in EXTENSIBLE else samples
+    identity["select"] = ranked if strategy in RANKING else None
     return identity
 
 
@@ -499,6 +499,7 @@ def explore(
         raise M3Error(
             f"{out}: exists already: pass --overwrite, which keeps the samples in {place}, or choose another output"
         )
+    check_entries(place / EXPLORATION_FILE, ("choice", "front", "samples"))
     with prepared(loaded, out, overwrite=overwrite, max_shard_size=max_shard_size) as ready:
         space = space_of(loaded, ready.plan)
         strategy_of(strategy, space, samples)

@@ -390,7 +390,10 @@ def test_what_cannot_be_explored_is_said(place, tmp_path):
     broken = tmp_path / "broken.exploration"
     broken.mkdir()
     (broken / "journal.jsonl").write_text("{}\nno\n")
+    (tmp_path / "mine.exploration").mkdir()
+    (tmp_path / "mine.exploration" / "exploration.json").write_text('{"mine": 1}')
     for recipe, out, options, sentence in [
+        (recipe_of(place), "mine", {"score": near}, "exploration.json is none that m3jax has written, and would be"),
         (plain, "x", {"score": near}, "has no mixup"),
         (recipe_of(place), "x", {}, "give at least one --task"),
         (
