@@ -175,8 +175,8 @@ def open_journal(
         raise M3Error(
             f"{directory} already holds a run; pass --resume to go on with it, or give another output directory"
         )
-    _check_identity(directory, known, {**identity, "weights": known.get("weights")})
-    _check_identity(directory, known, {**identity, "weights": weights()})
+    check_identity(directory, known, {**identity, "weights": known.get("weights")})
+    check_identity(directory, known, {**identity, "weights": weights()})
     _cut(records, whole)
     return RunJournal(directory, done)
 
@@ -253,7 +253,14 @@ def _read_identity(path: Path) -> dict[str, Any]:
         raise M3Error(f"cannot read {path}: {error}; give another output directory") from error
 
 
-def _check_identity(directory: Path, known: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+def check_identity(directory: Path, known: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raise M3Error where a run is another one than is asked for.
+
+    Args:
+        directory: Of the run.
+        known: What it is of.
+        identity: What is asked for.
+    """
     wanted = json.loads(json.dumps(identity))
     different = [name for key in wanted for name in _differing(key, known.get(key), wanted[key])]
     if different:

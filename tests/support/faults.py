@@ -22,7 +22,7 @@ import numpy as np
 
 import m3jax
 from m3jax.errors import M3Error
-from m3jax.evaluation import Completion, evaluate_task, get_task, robustness
+from m3jax.evaluation import Completion, attack_journal, evaluate_task, get_task, robustness
 from m3jax.evaluation.attacks.trial import attack_task
 from m3jax.outputs import directories
 from m3jax.outputs.conversion import convert
@@ -309,8 +309,9 @@ def _attacked():
         return [Completion("negative" if "bad" in prompt else "positive", 1, finished=True) for prompt in prompts]
 
     def command(place):
-        with robustness._keeping(place / "out") as keep:
-            attack_task(task, rows, answer, plan, keep=keep, model="toy")
+        identity, done = attack_journal.read_run(place / "out", {"model": "toy"}, lambda: "weights", resume=True)
+        with robustness._keeping(place / "out", identity) as keep:
+            attack_task(task, rows, answer, plan, keep=keep, model="toy", done=done)
 
     def result(place):
         file = place / "out" / robustness.FILE
