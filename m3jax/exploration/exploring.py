@@ -26,7 +26,8 @@ from m3jax.evaluation.ownership import check_entries
 from m3jax.evaluation.records import digest, write_whole
 from m3jax.evaluation.report import EXPLORATION_FILE
 from m3jax.exploration import optimizing
-from m3jax.exploration.journal import FILE, SEEN, SampleJournal, first_line
+from m3jax.exploration.finishing import check_chosen, made_before
+from m3jax.exploration.journal import SEEN, SampleJournal, first_line
 from m3jax.exploration.optimizing import Optimization
 from m3jax.exploration.pictures import Drawn
 from m3jax.exploration.references import Reference, expert_names, references_of
@@ -495,12 +496,10 @@ def explore(
     if (score is None) == (not tasks):
         raise M3Error("tasks: give at least one --task NAME=FILE to compare samples by, or a score function instead")
     place = _journal_directory(out, journal)
-    if not overwrite and not is_url(os.fspath(out)) and Path(out).exists() and (place / FILE).exists():
-        raise M3Error(
-            f"{out}: exists already: pass --overwrite, which keeps the samples in {place}, or choose another output"
-        )
     check_entries(place / EXPLORATION_FILE, ("choice", "front", "samples"))
-    with prepared(loaded, out, overwrite=overwrite, max_shard_size=max_shard_size) as ready:
+    made = None if overwrite else made_before(out, place, loaded)
+    how_written: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size}
+    with prepared(loaded, out, **how_written, writes=made is None) as ready:
         space = space_of(loaded, ready.plan)
         strategy_of(strategy, space, samples)
         if score is not None:
@@ -519,14 +518,12 @@ def explore(
             )
             choice, results, losses, measured = _search(given, strategy, samples, select, optimize)
         experts = expert_names(ready)
-    merge = merge_checkpoint(
-        _with_granularity(loaded, choice.granularity),
-        out,
-        overwrite=overwrite,
-        max_shard_size=max_shard_size,
-        progress=progress,
-        weights=choice.weights,
-    )
+    chosen = _with_granularity(loaded, choice.granularity)
+    if made is None:
+        merge = merge_checkpoint(chosen, out, **how_written, progress=progress, weights=choice.weights)
+    else:
+        check_chosen(made, chosen, choice.weights, place)
+        merge = made
     whole = [result for result in results if result.share == 1.0]
     found = Exploration(
         choice,

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 from support import faults
-from support.faults import STARTS, contents, make_inputs, prepare, runs, step_through, step_through_run
+from support.faults import STARTS, contents, explored, make_inputs, prepare, runs, step_through, step_through_run
 from support.read_faults import ReadFaults
 
 import m3jax
@@ -57,6 +57,14 @@ def test_calls_of_runs_that_go_on(inputs, tmp_path, name):
         assert wrong == []
         assert calls >= 5
         assert outcomes.total() >= calls // stride
+
+
+@pytest.mark.slow
+def test_an_exploration_goes_on_wherever_it_was_killed(inputs, tmp_path):
+    """By the very same command, also once its merge has appeared."""
+    outcomes, calls, wrong = step_through_run(explored(inputs, overwrite=False), tmp_path, "kill")
+    assert wrong == []
+    assert outcomes.total() == calls >= 40
 
 
 @pytest.mark.parametrize(("kind", "start"), [("merge", "fresh"), ("convert", "overwriting"), ("replay", "fresh")])

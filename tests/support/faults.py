@@ -323,7 +323,8 @@ def _attacked():
     return Run(command, result, part)
 
 
-def _explored(inputs):
+def explored(inputs, overwrite):
+    """An exploration."""
     asked = recipe(inputs, merge_method="task_arithmetic", mixup={"alpha": 0.5}, seed=3)
     asked = {key: value for key, value in asked.items() if key != "weights"}
 
@@ -331,14 +332,14 @@ def _explored(inputs):
         return {"near": -float(np.abs(np.asarray(params["a"]) - 0.1).mean())}
 
     def command(place):
-        m3jax.explore(asked, place / "out", score=score, samples=3, select="near", overwrite=True)
+        m3jax.explore(asked, place / "out", score=score, samples=3, select="near", overwrite=overwrite)
 
     return Run(command, lambda place: contents(place / "out"))
 
 
 def runs(inputs):
     """Explorations, evaluations and attacks, by name."""
-    return {"explore": _explored(inputs), "evaluate": _evaluated(), "attack": _attacked()}
+    return {"explore": explored(inputs, overwrite=True), "evaluate": _evaluated(), "attack": _attacked()}
 
 
 def step_through_run(run, scratch, kind, stride=1, faulty=Faults):
