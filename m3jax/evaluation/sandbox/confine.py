@@ -16,7 +16,7 @@ _INNER_USER = 1000
 _FOUNDATIONS = ("/tmp", "/proc")  # nothing that is shown lies in the last
 
 
-class View(TypedDict):
+class MachineView(TypedDict):
     """What the launcher is told about the machine; see `m3jax.evaluation.sandbox.view`."""
 
     shown: list[str]
@@ -129,7 +129,7 @@ def _foundation() -> str:
     return next(fit, last)
 
 
-def build_root(walls: Walls, seen: View) -> int:
+def build_root(walls: Walls, seen: MachineView) -> int:
     """Replace the file system by a read-only view of the interpreter and a small, empty, writable /tmp.
 
     Everything that is written lives in memory that ends with the namespace, so there is nothing to clean up.

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 
-from m3jax.evaluation.sandbox.confine import View
+from m3jax.evaluation.sandbox.confine import MachineView
 
 _SYSTEM = ("/", "/usr", "/usr/local")
 _LIBRARIES = re.compile("lib(x?[0-9]+)?")
@@ -23,7 +23,7 @@ _MOST_LOOKED_AT = 2000  # entries below a directory; one that has more is not sh
 
 
 @functools.cache
-def machine_view() -> View:
+def machine_view() -> MachineView:
     """What programs see of this machine: verdicts must not depend on packages that happen to be there."""
     prefixes = {os.path.realpath(place) for place in (sys.base_prefix, sys.base_exec_prefix)}
     interpreter = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
@@ -37,7 +37,7 @@ def _library() -> list[str]:
     return list(dict.fromkeys(os.path.realpath(place) for place in (os.path.dirname(os.__file__), *dynamic)))
 
 
-def view_of(prefixes: Iterable[str], library: Iterable[str], tools: Iterable[str]) -> View:
+def view_of(prefixes: Iterable[str], library: Iterable[str], tools: Iterable[str]) -> MachineView:
     """Places that are seen, and directories and files in them that are seen empty.
 
     Args:
@@ -56,7 +56,7 @@ def view_of(prefixes: Iterable[str], library: Iterable[str], tools: Iterable[str
         if not os.path.islink(place):
             hidden += _foreign(place, kept)
     hidden += glob.glob(_STORE)
-    return View(shown=list(shown), hidden=[place for place in dict.fromkeys(hidden) if os.path.exists(place)])
+    return MachineView(shown=list(shown), hidden=[place for place in dict.fromkeys(hidden) if os.path.exists(place)])
 
 
 def _libraries(prefix: str) -> list[str]:
