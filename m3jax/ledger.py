@@ -3,7 +3,7 @@
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,9 @@ class Ledger:
         entries: What earlier runs and this one added.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], work: str, elsewhere: str) -> None:
+    def __init__(
+        self, path: Path, identity: Mapping[str, Any], work: str, elsewhere: str, told: Sequence[str] = ()
+    ) -> None:
         """Open or begin.
 
         Args:
@@ -29,11 +31,13 @@ class Ledger:
             identity: What entries depend on; a ledger of something else is refused, unless it has no entries.
             work: What the work is called, such as "exploration".
             elsewhere: How another place is given, such as "with --journal DIR".
+            told: What of the identity may differ.
 
         Raises:
             M3Error: It belongs to other work, another process has it open, or it cannot be used.
         """
         self.path, self.entries = path, list[dict[str, Any]]()
+        self._told = frozenset(told)
         self._work, self._mend = work, f"give another place {elsewhere}"
         with ExitStack() as stack:
             try:
@@ -59,25 +63,31 @@ class Ledger:
         self._file.seek(0)
         blob = self._file.read() or b""
         whole = blob[: blob.rfind(b"\n") + 1]
-        if len(whole) < len(blob):  # a kill cut the last line short
-            self._file.truncate(len(whole))
         lines = whole.splitlines()
         if not lines:
-            self._write(identity)
+            if not _line(identity).startswith(blob):  # a file of somebody else's
+                raise self.no_ledger(ValueError("its first line is cut"))
+            self._begin(identity)
             return
         try:
             known, *self.entries = [dict(parse_json(line, halves=True)) for line in lines]
         except FAULTS as error:
             raise self.no_ledger(error) from None
-        different = [key for key in {**known, **identity} if known.get(key) != identity.get(key)]
-        if different and not self.entries and known.keys() & identity.keys():  # nothing is lost, as nothing was done
-            self._file.truncate(0)
-            self._write(identity)
+        names = {**known, **identity}.keys() - self._told
+        different = [key for key in names if known.get(key) != identity.get(key)]
+        if different and not self.entries and known.keys() == identity.keys():  # nothing is lost, as nothing was done
+            self._begin(identity)
         elif different:
             raise M3Error(
                 f"{self.path.parent}: holds another {self._work}, which differs in {', '.join(sorted(different))}: "
                 f"run with the same settings to go on with it, or {self._mend}"
             )
+        elif len(whole) < len(blob):  # a kill cut the last line short
+            self._file.truncate(len(whole))
+
+    def _begin(self, identity: Mapping[str, Any]) -> None:
+        self._file.truncate(0)
+        self._write(identity)
 
     def no_ledger(self, error: Exception) -> M3Error:
         """What to raise where an entry is none of this work's.
@@ -88,7 +98,7 @@ class Ledger:
         return M3Error(f"{self.path}: is no journal of an {self._work} ({error}): {self._mend}")
 
     def _write(self, entry: Mapping[str, Any]) -> None:
-        line = memoryview(json.dumps(entry).encode() + b"\n")
+        line = memoryview(_line(entry))
         while line:
             line = line[self._file.write(line) :]
         os.fsync(self._file.fileno())
@@ -109,3 +119,7 @@ class Ledger:
                 f"{self.path}: {error.strerror or error}: make room; the same command then goes on"
             ) from error
         self.entries.append(dict(entry))
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry).encode() + b"\n"

@@ -73,3 +73,26 @@ def test_other_work_is_refused(tmp_path: Path) -> None:
     path.write_text("{}\nno\n")
     with pytest.raises(M3Error, match="is no journal of an experiment"):
         Ledger(path, *WORK)
+
+
+def test_a_file_of_somebody_elses_is_left_as_it_is(tmp_path: Path) -> None:
+    """Whatever it holds; only a first line of our own that a kill cut short is begun again."""
+    path = tmp_path / "ledger.jsonl"
+    for mine in (
+        "thesis",
+        '{"a": 1',
+        '{"b": 1}',
+        '{"a": 2, "b": 1}\n',
+        '{"b": 1}\nhalf',
+        '{"a": 2}\n{"n": 1}\n{"n":',
+        "\n",
+    ):
+        path.write_text(mine)
+        if mine == '{"a": 1':
+            with Ledger(path, *WORK) as ledger:
+                ledger.add({"n": 1})
+            assert path.read_text() == '{"a": 1}\n{"n": 1}\n'
+            continue
+        with pytest.raises(M3Error, match=r"give another place with --out DIR"):
+            Ledger(path, *WORK)
+        assert path.read_text() == mine

@@ -95,6 +95,7 @@ def attack(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Where attack.json goes.", show_default=False)
     ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the attack in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an attack.json that is there.")] = False,
     batch_size: options.BatchSize = 64,
     answers: options.Answers,
@@ -132,6 +133,7 @@ def attack(
         dtype=weights.dtype,
         mesh=weights.mesh,
         config=weights.config,
+        resume=resume,
     )
     outcome = robustness.run(model, wanted, shell.teller(speech.quiet))
     shell.print_result(lambda: outcome, lambda: attack_lines(outcome), speech.as_json, speech.quiet)

@@ -10,7 +10,7 @@ import os
 import random
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -116,8 +116,8 @@ def _is_place(name: str) -> bool:
 
 def _group_of(place: Path) -> str | None:
     """The group that a file is of, whose members stand in others; None where it is no such file."""
-    named = _entry(_read(place), "group") if place.is_file() else None
-    return None if named is None else str(named.value)
+    named = _entry(_read(place).content, "group") if place.is_file() else None
+    return None if named is None else str(named)
 
 
 def _members(manager: Any, name: str) -> list[str]:
@@ -232,8 +232,8 @@ def _files(manager: Any, name: str, seen: set[str]) -> set[Path]:
     found = set() if path is None else _with_included(path.resolve())
     members = set(entry.tags) if entry is not None and path is None else set()
     for own in found:
-        members |= _named_in(_read(own)) & set(manager.task_index)
-    for member in sorted(members - seen):
+        members |= _named_in(_read(own).content) & set(manager.task_index)
+    for member in sorted(members - seen, key=str):
         seen.add(member)
         found |= _files(manager, member, seen)
     return found
@@ -249,10 +249,13 @@ def _with_included(path: Path) -> set[Path]:
             path = path.resolve()
         except (OSError, ValueError, RuntimeError) as error:
             raise M3Error(f"{path} is no name of a task file ({error}): mend what includes it") from error
-        if path in found or _is_harness_own(path) or not os.path.isfile(path):
+        if path in found or _is_harness_own(path) or not os.path.exists(path):
             continue
+        if not os.path.isfile(path):  # what a pipe says is another thing each time
+            raise M3Error(f"{path} is no regular file, as a task file is to be: mend what names it")
         found.add(path)
-        left += [path.parent / name for name in _texts(_entry(_read(path), "include"))]
+        included = _entry(_read(path).content, "include")
+        left += [path.parent / name for name in _listed(included) if isinstance(name, str)]
     return found
 
 
@@ -262,70 +265,103 @@ def _is_harness_own(path: Path) -> bool:
     return path.is_relative_to(Path(lm_eval.tasks.__file__).resolve().parent)
 
 
-def _read(path: Path) -> yaml.Node | None:
-    """What a file says, as YAML's own tree: nothing is made of it."""
+# The parser that the harness takes: another one may read the same text otherwise.
+_Harness: Any = yaml.CSafeLoader if getattr(yaml, "__with_libyaml__", False) else yaml.SafeLoader
+
+
+class _Loader(_Harness):  # type: ignore[misc]
+    """Makes of a task file what the harness does (of a key that is there twice the last, of `<<` what it merges), but
+    for what would run code, which it keeps.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.code: list[str] = []
+
+    def keep(self, tag: str, node: yaml.Node) -> None:
+        """What is of no kind of plain data, whether anything comes of it or a later key takes its place."""
+        self.code.append(f"{tag} {node.value}" if isinstance(node, yaml.ScalarNode) else tag)
+
+
+yaml.add_multi_constructor("", _Loader.keep, Loader=_Loader)
+
+
+class _TaskFile(NamedTuple):
+    """What a task file says.
+
+    Attributes:
+        content: Its data, as the harness takes it, with None for what would run code.
+        code: What would run code.
+    """
+
+    content: Any
+    code: tuple[str, ...]
+
+
+def _read(path: Path) -> _TaskFile:
+    """What a file says; none of its code is run."""
     try:
-        return yaml.compose(path.read_bytes(), Loader=yaml.SafeLoader)
+        loader = _Loader(path.read_bytes())
+        try:
+            return _TaskFile(loader.get_single_data(), tuple(loader.code))
+        finally:
+            loader.dispose()
     except (OSError, yaml.YAMLError, *FAULTS) as error:
         raise M3Error(f"{path} is no task file: {' '.join(str(error).split())}") from error
 
 
-def _nodes(root: yaml.Node | None) -> list[yaml.Node]:
-    """A tree and all that is in it, each once."""
-    found: dict[int, yaml.Node] = {}
-    left = [] if root is None else [root]
+def _values(root: Any) -> list[Any]:
+    """Data and all that is in it, each once."""
+    found: dict[int, Any] = {}
+    left = [root]
     while left:
-        node = left.pop()
-        if id(node) in found:  # an alias
+        one = left.pop()
+        if id(one) in found:  # an alias
             continue
-        found[id(node)] = node
-        if isinstance(node, yaml.MappingNode):
-            left += [one for pair in node.value for one in pair]
-        elif isinstance(node, yaml.SequenceNode):
-            left += node.value
+        found[id(one)] = one
+        if isinstance(one, dict):
+            left += [*one.keys(), *one.values()]
+        elif isinstance(one, list | tuple | set):
+            left += one
     return list(found.values())
 
 
-def _entry(node: yaml.Node | None, key: str) -> yaml.Node | None:
-    """What a tree says under a key."""
-    pairs = node.value if isinstance(node, yaml.MappingNode) else []
-    return next((value for name, value in pairs if name.value == key), None)
+def _entry(content: Any, key: str) -> Any:
+    """What data says under a key; None where it says nothing."""
+    return content.get(key) if isinstance(content, dict) else None
 
 
-def _texts(node: yaml.Node | None) -> list[str]:
-    """The texts in a tree."""
-    return [str(one.value) for one in _nodes(node) if isinstance(one, yaml.ScalarNode)]
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
-def _named_in(node: yaml.Node | None) -> set[str]:
+def _named_in(content: Any) -> set[Any]:
     """The tasks and groups that a group has for members, as far as they may be such; a task names none."""
-    members = _entry(node, "task")
-    return set(_texts(members)) if isinstance(members, yaml.SequenceNode) else set()
+    members = _entry(content, "task")
+    return {one for one in _values(members) if isinstance(one, Hashable)} if isinstance(members, list) else set()
 
 
 def _check_file(path: Path) -> None:
-    node = _read(path)
+    content, code = _read(path)
     mend = "read it, and allow it with --allow-task-code"
-    for one in _nodes(node):
-        if not one.tag.startswith("tag:yaml.org,2002:") or "python" in one.tag:
-            raise M3Error(f"{path} names Python code ({one.tag} {one.value}), which is not run unasked: {mend}")
-        if isinstance(one, yaml.MappingNode):
-            trust = _entry(one, "trust_remote_code")
-            if trust is not None and trust.value not in ("false", "False"):
+    if code:
+        raise M3Error(f"{path} names Python code ({code[0]}), which is not run unasked: {mend}")
+    for one in _values(content):
+        if isinstance(one, dict):
+            if one.get("trust_remote_code", False) is not False:
                 raise M3Error(f"{path} wants its data set to run code (trust_remote_code): {mend}")
+            if one.get("dataset_path") == "pandas":
+                raise M3Error(f"{path} has a data set of pickles, which are programs (dataset_path: pandas): {mend}")
             _check_metric(path, one, mend)
 
 
-def _check_metric(path: Path, node: yaml.Node, mend: str) -> None:
+def _check_metric(path: Path, told: Mapping[Any, Any], mend: str) -> None:
     """The package evaluate runs a metric that the harness does not know as code, fetched or from a directory here."""
     from lm_eval.api import metrics, registry  # type: ignore[import-untyped, import-not-found, unused-ignore] # noqa: F401
 
-    name = _entry(node, "metric")
-    fetched = _entry(node, "hf_evaluate")
-    if not isinstance(name, yaml.ScalarNode) or not name.tag.endswith(":str"):
-        return
-    if name.value not in registry.metric_registry or (fetched is not None and fetched.value in ("true", "True")):
-        raise M3Error(f"{path} has the metric {name.value}, which the harness would fetch and run as code: {mend}")
+    name = told.get("metric")
+    if isinstance(name, str) and (name not in registry.metric_registry or told.get("hf_evaluate")):
+        raise M3Error(f"{path} has the metric {name}, which the harness would fetch and run as code: {mend}")
 
 
 # --- What is around the harness ----------------------------------------------------------------------------------

@@ -134,7 +134,8 @@ class StoredModel(NamedTuple):
             check_unchanged(checkpoint, self.seen, _AGAIN)
             dtypes = [self.dtype] if self.dtype else sorted({str(DTYPES[info.dtype]) for _, info in infos})
         stops = tokens.stop_tokens(self.tokenizer, self.config, ())
-        return digest([weights, dtypes, overflow, stops, len(self.tokenizer), str(self.config)])[:16]
+        beside = tokens.file_digests(self.home.directory)
+        return digest([weights, dtypes, overflow, stops, beside, str(self.config)])[:16]
 
 
 @contextmanager

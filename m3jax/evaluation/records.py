@@ -11,9 +11,15 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
+from m3jax.evaluation.ownership import PART, check_entries
 
 _IDENTITY = "run.json"
 _RECORDS = "records.jsonl"
+_OUTCOMES: Mapping[str, tuple[str, ...]] = {
+    "summary.json": ("task", "model", "examples", "judged"),
+    "harness.json": ("model", "harness", "cut"),
+}
+"""The summaries that a run may end with, and keys that each has, by which it is known to be ours."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -148,12 +154,20 @@ def open_journal(
     """
     make_directory(directory)
     path, records = directory / _IDENTITY, directory / _RECORDS
+    known: dict[str, Any] = {}
     done: dict[Any, _Entry] = {}
+    whole = 0
+    for name, keys in _OUTCOMES.items():
+        check_entries(directory / name, keys)
     if path.exists():
-        done = _read_lines(records, kind)
+        done, whole = _read_lines(records, kind)
+        known = {} if not done and _is_begun(path, identity) else _read_identity(path)
     elif records.exists():
         raise M3Error(f"{directory} holds records of a run but no {_IDENTITY}; give another output directory")
     if not done:
+        if known and known.keys() != {*identity, "weights"}:
+            raise M3Error(f"{path} is of no run that could be gone on with; give another output directory")
+        _cut(records, whole)
         write_whole(path, "{}\n")  # tried first: the weights take longer
         write_whole(path, json.dumps({**identity, "weights": weights()}, indent=2) + "\n")
         return RunJournal(directory, {})
@@ -161,11 +175,10 @@ def open_journal(
         raise M3Error(
             f"{directory} already holds a run; pass --resume to go on with it, or give another output directory"
         )
-    known = _read_identity(path)
-    _check_identity(directory, known, {**identity, "weights": known.get("weights")})
-    _check_identity(directory, known, {**identity, "weights": weights()})
-    with _writing(records), open(records, "ab"):
-        return RunJournal(directory, done)
+    check_identity(directory, known, {**identity, "weights": known.get("weights")})
+    check_identity(directory, known, {**identity, "weights": weights()})
+    _cut(records, whole)
+    return RunJournal(directory, done)
 
 
 def count_records(directory: Path) -> int:
@@ -197,7 +210,7 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         M3Error: It cannot be written.
     """
-    beside = path.with_name(path.name + ".part")
+    beside = path.with_name(path.name + PART)
     with _writing(path):
         try:
             with open(beside, "wb") as file:
@@ -225,6 +238,14 @@ def _writing(path: Path, what: str = "write") -> Iterator[None]:
         raise M3Error(f"cannot {what} {path}: {error.strerror or error}; {mend}") from error
 
 
+def _is_begun(path: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether no more than the beginning of this identity was written."""
+    try:
+        return json.dumps(identity, indent=2)[:-1].startswith(path.read_text(encoding="utf-8").strip())
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
 def _read_identity(path: Path) -> dict[str, Any]:
     try:
         return dict(parse_json(path.read_text(encoding="utf-8"), halves=True))
@@ -232,7 +253,14 @@ def _read_identity(path: Path) -> dict[str, Any]:
         raise M3Error(f"cannot read {path}: {error}; give another output directory") from error
 
 
-def _check_identity(directory: Path, known: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+def check_identity(directory: Path, known: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raise M3Error where a run is another one than is asked for.
+
+    Args:
+        directory: Of the run.
+        known: What it is of.
+        identity: What is asked for.
+    """
     wanted = json.loads(json.dumps(identity))
     different = [name for key in wanted for name in _differing(key, known.get(key), wanted[key])]
     if different:
@@ -249,18 +277,18 @@ def _differing(key: str, known: Any, wanted: Any) -> list[str]:
     return [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
 
 
-def _read_lines(path: Path, kind: type[_Entry]) -> dict[Any, _Entry]:
-    """The whole lines of a journal; a last line that an interruption cut short is removed."""
+def _read_lines(path: Path, kind: type[_Entry]) -> tuple[dict[Any, _Entry], int]:
+    """The whole lines of a journal, and how many bytes they are: an interruption may have cut the last one short."""
     if not path.exists():
-        return {}
+        return {}, 0
     try:
         blob = path.read_bytes()
     except OSError as error:
         raise M3Error(f"cannot read {path}: {error.strerror}; give another output directory") from error
     whole = blob[: blob.rfind(b"\n") + 1]
-    if len(whole) < len(blob):
-        with _writing(path), open(path, "r+b") as file:
-            file.truncate(len(whole))
+    begun = f'{{"{kind._fields[0]}": '.encode()
+    if not whole and not begun.startswith(blob[: len(begun)]):  # the first line is cut, and so could be anybody's
+        raise M3Error(f"{path} holds no record of such a run; give another output directory")
     done = {}
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
@@ -270,7 +298,14 @@ def _read_lines(path: Path, kind: type[_Entry]) -> dict[Any, _Entry]:
                 f"{path} line {number} is no record of such a run ({error}); give another output directory"
             ) from error
         done[entry[0]] = entry
-    return done
+    return done, len(whole)
+
+
+def _cut(records: Path, whole: int) -> None:
+    """Remove the line that an interruption cut short, once all is known to be ours; see that one can write."""
+    if records.exists():
+        with _writing(records), open(records, "r+b") as file:
+            file.truncate(whole)
 
 
 def _record(told: Any) -> Record:

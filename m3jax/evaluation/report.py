@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from m3jax.checkpoints.storage import read_file
 from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
+from m3jax.evaluation.ownership import PICTURES
 from m3jax.evaluation.records import make_directory, write_whole
 from m3jax.evaluation.statistics import wilson_interval
 from m3jax.text import count_text, safe_text
@@ -431,7 +432,7 @@ def save_picture(report: Report, path: Path) -> None:
         axes.set(ylabel="PDR")
         axes.axhline(0, color="black", linewidth=0.8)
     try:
-        figure.savefig(path, dpi=144)
+        figure.savefig(path, dpi=144, metadata=dict(PICTURES["png"]))
     except OSError as error:
         raise M3Error(f"cannot write {path}: {error.strerror}; give another directory") from error
 

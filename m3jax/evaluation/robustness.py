@@ -1,7 +1,7 @@
 """How robust a model is: attacks on its prompt and shifts of its inputs, of models in memory and of stored ones."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -10,28 +10,30 @@ import numpy as np
 
 from m3jax.arithmetic import threefry
 from m3jax.errors import M3Error
-from m3jax.evaluation import models
+from m3jax.evaluation import attack_journal, models
+from m3jax.evaluation.attack_journal import FILE
 from m3jax.evaluation.attacks import FLOOR, PROFILES, Sources, get_profile, make_attack, read_embeddings
 from m3jax.evaluation.attacks.likeness import load_encoder, load_tagger
 from m3jax.evaluation.attacks.masked_lm import load_masked_words
 from m3jax.evaluation.attacks.trial import AttackPlan, Robustness, attack_task
 from m3jax.evaluation.checks import check_choice, check_count, check_type
-from m3jax.evaluation.data import source_text
+from m3jax.evaluation.data import Row, source_text
 from m3jax.evaluation.options import Evaluation, check_evaluation
 from m3jax.evaluation.protocol import GenerationSettings, Overflow
-from m3jax.evaluation.records import make_directory, write_whole
+from m3jax.evaluation.records import digest, make_directory, write_whole
 from m3jax.evaluation.runner import check_code, find_source, read_rows
 from m3jax.evaluation.shifts import make_shift
-from m3jax.evaluation.tasks import Execution, get_task
+from m3jax.evaluation.tasks import Execution, Task, get_task
 from m3jax.progress import Tell
 
 DEFAULT_ATTACKS = ("deepwordbug", "textbugger", "stresstest", "checklist")  # those that need no further files
 BATCH_SIZE = 64
-FILE = "attack.json"
 _OVERFLOWS = ("error", "truncate")
 # Options of the command that `make_plan` takes as they are.
 _PLANNED = ("attacks", "shifts", "profile", "search_examples", "budget", "masked_lm", "embeddings", "encoder")
 _LIKENESS = ("tagger", "least_similarity")
+_CHOSEN = ("profile", "seed", "search_examples", "budget", "floor", "least_similarity")
+_SOURCES = ("masked_lm", "embeddings", "encoder", "tagger")
 
 
 def make_plan(
@@ -221,12 +223,38 @@ class AttackOptions(NamedTuple):
     dtype: str | None
     mesh: str | None
     config: str | None = None
+    resume: bool = False
 
 
 def _check(wanted: AttackOptions) -> None:
     check_evaluation(wanted.how, wanted.dtype, _OVERFLOWS)
-    if wanted.out is not None and (wanted.out / FILE).exists() and not wanted.overwrite:
-        raise M3Error(f"{wanted.out / FILE} is already there: give another output directory, or --overwrite")
+    if wanted.resume and wanted.out is None:
+        raise M3Error("--resume needs --out DIR, the directory of the attack to go on with")
+    if wanted.resume and wanted.overwrite:
+        raise M3Error("--resume goes on with what is there, and --overwrite replaces it: leave one of them out")
+    if wanted.out is not None:
+        attack_journal.check_free(wanted.out, wanted.overwrite, wanted.resume)
+
+
+def _identity(name: str, wanted: AttackOptions, task: Task, plan: AttackPlan, rows: Sequence[Row]) -> dict[str, Any]:
+    """What must agree for two attacks to be the same one, but for the weights."""
+    how = wanted.how
+    examples = [[one.id, one.instruction, one.gold, dict(one.extra)] for one in task.read(rows)]
+    return {
+        "task": task.name,
+        "grader": task.grader,
+        "model": name,
+        "attacks": [one.name for one in plan.attacks],
+        "shifts": [one.name for one in plan.shifts],
+        **{key: getattr(wanted, key) for key in (*_CHOSEN, "prompt", "protect")},
+        "limit": how.limit,
+        "template": how.template or task.template,
+        "settings": how.settings(task)._asdict(),
+        "overflow": how.overflow,
+        "code limits": how.execution.limits._asdict() if task.runs_code else None,
+        "data": digest(examples),
+        **{key: attack_journal.source_digest(getattr(wanted, key)) for key in _SOURCES},
+    }
 
 
 def run(name: str, wanted: AttackOptions, tell: Tell | None) -> dict[str, Any]:
@@ -251,7 +279,14 @@ def run(name: str, wanted: AttackOptions, tell: Tell | None) -> dict[str, Any]:
     plan = make_plan(**chosen, key=wanted.seed, limit=how.limit, task=wanted.task)
     rows = read_rows(task, wanted.data)
     stored = models.open_model(name, wanted.dtype, models.make_mesh(wanted.mesh), wanted.config)
-    with _keeping(wanted.out) as keep:
+    identity, done = None, None
+    if wanted.out is not None:
+        make_directory(wanted.out)
+        told = _identity(name, wanted, task, plan, rows)
+        identity, done = attack_journal.read_run(wanted.out, told, lambda: stored.fingerprint(overflow), wanted.resume)
+    if done is not None and done.complete:
+        return done.to_json()
+    with _keeping(wanted.out, identity) as keep:
         found = attack_task(
             task,
             rows,
@@ -267,18 +302,21 @@ def run(name: str, wanted: AttackOptions, tell: Tell | None) -> dict[str, Any]:
             tell=tell,
             keep=keep,
             data=source_text(find_source(task, wanted.data)),
+            done=done,
         )
     return found.to_json()
 
 
 @contextmanager
-def _keeping(out: Path | None) -> Iterator[Callable[[Robustness], None]]:
-    """Writes what is finished as it comes, and says of an interruption what it leaves."""
+def _keeping(out: Path | None, identity: Mapping[str, Any] | None = None) -> Iterator[Callable[[Robustness], None]]:
+    """Writes what is finished as it comes, with what it is of, and says of an interruption what it leaves."""
     written = 0
 
     def keep(known: Robustness) -> None:
         nonlocal written
         if out is not None:
+            if identity is not None:
+                attack_journal.write_run(out, identity, known)
             write_whole(out / FILE, json.dumps(known.to_json(), indent=2) + "\n")
             written = len(known.attacks) + len(known.shifts)
 
@@ -289,4 +327,5 @@ def _keeping(out: Path | None) -> Iterator[Callable[[Robustness], None]]:
     except KeyboardInterrupt:
         nothing = "nothing is kept" + ("; with --out DIR what is finished would be" if out is None else "")
         finished = f"what is finished ({written} of the attacks and shifts) is in {out}"
+        finished += ", and the same command with --resume goes on"
         raise KeyboardInterrupt(finished if written else nothing) from None

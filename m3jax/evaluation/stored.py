@@ -10,6 +10,7 @@ from m3jax.evaluation.checks import check_choice
 from m3jax.evaluation.harness import Showing, check_chat, check_showing, run_harness
 from m3jax.evaluation.harness_tasks import load_harness_tasks
 from m3jax.evaluation.options import Evaluation, check_evaluation
+from m3jax.evaluation.ownership import PART
 from m3jax.evaluation.protocol import Overflow
 from m3jax.evaluation.records import Reply, count_records, make_directory, open_journal, write_whole
 from m3jax.evaluation.runner import check_code, evaluate_task, read_examples
@@ -151,8 +152,8 @@ def _run_harness(name: str, wanted: EvaluateOptions, tell: Tell | None) -> dict[
     if wanted.out is not None:
         if (make_directory(wanted.out) / _HARNESS_FILE).exists() and not wanted.resume:
             raise M3Error(f"{wanted.out / _HARNESS_FILE} is already there: give another output directory, or --resume")
-        write_whole(wanted.out / f"{_HARNESS_FILE}.tried", "")  # better now than when the work is done
-        (wanted.out / f"{_HARNESS_FILE}.tried").unlink()
+        write_whole(wanted.out / f"{_HARNESS_FILE}{PART}", "")  # better now than when the work is done
+        (wanted.out / f"{_HARNESS_FILE}{PART}").unlink()
     tasks = load_harness_tasks(_harness_names(wanted), wanted.include_path, tell, wanted.allow_task_code)
     from m3jax.evaluation import models
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from m3jax.checkpoints import companions
+from m3jax.checkpoints import companions, digest_file
 from m3jax.checkpoints.trust import check_tokenizer_files
 from m3jax.decoder import DecoderConfig, encode
 from m3jax.documents import failing_plainly
@@ -47,6 +47,22 @@ def load_tokenizer(name: str, directory: Path) -> Any:
                 f"{name}: its tokenizer is Python code of its own, which is never run: save it as tokenizer.json"
             ) from error
         raise
+
+
+def file_digests(directory: Path) -> dict[str, str]:
+    """What stands beside the weights of a model, tokenizer and chat template with it, as digests by name.
+
+    A tokenizer has too many ways for its texts and tokens to be told otherwise than by its files.
+
+    Args:
+        directory: The model directory.
+
+    Raises:
+        M3Error: It has files that are not the model's own; see `check_companion`.
+    """
+    vocabularies = (path for pattern in _VOCABULARIES for path in directory.glob(pattern))
+    files = sorted({*companions(directory), *vocabularies})
+    return {str(path.relative_to(directory)): digest_file(path) for path in files}
 
 
 def first_token(tokenizer: Any) -> int | None:

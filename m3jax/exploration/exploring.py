@@ -14,18 +14,20 @@ from jax.sharding import Mesh
 
 from m3jax.anatomy.libraries import HUGGINGFACE, library_of, theirs_of
 from m3jax.anatomy.stored import Home, find_home, step_metadata
+from m3jax.checkpoints import digest_tensor
 from m3jax.checkpoints.locate import CONFIG, scratch
-from m3jax.checkpoints.protocol import without_ctime
 from m3jax.checkpoints.remote import is_url
 from m3jax.checkpoints.views_permuted import Permuted
 from m3jax.decoder import ApplyFn, DecoderConfig, check_vocabulary
 from m3jax.errors import M3Error
 from m3jax.evaluation import tokens
 from m3jax.evaluation.checks import check_count, check_type, check_whole
+from m3jax.evaluation.ownership import check_entries
 from m3jax.evaluation.records import digest, write_whole
 from m3jax.evaluation.report import EXPLORATION_FILE
 from m3jax.exploration import optimizing
-from m3jax.exploration.journal import FILE, SampleJournal
+from m3jax.exploration.finishing import check_chosen, made_before
+from m3jax.exploration.journal import SEEN, SampleJournal, first_line
 from m3jax.exploration.optimizing import Optimization
 from m3jax.exploration.pictures import Drawn
 from m3jax.exploration.references import Reference, expert_names, references_of
@@ -49,7 +51,7 @@ from m3jax.methods.mixup import GRANULARITIES
 from m3jax.outputs.copies import write_copy
 from m3jax.progress import Progress, Tell
 from m3jax.recipe import MixupSettings, Recipe, load_recipe
-from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, Ready, prepared
+from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, Ready, prepared, read_beside
 from m3jax.streaming.merging import MergeResult, merge_checkpoint
 from m3jax.streaming.steps import with_steps
 
@@ -199,22 +201,54 @@ def _journal_directory(out: str | os.PathLike[str], journal: str | os.PathLike[s
 
 
 def _identity(
-    recipe: Recipe, ready: Ready, told: Mapping[str, Any], samples: int, select: str, strategy: str
+    recipe: Recipe,
+    ready: Ready,
+    scores: "_Prepared",
+    samples: int,
+    select: str,
+    strategy: str,
+    before: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What the results in a journal depend on, and no more: independent draws can be gone on with."""
+    """What the results in a journal depend on, and no more: independent draws can be gone on with.
+
+    Args:
+        recipe: The recipe.
+        ready: What is merged.
+        scores: How samples are scored.
+        samples: The budget.
+        select: What values are by.
+        strategy: How it is looked.
+        before: What the journal is of that is there; where the models' files look as they did, they are not read again.
+    """
+    seen = digest([list(ready.fingerprints), [s.checkpoint.fingerprint() for s in ready.sources]])
+    models = before.get("models") if before.get(SEEN) == seen else None
     identity: dict[str, Any] = {
         "recipe": digest(recipe.resolved()),
-        "models": digest(
-            [[m.input.name, without_ctime(told)] for m, told in zip(ready.models, ready.fingerprints, strict=True)]
+        "models": models or _content(ready),
+        SEEN: seen,
+        "files beside weights": digest(
+            [[told[1:] for told in read_beside(ready.sources)], ready.tokens, scores.beside]
         ),
-        "tasks": dict(told),
+        "tasks": dict(scores.told),
         "strategy": strategy,
     }
-    if strategy not in EXTENSIBLE:
-        identity["samples"] = samples
-    if strategy in RANKING:
-        identity["select"] = MEAN if select == PARETO or select.isdecimal() else select  # what values are by
+    ranked = MEAN if select == PARETO or select.isdecimal() else select  # what values are by
+    identity["samples"] = None if strategy in EXTENSIBLE else samples
+    identity["select"] = ranked if strategy in RANKING else None
     return identity
+
+
+def _content(ready: Ready) -> str:
+    """Digest of the models by their bytes: a file's times and number may be set back, or change without it."""
+    told: dict[str, Any] = {}
+    for source in ready.sources:
+        checkpoint, name = source.checkpoint, source.input.name
+        looks = checkpoint.fingerprint()
+        if all("tag" in file for file in looks.values()):  # a remote file's, which nobody can set back
+            told[name] = looks
+        else:
+            told[name] = {tensor: digest_tensor(checkpoint, tensor) for tensor in checkpoint.tensors}
+    return digest([[model.input.name for model in ready.models], told])
 
 
 def _run(work: _Work, strategy: str, samples: int, select: str, early_stopping: bool) -> list[Result]:
@@ -267,13 +301,12 @@ def _learn(
     return result, learned.losses
 
 
-def _tokenizer_of(ready: Ready) -> Any:
-    """The tokenizer that the output will have."""
-    place = ready.models[ready.plan.template].place
+def _tokenizer_place(ready: Ready) -> Path:
+    """The directory of the tokenizer that the output will have."""
     if _is_united(ready):
-        return tokens.load_tokenizer(place.name, _as_written(ready))
+        return _as_written(ready)
     chosen = (path for name, path in ready.companions.items() if name.startswith(("tokenizer.", "vocab", "tekken")))
-    return tokens.load_tokenizer(place.name, next(chosen, _home_of(ready).directory / CONFIG).parent)
+    return next(chosen, _home_of(ready).directory / CONFIG).parent
 
 
 def _config_of(ready: Ready) -> DecoderConfig:
@@ -323,6 +356,7 @@ class _Prepared(NamedTuple):
     score: Scorer
     told: dict[str, Any]
     tasks: tuple[str, ...]
+    beside: str = ""
     devs: tuple[Dev, ...] = ()
     config: DecoderConfig | None = None
     tokenizer: Any = None
@@ -340,17 +374,21 @@ def _prepare_scores(
 ) -> _Prepared:
     devs = read_devs(tasks, how, space.root)
     config = _config_of(ready) if apply_fn is None else None
-    tokenizer = _tokenizer_of(ready)
+    tokenizer_place = _tokenizer_place(ready)
+    tokenizer = tokens.load_tokenizer(ready.models[ready.plan.template].place.name, tokenizer_place)
     note = check_vocabulary(ready.models[ready.plan.template].input.name, tokenizer, config) if config else None
     if tell is not None:
         for said in (*([note] if note is not None else []), *ready.notes):
             tell(f"note: {said}")
+    told = {}
     for dev in devs:
-        dev.prompts(tokenizer)  # a template that cannot be followed is said before weights are loaded
-    told = {dev.task.name: digest([dev.identity(), how.overflow]) for dev in devs}
+        prompts = dev.prompts(tokenizer)  # a template that cannot be followed is said before weights are loaded
+        limits = how.execution.limits._asdict() if dev.task.runs_code else None
+        told[dev.task.name] = digest([dev.identity(), how.overflow, prompts, limits])
     theirs = _theirs_of(ready) if config is not None else None
     score = make_score(devs, how, config, tokenizer, mesh, apply_fn, tell, theirs)
-    return _Prepared(score, told, tuple(told), tuple(devs), config, tokenizer, theirs)
+    beside = digest([str(config), tokens.file_digests(tokenizer_place)])
+    return _Prepared(score, told, tuple(told), beside, tuple(devs), config, tokenizer, theirs)
 
 
 def _largest_number(strategy: str, samples: int, optimize: Optimization | None) -> int | None:
@@ -458,11 +496,10 @@ def explore(
     if (score is None) == (not tasks):
         raise M3Error("tasks: give at least one --task NAME=FILE to compare samples by, or a score function instead")
     place = _journal_directory(out, journal)
-    if not overwrite and not is_url(os.fspath(out)) and Path(out).exists() and (place / FILE).exists():
-        raise M3Error(
-            f"{out}: exists already: pass --overwrite, which keeps the samples in {place}, or choose another output"
-        )
-    with prepared(loaded, out, overwrite=overwrite, max_shard_size=max_shard_size) as ready:
+    check_entries(place / EXPLORATION_FILE, ("choice", "front", "samples"))
+    made = None if overwrite else made_before(out, place, loaded)
+    how_written: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size}
+    with prepared(loaded, out, **how_written, writes=made is None) as ready:
         space = space_of(loaded, ready.plan)
         strategy_of(strategy, space, samples)
         if score is not None:
@@ -473,7 +510,7 @@ def explore(
             check_select(select, scores.tasks, _largest_number(strategy, samples, optimize))
         if optimize is not None:
             _check_optimization(optimize, loaded, space, bool(scores.devs))
-        identity = _identity(loaded, ready, scores.told, samples, select, strategy)
+        identity = _identity(loaded, ready, scores, samples, select, strategy, first_line(place))
         with SampleJournal(place, identity) as book:
             beside = references if references is not None else score is None
             given = _Circumstances(
@@ -481,15 +518,13 @@ def explore(
             )
             choice, results, losses, measured = _search(given, strategy, samples, select, optimize)
         experts = expert_names(ready)
-        check_inputs(ready)
-        merge = merge_checkpoint(
-            _with_granularity(loaded, choice.granularity),
-            out,
-            overwrite=overwrite,
-            max_shard_size=max_shard_size,
-            progress=progress,
-            weights=choice.weights,
-        )
+        chosen = _with_granularity(loaded, choice.granularity)
+        if made is None:
+            check_inputs(ready)
+            merge = merge_checkpoint(chosen, out, **how_written, progress=progress, weights=choice.weights)
+        else:
+            check_chosen(made, chosen, choice.weights, place)
+            merge = made
         check_inputs(ready)  # what was merged is what was scored
     whole = [result for result in results if result.share == 1.0]
     found = Exploration(

@@ -5,13 +5,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from m3jax.documents import FAULTS
+from m3jax.documents import FAULTS, parse_json
 from m3jax.exploration.samples import Weights, from_hex, to_hex
 from m3jax.exploration.scoring import Hopeless
 from m3jax.exploration.selection import Result
 from m3jax.ledger import Ledger
 
 FILE = "journal.jsonl"
+SEEN = "seen"
+"""The key of what is cheap to know of the models' files, by which their content is known to be the same."""
+_LONGEST = 1 << 20  # bytes of a first line
 
 
 class SampleJournal(Ledger):
@@ -31,7 +34,7 @@ class SampleJournal(Ledger):
         Raises:
             M3Error: It belongs to another exploration, another process has it open, or it cannot be used.
         """
-        super().__init__(directory / FILE, identity, "exploration", "with --journal DIR")
+        super().__init__(directory / FILE, identity, "exploration", "with --journal DIR", [SEEN])
         try:
             self.done = [_result(entry) for entry in self.entries]
         except FAULTS as error:
@@ -72,6 +75,21 @@ class SampleJournal(Ledger):
         told = {key: value for key, value in result._asdict().items() if key != "most" or value is not None}
         self.add({**told, "weights": to_hex(result.weights), "scores": dict(result.scores)})
         self.done.append(result)
+
+
+def first_line(directory: Path) -> dict[str, Any]:
+    """What the journal in a directory says that it is of; nothing where there is none, or it says nothing.
+
+    Args:
+        directory: That of the journal.
+    """
+    if not (directory / FILE).is_file():
+        return {}
+    try:
+        with open(directory / FILE, "rb") as file:
+            return dict(parse_json(file.readline(_LONGEST), halves=True))
+    except (OSError, *FAULTS):  # whoever opens the journal says what is wrong
+        return {}
 
 
 def _result(entry: Mapping[str, Any]) -> Result:

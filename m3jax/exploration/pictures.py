@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from m3jax.errors import M3Error
+from m3jax.evaluation.ownership import PICTURES, check_unmade
 from m3jax.evaluation.statistics import wilson_interval
 from m3jax.exploration.selection import Result
 from m3jax.text import safe_text
@@ -76,7 +77,7 @@ def picture(found: Drawn, path: Path) -> None:
     Raises:
         M3Error: It cannot be written.
     """
-    check_picture(path)
+    _check_place(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -96,13 +97,21 @@ def picture(found: Drawn, path: Path) -> None:
     handles, labels = places[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     try:
-        figure.savefig(path, dpi=144)
+        figure.savefig(path, dpi=144, metadata=dict(PICTURES[path.suffix[1:]]))
     except OSError as error:
         raise M3Error(f"cannot write {path}: {error.strerror}") from error
 
 
 def check_picture(path: Path) -> None:
-    """Raise M3Error unless a picture can be written there, which is better known before the samples than after."""
+    """Raise M3Error unless a picture can be written there and replaces none but one of ours.
+
+    That is better known before the samples than after.
+    """
+    _check_place(path)
+    check_unmade(path)
+
+
+def _check_place(path: Path) -> None:
     if path.suffix not in _ENDINGS:
         raise M3Error(f"{path}: a picture's name ends in {', '.join(_ENDINGS)}")
     if not path.parent.is_dir():

@@ -164,6 +164,8 @@ def conduct(
         directory.mkdir(parents=True, exist_ok=True)
         if any(directory.iterdir()) and not (directory / "models").is_dir():
             raise M3Error(f"{directory}: holds something else than a laboratory: give a new or an empty directory")
+        if (directory / "report").exists() and not (directory / LEDGER).exists():
+            raise M3Error(f"{directory / 'report'}: is of no laboratory: give a new or an empty directory")
     lab = open_laboratory(directory, skills, setting, tell, base=base)
     identity = {
         "settings": setting.experiments._asdict(),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from m3jax.errors import M3Error
+from m3jax.evaluation.ownership import PART, PICTURES
 from m3jax.laboratory.experiments import AVERAGE, EQUAL, M3, TUNED, best
 from m3jax.laboratory.outcomes import (
     Cell,
@@ -75,7 +76,7 @@ def finish_figure(figure: "Figure", axes: "Sequence[Axes]", path: Path, first: S
             break
         legend.remove()
     drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=144)
+    figure.savefig(drawn, format="png", dpi=144, metadata=dict(PICTURES["png"]))
     write_whole(path, drawn.getvalue())
 
 
@@ -85,7 +86,7 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         M3Error: It cannot be written.
     """
-    beside = path.with_name(path.name + ".part")
+    beside = path.with_name(path.name + PART)
     try:
         with open(beside, "wb") as file:
             file.write(content)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from m3jax.anatomy.roles import ROLES, Role
 from m3jax.errors import M3Error
+from m3jax.evaluation.ownership import PICTURES, check_unmade
 from m3jax.laboratory.figures import INK, write_whole
 from m3jax.streaming.differences import Differences, MeasuredGroup, Measures
 from m3jax.text import safe_text
@@ -64,7 +65,12 @@ def _panels(found: Differences) -> list[_Panel]:
 
 
 def check_picture(path: Path) -> None:
-    """Raise M3Error where no picture can be written, before anything is measured."""
+    """Raise M3Error where no picture can be written, or it would replace what is none, before anything is measured."""
+    _check_place(path)
+    check_unmade(path)
+
+
+def _check_place(path: Path) -> None:
     if _format_of(path) not in FORMATS:
         raise M3Error(f"{path}: a picture is written as .png or .svg: choose such a name")
     if not path.parent.is_dir():
@@ -86,7 +92,7 @@ def save_map(found: Differences, path: Path) -> bool:
     Raises:
         M3Error: It cannot be written.
     """
-    check_picture(path)
+    _check_place(path)
     cells = found.cells()
     if not cells:
         return False
@@ -109,7 +115,8 @@ def save_map(found: Differences, path: Path) -> bool:
     _label(figure, found, any(undefined))
     drawn = io.BytesIO()
     kind = _format_of(path)
-    figure.savefig(drawn, format=kind, dpi=144, metadata={"Date": None} if kind == "svg" else None)
+    metadata: dict[str, str | None] = {**PICTURES[kind], **({"Date": None} if kind == "svg" else {})}
+    figure.savefig(drawn, format=kind, dpi=144, metadata=metadata)
     write_whole(path, drawn.getvalue())
     return True
 

@@ -15,6 +15,7 @@ from safetensors.numpy import save
 from m3jax import decoder
 from m3jax.decoder import DecoderConfig
 from m3jax.errors import M3Error, saying_what_failed
+from m3jax.evaluation.ownership import PART
 from m3jax.evaluation.records import write_whole
 from m3jax.laboratory.skills import Manner, Skill
 from m3jax.laboratory.training import Course, Size, Text, encode, make_config, make_tokenizer, train
@@ -146,7 +147,7 @@ def take_place(directory: Path, made: Mapping[str, Any]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         known = note.read_text(encoding="utf-8") if note.exists() else None
         text = json.dumps(made, indent=2) + "\n"
-        other = any(path.suffix != ".part" for path in directory.iterdir())  # what a kill leaves is nobody's
+        other = any(path.suffix != PART for path in directory.iterdir())  # what a kill leaves is nobody's
         if (known is None and other) or known not in (None, text):
             raise M3Error(f"{directory}: holds models that were made otherwise, or something else: give another place")
         if known is None:

@@ -27,6 +27,7 @@ from m3jax.decoder.batching import put
 from m3jax.decoder.params import nested_params
 from m3jax.documents import FAULTS
 from m3jax.errors import M3Error, saying_what_failed
+from m3jax.evaluation.ownership import PART
 from m3jax.evaluation.records import digest
 from m3jax.laboratory.training import OPTIMIZER, Course, LessonBatch, Text, batches
 from m3jax.progress import Tell
@@ -264,7 +265,7 @@ def _keep(record: Path, state: _State, identity: str, losses: Sequence[float], s
     """Writes the state, whole or not at all."""
     leaves = {str(number): np.ascontiguousarray(x) for number, x in enumerate(jax.tree.leaves(state))}
     notes = {"identity": identity, "losses": json.dumps(losses), "seconds": json.dumps(seconds)}
-    beside = record.with_name(record.name + ".part")
+    beside = record.with_name(record.name + PART)
     with saying_what_failed(record):
         save_file(leaves, beside, metadata=notes)
         with open(beside, "rb") as file:

@@ -253,7 +253,7 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     fingerprints = [m.checkpoint.fingerprint() for m in every]
     beside = {name: digest_file(path) for name, path in beside_weights.items()}
     orbax, said = _orbax_output(job, models, plan, stacked)
-    decided = [_read_beside(sources), tokens]
+    decided = [read_beside(sources), tokens]
     rest = [
         shards,
         job.expected,
@@ -280,8 +280,12 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     return ready
 
 
-def _read_beside(sources: Sequence[OpenedModel]) -> list[Any]:
-    """What was read of each model beside its weights to know its tensors; its adapter's is in its fingerprint."""
+def read_beside(sources: Sequence[OpenedModel]) -> list[Any]:
+    """What was read of each model beside its weights to know its tensors; its adapter's is in its fingerprint.
+
+    Args:
+        sources: The models that are read.
+    """
     read = (lambda path: find_home(path).config) if libraries_differ(sources) else read_config
     return [[s.input.name, read(s.place.path), step_metadata(s.place.path)] for s in sources]
 

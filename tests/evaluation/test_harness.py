@@ -8,7 +8,7 @@ import random
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +25,7 @@ from m3jax.evaluation import (
     GenerationSettings,
     LogLikelihood,
     Pair,
+    harness_tasks,
     load_harness_tasks,
     make_harness_model,
     run_harness,
@@ -372,6 +373,60 @@ def test_code_that_task_files_name_is_not_run_unasked(tasks: Path) -> None:
     found = load_harness_tasks([str(tasks / "group.yaml")], allow_code=True)
     assert sorted(found.loaded["tasks"]) == ["m3jax_more", "m3jax_writing"]
     assert ran.exists()
+
+
+_CODE = r"code.yaml names Python code \(!function code.text\)"
+_METRIC = r"sly.yaml has the metric ./mine, which the harness would fetch and run"
+
+
+@needs_harness
+@pytest.mark.parametrize(
+    ("added", "sentence"),
+    [
+        ("include: plain.yaml\ninclude: code.yaml", _CODE),
+        ("<<: {include: code.yaml}", _CODE),
+        ("<<: [{limit: 1}, &a {<<: {include: [plain.yaml, code.yaml]}}]", _CODE),
+        ("metadata: &a code.yaml\n? !!str include\n: *a", _CODE),
+        ("!!str {=: include}: code.yaml", _CODE),
+        ("include: [plain.yaml, below/on.yaml]", _CODE),
+        ('doc_to_text: !function code.text\ndoc_to_text: ""', r"sly.yaml names Python code \(!function code.text\)"),
+        ("metadata: !!python/name:os.system", r"sly.yaml names Python code \(tag:yaml.org,2002:python/name:os.system"),
+        ("metric_list: [{metric: exact_match, metric: ./mine}]", _METRIC),
+        ("metric_list: [{<<: {metric: ./mine}, aggregation: mean}]", _METRIC),
+        ("metric_list: [{metric: acc, hf_evaluate: no, hf_evaluate: yes}]", r"has the metric acc, which"),
+        ("dataset_kwargs: {trust_remote_code: false, trust_remote_code: on}", r"wants its data set to run code"),
+        ('dataset_kwargs: {<<: {trust_remote_code: "false"}}', r"wants its data set to run code"),
+        ("dataset_path: pandas", r"sly.yaml has a data set of pickles"),
+        ("include: pipe", r"pipe is no regular file"),
+    ],
+)
+def test_task_files_are_read_as_the_harness_reads_them(tasks: Path, added: str, sentence: str) -> None:
+    """The last of a key that is there twice, what << merges, aliases and all that includes lead to."""
+    (tasks / "code.yaml").write_text("doc_to_text: !function code.text\n")
+    (tasks / "plain.yaml").write_text("test_split: test\n")
+    (tasks / "below").mkdir()
+    (tasks / "below" / "on.yaml").write_text("include: ../code.yaml\n")
+    os.mkfifo(tasks / "pipe")
+    (tasks / "sly.yaml").write_text(f"task: m3jax_sly\n{added}\n")
+    with pytest.raises(M3Error, match=sentence):
+        harness_tasks.check_code_free(Index(), str(tasks / "sly.yaml"))
+
+
+class Index:
+    """The harness's index, of tasks that are asked for by their files."""
+
+    task_index: Mapping[object, object] = {}
+
+
+@needs_harness
+def test_a_groups_members_are_found_where_they_are_merged(tasks: Path) -> None:
+    from lm_eval.tasks import TaskManager
+
+    (tasks / "code.yaml").write_text("task: m3jax_code\ndoc_to_text: !function code.text\n")
+    (tasks / "group.yaml").write_text("group: m3jax_group\n<<: {task: [{<<: {task: m3jax_code}}]}\n")
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    with pytest.raises(M3Error, match=_CODE):
+        harness_tasks.check_code_free(manager, "m3jax_group")
 
 
 @needs_harness

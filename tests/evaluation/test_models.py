@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support.adapters import factors, write_adapter
-from support.tiny_models import build_models
+from support.tiny_models import TINY, build_models
 
 import m3jax
 from m3jax.checkpoints import digest_tensor
@@ -375,3 +375,18 @@ def test_a_run_of_a_jax_library_is_the_model_that_it_is(place, model, tmp_path):
     (tmp_path / "run/config.json").unlink()
     with pytest.raises(M3Error, match=r"no config.json beside its weights or above its steps: give Hugging .*--config"):
         models.open_model(str(tmp_path / "run"))
+
+
+def test_a_run_goes_on_with_the_same_tokenizer_alone(tmp_path: Path) -> None:
+    """Not with one of as many tokens that have other numbers, nor with another chat template."""
+    build_models(tmp_path / "models", TINY._replace(layers=1))
+    model, found = tmp_path / "models" / "base", []
+    told = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = told["model"]["vocab"]
+    one, other = sorted(vocabulary)[:2]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    for name, text in ((None, ""), ("tokenizer.json", json.dumps(told)), ("chat_template.jinja", "{{ messages }}")):
+        if name is not None:
+            (model / name).write_text(text)
+        found.append(models.open_model(str(model)).fingerprint("error"))
+    assert len(set(found)) == 3

@@ -429,7 +429,8 @@ def test_an_interruption_says_what_is_kept(place, tmp_path, capsys, monkeypatch)
     arguments += ["--floor", "0"]
     assert commands.main([*arguments, "--out", str(tmp_path)]) == 130
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said == f"m3jax: interrupted: what is finished (1 of the attacks and shifts) is in {tmp_path}."
+    kept = f"what is finished (1 of the attacks and shifts) is in {tmp_path}"
+    assert said == f"m3jax: interrupted: {kept}, and the same command with --resume goes on."
     kept = json.loads((tmp_path / "attack.json").read_text())
     assert ([one["attack"] for one in kept["attacks"]], kept["shifts"]) == (["stresstest"], [])
     assert kept["complete"] is False
@@ -439,6 +440,81 @@ def test_an_interruption_says_what_is_kept(place, tmp_path, capsys, monkeypatch)
     assert f"data `{place / 'rows.jsonl'}`, limit 2, 2 examples measured, incomplete: the attack was inter" in shown
     assert commands.main(arguments) == 130
     assert "nothing is kept; with --out DIR what is finished would be" in capsys.readouterr().err
+
+
+def attack_command(place, out, *more):
+    arguments = [
+        "attack",
+        str(place / "expert-a"),
+        "--task",
+        "sst2",
+        "--data",
+        str(place / "rows.jsonl"),
+        "--limit",
+        "2",
+    ]
+    arguments += ["--attack", "stresstest,checklist", "--shift", "typos,uppercase", "--max-tokens", "2"]
+    return [*arguments, "--template", "none", "--floor", "0", "--json", "--out", str(out), *more]
+
+
+def test_a_killed_attack_goes_on(place, tmp_path, capsys, monkeypatch):
+    """With --resume, from what is finished, to the same outcome; never with another attack, nor unasked."""
+    assert commands.main(attack_command(place, tmp_path / "whole")) == 0
+    whole = json.loads(capsys.readouterr().out)
+    done, attacked = [], trial._attack
+
+    def killed_at(count):
+        def attack(one, *rest):
+            if len(done) == count:
+                raise KeyboardInterrupt
+            done.append(one.name)
+            return attacked(one, *rest)
+
+        return attack
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(trial, "_attack", killed_at(1))
+    assert commands.main(attack_command(place, out)) == 130
+    assert commands.main(attack_command(place, out)) == 2
+    assert "holds an attack that is not finished: pass --resume to go on with it" in capsys.readouterr().err
+    assert commands.main(attack_command(place, out, "--resume", "--seed", "1")) == 2
+    assert "holds another run: it differs in seed;" in capsys.readouterr().err
+    assert commands.main(attack_command(place, out, "--resume", "--dtype", "float16")) == 2
+    assert "holds another run: it differs in weights;" in capsys.readouterr().err
+    (out / "attack.json").rename(tmp_path / "part.json")  # killed between the two files
+    assert commands.main(attack_command(place, out)) == 2
+    monkeypatch.setattr(trial, "_attack", killed_at(2))
+    capsys.readouterr()
+    assert commands.main(attack_command(place, out, "--resume")) == 0
+    assert done == ["stresstest", "checklist"]
+    assert json.loads(capsys.readouterr().out) == whole == json.loads((out / "attack.json").read_text())
+    assert commands.main(attack_command(place, out, "--resume")) == 0  # and again, without a model
+    said = capsys.readouterr()
+    assert (json.loads(said.out), "loading" in said.err) == (whole, False)
+    assert commands.main(attack_command(place, out)) == 2
+    assert "attack.json is already there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "more", "sentence"),
+    [
+        ("attack-run.json", '{"mine": 1}', ["--overwrite"], "attack-run.json is none that m3jax has written"),
+        (
+            "attack-run.json",
+            '{"identity": {}, "found": {}}',
+            ["--resume"],
+            "is of no attack that could be gone on with",
+        ),
+        ("attack.json", '{"complete": false}', ["--resume"], "attack-run.json is not beside it: --overwrite it"),
+        ("attack.json", "mine", [], "attack.json is already there"),
+        ("none", "", ["--resume", "--overwrite"], "leave one of them out"),
+    ],
+)
+def test_what_is_no_attack_is_not_gone_on_with(place, tmp_path, capsys, file, content, more, sentence):
+    (tmp_path / file).write_text(content)
+    assert commands.main(attack_command(place, tmp_path, *more)) == 2
+    assert sentence in capsys.readouterr().err
+    assert (tmp_path / file).read_text() == content
 
 
 def test_what_needs_no_weights_is_said_before_they_are_loaded(place, tmp_path, capsys, monkeypatch):

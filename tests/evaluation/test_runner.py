@@ -208,6 +208,36 @@ def test_a_run_without_records_is_begun_anew(tmp_path: Path) -> None:
     assert run(tmp_path).correct == 8
 
 
+@pytest.mark.parametrize(
+    ("name", "mine"),
+    [
+        ("run.json", '{"my experiment": 1}'),
+        ("run.json", '{"model": "mine", "weights": "x"}'),
+        ("run.json", "no JSON"),
+        ("summary.json", '{"my experiment": 1}'),
+        ("summary.json", "no JSON"),
+        ("harness.json", "[]\n{}"),
+        ("records.jsonl", "thesis"),
+        ("records.jsonl", '{"number": 1, "mine": 2}\nhalf'),
+    ],
+)
+def test_files_of_somebody_elses_are_left_as_they_are(tmp_path: Path, name: str, mine: str) -> None:
+    """Whether a run is begun there or gone on with, and whether or not it has a name that ours have."""
+    for begun in (False, True):
+        if begun and name == "run.json":
+            continue
+        out = tmp_path / str(begun)
+        out.mkdir()
+        if begun:
+            with pytest.raises(KeyboardInterrupt):
+                run(out, Model(break_after=0))
+        (out / name).write_text(mine)
+        for resume in (False, True):
+            with pytest.raises(M3Error, match=r"give another (place|output directory)"):
+                run(out, resume=resume)
+            assert (out / name).read_text() == mine
+
+
 def test_weights_are_identified_last(tmp_path: Path) -> None:
     run(tmp_path, fingerprint=lambda: "one")
 

@@ -13,7 +13,7 @@ import pytest
 
 from m3jax.errors import M3Error
 from m3jax.evaluation import sandbox
-from m3jax.evaluation.sandbox import Limits, Program, launcher, launching, run_program, run_programs
+from m3jax.evaluation.sandbox import Limits, Program, launcher, launching, run_program, run_programs, view
 
 PACKAGE = Path(sandbox.__file__).resolve().parents[2]
 
@@ -95,6 +95,11 @@ HONEST = {
         "import json, re, math, random, itertools, hashlib, sqlite3, decimal, heapq, bisect, typing, zlib\n"
         "def f(): return hashlib.md5(b'').hexdigest()",
         "assert f() == 'd41d8cd98f00b204e9800998ecf8427e'",
+    ),
+    "what the interpreter's library reads": (
+        "import bz2, ctypes, lzma, ssl, zoneinfo\nimport subprocess, sys\n"
+        "def f(): return subprocess.check_output([sys.executable, '-I', '-S', '-c', 'print(6 * 7)'], text=True)",
+        "assert f() == '42\\n'",
     ),
     "many calls": ("def f(x): return x", "for i in range(3000): assert f(i) == i"),
     "large values": ("def f(n): return list(range(n))", "assert f(200000) == list(range(200000))"),
@@ -396,3 +401,30 @@ def test_importing_evaluation_brings_no_jax_code_of_its_own() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code, str(PACKAGE)], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_of_directories_of_libraries_only_what_holds_no_python_is_seen(tmp_path: Path) -> None:
+    """But for the interpreter's own library, wherever it lies; nor is what is too large to be looked through."""
+    usr, own = tmp_path / "usr", tmp_path / "usr" / "lib64" / "python3.11"
+    for file in (
+        *("lib/libc.so", "lib/locale/C/words", "lib/sdk/lib/third_party/six.py", "lib/tool/six.whl", "lib/loose.py"),
+        *("lib/x86_64-linux-gnu/libm.so", "lib/x86_64-linux-gnu/gir/pack/a.cpython-311.so", "lib/python3.11/a.py"),
+        *("lib64/python3.11/os.py", "lib64/python3.11/site-packages/a.py", "lib64/python3.11/dist-packages/a.py"),
+        *("lib64/python3.11/ensurepip/_bundled/pip.whl", "lib64/python3.9/words", "libexec/a.py", "share/a.py"),
+        *(f"lib/large/{number}" for number in range(view._MOST_LOOKED_AT + 1)),
+    ):
+        (usr / file).parent.mkdir(parents=True, exist_ok=True)
+        (usr / file).touch()
+    (usr / "lib32").symlink_to("lib64")
+    (usr / "lib" / "linked").symlink_to("sdk")
+    seen = view.view_of([str(usr), str(tmp_path / "none")], [str(own)], [str(usr / "bin")])
+    assert [place for place in seen["shown"] if place.startswith(str(tmp_path))] == [
+        str(usr / name) for name in ("lib", "lib32", "lib64", "bin")
+    ]
+    assert {str(Path(place).relative_to(usr)) for place in seen["hidden"] if place.startswith(str(usr))} == {
+        *("lib/sdk", "lib/tool", "lib/loose.py", "lib/x86_64-linux-gnu/gir", "lib/python3.11", "lib/large"),
+        *("lib64/python3.11/site-packages", "lib64/python3.11/dist-packages", "lib64/python3.11/ensurepip/_bundled"),
+        "lib64/python3.9",
+    }
+    elsewhere = view.view_of([str(usr)], [str(tmp_path / "own" / "python3.11")], [])
+    assert str(tmp_path / "own" / "python3.11") in elsewhere["shown"]

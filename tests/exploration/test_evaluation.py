@@ -20,7 +20,7 @@ import m3jax
 from m3jax.arithmetic import threefry
 from m3jax.cli import commands
 from m3jax.errors import M3Error
-from m3jax.evaluation import GenerationSettings, get_task, report, runner
+from m3jax.evaluation import GenerationSettings, get_task, report, runner, tokens
 from m3jax.evaluation.models import load_model
 from m3jax.evaluation.options import check_evaluation
 from m3jax.evaluation.protocol import Completion
@@ -314,6 +314,70 @@ def test_a_killed_command_goes_on(place, tmp_path):
     assert [s["scores"] for s in again["samples"]] == [s["scores"] for s in whole["samples"]]
 
 
+def swap(model):
+    """Exchange the numbers of two tokens."""
+    told = json.loads((model / "tokenizer.json").read_text())
+    vocabulary = told["model"]["vocab"]
+    one, other = sorted(vocabulary)[:2]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    (model / "tokenizer.json").write_text(json.dumps(told))
+
+
+def edit(file, **entries):
+    told = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**told, **entries}))
+
+
+def rewrite(model):
+    """Other weights in the same file, whose time is set back."""
+    file = model / "model.safetensors"
+    before = file.stat()
+    content = file.read_bytes()
+    with open(file, "r+b") as opened:
+        opened.seek(-2, os.SEEK_END)
+        opened.write(bytes([content[-1] ^ 1, content[-2] ^ 1]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda model: edit(model / "config.json", rope_theta=5e5), "files beside weights"),
+        (lambda model: edit(model / "generation_config.json", eos_token_id=[3, 4]), "files beside weights"),
+        (lambda model: [swap(each.parent) for each in model.parent.glob("*/tokenizer.json")], "files beside weights"),
+        (lambda model: (model / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!"), "files beside"),
+        (rewrite, "models"),
+    ],
+    ids=["config", "generation", "tokenizer", "template", "weights"],
+)
+def test_scores_of_other_models_are_not_taken_over(place, tmp_path, graded, monkeypatch, change, named):
+    """Nor of a model whose files only look the same; what has the same bytes is gone on with, whatever its times."""
+    monkeypatch.setattr(scoring, "make_generator", answers_by_merge)
+    shutil.copytree(place, tmp_path / "models")
+    models = tmp_path / "models"
+    recipe = json.loads((place / "recipe.yaml").read_text().replace(str(place), str(models)))
+    options = {"tasks": {"sst2": place / "dev.jsonl"}, "samples": 2, "evaluation": OPTIONS, "references": False}
+    m3jax.explore(recipe, tmp_path / "out", **options)
+    shutil.rmtree(tmp_path / "out")
+    (models / "expert-a" / "model.safetensors").chmod(0o600)
+    os.utime(models / "base" / "model.safetensors")
+    seen = []
+    m3jax.explore(recipe, tmp_path / "out", **options, watch=lambda result, known: seen.append(known))
+    assert seen == [True, True]
+    shutil.rmtree(tmp_path / "out")
+    change(models / "base")
+    with pytest.raises(M3Error, match=f"holds another exploration, which differs in {named}"):
+        m3jax.explore(recipe, tmp_path / "out", **options)
+
+
+def test_models_whose_files_look_as_they_did_are_not_read_again(place, tmp_path, graded, monkeypatch):
+    monkeypatch.setattr(scoring, "make_generator", answers_by_merge)
+    options = {"tasks": {"sst2": place / "dev.jsonl"}, "samples": 2, "evaluation": OPTIONS, "references": False}
+    m3jax.explore(place / "recipe.yaml", tmp_path / "out", **options)
+    monkeypatch.setattr(exploring, "digest_tensor", None)
+    m3jax.explore(place / "recipe.yaml", tmp_path / "out", **options, overwrite=True)
+
+
 def test_the_grader_that_is_asked_for_judges(place):
     devs = [
         scoring.read_devs({"sst2": place / "dev.jsonl"}, OPTIONS._replace(grader=grader), threefry.root_key(3))[0]
@@ -341,7 +405,8 @@ def test_samples_have_the_tokenizer_and_the_rows_of_the_union(place, tmp_path):
     )
     with prepared(m3jax.load_recipe(asked), tmp_path / "out") as ready:
         assert exploring._config_of(ready).vocab_size == rows + 1
-        assert exploring._tokenizer_of(ready).convert_tokens_to_ids("<turn>") == rows
+        tokenizer = tokens.load_tokenizer("union", exploring._tokenizer_place(ready))
+        assert tokenizer.convert_tokens_to_ids("<turn>") == rows
         embedding = ready.models[0].input.anatomy.embedding
         assert all(model.checkpoint.tensors[embedding].shape[0] == rows + 1 for model in ready.models)
 

@@ -20,6 +20,7 @@ from m3jax.exploration.samples import Space, drawn
 from m3jax.exploration.selection import Result, choose, pareto_front
 from m3jax.exploration.strategies import EXTENSIBLE, STRATEGIES, strategy_of
 from m3jax.methods.mixup import draw_weights
+from m3jax.outputs.verification import verify
 from m3jax.recipe import load_recipe
 
 CONFIG = tiny.CONFIGS["llama"]
@@ -351,6 +352,34 @@ def test_a_killed_exploration_goes_on(place, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_an_exploration_that_was_killed_when_its_merge_was_there_is_finished(place, tmp_path, monkeypatch):
+    """By the same command; what is finished is refused, and so is a merge of other weights or another recipe."""
+    how = {"score": closeness(place), "samples": 3, "select": "near"}
+    whole = m3jax.explore(recipe_of(place), tmp_path / "whole", **how)
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    out, told = tmp_path / "out", tmp_path / "out.exploration" / "exploration.json"
+    with monkeypatch.context() as patched:
+        patched.setattr(exploring, "write_whole", killed)
+        with pytest.raises(KeyboardInterrupt):
+            m3jax.explore(recipe_of(place), out, **how)
+    assert out.exists()
+    assert not told.exists()
+    again = m3jax.explore(recipe_of(place), out, **how)
+    assert (again.merge.digest, again.choice[:4]) == (whole.merge.digest, whole.choice[:4])
+    assert json.loads(told.read_text())["directory"] == str(out)
+    assert verify(out).differences == ()
+    with pytest.raises(M3Error, match="exists already: pass --overwrite, which keeps the samples"):
+        m3jax.explore(recipe_of(place), out, **how)
+    other = next(result for result in again.results if result.sample != again.choice.sample)
+    told.unlink()
+    for change in ({"select": str(other.sample)}, {"recipe": recipe_of(place, seed=12)}):
+        with pytest.raises(M3Error, match="exists already"):  # what was written is another merge
+            m3jax.explore(out=out, **{"recipe": recipe_of(place), **how, **change})
+
+
 @pytest.mark.slow
 def test_an_adaptive_strategy_goes_on_where_it_was(place, tmp_path):
     near, calls = closeness(place), []
@@ -390,7 +419,10 @@ def test_what_cannot_be_explored_is_said(place, tmp_path):
     broken = tmp_path / "broken.exploration"
     broken.mkdir()
     (broken / "journal.jsonl").write_text("{}\nno\n")
+    (tmp_path / "mine.exploration").mkdir()
+    (tmp_path / "mine.exploration" / "exploration.json").write_text('{"mine": 1}')
     for recipe, out, options, sentence in [
+        (recipe_of(place), "mine", {"score": near}, "exploration.json is none that m3jax has written, and would be"),
         (plain, "x", {"score": near}, "has no mixup"),
         (recipe_of(place), "x", {}, "give at least one --task"),
         (

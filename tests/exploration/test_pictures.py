@@ -36,6 +36,16 @@ def test_any_number_of_experts_is_drawn(tmp_path, experts, examples):
         check_picture(tmp_path / "no" / "found.png")
 
 
+@pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
+def test_a_picture_replaces_none_but_one_of_ours(tmp_path, ending):
+    path = tmp_path / f"found.{ending}"
+    picture(exploration(2, True), path)
+    check_picture(path)
+    path.write_bytes(path.read_bytes().replace(b"m3jax", b"Paint"))
+    with pytest.raises(M3Error, match=r"is no picture of m3jax's, and would be replaced: move it, or choose another"):
+        check_picture(path)
+
+
 def test_long_names_are_told_apart():
     names = [f"org/llama-2-7b-{skill}-instruct-of-{skill}" for skill in ("math", "code")]
     assert [_shown(name, names) for name in names] == ["…math-instruct-of-math", "…code-instruct-of-code"]

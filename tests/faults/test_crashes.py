@@ -17,6 +17,7 @@ from support.faults import (
     Killed,
     Run,
     contents,
+    explored,
     is_of,
     make_inputs,
     prepare,
@@ -143,6 +144,14 @@ def test_faults_of_some_calls(inputs, tmp_path, fault):
     assert calls == len(every.calls)
     assert 1 <= outcomes.total() <= sum(is_of(fault, call) for call in every.calls)
     assert {key.split(",")[0] for key in outcomes} == {"refused" if fault == "EDQUOT" else "finished"}
+
+
+@pytest.mark.slow
+def test_an_exploration_goes_on_wherever_it_was_killed(inputs, tmp_path):
+    """By the very same command, also once its merge has appeared."""
+    outcomes, calls, wrong = step_through_run(explored(inputs, overwrite=False), tmp_path, "kill")
+    assert wrong == []
+    assert outcomes.total() == calls >= 40
 
 
 @pytest.mark.parametrize(("kind", "start"), [("merge", "fresh"), ("convert", "overwriting"), ("replay", "fresh")])

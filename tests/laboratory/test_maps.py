@@ -41,6 +41,11 @@ def test_a_picture_is_written_whole_as_its_name_says(tmp_path):
     deep = [TensorSums(f"{i}", "model", i, "mlp", TUNED) for i in range(40)]
     assert save_map(differences(*deep, base=None, merge=None), tmp_path / "map.svg")
     assert b"<svg" in (tmp_path / "map.svg").read_bytes()
+    check_picture(tmp_path / "map.svg")
+    (tmp_path / "mine.svg").write_text("<svg/>")
+    with pytest.raises(M3Error, match=r"mine.svg is no picture of m3jax's"):
+        check_picture(tmp_path / "mine.svg")
+    (tmp_path / "mine.svg").unlink()
     assert not save_map(differences(), tmp_path / "none.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["map.svg"]
     for name, said in (("map.jpg", "as .png or .svg"), ("none/map.png", "its directory does not exist")):

@@ -24,7 +24,7 @@ import numpy as np
 
 import m3jax
 from m3jax.errors import M3Error
-from m3jax.evaluation import Completion, evaluate_task, get_task, robustness
+from m3jax.evaluation import Completion, attack_journal, evaluate_task, get_task, robustness
 from m3jax.evaluation.attacks.trial import attack_task
 from m3jax.evaluation.models import deferred
 from m3jax.evaluation.runner import read_examples, read_rows
@@ -116,7 +116,8 @@ class Faults:
 
     def _closed(self, plain, descriptor):
         try:
-            place = place_of(descriptor, None)
+            is_read = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+            place = None if is_read else place_of(descriptor, None)
         except OSError:  # of a descriptor that is none
             place = None
         return place, plain, (descriptor,), {}
@@ -438,8 +439,9 @@ def _attacked(inputs):
 
     def command(place):
         rows = read_rows(task, data)
-        with robustness._keeping(place / "out") as keep:
-            attack_task(task, rows, deferred(load), plan, keep=keep, model="toy")
+        identity, done = attack_journal.read_run(place / "out", {"model": "toy"}, lambda: "weights", resume=True)
+        with robustness._keeping(place / "out", identity) as keep:
+            attack_task(task, rows, deferred(load), plan, keep=keep, model="toy", done=done)
 
     def result(place):
         file = place / "out" / robustness.FILE
@@ -451,7 +453,8 @@ def _attacked(inputs):
     return Run(command, result, part)
 
 
-def _explored(inputs):
+def explored(inputs, overwrite):
+    """An exploration."""
     asked = recipe(inputs, merge_method="task_arithmetic", mixup={"alpha": 0.5}, seed=3)
     asked = {key: value for key, value in asked.items() if key != "weights"}
 
@@ -459,14 +462,14 @@ def _explored(inputs):
         return {"near": -float(np.abs(np.asarray(params["a"]) - 0.1).mean())}
 
     def command(place):
-        m3jax.explore(asked, place / "out", score=score, samples=3, select="near", overwrite=True)
+        m3jax.explore(asked, place / "out", score=score, samples=3, select="near", overwrite=overwrite)
 
     return Run(command, lambda place: contents(place / "out"))
 
 
 def runs(inputs):
     """Explorations, evaluations and attacks, by name."""
-    return {"explore": _explored(inputs), "evaluate": _evaluated(inputs), "attack": _attacked(inputs)}
+    return {"explore": explored(inputs, overwrite=True), "evaluate": _evaluated(inputs), "attack": _attacked(inputs)}
 
 
 def step_through_run(run, scratch, kind, stride=1, faulty=Faults, start="fresh"):

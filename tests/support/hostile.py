@@ -291,6 +291,14 @@ PROGRAMS: dict[str, str] = {
         "        for key in dir(module):\n            if callable(getattr(module, key)) and not key.startswith('__'):\n"
         "                setattr(module, key, lambda *a, **k: {'reason': 'passed', 'detail': ''})" + _WRONG
     ),
+    "Python that is not the interpreter's own": (
+        "import os, sys\nown = os.path.dirname(os.__file__)\n"
+        "for place, _, names in os.walk('/'):\n"
+        "    if place.endswith('/bin') or place.endswith('/bin/__pycache__') or place.startswith('/nix'): continue\n"
+        "    if place.startswith(own) and not place.split(own)[1].startswith('/ensurepip/_bundled'): continue\n"
+        "    for name in names:\n"
+        "        if name.endswith(('.py', '.pyc', '.whl', '.egg')): print('HARM', place, name, flush=True)" + _WRONG
+    ),
     "packages of the machine": (
         "import os, sys\nfor prefix in {'/usr', '/usr/local', sys.base_prefix}:\n"
         "    for version in os.listdir(prefix + '/lib') if os.path.isdir(prefix + '/lib') else ():\n"

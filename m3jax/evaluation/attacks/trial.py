@@ -156,6 +156,7 @@ def attack_task(
     tell: Tell | None = None,
     keep: Callable[[Robustness], None] | None = None,
     data: str | None = None,
+    done: Robustness | None = None,
 ) -> Robustness:
     """Attack the prompt that a model is given, and shift its inputs.
 
@@ -174,6 +175,7 @@ def attack_task(
         tell: Told in lines how far the work is.
         keep: Given what is known so far after each attack and shift.
         data: Where the rows are from, for the record.
+        done: What an earlier run of the same has finished, which is not done again.
 
     Raises:
         M3Error: The task has no prompt to attack, is judged elsewhere, or the shifts would break its programs.
@@ -194,11 +196,17 @@ def attack_task(
         if keep is not None:
             keep(known)
         return known
+    attacks = {} if done is None else {one.attack: one for one in done.attacks}
+    shifts = {} if done is None else {one.shift: one for one in done.shifts}
     for one in plan.attacks:
-        attacked = _attack(one, one.read(subject.prompt, protected), bench, plan.budget, tell)
+        attacked = attacks.get(one.name)
+        if attacked is None:
+            attacked = _attack(one, one.read(subject.prompt, protected), bench, plan.budget, tell)
         known = _noted(known._replace(attacks=(*known.attacks, attacked)), plan, keep)
     for shift in plan.shifts:
-        shifted = _shift(shift, bench, plan.key, tokenizer, tell)
+        shifted = shifts.get(shift.name)
+        if shifted is None:
+            shifted = _shift(shift, bench, plan.key, tokenizer, tell)
         known = _noted(known._replace(shifts=(*known.shifts, shifted)), plan, keep)
     return known
 

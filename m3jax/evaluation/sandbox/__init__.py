@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from m3jax.errors import M3Error
 from m3jax.evaluation.sandbox import kernel, launcher, launching
+from m3jax.evaluation.sandbox.view import machine_view
 
 __all__ = ["Limits", "Outcome", "Program", "UnsandboxedWarning", "run_program", "run_programs", "why_no_sandbox"]
 
@@ -175,6 +176,7 @@ def _launch(program: Program, limits: Limits, confined: bool, line: launching.Li
         walls = limits._asdict()
         order = {
             "confined": confined,
+            "seen": machine_view() if confined else None,
             "directory": directory,
             "source": program.source,
             "output_bytes": walls.pop("output_bytes"),

@@ -12,9 +12,15 @@ from m3jax.evaluation.sandbox import kernel
 _SEPARATE = kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 _SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/nix", "/etc/ld.so.cache")
-_PACKAGES = ("site-packages", "dist-packages")
 _INNER_USER = 1000
 _FOUNDATIONS = ("/tmp", "/proc")  # nothing that is shown lies in the last
+
+
+class MachineView(TypedDict):
+    """What the launcher is told about the machine; see `m3jax.evaluation.sandbox.view`."""
+
+    shown: list[str]
+    hidden: list[str]
 
 
 class Walls(TypedDict):
@@ -103,22 +109,13 @@ def _interpreter_places() -> list[str]:
     return sorted(place for place in places if place != "/" and not f"{place}/".startswith("/usr/"))
 
 
-def _hide_packages(jail: str) -> None:
-    """Put an empty directory over each that has packages of the machine's: a verdict must not depend on them."""
-    prefixes = {sys.base_prefix, sys.base_exec_prefix, "/usr", "/usr/local"}
-    inside = {f"{os.path.realpath(prefix)}/lib/{name}" for prefix in prefixes for name in _versions_in(prefix)}
-    for place in sorted(f"{versioned}/{name}" for versioned in inside for name in _PACKAGES):
-        if os.path.isdir(jail + place):
-            flags = kernel.MS_NOSUID | kernel.MS_NODEV
-            kernel.mount("none", jail + place, "tmpfs", flags, "size=4k,nr_inodes=1,mode=0555")
-
-
-def _versions_in(prefix: str) -> list[str]:
-    """The directories of Pythons below a prefix, such as python3.12."""
-    try:
-        return [name for name in os.listdir(f"{prefix}/lib") if name.startswith("python")]
-    except OSError:
-        return []
+def _hide(place: str, jail: str, empty: str) -> None:
+    """Let a directory or file of the machine be seen empty."""
+    target = jail + place
+    if os.path.isdir(target):
+        kernel.mount(empty, target, "", kernel.MS_BIND)
+    elif os.path.exists(target):
+        kernel.mount(f"{empty}.file", target, "", kernel.MS_BIND)
 
 
 def _foundation() -> str:
@@ -132,13 +129,14 @@ def _foundation() -> str:
     return next(fit, last)
 
 
-def build_root(walls: Walls) -> int:
+def build_root(walls: Walls, seen: MachineView) -> int:
     """Replace the file system by a read-only view of the interpreter and a small, empty, writable /tmp.
 
     Everything that is written lives in memory that ends with the namespace, so there is nothing to clean up.
 
     Args:
         walls: The limits; `disk_bytes` and `files` bound /tmp.
+        seen: What is seen of the machine.
 
     Returns:
         A descriptor of a /proc of this PID namespace that no path leads to.
@@ -147,11 +145,14 @@ def build_root(walls: Walls) -> int:
     directory = _foundation()
     kernel.mount("tmpfs", directory, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=1m,nr_inodes=4096,mode=0755")
     jail = directory + "/jail"
-    for name in ("/old", "/jail", "/jail/proc", "/jail/tmp"):
+    for name in ("/old", "/empty", "/jail", "/jail/proc", "/jail/tmp"):
         os.mkdir(directory + name)
-    for place in (*_SYSTEM, *_interpreter_places(), *_DEVICES):
+    with open(directory + "/empty.file", "w"):
+        pass
+    for place in (*seen["shown"], *_DEVICES):
         _show(place, jail)
-    _hide_packages(jail)
+    for place in seen["hidden"]:
+        _hide(place, jail, directory + "/empty")
     kernel.mount("proc", jail + "/proc", "proc", kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC)
     processes = os.open(jail + "/proc", os.O_RDONLY | os.O_DIRECTORY)
     kernel.unmount(jail + "/proc")

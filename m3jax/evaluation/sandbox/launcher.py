@@ -169,7 +169,7 @@ def _keep(order: dict[str, Any], user: int, launcher: int) -> None:
     processes = None
     try:
         if order["confined"]:
-            processes = confine.build_root(walls)
+            processes = confine.build_root(walls, order["seen"])
         else:
             kernel.become_subreaper()
             os.chdir(order["directory"])

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from m3jax.evaluation.data import Field, HubSet, Row, read_fields
+from m3jax.evaluation.ownership import check_entries
 from m3jax.evaluation.protocol import GenerationSettings
 from m3jax.evaluation.records import write_whole
 from m3jax.evaluation.tasks.base import Answer, Example, Judgement, Task, each
@@ -43,5 +44,6 @@ def _export(answers: Sequence[Answer], model: str, directory: Path) -> Path:
         }
         for answer in answers
     ]
+    check_entries(path, ("instruction", "output", "generator"))
     write_whole(path, json.dumps(outputs, ensure_ascii=False, indent=1) + "\n")
     return path

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from m3jax.errors import M3Error
 from m3jax.evaluation.data import Field, HubSet, Row, read_fields
+from m3jax.evaluation.ownership import check_entries
 from m3jax.evaluation.protocol import GenerationSettings
 from m3jax.evaluation.records import make_directory, write_whole
 from m3jax.evaluation.tasks.base import Answer, Example, Export, Judge, Judgement, Task, each
@@ -102,6 +103,7 @@ def exported(clean: Callable[[str], str]) -> Export:
         label = re.sub(r"[^\w.-]+", "-", model).strip("-") or "model"
         path = place / f"{label}.jsonl"
         lines = [json.dumps(_answer_line(answer, clean, label), ensure_ascii=False) for answer in answers]
+        check_entries(path, ("question_id", "answer_id", "model_id"))
         write_whole(path, "".join(line + "\n" for line in lines))
         return path
 
