@@ -119,6 +119,10 @@ def test_the_output_may_not_be_a_file(tmp_path: Path) -> None:
         conduct(tmp_path / "lab", SKILLS, TINY, lambda _: None, "")
     with pytest.raises(M3Error, match="holds something else than a laboratory"):
         conduct(tmp_path, SKILLS, TINY, lambda _: None, "")
+    for name in ("models", "report"):  # somebody else's, though a laboratory has such too
+        (tmp_path / "other" / name).mkdir(parents=True)
+    with pytest.raises(M3Error, match=r"report: is of no laboratory"):
+        conduct(tmp_path / "other", SKILLS, TINY, lambda _: None, "")
 
 
 @pytest.mark.parametrize(
