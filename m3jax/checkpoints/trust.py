@@ -11,7 +11,7 @@ from m3jax.checkpoints import formats
 from m3jax.checkpoints.orbax_tree import item_note
 from m3jax.checkpoints.protocol import Checkpoint
 from m3jax.checkpoints.remote import RemotePath
-from m3jax.checkpoints.storage import is_dir, list_names, read_file
+from m3jax.checkpoints.storage import is_dir, list_names, open_file, read_exactly, read_file, unreadable
 from m3jax.documents import parse_json
 from m3jax.errors import M3Error
 
@@ -38,6 +38,31 @@ def check_companion(path: Path, directory: Path) -> None:
     check_size(path, _own_file(path, directory).st_size)
 
 
+def read_companion(path: Path, directory: Path) -> bytes:
+    """The whole of a file beside the weights, which is the model's own: also where a link takes its place meanwhile.
+
+    Args:
+        path: A local file under `directory`.
+        directory: The model directory.
+
+    Raises:
+        M3Error: As `check_companion`, or it cannot be read.
+    """
+    check_companion(path, directory)
+    descriptor = open_file(path)
+    try:
+        told = os.fstat(descriptor)
+        if not os.path.samestat(told, _own_file(path, directory)):
+            raise M3Error(f"{path} became another file while it was opened: start again once it is at rest.")
+        check_size(path, told.st_size)
+        content = bytearray(told.st_size)
+        return bytes(content[: read_exactly(descriptor, memoryview(content), 0)])
+    except OSError as error:
+        raise unreadable(path, error) from error
+    finally:
+        os.close(descriptor)
+
+
 def check_tokenizer_files(directory: Path) -> None:
     """Checks all that a tokenizer's class, which a model names as it likes, may open in a model directory.
 
@@ -55,7 +80,7 @@ def _own_file(path: Path, directory: Path) -> os.stat_result:
     """What the operating system says of a regular file of the model's own."""
     try:
         real = path.resolve(strict=True)
-        told = real.stat()
+        told = real.lstat()
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
         raise M3Error(f"{path} is a link to what is not there, or cannot be seen: remove it or mend it.") from error
     if not any(real.is_relative_to(root) for root in _own_places(directory.resolve())):
@@ -121,9 +146,9 @@ def _code_beside(directory: Path, names: Sequence[str]) -> list[str]:
     told = files[:_NAMED] + ([f"{len(files) - _NAMED} more .py files"] if len(files) > _NAMED else [])
     for name in sorted(filter(is_config, names)):
         try:
-            if not isinstance(directory, RemotePath):
-                check_companion(directory / name, directory)
-            keys = _code_keys(parse_json(read_file(directory / name), halves=True))
+            remote = isinstance(directory, RemotePath)
+            content = read_file(directory / name) if remote else read_companion(directory / name, directory)
+            keys = _code_keys(parse_json(content, halves=True))
             told += [f"{key} in {name}" for key in _CODE_KEYS if key in keys]
         except (M3Error, ValueError):  # whoever needs the file says what is wrong with it
             continue

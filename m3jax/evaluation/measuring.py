@@ -44,7 +44,7 @@ from m3jax.evaluation.tasks import get_task
 from m3jax.methods import regmean
 from m3jax.methods.fisher import KIND
 from m3jax.outputs.local import check_free, check_space, replaced_with
-from m3jax.outputs.statistics import INPUTS_FIRST, measured_before, read_record, record_of, write_statistics
+from m3jax.outputs.statistics import INPUTS_FIRST, measured_before, measured_of, read_record, write_statistics
 from m3jax.progress import Tell, progress_lines
 from m3jax.trees import loading
 
@@ -158,7 +158,7 @@ def measure_statistics(
     pairs, skipped = _encode(texts, stored, overflow)
     if tell is not None:
         tell(f"reading {model}")
-    record = record_of(stored.place, stored.name)
+    seen = measured_of(stored.place, stored.name)
     measured: dict[str, Any] = {
         "data": {"source": texts.source, "digest": digest(texts.pairs)},
         "task": task,
@@ -171,7 +171,7 @@ def measure_statistics(
     if inputs:
         measured[SHARED] = {name: own.name for own in inputs.values() for name in own.names if name != own.name}
         measured[INPUTS_FIRST] = sorted(name for own in inputs.values() for name in own.first)
-    there = measured_before(place, record, kind, measured)
+    there = measured_before(place, seen.record, kind, measured)
     if there is None:
         check_free(place, overwrite)
         check_space(place, _bytes_of(stored, inputs))
@@ -180,7 +180,7 @@ def measure_statistics(
             found = measure_grams(_load(stored), stored.config, inputs, whole, stored.mesh, tell)
         else:
             found = _fisher(stored, pairs, tell)
-        written = write_statistics(place, stored.place, record, kind, measured, found, size, overwrite)
+        written = write_statistics(place, seen, kind, measured, found, size, overwrite)
         sizes = [value.nbytes for value in found.values()]
     else:
         written, sizes = there.digest, [info.nbytes for info in there.written.values()]

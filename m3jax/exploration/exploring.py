@@ -313,7 +313,7 @@ def _as_written(ready: Ready) -> Path:
     """A directory with what stands beside the output's weights."""
     place = Path(tempfile.mkdtemp(dir=scratch()))
     for name, path in ready.companions.items():
-        write_copy(path, place, name)
+        write_copy(path, place, name, ready.digests[path])
     return place
 
 

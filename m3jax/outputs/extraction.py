@@ -10,7 +10,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,8 @@ from m3jax.anatomy.stored import stored_anatomy
 from m3jax.checkpoints import (
     DTYPES,
     Checkpoint,
+    FileFingerprint,
+    ModelDirectory,
     ShardWriter,
     TensorInfo,
     digest_checkpoint,
@@ -132,15 +134,16 @@ def extract_lora(
             raise M3Error(f"{place} is one of the models, or holds it: choose another output.")
     with saying_what_failed(place), ExitStack() as stack:
         tuned, plain = (stack.enter_context(open_model(each)) for each in found)
+        before = [tuned.fingerprint(), plain.fingerprint()]
         _check_alike(tuned, plain, names)
-        config = read_config(found[1].path if is_dir(found[1].path) else found[1].path.parent) or {}
+        config = _config_beside(found[1].path)
         turned = turned_types(config)
         if turned:
             raise M3Error(f"{names[1]} is {turned[0]}, whose weights lie as [in, out]: extract it in PEFT.")
         extracted = _extracted(tuned, plain, stored_anatomy(plain, found[1].path, config or None), rank, progress)
         if not extracted.tensors:
             raise M3Error(f"{names[0]} has the weights of {names[1]}: there is nothing to extract.")
-        before = [tuned.fingerprint(), plain.fingerprint()]
+        _check_at_rest(place, found, (tuned, plain), before, config)
         identity = hashlib.sha256(json.dumps([names, rank, before], sort_keys=True).encode()).hexdigest()
         told = _config(extracted, names[1], config, rank, plain)
         digest = _write(place, extracted.tensors, told, identity, overwrite, [*tuned.files(), *plain.files()])
@@ -155,6 +158,25 @@ def extract_lora(
         tuple(_notes(extracted)),
         time.perf_counter() - begun,
     )
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    return read_config(path if is_dir(path) else path.parent) or {}
+
+
+def _check_at_rest(
+    out: Path,
+    models: Sequence[ModelDirectory],
+    opened: Sequence[Checkpoint],
+    before: Sequence[Mapping[str, FileFingerprint]],
+    config: Mapping[str, Any],
+) -> None:
+    """Raise M3Error if a model, or the base's configuration, is no more what the adapter was extracted from."""
+    odd = [own.fingerprint() != then for own, then in zip(opened, before, strict=True)]
+    odd[1] |= _config_beside(models[1].path) != config
+    if any(odd):
+        name = models[odd.index(True)].name
+        raise M3Error(f"{out}: {name} changed while it was being read: extract again once it is at rest.")
 
 
 def _check_alike(tuned: Checkpoint, plain: Checkpoint, names: list[str]) -> None:

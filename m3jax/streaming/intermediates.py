@@ -57,8 +57,8 @@ def _write_outline(ready: Ready, recipe: Recipe, directory: Path) -> None:
         write_outline(directory / file, infos)
     if len(ready.shards) > 1:
         write_index(directory, ready.shards, sum(tensor.output.nbytes for tensor in ready.plan.tensors))
-    weights = ready.plan.weights
-    companions.write_companions(directory, ready.companions, recipe, weights, picked=ready.picked, unties=ready.unties)
+    files, weights = (ready.companions, ready.digests), ready.plan.weights
+    companions.write_companions(directory, *files, recipe, weights, picked=ready.picked, unties=ready.unties)
 
 
 def _own_job(job: MergeJob, recipe: Recipe, out: Path) -> MergeJob:

@@ -25,7 +25,7 @@ from m3jax.checkpoints import (
 )
 from m3jax.checkpoints.adapters import tokenizer_note
 from m3jax.checkpoints.formats import ORBAX, SAFETENSORS
-from m3jax.checkpoints.locate import read_config
+from m3jax.checkpoints.locate import digest_companions, read_config
 from m3jax.checkpoints.opening import recognise
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.checkpoints.trust import remarks
@@ -33,6 +33,7 @@ from m3jax.checkpoints.views import stored_at
 from m3jax.cluster.processes import ALONE, Processes, gather
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs import companions, manifest
+from m3jax.outputs.copies import check_unchanged
 from m3jax.outputs.local import check_free, check_place, replaced_with
 from m3jax.outputs.orbax import OrbaxOutput, plan_orbax
 from m3jax.outputs.remote import check_remote_free
@@ -42,6 +43,7 @@ from m3jax.recipe.sections import Section, base_layers
 from m3jax.streaming.aligning import Alignment, notes_on_numbers
 from m3jax.streaming.opening import (
     OpenedModel,
+    configuration_of,
     givers_of_rows,
     libraries_differ,
     notes_on_float8,
@@ -131,6 +133,8 @@ class Ready(NamedTuple):
         orbax: How the output is written where that is not as safetensors.
         tokens: For each model that is read the digest of its tokens' numbers; empty where they decide nothing.
         statistics: Of the experts, which are among `models` and `sources` too, last.
+        digests: Of the files beside weights that are copied or that others are made of, by their paths.
+        configurations: What was read of each model beside its weights to know its tensors.
     """
 
     models: list[OpenedModel]
@@ -147,6 +151,8 @@ class Ready(NamedTuple):
     orbax: OrbaxOutput | None = None
     tokens: tuple[str, ...] = ()
     statistics: OpenedStatistics = OpenedStatistics()
+    digests: Mapping[Path, str] = MappingProxyType({})
+    configurations: Sequence[Any] = ()
 
 
 def written_format(asked: str | None, recipe: Recipe) -> str | None:
@@ -245,15 +251,21 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     plan = make_plan(job.recipe, experts, base, drawn, names, [m.input for m in statistics.models])
     places = [m.place for m in models]
     places += [source.place for source in sources if source.place not in places]  # those that only give layers
-    united, size = vocabulary or (None, None)
-    beside_weights = companions.gather(job.recipe, places, plan.template, united, size)
+    united, size = (None, None) if vocabulary is None else (vocabulary.united, vocabulary.size)
+    chosen = job.recipe, places, plan.template, united
+    digests = dict(vocabulary.read) if vocabulary is not None else {}
+    for place in companions.models_used(*chosen):
+        digests = {**digest_companions(place.path), **digests}  # what a vocabulary was read from counts
+    beside_weights = companions.gather(*chosen, size)
+    digests |= {path: digest_file(path) for path in beside_weights.values() if path not in digests}  # those made here
     shards = plan_shards([t.output for t in plan.tensors], job.max_shard_size)
     tokens = vocabulary.numberings if vocabulary is not None else ()
     _check_recorded(job.recorded, plan, every_source, tokens)
     fingerprints = [m.checkpoint.fingerprint() for m in every]
-    beside = {name: digest_file(path) for name, path in beside_weights.items()}
+    beside = {name: digests[path] for name, path in beside_weights.items()}
+    configurations = _read_beside(sources)
     orbax, said = _orbax_output(job, models, plan, stacked)
-    decided = [_read_beside(sources), tokens]
+    decided = [configurations, tokens]
     rest = [
         shards,
         job.expected,
@@ -275,9 +287,30 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     givers = givers_of_rows(models, sources, plan.template, job.recipe) if stacked else models
     notes += united.notes if united is not None else tuple(notes_on_numbers(givers, job.recipe, job.scheme))
     written = shards, beside_weights, fingerprints, identity, picked, unties, notes
-    ready = Ready(every, every_source, plan, *written, vocabulary, orbax, tokens, statistics)
+    ready = Ready(every, every_source, plan, *written, vocabulary, orbax, tokens, statistics, digests, configurations)
+    check_beside(job, ready)
     _check_agreement(processes, job.recipe, ready, rest)
     return ready
+
+
+def check_beside(job: MergeJob, ready: Ready) -> None:
+    """Raise M3Error if what stands beside an input's weights is not what the merge was planned from.
+
+    Args:
+        job: The merge.
+        ready: The same, prepared.
+    """
+    sources = ready.sources[: len(ready.configurations)]  # without statistics
+    now = [configuration_of(source.place.path) for source in sources]
+    changed = [own != source.beside for own, source in zip(now, sources, strict=True)]
+    planned = zip(ready.configurations, _read_beside(sources), strict=True)
+    changed = [odd or then != own for odd, (then, own) in zip(changed, planned, strict=True)]
+    if any(changed):
+        name = sources[changed.index(True)].input.name
+        raise M3Error(
+            f"{job.out}: the configuration of {name} changed while it was being merged: merge again once it is at rest"
+        )
+    check_unchanged(ready.digests)
 
 
 def _read_beside(sources: Sequence[OpenedModel]) -> list[Any]:

@@ -49,6 +49,7 @@ from m3jax.streaming.jobs import (
     MergeJob,
     Ready,
     as_recorded,
+    check_beside,
     prepare,
     recorded_digests,
     written_format,
@@ -235,6 +236,7 @@ def _check_at_rest(job: MergeJob, ready: Ready, passes: Passes) -> None:
 
     A link or a mode changes a file's ctime, and so does whoever sets its mtime back: then the bytes decide.
     """
+    check_beside(job, ready)
     files = {source.checkpoint.location: source.checkpoint for source in ready.sources}
     for position, (model, before) in enumerate(zip(ready.models, ready.fingerprints, strict=True)):
         checkpoint = model.checkpoint
@@ -489,7 +491,14 @@ def _write_companions(job: MergeJob, ready: Ready, directory: Path) -> dict[str,
     """Write what stands beside the weights; returns the digest of each file."""
     published = list(_published(job, ready))
     return modelcard.write_companions(
-        directory, ready.companions, job.recipe, ready.plan.weights, published, ready.picked, ready.unties
+        directory,
+        ready.companions,
+        ready.digests,
+        job.recipe,
+        ready.plan.weights,
+        published,
+        ready.picked,
+        ready.unties,
     )
 
 

@@ -177,7 +177,7 @@ def test_misuse_is_said_before_anything_is_measured(place, monkeypatch, keys, se
     monkeypatch.chdir(place)
     (place / "odd.jsonl").write_text('{"question": "?"}')
     (place / "long.jsonl").write_text(json.dumps({"text": " positive" * 600}))
-    monkeypatch.setattr(measuring, "record_of", lambda *_: pytest.fail("read all weights"))
+    monkeypatch.setattr(measuring, "measured_of", lambda *_: pytest.fail("read all weights"))
     with pytest.raises(M3Error, match=sentence):
         m3jax.measure_statistics(**{"model": "expert-a", "out": "new", **keys})
 
