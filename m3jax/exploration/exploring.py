@@ -47,6 +47,7 @@ from m3jax.exploration.selection import MEAN, PARETO, Result, check_select, choo
 from m3jax.exploration.strategies import EXTENSIBLE, RANKING, Trial, pursue, strategy_of
 from m3jax.methods.mixup import GRANULARITIES
 from m3jax.outputs.copies import write_copy
+from m3jax.outputs.local import check_apart
 from m3jax.progress import Progress, Tell
 from m3jax.recipe import MixupSettings, Recipe, load_recipe
 from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, Ready, prepared
@@ -463,6 +464,8 @@ def explore(
             f"{out}: exists already: pass --overwrite, which keeps the samples in {place}, or choose another output"
         )
     with prepared(loaded, out, overwrite=overwrite, max_shard_size=max_shard_size) as ready:
+        for source in ready.sources:
+            check_apart(place, source.place)
         space = space_of(loaded, ready.plan)
         strategy_of(strategy, space, samples)
         if score is not None:

@@ -46,7 +46,7 @@ from m3jax.checkpoints.views import stored_digests
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs import mark
 from m3jax.outputs.copies import check_documents, write_copy
-from m3jax.outputs.local import Staging, check_free, exactly, replaced_with
+from m3jax.outputs.local import Staging, check_apart, check_free, exactly
 from m3jax.outputs.manifest import InputRecord, TensorDigests
 from m3jax.outputs.modes import narrow
 from m3jax.outputs.statistics import check_no_statistics
@@ -151,12 +151,12 @@ def convert(
     check_no_adapter(found)
     check_no_statistics(found.name, found.path)
     place = found.path
-    if any(replaced_with(out, each.path) is not None for each in (found, found.adapter) if each is not None):
-        raise M3Error(f"{out} is the model to convert, or holds it: choose another output.")
+    check_apart(out, found)
     with saying_what_failed(out), ExitStack() as stack:
         digests = digest_companions(place)  # before anything is made of them
         stored, adapting = open_stored(found)
         stack.enter_context(stored)
+        check_apart(out, found, stored.files())
         source = _dequantized(stored, place, os.fspath(src)) if dequantize else stored
         source = source if adapting is None else seen_adapted(source, adapting)
         scheme = _scheme_of(stored, place) if dequantize else None

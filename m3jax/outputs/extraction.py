@@ -42,7 +42,7 @@ from m3jax.checkpoints.standing_in import CONVERSION
 from m3jax.checkpoints.storage import is_dir
 from m3jax.checkpoints.views_adapted import FLOATS
 from m3jax.errors import M3Error, saying_what_failed
-from m3jax.outputs.local import Staging, check_free, exactly, replaced_with
+from m3jax.outputs.local import Staging, check_apart, check_free, exactly
 from m3jax.outputs.manifest import versions
 from m3jax.outputs.modes import narrow
 from m3jax.progress import Progress
@@ -130,10 +130,11 @@ def extract_lora(
     found = [locate_model(name) for name in names]
     for each in found:
         check_no_adapter(each)
-        if any(replaced_with(place, part.path) is not None for part in (each, each.adapter) if part is not None):
-            raise M3Error(f"{place} is one of the models, or holds it: choose another output.")
+        check_apart(place, each)
     with saying_what_failed(place), ExitStack() as stack:
         tuned, plain = (stack.enter_context(open_model(each)) for each in found)
+        for each, opened in zip(found, (tuned, plain), strict=True):
+            check_apart(place, each, opened.files())
         before = [tuned.fingerprint(), plain.fingerprint()]
         _check_alike(tuned, plain, names)
         config = _config_beside(found[1].path)

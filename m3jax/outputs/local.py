@@ -13,18 +13,19 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from m3jax.checkpoints import TensorInfo, digest_tensor, open_safetensors
+from m3jax.checkpoints import ModelDirectory, TensorInfo, digest_tensor, open_safetensors
 from m3jax.checkpoints.formats import SAFETENSORS
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.shards import WEIGHTS_METADATA, appearing, sync
 from m3jax.checkpoints.standing_in import CONVERSION
+from m3jax.checkpoints.storage import is_dir
 from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 from m3jax.outputs import directories
@@ -67,19 +68,43 @@ def intermediates_directory(out: Path) -> Path:
     return out.with_name(out.name + ".intermediates")
 
 
-def replaced_with(out: Path, place: Path) -> Path | None:
-    """The directory that goes when an output is made, if a model that is read is in it.
+def check_apart(out: Path, model: ModelDirectory, files: Iterable[Path] = ()) -> None:
+    """Checks that an output neither takes the place of what it is made of nor is made inside it.
 
     Args:
         out: Where the output is to appear, here or in remote storage.
-        place: The model.
+        model: A model that is read.
+        files: Its weight files, which may be links.
 
-    Returns:
-        `out`, or where it is made, if that is the model's place or holds it; else None.
+    Raises:
+        M3Error: It does; links are followed.
     """
-    targets = [out] if isinstance(out, RemotePath) else [out.resolve(), partial_directory(out).resolve()]
-    inside = place.resolve()
-    return next((target for target in targets if target == inside or target in inside.parents), None)
+    parts = [part for part in (model, model.adapter) if part is not None]
+    for part in parts:
+        target = next((made for made in _made_at(out) if _is_in(part.path.resolve(), made)), None)
+        if target is not None:
+            raise M3Error(f"{target}: is one of the models, or holds {model.name}: choose another output")
+        holds = any(_is_in(made, part.path.resolve()) for made in _made_at(out))
+        if holds and (isinstance(part.path, RemotePath) or is_dir(part.path)):
+            raise M3Error(f"{out}: would be made inside {model.name}, which is read: choose another output")
+    for file in _linked(files):
+        if any(_is_in(file.resolve(), made) for made in _made_at(out)):
+            raise M3Error(f"{out}: holds the file that {file} of {model.name} leads to: choose another output")
+
+
+def _made_at(out: Path) -> list[Path]:
+    """Where an output appears and where it is made, without links."""
+    return [out] if isinstance(out, RemotePath) else [out.resolve(), partial_directory(out).resolve()]
+
+
+def _is_in(inner: Path, outer: Path) -> bool:
+    return inner == outer or outer in inner.parents
+
+
+def _linked(files: Iterable[Path]) -> list[Path]:
+    """Those of some files that may be elsewhere than the directory of their model: links, and what is in one."""
+    here = [path for path in files if not isinstance(path, RemotePath)]
+    return [path for path in here if path.is_symlink() or path.parent.is_symlink()]
 
 
 def check_place(out: Path) -> None:

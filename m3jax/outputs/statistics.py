@@ -145,13 +145,15 @@ class ModelBefore(NamedTuple):
     Attributes:
         place: Where it is.
         record: What is told of it.
-        fingerprint: What tells its weight files from others.
+        files: Its weight files.
+        fingerprint: What tells these from others.
         configuration: The config.json that goes with its statistics, if it has one, by name.
         digests: Of that, by its path.
     """
 
     place: ModelDirectory
     record: InputRecord
+    files: tuple[Path, ...]
     fingerprint: Mapping[str, FileFingerprint]
     configuration: Mapping[str, Path]
     digests: Mapping[Path, str]
@@ -172,13 +174,13 @@ def measured_of(place: ModelDirectory, name: str) -> ModelBefore:
     digests = {path: digests.get(path) or digest_file(path) for path in configuration.values()}
     stored, adapting = open_stored(place)
     with stored as checkpoint:
-        fingerprint = checkpoint.fingerprint()
+        files, fingerprint = checkpoint.files(), checkpoint.fingerprint()
         tensors = {each: (info, digest_tensor(checkpoint, each)) for each, info in checkpoint.tensors.items()}
     adapter = None
     if place.adapter is not None and adapting is not None:
         adapter = {"name": place.adapter.name, "revision": place.adapter.revision, "config": adapting.config_digest}
     record = InputRecord(name, "source", place.revision, tensors, None, adapter)
-    return ModelBefore(place, record, fingerprint, configuration, digests)
+    return ModelBefore(place, record, files, fingerprint, configuration, digests)
 
 
 def _check_at_rest(out: Path, model: ModelBefore, checkpoint: Checkpoint) -> None:

@@ -19,7 +19,7 @@ from m3jax.checkpoints.remote import RemotePath
 from m3jax.cluster.processes import Processes, share
 from m3jax.errors import M3Error
 from m3jax.outputs import companions, manifest
-from m3jax.outputs.local import check_free, intermediates_directory
+from m3jax.outputs.local import check_apart, check_free, intermediates_directory
 from m3jax.outputs.remote import check_remote_free
 from m3jax.outputs.verification import verify
 from m3jax.recipe import Recipe
@@ -103,7 +103,9 @@ def with_intermediates(
     if processes.index == 0:
         check_free(job.out, job.overwrite)
     with ExitStack() as stack:  # what is wrong with the last merge shows before the first is made
-        prepare(outlined(job, processes), processes, stack)
+        ready = prepare(outlined(job, processes), processes, stack)
+        for source in ready.sources:
+            check_apart(intermediates_directory(job.out), source.place, source.checkpoint.files())
     place = intermediates_directory(job.out)
     if processes.index == 0:
         place.mkdir(exist_ok=True)

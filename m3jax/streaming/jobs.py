@@ -34,7 +34,7 @@ from m3jax.cluster.processes import ALONE, Processes, gather
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs import companions, manifest
 from m3jax.outputs.copies import check_unchanged
-from m3jax.outputs.local import check_free, check_place, replaced_with
+from m3jax.outputs.local import check_apart, check_free, check_place
 from m3jax.outputs.orbax import OrbaxOutput, plan_orbax
 from m3jax.outputs.remote import check_remote_free
 from m3jax.progress import Progress
@@ -243,7 +243,8 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     models = with_written_dtypes(models, sources)
     statistics = open_statistics(job, models, stack)
     every, every_source = [*models, *statistics.models], [*sources, *statistics.sources]
-    _check_apart(job.out, every_source)
+    for source in every_source:
+        check_apart(job.out, source.place, source.checkpoint.files())
     drawn: DrawnWeights | None = manifest.drawn_weights(job.recorded) if job.recorded is not None else job.chosen
     base = models[-1].input if models[-1].role != "expert" else None
     names = [name for source in sources for name in source.checkpoint.tensors] if stacked else []
@@ -375,16 +376,6 @@ def recorded_digests(ready: Ready, recorded: Mapping[str, Any] | None) -> dict[s
     for source, record in zip(ready.sources, recorded["inputs"], strict=True):
         found.setdefault(source.checkpoint.location, {}).update(record["tensors"])
     return found
-
-
-def _check_apart(out: Path, models: Sequence[OpenedModel]) -> None:
-    """Refuse to replace a directory that a model is read from."""
-    for model in models:
-        adapter = model.place.adapter
-        paths = [model.place.path, *([adapter.path] if adapter is not None else [])]
-        target = next((found for path in paths if (found := replaced_with(out, path)) is not None), None)
-        if target is not None:
-            raise M3Error(f"{target}: is one of the models, or holds {model.input.name}: choose another output")
 
 
 def _check_recorded(
