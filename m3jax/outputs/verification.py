@@ -117,7 +117,8 @@ def verify(
     recorded = mark.read(place) if of_conversion else manifest.read_edited(place)[0]
     manifest.check_sources(recorded, sources or {})
     found = (_verify_conversion if of_conversion else _verify_merge)(place, progress)
-    if found.differences and manifest.is_intact(recorded):  # an edited manifest replays nothing
+    intact = manifest.is_intact(recorded) and (of_conversion or not manifest.contradictions(recorded))
+    if found.differences and intact:  # an edited manifest replays nothing
         found = found._replace(mend=mend_of(found.directory, recorded))
     return with_inputs(found, recorded, sources or {}, progress) if inputs else found
 
@@ -188,6 +189,9 @@ def compare_beside(directory: str | os.PathLike[str]) -> Beside:
     differences, notes = [], []
     if not intact:
         differences.append(f"{name}: was changed after it was written")
+    elif odd := manifest.contradictions(told):
+        differences += [f"{name}: {said}" for said in odd]
+        intact = False  # whatever digest it gives itself
     if manifest.version_of(told) == 1:
         notes.append(f"{name}: is of a version that recorded no digest of it: edits of it are not seen")
         notes.append(f"{name}: is of a version that did not list all files: added ones and metadata are not seen")
