@@ -20,7 +20,6 @@ LARGEST_COMPANION = 2**28
 
 _CODE_KEYS = ("auto_map", "custom_pipelines")  # whose values name classes in Python files, which loaders may import
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "*processor_config.json")
-_READ_BY_TOKENIZERS = (".json", ".jinja", ".txt", ".model", ".spm", ".bpe", ".codes", ".vocab", ".tiktoken")
 _NAMED = 3  # files that a sentence names
 
 
@@ -64,20 +63,35 @@ def read_companion(path: Path, directory: Path) -> bytes:
 
 
 def check_tokenizer_files(directory: Path) -> None:
-    """Checks all that a tokenizer's class, which a model names as it likes, may open in a model directory.
+    """Checks all that a tokenizer's class, which a model names as it likes, may open in or below a model directory.
+
+    What such a file is called only its class says. Weights, and the indexes of them, no tokenizer reads.
 
     Raises:
-        M3Error: As `check_companion`, but for the size, as not all of it is a tokenizer's; or the directory cannot be
-            listed.
+        M3Error: A link leads out of the model, to nothing, or to what is no file; a file is none; or a directory cannot
+            be listed.
     """
-    for name in list_names(directory):
-        weights = any(format.names(name) for format in formats.FORMATS)
-        if name.endswith(_READ_BY_TOKENIZERS) and not weights and not is_dir(directory / name):
-            _own_file(directory / name, directory)
+    list_names(directory)
+    for place, directories, files in os.walk(directory):
+        directories[:] = [name for name in directories if not name.startswith(".")]  # of other tools
+        for name in directories:
+            if (path := Path(place, name)).is_symlink():
+                _check_inside(path, directory)
+        for name in files:
+            if not any(format.names(name) for format in formats.FORMATS):
+                _own_file(Path(place, name), directory)
 
 
 def _own_file(path: Path, directory: Path) -> os.stat_result:
     """What the operating system says of a regular file of the model's own."""
+    told = _check_inside(path, directory)
+    if not stat.S_ISREG(told.st_mode):
+        raise M3Error(f"{path} is not a regular file: remove it from the model.")
+    return told
+
+
+def _check_inside(path: Path, directory: Path) -> os.stat_result:
+    """What the operating system says of what a path leads to, which is of the model itself."""
     try:
         real = path.resolve(strict=True)
         told = real.lstat()
@@ -87,8 +101,6 @@ def _own_file(path: Path, directory: Path) -> os.stat_result:
         raise M3Error(
             f"{path} leads out of the model, to {real}: put a copy there in place of the link, if it is meant."
         )
-    if not stat.S_ISREG(told.st_mode):
-        raise M3Error(f"{path} is not a regular file: remove it from the model.")
     return told
 
 
