@@ -274,7 +274,6 @@ def _convert(job: _Job) -> tuple[int, str]:
     told = [to.name, job.max_shard_size, source.location, before, sorted(beside), shapes]
     identity = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     with Staging(job.out, identity, total + small, job.overwrite, names=_names(job)) as staging:
-        narrow(staging.path, source.files())  # before there is anything in it
         watched = _Watched(source, _Stage("converting", total, job.progress))
         if job.template is not None:
             fill_with_orbax(staging.path, watched, template=job.template)

@@ -352,7 +352,6 @@ def _write(
     infos = [TensorInfo(name, value.shape, "F32") for name, value in tensors.items()]
     size = sum(info.nbytes for info in infos)
     with Staging(out, identity, size, overwrite, names=exactly([WEIGHTS, CONFIG, CONVERSION])) as staging:
-        narrow(staging.path, read)  # before there is anything in it
         with ShardWriter(staging.path / WEIGHTS, infos) as shard:
             for name, value in tensors.items():
                 shard.write(name, 0, value)

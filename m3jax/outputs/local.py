@@ -411,6 +411,8 @@ class Staging(Workplace):
         self.finished = [entry for entry in self.finished if _REPLACES not in entry]
         self._check_own((*self._names, *own.names))
         self._opened = True
+        with suppress(PermissionError):  # of a directory that another user has made
+            self.path.chmod(directories.PRIVATE)
         if own.identity != identity or not self.finished:
             self.finished = []
             _empty(self.path)

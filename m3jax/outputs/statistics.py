@@ -251,7 +251,6 @@ def write_statistics(
         Staging(out, identity, space, overwrite, names=names) as staging,
         open_stored(model.place)[0] as read,
     ):
-        narrow(staging.path, read.files())  # before there is anything in it
         for file, own in shards:
             with ShardWriter(staging.path / file, own) as shard:
                 for info in own:

@@ -150,7 +150,6 @@ def _open_workplace(
         space += 0 if ready.orbax is None else _largest(ready) + ready.orbax.size_beside  # one file stands there twice
         shared = processes.count > 1
         staging = stack.enter_context(Staging(job.out, ready.identity, space, job.overwrite, shared, names))
-        narrow(staging.path, _weight_files(ready))
         damaged = _damaged(staging, ready, job.progress)
         staging.finished = [entry for entry in staging.finished if entry.get("shard") not in damaged]
     share(processes, [ready.identity, staging.finished])

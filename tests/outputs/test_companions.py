@@ -13,6 +13,7 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 from support.directories import write
+from support.faults import Faults, Killed
 
 import m3jax
 from m3jax.checkpoints import trust
@@ -307,6 +308,50 @@ def test_outputs_open_to_nobody_what_inputs_keep_closed(models: list[Path]) -> N
     models[0].chmod(0o710)
     out = convert(models[0], models[0].parent / "closed").directory
     assert [mode(out), mode(out / "model.safetensors"), mode(out / "config.json")] == [0o710, 0o640, 0o640]
+
+
+def test_an_output_of_linked_weights_is_as_closed_as_where_they_are(models: list[Path]) -> None:
+    closed = models[0].parent / "closed"
+    closed.mkdir(0o700)
+    weights = (models[0] / "model.safetensors").rename(closed / "model.safetensors")
+    (models[0] / "model.safetensors").symlink_to(weights)
+    out = convert(models[0], models[0].parent / "out").directory
+    assert mode(out) == 0o700
+
+
+def test_what_is_being_made_is_closed_to_others_also_after_a_kill(models: list[Path]) -> None:
+    place, seen = models[0].parent, []
+
+    def look(progress: Progress) -> None:
+        seen.extend(mode(partial) for partial in place.glob("*.partial"))
+
+    two = {"model.layers.0.w": np.float32([1, 2]), "model.layers.1.w": np.float32([3])}
+    asked = {"merge_method": "linear", "models": [str(write(place / "large", two)), str(place / "large")]}
+    works = (
+        lambda out: m3jax.merge_checkpoint(asked, out, progress=look, max_shard_size=8),
+        lambda out: convert(place / "large", out, progress=look),
+    )
+    for number, work in enumerate(works):
+        before = os.umask(0o027)
+        try:
+            out = place / f"umask{number}"
+            work(out)
+            assert mode(out) == 0o750
+        finally:
+            os.umask(before)
+    assert set(seen) == {0o700}
+    with (
+        pytest.raises(Killed),
+        Faults(place).until(lambda call: call.startswith("fsync") and "model-00002" in call),
+    ):
+        works[0](place / "killed")
+    partial = place / "killed.partial"
+    assert list(partial.glob("model-00001*"))
+    assert mode(partial) == 0o700
+    partial.chmod(0o755)  # as earlier versions left it
+    seen.clear()
+    works[0](place / "killed")
+    assert set(seen) == {0o700}
 
 
 def test_a_chat_template_is_as_closed_as_the_file_that_it_comes_from(models: list[Path]) -> None:
