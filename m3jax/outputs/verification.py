@@ -26,7 +26,7 @@ from m3jax.checkpoints.storage import is_dir, is_file, list_names, read_file
 from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 from m3jax.outputs import manifest, mark
-from m3jax.outputs.local import is_own
+from m3jax.outputs.local import is_own, left_beside
 from m3jax.outputs.written import open_written, varying_patterns
 from m3jax.progress import Progress
 from m3jax.text import count_text
@@ -202,6 +202,8 @@ def compare_beside(directory: str | os.PathLike[str]) -> Beside:
         added, said = _beside(place, known, varying_patterns(recorded))
         differences += added
         notes += said
+    left = left_beside(place)
+    notes += [left] if left is not None else []
     for file, digest in sorted(recorded["files"].items()):
         fault = _fault_of_file(place / file, digest)
         if fault is not None and file in manifest.EDITABLE:

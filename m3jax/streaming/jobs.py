@@ -80,6 +80,8 @@ class MergeJob(NamedTuple):
         said: What a user should know of how the recipe was read.
         writes: Whether the output is to be made; a plan does not mind what is there.
         lanes: How many tensors are merged at the same time; by the machine's cores if None.
+        outlined: The identities of the merges that it starts from and of which it has outlines, by name.
+        whole: Its identity, whatever the merges that it starts from are told by; of what it is opened as if None.
     """
 
     recipe: Recipe
@@ -101,6 +103,8 @@ class MergeJob(NamedTuple):
     said: tuple[str, ...] = ()
     writes: bool = True
     lanes: int | None = None
+    outlined: Mapping[str, str] = MappingProxyType({})
+    whole: str | None = None
 
     @property
     def scheme(self) -> str:
@@ -276,8 +280,11 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
         *([orbax.to_json()] if orbax is not None else []),
         *([statistics.identity()] if statistics.models else []),
     ]
-    inputs = [[m.input.name, str(m.place.path), told] for m, told in zip(every, fingerprints, strict=True)]
-    identity = _identity(job.recipe, plan, inputs, rest, job.scheme)
+    inputs = [
+        [m.input.name, job.outlined.get(m.input.name) or [str(m.place.path), told]]
+        for m, told in zip(every, fingerprints, strict=True)
+    ]
+    identity = job.whole or _identity(job.recipe, plan, inputs, rest, job.scheme)
     picked = _picked(job.recipe, plan.template == len(models) - 1 and base is not None) if stacked else None
     unties = models[plan.template].given_head
     notes = job.said + said + tuple(note for m in models for note in remarks(m.input.name, m.place.path, m.checkpoint))

@@ -187,7 +187,16 @@ def _merge(job: MergeJob, processes: Processes) -> MergeResult:
     if not job.recipe.needed:
         return _merge_one(job, processes)
     with saying_what_failed(job.out):
-        return with_intermediates(job, processes, _merge_one)
+        found = with_intermediates(job, processes, _merge_one)
+        return _as_it_is(job.out, processes.count) if found is None else found
+
+
+def _as_it_is(out: Path, count: int) -> MergeResult:
+    """What the same command did that was stopped when its output was there."""
+    record = manifest.read(out)
+    said = f"{out} was there already: the same command was stopped as it ended, and what it had left was removed"
+    shards = len(record["output"]["weight_files"])
+    return MergeResult(out, record["output"]["digest"], record, 0.0, 0, 0, shards, (said,), (0,) * count)
 
 
 def _merge_one(job: MergeJob, processes: Processes) -> MergeResult:
@@ -475,7 +484,7 @@ def _publish(job: MergeJob, ready: Ready, staging: Staging | RemoteStaging, reco
     if isinstance(staging, Staging):
         narrow(staging.path, _weight_files(ready))
         made = [*(file for file, _ in ready.shards), *files, *links, manifest.FILE_NAME]
-        staging.publish(made if ready.orbax is None else staging.files())
+        staging.publish(made if ready.orbax is None else staging.files(), spent=bool(job.recipe.needed))
     else:
         staging.publish()
     return record
