@@ -34,7 +34,7 @@ from m3jax.checkpoints.protocol import (
 )
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.storage import is_dir, is_file, list_names, read_file
-from m3jax.checkpoints.trust import check_companion
+from m3jax.checkpoints.trust import read_companion
 from m3jax.checkpoints.views_adapted import FLOATS, Adaptation, Factor, Product, adapted
 from m3jax.documents import parse_json
 from m3jax.errors import M3Error
@@ -175,9 +175,7 @@ def _open_adapter(place: ModelDirectory) -> StoredAdapter:
     file = place.path / CONFIG
     if not is_dir(place.path) or not is_file(file):
         raise M3Error(f"{place.name} is no adapter of PEFT, for it has no {CONFIG}: give the directory that has it.")
-    if not isinstance(file, RemotePath):
-        check_companion(file, place.path)
-    raw = read_file(file)
+    raw = read_file(file) if isinstance(file, RemotePath) else read_companion(file, place.path)
     try:
         config = parse_json(raw)
     except ValueError as error:

@@ -13,11 +13,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from blake3 import blake3
+
 from m3jax.checkpoints.formats import MSGPACK, PUBLISHED
 from m3jax.checkpoints.remote import RemotePath, absent, as_path, is_url
 from m3jax.checkpoints.runs import split_step, step_name, step_place
 from m3jax.checkpoints.storage import exists, is_dir, is_file, list_names
-from m3jax.checkpoints.trust import check_companion, check_size
+from m3jax.checkpoints.trust import check_companion, check_size, read_companion
 from m3jax.documents import parse_json
 from m3jax.errors import M3Error, saying_what_failed
 
@@ -375,6 +377,21 @@ def named_companions(model: Path) -> dict[str, Path]:
     return {str(path.relative_to(directory)): path for path in companions(directory)}
 
 
+def digest_companions(model: Path) -> dict[Path, str]:
+    """The digests of a model's companions on this disk, by their paths; of a remote one none.
+
+    Args:
+        model: A model directory, or a weight file in one.
+
+    Raises:
+        M3Error: As `companions`.
+    """
+    directory = model if is_dir(model) else model.parent
+    if isinstance(directory, RemotePath):
+        return {}
+    return {path: blake3(read_companion(path, directory)).hexdigest() for path in companions(directory)}
+
+
 def read_config(model: Path) -> dict[str, Any] | None:
     """A model's config.json; None where there is none.
 
@@ -385,12 +402,13 @@ def read_config(model: Path) -> dict[str, Any] | None:
         M3Error: It is not a JSON object, or not the model's own; see `check_companion`.
     """
     path = model / CONFIG
-    if not isinstance(path, RemotePath) and os.path.lexists(path) and not is_dir(path):
+    remote = isinstance(path, RemotePath)
+    if not remote and os.path.lexists(path) and not is_dir(path):
         check_companion(path, model)
     if not is_file(path):
         return None
     try:
-        config = parse_json(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_bytes() if remote else read_companion(path, model))
     except ValueError as error:
         raise M3Error(f"{path}: is not JSON ({error}): restore the file") from None
     except OSError as error:

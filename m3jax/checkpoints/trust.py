@@ -11,7 +11,7 @@ from m3jax.checkpoints import formats
 from m3jax.checkpoints.orbax_tree import item_note
 from m3jax.checkpoints.protocol import Checkpoint
 from m3jax.checkpoints.remote import RemotePath
-from m3jax.checkpoints.storage import is_dir, list_names, read_file
+from m3jax.checkpoints.storage import is_dir, list_names, open_file, read_exactly, read_file, unreadable
 from m3jax.documents import LARGEST_FILE, parse_json
 from m3jax.errors import M3Error
 
@@ -20,7 +20,6 @@ LARGEST_COMPANION = LARGEST_FILE
 
 _CODE_KEYS = ("auto_map", "custom_pipelines")  # whose values name classes in Python files, which loaders may import
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "*processor_config.json")
-_READ_BY_TOKENIZERS = (".json", ".jinja", ".txt", ".model", ".spm", ".bpe", ".codes", ".vocab", ".tiktoken")
 _NAMED = 3  # files that a sentence names
 
 
@@ -38,17 +37,49 @@ def check_companion(path: Path, directory: Path) -> None:
     check_size(path, own_file(path, directory).st_size)
 
 
-def check_tokenizer_files(directory: Path) -> None:
-    """Checks all that a tokenizer's class, which a model names as it likes, may open in a model directory.
+def read_companion(path: Path, directory: Path) -> bytes:
+    """The whole of a file beside the weights, which is the model's own: also where a link takes its place meanwhile.
+
+    Args:
+        path: A local file under `directory`.
+        directory: The model directory.
 
     Raises:
-        M3Error: As `check_companion`, but for the size, as not all of it is a tokenizer's; or the directory cannot be
-            listed.
+        M3Error: As `check_companion`, or it cannot be read.
     """
-    for name in list_names(directory):
-        weights = any(format.names(name) for format in formats.FORMATS)
-        if name.endswith(_READ_BY_TOKENIZERS) and not weights and not is_dir(directory / name):
-            own_file(directory / name, directory)
+    check_companion(path, directory)
+    descriptor = open_file(path)
+    try:
+        told = os.fstat(descriptor)
+        if not os.path.samestat(told, own_file(path, directory)):
+            raise M3Error(f"{path} became another file while it was opened: start again once it is at rest.")
+        check_size(path, told.st_size)
+        content = bytearray(told.st_size)
+        return bytes(content[: read_exactly(descriptor, memoryview(content), 0)])
+    except OSError as error:
+        raise unreadable(path, error) from error
+    finally:
+        os.close(descriptor)
+
+
+def check_tokenizer_files(directory: Path) -> None:
+    """Checks all that a tokenizer's class, which a model names as it likes, may open in or below a model directory.
+
+    What such a file is called only its class says. Weights, and the indexes of them, no tokenizer reads.
+
+    Raises:
+        M3Error: A link leads out of the model, to nothing, or to what is no file; a file is none; or a directory cannot
+            be listed.
+    """
+    list_names(directory)
+    for place, directories, files in os.walk(directory):
+        directories[:] = [name for name in directories if not name.startswith(".")]  # of other tools
+        for name in directories:
+            if (path := Path(place, name)).is_symlink():
+                _check_inside(path, directory)
+        for name in files:
+            if not any(format.names(name) for format in formats.FORMATS):
+                own_file(Path(place, name), directory)
 
 
 def own_file(path: Path, directory: Path) -> os.stat_result:
@@ -61,17 +92,23 @@ def own_file(path: Path, directory: Path) -> os.stat_result:
     Raises:
         M3Error: As `check_companion`, whatever its size.
     """
+    told = _check_inside(path, directory)
+    if not stat.S_ISREG(told.st_mode):
+        raise M3Error(f"{path} is not a regular file: remove it from the model.")
+    return told
+
+
+def _check_inside(path: Path, directory: Path) -> os.stat_result:
+    """What the operating system says of what a path leads to, which is of the model itself."""
     try:
         real = path.resolve(strict=True)
-        told = real.stat()
+        told = real.lstat()
     except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
         raise M3Error(f"{path} is a link to what is not there, or cannot be seen: remove it or mend it.") from error
     if not any(real.is_relative_to(root) for root in _own_places(directory.resolve())):
         raise M3Error(
             f"{path} leads out of the model, to {real}: put a copy there in place of the link, if it is meant."
         )
-    if not stat.S_ISREG(told.st_mode):
-        raise M3Error(f"{path} is not a regular file: remove it from the model.")
     return told
 
 
@@ -138,9 +175,9 @@ def _code_beside(directory: Path, names: Sequence[str]) -> list[str]:
     told = sorted(filter(is_code, names))
     for name in sorted(filter(is_config, names)):
         try:
-            if not isinstance(directory, RemotePath):
-                check_companion(directory / name, directory)
-            keys = code_keys(parse_json(read_file(directory / name), halves=True))
+            remote = isinstance(directory, RemotePath)
+            content = read_file(directory / name) if remote else read_companion(directory / name, directory)
+            keys = code_keys(parse_json(content, halves=True))
             told += [f"{key} in {name}" for key in _CODE_KEYS if key in keys]
         except (M3Error, ValueError):  # whoever needs the file says what is wrong with it
             continue

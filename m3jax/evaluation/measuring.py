@@ -43,8 +43,8 @@ from m3jax.evaluation.runner import find_source, read_examples
 from m3jax.evaluation.tasks import get_task
 from m3jax.methods import regmean
 from m3jax.methods.fisher import KIND
-from m3jax.outputs.local import check_free, check_space, replaced_with
-from m3jax.outputs.statistics import INPUTS_FIRST, measured_before, read_record, record_of, write_statistics
+from m3jax.outputs.local import check_apart, check_free, check_space
+from m3jax.outputs.statistics import INPUTS_FIRST, measured_before, measured_of, read_record, write_statistics
 from m3jax.progress import Tell, progress_lines
 from m3jax.trees import loading
 
@@ -153,12 +153,12 @@ def measure_statistics(
         check_free(place, overwrite)
     texts = read_texts(task, data, examples, template)
     stored = open_model(model, dtype, make_mesh(mesh))
-    if any(replaced_with(place, p.path) for p in (stored.place, stored.place.adapter) if p is not None):
-        raise M3Error(f"{place}: is the model, or holds it: choose another output")
+    check_apart(place, stored.place)
     pairs, skipped = _encode(texts, stored, overflow)
     if tell is not None:
         tell(f"reading {model}")
-    record = record_of(stored.place, stored.name)
+    seen = measured_of(stored.place, stored.name)
+    check_apart(place, stored.place, seen.files)
     measured: dict[str, Any] = {
         "data": {"source": texts.source, "digest": digest(texts.pairs)},
         "task": task,
@@ -171,7 +171,7 @@ def measure_statistics(
     if inputs:
         measured[SHARED] = {name: own.name for own in inputs.values() for name in own.names if name != own.name}
         measured[INPUTS_FIRST] = sorted(name for own in inputs.values() for name in own.first)
-    there = measured_before(place, record, kind, measured)
+    there = measured_before(place, seen.record, kind, measured)
     if there is None:
         check_free(place, overwrite)
         check_space(place, _bytes_of(stored, inputs))
@@ -181,7 +181,7 @@ def measure_statistics(
         else:
             found = _fisher(stored, pairs, tell)
         stored.check_unchanged()
-        written = write_statistics(place, stored.place, record, kind, measured, found, size, overwrite)
+        written = write_statistics(place, seen, kind, measured, found, size, overwrite)
         sizes = [value.nbytes for value in found.values()]
     else:
         written, sizes = there.digest, [info.nbytes for info in there.written.values()]

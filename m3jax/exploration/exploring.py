@@ -49,6 +49,7 @@ from m3jax.exploration.selection import MEAN, PARETO, Result, check_select, choo
 from m3jax.exploration.strategies import EXTENSIBLE, RANKING, Trial, pursue, strategy_of
 from m3jax.methods.mixup import GRANULARITIES
 from m3jax.outputs.copies import write_copy
+from m3jax.outputs.local import check_apart
 from m3jax.progress import Progress, Tell
 from m3jax.recipe import MixupSettings, Recipe, load_recipe
 from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, Ready, prepared, read_beside
@@ -346,7 +347,7 @@ def _as_written(ready: Ready) -> Path:
     """A directory with what stands beside the output's weights."""
     place = Path(tempfile.mkdtemp(dir=scratch()))
     for name, path in ready.companions.items():
-        write_copy(path, place, name)
+        write_copy(path, place, name, ready.digests[path])
     return place
 
 
@@ -500,6 +501,8 @@ def explore(
     made = None if overwrite else made_before(out, place, loaded)
     how_written: dict[str, Any] = {"overwrite": overwrite, "max_shard_size": max_shard_size}
     with prepared(loaded, out, **how_written, writes=made is None) as ready:
+        for source in ready.sources:
+            check_apart(place, source.place)
         space = space_of(loaded, ready.plan)
         strategy_of(strategy, space, samples)
         if score is not None:

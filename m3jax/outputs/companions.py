@@ -78,6 +78,13 @@ def gather(
     return {**_with_template(recipe, models, template, files), **others}
 
 
+def models_used(
+    recipe: Recipe, models: Sequence[ModelDirectory], template: int, united: United | None = None
+) -> Sequence[ModelDirectory]:
+    """The models whose files `gather`, which has the same arguments, copies or makes others of."""
+    return models if united is not None or recipe.chat_template == AUTO else [models[template]]
+
+
 def _with_template(
     recipe: Recipe, models: Sequence[ModelDirectory], template: int, files: dict[str, Path]
 ) -> dict[str, Path]:
@@ -263,6 +270,7 @@ def _indices(files: Mapping[str, Path]) -> list[str]:
 def write_companions(
     directory: Path,
     files: Mapping[str, Path],
+    digests: Mapping[Path, str],
     recipe: Recipe,
     weights: Mapping[str, Sequence[float]],
     published: Sequence[str] = (),
@@ -274,6 +282,7 @@ def write_companions(
     Args:
         directory: Where to.
         files: What `gather` chose.
+        digests: Of the bytes that these had when the output was planned, by their paths.
         recipe: The recipe, for dtype, chat template and card.
         weights: Of the experts, by group, for the card.
         published: The models that are on the hub, as the recipe names them, for the card.
@@ -282,6 +291,9 @@ def write_companions(
 
     Returns:
         The digest of each file written, by name.
+
+    Raises:
+        M3Error: A file is not as it was when the output was planned.
     """
     template = _chosen_template(recipe, files)
 
@@ -295,7 +307,7 @@ def write_companions(
 
     written = []
     for name, path in files.items():
-        write_copy(path, directory, name, edited)
+        write_copy(path, directory, name, digests[path], edited)
         written.append(name)
     if template is not None and recipe.chat_template != AUTO:
         (directory / _CHAT_TEMPLATE).write_text(template, encoding="utf-8")

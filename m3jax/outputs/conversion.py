@@ -32,7 +32,7 @@ from m3jax.checkpoints.adapters import Adapting, check_no_adapter, open_stored, 
 from m3jax.checkpoints.copying import pieces
 from m3jax.checkpoints.digest import Passing
 from m3jax.checkpoints.formats import ORBAX, SAFETENSORS, Format, written
-from m3jax.checkpoints.locate import CONFIG, named_companions, read_config, step_named
+from m3jax.checkpoints.locate import CONFIG, digest_companions, named_companions, read_config, step_named
 from m3jax.checkpoints.opening import recognise
 from m3jax.checkpoints.orbax_beside import find_beside
 from m3jax.checkpoints.orbax_template import Template, file_patterns, read_template
@@ -47,7 +47,7 @@ from m3jax.checkpoints.views import stored_digests
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs import mark
 from m3jax.outputs.copies import check_documents, write_copy
-from m3jax.outputs.local import Staging, check_free, exactly, replaced_with
+from m3jax.outputs.local import Staging, check_apart, check_free, exactly
 from m3jax.outputs.manifest import InputRecord, TensorDigests
 from m3jax.outputs.modes import narrow
 from m3jax.outputs.statistics import check_no_statistics
@@ -152,11 +152,12 @@ def convert(
     check_no_adapter(found)
     check_no_statistics(found.name, found.path)
     place = found.path
-    if any(replaced_with(out, each.path) is not None for each in (found, found.adapter) if each is not None):
-        raise M3Error(f"{out} is the model to convert, or holds it: choose another output.")
+    check_apart(out, found)
     with saying_what_failed(out), ExitStack() as stack:
+        digests = digest_companions(place)  # before anything is made of them
         stored, adapting = open_stored(found)
         stack.enter_context(stored)
+        check_apart(out, found, stored.files())
         source = _dequantized(stored, place, os.fspath(src)) if dequantize else stored
         source = source if adapting is None else seen_adapted(source, adapting)
         scheme = _scheme_of(stored, place) if dequantize else None
@@ -171,11 +172,14 @@ def convert(
             source, told = seen_as(source, wanted, home.config, metadata, named, rounded=rounded)
             beside = {**named_companions(home.directory), **beside}
             beside |= {} if home.file is None else {CONFIG: home.file}
+            digests = {**digest_companions(home.directory), **digests}
+        digests |= {path: digest_file(path) for path in beside.values() if path not in digests}
         check_documents(beside)
         as_stored = names is None or source is own
         template = read_template(place) if as_stored and format == recognise(place) == ORBAX else None
         model = found._replace(name=named)
-        job = _Job(model, stored, source, beside, out, format, template, size, overwrite, scheme, progress, adapter)
+        small = beside, digests
+        job = _Job(model, stored, source, *small, out, format, template, size, overwrite, scheme, progress, adapter)
         total, digest = _convert(job)
         note = tokenizer_note(found)
         code = find_beside(template.beside).note(named) if template is not None else None
@@ -231,6 +235,7 @@ class _Job(NamedTuple):
         stored: Its tensors as they are in files.
         source: Its tensors as they are to be written.
         beside: The files that are carried over, by name.
+        digests: Of them, by their paths.
         out: Where the output is to appear.
         to: The format to write.
         template: What the tree of Orbax is taken from; None where it is made anew, or there is none.
@@ -245,6 +250,7 @@ class _Job(NamedTuple):
     stored: Checkpoint
     source: Checkpoint
     beside: Mapping[str, Path]
+    digests: Mapping[Path, str]
     out: Path
     to: Format
     template: Template | None
@@ -272,7 +278,6 @@ def _convert(job: _Job) -> tuple[int, str]:
     told = [to.name, job.max_shard_size, source.location, before, sorted(beside), shapes]
     identity = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     with Staging(job.out, identity, total + small, job.overwrite, names=_names(job)) as staging:
-        narrow(staging.path, source.files())  # before there is anything in it
         watched = _Watched(source, _Stage("converting", total, job.progress))
         if job.template is not None:
             fill_with_orbax(staging.path, watched, template=job.template)
@@ -280,7 +285,7 @@ def _convert(job: _Job) -> tuple[int, str]:
             assert to.write is not None  # `written` gives no other
             to.write(staging.path, watched, job.max_shard_size)
         for name, file in beside.items():
-            write_copy(file, staging.path, name, _edited if job.dequantised else None)
+            write_copy(file, staging.path, name, job.digests[file], _edited if job.dequantised else None)
         digests = _verify(staging.path, to, watched, _Stage("verifying", total, job.progress))
         if source.fingerprint() != before:
             raise M3Error(f"{source.location} changed while it was being converted: convert again once it is at rest.")

@@ -17,15 +17,19 @@ _NO_EXCHANGE = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EN
 _HERE, _EXCHANGE = -100, 2  # Linux's AT_FDCWD and RENAME_EXCHANGE
 
 
+PRIVATE = 0o700
+"""The mode of a directory while files are made in it, which may be of inputs that are closed to others."""
+
+
 def open_directory(path: Path) -> int:
     """A descriptor of a directory, which is no link."""
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def make(directory: Path) -> bool:
-    """Make a directory; False if it was there already."""
+    """Make a directory that is closed to all but its owner; False if it was there already."""
     try:
-        directory.mkdir()
+        directory.mkdir(PRIVATE)
     except FileExistsError:
         return False
     return True

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,8 @@ from m3jax.anatomy.stored import stored_anatomy
 from m3jax.checkpoints import (
     DTYPES,
     Checkpoint,
+    FileFingerprint,
+    ModelDirectory,
     ShardWriter,
     TensorInfo,
     digest_checkpoint,
@@ -35,13 +37,13 @@ from m3jax.checkpoints import (
 from m3jax.checkpoints.adapter_config import turned_types
 from m3jax.checkpoints.adapters import CONFIG, WEIGHTS, check_no_adapter, open_model
 from m3jax.checkpoints.locate import read_config
-from m3jax.checkpoints.protocol import check_unchanged
+from m3jax.checkpoints.protocol import without_ctime
 from m3jax.checkpoints.remote import is_url
 from m3jax.checkpoints.standing_in import CONVERSION
 from m3jax.checkpoints.storage import is_dir
 from m3jax.checkpoints.views_adapted import FLOATS
 from m3jax.errors import M3Error, saying_what_failed
-from m3jax.outputs.local import Staging, check_free, exactly, replaced_with
+from m3jax.outputs.local import Staging, check_apart, check_free, exactly
 from m3jax.outputs.manifest import versions
 from m3jax.outputs.modes import narrow
 from m3jax.progress import Progress
@@ -129,12 +131,14 @@ def extract_lora(
     found = [locate_model(name) for name in names]
     for each in found:
         check_no_adapter(each)
-        if any(replaced_with(place, part.path) is not None for part in (each, each.adapter) if part is not None):
-            raise M3Error(f"{place} is one of the models, or holds it: choose another output.")
+        check_apart(place, each)
     with saying_what_failed(place), ExitStack() as stack:
         tuned, plain = (stack.enter_context(open_model(each)) for each in found)
+        for each, opened in zip(found, (tuned, plain), strict=True):
+            check_apart(place, each, opened.files())
+        before = [tuned.fingerprint(), plain.fingerprint()]
         _check_alike(tuned, plain, names)
-        config = read_config(found[1].path if is_dir(found[1].path) else found[1].path.parent) or {}
+        config = _config_beside(found[1].path)
         turned = turned_types(config)
         if turned:
             raise M3Error(f"{names[1]} is {turned[0]}, whose weights lie as [in, out]: extract it in PEFT.")
@@ -142,8 +146,7 @@ def extract_lora(
         extracted = _extracted(tuned, plain, stored_anatomy(plain, found[1].path, config or None), rank, progress)
         if not extracted.tensors:
             raise M3Error(f"{names[0]} has the weights of {names[1]}: there is nothing to extract.")
-        for checkpoint, seen in zip((tuned, plain), before, strict=True):
-            check_unchanged(checkpoint, seen, "read: extract")
+        _check_at_rest(place, found, (tuned, plain), before, config)
         identity = hashlib.sha256(json.dumps([names, rank, before], sort_keys=True).encode()).hexdigest()
         told = _config(extracted, names[1], config, rank, plain)
         digest = _write(place, extracted.tensors, told, identity, overwrite, [*tuned.files(), *plain.files()])
@@ -158,6 +161,26 @@ def extract_lora(
         tuple(_notes(extracted)),
         time.perf_counter() - begun,
     )
+
+
+def _config_beside(path: Path) -> dict[str, Any]:
+    return read_config(path if is_dir(path) else path.parent) or {}
+
+
+def _check_at_rest(
+    out: Path,
+    models: Sequence[ModelDirectory],
+    opened: Sequence[Checkpoint],
+    before: Sequence[Mapping[str, FileFingerprint]],
+    config: Mapping[str, Any],
+) -> None:
+    """Raise M3Error if a model, or the base's configuration, is no more what the adapter was extracted from."""
+    seen = zip(opened, before, strict=True)  # of a link or a mode nothing depends
+    odd = [without_ctime(own.fingerprint()) != without_ctime(then) for own, then in seen]
+    odd[1] |= _config_beside(models[1].path) != config
+    if any(odd):
+        name = models[odd.index(True)].name
+        raise M3Error(f"{out}: {name} changed while it was being read: extract again once it is at rest.")
 
 
 def _check_alike(tuned: Checkpoint, plain: Checkpoint, names: list[str]) -> None:
@@ -332,7 +355,6 @@ def _write(
     infos = [TensorInfo(name, value.shape, "F32") for name, value in tensors.items()]
     size = sum(info.nbytes for info in infos)
     with Staging(out, identity, size, overwrite, names=exactly([WEIGHTS, CONFIG, CONVERSION])) as staging:
-        narrow(staging.path, read)  # before there is anything in it
         with ShardWriter(staging.path / WEIGHTS, infos) as shard:
             for name, value in tensors.items():
                 shard.write(name, 0, value)

@@ -14,18 +14,18 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from m3jax.checkpoints import TensorInfo, digest_tensor, open_safetensors
+from m3jax.checkpoints import ModelDirectory, TensorInfo, digest_tensor, open_safetensors
 from m3jax.checkpoints.orbax_names import LOCKED
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.shards import WEIGHTS_METADATA, appearing, sync
 from m3jax.checkpoints.standing_in import CONVERSION
-from m3jax.checkpoints.storage import read_file
+from m3jax.checkpoints.storage import is_dir, read_file
 from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 from m3jax.outputs import directories
@@ -53,6 +53,10 @@ _ASIDE = ".replaced-"  # behind its name, and before eight digits: where an old 
 _REPLACES = "replaces"  # the key of the entry that names what an output takes the place of
 _FIRST_WEIGHTS = ("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json")
 """Weight files as the first manifests, which do not list them, had them."""
+_SPENT = "spent"  # of the entry that tells whether the merges that an output started from are to go
+_IDENTITY = ".identity"  # ends the name of a file that tells of which merge the directory beside it is
+_INTERMEDIATE = re.compile(r"\d+-.*")
+_DIGEST = re.compile("[0-9a-f]{64}")
 _VISIBLE_SECONDS, _LOOK_SECONDS = 40, 0.2
 _SPARE = 2**20  # bytes beyond those announced
 
@@ -72,19 +76,166 @@ def intermediates_directory(out: Path) -> Path:
     return out.with_name(out.name + ".intermediates")
 
 
-def replaced_with(out: Path, place: Path) -> Path | None:
-    """The directory that goes when an output is made, if a model that is read is in it.
+def told_of_intermediate(made: Path) -> Path:
+    """The file that says of which merge a directory in `intermediates_directory` is."""
+    return made.with_name(made.name + _IDENTITY)
+
+
+def remove_intermediates(out: Path) -> None:
+    """Removes the merges that an output started from, wherever a crash ended that; what else is there stays.
+
+    Args:
+        out: The output.
+
+    Raises:
+        OSError: The operating system fails.
+    """
+    place = intermediates_directory(out)
+    if place.is_symlink() or not place.is_dir():
+        return
+    for made in sorted(path for path in place.iterdir() if _INTERMEDIATE.fullmatch(path.name)):
+        if made.name.endswith(".partial") and _is_begun(made):
+            shutil.rmtree(made)
+        elif _tells_identity(made) and _clear(made.with_name(made.name.removesuffix(_IDENTITY))):
+            made.unlink()
+    with suppress(OSError):  # where something else is in it
+        place.rmdir()
+
+
+def _tells_identity(file: Path) -> bool:
+    if not file.name.endswith(_IDENTITY) or file.is_symlink() or not file.is_file():
+        return False
+    with open(file, "rb") as opened:
+        return _DIGEST.fullmatch(opened.read(99).decode(errors="replace")) is not None
+
+
+def _is_begun(partial: Path) -> bool:
+    """Whether a directory is an unfinished merge, and nothing else is in it."""
+    if partial.is_symlink() or not (partial / _JOURNAL).is_file():
+        return False
+    return foreign(partial, read_journal(partial / _JOURNAL).names) is None
+
+
+def _clear(output: Path) -> bool:
+    """Remove an output, what tells of its files last; False where something in it is not the output's."""
+    if not os.path.lexists(output):
+        return True
+    if output.is_symlink() or not output.is_dir():
+        return False
+    made = made_files(output)
+    if (made is None and any(output.iterdir())) or (made is not None and foreign(output, made) is not None):
+        return False
+    for path in output.iterdir():
+        if path.name != FILE_NAME:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    (output / FILE_NAME).unlink(missing_ok=True)
+    output.rmdir()
+    return True
+
+
+def finish(out: Path, identity: str) -> bool:
+    """Whether an output is there that a crash ended the making of; the merges that it started from are removed.
+
+    Args:
+        out: The output.
+        identity: Of the merge.
+
+    Raises:
+        M3Error: Whoever makes it is still at that.
+    """
+    published = _published(out)
+    if not published:
+        return False
+    lock = directories.open_directory(out)
+    try:
+        directories.lock(lock, out)
+        _remove_spent(out)
+    finally:
+        os.close(lock)
+    return published == identity
+
+
+def conclude(out: Path) -> None:
+    """Removes the merges that a published output started from, and the journal that told of that.
+
+    Args:
+        out: The output.
+
+    Raises:
+        OSError: The operating system fails.
+    """
+    _remove_spent(out)
+    _remove_journals(out)
+
+
+def settle(out: Path, identity: str) -> None:
+    """Tidies up beside an output that a crash ended the making of, which stays as it is.
+
+    Args:
+        out: The output.
+        identity: Of the merge that has made it.
+    """
+    with Staging(out, identity, 0):  # which removes what it has replaced
+        _remove_journals(out)
+
+
+def left_beside(out: Path) -> str | None:
+    """What a merge that was stopped as it ended has left beside an output; None where it has left nothing."""
+    if isinstance(out, RemotePath) or not _is_spent(out) or not intermediates_directory(out).is_dir():
+        return None
+    return (
+        f"{intermediates_directory(out)}: is left of a merge that was stopped as it ended: the same command removes it"
+    )
+
+
+def _is_spent(out: Path) -> bool:
+    told = [entry[_SPENT] for entry in read_journal(out / _JOURNAL).entries if _SPENT in entry]
+    return bool(told) and told[-1] is True
+
+
+def _remove_spent(out: Path) -> None:
+    if _is_spent(out):
+        remove_intermediates(out)
+        append(out / _JOURNAL, {_SPENT: False})
+
+
+def check_apart(out: Path, model: ModelDirectory, files: Iterable[Path] = ()) -> None:
+    """Checks that an output neither takes the place of what it is made of nor is made inside it.
 
     Args:
         out: Where the output is to appear, here or in remote storage.
-        place: The model.
+        model: A model that is read.
+        files: Its weight files, which may be links.
 
-    Returns:
-        `out`, or where it is made, if that is the model's place or holds it; else None.
+    Raises:
+        M3Error: It does; links are followed.
     """
-    targets = [out] if isinstance(out, RemotePath) else [out.resolve(), partial_directory(out).resolve()]
-    inside = place.resolve()
-    return next((target for target in targets if target == inside or target in inside.parents), None)
+    parts = [part for part in (model, model.adapter) if part is not None]
+    for part in parts:
+        target = next((made for made in _made_at(out) if _is_in(part.path.resolve(), made)), None)
+        if target is not None:
+            raise M3Error(f"{target}: is one of the models, or holds {model.name}: choose another output")
+        holds = any(_is_in(made, part.path.resolve()) for made in _made_at(out))
+        if holds and (isinstance(part.path, RemotePath) or is_dir(part.path)):
+            raise M3Error(f"{out}: would be made inside {model.name}, which is read: choose another output")
+    for file in _linked(files):
+        if any(_is_in(file.resolve(), made) for made in _made_at(out)):
+            raise M3Error(f"{out}: holds the file that {file} of {model.name} leads to: choose another output")
+
+
+def _made_at(out: Path) -> list[Path]:
+    """Where an output appears and where it is made, without links."""
+    return [out] if isinstance(out, RemotePath) else [out.resolve(), partial_directory(out).resolve()]
+
+
+def _is_in(inner: Path, outer: Path) -> bool:
+    return inner == outer or outer in inner.parents
+
+
+def _linked(files: Iterable[Path]) -> list[Path]:
+    """Those of some files that may be elsewhere than the directory of their model: links, and what is in one."""
+    here = [path for path in files if not isinstance(path, RemotePath)]
+    return [path for path in here if path.is_symlink() or path.parent.is_symlink()]
 
 
 def check_place(out: Path) -> None:
@@ -378,6 +529,7 @@ class Staging(Workplace):
         lock = directories.open_directory(self.out)
         try:
             directories.lock(lock, self.out)
+            _remove_spent(self.out)
             old = _replaced_by(self.out, self.out)
             if old is not None:
                 if old != self.path:  # that one is new, and has but the number of one that is gone
@@ -394,9 +546,11 @@ class Staging(Workplace):
         own = read_journal(self._journal)
         journals = [path for path in sorted(self.path.iterdir()) if is_own(path.name) and path.name != _TAKEN]
         self.finished = finished_in(map(read_journal, journals), identity)
-        self.finished = [entry for entry in self.finished if _REPLACES not in entry]
+        self.finished = [entry for entry in self.finished if not {_REPLACES, _SPENT} & entry.keys()]
         self._check_own((*self._names, *own.names))
         self._opened = True
+        with suppress(PermissionError):  # of a directory that another user has made
+            self.path.chmod(directories.PRIVATE)
         if own.identity != identity or not self.finished:
             self.finished = []
             _empty(self.path)
@@ -423,11 +577,12 @@ class Staging(Workplace):
         names = sorted(path.relative_to(self.path).as_posix() for path in every)
         return [name for name in names if not is_own(name)]
 
-    def publish(self, names: Collection[str] | None = None) -> None:
+    def publish(self, names: Collection[str] | None = None, spent: bool = False) -> None:
         """Make the directory the output, in one step where the system has one.
 
         Args:
             names: The files that it is made of; whatever the patterns that were announced match if None.
+            spent: It started from merges that are to go when it is there, by `conclude`.
 
         Raises:
             M3Error: A file is missing, or one is there that is not the merge's; `out` was taken meanwhile.
@@ -438,6 +593,8 @@ class Staging(Workplace):
             raise M3Error(f"{self.path / gone}: has gone since it was made: start again") from OSError()
         self._check_own(self._names if names is None else exactly(names))
         _sync_files(self.path)
+        if spent:
+            append(self._journal, {_SPENT: True})
         if not _is_taken(self.out):
             self._rename()  # which replaces an empty directory
             self._appeared(None)
@@ -480,7 +637,8 @@ class Staging(Workplace):
         sync(self.out.parent)
         if old is not None:
             shutil.rmtree(old)
-        _remove_journals(self.out)
+        if not _is_spent(self.out):  # else whoever has read them closes them first; see `conclude`
+            _remove_journals(self.out)
 
     def __enter__(self) -> Self:
         return self

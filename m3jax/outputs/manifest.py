@@ -10,7 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from reprlib import repr as brief  # what a file says may be long without end
@@ -396,6 +396,41 @@ def inputs_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     made = manifest.get("intermediates", {})
     records = [record for told in (manifest, *within(manifest)) for record in told["inputs"]]
     return [record for record in records if record["name"] not in made]
+
+
+def contradictions(manifest: Mapping[str, Any]) -> list[str]:
+    """Where a manifest says one thing here and another there, which none does that m3jax has written.
+
+    Args:
+        manifest: As it was read. Of a recipe that this version does not understand nothing is said.
+
+    Returns:
+        A sentence each.
+    """
+    found = [said for name, told in manifest.get("intermediates", {}).items() for said in _contradictions(told, name)]
+    return [*_contradictions(manifest), *found]
+
+
+def _contradictions(told: Mapping[str, Any], name: str = "") -> Iterator[str]:
+    try:
+        recipe = Recipe.model_validate(told["recipe"])
+        sections = recipe.every_section
+        experts = {entry.model for section in sections for entry in section.experts}
+        bases = {recipe.base_model, *(section.base for section in sections)} - {None}
+        known = {(model, "expert") for model in experts} | {(base, recipe.base_role) for base in bases}
+        known |= {(entry.statistics, "statistics") for entry in recipe.experts} if recipe.row.statistics else set()
+    except (M3Error, *FAULTS):
+        return
+    of = f"of {name}, " if name else ""
+    if told.get("seed", recipe.seed) != recipe.seed:
+        yield f"{of}its seed is {brief(told['seed'])}, but that of its recipe {recipe.seed}"
+    for record in told["inputs"]:
+        if (record["name"], record["role"]) not in known:
+            yield f"{of}it has read {brief(record['name'])} as {brief(record['role'])}, which its recipe does not"
+        elif record["role"] == "expert" and not record["tensors"]:
+            yield f"{of}it has read no tensor of {brief(record['name'])}, of which its recipe makes the output"
+    for model in sorted(experts - {record["name"] for record in told["inputs"]}):
+        yield f"{of}it has not read {brief(model)}, of which its recipe makes the output"
 
 
 def check_sources(manifest: Mapping[str, Any], sources: Mapping[str, str]) -> None:

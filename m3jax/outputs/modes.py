@@ -1,5 +1,6 @@
 """Permissions: an output opens to nobody what its inputs keep closed."""
 
+import os
 import stat
 from collections.abc import Iterable
 from functools import reduce
@@ -25,7 +26,9 @@ def copy_mode(source: Path, target: Path) -> None:
 
 
 def narrow(output: Path, sources: Iterable[Path]) -> None:
-    """Takes from an output, and from all that is in it, the permissions that some input does not give.
+    """Gives a finished output its permissions, and takes from all that is in it those that some input does not give.
+
+    Until then its directory is closed to others, so that nothing in it is open to them, whatever has written it.
 
     Args:
         output: The directory that is made.
@@ -36,8 +39,17 @@ def narrow(output: Path, sources: Iterable[Path]) -> None:
     """
     local = [source for source in sources if not isinstance(source, RemotePath)]
     files = reduce(and_, (path.stat().st_mode for path in local), 0o777) | _OWNER_FILE
-    directories = reduce(and_, {path.parent.stat().st_mode for path in local}, 0o777) | _OWNER_DIRECTORY
-    for path in (output, *output.rglob("*")):
+    places = {place for path in local for place in (path.parent, path.resolve().parent)}  # of a link and of its file
+    directories = reduce(and_, (place.stat().st_mode for place in places), 0o777) | _OWNER_DIRECTORY
+    for path in output.rglob("*"):
         if not path.is_symlink():
             allowed = directories if path.is_dir() else files
             path.chmod(stat.S_IMODE(path.stat().st_mode) & stat.S_IMODE(allowed))
+    output.chmod(0o777 & ~_umask() & stat.S_IMODE(directories))  # last, as it opens what is in it
+
+
+def _umask() -> int:
+    """What the process takes from the permissions of new files; meanwhile, what others must not have."""
+    found = os.umask(0o077)
+    os.umask(found)
+    return found

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from m3jax.checkpoints import (
+    Checkpoint,
+    FileFingerprint,
     ModelDirectory,
     ShardWriter,
     TensorInfo,
@@ -25,8 +27,8 @@ from m3jax.checkpoints import (
 )
 from m3jax.checkpoints.adapters import open_stored
 from m3jax.checkpoints.formats import SAFETENSORS
-from m3jax.checkpoints.locate import named_companions
-from m3jax.checkpoints.protocol import as_bytes, in_natural_order
+from m3jax.checkpoints.locate import digest_companions, named_companions
+from m3jax.checkpoints.protocol import as_bytes, in_natural_order, without_ctime
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.standing_in import CONVERSION, SHARED, STATISTICS
 from m3jax.checkpoints.storage import is_dir, is_file, read_file
@@ -137,8 +139,28 @@ def check_no_statistics(name: str, place: Path) -> None:
         )
 
 
-def record_of(place: ModelDirectory, name: str) -> InputRecord:
-    """What is told of a model that is measured; reads all of its weights.
+class ModelBefore(NamedTuple):
+    """A model that is measured, as it was before.
+
+    Attributes:
+        place: Where it is.
+        record: What is told of it.
+        files: Its weight files.
+        fingerprint: What tells these from others.
+        configuration: The config.json that goes with its statistics, if it has one, by name.
+        digests: Of that, by its path.
+    """
+
+    place: ModelDirectory
+    record: InputRecord
+    files: tuple[Path, ...]
+    fingerprint: Mapping[str, FileFingerprint]
+    configuration: Mapping[str, Path]
+    digests: Mapping[Path, str]
+
+
+def measured_of(place: ModelDirectory, name: str) -> ModelBefore:
+    """A model that is to be measured; reads all of its weights.
 
     Args:
         place: Where it is.
@@ -147,13 +169,30 @@ def record_of(place: ModelDirectory, name: str) -> InputRecord:
     Raises:
         M3Error: It cannot be read.
     """
+    configuration = {file: path for file, path in named_companions(place.path).items() if file == _CONFIG}
+    digests = digest_companions(place.path)
+    digests = {path: digests.get(path) or digest_file(path) for path in configuration.values()}
     stored, adapting = open_stored(place)
     with stored as checkpoint:
+        files, fingerprint = checkpoint.files(), checkpoint.fingerprint()
         tensors = {each: (info, digest_tensor(checkpoint, each)) for each, info in checkpoint.tensors.items()}
     adapter = None
     if place.adapter is not None and adapting is not None:
         adapter = {"name": place.adapter.name, "revision": place.adapter.revision, "config": adapting.config_digest}
-    return InputRecord(name, "source", place.revision, tensors, None, adapter)
+    record = InputRecord(name, "source", place.revision, tensors, None, adapter)
+    return ModelBefore(place, record, files, fingerprint, configuration, digests)
+
+
+def _check_at_rest(out: Path, model: ModelBefore, checkpoint: Checkpoint) -> None:
+    """Raise M3Error if a model is no more what was measured: where only a ctime tells so, its bytes decide."""
+    now = checkpoint.fingerprint()
+    if now == model.fingerprint:
+        return
+    told = model.record.tensors.items()
+    if without_ctime(now) != without_ctime(model.fingerprint) or any(
+        digest_tensor(checkpoint, name) != digest for name, (_, digest) in told
+    ):
+        raise M3Error(f"{out}: {checkpoint.location} changed while it was measured: measure again once it is at rest")
 
 
 def measured_before(out: Path, model: InputRecord, kind: str, measured: Mapping[str, Any]) -> StatisticsRecord | None:
@@ -179,8 +218,7 @@ def measured_before(out: Path, model: InputRecord, kind: str, measured: Mapping[
 
 def write_statistics(
     out: Path,
-    place: ModelDirectory,
-    model: InputRecord,
+    model: ModelBefore,
     kind: str,
     measured: Mapping[str, Any],
     tensors: Mapping[str, npt.NDArray[np.float32]],
@@ -191,8 +229,7 @@ def write_statistics(
 
     Args:
         out: The directory to make.
-        place: The model, whose config.json goes with them.
-        model: What is told of it.
+        model: As `measured_of` saw it before; its config.json goes with them.
         kind: Which statistics they are.
         measured: How they were measured.
         tensors: By the model's names.
@@ -200,11 +237,11 @@ def write_statistics(
         overwrite: Replace what is there if m3jax has made it.
 
     Raises:
-        M3Error: The place is at fault.
+        M3Error: The place is at fault, or the model is not as it was.
     """
     infos = list(in_natural_order({n: TensorInfo(n, v.shape, "F32") for n, v in tensors.items()}).values())
     shards = plan_shards(infos, max_shard_size)
-    configs = {name: path for name, path in named_companions(place.path).items() if name == _CONFIG}
+    configs = model.configuration
     names = exactly([*(file for file, _ in shards), *configs, SAFETENSORS.index_file or "", CONVERSION])
     size = sum(info.nbytes for info in infos)
     identity = hashlib.sha256(json.dumps([kind, dict(measured)], sort_keys=True).encode()).hexdigest()
@@ -212,9 +249,8 @@ def write_statistics(
     with (
         saying_what_failed(out),
         Staging(out, identity, space, overwrite, names=names) as staging,
-        open_stored(place)[0] as read,
+        open_stored(model.place)[0] as read,
     ):
-        narrow(staging.path, read.files())  # before there is anything in it
         for file, own in shards:
             with ShardWriter(staging.path / file, own) as shard:
                 for info in own:
@@ -223,11 +259,12 @@ def write_statistics(
         if len(shards) > 1:
             write_index(staging.path, shards, size)
         for name, path in configs.items():
-            write_copy(path, staging.path, name)
+            write_copy(path, staging.path, name, model.digests[path])
+        _check_at_rest(out, model, read)
         with open_safetensors(staging.path) as written:
             digests = {name: (info, digest_tensor(written, name)) for name, info in written.tensors.items()}
         files = {name: digest_file(staging.path / name) for name in staging.files()}
-        told = mark.build(SAFETENSORS.name, model, digests, files, {"kind": kind, **measured})
+        told = mark.build(SAFETENSORS.name, model.record, digests, files, {"kind": kind, **measured})
         (staging.path / CONVERSION).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
         narrow(staging.path, read.files())
         staging.publish()

@@ -26,7 +26,7 @@ from m3jax.checkpoints.storage import exists, is_dir, is_file, list_names, read_
 from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 from m3jax.outputs import manifest, mark
-from m3jax.outputs.local import is_own
+from m3jax.outputs.local import is_own, left_beside
 from m3jax.outputs.patterns import matcher
 from m3jax.outputs.written import SAVES, digest_save, open_written, varying_patterns
 from m3jax.progress import Progress
@@ -119,7 +119,8 @@ def verify(
     recorded = mark.read(place) if of_conversion else manifest.read_edited(place)[0]
     manifest.check_sources(recorded, sources or {})
     found = (_verify_conversion if of_conversion else _verify_merge)(place, progress)
-    if found.differences and manifest.is_intact(recorded):  # an edited manifest replays nothing
+    intact = manifest.is_intact(recorded) and (of_conversion or not manifest.contradictions(recorded))
+    if found.differences and intact:  # an edited manifest replays nothing
         found = found._replace(mend=mend_of(found.directory, recorded))
     return with_inputs(found, recorded, sources or {}, progress) if inputs else found
 
@@ -190,6 +191,9 @@ def compare_beside(directory: str | os.PathLike[str]) -> Beside:
     differences, notes = [], []
     if not intact:
         differences.append(f"{name}: was changed after it was written")
+    elif odd := manifest.contradictions(told):
+        differences += [f"{name}: {said}" for said in odd]
+        intact = False  # whatever digest it gives itself
     if manifest.version_of(told) == 1:
         notes.append(f"{name}: is of a version that recorded no digest of it: edits of it are not seen")
         notes.append(f"{name}: is of a version that did not list all files: added ones and metadata are not seen")
@@ -202,6 +206,8 @@ def compare_beside(directory: str | os.PathLike[str]) -> Beside:
         added, said = _beside(place, known, varying_patterns(recorded))
         differences += added
         notes += said
+    left = left_beside(place)
+    notes += [left] if left is not None else []
     for file, digest in sorted(recorded["files"].items()):
         fault = _fault_of_file(place / file, digest)
         if fault in (_GONE, _OTHER) and file in manifest.EDITABLE:

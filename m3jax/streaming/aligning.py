@@ -1,10 +1,12 @@
 """The inputs of a merge seen with the rows of one vocabulary."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from m3jax.arithmetic import SCHEMES
-from m3jax.checkpoints.locate import named_companions
+from m3jax.checkpoints.locate import digest_companions, named_companions
 from m3jax.errors import M3Error
 from m3jax.recipe import Recipe
 from m3jax.vocabulary import (
@@ -35,10 +37,12 @@ class Alignment(NamedTuple):
     Attributes:
         united: Its tokens.
         size: How many rows there are; None where all models keep theirs.
+        read: The digests of the files that it was read from, by their paths.
     """
 
     united: United
     size: int | None
+    read: Mapping[Path, str] = MappingProxyType({})
 
     @property
     def numberings(self) -> tuple[str, ...]:
@@ -70,6 +74,7 @@ def aligned(
         if scheme != SCHEMES[0]:
             _check_same_rows(models, recipe, template)
         return list(models), None
+    read = {path: told for model in models for path, told in digest_companions(model.place.path).items()}
     united = unite(recipe.tokenizer_source, _speakers(models), template)
     if not united.tokens and recipe.tokenizer is not None:
         raise M3Error(
@@ -78,7 +83,7 @@ def aligned(
     seen = [Model(model.input.name, model.checkpoint, model.input.anatomy) for model in models]
     counts = [count_rows(model) for model in seen]
     if not united.tokens or scheme == SCHEMES[0] or (_are_one(united, recipe) and None in counts):
-        return list(models), Alignment(united, None)
+        return list(models), Alignment(united, None, read)
     lacking = next((m.name for m, count in zip(seen, counts, strict=True) if count is None), None)
     if lacking is not None:
         raise M3Error(
@@ -89,7 +94,7 @@ def aligned(
     lender = next((i for i, model in enumerate(models) if model.input.name == base), None)
     plans = plan_rows(united, known, lender, recipe.tokenizer)
     if all(is_own(plan, count) for plan, count in zip(plans, known, strict=True)):
-        return list(models), Alignment(united, None)
+        return list(models), Alignment(united, None, read)
     found = []
     for position, (model, plan, count) in enumerate(zip(models, plans, known, strict=True)):
         if is_own(plan, count):
@@ -98,7 +103,7 @@ def aligned(
         view = seen_with_rows(position, seen, plan, count)
         found.append(model._replace(checkpoint=view, input=model.input._replace(tensors=view.tensors)))
     told = united._replace(notes=(*united.notes, *notes_on_rows(united, known)))
-    return found, Alignment(told, len(plans[0].own))
+    return found, Alignment(told, len(plans[0].own), read)
 
 
 def _speakers(models: Sequence["OpenedModel"]) -> tuple[Speaker, ...]:

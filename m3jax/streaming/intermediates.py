@@ -4,10 +4,10 @@ Each is a whole output with a manifest of its own, in OUT.intermediates, until O
 takes those that are still what it would make: of the same recipe, inputs and versions, with the same bytes.
 """
 
-import shutil
+import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -19,7 +19,15 @@ from m3jax.checkpoints.remote import RemotePath
 from m3jax.cluster.processes import Processes, share
 from m3jax.errors import M3Error
 from m3jax.outputs import companions, manifest
-from m3jax.outputs.local import check_free, intermediates_directory
+from m3jax.outputs.local import (
+    check_apart,
+    check_free,
+    conclude,
+    finish,
+    intermediates_directory,
+    settle,
+    told_of_intermediate,
+)
 from m3jax.outputs.remote import check_remote_free
 from m3jax.outputs.verification import verify
 from m3jax.recipe import Recipe
@@ -27,8 +35,6 @@ from m3jax.streaming.jobs import MergeJob, Ready, prepare
 
 if TYPE_CHECKING:
     from m3jax.streaming.merging import MergeResult
-
-_IDENTITY = ".identity"
 
 
 def outlined(job: MergeJob, processes: Processes) -> MergeJob:
@@ -47,6 +53,7 @@ def outlined(job: MergeJob, processes: Processes) -> MergeJob:
             ready = prepare(_own_job(job, recipe, directory), processes, stack)
             _write_outline(ready, recipe, directory)
         job = _with_model(job, recipe, directory)
+        job = job._replace(outlined={**job.outlined, str(recipe.name): ready.identity})
     return job
 
 
@@ -57,8 +64,8 @@ def _write_outline(ready: Ready, recipe: Recipe, directory: Path) -> None:
         write_outline(directory / file, infos)
     if len(ready.shards) > 1:
         write_index(directory, ready.shards, sum(tensor.output.nbytes for tensor in ready.plan.tensors))
-    weights = ready.plan.weights
-    companions.write_companions(directory, ready.companions, recipe, weights, picked=ready.picked, unties=ready.unties)
+    files, weights = (ready.companions, ready.digests), ready.plan.weights
+    companions.write_companions(directory, *files, recipe, weights, picked=ready.picked, unties=ready.unties)
 
 
 def _own_job(job: MergeJob, recipe: Recipe, out: Path) -> MergeJob:
@@ -83,13 +90,16 @@ def _saying(recipe: Recipe) -> Iterator[None]:
 
 def with_intermediates(
     job: MergeJob, processes: Processes, merge: Callable[[MergeJob, Processes], "MergeResult"]
-) -> "MergeResult":
+) -> "MergeResult | None":
     """Make the merges that one starts from, then it.
 
     Args:
         job: The merge.
         processes: Who works at it.
         merge: Makes a merge of which all models are there.
+
+    Returns:
+        What was done; None where the same was, and only what it had left was to be removed.
 
     Raises:
         M3Error: One of them cannot be made; before any is, if headers tell.
@@ -103,11 +113,17 @@ def with_intermediates(
     if processes.index == 0:
         check_free(job.out, job.overwrite)
     with ExitStack() as stack:  # what is wrong with the last merge shows before the first is made
-        prepare(outlined(job, processes), processes, stack)
+        ready = prepare(outlined(job, processes), processes, stack)
+        for source in ready.sources:
+            check_apart(intermediates_directory(job.out), source.place, source.checkpoint.files())
     place = intermediates_directory(job.out)
-    if processes.index == 0:
+    done = processes.index == 0 and finish(job.out, ready.identity) and not verify(job.out).differences
+    if processes.index == 0 and done:
+        settle(job.out, ready.identity)
+    elif processes.index == 0:
         place.mkdir(exist_ok=True)
-    share(processes, None)  # which waits for it
+    if share(processes, done):  # which waits for it
+        return None
     results = []
     for number, recipe in enumerate(job.recipe.needed):
         out = place / f"{number}-{quote(str(recipe.name), safe=' ')[:80]}"
@@ -115,13 +131,11 @@ def with_intermediates(
             record, result = _made(_own_job(job, recipe, out), processes, merge)
         results += [result] if result is not None else []
         job = _with_model(job, recipe, out)._replace(made={**job.made, str(recipe.name): record})
-    last = merge(job, processes)
+    last = merge(job._replace(whole=ready.identity), processes)
     if processes.index == 0:
-        for told in place.glob(f"*{_IDENTITY}"):  # also what a recipe that has changed since needed
-            shutil.rmtree(told.with_name(told.name.removesuffix(_IDENTITY)), ignore_errors=True)
-            told.unlink()
-        with suppress(OSError):  # where something else is in it
-            place.rmdir()
+        conclude(job.out)
+    if processes.index == 0 and os.path.lexists(place):
+        last = last._replace(notes=(*last.notes, f"{place} holds what is not of the merges that were made there"))
     together = [*results, last]
     return last._replace(
         seconds=sum(result.seconds for result in together),
@@ -139,7 +153,7 @@ def _made(
     """The manifest of a merge that is made now, or was before, and what making it now took."""
     with ExitStack() as stack:
         identity = prepare(job, processes, stack).identity
-    told = _told(job.out)
+    told = told_of_intermediate(job.out)
     if share(processes, processes.index == 0 and _is_made(job.out, told, identity)):
         return manifest.read(job.out), None
     if processes.index == 0:
@@ -156,8 +170,3 @@ def _is_made(out: Path, told: Path, identity: str) -> bool:
         return told.read_text(encoding="utf-8") == identity and not verify(out).differences
     except (OSError, ValueError, M3Error):
         return False
-
-
-def _told(out: Path) -> Path:
-    """The file that says of which merge a directory is."""
-    return out.with_name(out.name + _IDENTITY)

@@ -25,7 +25,7 @@ from m3jax.checkpoints import (
 )
 from m3jax.checkpoints.adapters import tokenizer_note
 from m3jax.checkpoints.formats import ORBAX, SAFETENSORS
-from m3jax.checkpoints.locate import read_config
+from m3jax.checkpoints.locate import digest_companions, read_config
 from m3jax.checkpoints.opening import recognise
 from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.checkpoints.trust import remarks
@@ -33,7 +33,8 @@ from m3jax.checkpoints.views import stored_at
 from m3jax.cluster.processes import ALONE, Processes, gather
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs import companions, manifest
-from m3jax.outputs.local import check_free, check_place, replaced_with
+from m3jax.outputs.copies import check_files
+from m3jax.outputs.local import check_apart, check_free, check_place
 from m3jax.outputs.orbax import OrbaxOutput, plan_orbax
 from m3jax.outputs.remote import check_remote_free
 from m3jax.progress import Progress
@@ -42,6 +43,7 @@ from m3jax.recipe.sections import Section, base_layers
 from m3jax.streaming.aligning import Alignment, notes_on_numbers
 from m3jax.streaming.opening import (
     OpenedModel,
+    configuration_of,
     givers_of_rows,
     libraries_differ,
     notes_on_float8,
@@ -78,6 +80,8 @@ class MergeJob(NamedTuple):
         said: What a user should know of how the recipe was read.
         writes: Whether the output is to be made; a plan does not mind what is there.
         lanes: How many tensors are merged at the same time; by the machine's cores if None.
+        outlined: The identities of the merges that it starts from and of which it has outlines, by name.
+        whole: Its identity, whatever the merges that it starts from are told by; of what it is opened as if None.
     """
 
     recipe: Recipe
@@ -99,6 +103,8 @@ class MergeJob(NamedTuple):
     said: tuple[str, ...] = ()
     writes: bool = True
     lanes: int | None = None
+    outlined: Mapping[str, str] = MappingProxyType({})
+    whole: str | None = None
 
     @property
     def scheme(self) -> str:
@@ -131,6 +137,8 @@ class Ready(NamedTuple):
         orbax: How the output is written where that is not as safetensors.
         tokens: For each model that is read the digest of its tokens' numbers; empty where they decide nothing.
         statistics: Of the experts, which are among `models` and `sources` too, last.
+        digests: Of the files beside weights that are copied or that others are made of, by their paths.
+        configurations: What was read of each model beside its weights to know its tensors.
     """
 
     models: list[OpenedModel]
@@ -147,6 +155,8 @@ class Ready(NamedTuple):
     orbax: OrbaxOutput | None = None
     tokens: tuple[str, ...] = ()
     statistics: OpenedStatistics = OpenedStatistics()
+    digests: Mapping[Path, str] = MappingProxyType({})
+    configurations: Sequence[Any] = ()
 
 
 def written_format(asked: str | None, recipe: Recipe) -> str | None:
@@ -237,7 +247,8 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     models = with_written_dtypes(models, sources)
     statistics = open_statistics(job, models, stack)
     every, every_source = [*models, *statistics.models], [*sources, *statistics.sources]
-    _check_apart(job.out, every_source)
+    for source in every_source:
+        check_apart(job.out, source.place, source.checkpoint.files())
     drawn: DrawnWeights | None = manifest.drawn_weights(job.recorded) if job.recorded is not None else job.chosen
     base = models[-1].input if models[-1].role != "expert" else None
     names = [name for source in sources for name in source.checkpoint.tensors] if stacked else []
@@ -245,15 +256,21 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     plan = make_plan(job.recipe, experts, base, drawn, names, [m.input for m in statistics.models])
     places = [m.place for m in models]
     places += [source.place for source in sources if source.place not in places]  # those that only give layers
-    united, size = vocabulary or (None, None)
-    beside_weights = companions.gather(job.recipe, places, plan.template, united, size)
+    united, size = (None, None) if vocabulary is None else (vocabulary.united, vocabulary.size)
+    chosen = job.recipe, places, plan.template, united
+    digests = dict(vocabulary.read) if vocabulary is not None else {}
+    for place in companions.models_used(*chosen):
+        digests = {**digest_companions(place.path), **digests}  # what a vocabulary was read from counts
+    beside_weights = companions.gather(*chosen, size)
+    digests |= {path: digest_file(path) for path in beside_weights.values() if path not in digests}  # those made here
     shards = plan_shards([t.output for t in plan.tensors], job.max_shard_size)
     tokens = vocabulary.numberings if vocabulary is not None else ()
     _check_recorded(job.recorded, plan, every_source, tokens)
     fingerprints = [m.checkpoint.fingerprint() for m in every]
-    beside = {name: digest_file(path) for name, path in beside_weights.items()}
+    beside = {name: digests[path] for name, path in beside_weights.items()}
+    configurations = read_beside(sources)
     orbax, said = _orbax_output(job, models, plan, stacked)
-    decided = [read_beside(sources), tokens]
+    decided = [configurations, tokens]
     rest = [
         shards,
         job.expected,
@@ -263,8 +280,11 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
         *([orbax.to_json()] if orbax is not None else []),
         *([statistics.identity()] if statistics.models else []),
     ]
-    inputs = [[m.input.name, str(m.place.path), told] for m, told in zip(every, fingerprints, strict=True)]
-    identity = _identity(job.recipe, plan, inputs, rest, job.scheme)
+    inputs = [
+        [m.input.name, job.outlined.get(m.input.name) or [str(m.place.path), told]]
+        for m, told in zip(every, fingerprints, strict=True)
+    ]
+    identity = job.whole or _identity(job.recipe, plan, inputs, rest, job.scheme)
     picked = _picked(job.recipe, plan.template == len(models) - 1 and base is not None) if stacked else None
     unties = models[plan.template].given_head
     notes = job.said + said + tuple(note for m in models for note in remarks(m.input.name, m.place.path, m.checkpoint))
@@ -275,9 +295,30 @@ def prepare(job: MergeJob, processes: Processes, stack: ExitStack) -> Ready:
     givers = givers_of_rows(models, sources, plan.template, job.recipe) if stacked else models
     notes += united.notes if united is not None else tuple(notes_on_numbers(givers, job.recipe, job.scheme))
     written = shards, beside_weights, fingerprints, identity, picked, unties, notes
-    ready = Ready(every, every_source, plan, *written, vocabulary, orbax, tokens, statistics)
+    ready = Ready(every, every_source, plan, *written, vocabulary, orbax, tokens, statistics, digests, configurations)
+    check_beside(job, ready)
     _check_agreement(processes, job.recipe, ready, rest)
     return ready
+
+
+def check_beside(job: MergeJob, ready: Ready) -> None:
+    """Raise M3Error if what stands beside an input's weights is not what the merge was planned from.
+
+    Args:
+        job: The merge.
+        ready: The same, prepared.
+    """
+    sources = ready.sources[: len(ready.configurations)]  # without statistics
+    now = [configuration_of(source.place.path) for source in sources]
+    changed = [own != source.beside for own, source in zip(now, sources, strict=True)]
+    planned = zip(ready.configurations, read_beside(sources), strict=True)
+    changed = [odd or then != own for odd, (then, own) in zip(changed, planned, strict=True)]
+    if any(changed):
+        name = sources[changed.index(True)].input.name
+        raise M3Error(
+            f"{job.out}: the configuration of {name} changed while it was being merged: merge again once it is at rest"
+        )
+    check_files(ready.digests)
 
 
 def read_beside(sources: Sequence[OpenedModel]) -> list[Any]:
@@ -347,16 +388,6 @@ def recorded_digests(ready: Ready, recorded: Mapping[str, Any] | None) -> dict[s
     for source, record in zip(ready.sources, recorded["inputs"], strict=True):
         found.setdefault(source.checkpoint.location, {}).update(record["tensors"])
     return found
-
-
-def _check_apart(out: Path, models: Sequence[OpenedModel]) -> None:
-    """Refuse to replace a directory that a model is read from."""
-    for model in models:
-        adapter = model.place.adapter
-        paths = [model.place.path, *([adapter.path] if adapter is not None else [])]
-        target = next((found for path in paths if (found := replaced_with(out, path)) is not None), None)
-        if target is not None:
-            raise M3Error(f"{target}: is one of the models, or holds {model.input.name}: choose another output")
 
 
 def _check_recorded(

@@ -52,6 +52,7 @@ from m3jax.streaming.jobs import (
     MergeJob,
     Ready,
     as_recorded,
+    check_beside,
     prepare,
     recorded_digests,
     written_format,
@@ -152,7 +153,6 @@ def _open_workplace(
         space += 0 if ready.orbax is None else _largest(ready) + ready.orbax.beside.size  # one file stands there twice
         shared = processes.count > 1
         staging = stack.enter_context(Staging(job.out, ready.identity, space, job.overwrite, shared, names))
-        narrow(staging.path, _weight_files(ready))
         damaged = _damaged(staging, ready, job.progress)
         staging.finished = [entry for entry in staging.finished if entry.get("shard") not in damaged]
     share(processes, [ready.identity, staging.finished])
@@ -190,7 +190,16 @@ def _merge(job: MergeJob, processes: Processes) -> MergeResult:
     if not job.recipe.needed:
         return _merge_one(job, processes)
     with saying_what_failed(job.out):
-        return with_intermediates(job, processes, _merge_one)
+        found = with_intermediates(job, processes, _merge_one)
+        return _as_it_is(job.out, processes.count) if found is None else found
+
+
+def _as_it_is(out: Path, count: int) -> MergeResult:
+    """What the same command did that was stopped when its output was there."""
+    record = manifest.read(out)
+    said = f"{out} was there already: the same command was stopped as it ended, and what it had left was removed"
+    shards = len(record["output"]["weight_files"])
+    return MergeResult(out, record["output"]["digest"], record, 0.0, 0, 0, shards, (said,), (0,) * count)
 
 
 def _merge_one(job: MergeJob, processes: Processes) -> MergeResult:
@@ -238,6 +247,7 @@ def _check_at_rest(job: MergeJob, ready: Ready, passes: Passes) -> None:
 
     A link or a mode changes a file's ctime, and so does whoever sets its mtime back: then the bytes decide.
     """
+    check_beside(job, ready)
     files = {source.checkpoint.location: source.checkpoint for source in ready.sources}
     for position, (model, before) in enumerate(zip(ready.models, ready.fingerprints, strict=True)):
         checkpoint = model.checkpoint
@@ -479,7 +489,7 @@ def _publish(job: MergeJob, ready: Ready, staging: Staging | RemoteStaging, reco
         weights = [file for file, _ in ready.shards]
         if ready.orbax is not None:
             weights = list(filter(matcher(ready.orbax.patterns), staging.files()))
-        staging.publish([*weights, *files, *links, manifest.FILE_NAME])
+        staging.publish([*weights, *files, *links, manifest.FILE_NAME], spent=bool(job.recipe.needed))
     else:
         staging.publish()
     return record
@@ -494,7 +504,14 @@ def _write_companions(job: MergeJob, ready: Ready, directory: Path) -> dict[str,
     """Write what stands beside the weights; returns the digest of each file."""
     published = list(_published(job, ready))
     return modelcard.write_companions(
-        directory, ready.companions, job.recipe, ready.plan.weights, published, ready.picked, ready.unties
+        directory,
+        ready.companions,
+        ready.digests,
+        job.recipe,
+        ready.plan.weights,
+        published,
+        ready.picked,
+        ready.unties,
     )
 
 

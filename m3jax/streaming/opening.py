@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from m3jax import documents
@@ -53,6 +54,7 @@ class OpenedModel(NamedTuple):
         adapting: What the adapter does that it was named with; None where there is none.
         given_head: Whether its output embedding is its input embedding, seen under both names.
         note: How its names are read, where they are not those of the others.
+        beside: What stood beside its weights, as `configuration_of` tells it, before anything was made of that.
     """
 
     role: str
@@ -63,6 +65,16 @@ class OpenedModel(NamedTuple):
     adapting: Adapting | None = None
     given_head: bool = False
     note: str | None = None
+    beside: Sequence[Any] = ()
+
+
+def configuration_of(path: Path) -> list[Any]:
+    """What is read beside a model's weights to know its tensors.
+
+    Args:
+        path: Where it is.
+    """
+    return [read_config(path), step_metadata(path)]
 
 
 def open_model(name: str, role: str, job: "MergeJob", stack: ExitStack) -> OpenedModel:
@@ -84,11 +96,13 @@ def open_model(name: str, role: str, job: "MergeJob", stack: ExitStack) -> Opene
     check_no_adapter(place)
     if role in ("expert", "base"):
         check_no_statistics(name, place.path)
+    told = configuration_of(place.path)
     stored, adapting = open_stored(place)
     checkpoint = stack.enter_context(stored)
     if not checkpoint.tensors:
         raise M3Error(f"{name}: holds no tensors, so there is nothing to merge: give a model that has weights")
-    model = _opened(role, place._replace(name=name), checkpoint, job)._replace(adapting=adapting)
+    model = _opened(role, place._replace(name=name), checkpoint, job)
+    model = model._replace(adapting=adapting, beside=told)
     if not job.recipe.dequantize:
         return model
     config = read_config(place.path)

@@ -7,15 +7,16 @@ version does not tell it, and then it is measured again, which reads all inputs.
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from reprlib import repr as brief  # what a manifest says may be long without end
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from m3jax.checkpoints import DTYPES, Checkpoint, digest_tensor, parse_size
-from m3jax.checkpoints.locate import scratch
+from m3jax.checkpoints.locate import locate_recorded, scratch
 from m3jax.checkpoints.remote import as_path
 from m3jax.cluster.processes import ALONE
 from m3jax.documents import FAULTS
@@ -41,6 +42,7 @@ from m3jax.streaming.reading import Visit, chunk_size, visits
 from m3jax.text import size_text
 
 DEFAULT_SAMPLE = 32
+_PARTS = 3  # of a finding: its stage, whose it is, what was found
 _EXPLAINED = 4  # tensors of which all is read to find out why they differ
 
 
@@ -93,7 +95,8 @@ def verify_sample(
             try:
                 found = _compare(beside, stored, asked)
             except M3Error as error:
-                found, absent = _Sample((f"nothing could be computed again: {error}",), 0, 0), 1
+                found = _Sample((f"nothing could be computed again: {error}",), 0, 0)
+                absent = 1 if _lacks_models(beside.recorded, sources or {}) else 0
     differences = (*beside.differences, *weights.differences, *found.differences)
     recorded = beside.recorded["output"]
     if beside.intact:
@@ -186,6 +189,16 @@ def _compare(beside: Beside, stored: Mapping[str, Checkpoint], asked: _Asked) ->
     return _Sample(tuple(differences), len(drawn), done, tuple(notes))
 
 
+def _lacks_models(recorded: Mapping[str, Any], sources: Mapping[str, str]) -> bool:
+    """Whether a model that was merged is not found, so that nothing is known of it."""
+    for record in manifest.inputs_of(recorded):
+        try:
+            locate_recorded(str(record["name"]), sources)
+        except M3Error:
+            return True
+    return False
+
+
 def _rank(seed: int, name: str) -> bytes:
     """What tensors and chunks are drawn by: the same on every machine, whatever else there is."""
     return hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -207,26 +220,39 @@ def _visit(tensor: TensorPlan, entries: int, seed: int) -> Visit:
 def _measure_model(passes: Passes, recorded: Mapping[str, Any], ready: Ready) -> Iterator[str]:
     """What is measured of the whole model, from the manifest or else anew; says what that takes."""
     *measured, _ = phases_of(ready.plan)
-    if not measured:
-        return
     wanted = {phase[0].stage for phase in measured if phase[0].scope == "model"}
-    if recorded.get("findings"):
+    why = "the manifest is of a version that did not tell what this one measures of all"
+    if "findings" in recorded:
         try:
-            told = {key for key, *_ in recorded["findings"]}
+            told = {_stage_of(entry) for entry in recorded["findings"]}
             if told == wanted:
                 passes.findings.from_json(recorded["findings"])
         except FAULTS as error:
             raise M3Error(f"its findings are not what the method measures ({error}): replay it") from error
-        if told == wanted:
+        if told == wanted and wanted:
             yield "what the method measures of the model was taken from the manifest; m3jax replay measures it again"
+        if told == wanted:
             return
+        why = f"the manifest tells {_named(told)} as measured of all, and this version measures {_named(wanted)}"
+    if not measured:
+        if "findings" in recorded:
+            yield why
+        return
     for phase in measured:
         if not passes.findings.settled(phase[0]):
             passes.measure(phase, ready.plan.tensors)
-    yield (
-        "the manifest is of a version that did not tell what this one measures of all, so this was measured again: "
-        f"{size_text(passes.bytes_read)} were read"
-    )
+    yield f"{why}, so this was measured again: {size_text(passes.bytes_read)} were read"
+
+
+def _stage_of(entry: Any) -> str:
+    """Which stage an entry of findings is of."""
+    if not isinstance(entry, list) or len(entry) != _PARTS or not isinstance(entry[0], str):
+        raise TypeError(f"{brief(entry)} is no finding")
+    return entry[0]
+
+
+def _named(stages: Collection[str]) -> str:
+    return ", ".join(map(brief, sorted(stages))) or "nothing"
 
 
 def _merged(passes: Passes, tensor: TensorPlan, visit: Visit) -> bytes:

@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from support.directories import write
 
+import m3jax
 from m3jax.checkpoints import companions
 from m3jax.checkpoints.locate import named_companions
 from m3jax.checkpoints.trust import LARGEST_COMPANION, check_tokenizer_files, code_note, without_code
@@ -113,15 +116,39 @@ def test_huge_files(model: Path) -> None:
 
 def test_a_tokenizers_class_opens_nothing_that_is_not_the_models(tmp_path: Path, model: Path) -> None:
     (tmp_path / "weights").write_text("elsewhere, as it may be")
-    for name in ("model.safetensors", "pytorch_model.bin.index.json", "README.md"):
+    for name in ("model.safetensors", "pytorch_model.bin.index.json"):
         (model / name).symlink_to("../weights")
     with open(model / "training.json", "wb") as file:
         file.truncate(2 * LARGEST_COMPANION)
+    (model / "question_encoder").mkdir()
+    (model / "question_encoder" / "vocab.txt").symlink_to("../config.json")
+    (model / ".git").mkdir()
+    os.mkfifo(model / ".git" / "daemon.ipc")
     check_tokenizer_files(model)
-    (model / "source.spm").symlink_to("/dev/zero")
-    assert list(named_companions(model)) == ["config.json"]
-    with pytest.raises(M3Error, match=r"source\.spm leads out of the model"):
-        check_tokenizer_files(model)
+    for name, target in (
+        ("source.spm", "/dev/zero"),
+        ("prophetnet.tokenizer", "../weights"),
+        ("README.md", "../weights"),
+        ("vocabulary", "../weights"),
+        ("question_encoder/source.spm", "../../weights"),
+        ("generator_tokenizer", ".."),
+    ):
+        (model / name).symlink_to(target)
+        assert list(named_companions(model)) == ["config.json"]
+        with pytest.raises(M3Error, match=rf"{name} leads out of the model"):
+            check_tokenizer_files(model)
+        (model / name).unlink()
+    check_tokenizer_files(model)
+
+
+def test_weights_may_be_links_to_another_disk(tmp_path: Path, model: Path) -> None:
+    """They are read as tensors alone, and large files are linked on purpose."""
+    elsewhere = write(tmp_path / "disk", {"w": np.float32([1, 2]), "v": np.float32([3])}, shards=2)
+    for file in elsewhere.glob("*.safetensors*"):
+        (model / file.name).symlink_to(file)
+    merged = m3jax.merge_checkpoint({"merge_method": "linear", "models": [str(model)]}, tmp_path / "out")
+    assert merged.bytes_read == 12
+    assert not (merged.directory / "model.safetensors").is_symlink()
 
 
 # --- Code ------------------------------------------------------------------------------------------------

@@ -170,14 +170,15 @@ def test_a_task_gives_prompts_and_right_answers(place):
         ({"data": "data.jsonl", "examples": 0}, "--examples is 0, but must be at least 1"),
         ({"data": "data.jsonl", "dtype": "int8"}, "--dtype is 'int8'"),
         ({"data": "data.jsonl", "kind": "hessian"}, "--kind is 'hessian', but must be one of fisher, gram"),
-        ({"data": "data.jsonl", "out": "expert-a"}, "expert-a: is the model, or holds it"),
+        ({"data": "data.jsonl", "out": "expert-a/out"}, "expert-a/out: would be made inside expert-a"),
+        ({"data": "data.jsonl", "out": "expert-a"}, "expert-a: is one of the models, or holds"),
     ],
 )
 def test_misuse_is_said_before_anything_is_measured(place, monkeypatch, keys, sentence):
     monkeypatch.chdir(place)
     (place / "odd.jsonl").write_text('{"question": "?"}')
     (place / "long.jsonl").write_text(json.dumps({"text": " positive" * 600}))
-    monkeypatch.setattr(measuring, "record_of", lambda *_: pytest.fail("read all weights"))
+    monkeypatch.setattr(measuring, "measured_of", lambda *_: pytest.fail("read all weights"))
     with pytest.raises(M3Error, match=sentence):
         m3jax.measure_statistics(**{"model": "expert-a", "out": "new", **keys})
 

@@ -197,7 +197,7 @@ def test_adapters_that_are_extracted(place, tmp_path):
         return told(m3jax.load(out / "out" / "adapter_model.safetensors"))
 
     sentences, _ = check(extract, place / "base" / "model.safetensors", tmp_path, width=2, stride=3)
-    assert any("changed while it was read: extract again once it is at rest" in one for one in sentences)
+    assert any("changed while it was being read: extract again once it is at rest" in one for one in sentences)
 
 
 def test_statistics(place, tmp_path):

@@ -68,6 +68,11 @@ def test_some_calls_of_a_merge(inputs, tmp_path, start):
     check(inputs, tmp_path, "merge", start, "kill", stride=9)
 
 
+@pytest.mark.parametrize("start", ["fresh", "overwriting", "without exchange"])
+def test_some_calls_of_a_merge_of_several_documents(inputs, tmp_path, start):
+    check(inputs, tmp_path, "documents", start, "kill", stride=11)
+
+
 @pytest.mark.parametrize("start", ["fresh", "resumed"])
 @pytest.mark.parametrize("name", ["explore", "evaluate", "attack"])
 def test_calls_of_runs_that_go_on(inputs, tmp_path, name, start):

@@ -3,21 +3,27 @@
 import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import save_file
 from support.directories import write
+from support.faults import Faults, Killed
 
 import m3jax
+from m3jax.checkpoints import trust
 from m3jax.errors import M3Error
 from m3jax.outputs.companions import card, gather
 from m3jax.outputs.conversion import convert
+from m3jax.progress import Progress
 from m3jax.recipe import load_recipe
 from m3jax.recipe.chat_templates import BUILT_IN
+from m3jax.streaming import jobs, merging
 from m3jax.streaming.jobs import prepared
 
 ONE = {"model.layers.0.w": np.float32([1, 2])}
@@ -176,6 +182,113 @@ def test_other_models_are_refused_where_their_files_are_used(models: list[Path],
         merge(models, "other")
 
 
+# --- Files that change meanwhile -------------------------------------------------------------------------
+
+
+def rewritten(place: Path, kind: str) -> None:
+    """What becomes of a file while it is read elsewhere."""
+    match kind:
+        case "edited":
+            place.write_text('{"hidden_size": 999}')
+        case "gone":
+            place.unlink()
+        case _:
+            place.unlink()
+            hostile(place, kind)
+
+
+def as_last_read(place: Path, kind: str, last: str = "merging") -> Callable[[Progress], None]:
+    """Has a file become another when all weights are read."""
+
+    def change(progress: Progress) -> None:
+        if progress.stage == last and progress.done == progress.total and os.path.lexists(place):
+            rewritten(place, kind)
+
+    return change
+
+
+@pytest.mark.parametrize("kind", ["edited", "gone", "outside", "environment", "pipe"])
+@pytest.mark.parametrize("name", ["a/config.json", "a/tokenizer_config.json", "b/config.json"])
+def test_what_changes_beside_the_weights_meanwhile_is_not_published(models: list[Path], name: str, kind: str) -> None:
+    (models[0] / "tokenizer_config.json").write_text('{"eos_token": "x"}')
+    place, said = models[0].parent, r"config\.json|the configuration of \S*[ab] changed while"
+    made = merge(models)
+    file = place / name
+    before = file.read_bytes()
+    asked = {"merge_method": "linear", "models": list(map(str, models))}
+    works: dict[str, Callable[[Path], Any]] = {
+        "merged": lambda out: m3jax.merge_checkpoint(asked, out, progress=as_last_read(file, kind)),
+        "replayed": lambda out: m3jax.replay(made, out, progress=as_last_read(file, kind)),
+    }
+    if name.startswith("a/"):
+        works["converted"] = lambda out: convert(models[0], out, progress=as_last_read(file, kind, "converting"))
+    for out, work in works.items():
+        file.unlink(missing_ok=True)
+        file.write_bytes(before)
+        with pytest.raises(M3Error, match=said):
+            work(place / out)
+        assert not [path.name for path in place.iterdir() if path.name.startswith(out)]
+
+
+@pytest.mark.parametrize("kind", ["edited", "outside"])
+def test_what_is_swapped_behind_the_last_look_is_not_copied(models: list[Path], kind: str) -> None:
+    (models[0] / "tokenizer_config.json").write_text('{"eos_token": "x"}')
+    plain = merging._check_at_rest
+
+    def then_swapped(*of: Any) -> None:
+        plain(*of)
+        rewritten(models[0] / "tokenizer_config.json", kind)
+
+    with (
+        mock.patch.object(merging, "_check_at_rest", then_swapped),
+        pytest.raises(M3Error, match=r"tokenizer_config\.json has changed since the output was planned from it"),
+    ):
+        merge(models)
+    assert not list(models[0].parent.glob("out*"))
+
+
+def test_what_a_plan_is_made_from_is_what_stands_there_when_it_is_made(models: list[Path]) -> None:
+    plain = jobs.make_plan
+
+    def then_edited(*of: Any) -> Any:
+        (models[1] / "config.json").write_text('{"model_type": "llama", "hidden_size": 999}')
+        return plain(*of)
+
+    with (
+        mock.patch.object(jobs, "make_plan", then_edited),
+        pytest.raises(M3Error, match=r"the configuration of \S*b changed while it was being merged"),
+    ):
+        merge(models)
+    for model in models:
+        (model / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+
+    def tokens_then_edited(*of: Any) -> Any:
+        (models[1] / "tokenizer.json").write_text(json.dumps(changed(vocab={"a": 1})))
+        return plain(*of)
+
+    with (
+        mock.patch.object(jobs, "make_plan", tokens_then_edited),
+        pytest.raises(M3Error, match=r"b/tokenizer\.json has changed since the output was planned from it"),
+    ):
+        union(models)
+
+
+def test_a_link_that_comes_between_looking_and_opening_is_refused(models: list[Path]) -> None:
+    (models[0].parent / "secret").write_text('{"secret": 1}')
+    file, plain = models[0] / "config.json", trust.open_file
+
+    def swapped(path: Path) -> int:
+        file.unlink()
+        file.symlink_to("../secret")
+        return plain(path)
+
+    with (
+        mock.patch.object(trust, "open_file", swapped),
+        pytest.raises(M3Error, match=r"a/config\.json leads out of the model"),
+    ):
+        trust.read_companion(file, models[0])
+
+
 # --- Modes -----------------------------------------------------------------------------------------------
 
 
@@ -195,6 +308,50 @@ def test_outputs_open_to_nobody_what_inputs_keep_closed(models: list[Path]) -> N
     models[0].chmod(0o710)
     out = convert(models[0], models[0].parent / "closed").directory
     assert [mode(out), mode(out / "model.safetensors"), mode(out / "config.json")] == [0o710, 0o640, 0o640]
+
+
+def test_an_output_of_linked_weights_is_as_closed_as_where_they_are(models: list[Path]) -> None:
+    closed = models[0].parent / "closed"
+    closed.mkdir(0o700)
+    weights = (models[0] / "model.safetensors").rename(closed / "model.safetensors")
+    (models[0] / "model.safetensors").symlink_to(weights)
+    out = convert(models[0], models[0].parent / "out").directory
+    assert mode(out) == 0o700
+
+
+def test_what_is_being_made_is_closed_to_others_also_after_a_kill(models: list[Path]) -> None:
+    place, seen = models[0].parent, []
+
+    def look(progress: Progress) -> None:
+        seen.extend(mode(partial) for partial in place.glob("*.partial"))
+
+    two = {"model.layers.0.w": np.float32([1, 2]), "model.layers.1.w": np.float32([3])}
+    asked = {"merge_method": "linear", "models": [str(write(place / "large", two)), str(place / "large")]}
+    works = (
+        lambda out: m3jax.merge_checkpoint(asked, out, progress=look, max_shard_size=8),
+        lambda out: convert(place / "large", out, progress=look),
+    )
+    for number, work in enumerate(works):
+        before = os.umask(0o027)
+        try:
+            out = place / f"umask{number}"
+            work(out)
+            assert mode(out) == 0o750
+        finally:
+            os.umask(before)
+    assert set(seen) == {0o700}
+    with (
+        pytest.raises(Killed),
+        Faults(place).until(lambda call: call.startswith("fsync") and "model-00002" in call),
+    ):
+        works[0](place / "killed")
+    partial = place / "killed.partial"
+    assert list(partial.glob("model-00001*"))
+    assert mode(partial) == 0o700
+    partial.chmod(0o755)  # as earlier versions left it
+    seen.clear()
+    works[0](place / "killed")
+    assert set(seen) == {0o700}
 
 
 def test_a_chat_template_is_as_closed_as_the_file_that_it_comes_from(models: list[Path]) -> None:

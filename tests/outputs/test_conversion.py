@@ -216,7 +216,7 @@ def test_bad_requests(tmp_path: Path, model: Path) -> None:
         refused("holds no m3jax.json of an output, and only what m3jax has made", model, place, overwrite=True)
         files = {path.relative_to(place).as_posix(): "" for path in place.rglob("*") if path.is_file()}
         (place / "m3jax.json").write_text(json.dumps({"output": {"files": files}}))
-        refused("is the model to convert, or holds it", model, place, overwrite=True)
+        refused("is one of the models, or holds", model, place, overwrite=True)
     refused("does not exist", tmp_path / "nothing", tmp_path / "out")
 
 

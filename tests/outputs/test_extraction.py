@@ -120,3 +120,16 @@ def test_a_tied_pair_is_one_tensor_whatever_is_stored(place):
     again = m3jax.load(f"{place}/tied-base+{place}/out", flat=True)
     assert (again["lm_head.weight"] == weights(0)["model.embed_tokens.weight"]).all()
     np.testing.assert_allclose(again[f"{UP}.weight"], weights(1)[f"{UP}.weight"], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["base/config.json", "tuned/model.safetensors"])
+def test_a_model_that_changes_meanwhile_is_refused(place, name):
+    file = place / name
+
+    def change(progress):
+        if progress.done == progress.total:
+            file.write_bytes(file.read_bytes().replace(b'"vocab_size": 48', b'"vocab_size": 49') + b" ")
+
+    with pytest.raises(M3Error, match=f"out: .*{name.split('/')[0]} changed while it was being read: extract again"):
+        extract_lora(place / "tuned", place / "base", place / "out", 2, progress=change)
+    assert not [path for path in place.iterdir() if path.name.startswith("out")]

@@ -14,12 +14,13 @@ from support.faults import Faults, Killed, contents
 
 import m3jax
 from m3jax import M3Error
-from m3jax.checkpoints import shards
+from m3jax.checkpoints import ModelDirectory, shards
+from m3jax.checkpoints.remote import as_path
 from m3jax.cli.commands import main
 from m3jax.outputs import directories
 from m3jax.outputs.conversion import convert
 from m3jax.outputs.journal import is_entry, line_of
-from m3jax.outputs.local import Staging
+from m3jax.outputs.local import Staging, check_apart
 
 SHARD = 1000
 WHOLE_MODEL = {"merge_method": "ties", "parameters": {"density": 0.5, "trim_scope": "model"}}
@@ -167,6 +168,69 @@ def test_only_what_m3jax_has_made_is_overwritten(place, tmp_path):
     assert contents(tmp_path / "model") == contents(place / "base")
     convert(place / "base", tmp_path / "model-2", "orbax")
     assert merge(place, tmp_path / "model-2", overwrite=True).digest == merge(place, tmp_path / "want").digest
+
+
+def test_an_output_is_not_made_inside_what_it_is_made_of(place, tmp_path):
+    asked = recipe(place, **WHOLE_MODEL)
+    drawn = {**asked, "mixup": {"alpha": 1}}
+    made = merge(place, tmp_path / "made").directory
+    (tmp_path / "link").symlink_to("in/base")
+    (tmp_path / "partial").mkdir()
+    (tmp_path / "intermediates.intermediates").symlink_to("in/base")
+    first = {"name": "first", "merge_method": "linear", "models": [str(place / "base")]}
+    several = {"merge_method": "linear", "models": ["first"], "intermediates": [first]}
+    works = (
+        (lambda: m3jax.merge_checkpoint(asked, place / "expert-0" / "out"), "expert-0"),
+        (lambda: m3jax.merge_checkpoint(asked, tmp_path / "link" / "out"), "base"),
+        (lambda: m3jax.merge_checkpoint(asked, place / "base" / "run", step=3), "base"),
+        (lambda: m3jax.merge_checkpoint(several, tmp_path / "intermediates"), "base"),
+        (lambda: m3jax.merge_seeds(drawn, place / "base" / "out", seeds=[1, 2]), "base"),
+        (lambda: m3jax.replay(made, place / "base" / "out"), "base"),
+        (lambda: convert(made, made / "out"), "made"),
+        (lambda: convert(made, made / "out", overwrite=True), "made"),
+        (lambda: m3jax.extract_lora(place / "expert-0", place / "base", tmp_path / "link" / "out", 2), "base"),
+        (lambda: m3jax.explore(drawn, place / "base" / "out", score=lambda *_: {}), "base"),
+        (
+            lambda: m3jax.explore(drawn, tmp_path / "out", score=lambda *_: {}, journal=place / "base" / "j"),
+            "base",
+        ),
+    )
+    before = sorted(tmp_path.rglob("*"))
+    for number, (work, name) in enumerate(works):
+        with pytest.raises(M3Error, match=rf"would be made inside \S*{name}, which is read: choose another output"):
+            pytest.fail(f"{number} went through: {work()}")
+        assert sorted(tmp_path.rglob("*")) == before, number
+    assert not m3jax.verify(made).differences
+    shutil.copyfile(place / "base" / "model.safetensors", tmp_path / "alone.safetensors")  # a file makes no directory
+    assert convert(tmp_path / "alone.safetensors", tmp_path / "beside").tensors == 3
+
+
+def test_no_place_is_made_inside_an_adapter_or_a_model_in_remote_storage(tmp_path):
+    adapted = ModelDirectory("a+b", tmp_path / "a", None, ModelDirectory("b", tmp_path, None))
+    with pytest.raises(M3Error, match=r"would be made inside a\+b, which is read"):
+        check_apart(tmp_path / "out", adapted)
+    model = ModelDirectory("a", as_path("s3://bucket/a"), None)
+    check_apart(as_path("s3://bucket/ab"), model)
+    with pytest.raises(M3Error, match="would be made inside a, which is read"):
+        check_apart(as_path("s3://bucket/a/out"), model)
+
+
+def test_an_output_that_a_models_files_lead_to_is_not_replaced(place, tmp_path):
+    merge(place, tmp_path / "out")
+    model = place / "expert-0"
+    for shard in model.glob("*.safetensors*"):
+        shard.unlink()
+    for shard in (tmp_path / "out").glob("*.safetensors*"):
+        (model / shard.name).symlink_to(shard)
+    before = contents(tmp_path / "out")
+    for work in (
+        lambda: merge(place, tmp_path / "out", overwrite=True),
+        lambda: convert(model, tmp_path / "out", overwrite=True),
+        lambda: m3jax.extract_lora(model, place / "base", tmp_path / "out", 2, overwrite=True),
+    ):
+        with pytest.raises(M3Error, match=r"out: holds the file that \S*expert-0/model-\S* of \S*expert-0 leads to"):
+            work()
+        assert contents(tmp_path / "out") == before
 
 
 # --- What a crash leaves ------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import yaml
 from support import oracle
 from support.directories import read, write
+from support.faults import Faults, Killed
 from support.matrix import same
 
 import m3jax
@@ -98,6 +99,89 @@ def test_what_was_made_is_used_again_while_it_is_the_same(place, monkeypatch):
     m3jax.merge_checkpoint(place / "recipe.yaml", place / "out")
     assert same(read(place / "out"), expected()) == (True, [])
     assert not (place / "out.intermediates").exists()
+
+
+def stopped(place, last, **options):
+    """The command, killed at the first call of which something is true."""
+    with pytest.raises(Killed), Faults(place).until(last):
+        m3jax.merge_checkpoint(place / "recipe.yaml", place / "out", **options)
+
+
+LEFT = (
+    "open /out/m3jax-journal",  # the output has just appeared
+    "unlink /out.intermediates/0-first/model",
+    "unlink /out.intermediates/0-first/m3jax.json",
+    "rmdir /out.intermediates/0-first",
+    "unlink /out.intermediates/0-first.identity",
+    "unlink /out.intermediates/1-second%2Fhalf/model",
+    "rmdir /out.intermediates",
+    "unlink /out/m3jax-journal",
+)
+
+
+def at(told):
+    """The first call of a kind after the output has appeared."""
+    appeared = []
+
+    def is_last(call):
+        appeared.extend([call] if call.startswith(("rename /out.partial", "exchange /out")) else [])
+        return bool(appeared) and call.startswith(told)
+
+    return is_last
+
+
+@pytest.mark.parametrize("last", LEFT)
+@pytest.mark.parametrize("start", ["fresh", "overwriting"])
+def test_a_crash_while_they_are_removed_is_finished_by_the_same_command(place, monkeypatch, last, start):
+    before = sorted(path.name for path in place.iterdir())
+    if start == "overwriting":
+        m3jax.merge_checkpoint({"merge_method": "linear", "models": [str(place / "a")]}, place / "out")
+    how = {"overwrite": start == "overwriting"}
+    stopped(place, at(last), **how)
+    assert same(read(place / "out"), expected()) == (True, [])
+    left = place / "out.intermediates"
+    notes = [note for note in m3jax.verify(place / "out").notes if str(left) in note]
+    assert len(notes) == left.exists()
+    monkeypatch.setattr(m3jax.streaming.merging, "_merge_one", None)  # nothing is merged again
+    result = m3jax.merge_checkpoint(place / "recipe.yaml", place / "out", **how)
+    assert "was there already: the same command was stopped as it ended" in result.notes[0]
+    assert result.digest == json.loads((place / "out" / "m3jax.json").read_text())["output"]["digest"]
+    assert sorted(path.name for path in place.iterdir()) == sorted([*before, "out"])
+    assert not list((place / "out").glob("m3jax-journal*"))
+    assert not m3jax.verify(place / "out").differences
+    with pytest.raises(M3Error, match=r"out: exists already") if start == "fresh" else pytest.raises(TypeError):
+        m3jax.merge_checkpoint(place / "recipe.yaml", place / "out", **how)
+
+
+@pytest.mark.parametrize("last", LEFT[1:6:2])
+def test_another_command_removes_what_is_left_too(place, last):
+    stopped(place, at(last))
+    with pytest.raises(M3Error, match="exists already"):
+        m3jax.merge_checkpoint({"merge_method": "linear", "models": [str(place / "a")]}, place / "out")
+    assert not (place / "out.intermediates").exists()
+    assert same(read(place / "out"), expected()) == (True, [])
+
+
+def test_an_output_that_was_changed_after_a_crash_is_made_again(place):
+    stopped(place, at(LEFT[1]))
+    weights = place / "out" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    m3jax.merge_checkpoint(place / "recipe.yaml", place / "out")
+    assert same(read(place / "out"), expected()) == (True, [])
+    assert not (place / "out.intermediates").exists()
+
+
+def test_only_what_was_made_there_is_removed(place):
+    left = place / "out.intermediates"
+    for name in ("thesis", "0-first", "2-thesis", "3-mine"):
+        (left / name).mkdir(parents=True)
+    for name in ("thesis/a.tex", "thesis.identity", "2-thesis/a.tex", "3-mine/b.tex", "4-mine.identity"):
+        (left / name).write_text("mine")
+    (left / "3-mine.identity").write_text("0" * 64)
+    before = {path.relative_to(left).as_posix() for path in left.rglob("*")} - {"0-first"}
+    result = m3jax.merge_checkpoint(place / "recipe.yaml", place / "out")
+    assert {path.relative_to(left).as_posix() for path in left.rglob("*")} == before
+    assert f"{left} holds what is not of the merges that were made there" in result.notes
 
 
 def test_mistakes_show_before_anything_is_made(place, monkeypatch):

@@ -181,7 +181,7 @@ def test_an_interrupted_merge_goes_on(runs, tmp_path, monkeypatch) -> None:
         resumed += [len(list((out / "2.partial" / "model").glob("ocdbt.process_*/manifest.ocdbt")))]
     assert resumed == [2, 2]
 
-    def cut(*args):
+    def cut(*args, **keys):
         raise Killed
 
     monkeypatch.setattr(Staging, "publish", cut)  # when everything is there, but under another name

@@ -65,6 +65,7 @@ def test_what_is_measured_of_the_model_is_in_the_manifest_or_measured_again(mode
     assert any("was taken from the manifest" in note for note in sampled(out).notes)
     for odd in (
         [7],
+        ["garbage"],
         [["method.elected", None]],
         [[key, None, [["uint32", [9], [1] * 9]]] for key, *_ in record["findings"]],
     ):
@@ -78,7 +79,10 @@ def test_what_is_measured_of_the_model_is_in_the_manifest_or_measured_again(mode
         (out / "m3jax.json").write_text(manifest.to_json(manifest.completed(old, old["output"]["files"])))
         found = sampled(out)
         assert found.differences == ()
-        assert any("so this was measured again" in note for note in found.notes)
+        (said,) = (note for note in found.notes if "so this was measured again" in note)
+        of_that_version = "of a version that did not tell"
+        as_told = "tells 'method.majority', 'method.trim' as measured of all, and this version measures 'method.el"
+        assert (as_told if old is other else of_that_version) in said
 
 
 def test_what_has_changed_is_named(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,6 +103,49 @@ def test_what_has_changed_is_named(models: Path, capsys: pytest.CaptureFixture[s
     assert main(["verify", "out", "--replay", "--inputs", "--sample", "1", "--seed", "3"]) == 2
     shown = capsys.readouterr().out
     assert f"expert-0: {name} has changed since it was read" in shown
+
+
+def test_what_is_the_matter_with_an_input_is_not_that_it_is_not_found(
+    models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = made(models / "out", RECIPES[0])
+    inputs = load_file("expert-0/model.safetensors")
+    save_file({**inputs, "model.more": inputs["model.one"]}, "expert-0/model.safetensors", {"format": "pt"})
+    assert main(["verify", "out", "--replay"]) == 2
+    shown = capsys.readouterr().out
+    assert "nothing could be computed again: " in shown
+    assert "model.more" in shown
+    assert "out: not as recorded, 1 difference in" in shown
+    assert "not found" not in shown
+    assert sampled(out).absent == 0
+    Path("expert-0").rename("moved")
+    assert sampled(out).absent == 1
+    assert main(["verify", "out", "--replay"]) == 2
+    assert "1 model not found, of which nothing is known" in capsys.readouterr().out
+
+
+def test_a_manifest_that_contradicts_itself_is_not_believed(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = made(models / "out", RECIPES[2])
+    record = json.loads((out / "m3jax.json").read_text())
+    first, *others = record["inputs"]
+    for edit, sentence in (
+        ({"seed": 9}, "its seed is 9, but that of its recipe 0"),
+        (
+            {"inputs": [{**first, "role": "base"}, *others]},
+            "it has read 'expert-0' as 'base', which its recipe",
+        ),
+        ({"inputs": [{**first, "name": "x"}, *others]}, "it has read 'x' as 'expert', which its recipe does not"),
+        ({"inputs": [{**first, "tensors": {}}, *others]}, "it has read no tensor of 'expert-0', of which its recipe"),
+        ({"inputs": others}, "it has not read 'expert-0', of which its recipe makes the output"),
+        ({"inputs": []}, "it has not read 'expert-1', of which its recipe makes the output"),
+    ):
+        (out / "m3jax.json").write_text(manifest.to_json(manifest.sealed(record | edit)))
+        for more in (["--replay"], ["--inputs"], []):
+            assert main(["verify", "out", *more]) == 2
+            shown = capsys.readouterr().out
+            assert f"m3jax.json: {sentence}" in shown
+            assert "mend " not in shown  # as a manifest like this replays nothing that can be relied on
+        assert sampled(out).tensors == 0
 
 
 def test_a_machine_that_computes_otherwise_is_named(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from m3jax.exploration.references import references_of
 from m3jax.exploration.samples import space_of
 from m3jax.methods import regmean
 from m3jax.outputs import mark, verification
-from m3jax.outputs.statistics import record_of, write_statistics
+from m3jax.outputs.statistics import measured_of, write_statistics
 from m3jax.recipe import Recipe
 from m3jax.streaming.estimate import estimate_recipe
 from m3jax.streaming.explaining import explain_recipe
@@ -58,8 +58,22 @@ def record(place, i, kind="fisher"):
     """Statistics of an expert written as `m3jax statistics` writes them."""
     own, model = read(place / f"statistics-{i}"), locate_model(str(place / f"expert-{i}"))
     out = place / f"recorded-{i}"
-    write_statistics(out, model, record_of(model, model.name), kind, {"examples": 1}, own, 6000)
+    write_statistics(out, measured_of(model, model.name), kind, {"examples": 1}, own, 6000)
     return {"model": str(place / f"expert-{i}"), "statistics": str(out)}
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_statistics_of_a_model_that_changes_meanwhile_are_not_written(tmp_path, file):
+    experts, statistics = write_all(tmp_path, 1)
+    model = locate_model(str(tmp_path / "expert-0"))
+    seen = measured_of(model, model.name)
+    if file == "config.json":
+        (model.path / file).write_text('{"hidden_size": 999}')
+    else:
+        rewrite(model.path, {name: value + value for name, value in experts[0].items()})
+    with pytest.raises(M3Error, match=r"config\.json has changed since|expert-0 changed while it was measured"):
+        write_statistics(tmp_path / "out", seen, "fisher", {"examples": 1}, statistics[0], 6000)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_what_is_one_tensor_has_one_statistics_and_what_has_none_is_averaged(tmp_path):
@@ -266,7 +280,7 @@ def write_layers(place, shared=True, first=(PROJECTION, FIRST), change=lambda tr
         write(place / f"expert-{i}", expert)
         model, out = locate_model(str(place / f"expert-{i}")), place / f"gram-{i}"
         how = {"examples": 1, "shared": {SECOND: FIRST} if shared else {}, "inputs_first": list(first)}
-        write_statistics(out, model, record_of(model, model.name), "gram", how, change(own), 2**20)
+        write_statistics(out, measured_of(model, model.name), "gram", how, change(own), 2**20)
         entries.append({"model": str(place / f"expert-{i}"), "statistics": str(out)})
     return experts, told, entries
 

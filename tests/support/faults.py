@@ -261,6 +261,13 @@ def commands(inputs, kind, overwrite):
         )
     asked = recipe(inputs, merge_method="ties", parameters={"density": 0.5, "trim_scope": "model"})
     other = recipe(inputs, merge_method="task_arithmetic")
+    if kind == "documents":
+        first = {"name": "first", "merge_method": "linear", "models": asked["models"]}
+        last = {"merge_method": "linear", "models": ["first", asked["base_model"]], "intermediates": [first]}
+        return (
+            lambda out: m3jax.merge_checkpoint(last, out, overwrite=overwrite),
+            lambda out: m3jax.merge_checkpoint(other, out),
+        )
     if kind == "replay":
         return (
             lambda out: m3jax.replay(inputs / "merged", out, overwrite=overwrite),

@@ -23,7 +23,7 @@ from m3jax import documents
 from m3jax.anatomy import anatomy_of
 from m3jax.checkpoints import TensorInfo, inspection, open_msgpack, open_pytorch, open_safetensors, write_msgpack
 from m3jax.checkpoints.adapters import open_model
-from m3jax.checkpoints.digest import digest_checkpoint
+from m3jax.checkpoints.digest import digest_checkpoint, digest_file
 from m3jax.checkpoints.locate import locate_model, read_config
 from m3jax.checkpoints.orbax import open_orbax
 from m3jax.checkpoints.orbax_template import read_template, step_content, tree_files, tree_of
@@ -122,7 +122,7 @@ def _measured() -> Path:
     model, out = locate_model(str(_merged())), Path(tempfile.mkdtemp()) / "out"
     tensors = {name: np.ones(value.shape, np.float32) for name, value in TENSORS.items()}
     told = {"samples": 2, "seed": 0, "shared": {"a": "b"}, "inputs_first": ["c"]}
-    statistics.write_statistics(out, model, statistics.record_of(model, "a"), "fisher", told, tensors, 10**9)
+    statistics.write_statistics(out, statistics.measured_of(model, "a"), "fisher", told, tensors, 10**9)
     return out
 
 
@@ -275,6 +275,11 @@ def _written_from(item: Path) -> None:
         if template.tree is not None:
             tree_of(template, checkpoint.tensors)
         step_content(template, 0, 0)
+
+
+def _copied(place: Path) -> None:
+    file = place / "tokenizer_config.json"
+    copies.write_copy(file, place, "copied.json", digest_file(file))
 
 
 def _pooled(place: Path) -> None:
@@ -503,7 +508,7 @@ PARSERS: dict[str, Parser] = {
     "companion": Parser(
         "tokenizer_config.json",
         _dumped({"chat_template": "x", "auto_map": {"a": []}}),
-        lambda place: copies.write_copy(place / "tokenizer_config.json", place, "copied.json"),
+        _copied,
     ),
     "tokenizer": Parser("tokenizer.json", _dumped(_TOKENIZER), _vocabularies),
     "pieces": Parser(
