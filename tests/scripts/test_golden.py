@@ -29,6 +29,11 @@ def test_bits_are_those_that_were_kept():
     assert found == {name: KEPT[name] for name in found}
 
 
+def test_bits_are_those_that_were_kept_from_and_to_every_format():
+    found = golden().compute(only="format ")
+    assert found == {name: KEPT[name] for name in KEPT if name.startswith("format ")}
+
+
 @pytest.mark.slow
 def test_bits_are_those_that_were_kept_as_users_compile():
     """With all of the compiler's optimisations, of which the other tests have none."""
