@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from support.adapters import factors, write_adapter
 from support.directories import write
 
 import m3jax
@@ -46,6 +48,33 @@ def test_every_version_is_read_replayed_and_verified(models: Path) -> None:
         assert any("so this was measured again" in note for note in found.notes)
 
 
+def recipes(models: Path) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """What the golden manifests of several kinds were made of: recipes, and how they were written."""
+    for number, name in enumerate(("c", "d")):
+        write(models / name, {"q.weight": np.arange(number, number + 6, dtype=np.float32).reshape(2, 3) / 8})
+    write_adapter(models / "adapter", factors({"q": (2, 3)}, 2, 0), target_modules=["q"])
+    half = {"name": "half", "merge_method": "linear", "models": ["a", "b"]}
+    last = {"merge_method": "task_arithmetic", "base_model": "base", "models": ["half", "a"], "seed": 3}
+    drawn = {"merge_method": "linear", "models": ["a", "b"], "mixup": {"alpha": 0.5}, "seed": 4}
+    dare = {**last, "base_model": "c", "models": ["d", "c+adapter"], "sparsify": {"method": "dare", "density": 0.5}}
+    (models / "documents.yaml").write_text("---\n".join(map(yaml.safe_dump, (half, last))))
+    return {
+        "orbax": (drawn, {"format": "orbax"}),
+        "documents": (models / "documents.yaml", {}),
+        "adapter": (dare, {"max_shard_size": 40}),
+    }
+
+
+@pytest.mark.parametrize("kind", ["orbax", "documents", "adapter"])
+def test_manifests_of_every_kind_stay_readable(models: Path, kind: str) -> None:
+    recipe, how = recipes(models)[kind]
+    golden = json.loads((GOLDEN / f"kind-{kind}.json").read_text())
+    assert m3jax.merge_checkpoint(recipe, models / "now", **how).digest == golden["output"]["digest"]
+    out = m3jax.replay(GOLDEN / f"kind-{kind}.json", models / "out")
+    assert out.digest == golden["output"]["digest"]
+    assert m3jax.verify(out.directory, inputs=True).differences == ()
+
+
 def test_later_versions_and_odd_ones_are_refused(tmp_path: Path) -> None:
     told = json.loads((GOLDEN / "version-3.json").read_text())
     for schema, words in ((4, "of version 4, but this m3jax reads up to 3"), (0, "no number"), ("3", "no number")):
@@ -60,10 +89,10 @@ def keys(told: Any) -> set[str]:
         return set().union(*map(keys, told))
     if not isinstance(told, dict):
         return set()
-    named = {"recipe", "versions", "files", "weight_files", "kinds", "entries", "aliases", "vocabulary"}
+    named = {"recipe", "versions", "files", "weight_files", "saves", "kinds", "entries", "aliases", "vocabulary"}
     found = set(told)
     for key, entry in told.items():
-        if key in ("weights", "tensors") and isinstance(entry, dict):
+        if key in ("weights", "tensors", "intermediates") and isinstance(entry, dict):
             found |= set().union(*(keys(each) for each in entry.values()))
         elif key not in named:
             found |= keys(entry)
