@@ -13,8 +13,7 @@ from m3jax.checkpoints.locate import CONFIG, read_config
 from m3jax.checkpoints.orbax_tree import is_orbax
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.checkpoints.storage import is_dir, is_file, read_file
-from m3jax.checkpoints.trust import LARGEST_COMPANION
-from m3jax.documents import parse_json, read_bounded
+from m3jax.documents import LARGEST_FILE, parse_json, read_bounded
 from m3jax.errors import M3Error
 
 _RUN_DEPTH = 3  # directories of a run above an item: its step, `checkpoints`, and the run
@@ -88,7 +87,7 @@ def find_home(path: Path, config: Path | None = None) -> Home:
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        found = parse_json(read_bounded(file, LARGEST_COMPANION))
+        found = parse_json(read_bounded(file, LARGEST_FILE))
     except OSError as error:
         raise M3Error(
             f"{file}: cannot be read: {error.strerror}: give Hugging Face's config.json of the model"

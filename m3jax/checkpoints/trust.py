@@ -15,9 +15,6 @@ from m3jax.checkpoints.storage import is_dir, list_names, open_file, read_exactl
 from m3jax.documents import LARGEST_FILE, parse_json
 from m3jax.errors import M3Error
 
-LARGEST_COMPANION = LARGEST_FILE
-"""Bytes that a file beside the weights may have."""
-
 _CODE_KEYS = ("auto_map", "custom_pipelines")  # whose values name classes in Python files, which loaders may import
 _CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json", "*processor_config.json")
 _NAMED = 3  # files that a sentence names
@@ -114,9 +111,9 @@ def _check_inside(path: Path, directory: Path) -> os.stat_result:
 
 def check_size(path: Path, size: int) -> None:
     """Raise M3Error if a file beside the weights is too large to be one."""
-    if size > LARGEST_COMPANION:
+    if size > LARGEST_FILE:
         raise M3Error(
-            f"{path} has {size:,} bytes, more than any tokenizer or configuration ({LARGEST_COMPANION:,}): remove it."
+            f"{path} has {size:,} bytes, more than any tokenizer or configuration ({LARGEST_FILE:,}): remove it."
         )
 
 

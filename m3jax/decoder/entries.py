@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from m3jax.checkpoints.trust import LARGEST_COMPANION
-from m3jax.documents import parse_json, read_bounded
+from m3jax.documents import LARGEST_FILE, parse_json, read_bounded
 from m3jax.errors import M3Error
 
 _NOTHING: Mapping[str, Any] = {}
@@ -36,7 +35,7 @@ def read_json(path: Path) -> dict[str, Any]:
         M3Error: It is absent, cannot be read or holds something else.
     """
     try:
-        entries = parse_json(read_bounded(path, LARGEST_COMPANION))
+        entries = parse_json(read_bounded(path, LARGEST_FILE))
     except FileNotFoundError as error:
         raise M3Error(f"{path} does not exist: give a model directory that has one.") from error
     except OSError as error:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from m3jax.documents import FAULTS, parse_json
+from m3jax.documents import FAULTS, LARGEST_FILE, parse_json
 from m3jax.errors import M3Error
 
 PART = ".m3jax-part"
@@ -18,7 +18,6 @@ PICTURES: Mapping[str, Mapping[str, str]] = {
 """By format, the metadata that a picture has and by which it is known again."""
 
 _MARKS = (b"tEXtSoftware\0m3jax", b"<dc:title>m3jax</dc:title>", b"/Creator (m3jax)")
-_LARGEST = 1 << 28  # bytes of a file that is looked into
 
 
 def check_entries(path: Path, keys: Collection[str]) -> None:
@@ -48,7 +47,7 @@ def _content(path: Path) -> bytes:
     """What is there to lose: nothing where no file is or an empty one; a word, where nobody can tell whose it is."""
     try:
         if path.is_file():
-            return path.read_bytes() if path.stat().st_size <= _LARGEST else b"large"
+            return path.read_bytes() if path.stat().st_size <= LARGEST_FILE else b"large"
         return b"other" if path.is_symlink() or path.exists() else b""
     except OSError:
         return b"unread"

@@ -14,7 +14,8 @@ from support.directories import write
 import m3jax
 from m3jax.checkpoints import companions
 from m3jax.checkpoints.locate import named_companions
-from m3jax.checkpoints.trust import LARGEST_COMPANION, check_tokenizer_files, code_note, without_code
+from m3jax.checkpoints.trust import check_tokenizer_files, code_note, without_code
+from m3jax.documents import LARGEST_FILE
 from m3jax.errors import M3Error
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -107,7 +108,7 @@ def test_what_is_no_file_or_not_there(model: Path) -> None:
 
 def test_huge_files(model: Path) -> None:
     with open(model / "tokenizer.model", "wb") as file:
-        file.truncate(LARGEST_COMPANION)
+        file.truncate(LARGEST_FILE)
     assert len(companions(model)) == 2
     with open(model / "tokenizer.model", "wb") as file:
         file.truncate(2**40)
@@ -119,7 +120,7 @@ def test_a_tokenizers_class_opens_nothing_that_is_not_the_models(tmp_path: Path,
     for name in ("model.safetensors", "pytorch_model.bin.index.json"):
         (model / name).symlink_to("../weights")
     with open(model / "training.json", "wb") as file:
-        file.truncate(2 * LARGEST_COMPANION)
+        file.truncate(2 * LARGEST_FILE)
     (model / "question_encoder").mkdir()
     (model / "question_encoder" / "vocab.txt").symlink_to("../config.json")
     (model / ".git").mkdir()
@@ -187,6 +188,7 @@ def test_keys_that_name_code_go_at_any_depth() -> None:
 _LOAD = """
 import sys
 from pathlib import Path
+from m3jax.documents import LARGEST_FILE
 from m3jax.errors import M3Error
 from m3jax.evaluation.tokens import load_tokenizer
 try:
