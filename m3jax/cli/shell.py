@@ -293,7 +293,7 @@ def _targets(out: str, step: int | None) -> list[Path]:
 
 def _made_in(target: Path) -> tuple[Path, Path]:
     """Where an output is made before it appears."""
-    from m3jax.outputs.local import intermediates_directory, partial_directory
+    from m3jax.outputs.places import intermediates_directory, partial_directory
 
     return partial_directory(target), intermediates_directory(target)
 

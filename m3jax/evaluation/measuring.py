@@ -43,7 +43,7 @@ from m3jax.evaluation.runner import find_source, read_examples
 from m3jax.evaluation.tasks import get_task
 from m3jax.methods import regmean
 from m3jax.methods.fisher import KIND
-from m3jax.outputs.local import check_apart, check_free, check_space
+from m3jax.outputs.places import check_apart, check_free, check_space
 from m3jax.outputs.statistics import INPUTS_FIRST, measured_before, measured_of, read_record, write_statistics
 from m3jax.progress import Tell, progress_lines
 from m3jax.trees import loading

@@ -49,7 +49,7 @@ from m3jax.exploration.selection import MEAN, PARETO, Result, check_select, choo
 from m3jax.exploration.strategies import EXTENSIBLE, RANKING, Trial, pursue, strategy_of
 from m3jax.methods.mixup import GRANULARITIES
 from m3jax.outputs.copies import write_copy
-from m3jax.outputs.local import check_apart
+from m3jax.outputs.places import check_apart
 from m3jax.progress import Progress, Tell
 from m3jax.recipe import MixupSettings, Recipe, load_recipe
 from m3jax.streaming.jobs import DEFAULT_SHARD_SIZE, Ready, prepared, read_beside

@@ -12,7 +12,7 @@ from m3jax.errors import M3Error
 from m3jax.evaluation.report import EXPLORATION_FILE
 from m3jax.exploration.journal import FILE
 from m3jax.outputs import manifest
-from m3jax.outputs.local import check_free
+from m3jax.outputs.places import check_free
 from m3jax.outputs.remote import check_remote_free
 from m3jax.recipe import Recipe
 from m3jax.streaming.merging import MergeResult

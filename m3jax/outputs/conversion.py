@@ -47,9 +47,10 @@ from m3jax.checkpoints.views import stored_digests
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs import mark
 from m3jax.outputs.copies import check_documents, write_copy
-from m3jax.outputs.local import Staging, check_apart, check_free, exactly
+from m3jax.outputs.local import Staging
 from m3jax.outputs.manifest import InputRecord, TensorDigests
 from m3jax.outputs.modes import narrow
+from m3jax.outputs.places import check_apart, check_free, exactly
 from m3jax.outputs.statistics import check_no_statistics
 from m3jax.progress import Progress
 

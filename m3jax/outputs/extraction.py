@@ -43,9 +43,10 @@ from m3jax.checkpoints.standing_in import CONVERSION
 from m3jax.checkpoints.storage import is_dir
 from m3jax.checkpoints.views_adapted import FLOATS
 from m3jax.errors import M3Error, saying_what_failed
-from m3jax.outputs.local import Staging, check_apart, check_free, exactly
+from m3jax.outputs.local import Staging
 from m3jax.outputs.manifest import versions
 from m3jax.outputs.modes import narrow
+from m3jax.outputs.places import check_apart, check_free, exactly
 from m3jax.progress import Progress
 
 _PREFIX = "base_model.model."

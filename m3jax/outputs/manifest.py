@@ -29,7 +29,7 @@ from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 from m3jax.methods import catalogue
 from m3jax.outputs import provenance
-from m3jax.outputs.local import unfinished
+from m3jax.outputs.places import unfinished
 from m3jax.outputs.written import SAVES
 from m3jax.recipe import Recipe
 

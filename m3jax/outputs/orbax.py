@@ -31,7 +31,7 @@ from m3jax.checkpoints.runs import find_run, place_of, split_step
 from m3jax.checkpoints.shards import WEIGHTS_METADATA
 from m3jax.checkpoints.views import renamed
 from m3jax.errors import M3Error, saying_what_failed
-from m3jax.outputs.local import intermediates_directory, partial_directory
+from m3jax.outputs.places import intermediates_directory, partial_directory
 from m3jax.outputs.remote import begun_in
 from m3jax.outputs.written import digest_save, digest_text
 

@@ -36,8 +36,8 @@ from m3jax.outputs.journal import (
     makes_a_model,
     weights_in,
 )
-from m3jax.outputs.local import check_space, made_files
 from m3jax.outputs.patterns import matcher
+from m3jax.outputs.places import check_space, made_files
 from m3jax.outputs.provenance import FILE_NAME
 
 _JOURNAL = "m3jax-journal-{}.json"

@@ -36,9 +36,10 @@ from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs import mark
 from m3jax.outputs.copies import write_copy
-from m3jax.outputs.local import Staging, exactly
+from m3jax.outputs.local import Staging
 from m3jax.outputs.manifest import InputRecord
 from m3jax.outputs.modes import narrow
+from m3jax.outputs.places import exactly
 
 INPUTS_FIRST = "inputs_first"
 """What `StatisticsRecord.measured` calls what `inputs_first` is read from; `SHARED` that of `shared`."""

@@ -26,8 +26,9 @@ from m3jax.checkpoints.storage import exists, is_dir, is_file, list_names, read_
 from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
 from m3jax.outputs import manifest, mark
-from m3jax.outputs.local import is_own, left_beside
 from m3jax.outputs.patterns import matcher
+from m3jax.outputs.places import is_own
+from m3jax.outputs.spent import left_beside
 from m3jax.outputs.written import SAVES, digest_save, open_written, varying_patterns
 from m3jax.progress import Progress
 from m3jax.text import count_text

@@ -19,16 +19,10 @@ from m3jax.checkpoints.remote import RemotePath
 from m3jax.cluster.processes import Processes, share
 from m3jax.errors import M3Error
 from m3jax.outputs import companions, manifest
-from m3jax.outputs.local import (
-    check_apart,
-    check_free,
-    conclude,
-    finish,
-    intermediates_directory,
-    settle,
-    told_of_intermediate,
-)
+from m3jax.outputs.local import settle
+from m3jax.outputs.places import check_apart, check_free, intermediates_directory
 from m3jax.outputs.remote import check_remote_free
+from m3jax.outputs.spent import conclude, finish, told_of_intermediate
 from m3jax.outputs.verification import verify
 from m3jax.recipe import Recipe
 from m3jax.streaming.jobs import MergeJob, Ready, prepare

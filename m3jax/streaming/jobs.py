@@ -34,8 +34,8 @@ from m3jax.cluster.processes import ALONE, Processes, gather
 from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs import companions, manifest
 from m3jax.outputs.copies import check_files
-from m3jax.outputs.local import check_apart, check_free, check_place
 from m3jax.outputs.orbax import OrbaxOutput, plan_orbax
+from m3jax.outputs.places import check_apart, check_free, check_place
 from m3jax.outputs.remote import check_remote_free
 from m3jax.progress import Progress
 from m3jax.recipe import Recipe, Source

@@ -37,10 +37,11 @@ from m3jax.errors import M3Error, saying_what_failed
 from m3jax.outputs import companions as modelcard
 from m3jax.outputs import manifest, provenance
 from m3jax.outputs.journal import weights_in
-from m3jax.outputs.local import Staging, Workplace, exactly, holds_tensors
+from m3jax.outputs.local import Staging, Workplace, holds_tensors
 from m3jax.outputs.modes import narrow
 from m3jax.outputs.orbax import finish_orbax, foreseen_files, holds_part, keep_part, step_directory
 from m3jax.outputs.patterns import matcher
+from m3jax.outputs.places import exactly
 from m3jax.outputs.remote import RemoteStaging, RemoteWorkplace
 from m3jax.outputs.written import SAVES
 from m3jax.progress import Progress

@@ -21,7 +21,7 @@ from m3jax.checkpoints.remote import RemotePath, as_path
 from m3jax.cluster.processes import Processes, share
 from m3jax.errors import M3Error
 from m3jax.outputs import manifest
-from m3jax.outputs.local import check_free, check_place, partial_directory
+from m3jax.outputs.places import check_free, check_place, partial_directory
 from m3jax.outputs.verification import verify
 from m3jax.progress import Progress
 from m3jax.recipe import Recipe, load_seeds

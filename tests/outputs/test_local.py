@@ -20,7 +20,8 @@ from m3jax.cli.commands import main
 from m3jax.outputs import directories
 from m3jax.outputs.conversion import convert
 from m3jax.outputs.journal import is_entry, line_of
-from m3jax.outputs.local import Staging, check_apart
+from m3jax.outputs.local import Staging
+from m3jax.outputs.places import check_apart
 
 SHARD = 1000
 WHOLE_MODEL = {"merge_method": "ties", "parameters": {"density": 0.5, "trim_scope": "model"}}

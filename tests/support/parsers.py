@@ -27,6 +27,7 @@ from m3jax.checkpoints.digest import digest_checkpoint, digest_file
 from m3jax.checkpoints.locate import locate_model, read_config
 from m3jax.checkpoints.orbax import open_orbax
 from m3jax.checkpoints.orbax_template import read_template, step_content, tree_files, tree_of
+from m3jax.checkpoints.standing_in import CONVERSION
 from m3jax.decoder import DecoderConfig
 from m3jax.evaluation import get_task, harness_tasks, load_rows, report
 from m3jax.evaluation.attacks.bert import BertConfig
@@ -36,7 +37,7 @@ from m3jax.evaluation.chats import _check_numbers
 from m3jax.evaluation.records import Record, open_journal
 from m3jax.exploration.journal import SampleJournal
 from m3jax.ledger import Ledger
-from m3jax.outputs import copies, journal, local, manifest, mark, provenance, remote, statistics
+from m3jax.outputs import copies, journal, manifest, mark, places, provenance, remote, statistics
 from m3jax.outputs.conversion import convert
 from m3jax.outputs.verification import verify
 from m3jax.recipe import load_recipe
@@ -99,7 +100,7 @@ def _interrupted() -> Path:
     out = Path(tempfile.mkdtemp()) / "out"
     with suppress(Killed), Faults(out.parent).until(lambda call: call.startswith("fsync") and "model-00002" in call):
         _merge(out)
-    return local.partial_directory(out)
+    return places.partial_directory(out)
 
 
 @cache
@@ -252,7 +253,7 @@ def _told_again(place: Path) -> None:
 
 def _resumed(place: Path) -> None:
     """A journal with sums that fit, where its merge is begun again."""
-    partial = local.partial_directory(place / "merged")
+    partial = places.partial_directory(place / "merged")
     shutil.copytree(_interrupted(), partial)
     (partial / _JOURNAL).write_text(_lines((place / "journal.json").read_bytes()))
     _merge(place / "merged")
@@ -473,16 +474,16 @@ PARSERS: dict[str, Parser] = {
         lambda: (_merged() / "m3jax.json").read_bytes(),
         _sealed("m3jax.json", lambda place: m3jax.replay(place / "m3jax.json", place / "replayed")),
     ),
-    "mark": Parser(local.CONVERSION, lambda: (_converted() / local.CONVERSION).read_bytes(), mark.read),
+    "mark": Parser(CONVERSION, lambda: (_converted() / CONVERSION).read_bytes(), mark.read),
     "mark, sealed again": Parser(
-        local.CONVERSION,
-        lambda: (_converted() / local.CONVERSION).read_bytes(),
-        _within(_converted, local.CONVERSION, _sealed(local.CONVERSION, verify)),
+        CONVERSION,
+        lambda: (_converted() / CONVERSION).read_bytes(),
+        _within(_converted, CONVERSION, _sealed(CONVERSION, verify)),
     ),
     "mark, as it is replaced": Parser(
-        local.CONVERSION,
-        lambda: (_converted() / local.CONVERSION).read_bytes(),
-        lambda place: local.check_free(place, overwrite=True),
+        CONVERSION,
+        lambda: (_converted() / CONVERSION).read_bytes(),
+        lambda place: places.check_free(place, overwrite=True),
     ),
     "journal": Parser("journal.json", _journal, _told_again),
     "journal, and its merge gone on with": Parser("journal.json", _journal, _resumed),
