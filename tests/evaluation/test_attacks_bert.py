@@ -130,9 +130,9 @@ def test_padding_has_no_effect(bert):
 
 
 def test_models_that_will_not_do(tmp_path, bert):
-    with pytest.raises(M3Error, match="of type 'llama': give a BERT"):
+    with pytest.raises(M3Error, match="of type 'llama': give the directory of a BERT"):
         load_masked_words(str(write_bert(tmp_path / "llama", model_type="llama")))
-    with pytest.raises(M3Error, match="num_hidden_layers cannot be so"):
+    with pytest.raises(M3Error, match=r"has num_hidden_layers: .*, not a positive whole number"):
         load_masked_words(str(write_bert(tmp_path / "none", num_hidden_layers=0)))
     with pytest.raises(M3Error, match=r"lacks layers\.3.*and 11 more; give a BERT with its masked"):
         load_masked_words(str(write_bert(tmp_path / "more", num_hidden_layers=4)))

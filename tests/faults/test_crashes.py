@@ -154,9 +154,9 @@ def test_faults_of_some_calls(inputs, tmp_path, fault):
 @pytest.mark.slow
 def test_an_exploration_goes_on_wherever_it_was_killed(inputs, tmp_path):
     """By the very same command, also once its merge has appeared."""
-    outcomes, calls, wrong = step_through_run(explored(inputs, overwrite=False), tmp_path, "kill")
+    outcomes, calls, wrong = step_through_run(explored(inputs, overwrite=False), tmp_path, "kill", stride=3)
     assert wrong == []
-    assert outcomes.total() == calls >= 40
+    assert outcomes.total() == -(-calls // 3) >= 13
 
 
 @pytest.mark.parametrize(("kind", "start"), [("merge", "fresh"), ("convert", "overwriting"), ("replay", "fresh")])

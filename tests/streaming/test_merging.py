@@ -572,9 +572,9 @@ def test_leftovers_of_a_kill_do_not_count_as_a_full_disk(tmp_path):
             journal.write('{"shard": "cut')
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), Staging(tmp_path / "out", "one", 1) as staging:
+    with pytest.raises(KeyboardInterrupt), Staging(tmp_path / "out", "one", 1, names=["*.safetensors"]) as staging:
         interrupted(staging)
-    with Staging(tmp_path / "out", "one", 1) as again:
+    with Staging(tmp_path / "out", "one", 1, names=["*.safetensors"]) as again:
         assert [entry["shard"] for entry in again.finished] == ["model-00001-of-00002.safetensors"]
         assert not list(again.path.glob("*.safetensors.tmp"))
         again.record({"shard": "model-00002-of-00002.safetensors"})
