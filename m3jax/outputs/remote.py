@@ -11,12 +11,12 @@ the end the storage itself copies the objects, which does not bring their bytes 
 """
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from fnmatch import fnmatchcase
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
@@ -41,7 +41,7 @@ from m3jax.outputs.places import check_space, made_files
 from m3jax.outputs.provenance import FILE_NAME
 
 _JOURNAL = "m3jax-journal-{}.json"
-_JOURNALS = "m3jax-journal-*.json"
+_JOURNALS = re.compile(r"m3jax-journal-(\d+|probe)\.json")
 _ASIDE = ".partial"  # ends the name of the place where an output is made that is no model to anyone meanwhile
 _COPIES = 16  # objects that are sent or copied at a time
 _OURS = "ours"  # the key of the entry that names objects which are a merge's to replace or remove
@@ -146,7 +146,7 @@ class RemoteStaging(RemoteWorkplace):
         told = [entry for entry in finished_in(there.journals.values(), identity) if _OURS not in entry]
         arrived = [entry for entry in told if "shard" not in entry or _is_there(entry, found)]
         super().__init__(out, identity, arrived, 0, aside)
-        self._ours = {name for name in {**there.out, **found} if not fnmatchcase(name, _JOURNALS)}
+        self._ours = {name for name in {**there.out, **found} if not _is_journal(name)}
         try:
             check_space(self.path, largest)
             # What is sent comes before the journal that tells of it: what it is called is told before.
@@ -192,7 +192,7 @@ class RemoteStaging(RemoteWorkplace):
                     f"{self.place / name} is not as it was sent: see that nobody else writes there, then start again."
                 ) from OSError()
         there = found if self.place == self.out else _objects(self.out)
-        others = [n for n in there if n not in small and n not in sent and not fnmatchcase(n, _JOURNALS)]
+        others = [n for n in there if n not in small and n not in sent and not _is_journal(n)]
         foreign = next((self.out / name for name in others if name not in self._ours), None)
         if self.place != self.out and foreign is None:
             beside = (name for name in found if name not in sent and not self._is_begun(name))
@@ -217,13 +217,13 @@ class RemoteStaging(RemoteWorkplace):
         for place in {self.place, self.out}:  # of an upload that was begun twice, as the first answer was lost
             _abort_parts(place)
         kept = {} if self.place != self.out else found
-        _remove([self.place / name for name in found if name not in kept and not fnmatchcase(name, _JOURNALS)])
-        _remove([self.place / name for name in found if fnmatchcase(name, _JOURNALS)])
+        _remove([self.place / name for name in found if name not in kept and not _is_journal(name)])
+        _remove([self.place / name for name in found if _is_journal(name)])
 
     def _is_begun(self, name: str) -> bool:
         """Whether an object at work is a journal, or of this merge or one before it, whole or not."""
         begun = {each for entry in self._own.entries for each in entry.get(_OURS, ())}
-        return fnmatchcase(name, _JOURNALS) or name in self._ours | begun or _matches(name, self._own.names)
+        return _is_journal(name) or name in self._ours | begun or _matches(name, self._own.names)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -291,7 +291,7 @@ def _look(out: RemotePath) -> _There:
         place / name: _read_journal(place / name)
         for place, objects in found.items()
         for name in objects
-        if fnmatchcase(name, _JOURNALS)
+        if _is_journal(name)
     }
     return _There(found[out], found[_aside(out)], journals)
 
@@ -319,6 +319,11 @@ def _check_free(out: RemotePath, there: _There, overwrite: bool) -> None:
     odd = next((name for name in others if not _matches(name, made)), None)
     if odd is not None:
         raise M3Error(f"{out / odd} is not of the output that is to be replaced: move it away.")
+
+
+def _is_journal(name: str) -> bool:
+    """Whether an object is a journal of a process, or what is sent to see that one may write."""
+    return _JOURNALS.fullmatch(name) is not None
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -169,7 +169,9 @@ def test_what_is_there_is_kept_unless_overwritten(s3, place) -> None:
     assert stored(s3, "notes") == {"plan.txt": b"mine"}
 
 
-@pytest.mark.parametrize("file", ["thesis.txt", "runs/logs.txt", "my_finetune.safetensors"])
+@pytest.mark.parametrize(
+    "file", ["thesis.txt", "runs/logs.txt", "my_finetune.safetensors", "m3jax-journal-thesis.json"]
+)
 def test_what_is_not_of_the_old_output_is_not_removed(s3, place, file) -> None:
     merge(place, f"{s3.url}/out")
     s3.driver.pipe_file(f"{s3.bucket}/out/{file}", b"mine")
