@@ -14,6 +14,7 @@ import pytest
 
 from m3jax.evaluation import sandbox
 from m3jax.evaluation.sandbox import confine, kernel, launching
+from m3jax.evaluation.sandbox.view import machine_view
 
 _PACKAGE = Path(sandbox.__file__).resolve().parents[2]
 _PATIENCE = 40.0  # seconds: the machine may be busy, and what runs here would go on for ten minutes
@@ -215,9 +216,8 @@ def test_launcher_and_keeper_end_what_the_other_leaves(way: str, depth: str, tmp
 
 
 def test_walls_are_built_upon_what_every_system_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert confine._foundation() == os.path.realpath("/tmp")
-    monkeypatch.setattr(confine, "_interpreter_places", lambda: ["/opt/python", "/tmp/a/python"])
-    assert confine._foundation() == "/proc"
+    assert confine._foundation(machine_view()["shown"]) == os.path.realpath("/tmp")
+    assert confine._foundation(["/opt/python", "/tmp/a/python"]) == "/proc"
     build = "from m3jax.evaluation.sandbox import confine\nconfine._FOUNDATIONS = ('/proc',)\n"
     launching._end_server()
     with monkeypatch.context() as patch:

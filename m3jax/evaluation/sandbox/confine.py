@@ -4,14 +4,12 @@ import contextlib
 import os
 import resource
 import signal
-import sys
 from typing import TypedDict
 
 from m3jax.evaluation.sandbox import kernel
 
 _SEPARATE = kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
-_SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/nix", "/etc/ld.so.cache")
 _INNER_USER = 1000
 _FOUNDATIONS = ("/tmp", "/proc")  # nothing that is shown lies in the last
 
@@ -103,12 +101,6 @@ def _show(place: str, jail: str) -> None:
         _bind(place, target)
 
 
-def _interpreter_places() -> list[str]:
-    """The directories of this interpreter and its standard library that /usr does not already hold."""
-    places = {os.path.realpath(place) for place in (sys.base_prefix, sys.base_exec_prefix)}
-    return sorted(place for place in places if place != "/" and not f"{place}/".startswith("/usr/"))
-
-
 def _hide(place: str, jail: str, empty: str) -> None:
     """Let a directory or file of the machine be seen empty."""
     target = jail + place
@@ -118,12 +110,12 @@ def _hide(place: str, jail: str, empty: str) -> None:
         kernel.mount(f"{empty}.file", target, "", kernel.MS_BIND)
 
 
-def _foundation() -> str:
+def _foundation(seen: list[str]) -> str:
     """A directory that every host has, to mount upon where only this namespace sees it, and that hides nothing shown.
 
     One that was made for it would stay behind when the launcher is killed.
     """
-    shown = [f"{os.path.realpath(place)}/" for place in (*_SYSTEM, *_interpreter_places(), *_DEVICES)]
+    shown = [f"{os.path.realpath(place)}/" for place in (*seen, *_DEVICES)]
     *places, last = (os.path.realpath(place) for place in _FOUNDATIONS)
     fit = (place for place in places if os.path.isdir(place) and not any(one.startswith(f"{place}/") for one in shown))
     return next(fit, last)
@@ -142,7 +134,7 @@ def build_root(walls: Walls, seen: MachineView) -> int:
         A descriptor of a /proc of this PID namespace that no path leads to.
     """
     kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
-    directory = _foundation()
+    directory = _foundation(seen["shown"])
     kernel.mount("tmpfs", directory, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "size=1m,nr_inodes=4096,mode=0755")
     jail = directory + "/jail"
     for name in ("/old", "/empty", "/jail", "/jail/proc", "/jail/tmp"):
