@@ -108,11 +108,7 @@ def locate_model(name: str) -> ModelDirectory:
     hub_id = _HUB_ID.fullmatch(name)
     if hub_id is None:
         left = local.with_name(f"{local.name}.partial") if local.name else local
-        begun = (
-            f"; {left} is what an interrupted command has left, which goes on if it is run again"
-            if exists(left)
-            else ""
-        )
+        begun = f"; {left} is what an interrupted command has left, and goes on with" if exists(left) else ""
         raise M3Error(f"{name!r} does not exist here and is no hub id either{begun}: give a path or 'org/name'.")
     with _hub(name, hub_id["revision"]):
         snapshot = _fetch(hub_id["repo"], hub_id["revision"])

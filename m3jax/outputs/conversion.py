@@ -153,7 +153,6 @@ def convert(
     check_no_adapter(found)
     check_no_statistics(found.name, found.path)
     place = found.path
-    check_apart(out, found)
     with saying_what_failed(out), ExitStack() as stack:
         digests = digest_companions(place)  # before anything is made of them
         stored, adapting = open_stored(found)

@@ -132,7 +132,6 @@ def extract_lora(
     found = [locate_model(name) for name in names]
     for each in found:
         check_no_adapter(each)
-        check_apart(place, each)
     with saying_what_failed(place), ExitStack() as stack:
         tuned, plain = (stack.enter_context(open_model(each)) for each in found)
         for each, opened in zip(found, (tuned, plain), strict=True):
@@ -143,7 +142,6 @@ def extract_lora(
         turned = turned_types(config)
         if turned:
             raise M3Error(f"{names[1]} is {turned[0]}, whose weights lie as [in, out]: extract it in PEFT.")
-        before = [tuned.fingerprint(), plain.fingerprint()]
         extracted = _extracted(tuned, plain, stored_anatomy(plain, found[1].path, config or None), rank, progress)
         if not extracted.tensors:
             raise M3Error(f"{names[0]} has the weights of {names[1]}: there is nothing to extract.")

@@ -17,9 +17,7 @@ from m3jax.checkpoints.standing_in import CONVERSION
 from m3jax.checkpoints.storage import is_dir, read_file
 from m3jax.documents import FAULTS, parse_json
 from m3jax.errors import M3Error
-from m3jax.outputs.journal import (
-    read_journal,
-)
+from m3jax.outputs.journal import read_journal
 from m3jax.outputs.patterns import directories as directories_of
 from m3jax.outputs.patterns import matcher
 from m3jax.outputs.provenance import FILE_NAME
@@ -244,8 +242,8 @@ def replaced_by(directory: Path, out: Path) -> Path | None:
     if not told or not isinstance(told[-1], dict):
         return None
     name = str(told[-1].get("name"))
-    aside = name.startswith(f"{out.name}{ASIDE}") and re.fullmatch("[0-9a-f]{8}", name[len(out.name + ASIDE) :])
-    if name != partial_directory(out).name and not aside:
+    is_aside = re.fullmatch(re.escape(f"{out.name}{ASIDE}") + "[0-9a-f]{8}", name) is not None
+    if name != partial_directory(out).name and not is_aside:
         return None
     try:
         place = out.with_name(name)

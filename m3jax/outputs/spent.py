@@ -8,10 +8,7 @@ from pathlib import Path
 
 from m3jax.checkpoints.remote import RemotePath
 from m3jax.outputs import directories
-from m3jax.outputs.journal import (
-    append,
-    read_journal,
-)
+from m3jax.outputs.journal import append, read_journal
 from m3jax.outputs.places import (
     JOURNAL,
     foreign,

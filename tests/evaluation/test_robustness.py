@@ -410,23 +410,22 @@ def test_the_command_and_its_report(place, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.md", "report.json", "report.png"}
 
 
+def attack_command(place, *more, attacks="stresstest,checklist", shifts="typos,uppercase"):
+    model = ["attack", str(place / "expert-a"), "--task", "sst2", "--data", str(place / "rows.jsonl"), "--limit", "2"]
+    how = ["--attack", attacks, "--shift", shifts, "--max-tokens", "2", "--template", "none", "--floor", "0"]
+    return [*model, *how, *more]
+
+
+def attack_into(place, out, *more):
+    return attack_command(place, "--json", "--out", str(out), *more)
+
+
 def test_an_interruption_says_what_is_kept(place, tmp_path, capsys, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(trial, "_shift", interrupted)
-    arguments = [
-        "attack",
-        str(place / "expert-a"),
-        "--task",
-        "sst2",
-        "--data",
-        str(place / "rows.jsonl"),
-        "--limit",
-        "2",
-    ]
-    arguments += ["--attack", "stresstest", "--shift", "typos", "--max-tokens", "2", "--template", "none"]
-    arguments += ["--floor", "0"]
+    arguments = attack_command(place, attacks="stresstest", shifts="typos")
     assert commands.main([*arguments, "--out", str(tmp_path)]) == 130
     said = capsys.readouterr().err.splitlines()[-1]
     kept = f"what is finished (1 of the attacks and shifts) is in {tmp_path}"
@@ -442,24 +441,9 @@ def test_an_interruption_says_what_is_kept(place, tmp_path, capsys, monkeypatch)
     assert "nothing is kept; with --out DIR what is finished would be" in capsys.readouterr().err
 
 
-def attack_command(place, out, *more):
-    arguments = [
-        "attack",
-        str(place / "expert-a"),
-        "--task",
-        "sst2",
-        "--data",
-        str(place / "rows.jsonl"),
-        "--limit",
-        "2",
-    ]
-    arguments += ["--attack", "stresstest,checklist", "--shift", "typos,uppercase", "--max-tokens", "2"]
-    return [*arguments, "--template", "none", "--floor", "0", "--json", "--out", str(out), *more]
-
-
 def test_a_killed_attack_goes_on(place, tmp_path, capsys, monkeypatch):
     """With --resume, from what is finished, to the same outcome; never with another attack, nor unasked."""
-    assert commands.main(attack_command(place, tmp_path / "whole")) == 0
+    assert commands.main(attack_into(place, tmp_path / "whole")) == 0
     whole = json.loads(capsys.readouterr().out)
     done, attacked = [], trial._attack
 
@@ -474,24 +458,24 @@ def test_a_killed_attack_goes_on(place, tmp_path, capsys, monkeypatch):
 
     out = tmp_path / "out"
     monkeypatch.setattr(trial, "_attack", killed_at(1))
-    assert commands.main(attack_command(place, out)) == 130
-    assert commands.main(attack_command(place, out)) == 2
+    assert commands.main(attack_into(place, out)) == 130
+    assert commands.main(attack_into(place, out)) == 2
     assert "holds an attack that is not finished: pass --resume to go on with it" in capsys.readouterr().err
-    assert commands.main(attack_command(place, out, "--resume", "--seed", "1")) == 2
+    assert commands.main(attack_into(place, out, "--resume", "--seed", "1")) == 2
     assert "holds another run: it differs in seed;" in capsys.readouterr().err
-    assert commands.main(attack_command(place, out, "--resume", "--dtype", "float16")) == 2
+    assert commands.main(attack_into(place, out, "--resume", "--dtype", "float16")) == 2
     assert "holds another run: it differs in weights;" in capsys.readouterr().err
     (out / "attack.json").rename(tmp_path / "part.json")  # killed between the two files
-    assert commands.main(attack_command(place, out)) == 2
+    assert commands.main(attack_into(place, out)) == 2
     monkeypatch.setattr(trial, "_attack", killed_at(2))
     capsys.readouterr()
-    assert commands.main(attack_command(place, out, "--resume")) == 0
+    assert commands.main(attack_into(place, out, "--resume")) == 0
     assert done == ["stresstest", "checklist"]
     assert json.loads(capsys.readouterr().out) == whole == json.loads((out / "attack.json").read_text())
-    assert commands.main(attack_command(place, out, "--resume")) == 0  # and again, without a model
+    assert commands.main(attack_into(place, out, "--resume")) == 0  # and again, without a model
     said = capsys.readouterr()
     assert (json.loads(said.out), "loading" in said.err) == (whole, False)
-    assert commands.main(attack_command(place, out)) == 2
+    assert commands.main(attack_into(place, out)) == 2
     assert "attack.json is already there" in capsys.readouterr().err
 
 
@@ -512,7 +496,7 @@ def test_a_killed_attack_goes_on(place, tmp_path, capsys, monkeypatch):
 )
 def test_what_is_no_attack_is_not_gone_on_with(place, tmp_path, capsys, file, content, more, sentence):
     (tmp_path / file).write_text(content)
-    assert commands.main(attack_command(place, tmp_path, *more)) == 2
+    assert commands.main(attack_into(place, tmp_path, *more)) == 2
     assert sentence in capsys.readouterr().err
     assert (tmp_path / file).read_text() == content
 
